@@ -1,0 +1,261 @@
+"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written beside every output."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from canvastune.errors import UserError
+
+
+class Section(BaseModel):
+    """A branch of the tree. Unknown keys are refused; values are never coerced across kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    id: str = Field("google/diffusiongemma-26B-A4B-it", description="Hub id, or the folder of a checkpoint in the Hub's layout")
+    revision: str | None = Field(None, description="Hub commit, tag or branch; not for a local folder")
+
+
+class ColumnsConfig(Section):
+    """Which columns hold the two sides of an example, for `data.format: columns`."""
+
+    prompt: str = Field("prompt", description="column with the user's turn")
+    response: str = Field("response", description="column with the assistant's turn")
+    system: str | None = Field(None, description="column with the system turn, if there is one")
+
+
+class DataConfig(Section):
+    """Where the examples come from and what is refused."""
+
+    source: str = Field(description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each also .gz")
+    config: str | None = Field(None, description="configuration of a Hub data set, as in openai/gsm8k `main`")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    split: str = Field("train", description="split of a Hub data set")
+    format: Literal["auto", "messages", "gsm8k", "columns"] = Field("auto", description="form of a row; auto looks at the first row's keys")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    seq_length: int = Field(1024, ge=8, description="tokens of prefix and response kept per example")
+    validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the examples held out, chosen by a hash of their content")
+    validation_rows: int | None = Field(None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)")
+    max_bad_rows: float = Field(0.01, ge=0, lt=1, description="share of rows that may be unreadable before the step fails")
+    max_duplicates: float = Field(0.1, ge=0, le=1, description="share of rows that may repeat an earlier one before the step fails; repeats are always dropped")
+    max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
+
+
+class LoraConfig(Section):
+    """The adapter (objective.md section 6)."""
+
+    rank: int = Field(16, ge=1, description="rank r of the two factors")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+
+
+class ObjectiveConfig(Section):
+    """What one step computes."""
+
+    self_conditioning_probability: float = Field(0.5, ge=0, le=1, description="probability that an example is denoised twice, the second time seeing the first")
+    min_corruption: float = Field(0.001, gt=0, lt=1, description="eps of t ~ U(eps, 1)")
+    encoder_loss_weight: float = Field(1.0, ge=0, description="weight of the autoregressive loss in the total")
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step")
+    warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up; the first step already uses lr / warmup_steps")
+    betas: tuple[float, float] = (0.95, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
+    steps: int = Field(800, ge=1)
+    global_batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
+    precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the compute; master weights of trained parameters are always float32")
+    activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass instead of keeping its activations")
+    log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
+    validate_every: int = Field(100, ge=1)
+    validation_levels: tuple[float, ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss")
+    validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work. world size = efsdp x ep; everything but the experts is sharded over all ranks."""
+
+    nproc_per_node: int = Field(8, ge=1, description="processes that the pipeline's train step starts; torchrun sets its own")
+    ep: int = Field(8, ge=1, description="expert-parallel degree: divides the world size and the number of experts")
+
+
+class EvaluateConfig(Section):
+    """Answers before and after, on held-out rows."""
+
+    rows: int = Field(64, ge=1, description="held-out rows that are answered")
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    max_denoising_steps: int = Field(48, ge=1)
+    answer_pattern: str = Field(r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares")
+
+
+class TrackingConfig(Section):
+    """MLflow. MLFLOW_TRACKING_URI in the environment wins over `uri`."""
+
+    uri: str | None = Field(None, description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the workspace")
+    experiment: str = "canvastune"
+    registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
+
+
+class HardwareConfig(Section):
+    """What the planner plans for."""
+
+    gpu_memory: float = Field(80.0, gt=0, description="GB (1e9 bytes) per accelerator")
+    accelerator: str = Field("h100", description="row of the planner's table of accelerators")
+
+
+class RunConfig(Section):
+    """A recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$", max_length=50)
+    seed: int = Field(42, ge=0, lt=2**63)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr})")
+        bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
+        if bad:
+            raise ValueError(f"train.validation_levels: {bad[0]} is outside (0, 1]")
+        return self
+
+
+def load_config(recipe: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe from a YAML file and apply `key=value` overrides (values are YAML: `lora.rank=32`, `train.method=full`).
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest known one) or an ill-typed value.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe file. Give the path of a YAML file, for example pipelines/recipes/tiny_lora.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {_kind(tree)}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig:
+    """Validate a tree, or its JSON text, as a RunConfig.
+
+    Raises:
+        UserError: one line per problem, each naming the key, the value and what is allowed.
+    """
+    if isinstance(tree, str):
+        try:
+            tree = json.loads(tree)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{where}: a recipe is a mapping of keys, found {_kind(tree)}")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(where, problem) for problem in error.errors())) from None
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the whole tree, defaults included, as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def known_keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the tree with its pydantic field, branches before their leaves."""
+    keys: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        keys[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {override}: expected key=value, for example --set lora.rank=32")
+    if key not in known_keys():
+        raise UserError(f"--set {override}: unknown key {key!r}{_nearest(key)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    *branches, leaf = key.split(".")
+    for branch in branches:
+        if not isinstance(tree.get(branch), dict):
+            tree[branch] = {}
+        tree = tree[branch]
+    tree[leaf] = value
+
+
+def _explain(where: str, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r} (value {_short(value)}){_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{where}: key {key!r} is missing: {_describe(key)}"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{where}: key {key!r}: found {_short(value)}, expected: {message}. {_describe(key)}".rstrip(". ")
+
+
+def _describe(key: str) -> str:
+    field = known_keys().get(key)
+    return field.description or "" if field is not None else ""
+
+
+def _nearest(key: str) -> str:
+    keys = list(known_keys())
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not close:  # the last part alone may be right, in another branch
+        leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys begin with {', '.join(RunConfig.model_fields)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

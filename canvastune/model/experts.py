@@ -1,0 +1,90 @@
+"""The mixture of experts as one sorted grouped matmul, across expert-parallel ranks where there are some.
+
+Shape letters: T tokens, K experts per token, E experts, L = E / ep experts of this rank, R rows that this rank's experts
+receive, H hidden size, I expert size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import grouped_mm
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "canvastune"  # of the experts implementation, in transformers' registry
+
+
+def experts_forward(module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """transformers' experts interface: hidden [T, H], index and weights [T, K] -> [T, H].
+
+    `module.ep_group`, set by `canvastune.parallel`, is the process group over which the experts are spread.
+    """
+    tokens, top_k = top_k_index.shape
+    expert_of_row = top_k_index.flatten()
+    order = torch.argsort(expert_of_row, stable=True)
+    counts = torch.bincount(expert_of_row, minlength=module.num_experts)
+    rows = hidden[order // top_k]
+    group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
+    if group is None or group.size() == 1:
+        out = _apply_experts(module, rows, counts)
+    else:
+        out = _apply_remote_experts(module, rows, counts, group)
+    out = out * top_k_weights.flatten()[order, None]
+    # Back to token order, then a sum over each token's K rows: deterministic, unlike an indexed addition on CUDA.
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return out[back].view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _apply_experts(module: nn.Module, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """rows [R, H] sorted by expert, counts [L] -> [R, H]."""
+    ends = counts.cumsum(0).to(torch.int32)
+    gate_up, down = _local(module.gate_up_proj), _local(module.down_proj)
+    gate, up = grouped_mm(rows.to(gate_up.dtype), gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
+    return grouped_mm(module.act_fn(gate) * up, down.transpose(-2, -1), offs=ends)
+
+
+def _apply_remote_experts(module: nn.Module, rows: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send each row to the rank of its expert, apply, and bring the result back in the same order."""
+    ranks = group.size()
+    local = module.num_experts // ranks
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
+    send = counts.view(ranks, local).sum(1).tolist()
+    receive = received.view(ranks, local).sum(1).tolist()
+    arrived = _AllToAll.apply(rows, receive, send, group)
+    # Rows arrive by sender and then by expert; the grouped matmul wants them by expert.
+    expert = torch.arange(local, device=rows.device).repeat(ranks).repeat_interleave(received)
+    order = torch.argsort(expert, stable=True)
+    out = _apply_experts(module, arrived[order], received.view(ranks, local).sum(0))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return _AllToAll.apply(out[back], send, receive, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Uneven all-to-all of rows; its gradient is the all-to-all back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        out = gradient.new_empty(sum(ctx.send), *gradient.shape[1:])
+        dist.all_to_all_single(out, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -1,0 +1,116 @@
+"""DiffusionGemma as one shared stack: Hugging Face's modules, of which encoder and decoder use the same ones.
+
+Shape letters: N clean tokens and M canvas tokens of a packed batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaDecoderTextAttention,
+    DiffusionGemmaDecoderTextLayer,
+)
+
+from canvastune.data.batches import PackedBatch
+from canvastune.model import attention, experts
+from canvastune.model.attention import Packing
+
+Result = TypeVar("Result")
+
+
+class SharedModel(DiffusionGemmaForBlockDiffusion):
+    """A DiffusionGemma whose encoder and decoder call one list of layers, one norm, one embedding and one rotary module.
+
+    Every shared weight has one name, the decoder's. The vision tower is left out: text training never calls it, and its
+    tensors are copied from checkpoint to checkpoint. Stock `generate()` works.
+    """
+
+    def __init__(self, config: DiffusionGemmaConfig) -> None:
+        config._attn_implementation = attention.NAME
+        config._experts_implementation = experts.NAME
+        super().__init__(config)
+        decoder, encoder = self.model.decoder, self.model.encoder
+        encoder.vision_tower = None
+        encoder.embed_vision = None
+        for layer in decoder.layers:
+            layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
+        text = encoder.language_model
+        # Out of the module tree, so that each weight is found once, under the decoder's name.
+        for name, shared in {
+            "layers": [_EncoderView(layer) for layer in decoder.layers],
+            "norm": decoder.norm,
+            "embed_tokens": decoder.embed_tokens,
+            "rotary_emb": decoder.rotary_emb,
+        }.items():
+            delattr(text, name)
+            object.__setattr__(text, name, shared)
+        self.lm_head.weight = decoder.embed_tokens.weight
+
+    def inside(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """`function(self, ...)`, as a forward pass of this module: where FSDP has gathered the root's weights."""
+        return function(self, *args, **kwargs)
+
+    def embed_canvas(self, canvas: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
+        """Embed canvas tokens [M] with the self-conditioning signal [M, H] (None: zeros, on which the block runs too) -> [M, H]."""
+        decoder = self.model.decoder
+        embedded = decoder.embed_tokens(canvas)
+        return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
+
+    def hidden_states(
+        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing, *, checkpointing: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass of the stack over `[clean ; canvas]` -> last hidden states of the clean rows [N, H] and canvas rows [M, H].
+
+        Args:
+            canvas: [M, H] embedded canvas, self-conditioning applied.
+            checkpointing: keep each layer's input alone and recompute the layer in the backward pass.
+        """
+        decoder = self.model.decoder
+        hidden = torch.cat([decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)])[None]
+        positions = torch.cat([batch.clean_positions, batch.canvas_positions])[None]
+        rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in decoder.unique_layer_types}
+        layer_types = self.config.text_config.layer_types
+        for layer, kind in zip(decoder.layers, layer_types, strict=True):
+            if checkpointing:
+                hidden = checkpoint(_run_layer, layer, hidden, rotary[kind], packing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = _run_layer(layer, hidden, rotary[kind], packing)
+        hidden = decoder.norm(hidden)[0]
+        return hidden[: packing.clean_rows], hidden[packing.clean_rows :]
+
+
+def _run_layer(layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing) -> torch.Tensor:
+    return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+
+
+class _EncoderView:
+    """A shared layer as the encoder calls it: causal, and writing its keys and values to the cache."""
+
+    def __init__(self, layer: DiffusionGemmaDecoderTextLayer) -> None:
+        self._layer = layer
+
+    def __call__(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> torch.Tensor:
+        written = None if past_key_values is None else _WrittenCache(past_key_values)
+        return self._layer(*args, past_key_values=written, write_cache=True, **kwargs)
+
+
+class _WrittenCache:
+    """Marks a cache as one to be written: the decoder's attention reads a cache without changing it."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+
+class _SharedAttention(DiffusionGemmaDecoderTextAttention):
+    """The decoder's attention, which appends to the cache for good where the encoder calls it."""
+
+    def append_to_cache(self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(past_key_values, _WrittenCache):
+            return past_key_values.cache.update(key_states, value_states, self.layer_idx)
+        return super().append_to_cache(past_key_values, key_states, value_states)

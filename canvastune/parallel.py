@@ -1,0 +1,91 @@
+"""How ranks share the model: one mesh (efsdp, ep), FSDP2 for everything, experts spread over ep; sums everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from canvastune.config import RunConfig
+from canvastune.errors import UserError
+from canvastune.model.shared import SharedModel
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """world = efsdp x ep. Experts live on both dimensions; everything else is sharded over all ranks, `fsdp`."""
+
+    efsdp: DeviceMesh
+    ep: DeviceMesh
+    fsdp: DeviceMesh
+
+
+def build_meshes(world_size: int, ep: int, num_experts: int, device_type: str) -> Meshes:
+    """Lay the ranks out.
+
+    Raises:
+        UserError: ep divides neither the world size nor the number of experts.
+    """
+    for what, count in (("the number of ranks", world_size), ("the model's number of experts", num_experts)):
+        if count % ep:
+            raise UserError(f"parallel.ep: {ep} does not divide {what}, {count}. Choose a common divisor of {world_size} and {num_experts}")
+    mesh = init_device_mesh(device_type, (world_size // ep, ep), mesh_dim_names=("efsdp", "ep"))
+    return Meshes(efsdp=mesh["efsdp"], ep=mesh["ep"], fsdp=mesh._flatten("fsdp"))
+
+
+def shard_model(model: SharedModel, meshes: Meshes, config: RunConfig) -> None:
+    """Shard a meta-device model in place: experts over ep then efsdp, each layer and the root over all ranks."""
+    compute = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    # cast_forward_inputs would round the routing weights.
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ignored: set[nn.Parameter] = set()
+    for layer in model.model.decoder.layers:
+        if meshes.ep.size() > 1:
+            _spread_experts(layer.experts, meshes.ep)
+            frozen = not any(parameter.requires_grad for parameter in layer.experts.parameters())
+            if frozen and meshes.efsdp.size() == 1:
+                ignored.update(layer.experts.parameters())  # nothing to gather, nothing to reduce
+            else:
+                fully_shard(layer.experts, mesh=meshes.efsdp, mp_policy=precision, shard_placement_fn=lambda _: Shard(1))
+        fully_shard(layer, mesh=meshes.fsdp, mp_policy=precision, ignored_params=ignored)
+    # The root's embedding serves the lookup, the head and the soft embedding: gathered once a pass.
+    fully_shard(model, mesh=meshes.fsdp, mp_policy=precision, reshard_after_forward=False, ignored_params=ignored)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are already divided by global counts, so gradients are sums, for experts and others alike.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "inside")
+    register_fsdp_forward_method(model, "generate")
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; return the norm before, [] float32.
+
+    Every trained parameter is sharded over all ranks, on one mesh or another, so the square of the global norm is the sum of
+    the local squares over the world.
+    """
+    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    norm = squares.sqrt()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        spread = distribute_tensor(parameter.data, mesh, [Shard(0)])
+        experts.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+    experts.ep_group = mesh.get_group()

@@ -1,0 +1,149 @@
+"""The same loss, gradients, weights and answers on any number of ranks and any expert-parallel degree (float32, gloo)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from canvastune.config import parse_config
+from canvastune.data.batches import pack
+from canvastune.errors import UserError
+from canvastune.model.checkpoint_files import CheckpointReader
+from canvastune.model.load import build_model, load_weights, read_model_config
+from canvastune.model.lora import base_name
+from canvastune.model.shared import SharedModel
+from canvastune.objective import losses
+from canvastune.parallel import build_meshes, clip_gradients, shard_model
+from canvastune.trainer import build_optimizer, check_batch_sizes, learning_rate
+from tests.ranks import run_ranks
+from tests.small import CANVAS, VOCABULARY, counts, examples_and_draws, run_config, shared_model, worst_difference, write_checkpoint
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder)
+    return folder
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def some_steps(model: SharedModel, method: str, rank: int, world_size: int) -> dict[str, object]:
+    """A few optimiser steps on this rank's share: losses, the first gradients, norms and the final trained weights, whole."""
+    examples, draws = examples_and_draws()
+    canvas_rows, pairs = counts(examples, draws)
+    share = len(examples) // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if method == "lora":  # B is zero at first, which would hide A's gradient
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if ".lora_B." in name:
+                    parameter.fill_(0.02)
+    optimizer = build_optimizer(list(trained.values()), run_config().optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    totals, norms, first = [], [], {}
+    for _ in range(STEPS):
+        loss, _, _ = model.inside(losses, pack(examples[mine], draws[mine]), (1 / canvas_rows, 1 / pairs), any_coin=True, checkpointing=True)
+        loss.backward()
+        total = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        totals.append(float(total))
+        first = first or {name: whole(p.grad).clone() for name, p in trained.items()}
+        norms.append(float(clip_gradients(list(trained.values()), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": totals, "norms": norms, "gradients": first, "weights": {n: whole(p.detach()).clone() for n, p in trained.items()}}
+
+
+def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...]) -> None:
+    for method in ("full", "lora"):
+        for ep in degrees:
+            config = run_config(method, ep)
+            model = build_model(config, read_model_config(checkpoint))
+            shard_model(model, build_meshes(dist.get_world_size(), ep, 8, "cpu"), config)
+            load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
+            result = some_steps(model, method, dist.get_rank(), dist.get_world_size())
+            expert = model.model.decoder.layers[0].experts.gate_up_proj
+            held = expert.to_local().numel() / expert.numel()
+            prompt = torch.randint(5, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+            torch.manual_seed(1)
+            with torch.no_grad():
+                answer = model.generate(
+                    prompt, max_new_tokens=2 * CANVAS, max_denoising_steps=3, eos_token_id=VOCABULARY, pad_token_id=0
+                ).sequences
+            if dist.get_rank() == 0:
+                torch.save({**result, "held": held, "answer": answer}, folder / f"{method}-{ep}.pt")
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoint: Path) -> dict[str, dict]:
+    results = {}
+    for method in ("full", "lora"):
+        model = shared_model(checkpoint, run_config(method))
+        results[method] = some_steps(model, method, 0, 1)
+        prompt = torch.randint(5, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(1)
+        results[method]["answer"] = model.generate(
+            prompt, max_new_tokens=2 * CANVAS, max_denoising_steps=3, eos_token_id=VOCABULARY, pad_token_id=0
+        ).sequences
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "degrees"), [(2, (1, 2)), (4, (1, 2, 4))])
+def test_loss_gradients_norm_and_weights_do_not_depend_on_the_ranks(
+    one_process: dict[str, dict], checkpoint: Path, tmp_path: Path, world_size: int, degrees: tuple[int, ...]
+) -> None:
+    run_ranks(sharded_steps, world_size, tmp_path, checkpoint, degrees)
+    for method, expected in one_process.items():
+        for ep in degrees:
+            found = torch.load(tmp_path / f"{method}-{ep}.pt", weights_only=True)
+            where = f"{method}, {world_size} ranks, EP {ep}"
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), f"{where}: other losses"
+            assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), f"{where}: another gradient norm"
+            worst, name = worst_difference(found["gradients"], expected["gradients"])
+            assert worst < 1e-5, f"{where}: gradient of {name} is off by {worst:.1e}"
+            worst, name = worst_difference(found["weights"], expected["weights"])
+            assert worst < 1e-4, f"{where}: after {STEPS} steps {name} is off by {worst:.1e}"
+            assert found["held"] == 1 / world_size, f"{where}: a rank holds {found['held']:.0%} of an expert weight"
+            assert torch.equal(found["answer"], expected["answer"]), f"{where}: generate() on the sharded model answers differently"
+
+
+def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> None:
+    one, two = (dict(shared_model(checkpoint, run_config("lora")).named_parameters()) for _ in range(2))
+    for name, parameter in one.items():
+        assert torch.equal(parameter, two[name]), f"{base_name(name)} is not initialised from the seed alone"
+        if ".lora_B." in name:
+            assert not parameter.any(), "an adapter must start as the identity"
+
+
+def test_an_expert_parallel_degree_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"parallel.ep: 3 does not divide the number of ranks, 4"):
+        build_meshes(4, 3, 8, "cpu")
+    with pytest.raises(UserError, match=r"parallel.ep: 16 does not divide the model's number of experts, 8"):
+        build_meshes(16, 16, 8, "cpu")
+
+
+def test_a_global_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
+    with pytest.raises(UserError, match=r"train.global_batch_size: 6 does not divide over 4 ranks x 1 .* train.global_batch_size=8"):
+        check_batch_sizes(run_config(global_batch_size=6), 4)
+
+
+def test_the_first_step_uses_the_first_non_zero_rate_and_the_last_one_the_least() -> None:
+    config = parse_config({"name": "r", "data": {"source": "x"}}).optimizer
+    rates = [learning_rate(config, step, 800) for step in range(1, 801)]
+    assert rates[0] == pytest.approx(config.lr / 25)
+    assert rates[24] == pytest.approx(config.lr)
+    assert rates[-1] == pytest.approx(config.min_lr)
+    assert max(rates) == rates[24]
+    assert all(a >= b for a, b in zip(rates[24:], rates[25:], strict=False))
