@@ -45,9 +45,13 @@ class DataConfig(Section):
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     seq_length: int = Field(1024, ge=8, description="tokens of prefix and response kept per example")
     validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the examples held out, chosen by a hash of their content")
-    validation_rows: int | None = Field(None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)")
+    validation_rows: int | None = Field(
+        None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)"
+    )
     max_bad_rows: float = Field(0.01, ge=0, lt=1, description="share of rows that may be unreadable before the step fails")
-    max_duplicates: float = Field(0.1, ge=0, le=1, description="share of rows that may repeat an earlier one before the step fails; repeats are always dropped")
+    max_duplicates: float = Field(
+        0.1, ge=0, le=1, description="share of rows that may repeat an earlier one before the step fails; repeats are always dropped"
+    )
     max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
 
 
@@ -61,7 +65,9 @@ class LoraConfig(Section):
 class ObjectiveConfig(Section):
     """What one step computes."""
 
-    self_conditioning_probability: float = Field(0.5, ge=0, le=1, description="probability that an example is denoised twice, the second time seeing the first")
+    self_conditioning_probability: float = Field(
+        0.5, ge=0, le=1, description="probability that an example is denoised twice, the second time seeing the first"
+    )
     min_corruption: float = Field(0.001, gt=0, lt=1, description="eps of t ~ U(eps, 1)")
     encoder_loss_weight: float = Field(1.0, ge=0, description="weight of the autoregressive loss in the total")
 
@@ -85,11 +91,15 @@ class TrainConfig(Section):
     steps: int = Field(800, ge=1)
     global_batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
-    precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the compute; master weights of trained parameters are always float32")
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
+    )
     activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass instead of keeping its activations")
     log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
     validate_every: int = Field(100, ge=1)
-    validation_levels: tuple[float, ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss")
+    validation_levels: tuple[float, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss"
+    )
     validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -109,7 +119,9 @@ class EvaluateConfig(Section):
     batch_size: int = Field(16, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     max_denoising_steps: int = Field(48, ge=1)
-    answer_pattern: str = Field(r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares")
+    answer_pattern: str = Field(
+        r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares"
+    )
 
 
 class TrackingConfig(Section):

@@ -21,7 +21,14 @@ class Draws:
 
 
 def training_draws(
-    seed: int, position: int, *, blocks: int, canvas_length: int, vocab_size: int, min_corruption: float, self_conditioning_probability: float
+    seed: int,
+    position: int,
+    *,
+    blocks: int,
+    canvas_length: int,
+    vocab_size: int,
+    min_corruption: float,
+    self_conditioning_probability: float,
 ) -> Draws:
     """Draw the noise of the example at `position` of the global shuffled stream, the same on any number of ranks."""
     generator = _generator("train", seed, position)
@@ -48,7 +55,7 @@ def validation_draws(example_id: str, level: float, *, blocks: int, canvas_lengt
     Never self-conditioned: validation measures the first denoising pass.
     """
     generator = _generator("validation", example_id)
-    block = generator.random(dtype=np.float32)
+    block = np.float32(generator.random(dtype=np.float32))
     return Draws(
         block=_index(block, blocks),
         level=float(np.float32(level)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _spread_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
+def _spread_experts(experts: Any, mesh: DeviceMesh) -> None:
     for name, parameter in list(experts.named_parameters(recurse=False)):
         spread = distribute_tensor(parameter.data, mesh, [Shard(0)])
         experts.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import fcntl
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,7 @@ from canvastune.progress import TrainingProgress
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, check_batch_sizes, export_path
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
   torchrun --standalone --nproc-per-node=2 -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
@@ -101,16 +104,18 @@ def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str |
     }
     if rank == 0:
         write_provenance(output, "train", config, {"data": data, "base": base})
-        partial = output / ".result.json"
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        partial.rename(output / "result.json")
+        unfinished = output / ".result.json"
+        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        unfinished.rename(output / "result.json")
     dist.barrier()
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
-    parser = argparse.ArgumentParser("canvastune.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "canvastune.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
     parser.add_argument("--data", type=Path, help="folder that `canvastune prepare` wrote; default: prepared from the recipe's data.source")
@@ -121,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         _start_processes()
-        lock = _on_first_rank(lambda: _lock(options.output), share=False)
-        finished = _on_first_rank(lambda: (options.output / "result.json").is_file())
+        lock = _on_first_rank(partial(_lock, options.output), share=False)
+        finished = _on_first_rank((options.output / "result.json").is_file)
         if finished:
             _say(f"already finished: {options.output / 'result.json'} stands. Give another --output to train again")
             return 0
@@ -146,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _start_processes() -> None:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if sys.platform == "linux":  # a rank whose torchrun was killed saves its state and goes, instead of training on unseen
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     device = _device()
     # Checkpoints are written over gloo beside NCCL; on CPU gloo is all there is.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))

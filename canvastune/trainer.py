@@ -78,7 +78,9 @@ class Trainer:
         batch_size = self.config.train.global_batch_size
         first = self.step * batch_size
         micro_batches = self._micro_batches(first)
-        counts = self._global_sum([sum(len(b.canvas_targets) for b, _ in micro_batches), sum(len(b.next_targets) for b, _ in micro_batches)])
+        counts = self._global_sum(
+            [sum(len(b.canvas_targets) for b, _ in micro_batches), sum(len(b.next_targets) for b, _ in micro_batches)]
+        )
         weights = (1 / counts[0], self.config.objective.encoder_loss_weight / counts[1])
         sums = torch.zeros(2, device=self.device)
         for batch, any_coin in micro_batches:
@@ -89,8 +91,9 @@ class Trainer:
         diffusion_loss, autoregressive_loss = (s / c for s, c in zip(self._global_sum(sums.tolist()), counts, strict=True))
         if not math.isfinite(norm + diffusion_loss + autoregressive_loss):
             raise UserError(
-                f"step {self.step + 1}: the loss or its gradient is not finite (loss {diffusion_loss}, gradient norm {norm}) on examples "
-                f"{[e.id for e in self.data.train_examples(range(first, first + batch_size))]}. The last checkpoint is intact; lower optimizer.lr"
+                f"step {self.step + 1}: the loss or its gradient is not finite (loss {diffusion_loss}, norm {norm}) on examples "
+                f"{[e.id for e in self.data.train_examples(range(first, first + batch_size))]}. "
+                "The last checkpoint is intact; lower optimizer.lr"
             )
         self.step += 1
         rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)

@@ -23,12 +23,10 @@ def plain_loss(
         diffusion.append(F.cross_entropy(logits, targets, reduction="none"))
         autoregressive.append(F.cross_entropy(encoder_logits[:-1], example.tokens[1:], reduction="none"))
     diffusion_loss, autoregressive_loss = torch.cat(diffusion).mean(), torch.cat(autoregressive).mean()
-    return diffusion_loss + encoder_loss_weight * autoregressive_loss, float(diffusion_loss), float(autoregressive_loss)
+    return diffusion_loss + encoder_loss_weight * autoregressive_loss, float(diffusion_loss.detach()), float(autoregressive_loss.detach())
 
 
-def plain_forward(
-    model: DiffusionGemmaForBlockDiffusion, example: Example, draw: Draws
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def plain_forward(model: DiffusionGemmaForBlockDiffusion, example: Example, draw: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(canvas logits [C, V], targets [C], encoder logits [S, V]) of one example, both passes in full."""
     window = model.config.text_config.sliding_window
     length, start = len(example.tokens), example.prefix_length + draw.block * example.canvas_length

@@ -48,7 +48,9 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 
 def test_the_coin_alone_is_the_coin_of_the_draws_whatever_the_example() -> None:
     for position in range(200):
-        assert self_conditioning_coin(7, position, 0.5) == draw(position).self_condition == draw(position, blocks=1, canvas=16).self_condition
+        assert (
+            self_conditioning_coin(7, position, 0.5) == draw(position).self_condition == draw(position, blocks=1, canvas=16).self_condition
+        )
 
 
 def test_the_four_draws_are_uniform_and_independent_of_each_other_and_between_examples() -> None:
@@ -59,7 +61,9 @@ def test_the_four_draws_are_uniform_and_independent_of_each_other_and_between_ex
     assert level.max() <= 1
     assert chi_square_is_plausible(np.bincount(deciles, minlength=10), np.full(10, COUNT / 10)), "levels are not uniform on (eps, 1)"
     assert abs(coin.mean() - 0.5) < 5 * 0.5 / np.sqrt(COUNT)
-    assert chi_square_is_plausible(np.bincount(replacement.ravel(), minlength=VOCABULARY), np.full(VOCABULARY, replacement.size / VOCABULARY))
+    assert chi_square_is_plausible(
+        np.bincount(replacement.ravel(), minlength=VOCABULARY), np.full(VOCABULARY, replacement.size / VOCABULARY)
+    )
     # The reference recipe's flaw: the coin decided by the block.
     for name, factor in {"block": block, "level": deciles, "next example's block": np.roll(block, 1)}.items():
         table = np.zeros((factor.max() + 1, 2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
-import canvastune.objective as objective
+from canvastune import objective
 from canvastune.data.batches import Example, pack
 from canvastune.model.attention import Packing
 from canvastune.model.load import VISION
@@ -31,7 +31,6 @@ from tests.small import (
     worst_difference,
     write_checkpoint,
 )
-
 
 EOS_NEVER = VOCABULARY  # no token has this id, so every canvas is generated
 
@@ -75,7 +74,11 @@ def plain(stock: DiffusionGemmaForBlockDiffusion, model: SharedModel) -> tuple[f
     stock.zero_grad(set_to_none=True)
     total, diffusion, autoregressive = plain_loss(stock, examples, draws)
     total.backward()
-    found = {name.replace("model.encoder.language_model.", "model.decoder."): p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    found = {
+        name.replace("model.encoder.language_model.", "model.decoder."): p.grad
+        for name, p in stock.named_parameters()
+        if p.grad is not None
+    }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return float(total.detach()), diffusion, autoregressive, {name: gradient for name, gradient in found.items() if name in trained}
 
@@ -156,7 +159,9 @@ def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(model: SharedMod
     for example, draw in zip(examples, draws, strict=True):
         seen: list[torch.Tensor] = []
         batch = pack([example], [draw])
-        handle = model.model.decoder.embed_tokens.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out) or out.retain_grad())
+        handle = model.model.decoder.embed_tokens.register_forward_hook(
+            lambda _m, _i, out, seen=seen: seen.append(out) or out.retain_grad()
+        )
         try:
             canvas = model.embed_canvas(batch.canvas, None)
             hidden = model.hidden_states(batch, canvas, Packing.of(batch, WINDOW), checkpointing=False)[1]
@@ -172,7 +177,7 @@ def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(model: SharedMod
 
 
 def test_hidden_states_equal_those_of_block_by_block_inference(model: SharedModel, stock: DiffusionGemmaForBlockDiffusion) -> None:
-    """Stock inference keeps the last window - 1 tokens of a sliding layer in its cache: the exact bounds of our mask, several windows long."""
+    """Stock inference keeps the last window - 1 tokens of a sliding layer in its cache: our mask's bounds, several windows long."""
     examples, draws = examples_and_draws()
     assert max(e.prefix_length + d.block * CANVAS for e, d in zip(examples, draws, strict=True)) > 3 * WINDOW
     for example, draw in zip(examples, draws, strict=True):
@@ -197,7 +202,9 @@ def test_sliding_layers_see_exactly_window_minus_one_positions_before_the_block(
     assert packing.canvas_sees["full_attention"][0, 0, 0, :80].nonzero().flatten().tolist() == list(range(start))
     clean = packing.clean_sees["sliding_attention"]
     assert clean is not None
-    assert clean[50].nonzero().flatten().tolist() == list(range(50 - (WINDOW - 1), 51)), "a clean row sees the last `window` tokens, itself included"
+    assert clean[50].nonzero().flatten().tolist() == list(range(50 - (WINDOW - 1), 51)), (
+        "a clean row sees the last `window` tokens, itself included"
+    )
 
 
 def test_decoding_one_block_equals_decoding_all_and_scoring_one(model: SharedModel) -> None:
@@ -252,8 +259,7 @@ def test_stock_generate_works_on_the_shared_model(model: SharedModel, stock: Dif
     answers = []
     for each in (model, stock):
         torch.manual_seed(1)
-        answers.append(each.generate(prompt, max_new_tokens=3 * CANVAS, max_denoising_steps=5, eos_token_id=EOS_NEVER, pad_token_id=0).sequences)
+        answers.append(
+            each.generate(prompt, max_new_tokens=3 * CANVAS, max_denoising_steps=5, eos_token_id=EOS_NEVER, pad_token_id=0).sequences
+        )
     assert torch.equal(answers[0], answers[1])
-
-
-

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -51,9 +53,12 @@ def some_steps(model: SharedModel, method: str, rank: int, world_size: int) -> d
     optimizer = build_optimizer(list(trained.values()), run_config().optimizer)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    totals, norms, first = [], [], {}
+    totals, norms = [], []
+    first: dict[str, torch.Tensor] = {}
     for _ in range(STEPS):
-        loss, _, _ = model.inside(losses, pack(examples[mine], draws[mine]), (1 / canvas_rows, 1 / pairs), any_coin=True, checkpointing=True)
+        loss, _, _ = model.inside(
+            losses, pack(examples[mine], draws[mine]), (1 / canvas_rows, 1 / pairs), any_coin=True, checkpointing=True
+        )
         loss.backward()
         total = loss.detach().clone()
         if dist.is_initialized():
@@ -146,4 +151,4 @@ def test_the_first_step_uses_the_first_non_zero_rate_and_the_last_one_the_least(
     assert rates[24] == pytest.approx(config.lr)
     assert rates[-1] == pytest.approx(config.min_lr)
     assert max(rates) == rates[24]
-    assert all(a >= b for a, b in zip(rates[24:], rates[25:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[24:]))

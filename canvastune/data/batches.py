@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
@@ -51,8 +52,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return PackedBatch(**moved)
 
     def select(self, keep: list[bool]) -> tuple[PackedBatch, torch.Tensor]:
         """The examples where `keep` is true as a batch of their own, and the rows of this batch's canvas they came from, int64[M']."""
@@ -159,9 +163,7 @@ class PreparedData:
 
     def validation_draws(self, example: Example, level: float) -> Draws:
         """The fixed noise of a held-out example at a level."""
-        return validation_draws(
-            example.id, level, blocks=example.blocks, canvas_length=self._canvas_length, vocab_size=self._vocab_size
-        )
+        return validation_draws(example.id, level, blocks=example.blocks, canvas_length=self._canvas_length, vocab_size=self._vocab_size)
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._train))
@@ -181,7 +183,9 @@ def _open(folder: Path) -> Dataset:
     try:
         data = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{folder}: not a prepared data set ({error}). Run `canvastune prepare`, or give the folder that it wrote") from None
+        raise UserError(
+            f"{folder}: not a prepared data set ({error}). Run `canvastune prepare`, or give the folder that it wrote"
+        ) from None
     if not len(data):
         raise UserError(f"{folder}: the prepared data set has no row here. Prepare more rows, or change data.validation_fraction")
     return data

@@ -7,10 +7,10 @@ A query heads, G key and value heads, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -65,7 +65,7 @@ class Packing:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -93,7 +93,12 @@ def packed_attention(
     keys, values = _pad(clean_key, *padded), _pad(clean_value, *padded)
     mask = packing.clean_sees[layer_type]
     clean = F.scaled_dot_product_attention(
-        _pad(clean_query, *padded), _repeat(keys, groups), _repeat(values, groups), attn_mask=mask, is_causal=mask is None, scale=module.scaling
+        _pad(clean_query, *padded),
+        _repeat(keys, groups),
+        _repeat(values, groups),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=module.scaling,
     )
     padded = packing.batch, packing.longest_canvas, packing.canvas_gather
     canvas = F.scaled_dot_product_attention(

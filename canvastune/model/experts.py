@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -18,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 NAME = "canvastune"  # of the experts implementation, in transformers' registry
 
 
-def experts_forward(module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """transformers' experts interface: hidden [T, H], index and weights [T, K] -> [T, H].
 
     `module.ep_group`, set by `canvastune.parallel`, is the process group over which the experts are spread.
@@ -29,10 +28,8 @@ def experts_forward(module: nn.Module, hidden: torch.Tensor, top_k_index: torch.
     counts = torch.bincount(expert_of_row, minlength=module.num_experts)
     rows = hidden[order // top_k]
     group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
-    if group is None or group.size() == 1:
-        out = _apply_experts(module, rows, counts)
-    else:
-        out = _apply_remote_experts(module, rows, counts, group)
+    spread = group is not None and group.size() > 1
+    out = _apply_remote_experts(module, rows, counts, group) if spread else _apply_experts(module, rows, counts)
     out = out * top_k_weights.flatten()[order, None]
     # Back to token order, then a sum over each token's K rows: deterministic, unlike an indexed addition on CUDA.
     back = torch.empty_like(order)
@@ -40,7 +37,7 @@ def experts_forward(module: nn.Module, hidden: torch.Tensor, top_k_index: torch.
     return out[back].view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _apply_experts(module: nn.Module, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _apply_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """rows [R, H] sorted by expert, counts [L] -> [R, H]."""
     ends = counts.cumsum(0).to(torch.int32)
     gate_up, down = _local(module.gate_up_proj), _local(module.down_proj)
@@ -48,7 +45,7 @@ def _apply_experts(module: nn.Module, rows: torch.Tensor, counts: torch.Tensor) 
     return grouped_mm(module.act_fn(gate) * up, down.transpose(-2, -1), offs=ends)
 
 
-def _apply_remote_experts(module: nn.Module, rows: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _apply_remote_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Send each row to the rank of its expert, apply, and bring the result back in the same order."""
     ranks = group.size()
     local = module.num_experts // ranks

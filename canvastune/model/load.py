@@ -34,7 +34,9 @@ def read_model_config(folder: Path) -> DiffusionGemmaConfig:
     except OSError as error:
         raise UserError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if config.get("model_type") != "diffusion_gemma":
-        raise UserError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected 'diffusion_gemma'. Give a DiffusionGemma checkpoint")
+        raise UserError(
+            f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected 'diffusion_gemma'. Give such a checkpoint"
+        )
     return DiffusionGemmaConfig.from_dict(config)
 
 
@@ -72,7 +74,9 @@ def load_weights(model: SharedModel, checkpoint: CheckpointReader, device: torch
     scalars = {form.format(i) for i in range(model.config.text_config.num_hidden_layers) for form in (DECODER_SCALAR, ENCODER_SCALAR)}
     unknown = sorted(name for name in names - known - scalars - {"lm_head.weight"} if not name.startswith(VISION))
     if unknown:
-        raise UserError(f"{checkpoint.folder}: tensor {unknown[0]!r} is not part of a DiffusionGemma ({len(unknown)} such). Is it another model?")
+        raise UserError(
+            f"{checkpoint.folder}: tensor {unknown[0]!r} is not part of a DiffusionGemma ({len(unknown)} such). Is it another model?"
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, base_name(name), checkpoint, seed, adapter=is_adapter(name))
@@ -91,7 +95,9 @@ def _fill(parameter: nn.Parameter, name: str, checkpoint: CheckpointReader, seed
         local.copy_(initial_factor(name, shape, seed)[slices])
         return
     if checkpoint.shape(name) != shape:
-        raise UserError(f"{checkpoint.folder}: tensor {name!r} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}")
+        raise UserError(
+            f"{checkpoint.folder}: tensor {name!r} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
+        )
     if local.numel():
         local.copy_(checkpoint.get_slice(name, slices))
 
@@ -102,8 +108,8 @@ def _fill_buffers(model: SharedModel, checkpoint: CheckpointReader, device: torc
         scalar, twin = (checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR))
         if not torch.equal(scalar, twin):
             raise UserError(
-                f"{checkpoint.folder}: layer {index}: the encoder's layer_scalar {twin.item():.6g} differs from the decoder's {scalar.item():.6g}; "
-                "one shared stack cannot hold both"
+                f"{checkpoint.folder}: layer {index}: the encoder's layer_scalar {twin.item():.6g} differs from "
+                f"the decoder's {scalar.item():.6g}; one shared stack cannot hold both"
             )
         layer.layer_scalar.copy_(scalar)
     decoder.embed_tokens.embed_scale.fill_(decoder.embed_tokens.scalar_embed_scale)

@@ -110,7 +110,9 @@ class _WrittenCache:
 class _SharedAttention(DiffusionGemmaDecoderTextAttention):
     """The decoder's attention, which appends to the cache for good where the encoder calls it."""
 
-    def append_to_cache(self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append_to_cache(
+        self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(past_key_values, _WrittenCache):
             return past_key_values.cache.update(key_states, value_states, self.layer_idx)
         return super().append_to_cache(past_key_values, key_states, value_states)

@@ -1,0 +1,23 @@
+# make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint
+run: .venv/installed
+	@$(BIN)/canvastune demo
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# Renewed when pyproject.toml changes.
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "canvastune needs Python 3.11 or newer: make run PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing torch, transformers, kfp and mlflow into .venv: minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,318 @@
+"""From a row to messages, and from messages to tokens with a response span (objective.md section 1).
+
+The prefix is, token for token, what inference feeds the model: the chat template's own generation prompt. The response
+is the assistant's content and the marker that closes its turn. For every conversation the two are proved against the
+template's own rendering of the whole conversation, byte for byte, before a token is trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from canvastune.config import ColumnsConfig, DataConfig
+from canvastune.errors import UserError
+
+Form = Literal["messages", "gsm8k", "columns"]
+
+_ROLES = ("system", "user", "assistant")
+_UNTRAINABLE = ("tool_calls", "function_call", "tool_responses", "reasoning", "reasoning_content", "thinking")
+_SENTINEL = "Zq7SentinelAnswer7qZ"  # stands for the answer when a template's own text is taken apart; never trained on
+# What Gemma 4's larger models write after the model turn's header when they answer without thinking. It stands in the
+# generation prompt alone, not in the rendering of a finished conversation: the one documented difference between them.
+_EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. The message is the reason, without the place."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages up to and including the last assistant turn; what a row says after it is not trained on and left out."""
+
+    messages: tuple[dict[str, str], ...]
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The messages before the answer."""
+        return list(self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The content of the last assistant turn, as it was written."""
+        return self.messages[-1]["content"]
+
+    @functools.cached_property
+    def id(self) -> str:
+        """SHA-256 of roles and contents without outer blanks: the same conversation has the same id from any file, in any form."""
+        plain = [[message["role"], message["content"].strip()] for message in self.messages]
+        return hashlib.sha256(json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+
+def needed_columns(form: Form, columns: ColumnsConfig) -> tuple[str, ...]:
+    """The keys that a row of this form must have."""
+    if form == "messages":
+        return ("messages",)
+    return ("question", "answer") if form == "gsm8k" else (columns.prompt, columns.response)
+
+
+def detect_form(config: DataConfig, keys: Sequence[str]) -> Form | None:
+    """The form of a row with these keys, or None if they are no form's. A form that the config sets is the only candidate."""
+    candidates: tuple[Form, ...] = ("messages", "gsm8k", "columns") if config.format == "auto" else (config.format,)
+    return next((form for form in candidates if set(needed_columns(form, config.columns)) <= set(keys)), None)
+
+
+def read_conversation(value: Any, form: Form, columns: ColumnsConfig) -> Conversation:
+    """Turn a row into a conversation.
+
+    Raises:
+        BadRow: a missing column, an unknown role, content that is not text, no assistant turn, nothing before it, an empty turn.
+    """
+    if not isinstance(value, dict):
+        raise BadRow(f"the row is {_kind(value)}, expected an object with the columns {', '.join(needed_columns(form, columns))}")
+    missing = [key for key in needed_columns(form, columns) if key not in value]
+    if missing:
+        raise BadRow(f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}")
+    if form == "messages":
+        messages = _check_messages(value["messages"])
+    else:
+        prompt, response = needed_columns(form, columns)
+        messages = [_turn("user", value[prompt], f"column {prompt!r}"), _turn("assistant", value[response], f"column {response!r}")]
+        if form == "columns" and columns.system is not None and value.get(columns.system) not in (None, ""):
+            messages.insert(0, _turn("system", value[columns.system], f"column {columns.system!r}"))
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise BadRow("no assistant turn")
+    if last == 0:
+        raise BadRow("no turn before the assistant's: there is nothing to answer")
+    return Conversation(tuple(messages[: last + 1]))
+
+
+def _check_messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise BadRow(f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects")
+    if not value:
+        raise BadRow("column 'messages' is an empty list")
+    messages = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise BadRow(f"message {number} is {_kind(message)}, expected an object with 'role' and 'content'")
+        if "role" not in message:
+            raise BadRow(f"message {number} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}")
+        if message["role"] not in _ROLES:
+            raise BadRow(f"message {number}: unknown role {str(message['role'])[:40]!r}, expected {', '.join(_ROLES)}")
+        if lost := [key for key in _UNTRAINABLE if message.get(key)]:
+            raise BadRow(f"message {number} carries {lost[0]!r}, which is not supported; only 'content' would be trained on")
+        if "content" not in message:
+            raise BadRow(f"message {number} ({message['role']}) has no 'content'")
+        messages.append(_turn(message["role"], message["content"], f"message {number}"))
+    return messages
+
+
+def _turn(role: str, content: Any, where: str) -> dict[str, str]:
+    if not isinstance(content, str):
+        raise BadRow(f"{where} ({role}): the content is {_kind(content)}, expected text")
+    if not content.strip() and role != "system":
+        raise BadRow(f"{where} ({role}): the content is empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at character {error.start + 1})") from None
+    return {"role": role, "content": content}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one conversation, uncut."""
+
+    prefix: list[int]  # what inference feeds: header of the model turn included
+    response: list[int]  # content and the marker that closes the turn
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the chat template itself writes for one sequence of roles."""
+
+    thought: str  # the empty thought channel at the end of the generation prompt, or ""
+    closing: str  # what follows the answer, the marker that closes the turn first
+    markers: list[int]  # control tokens of the generation prompt, in order
+    problem: str | None = None  # why conversations of this shape cannot be trained on
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer and its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+        """Take the template's end of turn apart.
+
+        Args:
+            where: the model folder, for messages.
+
+        Raises:
+            UserError: no chat template, or one whose end of turn is not a token of the tokenizer.
+        """
+        self._tokenizer = tokenizer
+        self._shapes: dict[tuple[str, ...], _Shape] = {}
+        if not tokenizer.chat_template:
+            raise UserError(f"{where}: the tokenizer has no chat template. Give a model whose folder has chat_template.jinja")
+        added = tokenizer.added_tokens_decoder
+        self._added = frozenset(added)
+        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
+        try:
+            rendered = self._render([probe])[0]
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f"{where}: the chat template cannot render a user and an assistant turn: {error}") from None
+        if rendered.count(_SENTINEL) != 1:
+            raise UserError(f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once")
+        # The newline after the marker belongs to the template's next turn, not to this one.
+        self.closing = rendered.partition(_SENTINEL)[2].rstrip()
+        self.closing_ids = self._tokenize([self.closing])[0]
+        if not self.closing_ids or not set(self.closing_ids) <= self._added:
+            raise UserError(
+                f"{where}: the chat template closes a turn with {self.closing!r}, which the tokenizer has no token for. "
+                "Template and tokenizer do not belong together: give the folder of an unchanged checkpoint"
+            )
+        self._check_boundary(self._render([probe[:1]], generation=True)[0], where)
+        # Control tokens: all special ones, and whatever opens or closes the template's turns even if it is not marked special.
+        chrome = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
+        self._control = {i for i, token in added.items() if token.special} | (self._added & set(chrome))
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | BadRow]:
+        """Encode a batch; a conversation that cannot be trained on comes back as the BadRow that says why."""
+        texts = self._texts(conversations)
+        good = [text for text in texts if not isinstance(text, BadRow)]
+        prefixes = iter(self._tokenize([prefix for prefix, _ in good]))
+        # Tokenized apart from the prefix: the boundary is then a token boundary, as it is at inference.
+        responses = iter(self._tokenize([response for _, response in good]))
+        encoded: list[Encoded | BadRow] = []
+        for conversation, text in zip(conversations, texts, strict=True):
+            if isinstance(text, BadRow):
+                encoded.append(text)
+            else:
+                encoded.append(self._check(conversation, Encoded(next(prefixes), next(responses))))
+        return encoded
+
+    def _check_boundary(self, prompt: str, where: str) -> None:
+        """Where tokens of the whole text have their boundary between prompt and answer, they must be the tokens of the two apart.
+
+        They are not if the tokenizer puts a blank before every text: the answer would be taught with one that inference never sees.
+        """
+        answer = _SENTINEL + self.closing
+        whole = self._tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in whole["offset_mapping"]]
+        if len(prompt) not in starts:  # a token straddles the boundary: only the two apart are what inference has
+            return
+        if whole["input_ids"] != [token for tokens in self._tokenize([prompt, answer]) for token in tokens]:
+            raise UserError(
+                f"{where}: the tokenizer encodes an answer differently behind the prompt and alone; it may begin every text with a blank. "
+                "Expected Gemma's tokenizer: give the folder of an unchanged checkpoint"
+            )
+
+    def _texts(self, conversations: Sequence[Conversation]) -> list[tuple[str, str] | BadRow]:
+        """Prefix and response text of each conversation, proved to make up the template's own rendering."""
+        histories = [conversation.history for conversation in conversations]
+        wholes = [list(conversation.messages) for conversation in conversations]
+        try:
+            prompts: Sequence[str | BadRow] = self._render(histories, generation=True)
+            renderings: Sequence[str | BadRow] = self._render(wholes)
+        except Exception:  # the template refuses one of them, with whatever it raises: find out which
+            prompts = [self._render_one(history, generation=True) for history in histories]
+            renderings = [self._render_one(whole) for whole in wholes]
+        texts: list[tuple[str, str] | BadRow] = []
+        for conversation, prompt, rendering in zip(conversations, prompts, renderings, strict=True):
+            if isinstance(prompt, BadRow) or isinstance(rendering, BadRow):
+                texts.append(prompt if isinstance(prompt, BadRow) else rendering)  # type: ignore[arg-type]
+            else:
+                texts.append(self._split(conversation, prompt, rendering))
+        return texts
+
+    def _split(self, conversation: Conversation, prompt: str, rendering: str) -> tuple[str, str] | BadRow:
+        shape = self._shape(conversation)
+        if shape.problem:
+            return BadRow(shape.problem)
+        stock_prefix = prompt.removesuffix(shape.thought)
+        for answer in (conversation.answer.strip(), conversation.answer):  # Gemma's templates take outer blanks away
+            if prompt.endswith(shape.thought) and rendering == stock_prefix + answer + shape.closing:
+                return prompt, answer + self.closing
+        return BadRow("the chat template changes the answer (it holds a thought or another control sequence that the template removes)")
+
+    def _check(self, conversation: Conversation, encoded: Encoded) -> Encoded | BadRow:
+        """Refuse text that became a control token: it would open or close a turn that nobody wrote."""
+        content, end = encoded.response[: -len(self.closing_ids)], encoded.response[-len(self.closing_ids) :]
+        found = [token for token in encoded.prefix if token in self._control]
+        expected = self._shape(conversation).markers
+        inside = [token for token in content if token in self._control]
+        if found == expected and not inside and end == self.closing_ids and content:
+            return encoded
+        extra = inside or _first_difference(found, expected)
+        unknown = self._tokenizer.unk_token_id
+        if extra == [unknown]:
+            return BadRow("the text holds a character that the tokenizer has no token for")
+        name = self._tokenizer.convert_ids_to_tokens(extra[0]) if extra else self.closing
+        return BadRow(f"the text holds the control token {name!r}, which would become a marker of the chat, not text")
+
+    def _shape(self, conversation: Conversation) -> _Shape:
+        roles = tuple(message["role"] for message in conversation.messages)
+        if roles not in self._shapes:
+            self._shapes[roles] = self._take_apart(roles)
+        return self._shapes[roles]
+
+    def _take_apart(self, roles: tuple[str, ...]) -> _Shape:
+        """Render one conversation of this shape with a sentinel as the answer, and find what the template writes around it."""
+        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [{"role": roles[-1], "content": _SENTINEL}]
+        sequence = ", ".join(roles)
+        rendering, prompt = self._render_one(messages), self._render_one(messages[:-1], generation=True)
+        if isinstance(rendering, BadRow) or isinstance(prompt, BadRow):
+            return _Shape(
+                "", "", [], f"the chat template refuses the turns {sequence}: {rendering if isinstance(rendering, BadRow) else prompt}"
+            )
+        before, sentinel, closing = rendering.partition(_SENTINEL)
+        thought = prompt[len(before) :]
+        if not sentinel or _SENTINEL in closing or closing.rstrip() != self.closing:
+            return _Shape("", "", [], f"the chat template writes the turns {sequence} in a way that hides where the answer ends")
+        if not prompt.startswith(before) or (thought and not _EMPTY_THOUGHT.fullmatch(thought)):
+            return _Shape(
+                "",
+                "",
+                [],
+                f"the chat template asks for an answer to the turns {', '.join(roles[:-1])} otherwise than it writes one: {prompt!r}",
+            )
+        markers = [token for token in self._tokenize([prompt])[0] if token in self._control]
+        return _Shape(thought, closing, markers)
+
+    def _render(self, conversations: list[list[dict[str, str]]], *, generation: bool = False) -> list[str]:
+        rendered: Any = self._tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=generation)
+        return list(rendered)
+
+    def _render_one(self, messages: list[dict[str, str]], *, generation: bool = False) -> str | BadRow:
+        try:
+            return self._render([messages], generation=generation)[0]
+        except Exception as error:  # a template may raise anything that its expressions raise
+            return BadRow(f"the chat template refuses it: {' '.join(str(error).split())}")
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
+
+
+def _first_difference(found: list[int], expected: list[int]) -> list[int]:
+    """The first token of `found` that is not at its place in `expected`, as a list of one; empty if there is none."""
+    for at, token in enumerate(found):
+        if at >= len(expected) or token != expected[at]:
+            return [token]
+    return []

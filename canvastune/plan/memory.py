@@ -1,0 +1,307 @@
+"""What one rank holds, moment by moment of a step: the peak is the largest moment, and its parts add up to it.
+
+The moments follow the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
+`model.experts` (rows are combined in float32), transformers' layers (each norm keeps a float32 copy of its input), and FSDP2
+(a forward pass copies a gathered group out of a flat buffer; a backward pass gathers the next group while it computes, and
+keeps the last reduction's input). What a moment holds was measured tensor by tensor; tests hold these formulas to the engine.
+
+Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from canvastune.objective import CHUNK_ELEMENTS
+from canvastune.plan.sizes import Architecture, LayerShape, Weight
+
+FLOAT = 4  # bytes of float32
+PARTS = ("weights", "gradients", "optimiser", "activations", "layer workspace", "logits and loss", "communication")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in an optimiser step."""
+
+    world_size: int
+    ep: int
+    micro_batch: int  # examples per rank and forward
+    micro_steps: int  # forwards per optimiser step
+    clean: int  # clean tokens per example
+    canvas: int  # canvas tokens per example
+    checkpointing: bool
+    self_conditioning: float  # probability that an example is denoised twice
+
+    @property
+    def efsdp(self) -> int:
+        return self.world_size // self.ep
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_batch * (self.clean + self.canvas)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that FSDP gathers and reduces together, in bytes on one rank."""
+
+    gathered: int  # whole group in the compute dtype
+    flat: int  # the collective's own buffer; 0 on one rank, where nothing is gathered
+    gradient: int  # whole gradient in the compute dtype
+    reduction: int  # whole gradient in float32: what the reduction reads
+    shard: int  # this rank's float32 gradient
+    received: int  # by an all-gather, from other ranks
+    reduced: int  # by a reduce-scatter, from other ranks
+
+
+NOTHING = Group(0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The engine's FSDP groups; a layer's experts are a group of their own under expert parallelism."""
+
+    root: Group
+    layers: tuple[Group, ...]
+    experts: tuple[Group, ...]  # NOTHING for frozen experts that FSDP leaves alone
+
+
+def fsdp_groups(architecture: Architecture, step: Step) -> Groups:
+    """Cut the model into groups as `parallel.shard_model` does."""
+    apart = step.ep > 1
+    compute = architecture.compute_bytes
+    by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
+    root = []
+    for weight in architecture.weights:
+        (root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]).append(weight)
+    alone = apart and step.efsdp == 1 and not architecture.full
+    return Groups(
+        root=_group(root, 0, step.world_size, 1, compute),
+        layers=tuple(_group(dense, 0, step.world_size, 1, compute) for dense, _ in by_layer),
+        experts=tuple(NOTHING if alone else _group(experts, 1, step.efsdp, step.ep, compute) for _, experts in by_layer),
+    )
+
+
+def local_numel(weight: Weight, step: Step) -> int:
+    """Elements of a parameter on the rank that has most of it."""
+    if weight.expert and step.ep > 1:
+        return math.prod(weight.shard(1, step.efsdp)) // step.ep
+    return math.prod(weight.shard(0, step.world_size))
+
+
+def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]:
+    """Bytes by part at each moment that can be the peak, from the second step on (the first has no optimiser state yet)."""
+    groups = fsdp_groups(architecture, step)
+    trained = [weight for weight in architecture.weights if weight.trained]
+    weights = sum(local_numel(weight, step) * weight.itemsize for weight in architecture.weights)
+    optimiser = sum(local_numel(weight, step) for weight in trained) * 2 * FLOAT
+    of_layer = [layer.shard + experts.shard for layer, experts in zip(groups.layers, groups.experts, strict=True)]
+    all_gradients = groups.root.shard + sum(of_layer)
+    accumulating = step.micro_steps > 1
+    before = all_gradients if accumulating else 0
+    steady = _steady(architecture, step)
+    kept = [steady + part for part in _running(_kept(architecture, step, layer) for layer in architecture.layers)]
+    table = architecture.vocabulary * architecture.hidden
+    table_gradient = architecture.compute_bytes * table if architecture.full else 0
+    last = len(architecture.layers) - 1
+    found: dict[str, dict[str, int]] = {}
+
+    def moment(name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int) -> None:
+        found[name] = dict(zip(PARTS, (weights, gradients, optimiser, activations, workspace, loss, communication), strict=True))
+
+    first = groups.layers[0]
+    moment("gathering the embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
+    for index in _heaviest(groups.layers):
+        layer, experts = groups.layers[index], groups.experts[index]
+        gathering = groups.root.gathered + layer.gathered + layer.flat
+        previous = groups.layers[max(0, index - 1)].flat
+        moment(f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous)
+        moment(
+            f"forward, layer {index + 1}",
+            before,
+            kept[index],
+            _forward_workspace(architecture, step),
+            0,
+            groups.root.gathered + layer.gathered + experts.gathered + (experts.flat or layer.flat),
+        )
+    all_kept = kept[last] + _tail(architecture, step)
+    # The last group's flat buffer is let go where the root's forward pass, which the loss is part of, ends.
+    left = groups.experts[last].flat if groups.experts[last].gathered else groups.layers[last].flat
+    moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + left)
+    if architecture.full:
+        sums = 2 * FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
+        moment("loss, backward", before, all_kept, 0, sums, groups.root.gathered)
+    done = 0
+    for index in range(last, -1, -1):
+        layer, experts, shape = groups.layers[index], groups.experts[index], architecture.layers[index]
+        ahead = groups.root.gathered + (groups.layers[index - 1].flat if index else 0)
+        behind = groups.layers[index + 1].reduction if index < last else 0
+        gradients = all_gradients if accumulating else done
+        rest, rows = _saved(architecture, step, shape)
+        inputs = kept[index] if step.checkpointing else kept[index] - rest - rows
+        moment(
+            f"backward, experts of layer {index + 1}",
+            gradients,
+            inputs,
+            rest + rows + _combine_workspace(architecture, step),
+            table_gradient,
+            ahead + layer.gathered + experts.gathered + behind,
+        )
+        if experts.reduction:
+            moment(
+                f"backward, reducing the experts of layer {index + 1}",
+                gradients + experts.shard,
+                inputs,
+                rest + _row_gradients(architecture, step),
+                table_gradient,
+                ahead + layer.gathered + experts.gradient + experts.reduction,
+            )
+        moment(
+            f"backward, reducing layer {index + 1}",
+            gradients + of_layer[index],
+            inputs,
+            0,
+            table_gradient,
+            ahead + layer.gradient + layer.reduction,
+        )
+        done += of_layer[index]
+    if architecture.full:
+        # The head's part waits in the compute dtype; the lookup's and the soft embedding's are added, the latter in float32.
+        compute = architecture.compute_bytes
+        sums = max(3 * compute, 2 * compute + FLOAT if step.self_conditioning else 0) * table
+        stray = groups.layers[last].flat if step.self_conditioning else 0  # pass 1's last layer is prefetched once more
+        moment(
+            "backward, embedding",
+            all_gradients - (0 if accumulating else groups.root.shard),
+            steady,
+            0,
+            sums,
+            groups.root.gathered + groups.layers[0].reduction + stray,
+        )
+    squares = max(local_numel(weight, step) for weight in trained) * FLOAT
+    moment("gradient norm and update", all_gradients, 0, squares, 0, 0)
+    return found
+
+
+def peak(found: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """The moment that holds most, and its parts."""
+    return max(found.items(), key=lambda item: sum(item[1].values()))
+
+
+def _group(weights: list[Weight], dim: int, ranks: int, ep: int, compute: int) -> Group:
+    padded = trained = whole = shard = 0
+    for weight in weights:
+        local = math.prod(weight.shard(dim, ranks)) // ep
+        padded += local * ranks
+        if weight.trained:
+            trained += local * ranks
+            whole += weight.numel // ep
+            shard += local
+    others = (ranks - 1) / ranks
+    return Group(
+        gathered=padded * compute,
+        flat=padded * compute if ranks > 1 else 0,
+        gradient=whole * compute,
+        reduction=trained * FLOAT,
+        shard=shard * FLOAT,
+        received=round(padded * compute * others),
+        reduced=round(trained * FLOAT * others),
+    )
+
+
+def _heaviest(groups: tuple[Group, ...]) -> set[int]:
+    """The layers of a forward pass that can be its peak: the last of each size."""
+    return set({group.gathered: index for index, group in enumerate(groups)}.values())
+
+
+def _running(values: Iterable[int]) -> list[int]:
+    total, sums = 0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    return sums
+
+
+def _kept(architecture: Architecture, step: Step, layer: LayerShape) -> int:
+    """From a layer's forward to its backward."""
+    if step.checkpointing:
+        return step.tokens * architecture.hidden * architecture.compute_bytes
+    return sum(_saved(architecture, step, layer))
+
+
+def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[int, int]:
+    """What autograd keeps of a layer: (all but the experts, the experts' rows)."""
+    c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
+    cast = c < FLOAT  # a norm's float32 input is a copy; in float32 it is the input itself, and some norms share one
+    clean = step.clean / (step.clean + step.canvas)
+    norms = hidden * FLOAT * ((8 if cast else 5) + (7 if trained else 0))
+    heads = FLOAT * (layer.query_width + layer.key_width) * (2 if trained else 1)
+    heads += FLOAT * layer.key_width if cast or layer.own_values else 0
+    grouped = layer.query_width > layer.key_width  # keys and values are repeated for each query head
+    clean_keys = 2 * clean * layer.query_width if grouped else 2 * layer.key_width
+    attention = c * (5 * layer.query_width + clean_keys)  # queries, keys and values of both calls, their outputs and the joined one
+    mlp = c * 4 * architecture.intermediate
+    router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
+    scalars = FLOAT * (17 + 3 * architecture.heads + 4 * layer.key_width // layer.head_dim)
+    adapters = c * architecture.rank * (7 if layer.own_values else 6)
+    per_token = norms + 2 * c * hidden + heads + attention + mlp + router + scalars + adapters
+    mask = c * step.clean**2 if layer.sliding and step.clean > architecture.window else 0
+    row = c * (architecture.expert_size * (4 if trained else 3) + hidden * (2 if trained else 1))
+    return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
+
+
+def _combine_workspace(architecture: Architecture, step: Step) -> int:
+    """Beside a layer's saved tensors while the experts' weighted rows are differentiated, in float32: the layer's widest point."""
+    c, trained = architecture.compute_bytes, architecture.full
+    rows = architecture.experts_per_token * architecture.hidden * (3 * FLOAT + (c if c < FLOAT else 0))
+    freed = 2 * architecture.hidden * FLOAT * ((c < FLOAT) + trained)  # of the two norms behind the experts
+    return step.tokens * (rows + 3 * c * architecture.hidden - freed)
+
+
+def _row_gradients(architecture: Architecture, step: Step) -> int:
+    return step.tokens * architecture.experts_per_token * architecture.hidden * architecture.compute_bytes
+
+
+def _forward_workspace(architecture: Architecture, step: Step) -> int:
+    """A layer's forward pass at its widest: the experts' rows, their output and its weighted float32 copies."""
+    c, hidden = architecture.compute_bytes, architecture.hidden
+    return step.tokens * hidden * (architecture.experts_per_token * (c + 2 * FLOAT) + 6 * c)
+
+
+def _steady(architecture: Architecture, step: Step) -> int:
+    """Kept from the embedding to the end of the backward pass: rotary tables, and what self-conditioning needs."""
+    c, hidden = architecture.compute_bytes, architecture.hidden
+    head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
+    canvas = step.micro_batch * step.canvas
+    total = step.tokens * 2 * c * head_dims
+    if step.self_conditioning:
+        total += canvas * c * hidden * (2 if architecture.full else 1)
+    if architecture.full:
+        total += canvas * (c * (4 * architecture.intermediate + 2 * hidden) + FLOAT * 4 * hidden)
+    return total
+
+
+def _tail(architecture: Architecture, step: Step) -> int:
+    """Between the last layer and the loss: the last norm, the scored rows and their gradient."""
+    c = architecture.compute_bytes
+    norm = FLOAT * (2 if architecture.full else 1) + c
+    scored = step.micro_batch * (step.clean - 1 + step.canvas)
+    return architecture.hidden * (step.tokens * norm + scored * 2 * c)
+
+
+def _loss_workspace(architecture: Architecture, step: Step) -> int:
+    """A chunk of logits at its widest, or, where the embedding is trained, its float32 gradient and a chunk's addition to it."""
+    c, vocabulary = architecture.compute_bytes, architecture.vocabulary
+    scored = step.micro_batch * (step.clean - 1 + step.canvas)
+    rows = min(max(1, CHUNK_ELEMENTS // vocabulary), scored)
+    chunk, second = rows * vocabulary, min(rows, scored - rows) * vocabulary
+    widest = (c + 2 * FLOAT) * chunk
+    if second:  # the chunk before is let go once the next one is made
+        widest = max(widest, (c + 2 * FLOAT) * second + (FLOAT + c) * chunk)
+    if not architecture.full:
+        return widest
+    table = vocabulary * architecture.hidden
+    return FLOAT * table + max(widest, c * table + (FLOAT + c) * chunk)

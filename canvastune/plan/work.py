@@ -1,0 +1,153 @@
+"""What one rank computes and sends in an optimiser step: FLOPs by part, bytes by collective.
+
+A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the whole rectangle of queries and keys, as a
+masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are left out.
+
+Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V vocabulary, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from canvastune.plan.memory import Step, fsdp_groups
+from canvastune.plan.sizes import Architecture, LayerShape, Weight
+
+Parts = dict[str, float]  # by part of the model
+
+PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = "pass 1 (self-conditioning)", "forward", "backward", "recomputed", "idle pass 1"
+LAYERS_GATHER, ROOT_GATHER = "all-gather of layers", "all-gather of the embedding"
+EXPERTS_GATHER, REDUCE, EXCHANGE = "all-gather of experts", "reduce-scatter of gradients", "all-to-all of expert rows"
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one rank's optimiser step, by pass and by part of the model."""
+
+    by_pass: dict[str, float]  # expected over the coins of self-conditioning
+    by_part: dict[str, float]  # all passes
+    model: float  # without what is computed twice or for nothing
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_pass.values())
+
+
+def count_flops(architecture: Architecture, step: Step) -> Flops:
+    """Count one rank's step, with its share of the global batch."""
+    forward: Parts = {}
+    backward: Parts = {}
+    scores = 0.0
+    for index, layer in enumerate(architecture.layers):
+        scores += _scores(step, layer)
+        for weight in architecture.weights:
+            if weight.layer == index:
+                product = _matmul(architecture, step, weight)
+                _add(forward, {weight.kind: product})
+                _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
+    recomputed = dict(forward) if step.checkpointing else {}
+    _add(recomputed, {"attention": scores * (step.checkpointing + 0.5)})  # fused kernels form the scores again in the backward pass
+    _add(forward, {"attention": scores})
+    _add(backward, {"attention": 2 * scores})
+
+    block = 6 * architecture.hidden * architecture.intermediate * step.canvas
+    row = 2 * architecture.hidden * architecture.vocabulary
+    soft = row * step.canvas  # canvas logits to the embedding, or back
+    idle = _sum(forward, {"self-conditioning": block})
+    pass_1 = _sum(idle, {"head": soft, "self-conditioning": soft})
+    scored = row * (step.clean - 1 + step.canvas)
+    _add(forward, {"self-conditioning": block, "head": scored})
+    _add(backward, {"head": scored})
+    if architecture.full:
+        _add(backward, {"head": scored, "self-conditioning": 2 * block + step.self_conditioning * soft})
+        _add(recomputed, {"head": step.self_conditioning * soft})
+
+    examples = step.micro_batch * step.micro_steps
+    passes = {
+        PASS_1: (pass_1, step.self_conditioning * examples),
+        FORWARD: (forward, examples),
+        BACKWARD: (backward, examples),
+        RECOMPUTED: (recomputed, examples),
+        IDLE: (idle, idle_pass_share(step) * step.micro_steps),
+    }
+    by_part: Parts = {}
+    for parts, times in passes.values():
+        _add(by_part, parts, times)
+    by_pass = {name: sum(parts.values()) * times for name, (parts, times) in passes.items()}
+    return Flops(by_pass, by_part, sum(by_pass[name] for name in (PASS_1, FORWARD, BACKWARD)))
+
+
+def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
+    """Bytes that one rank receives from others in an optimiser step, by collective; it sends as many."""
+    groups = fsdp_groups(architecture, step)
+    anyone = any_pass_1(step)
+    passes = 2 + anyone  # pass 1, the forward pass, and once more for the backward pass
+    exchanged = _exchanged(architecture, step)
+    return {
+        LAYERS_GATHER: step.micro_steps * (passes * sum(group.received for group in groups.layers) + anyone * groups.layers[-1].received),
+        EXPERTS_GATHER: step.micro_steps * passes * float(sum(group.received for group in groups.experts)),
+        ROOT_GATHER: float(step.micro_steps * groups.root.received),
+        REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers, *groups.experts))),
+        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning + idle_pass_share(step) / step.micro_batch),
+    }
+
+
+def any_pass_1(step: Step) -> float:
+    """Probability that some rank denoises an example of a micro-batch twice: then all of them gather the layers for it."""
+    return 1 - (1 - step.self_conditioning) ** (step.micro_batch * step.world_size)
+
+
+def idle_pass_share(step: Step) -> float:
+    """Probability that a rank has no such example in a micro-batch while another has: it runs pass 1 on one example for nothing."""
+    none = (1 - step.self_conditioning) ** step.micro_batch
+    return none * (1 - none ** (step.world_size - 1))
+
+
+def slowest_pass_1(step: Step) -> float:
+    """Expected share of a micro-batch that the rank with most coins denoises twice; the others wait for it."""
+    probability, batch = step.self_conditioning, step.micro_batch
+    cumulative, expected, term = 0.0, 0.0, (1 - probability) ** batch
+    for coins in range(batch):  # E[max] = sum over k of P(max > k)
+        cumulative += term
+        expected += 1 - min(1.0, cumulative) ** step.world_size
+        if probability < 1:
+            term *= (batch - coins) / (coins + 1) * probability / (1 - probability)
+    return expected / batch
+
+
+def _exchanged(architecture: Architecture, step: Step) -> float:
+    """Bytes of a dispatch and a combine, over all layers and examples of the step."""
+    rows = step.tokens * step.micro_steps * architecture.experts_per_token
+    away = (step.ep - 1) / step.ep  # with balanced experts
+    return 2 * len(architecture.layers) * rows * architecture.hidden * architecture.compute_bytes * away
+
+
+def _matmul(architecture: Architecture, step: Step, weight: Weight) -> float:
+    """One example's product with a weight; norms and scales have none."""
+    tokens = step.clean + step.canvas
+    if weight.kind == "experts":
+        return 2 * tokens * weight.numel * architecture.experts_per_token / architecture.experts
+    return 2.0 * tokens * weight.numel if len(weight.shape) == 2 else 0.0
+
+
+def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
+    """Where the embedding is frozen, nothing before the first layer's projections of queries, keys and values needs one."""
+    first = weight.layer == 0 and re.search(r"\.[qkv]_proj\.", weight.name) is not None
+    return architecture.full or not first or ".lora_B." in weight.name
+
+
+def _scores(step: Step, layer: LayerShape) -> float:
+    """One example's scores and their product with the values: clean on clean, and canvas on both."""
+    return 4.0 * layer.query_width * (step.clean**2 + step.canvas * (step.clean + step.canvas))
+
+
+def _add(into: Parts, parts: Parts, times: float = 1.0) -> None:
+    for name, value in parts.items():
+        into[name] = into.get(name, 0.0) + value * times
+
+
+def _sum(first: Parts, second: Parts) -> Parts:
+    total = dict(first)
+    _add(total, second)
+    return total

@@ -1,0 +1,180 @@
+"""What the page says of a run: figures, their uncertainty, and what a reader must not overlook."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from canvastune.config import RunConfig
+from canvastune.errors import UserError
+from canvastune.report.curves import Record, is_number, series
+
+_Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
+_RESTARTS = ("resumed", "restarted")
+_ROUTINE = ("checkpoint",)  # events that are counted, not listed
+_CLEARLY_WORSE = 1.01  # the last validation loss over the lowest: below this is noise
+
+
+def file_in(path: Path, name: str) -> Path:
+    """`path` itself, or the file `name` in it if it is a folder."""
+    return path / name if path.is_dir() else path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A step's JSON file.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}. Give the output folder of the step that writes {path.name}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def wilson(correct: int, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a proportion: sound for few rows and at 0 and 1 too."""
+    share, z = correct / rows, _Z95
+    middle = share + z * z / (2 * rows)
+    half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    scale = 1 + z * z / rows
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Exact match on both sides with intervals, and what changed; None if no row was scored."""
+    rows = evaluation.get("scored", evaluation.get("rows"))
+    if not rows:
+        return None
+    sides = {}
+    for side in ("before", "after"):
+        share = evaluation[f"exact_match_{side}"]
+        correct = evaluation.get(f"correct_{side}", round(share * rows))
+        low, high = wilson(correct, rows)
+        sides[side] = {"share": correct / rows, "correct": correct, "low": low, "high": high}
+    before, after = sides["before"], sides["after"]
+    clear = after["low"] > before["high"] or after["high"] < before["low"]
+    direction = "rose" if after["correct"] > before["correct"] else "fell" if after["correct"] < before["correct"] else "stayed"
+    return {"rows": rows, **sides, "clear": clear, "direction": direction}
+
+
+def training(records: list[Record], config: RunConfig) -> dict[str, Any]:
+    """Steps, time, tokens and losses of the training itself."""
+    train = [record for record in records if record["kind"] == "train"]
+    validation_steps, validation = series(records, "validation", "loss")
+    _, losses = series(records, "train", "loss")
+    _, speeds = series(records, "train", "tokens_per_second")
+    _, seconds = series(records, "train", "seconds")
+    _, memory = series(records, "train", "memory_bytes")
+    _, tokens = series(records, "train", "tokens")
+    ends = max(1, len(losses) // 30)  # the loss of one step is noise: its ends are means
+    return {
+        "steps": train[-1]["step"] if train else 0,
+        "planned_steps": config.train.steps,
+        "seconds": sum(seconds) + sum(series(records, "validation", "seconds")[1]),
+        "step_seconds": median(seconds),
+        "tokens": int(sum(tokens)),
+        "tokens_per_second": median(speeds),
+        "memory_bytes": max(memory, default=None),
+        "loss": (sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends) if losses else None,
+        "validation": (validation[0], validation[-1]) if validation else None,
+        "validation_at": (validation_steps[0], validation_steps[-1]) if validation else None,
+        "best_validation": min(zip(validation, validation_steps, strict=True), default=None),
+    }
+
+
+def median(values: list[float]) -> float | None:
+    """The middle value; None of nothing."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2 if ordered else None
+
+
+def events_of(records: list[Record]) -> tuple[list[Record], int]:
+    """Events that are told one by one, and the number of routine ones (checkpoints)."""
+    events = [record for record in records if record["kind"] == "event"]
+    told = [event for event in events if event.get("event") not in _ROUTINE]
+    return told, len(events) - len(told)
+
+
+def warnings_of(
+    config: RunConfig,
+    facts: Mapping[str, Any],
+    records: list[Record],
+    *,
+    evaluation: Mapping[str, Any] | None,
+    merge: Mapping[str, Any] | None,
+    card: Mapping[str, Any],
+) -> list[str]:
+    """What a reader must not overlook, most serious first."""
+    found = []
+    told, _ = events_of(records)
+    if merge is not None and not merge.get("passed", False):
+        found.append("The merge proof failed: merged and adapted model disagree. Do not use the merged model.")
+    skipped = [event["step"] for event in told if "skip" in str(event.get("event"))]
+    if skipped:
+        found.append(f"{_count(len(skipped), 'step was', 'steps were')} skipped: {', '.join(map(str, skipped[:10]))}.")
+    lacking = sorted({name for record in records for name, value in record.items() if value is None})
+    if lacking:
+        found.append(f"Some recorded values were not finite and are missing in the curves: {', '.join(lacking)}.")
+    if 0 < facts["steps"] < facts["planned_steps"]:
+        found.append(f"Training ended at step {facts['steps']} of {facts['planned_steps']}.")
+    match = exact_match(evaluation) if evaluation else None
+    if match and match["direction"] == "fell":
+        found.append(f"Exact match fell from {match['before']['correct']} to {match['after']['correct']} of {match['rows']} rows.")
+    elif match and not match["clear"] and match["direction"] != "stayed":
+        found.append(f"{match['rows']} rows are too few to be sure of the change in exact match: the 95% intervals overlap.")
+    if evaluation is None:
+        found.append("Not evaluated: nothing here says whether the tuned model answers better.")
+    elif match is None:
+        found.append("No row could be scored: no reference answer matches the recipe's answer pattern.")
+    best, last = facts["best_validation"], facts["validation"]
+    if best and last[1] > _CLEARLY_WORSE * best[0]:
+        found.append(f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) and ended at {last[1]:.3f}: trained too long.")
+    restarts = [event["step"] for event in told if event.get("event") in _RESTARTS]
+    if restarts:
+        times = "once" if len(restarts) == 1 else f"{len(restarts)} times"
+        found.append(f"Training was interrupted and went on {times}, from step {', '.join(map(str, restarts[:10]))}.")
+    if config.train.method == "lora" and merge is None:
+        found.append("The adapter was not merged, so nothing is proved about a merged model.")
+    bad = card.get("bad", 0)
+    if bad:
+        found.append(f"{_count(bad, 'row', 'rows')} of the data could not be read and {'was' if bad == 1 else 'were'} left out.")
+    return found
+
+
+def plan_rows(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Planned and measured side by side, for what both name; values in the unit given."""
+    pairs = (
+        ("Step time", "s", ("step_seconds", "seconds_per_step", "expected_step_seconds"), facts["step_seconds"]),
+        ("Memory per accelerator, peak", "bytes", ("memory_bytes", "memory_per_gpu_bytes", "total_bytes"), facts["memory_bytes"]),
+    )
+    flat = leaves(plan)
+    rows = []
+    for title, unit, names, measured in pairs:
+        planned = next((value for key, value in flat.items() if key.rsplit(".", 1)[-1] in names and is_number(value)), None)
+        if planned is not None and measured is not None:
+            rows.append(
+                {"title": title, "unit": unit, "planned": planned, "measured": measured, "ratio": measured / planned if planned else None}
+            )
+    return rows
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of a tree's leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= leaves(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

@@ -1,0 +1,79 @@
+"""How the page writes numbers: a reader compares them, so like is written alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+ABSENT = "not recorded"
+
+
+def whole(value: float | None) -> str:
+    """1,234,567."""
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def short(value: float | None) -> str:
+    """Three figures that count: 1.5e-4, 0.812, 12.4, 1,230, 1.23 M."""
+    if value is None:
+        return ABSENT
+    for size, name in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{name}"
+    if 0 < abs(value) < 1e-2:
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def loss(value: float | None) -> str:
+    """Three decimals."""
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def percent(share: float | None) -> str:
+    """One decimal."""
+    return ABSENT if share is None else f"{100 * share:.1f}%"
+
+
+def size(value: float | None) -> str:
+    """Bytes in GB (1e9) or MB."""
+    if value is None:
+        return ABSENT
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def duration(seconds: float | None) -> str:
+    """2 h 5 min, 3 min 12 s, 41 s, 0.25 s."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def moment(unix: float | None) -> str:
+    """A point in time, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix)) if unix else ABSENT
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A value in its unit, "s" or "bytes"."""
+    return {"s": duration, "bytes": size}[unit](value)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "whole": whole,
+    "short": short,
+    "loss": loss,
+    "percent": percent,
+    "size": size,
+    "duration": duration,
+    "moment": moment,
+    "quantity": quantity,
+}

@@ -1,0 +1,204 @@
+"""One MLflow tracking server, which may be away: calls are bounded, and a failure is one line of warning."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from canvastune.config import RunConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Answer = TypeVar("Answer")
+log = logging.getLogger("canvastune.tracking")
+
+_PROBE_SECONDS = 5.0  # a server that does not say it is healthy within this is away
+_TRUST_SECONDS = 15.0  # a server that answered this recently is not probed again
+_LOCK_SECONDS = 60.0  # an embedded store is opened in two to ten
+_AWAY_SECONDS = 10.0  # a server found away is not asked again before this
+# MLflow's own defaults may wait for a quarter of an hour: seven retries of two minutes, each with growing pauses.
+_BOUNDS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster does not call third parties unasked
+}
+_TALKATIVE = (
+    "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "mlflow.tracking.client",
+    "alembic",
+    "urllib3.connectionpool",
+)
+
+
+class TrackingError(Exception):
+    """A call to MLflow that came to nothing. The message is one line with the reason."""
+
+
+def tracking_uri(config: RunConfig, workspace: Path) -> str:
+    """MLFLOW_TRACKING_URI, else `tracking.uri`, else mlflow.db in the workspace. A relative SQLite path becomes absolute.
+
+    What stands in the environment is relative to the current folder, as MLflow has it; all else to the workspace.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or config.tracking.uri or "sqlite:///mlflow.db"
+    scheme, _, path = uri.partition(":///")
+    if scheme == "sqlite" and path and not path.startswith("/"):
+        uri = f"sqlite:///{(Path.cwd() if given else workspace.absolute()) / path}"
+    return uri
+
+
+@functools.cache
+def connect(uri: str) -> Server:
+    """The process's one connection to a server."""
+    return Server(uri)
+
+
+class Server:
+    """Asks an MLflow server things. Every wait is bounded; after a failed probe it is left alone for some seconds."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client: MlflowClient | None = None
+        self._trusted_until = 0.0
+        self._away_until = 0.0
+        self._away_reason = ""
+        self._warned: set[str] = set()
+
+    def ask(self, action: Callable[[MlflowClient], Answer]) -> Answer:
+        """The answer to `action(client)`.
+
+        Raises:
+            TrackingError: the server is away or refuses.
+        """
+        if time.monotonic() < self._away_until:
+            raise TrackingError(self._away_reason)
+        try:
+            answer = action(self._connected())
+        except Exception as error:  # whatever MLflow, the network or the artifact store came up with: training goes on
+            self._trusted_until = 0.0
+            reason = _short(error)
+            if self._answers():
+                raise TrackingError(f"refuses ({reason})") from error
+            self._away_reason, self._away_until = f"cannot be reached ({reason})", time.monotonic() + _AWAY_SECONDS
+            raise TrackingError(self._away_reason) from error
+        self._trusted_until = time.monotonic() + _TRUST_SECONDS
+        return answer
+
+    def call(self, what: str, action: Callable[[MlflowClient], Answer]) -> Answer | None:
+        """The answer, or None after a warning that says what is missing in MLflow now."""
+        try:
+            return self.ask(action)
+        except TrackingError as error:
+            self.warn(what, error)
+            return None
+
+    def warn(self, what: str, error: TrackingError) -> None:
+        """Say in one line what did not reach MLflow and why, once per kind of problem."""
+        kind = "away" if str(error).startswith("cannot be reached") else what
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning("MLflow at %s %s. The step goes on without: %s", self.uri, error, what)
+
+    def experiment(self, name: str) -> str:
+        """Id of the experiment, made if there is none.
+
+        Raises:
+            TrackingError: the server is away or refuses.
+        """
+
+        def find_or_make(client: MlflowClient) -> str:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return client.create_experiment(name, artifact_location=self._artifact_location())
+                except load_mlflow().MlflowException as error:
+                    found = client.get_experiment_by_name(name)
+                    if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+            return found.experiment_id
+
+        return self.ask(find_or_make)
+
+    def _artifact_location(self) -> str | None:
+        """Beside the database file of an embedded store (its own default is the current folder); a server knows for itself."""
+        scheme, _, path = self.uri.partition(":///")
+        return (Path(path).parent / "mlartifacts").as_uri() if scheme == "sqlite" else None
+
+    def _connected(self) -> MlflowClient:
+        if self._client is None:
+            with _sole_opener(self.uri):
+                self._client = load_mlflow().MlflowClient(self.uri, registry_uri=self.uri)
+        if time.monotonic() >= self._trusted_until:
+            self._probe()
+        return self._client
+
+    def _answers(self) -> bool:
+        try:
+            self._probe()
+        except Exception:  # the caller has an error that says more
+            return False
+        return True
+
+    def _probe(self) -> None:
+        """Raise if no server answers within seconds. Uses MLflow's own credentials, certificates and proxies."""
+        if not self.uri.startswith("http"):
+            return
+        utils = load_mlflow().utils
+        credentials = utils.credentials.get_default_host_creds(self.uri)
+        response = utils.rest_utils.http_request(
+            credentials, "/health", "GET", timeout=_PROBE_SECONDS, max_retries=0, raise_on_status=False
+        )
+        if response.status_code >= 500:  # a gateway that has lost its server; 401 to 404 come from something that will say more
+            raise TrackingError(f"/health answers {response.status_code}")
+
+
+@contextlib.contextmanager
+def _sole_opener(uri: str) -> Iterator[None]:
+    """Open an embedded store one process at a time: two that make its tables at once leave a broken file."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("w") as lock:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"another process has been opening it for {_LOCK_SECONDS:.0f} seconds") from None
+                time.sleep(0.1)
+        yield
+
+
+def load_mlflow() -> Any:
+    """Import MLflow (two seconds) with bounded waits, without telemetry and without its chatter. The user's settings win."""
+    for name, value in _BOUNDS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+def _short(error: Exception) -> str:
+    """The reason in an error: of a failed connection its last cause, which the client wraps four times."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = re.search(r"\[Errno -?\d+\] ([\w ]+)", text) or re.search(r"Caused by (.*)", text)
+    return (cause.group(1) if cause and "Max retries exceeded" in text else text)[:300]

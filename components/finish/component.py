@@ -1,0 +1,15 @@
+"""The exit task `finish`: closes the run's books, however the run ended."""
+
+from kfp.dsl import PipelineTaskFinalStatus
+
+from components.definition import component
+
+
+@component
+def finish(workspace: str, run_name: str, job_name: str, job_id: str, status: PipelineTaskFinalStatus) -> None:
+    """Mark the run finished or failed, in its folder and in MLflow."""
+    from components.finish.closing import finish
+    from components.step import last_words
+
+    with last_words():
+        finish(workspace, run_name, job_name, job_id, status.state == "SUCCEEDED")

@@ -1,0 +1,22 @@
+"""The step `merge_lora`: from the base model and an adapter to one complete checkpoint, with proof."""
+
+from kfp.dsl import Input, Model, Output
+
+from components.definition import component
+
+
+@component
+def merge_lora(config: str, run_folder: str, mlflow_run_id: str, adapter: Input[Model], merged: Output[Model]) -> None:
+    """Merge shard by shard into the run's folder; the artifact points to it."""
+    from pathlib import Path
+
+    from canvastune.merge import merge_lora
+    from canvastune.model.source import resolve_model
+    from components.step import step
+
+    with step("merge_lora", config, run_folder, mlflow_run_id) as (recipe, record):
+        merged.uri = str(Path(run_folder) / "model")
+        if not Path(merged.uri).exists():  # a retried step finds the whole model, or none
+            merge_lora(recipe, resolve_model(recipe.model), Path(adapter.path), Path(merged.uri))
+        record.outputs(Path(merged.uri))
+        record.model(Path(merged.uri), "merged")

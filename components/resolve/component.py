@@ -1,0 +1,18 @@
+"""The step `resolve`: from a recipe's text to the run's config, folder and MLflow run."""
+
+from typing import NamedTuple
+
+from components.definition import component
+
+
+@component
+def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str) -> NamedTuple(  # type: ignore[valid-type]
+    "Settings",
+    [("config", str), ("method", str), ("data_config", str), ("data_fingerprint", str), ("run_folder", str), ("mlflow_run_id", str)],
+):
+    """Validate the recipe, claim the run's folder and open its MLflow run."""
+    from components.resolve.resolution import resolve
+    from components.step import last_words
+
+    with last_words():
+        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id)

@@ -1,0 +1,118 @@
+"""From a recipe's text to the run's config, its folder, and the key under which its prepared data may be reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import canvastune
+from canvastune import tracking
+from canvastune.config import RunConfig, load_config, parse_config
+from canvastune.errors import UserError
+from components.run_folder import RunRecord, read_record, run_folder, write_record
+
+# What prepare_data reads of a checkpoint: a changed weight does not change a token.
+_TOKENIZER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class Resolved(NamedTuple):
+    """What the pipeline's later steps are given; every field is an output of the component."""
+
+    config: str  # the whole config, as JSON
+    method: str  # lora or full
+    data_config: str  # as JSON: the sections that the prepared data depends on, every other key at its default
+    data_fingerprint: str
+    run_folder: str
+    mlflow_run_id: str
+
+
+def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str) -> Resolved:
+    """Validate a recipe, and claim the folder of its run.
+
+    Args:
+        recipe: YAML or JSON text.
+        overrides: lines of `key=value`, applied in order.
+        dataset: replaces `data.source`; "" keeps the recipe's.
+        workspace: the folder that outlives the run's pods.
+        run_name: name of the run's folder; "": the pipeline job's name.
+        job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
+
+    Raises:
+        UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
+            with another recipe or other data, or that is finished.
+    """
+    config = read_recipe(recipe, [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
+    folder = run_folder(workspace, run_name, job_name)
+    data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
+    claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
+    earlier = read_record(folder)
+    if earlier is not None:
+        _refuse_other(folder, earlier, claim)
+    write_record(folder, claim)
+    parent = tracking.start_parent(config, run_name=folder.name, pipeline_run=f"{folder.name}/{job_id}", workspace=Path(workspace)) or ""
+    write_record(folder, replace(claim, mlflow_run_id=parent))
+    return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
+
+
+def read_recipe(text: str, overrides: list[str]) -> RunConfig:
+    """Read a recipe given as text. Raises: UserError, one line per problem."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return load_config(path, overrides)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "recipe")) from None
+
+
+def dataset_override(dataset: str) -> list[str]:
+    """The override that `dataset` stands for; quoted, since a path may mean something else as YAML."""
+    return [f"data.source={json.dumps(dataset)}"] if dataset else []
+
+
+def data_fingerprint(config: RunConfig) -> str:
+    """What prepared data depends on beside its config: the source's content, the tokenizer and the code that reads them.
+
+    Content that lies on the Hub is named by the config's revision and does not count here.
+    """
+    digest = hashlib.sha256()
+    code = Path(canvastune.__file__).parent / "data"
+    _feed(digest, code, sorted(code.rglob("*.py")))
+    source = Path(config.data.source).expanduser()
+    if source.exists():
+        _feed(digest, source.parent, sorted(p for p in [source, *source.rglob("*")] if p.is_file()))
+    model = Path(config.model.id)
+    _feed(digest, model, [model / name for name in _TOKENIZER_FILES if (model / name).is_file()])
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, root: Path, files: list[Path]) -> None:
+    # Every byte counts: a file that changed in one row has the size and the samples of the one before it.
+    for file in files:
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+
+
+def _refuse_other(folder: Path, earlier: RunRecord, now: RunRecord) -> None:
+    if earlier.finished and earlier.job_id != now.job_id:
+        raise UserError(f"{folder}: this run is finished, and nothing of it is overwritten. Give another run name")
+    if earlier.data_fingerprint != now.data_fingerprint:
+        raise UserError(f"{folder}: an earlier run of this name used other data (or another tokenizer). Give another run name")
+    for key, before, after in _differences(json.loads(earlier.config), json.loads(now.config)):
+        raise UserError(
+            f"{folder}: an earlier run of this name had {key} = {before!r}, now {after!r}. Give another run name, or the same recipe"
+        )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in now.items():
+        if isinstance(value, dict):
+            yield from _differences(then.get(key, {}), value, f"{prefix}{key}.")
+        elif then.get(key) != value:
+            yield prefix + key, then.get(key), value

@@ -1,0 +1,62 @@
+"""The folder of one run on the workspace: where its steps leave what outlives their pods.
+
+WORKSPACE/runs/RUN/run.json     whose folder this is, and whether the run is finished
+                   train/       checkpoints, metrics.jsonl, adapter/ or model/
+                   model/       the merged checkpoint (LoRA)
+                   report/      report.html and PNGs
+                   summary.json the run's main figures
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from canvastune.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` holds."""
+
+    job_id: str  # the pipeline job that works here
+    config: str  # JSON text
+    data_fingerprint: str
+    mlflow_run_id: str = ""
+    finished: bool = False
+
+
+def run_folder(workspace: str, run_name: str, job_name: str) -> Path:
+    """The folder of a run, by its name or, where it has none, by that of its pipeline job.
+
+    Raises:
+        UserError: no workspace, or a name that cannot be a folder's.
+    """
+    name = run_name or job_name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"run name {name!r}: expected letters, digits, '-', '_' and '.', beginning with a letter or a digit")
+    if not Path(workspace).is_dir():
+        raise UserError(f"workspace {workspace}: no such folder. Mount the volume there, or give the folder where it is mounted")
+    return Path(workspace).absolute() / "runs" / name
+
+
+def workspace_of(folder: Path | str) -> Path:
+    """The workspace that a run's folder lies in."""
+    return Path(folder).parent.parent
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of the run whose folder this is; None where no run has begun."""
+    path = folder / "run.json"
+    return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write `run.json`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".run.json-{os.getpid()}"
+    partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder / "run.json")

@@ -1,0 +1,151 @@
+"""`canvastune`: the commands a person types. Each one puts the rooms together and calls one of them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+from canvastune import __version__
+from canvastune.config import RunConfig, load_config
+from canvastune.errors import UserError
+
+_DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
+_EXAMPLES = """examples:
+  canvastune demo                                        everything on a tiny model, in minutes, without a GPU
+  canvastune run pipelines/recipes/tiny_lora.yaml        the pipeline on this machine
+  canvastune run my.yaml --set lora.rank=32 --set data.source=my.jsonl
+  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
+  canvastune prepare my.yaml --output prepared           the data alone, with a card that accounts for every row
+  canvastune compile -o finetune.yaml                    the pipeline for Kubeflow: kfp run create -f finetune.yaml ...
+  canvastune make-tiny-model tiny                        a small random model of the same architecture
+
+Training alone, for example on one machine with 8 GPUs:
+  torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code: 0 done, 1 refused or failed with the reason on standard error, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the run's processes too
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"canvastune: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("canvastune: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from pipelines.local import run_recipe
+
+    run_recipe(_config(options), options.workspace, options.run_name)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from pipelines.demo import demo
+
+    demo()
+
+
+def _compile(options: argparse.Namespace) -> None:
+    if options.output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{options.output}: expected a name that ends in .yaml")
+    from kfp.compiler import Compiler
+
+    from pipelines.finetune import finetune
+
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    Compiler().compile(finetune, str(options.output))
+    print(options.output)
+
+
+def _make_tiny_model(options: argparse.Namespace) -> None:
+    from canvastune.tiny import make_tiny_model
+
+    make_tiny_model(options.folder)
+    print(options.folder)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from canvastune.planner import make_plan
+
+    from canvastune.model.source import resolve_model
+
+    config = _config(options)
+    print(make_plan(config, resolve_model(config.model, weights=False), options.gpus or config.parallel.nproc_per_node))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from canvastune.data.prepare import prepare_data
+    from canvastune.model.source import resolve_model
+
+    config = _config(options)
+    prepare_data(config, resolve_model(config.model, weights=False), options.output)
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    return load_config(options.recipe, options.set)
+
+
+def _gigabytes(text: str) -> float:
+    """`80`, `80GB` or `80GiB` as GB (1e9 bytes)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)?", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected gigabytes: 80GB, or 80GiB")
+    return float(found[1]) * (2**30 / 1e9 if (found[2] or "").lower() == "gib" else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "canvastune", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"canvastune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as pipelines/recipes/tiny_lora.yaml")
+    recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
+    workspace = argparse.ArgumentParser(add_help=False)
+    workspace.add_argument(
+        "--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="where runs are kept (default: %(default)s)"
+    )
+
+    run = commands.add_parser("run", parents=[recipe, workspace], help="run the whole pipeline on this machine")
+    run.add_argument(
+        "--run-name", metavar="NAME", help="name of a new run, or of an unfinished one to go on with (default: recipe and time)"
+    )
+    run.set_defaults(command=_run)
+
+    demo = commands.add_parser("demo", help="the pipeline on a tiny model that it makes first; minutes, no GPU")
+    demo.set_defaults(command=_demo)
+
+    plan = commands.add_parser("plan", parents=[recipe], help="what a run will need of its hardware, without weights or a GPU")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: the recipe's parallel.nproc_per_node")
+    plan.add_argument(
+        "--gpu-memory", type=_gigabytes, metavar="SIZE", help="memory of each, as 80GB (default: the recipe's hardware.gpu_memory)"
+    )
+    plan.set_defaults(command=_plan)
+
+    prepare = commands.add_parser("prepare", parents=[recipe], help="read, check, split and tokenize a recipe's data")
+    prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    prepare.set_defaults(command=_prepare)
+
+    compiling = commands.add_parser("compile", help="write the pipeline for Kubeflow")
+    compiling.add_argument("-o", "--output", type=Path, default=Path("finetune.yaml"), metavar="FILE", help="(default: %(default)s)")
+    compiling.set_defaults(command=_compile)
+
+    tiny = commands.add_parser("make-tiny-model", help="write a small random DiffusionGemma, as the Hub would have it")
+    tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    tiny.set_defaults(command=_make_tiny_model)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

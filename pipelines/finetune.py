@@ -1,0 +1,82 @@
+"""The product as one graph: prepare data -> plan -> train -> merge the adapter (LoRA alone) -> evaluate -> report."""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.definition import IMAGE
+from components.evaluate.component import evaluate
+from components.finish.component import finish
+from components.merge_lora.component import merge_lora
+from components.plan.component import plan
+from components.prepare_data.component import prepare_data
+from components.report.component import report
+from components.resolve.component import resolve
+from components.train.component import train
+
+JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
+
+
+@dsl.pipeline(name="canvastune-finetune", description="Fine-tune DiffusionGemma: full or LoRA, merged, evaluated and reported")
+def finetune(
+    recipe: str,
+    overrides: str = "",
+    dataset: str = "",
+    workspace: str = "/workspace",
+    run_name: str = "",
+    pipeline_image: str = IMAGE,
+) -> None:
+    """
+    Args:
+        recipe: the recipe as YAML or JSON text.
+        overrides: changes to it, a line of `key=value` each.
+        dataset: replaces the recipe's `data.source`; "" keeps it.
+        workspace: the folder that outlives the run's pods: checkpoints, merged model and report go to `runs/RUN` below it.
+        run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.
+        pipeline_image: image of every step.
+    """
+
+    def fresh(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task that Kubeflow never answers from its cache. Set on each: the run's own switch does not reach into groups."""
+        return task.set_container_image(pipeline_image).set_caching_options(False)
+
+    closing = fresh(finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID))
+    with dsl.ExitHandler(closing):
+        run = fresh(
+            resolve(
+                recipe=recipe,
+                overrides=overrides,
+                dataset=dataset,
+                workspace=workspace,
+                run_name=run_name,
+                job_name=JOB_NAME,
+                job_id=JOB_ID,
+            )
+        ).outputs
+        common = {key: run[key] for key in ("config", "run_folder", "mlflow_run_id")}
+
+        data = prepare_data(config=run["data_config"], content=run["data_fingerprint"])
+        data.set_container_image(pipeline_image)
+        dataset_made = data.outputs["dataset"]
+
+        planned = fresh(plan(**common))
+        training = fresh(train(**common, dataset=dataset_made)).after(planned)
+
+        def judge(tuned: Any) -> None:
+            answers = fresh(evaluate(**common, dataset=dataset_made, tuned=tuned))
+            fresh(
+                report(
+                    **common,
+                    metrics=training.outputs["metrics"],
+                    dataset=dataset_made,
+                    plan=planned.outputs["plan"],
+                    evaluation=answers.outputs["evaluation"],
+                    tuned=tuned,
+                )
+            )
+
+        with dsl.If(run["method"] == "lora", name="lora"):
+            merging = fresh(merge_lora(**common, adapter=training.outputs["trained"]))
+            judge(merging.outputs["merged"])
+        with dsl.Else(name="full"):
+            judge(training.outputs["trained"])
