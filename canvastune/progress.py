@@ -35,7 +35,8 @@ class TrainingProgress:
             if step == 1 or step % self._log_every == 0 or step == self._steps:
                 self._print(
                     f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
-                    f"diffusion {record['diffusion_loss']:.4f}  autoregressive {record['autoregressive_loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
+                    f"diffusion {record['diffusion_loss']:.4f}  autoregressive {record['autoregressive_loss']:.4f}  "
+                    f"grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
                     f"{record['tokens_per_second']:,.0f} tokens/s  {self._left(step)}"
                 )
         elif record["kind"] == "validation":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -50,6 +51,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
     from pipelines.demo import demo
 
     demo()

@@ -91,6 +91,7 @@ def _surroundings() -> Iterator[Path]:
     environment, executable = dict(os.environ), sys.executable
     with tempfile.TemporaryDirectory(prefix="canvastune-") as scratch:
         os.environ |= {
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other rank of a small machine
             "PYTHONUNBUFFERED": "1",  # words appear when they are said
             "TQDM_DISABLE": "1",  # bars would come as a line per update
             "TMPDIR": scratch,  # the runner leaves a folder per task behind

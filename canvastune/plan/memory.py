@@ -74,7 +74,7 @@ def fsdp_groups(architecture: Architecture, step: Step) -> Groups:
     apart = step.ep > 1
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
-    root = []
+    root: list[Weight] = []
     for weight in architecture.weights:
         (root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]).append(weight)
     alone = apart and step.efsdp == 1 and not architecture.full
@@ -113,7 +113,7 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
         found[name] = dict(zip(PARTS, (weights, gradients, optimiser, activations, workspace, loss, communication), strict=True))
 
     first = groups.layers[0]
-    moment("gathering the embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
+    moment("gathering, embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
     for index in _heaviest(groups.layers):
         layer, experts = groups.layers[index], groups.experts[index]
         gathering = groups.root.gathered + layer.gathered + layer.flat
@@ -133,7 +133,7 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
     moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + left)
     if architecture.full:
         sums = 2 * FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
-        moment("loss, backward", before, all_kept, 0, sums, groups.root.gathered)
+        moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered)
     done = 0
     for index in range(last, -1, -1):
         layer, experts, shape = groups.layers[index], groups.experts[index], architecture.layers[index]
@@ -182,13 +182,22 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
             groups.root.gathered + groups.layers[0].reduction + stray,
         )
     squares = max(local_numel(weight, step) for weight in trained) * FLOAT
-    moment("gradient norm and update", all_gradients, 0, squares, 0, 0)
+    moment("update", all_gradients, 0, squares, 0, 0)
     return found
 
 
 def peak(found: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
     """The moment that holds most, and its parts."""
     return max(found.items(), key=lambda item: sum(item[1].values()))
+
+
+def highest_by_phase(found: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Bytes of the highest moment of each phase, the phases in a step's order."""
+    highest: dict[str, int] = {}
+    for name, parts in found.items():
+        phase = name.split(",")[0]
+        highest[phase] = max(highest.get(phase, 0), sum(parts.values()))
+    return highest
 
 
 def _group(weights: list[Weight], dim: int, ranks: int, ep: int, compute: int) -> Group:
@@ -277,6 +286,8 @@ def _steady(architecture: Architecture, step: Step) -> int:
     head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
     canvas = step.micro_batch * step.canvas
     total = step.tokens * 2 * c * head_dims
+    if step.clean > architecture.window:
+        total += step.clean**2  # the sliding layers' mask, a byte each
     if step.self_conditioning:
         total += canvas * c * hidden * (2 if architecture.full else 1)
     if architecture.full:

@@ -192,4 +192,3 @@ def _kind(name: str) -> str:
         if part in name:
             return kind
     raise ValueError(f"{name}: a weight of no known kind: the planner does not know this model")
-

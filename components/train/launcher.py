@@ -43,6 +43,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     output.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
         log_data(config, record.parent, dataset, workspace=workspace_of(output.parent))
+        record.dataset(dataset, "training")
     write_config(config, output / "recipe.yaml")
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=output))
     processes = config.parallel.nproc_per_node
