@@ -77,12 +77,14 @@ def _make_tiny_model(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from canvastune.planner import make_plan
+    from canvastune.planner import find_architecture, make_plan, refuse_if_too_big
 
-    from canvastune.model.source import resolve_model
-
+    if options.gpu_memory is not None:
+        options.set.append(f"hardware.gpu_memory={options.gpu_memory}")
     config = _config(options)
-    print(make_plan(config, resolve_model(config.model, weights=False), options.gpus or config.parallel.nproc_per_node))
+    plan = make_plan(config, find_architecture(config.model), options.gpus or config.parallel.nproc_per_node)
+    print(plan)
+    refuse_if_too_big(plan)
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -10,13 +10,12 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     """Compute memory, FLOPs and time of the run from the model's config alone; fail if it cannot fit."""
     from pathlib import Path
 
-    from canvastune.planner import make_plan, write_plan
+    from canvastune.planner import find_architecture, make_plan, write_plan
 
-    from canvastune.model.source import resolve_model
     from components.step import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
-        made = make_plan(recipe, resolve_model(recipe.model, weights=False), recipe.parallel.nproc_per_node)
+        made = make_plan(recipe, find_architecture(recipe.model), recipe.parallel.nproc_per_node)
         write_plan(made, recipe, Path(plan.path))
         print((Path(plan.path) / "plan.txt").read_text(encoding="utf-8"))
         record.outputs(Path(plan.path))
