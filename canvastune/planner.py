@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from canvastune.config import ModelConfig, RunConfig
 from canvastune.errors import UserError
@@ -293,8 +294,12 @@ Tried = Iterator[tuple[RunConfig, int, tuple[str, ...]]]  # a changed recipe, it
 def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerator: Accelerator, limit: int) -> Iterator[Change]:
     """Changes that fit, at most three levers together, the mildest first; none that holds a smaller one."""
 
+    @functools.cache
+    def under(method: Literal["lora", "full"]) -> Architecture:
+        return read_architecture(_with(config, "train", method=method), model)
+
     def needed(changed: RunConfig, ranks: int) -> int | None:
-        architecture = read_architecture(changed, model)
+        architecture = under(changed.train.method)
         try:
             _check_divisibility(changed, architecture, ranks)
         except UserError:

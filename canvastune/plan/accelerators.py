@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from canvastune.errors import UserError
 from canvastune.plan.memory import Step, fsdp_groups, local_numel
 from canvastune.plan.sizes import Architecture
-from canvastune.plan.work import EXCHANGE, IDLE, PASS_1, Flops, any_pass_1, slowest_pass_1
+from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, IDLE, PASS_1, Flops, any_pass_1, slowest_pass_1
 
 MATMUL_SHARE = 0.45  # of the peak, over a whole step: the engine's goal, and what well-tuned mixture-of-experts training reaches
 BANDWIDTH_SHARE = 0.8  # of memory bandwidth
@@ -99,7 +99,6 @@ def step_time(architecture: Architecture, step: Step, flops: Flops, received: di
     """
     rate = peak_rate(architecture, accelerator) * MATMUL_SHARE
     bandwidth = accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE
-    link = (accelerator.link if step.world_size <= accelerator.per_node else accelerator.network) * 1e9 * LINK_SHARE
     computed = flops.total
     if step.self_conditioning:  # idle passes are made while the slowest rank makes its own
         computed += flops.by_pass[PASS_1] * (slowest_pass_1(step) / step.self_conditioning - 1) - flops.by_pass[IDLE]
@@ -111,10 +110,25 @@ def step_time(architecture: Architecture, step: Step, flops: Flops, received: di
     groups = fsdp_groups(architecture, step)
     all_bytes = sum(group.gathered for group in (groups.root, *groups.layers)) + (expert_bytes if step.ep > 1 else 0)
     trained = sum(local_numel(weight, step) for weight in architecture.weights if weight.trained)
+    everywhere, across_nodes = _rate(accelerator, 1, step.world_size), _rate(accelerator, step.ep, step.efsdp)
+    gathered = [(name, size) for name, size in received.items() if name != EXCHANGE]
     return Seconds(
         experts=max(in_experts / rate, passes * expert_bytes / bandwidth),
         everything_else=max((computed - in_experts) / rate, passes * (all_bytes - expert_bytes) / bandwidth),
-        gathering=sum(bytes_ for name, bytes_ in received.items() if name != EXCHANGE) / link,
-        exchange=received[EXCHANGE] / link,
+        gathering=sum(size / (across_nodes if name in (EXPERTS_GATHER, EXPERTS_REDUCE) else everywhere) for name, size in gathered),
+        exchange=received[EXCHANGE]
+        / (_rate(accelerator, 1, step.ep) if step.ep <= accelerator.per_node else accelerator.network * LINK_SHARE * 1e9),
         update=trained * UPDATE_BYTES / bandwidth,
     )
+
+
+def _rate(accelerator: Accelerator, stride: int, ranks: int) -> float:
+    """Bytes/s at which each rank of a ring receives, whose members are `stride` ranks apart.
+
+    Across nodes a ring goes through the adapters of all its members of a node: a world-wide one through every adapter, one of
+    experts' shards, with one member per node, through that member's own.
+    """
+    rate = accelerator.link
+    if stride * ranks > accelerator.per_node:
+        rate = min(rate, accelerator.network * max(1, accelerator.per_node // stride))
+    return rate * 1e9 * LINK_SHARE

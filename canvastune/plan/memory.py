@@ -10,6 +10,7 @@ Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,17 +72,22 @@ class Groups:
 
 def fsdp_groups(architecture: Architecture, step: Step) -> Groups:
     """Cut the model into groups as `parallel.shard_model` does."""
-    apart = step.ep > 1
+    return _groups(architecture, step.world_size, step.ep)
+
+
+@functools.lru_cache(maxsize=64)  # the searches change the batch far more often than the mesh
+def _groups(architecture: Architecture, world_size: int, ep: int) -> Groups:
+    apart, efsdp = ep > 1, world_size // ep
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
     root: list[Weight] = []
     for weight in architecture.weights:
         (root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]).append(weight)
-    alone = apart and step.efsdp == 1 and not architecture.full
+    alone = apart and efsdp == 1 and not architecture.full
     return Groups(
-        root=_group(root, 0, step.world_size, 1, compute),
-        layers=tuple(_group(dense, 0, step.world_size, 1, compute) for dense, _ in by_layer),
-        experts=tuple(NOTHING if alone else _group(experts, 1, step.efsdp, step.ep, compute) for _, experts in by_layer),
+        root=_group(root, 0, world_size, 1, compute),
+        layers=tuple(_group(dense, 0, world_size, 1, compute) for dense, _ in by_layer),
+        experts=tuple(NOTHING if alone else _group(experts, 1, efsdp, ep, compute) for _, experts in by_layer),
     )
 
 

@@ -59,7 +59,7 @@ class LayerShape:
     own_values: bool  # False: the keys serve as values (full layers have no v_proj)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as itself: a thousand weights are no key
 class Architecture:
     """A model under one training method."""
 

@@ -18,7 +18,8 @@ Parts = dict[str, float]  # by part of the model
 
 PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = "pass 1 (self-conditioning)", "forward", "backward", "recomputed", "idle pass 1"
 LAYERS_GATHER, ROOT_GATHER = "all-gather of layers", "all-gather of the embedding"
-EXPERTS_GATHER, REDUCE, EXCHANGE = "all-gather of experts", "reduce-scatter of gradients", "all-to-all of expert rows"
+REDUCE, EXPERTS_GATHER = "reduce-scatter of gradients", "all-gather of experts"
+EXPERTS_REDUCE, EXCHANGE = "reduce-scatter of experts' gradients", "all-to-all of expert rows"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
         LAYERS_GATHER: step.micro_steps * (passes * sum(group.received for group in groups.layers) + anyone * groups.layers[-1].received),
         EXPERTS_GATHER: step.micro_steps * passes * float(sum(group.received for group in groups.experts)),
         ROOT_GATHER: float(step.micro_steps * groups.root.received),
-        REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers, *groups.experts))),
+        REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))),
+        EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
         EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning + idle_pass_share(step) / step.micro_batch),
     }
 

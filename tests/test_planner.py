@@ -1,0 +1,350 @@
+"""The plan against the engine: every tensor it holds, every FLOP and byte of a step; the released model's known sizes; refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import DiffusionGemmaConfig
+
+from canvastune import planner
+from canvastune.config import ModelConfig, RunConfig, load_config
+from canvastune.errors import UserError
+from canvastune.objective import losses
+from canvastune.plan import work
+from canvastune.plan.memory import Step, moments, peak
+from canvastune.plan.sizes import Architecture, read_architecture
+from canvastune.planner import SHIPPED, Plan, as_tree, find_architecture, make_plan, plan_text, refuse_if_too_big, write_plan
+from tests.live_bytes import batch_of, lone_rank, measure, sharded_model
+from tests.small import run_config, shared_model, write_checkpoint
+
+RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
+GIB = 2**30
+CANVAS = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config.json alone, of a model where weights, activations and logits all matter."""
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 64,
+        "num_experts": 16,
+        "top_k_experts": 4,
+        "moe_intermediate_size": 32,
+    }
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    folder = tmp_path_factory.mktemp("middling")
+    DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS).save_pretrained(folder)
+    return folder
+
+
+def recipe(name: str, *overrides: str) -> RunConfig:
+    return load_config(RECIPES / f"{name}.yaml", list(overrides))
+
+
+@functools.cache
+def released(name: str, *overrides: str, ranks: int = 8) -> Plan:
+    return make_plan(recipe(name, *overrides), SHIPPED, ranks)
+
+
+def refusal(name: str, *overrides: str, ranks: int = 8) -> str:
+    with pytest.raises(UserError) as error:
+        refuse_if_too_big(released(name, *overrides, ranks=ranks))
+    return str(error.value)
+
+
+def described(folder: Path) -> DiffusionGemmaConfig:
+    return DiffusionGemmaConfig.from_pretrained(folder)
+
+
+def test_the_released_model_has_its_known_parameters_by_kind() -> None:
+    counts = released("gsm8k_sft").parameters
+    expected = {
+        "experts": 22.84,
+        "attention": 1.11,
+        "embedding": 0.74,
+        "dense MLP": 0.54,
+        "vision tower (not in memory)": 0.57,
+        "total": 25.82,
+    }
+    assert {kind: round(counts[kind].total / 1e9, 2) for kind in expected} == expected
+    assert round(counts["total"].active / 1e9, 2) == 3.84
+    frozen = counts["router"].total + counts["vision tower (not in memory)"].total
+    assert counts["total"].trained == counts["total"].total - frozen, "full fine-tuning trains all but the router and the vision tower"
+
+
+def test_an_adapter_of_rank_16_on_the_released_model_has_18_6_million_parameters() -> None:
+    counts = released("gsm8k_lora").parameters
+    assert counts["total"].trained == counts["adapters"].total == 18_585_600
+    assert released("gsm8k_lora", "lora.rank=32").parameters["adapters"].total == 2 * 18_585_600
+
+
+def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
+    full, lora = released("gsm8k_sft"), released("gsm8k_lora")
+    assert full.memory_bytes / GIB == pytest.approx(53, rel=0.03)
+    assert lora.memory_bytes / GIB == pytest.approx(8.9, rel=0.03)
+    assert full.fits
+    assert lora.fits
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_planned_weights_and_optimiser_are_those_of_the_sharded_model(method: str, middling: Path) -> None:
+    for world_size, ep in ((3, 1), (4, 4), (8, 2)):
+        config = run_config(method, ep, precision="bfloat16")
+        step = Step(world_size, ep, 1, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
+        planned = next(iter(moments(read_architecture(config, middling), step).values()))
+        with lone_rank(world_size):
+            model = sharded_model(config, described(middling), world_size)
+            local = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
+        assert planned["weights"] == sum(tensor.nbytes for tensor, _ in local), f"{world_size} ranks, ep {ep}"
+        assert planned["optimiser"] == sum(2 * tensor.nbytes for tensor, trained in local if trained), f"{world_size} ranks, ep {ep}"
+
+
+CASES = {
+    "one rank": ("full", "bfloat16", Step(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5)),
+    "data parallel, all activations kept": ("full", "float32", Step(2, 1, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0)),
+    "expert parallel, two forwards a step": ("full", "bfloat16", Step(4, 4, 1, 2, 96, CANVAS, checkpointing=True, self_conditioning=1)),
+    "experts sharded twice": ("full", "float32", Step(8, 2, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=1)),
+    "adapters, frozen experts left alone": ("lora", "bfloat16", Step(4, 4, 2, 1, 96, CANVAS, checkpointing=True, self_conditioning=1)),
+    "adapters, experts sharded twice": ("lora", "float32", Step(8, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, precision, step = CASES[case]
+    config = run_config(method, step.ep, precision=precision)
+    architecture = read_architecture(config, middling)
+    live = measure(monkeypatch, config, described(middling), step)
+    found = moments(architecture, step)
+    found.pop("update")  # not part of what was measured
+    moment, parts = peak(found)
+    assert sum(parts.values()) == pytest.approx(live.peak, rel=0.04), f"planned peak: {moment}, {parts}"
+    received = work.count_bytes(architecture, dataclasses.replace(step, self_conditioning=float(step.self_conditioning > 0)))
+    gathered = received[work.LAYERS_GATHER] + received[work.EXPERTS_GATHER] + received[work.ROOT_GATHER]
+    assert gathered == live.received["all-gather"]
+    assert received[work.REDUCE] + received[work.EXPERTS_REDUCE] == live.received["reduce-scatter"]
+    assert received[work.EXCHANGE] == live.received["all-to-all"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "coins"), [("full", True, 1), ("full", False, 0), ("lora", True, 0), ("lora", False, 1)]
+)
+def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: bool, coins: int, small: Path) -> None:
+    config = run_config(method)
+    architecture = read_architecture(config, small)
+    step = Step(1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins)
+    model = shared_model(small, config)
+    with FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS) as counter:
+        batch = batch_of(step, architecture.vocabulary)
+        loss, _, _ = losses(model, batch, (1.0, 1.0), any_coin=bool(coins), checkpointing=checkpointing)
+        loss.backward()
+    planned = work.count_flops(architecture, step)
+    assert planned.total == counter.get_total_flops()
+    assert sum(planned.by_part.values()) == pytest.approx(planned.total)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
+    """[R, k] by [E, k, n], each row by one expert; or [m, R] by [R, n], summed over each expert's rows."""
+    return 2 * first[0] * first[1] * second[-1]
+
+
+_CPU_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped,
+}
+
+
+def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:
+    architecture = read_architecture(run_config("full"), middling)
+    step = Step(4, 1, 2, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
+    flops = work.count_flops(architecture, step)
+    kept = work.count_flops(architecture, dataclasses.replace(step, checkpointing=False))
+    assert flops.model == kept.model
+    assert flops.model + flops.by_pass[work.RECOMPUTED] + flops.by_pass[work.IDLE] == pytest.approx(flops.total)
+    assert flops.by_pass[work.IDLE] > 0
+
+
+def test_the_coins_of_self_conditioning_are_counted_by_their_probabilities() -> None:
+    for batch, world_size in ((1, 1), (1, 3), (3, 2)):
+        step = Step(world_size, 1, batch, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.3)
+        anyone = idle = slowest = 0.0
+        for coins in itertools.product([0, 1], repeat=batch * world_size):
+            probability = 0.3 ** sum(coins) * 0.7 ** (len(coins) - sum(coins))
+            by_rank = [sum(coins[rank * batch : (rank + 1) * batch]) for rank in range(world_size)]
+            anyone += probability * any(coins)
+            idle += probability * (any(coins) and not by_rank[0])
+            slowest += probability * max(by_rank) / batch
+        expected = (anyone, idle, slowest)
+        assert (work.any_pass_1(step), work.idle_pass_share(step), work.slowest_pass_1(step)) == pytest.approx(expected)
+        always = dataclasses.replace(step, self_conditioning=1.0)
+        assert (work.any_pass_1(always), work.idle_pass_share(always), work.slowest_pass_1(always)) == (1, 0, 1)
+
+
+def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not() -> None:
+    plan = released("gsm8k_sft")
+    batch, length = plan.largest_micro_batch, plan.largest_sequence
+    assert batch is not None
+    assert length is not None
+    for fits, grown in ((True, 0), (False, 1)):
+        count = batch + grown
+        assert released("gsm8k_sft", f"train.global_batch_size={8 * count}").fits is fits, f"{count} examples a forward"
+        assert released("gsm8k_sft", f"data.seq_length={length + grown}").fits is fits, f"{length + grown} tokens"
+
+
+def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smallest_change() -> None:
+    told = refusal("gsm8k_sft", "train.activation_checkpointing=false", "train.global_batch_size=64", "hardware.gpu_memory=70")
+    assert "and has 70.0 GB" in told
+    assert "optimiser 25.2" in told
+    assert "The smallest change that fits: --set train.activation_checkpointing=true" in told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hardware.gpu_memory=40"],
+        ["data.seq_length=65536"],
+        ["train.activation_checkpointing=false", "train.global_batch_size=512"],
+    ],
+)
+def test_every_change_that_a_refusal_names_fits(overrides: list[str]) -> None:
+    plan = released("gsm8k_sft", *overrides)
+    assert not plan.fits
+    assert plan.changes
+    for change in plan.changes:
+        ranks = next((int(setting.split()[0]) for setting in change.settings if setting.endswith("ranks")), 8)
+        settings = [setting for setting in change.settings if "=" in setting]
+        changed = released("gsm8k_sft", *overrides, *settings, ranks=ranks)
+        assert changed.fits, change.settings
+        assert changed.needed_bytes == change.memory_bytes
+
+
+def test_what_no_change_can_make_fit_is_refused_as_such() -> None:
+    assert "No change of batch, sequence, method or number of ranks fits" in refusal("gsm8k_lora", "hardware.gpu_memory=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "told"),
+    [
+        (["parallel.ep=8"], 12, "parallel.ep: 8 does not divide the number of ranks, 12. Choose one of 1, 2, 4"),
+        (["parallel.ep=24", "train.global_batch_size=24"], 24, "parallel.ep: 24 does not divide the model's number of experts, 128"),
+        (["train.global_batch_size=24"], 24, "parallel.ep: 24 ranks with ep 8 shard each expert over 3"),
+        (["train.global_batch_size=12"], 8, "train.global_batch_size: 12 does not divide over 8 ranks"),
+        (["train.micro_batch_size=3"], 8, "Try --set train.global_batch_size=24"),
+        (["hardware.accelerator=h1000"], 8, "hardware.accelerator: found 'h1000', expected one of"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_by_name(overrides: list[str], ranks: int, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        released("gsm8k_sft", *overrides, ranks=ranks)
+    assert told in str(error.value)
+
+
+def test_a_config_that_is_not_a_diffusion_gemma_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}', encoding="utf-8")
+    with pytest.raises(UserError, match="gemma3"):
+        make_plan(recipe("gsm8k_lora"), tmp_path, 8)
+
+
+def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(config: ModelConfig, *, weights: bool) -> Path:
+        raise UserError(f"{config.id} cannot be fetched")
+
+    monkeypatch.setattr(planner, "resolve_model", unreachable)
+    config = recipe("gsm8k_lora")
+    assert find_architecture(config.model) == SHIPPED
+    assert "The Hub cannot be reached" in plan_text(make_plan(config, find_architecture(config.model), 8))
+    with pytest.raises(UserError, match="someone/else cannot be fetched"):
+        find_architecture(ModelConfig(id="someone/else"))
+
+
+def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:
+    seconds = [released("gsm8k_lora", f"hardware.accelerator={name}").step_seconds for name in ("b200", "h100", "a100", "l40s")]
+    assert seconds == sorted(seconds)
+    plan = released("gsm8k_sft", "train.global_batch_size=64")
+    spread = released("gsm8k_sft", "train.global_batch_size=64", ranks=64)
+    assert spread.step_seconds < plan.step_seconds
+    assert plan.tokens_per_step == spread.tokens_per_step == 64 * (1024 + 256)
+    assert 0.05 < plan.model_flops_utilisation < 0.45
+
+
+def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(tmp_path: Path, middling: Path) -> None:
+    config = recipe("gsm8k_lora")
+    plan = make_plan(config, middling, 8)
+    write_plan(plan, config, tmp_path / "plan")
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(as_tree(plan)))
+    assert written["memory_bytes"] == sum(written["memory"].values())
+    assert written["step_seconds"] > 0
+    assert (tmp_path / "plan" / "plan.txt").read_text(encoding="utf-8") == str(plan)
+    assert (tmp_path / "plan" / "provenance.json").is_file()
+    too_big = released("gsm8k_sft", "hardware.gpu_memory=16")
+    with pytest.raises(UserError):
+        write_plan(too_big, config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_table_says_whether_it_fits_and_what_would() -> None:
+    fits, not_ = plan_text(released("gsm8k_lora")), plan_text(released("gsm8k_sft", "hardware.gpu_memory=40"))
+    assert "\nFits.\n" in fits
+    assert "\nDoes not fit.\n" in not_
+    assert "Would fit with train.method=lora" in not_
+    assert max(map(len, fits.splitlines())) <= 120
+
+
+def test_longer_examples_never_need_less(middling: Path) -> None:
+    architecture: Architecture = read_architecture(run_config("full"), middling)
+    sizes = [
+        sum(peak(moments(architecture, Step(4, 2, 2, 1, clean, CANVAS, checkpointing=True, self_conditioning=0.5)))[1].values())
+        for clean in range(8, 400, 3)
+    ]
+    assert sizes == sorted(sizes), "the search for the largest sequence relies on it"
