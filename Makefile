@@ -1,6 +1,8 @@
 # make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+# OpenMP threads that spin while they wait starve the other processes of a small machine.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: run test lint
 run: .venv/installed

@@ -59,7 +59,7 @@ class Plan:
     memory: dict[str, int]  # by part at the moment of the peak
     moment: str  # of the peak
     phases: dict[str, int]  # the highest moment of each phase of a step
-    memory_bytes: int  # at the peak
+    memory_bytes: int  # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
     reserved_bytes: int  # beside the peak: driver, collectives, fragmentation
     limit_bytes: int
     flops_by_pass: dict[str, float]  # of a rank's step
@@ -117,7 +117,7 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
     _check_divisibility(config, architecture, world_size)
     longest = _step(config, architecture, world_size, longest=True)
     step = _step(config, architecture, world_size, longest=False)
-    found = moments(architecture, longest)
+    found = _moments(architecture, longest, accelerator)
     moment, parts = peak(found)
     flops, received = count_flops(architecture, step), count_bytes(architecture, step)
     seconds = step_time(architecture, step, flops, received, accelerator)
@@ -230,8 +230,13 @@ def _of_length(step: Step, seq_length: int) -> Step:
     return dataclasses.replace(step, clean=seq_length + step.canvas - 1)
 
 
+def _moments(architecture: Architecture, step: Step, accelerator: Accelerator) -> dict[str, dict[str, int]]:
+    process = {"process": round(accelerator.process * 1e9)} if accelerator.process else {}
+    return {moment: parts | process for moment, parts in moments(architecture, step).items()}
+
+
 def _needed(architecture: Architecture, step: Step, accelerator: Accelerator) -> int:
-    size = sum(peak(moments(architecture, step))[1].values())
+    size = sum(peak(_moments(architecture, step, accelerator))[1].values())
     return size + _reserved(size, accelerator)
 
 
@@ -282,7 +287,9 @@ def _check_divisibility(config: RunConfig, architecture: Architecture, world_siz
 
 def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
     if model == SHIPPED:
-        yield f"The Hub cannot be reached: planned from the shipped copy of {RELEASED}'s architecture."
+        yield "config.json cannot be had from the Hub: planned from the copy of this model's architecture that canvastune ships."
+    if accelerator.process:
+        yield "On CPU, small models are bound by the cost of calls: the estimated time is a floor."
     memory = config.hardware.gpu_memory
     if accelerator.memory and memory and abs(memory - accelerator.memory) > 0.01 * accelerator.memory:
         yield f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has {accelerator.memory:g} GB."

@@ -228,8 +228,7 @@ def _change(rng: random.Random) -> tuple[str, str]:
 def _compare(rng: random.Random) -> tuple[str, str]:
     """Two people, the smaller number first: the answer takes the first number from the second."""
     (one, other), thing = rng.sample(_NAMES, 2), rng.choice(_THINGS)
-    large = rng.randint(2, 9)
-    small = rng.randint(1, large - 1)
+    small, large = sorted(rng.sample(range(1, 10), 2))
     asked = f"more {thing} does {other} have than {one}" if rng.random() < 0.5 else f"fewer {thing} does {one} have than {other}"
     question = f"{one} has {small} {thing}. {other} has {large} {thing}. How many {asked}?"
     return question, f"{large}-{small}={large - small}\n#### {large - small}"

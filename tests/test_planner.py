@@ -302,9 +302,16 @@ def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(monk
     monkeypatch.setattr(planner, "resolve_model", unreachable)
     config = recipe("gsm8k_lora")
     assert find_architecture(config.model) == SHIPPED
-    assert "The Hub cannot be reached" in plan_text(make_plan(config, find_architecture(config.model), 8))
+    assert "config.json cannot be had from the Hub" in plan_text(make_plan(config, find_architecture(config.model), 8))
     with pytest.raises(UserError, match="someone/else cannot be fetched"):
         find_architecture(ModelConfig(id="someone/else"))
+
+
+def test_on_cpu_the_process_itself_is_part_of_the_memory(middling: Path) -> None:
+    cpu = make_plan(recipe("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=8"), middling, 8)
+    gpu = make_plan(recipe("gsm8k_lora"), middling, 8)
+    assert cpu.memory_bytes - cpu.memory["process"] == gpu.memory_bytes
+    assert "the estimated time is a floor" in plan_text(cpu)
 
 
 def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:

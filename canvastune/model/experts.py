@@ -28,8 +28,10 @@ def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor
     counts = torch.bincount(expert_of_row, minlength=module.num_experts)
     rows = hidden[order // top_k]
     group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
-    spread = group is not None and group.size() > 1
-    out = _apply_remote_experts(module, rows, counts, group) if spread else _apply_experts(module, rows, counts)
+    if group is not None and group.size() > 1:
+        out = _apply_remote_experts(module, rows, counts, group)
+    else:
+        out = _apply_experts(module, rows, counts)
     out = out * top_k_weights.flatten()[order, None]
     # Back to token order, then a sum over each token's K rows: deterministic, unlike an indexed addition on CUDA.
     back = torch.empty_like(order)

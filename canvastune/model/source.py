@@ -36,5 +36,8 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"model.id: {config.id}: no such model on the Hub, or no right to it. Check the name, and HF_TOKEN") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.id: {config.id}: cannot be fetched from the Hub ({reason}). Give a local folder, or a network") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"model.id: {config.id}: no such folder here, and it cannot be fetched from the Hub ({reason}). "
+            "Give the folder of a checkpoint, or a network"
+        ) from None

@@ -9,7 +9,8 @@ GPU sends to others of its node, one way (half of the datasheets' two-way figure
 - b200: NVIDIA HGX B200 and DGX B200 datasheets, per GPU: 2.25 PFLOP/s (4.5 with sparsity), 75 TFLOP/s in float32, 180 GB at
   8 TB/s, NVLink 1.8 TB/s.
 - l40s: NVIDIA L40S datasheet: 362 TFLOP/s (733 with sparsity), 91.6 in float32, 48 GB at 864 GB/s, PCIe 4.0 x16 at 64 GB/s.
-- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo over loopback.
+- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo over loopback. Small models
+  are bound by the cost of calls, which this table does not know.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Accelerator:
     link: float  # GB/s
     network: float  # GB/s
     per_node: int
-    outside: float  # GB that the peak does not show: driver context and collectives' buffers; on CPU, the process itself
+    outside: float  # GB that the allocator's peak does not show: driver context, buffers of collectives
+    process: float = 0.0  # GB of interpreter and libraries, where memory is measured as that of the process
 
 
 ACCELERATORS = {
@@ -50,7 +52,7 @@ ACCELERATORS = {
     "a100": Accelerator("NVIDIA A100 80GB SXM", 312, 19.5, 80, 2039, 300, 25, 8, 1.5),
     "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 8, 1.5),
     "l40s": Accelerator("NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0),
-    "cpu": Accelerator("CPU, one core per rank", 0.2, 0.094, None, 20, 1, 1, 1024, 0.55),
+    "cpu": Accelerator("CPU, one core per rank", 0.2, 0.094, None, 20, 1, 1, 1024, outside=0.0, process=0.55),
 }
 
 

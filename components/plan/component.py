@@ -11,7 +11,6 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     from pathlib import Path
 
     from canvastune.planner import find_architecture, make_plan, write_plan
-
     from components.step import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
