@@ -248,6 +248,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
 
     full = ("--run-name", "full", "--set", "train.method=full", "--set", "tracking.uri=sqlite:///full.db")
     with contextlib.ExitStack() as stack:
+        # As in a terminal: whatever runs in a script's background ignores Ctrl-C, and so would its children.
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
 
         def start(name: str, where: Path, *arguments: str) -> Run:
             return stack.enter_context(Run(recipe, where, folder / f"scratch-{name}", *arguments))
