@@ -92,6 +92,7 @@ def _surroundings() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="canvastune-") as scratch:
         os.environ |= {
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other rank of a small machine
+            "PYTHONSAFEPATH": "1",  # a person's own datasets.py in the current folder is not the library
             "PYTHONUNBUFFERED": "1",  # words appear when they are said
             "TQDM_DISABLE": "1",  # bars would come as a line per update
             "TMPDIR": scratch,  # the runner leaves a folder per task behind
@@ -108,12 +109,15 @@ def _surroundings() -> Iterator[Path]:
 
 
 def _end_children() -> None:
-    """End the running step: ask its shell and its Python process, which ask theirs; kill what is left in the end."""
+    """End the running step: ask its own process, which asks those that it started; kill what is left in the end.
+
+    Nobody else is asked: torchrun loses its ranks, and they their checkpoint, if a second signal interrupts its farewell.
+    """
     everyone = psutil.Process().children(recursive=True)
-    shells = psutil.Process().children()
-    for process in [*(child for shell in shells for child in shell.children()), *shells]:
+    for process in everyone:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
+            if "kfp.dsl.executor_main" in process.cmdline():  # not the shell around it, where there is one
+                process.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(everyone, timeout=_FAREWELL)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):

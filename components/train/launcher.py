@@ -82,7 +82,7 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[subpro
     try:
         yield child
         child.wait()
-    except KeyboardInterrupt:
+    except BaseException:  # also a closed pipe: Kubeflow's local runner stops listening before it asks anyone to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         child.terminate()
