@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from canvastune.config import RunConfig
-from canvastune.errors import UserError
 from canvastune.model.shared import SharedModel
 
 
@@ -26,15 +25,8 @@ class Meshes:
     fsdp: DeviceMesh
 
 
-def build_meshes(world_size: int, ep: int, num_experts: int, device_type: str) -> Meshes:
-    """Lay the ranks out.
-
-    Raises:
-        UserError: ep divides neither the world size nor the number of experts.
-    """
-    for what, count in (("the number of ranks", world_size), ("the model's number of experts", num_experts)):
-        if count % ep:
-            raise UserError(f"parallel.ep: {ep} does not divide {what}, {count}. Choose a common divisor of {world_size} and {num_experts}")
+def build_meshes(world_size: int, ep: int, device_type: str) -> Meshes:
+    """Lay the ranks out, for an `ep` that `canvastune.layout` has let pass."""
     mesh = init_device_mesh(device_type, (world_size // ep, ep), mesh_dim_names=("efsdp", "ep"))
     return Meshes(efsdp=mesh["efsdp"], ep=mesh["ep"], fsdp=mesh._flatten("fsdp"))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from canvastune.config import ModelConfig, RunConfig
 from canvastune.errors import UserError
+from canvastune.layout import check_layout
 from canvastune.model.source import resolve_model
 from canvastune.outputs import whole_folder, write_provenance
 from canvastune.plan.accelerators import FRAGMENTATION, Accelerator, Seconds, find_accelerator, peak_rate, step_time
@@ -114,7 +115,7 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
     """
     architecture = read_architecture(config, model)
     accelerator = find_accelerator(config.hardware.accelerator)
-    _check_divisibility(config, architecture, world_size)
+    _check_layout(config, architecture, world_size)
     longest = _step(config, architecture, world_size, longest=True)
     step = _step(config, architecture, world_size, longest=False)
     found = _moments(architecture, longest, accelerator)
@@ -259,30 +260,10 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     return low
 
 
-def _check_divisibility(config: RunConfig, architecture: Architecture, world_size: int) -> None:
-    ep, batch, micro = config.parallel.ep, config.train.global_batch_size, config.train.micro_batch_size or 1
+def _check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
     if world_size < 1:
         raise UserError(f"--gpus: found {world_size}, expected at least 1")
-    for what, count in (("the number of ranks", world_size), ("the model's number of experts", architecture.experts)):
-        if count % ep:
-            divisors = [d for d in range(1, world_size + 1) if world_size % d == 0 and architecture.experts % d == 0]
-            raise UserError(
-                f"parallel.ep: {ep} does not divide {what}, {count}. Choose one of {', '.join(map(str, divisors))} for {world_size} ranks "
-                f"and {architecture.experts} experts"
-            )
-    efsdp = world_size // ep
-    for width in (2 * architecture.expert_size, architecture.hidden):
-        if ep > 1 and width % efsdp:
-            raise UserError(
-                f"parallel.ep: {world_size} ranks with ep {ep} shard each expert over {efsdp}, which does not divide its width {width}. "
-                f"Choose an ep so that {world_size} / ep divides {2 * architecture.expert_size} and {architecture.hidden}"
-            )
-    if batch % (world_size * micro):
-        nearest = max(1, round(batch / (world_size * micro))) * world_size * micro
-        raise UserError(
-            f"train.global_batch_size: {batch} does not divide over {world_size} ranks x {micro} examples per forward. "
-            f"Try --set train.global_batch_size={nearest}, or another number of ranks"
-        )
+    check_layout(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)
 
 
 def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
@@ -308,7 +289,7 @@ def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerat
     def needed(changed: RunConfig, ranks: int) -> int | None:
         architecture = under(changed.train.method)
         try:
-            _check_divisibility(changed, architecture, ranks)
+            _check_layout(changed, architecture, ranks)
         except UserError:
             return None
         return _needed(architecture, _step(changed, architecture, ranks, longest=True), accelerator)

@@ -23,6 +23,7 @@ from canvastune.config import RunConfig, load_config
 from canvastune.data.batches import PreparedData
 from canvastune.data.prepare import prepare_data
 from canvastune.errors import UserError
+from canvastune.layout import check_layout
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.export import export_adapter, export_model
 from canvastune.model.load import build_model, load_weights, read_model_config
@@ -31,7 +32,7 @@ from canvastune.outputs import fingerprint, write_provenance
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.progress import TrainingProgress
 from canvastune.tracking import MetricsWriter
-from canvastune.trainer import Trainer, check_batch_sizes, export_path
+from canvastune.trainer import Trainer, export_path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EPILOG = """examples:
@@ -56,24 +57,24 @@ def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str |
         UserError: anything in the input that is wrong, found before a step is made where that can be.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    check_batch_sizes(config, world_size)
     base = _on_first_rank(lambda: resolve_model(config.model))
+    model_config = read_model_config(base)
+    text = model_config.text_config
+    check_layout(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
     if data is None:
         data = output / "data"
         _on_first_rank(lambda: None if data.exists() else prepare_data(config, base, data))
     data_print = _on_first_rank(lambda: fingerprint(data / "train") + fingerprint(data / "validation"))
-    model_config = read_model_config(base)
     device = _device()
-    meshes = build_meshes(world_size, config.parallel.ep, model_config.text_config.num_experts, device.type)
     model = build_model(config, model_config)
-    shard_model(model, meshes, config)
+    shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
     load_weights(model, CheckpointReader(base), device, config.seed)
 
     prepared = PreparedData(
         data,
         canvas_length=model_config.canvas_length,
-        vocab_size=model_config.text_config.vocab_size,
-        eos_token_id=_first(model_config.text_config.eos_token_id),
+        vocab_size=text.vocab_size,
+        eos_token_id=_first(text.eos_token_id),
         seed=config.seed,
     )
     metrics = MetricsWriter(output / "metrics.jsonl", run_id=metrics_run) if rank == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -127,14 +128,11 @@ class Trainer:
         stride = self.world_size * self.micro_batch_size
         for start in range(0, rows, stride):
             own = range(start + self.rank * self.micro_batch_size, start + (self.rank + 1) * self.micro_batch_size)
-            examples = self.data.validation_examples(own)
-            real = [row < rows for row in own]  # every rank makes the same number of passes; what lies past the end counts nothing
+            real = [row < rows for row in own]
+            # Every rank makes the same number of passes; what lies past the end counts nothing.
+            examples = list(itertools.compress(self.data.validation_examples(own), real if any(real) else [True]))
             for index, level in enumerate(levels):
                 batch = pack(examples, [self.data.validation_draws(example, level) for example in examples])
-                if not all(real):
-                    keep = real if any(real) else [True] + [False] * (len(real) - 1)
-                    kept = [example for example, k in zip(examples, keep, strict=True) if k]
-                    batch = pack(kept, [self.data.validation_draws(example, level) for example in kept])
                 if index:  # the encoder's loss does not depend on the level
                     batch = replace(batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0])
                 _, diffusion, autoregressive = self._losses(batch.to(self.device), (0.0, 0.0), any_coin=False)
@@ -216,21 +214,6 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         return config.lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def check_batch_sizes(config: RunConfig, world_size: int) -> None:
-    """Refuse a global batch that the ranks cannot share evenly.
-
-    Raises:
-        UserError: names the sizes and the nearest global batch that divides.
-    """
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size or 1
-    if batch % (world_size * micro):
-        nearest = max(1, round(batch / (world_size * micro))) * world_size * micro
-        raise UserError(
-            f"train.global_batch_size: {batch} does not divide over {world_size} ranks x {micro} examples per forward. "
-            f"Try --set train.global_batch_size={nearest}, or another number of ranks"
-        )
 
 
 def export_path(output: Path, config: RunConfig) -> Path:

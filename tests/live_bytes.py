@@ -81,7 +81,7 @@ def lone_rank(world_size: int) -> Iterator[None]:
 def sharded_model(config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int) -> SharedModel:
     """The engine's model on the meta device, sharded over a lone rank's world."""
     model = build_model(config, model_config)
-    shard_model(model, build_meshes(world_size, config.parallel.ep, model_config.text_config.num_experts, "cpu"), config)
+    shard_model(model, build_meshes(world_size, config.parallel.ep, "cpu"), config)
     return model
 
 

@@ -14,17 +14,19 @@ from torch.distributed.tensor import DTensor
 from canvastune.config import parse_config
 from canvastune.data.batches import pack
 from canvastune.errors import UserError
+from canvastune.layout import check_layout
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.model.lora import base_name
 from canvastune.model.shared import SharedModel
 from canvastune.objective import losses
 from canvastune.parallel import build_meshes, clip_gradients, shard_model
-from canvastune.trainer import build_optimizer, check_batch_sizes, learning_rate
+from canvastune.trainer import build_optimizer, learning_rate
 from tests.ranks import run_ranks
 from tests.small import CANVAS, VOCABULARY, counts, examples_and_draws, run_config, shared_model, worst_difference, write_checkpoint
 
 STEPS = 3
+SIZES = {"experts": 8, "hidden": 32, "expert_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...]) -> N
         for ep in degrees:
             config = run_config(method, ep)
             model = build_model(config, read_model_config(checkpoint))
-            shard_model(model, build_meshes(dist.get_world_size(), ep, 8, "cpu"), config)
+            shard_model(model, build_meshes(dist.get_world_size(), ep, "cpu"), config)
             load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
             result = some_steps(model, method, dist.get_rank(), dist.get_world_size())
             expert = model.model.decoder.layers[0].experts.gate_up_proj
@@ -132,16 +134,16 @@ def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> Non
             assert not parameter.any(), "an adapter must start as the identity"
 
 
-def test_an_expert_parallel_degree_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+def test_an_expert_parallel_degree_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.ep: 3 does not divide the number of ranks, 4"):
-        build_meshes(4, 3, 8, "cpu")
+        check_layout(run_config(ep=3), 4, **SIZES)
     with pytest.raises(UserError, match=r"parallel.ep: 16 does not divide the model's number of experts, 8"):
-        build_meshes(16, 16, 8, "cpu")
+        check_layout(run_config(ep=16), 16, **SIZES)
 
 
 def test_a_global_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
     with pytest.raises(UserError, match=r"train.global_batch_size: 6 does not divide over 4 ranks x 1 .* train.global_batch_size=8"):
-        check_batch_sizes(run_config(global_batch_size=6), 4)
+        check_layout(run_config(global_batch_size=6), 4, **SIZES)
 
 
 def test_the_first_step_uses_the_first_non_zero_rate_and_the_last_one_the_least() -> None:

@@ -67,6 +67,13 @@ def train(ground: Path, output: Path, ranks: int, *settings: str) -> subprocess.
     )
 
 
+def start(ground: Path, output: Path, ranks: int, *settings: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(ground, output, ranks, *settings), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
 def records(output: Path, kind: str) -> list[dict]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
@@ -121,13 +128,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(ground: Path
     settings = ("parallel.ep=2", "train.method=lora", "train.checkpoint_every=7", "train.steps=60")
     assert train(ground, tmp_path / "whole", 2, *settings).returncode == 0
     output = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(ground, output, 2, *settings),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(ground, output, 2, *settings)
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoints/step-*/complete.json")):
         assert time.monotonic() < deadline, "no checkpoint appeared"
@@ -158,13 +159,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(ground: Path
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(ground: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     settings = ("parallel.ep=1", "train.method=lora", "train.steps=5000", "train.checkpoint_every=5000")
-    process = subprocess.Popen(
-        command(ground, output, 1, *settings),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(ground, output, 1, *settings)
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").exists() or not records(output, "train"):
         assert time.monotonic() < deadline
