@@ -23,6 +23,7 @@ from canvastune.model.stock import load_stock
 from canvastune.outputs import whole_folder, write_provenance
 
 _PROGRESS_SECONDS = 2.0
+_SHOWN = 3  # answers that are shown at once; all of them are in the report
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Pat
         result = _result(config, answers, sides, device)
         (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
+    for answer in answers[:_SHOWN]:
+        _say(f"asked {_short(answer['prompt'])}, before {_short(answer['before'])}, after {_short(answer['after'])}")
     _say(f"exact match {result['exact_match_before']:.1%} before, {result['exact_match_after']:.1%} after, {result['scored']} rows: {out}")
     return result
 
@@ -220,6 +223,11 @@ def _seed(seed: int, batch: Sequence[Question]) -> int:
     # 32 bits: torch's CPU generator ignores the rest.
     digest = hashlib.blake2b("\0".join([str(seed), *(question.id for question in batch)]).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+def _short(text: str) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) <= 100 else f"{quoted[:97]}..."
 
 
 def _say(line: str) -> None:

@@ -254,6 +254,17 @@ def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(
         assert not list(tmp_path.iterdir())
 
 
+def test_some_answers_are_shown_at_once_before_and_after(
+    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
+    said = capsys.readouterr().err
+    for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        assert repr(answer["prompt"]) in said, "the person at the terminal sees no question"
+        assert f"after {answer['after']!r}"[:90] in said, "the person at the terminal sees no answer"
+
+
 def test_folder_that_is_no_prepared_data_set_is_refused(tiny_model: Path, problems: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prepared data set") as error:
         evaluate(recipe(problems), tmp_path / "nothing", tiny_model, tiny_model, tmp_path / "out")
