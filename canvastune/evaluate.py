@@ -80,7 +80,7 @@ def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Pat
         for side, checkpoint in (("before", base), ("after", tuned)):
             _say(f"{side}: loading {checkpoint}")
             sides[side] = _ask(load_stock(checkpoint, device), questions, tokenizer, config, side)
-        answers = [
+        answers: list[dict[str, Any]] = [
             {
                 "id": question.id,
                 "prompt": question.text,
