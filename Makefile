@@ -1,15 +1,19 @@
 # make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
+# make test-faults: kills, hangs and preemptions of real training runs, at length; writes docs/reliability.md.
 PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test lint
+.PHONY: run test test-faults lint
 run: .venv/installed
 	@$(BIN)/canvastune demo
 
 test: lint
 	@$(BIN)/python -m pytest
+
+test-faults: .venv/installed
+	@$(BIN)/python -m tests.faults
 
 lint: .venv/installed
 	@$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,14 @@ class LoraConfig(Section):
 
     rank: int = Field(16, ge=1, description="rank r of the two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's input that is zeroed in training; never on experts")
+    experts: bool = Field(False, description="adapters on every expert's two projections as well")
+
+    @property
+    def scale(self) -> float:
+        """What B @ A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class ObjectiveConfig(Section):
@@ -73,14 +82,16 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and a decay."""
 
     lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step")
+    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes from lr to min_lr after the warm-up")
     warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up; the first step already uses lr / warmup_steps")
     betas: tuple[float, float] = (0.95, 0.99)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
+    decay_vectors: bool = Field(False, description="whether norms and other one-dimensional weights decay too")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
 
 
@@ -102,7 +113,23 @@ class TrainConfig(Section):
     )
     validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
     checkpoint_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(
+        2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss stays besides"
+    )
+    async_checkpoints: bool = Field(True, description="write checkpoints beside the training; takes a copy of the state in host memory")
+    export: Literal["best", "last"] = Field(
+        "best", description="which weights a run ends with: the checkpoint of the best validation loss, or the last step"
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many validations in a row without a better loss; default: never"
+    )
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps in a row whose loss or gradient is not finite that are skipped before the run stops"
+    )
+    stop_grace: int = Field(
+        60, ge=1, description="seconds in which a run that is asked to stop (SIGTERM) saves its state before it is killed"
+    )
+    hang_timeout: int = Field(600, ge=10, description="seconds without progress after which a run ends and names the rank that hangs")
 
 
 class ParallelConfig(Section):

@@ -41,7 +41,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -87,8 +87,17 @@ def sync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to the disk."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """Flush one file, or one folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _feed(digest: hashlib._Hash, file: Path) -> None:
@@ -102,11 +111,3 @@ def _feed(digest: hashlib._Hash, file: Path) -> None:
             for offset in (0, size // 2, size - 2**20):
                 stream.seek(offset)
                 digest.update(stream.read(2**20))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

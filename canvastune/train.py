@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import time
-from functools import partial
+import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from canvastune.checkpoints import Checkpoints
 from canvastune.config import RunConfig, load_config
@@ -31,10 +34,14 @@ from canvastune.model.source import resolve_model
 from canvastune.outputs import fingerprint, write_provenance
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.progress import TrainingProgress
+from canvastune.ranks import LostRank, RollCall, Watchdog, on_first_rank
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, export_path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What collectives say when another process is gone.
+_LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|[Tt]imed out|Socket")
 _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
   torchrun --standalone --nproc-per-node=2 -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
@@ -42,13 +49,16 @@ _EPILOG = """examples:
 The same command again goes on from the newest checkpoint below --output, and does nothing once the run is finished."""
 
 
-def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str | None = None) -> dict[str, Any] | None:
+def train(
+    config: RunConfig, data: Path | None, output: Path, metrics_run: str | None = None, roll_call: RollCall | None = None
+) -> dict[str, Any] | None:
     """Train on the ranks of this process group; every rank makes this call.
 
     Args:
         data: a prepared data set; None: prepared below `output`.
         output: gets checkpoints/, metrics.jsonl, adapter/ or model/, and result.json last.
         metrics_run: the MLflow run that the numbers go to as well; None: only to metrics.jsonl.
+        roll_call: finds the rank that hangs or is gone; None: a hang ends with the process group's timeout.
 
     Returns:
         What result.json holds; None if a stop was requested and the state saved.
@@ -57,14 +67,14 @@ def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str |
         UserError: anything in the input that is wrong, found before a step is made where that can be.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    base = _on_first_rank(lambda: resolve_model(config.model))
+    base = on_first_rank(lambda: resolve_model(config.model))
     model_config = read_model_config(base)
     text = model_config.text_config
     check_layout(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
     if data is None:
         data = output / "data"
-        _on_first_rank(lambda: None if data.exists() else prepare_data(config, base, data))
-    data_print = _on_first_rank(lambda: fingerprint(data / "train") + fingerprint(data / "validation"))
+        on_first_rank(lambda: None if data.exists() else prepare_data(config, base, data))
+    data_print = on_first_rank(lambda: fingerprint(data / "train") + fingerprint(data / "validation"))
     device = _device()
     model = build_model(config, model_config)
     shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
@@ -78,25 +88,29 @@ def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str |
         seed=config.seed,
     )
     metrics = MetricsWriter(output / "metrics.jsonl", run_id=metrics_run) if rank == 0 else None
-    progress = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
-    trainer = Trainer(config, model, prepared, Checkpoints(output / "checkpoints", config, data_print), metrics, progress)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
+    display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
+    checkpoints = Checkpoints(output / "checkpoints", config, data_print)
+    trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
     started = time.time()
     try:
-        finished = trainer.run()
+        finished = _run(trainer, roll_call)
     finally:
-        if progress is not None:
-            progress.close()
+        if display is not None:
+            display.close()
         if metrics is not None:
             metrics.close()
     if not finished:
         return None
+    step = trainer.take_best_weights() if config.train.export == "best" else trainer.progress.step
+    if step != trainer.progress.step:
+        _say(f"the weights of step {step} are exported: no checkpoint has a lower validation loss")
     out = export_path(output, config)
     (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
     result = {
         "method": config.train.method,
-        "steps": trainer.step,
+        "steps": trainer.progress.step,
+        "skipped_steps": trainer.progress.skipped,
+        "exported_step": step,
         "world_size": world_size,
         "seconds": time.time() - started,
         "train": trainer.last.get("train", {}),
@@ -112,6 +126,28 @@ def train(config: RunConfig, data: Path | None, output: Path, metrics_run: str |
     return result
 
 
+def _run(trainer: Trainer, roll_call: RollCall | None) -> bool:
+    """The trainer's loop, stopped by signals, and with an eye on the other ranks."""
+
+    def request_stop(*_: object) -> None:
+        trainer.stop_requested = trainer.stop_requested or time.monotonic()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    if roll_call is None:
+        return trainer.run()
+    watchdog = Watchdog(roll_call, trainer.config.train.hang_timeout)
+    trainer.beat = watchdog.beat
+    try:
+        return trainer.run()
+    except (RuntimeError, CheckpointException) as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise LostRank(roll_call.missing(watchdog.doing)) from error
+    finally:
+        watchdog.close()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
     parser = argparse.ArgumentParser(
@@ -123,24 +159,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
     parser.add_argument("--mlflow-run", help="id of the MLflow run that gets the metrics as well (MLFLOW_TRACKING_URI says where)")
     options = parser.parse_args(arguments)
-    lock: IO[str] | None = None
+    locks: list[IO[str]] = []  # the first rank's
+    roll_call: RollCall | None = None
     try:
         config = load_config(options.config, options.set)
-        _start_processes()
-        lock = _on_first_rank(partial(_lock, options.output), share=False)
-        finished = _on_first_rank((options.output / "result.json").is_file)
+        roll_call = _start_processes()
+        on_first_rank(lambda: locks.append(_lock(options.output)))
+        finished = on_first_rank((options.output / "result.json").is_file)
         if finished:
             _say(f"already finished: {options.output / 'result.json'} stands. Give another --output to train again")
             return 0
-        result = train(config, options.data, options.output, options.mlflow_run)
+        result = train(config, options.data, options.output, options.mlflow_run, roll_call)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"canvastune: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 1
+    except LostRank as error:
+        if error.args[0] is not None:  # the first of those that are left speaks
+            print(f"canvastune: error: {error}", file=sys.stderr)
+        _leave(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"canvastune: error: {error.filename or options.output}: {error.strerror}. The last checkpoint is intact", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if roll_call is None:
+            raise
+        roll_call.leave(error)
+        traceback.print_exc()
+        _leave(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if lock is not None:
+        for lock in locks:
             lock.close()
     if result is None:
         _say(f"stopped on request; the state is saved. The same command goes on: {options.output}")
@@ -149,14 +200,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _start_processes() -> None:
+def _start_processes() -> RollCall:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if sys.platform == "linux":  # a rank whose torchrun was killed saves its state and goes, instead of training on unseen
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     device = _device()
-    # Checkpoints are written over gloo beside NCCL; on CPU gloo is all there is.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Checkpoints are written over gloo beside NCCL; on CPU gloo is all there is. Hours, since rank 0 may prepare data or a slow disk
+    # may give the weights meanwhile; in training a watchdog looks after the ranks.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(hours=2),
+    )
+    return RollCall(dist.PrefixStore("roll-call", store), rank, world_size)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: an orderly end would wait for ranks that are gone."""
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _device() -> torch.device:
@@ -165,21 +233,6 @@ def _device() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
-
-
-def _on_first_rank(function: Any, *, share: bool = True) -> Any:
-    """Call on rank 0 and give every rank its result, or its UserError: no rank waits for one that has failed."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
-    shared = [outcome[0] if share else None, outcome[1]]
-    dist.broadcast_object_list(shared)
-    if shared[1] is not None:
-        raise UserError(shared[1])
-    return shared[0] if share else outcome[0]
 
 
 def _lock(output: Path) -> IO[str]:

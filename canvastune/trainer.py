@@ -6,7 +6,8 @@ import itertools
 import math
 import os
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,20 @@ from canvastune.model.shared import SharedModel
 from canvastune.objective import losses
 from canvastune.parallel import clip_gradients
 from canvastune.progress import TrainingProgress
-from canvastune.tracking import MetricsWriter
+from canvastune.ranks import on_every_rank
+from canvastune.tracking import MetricsWriter, read_metrics
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside weights and moments; a checkpoint carries it."""
+
+    step: int = 0  # optimiser steps done, skipped ones among them
+    validation: float | None = None  # the held-out loss at this step, where it was measured
+    best: float | None = None  # the lowest so far
+    not_better: int = 0  # validations in a row that were not below it
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -35,90 +49,119 @@ class Trainer:
         data: PreparedData,
         checkpoints: Checkpoints,
         metrics: MetricsWriter | None,
-        progress: TrainingProgress | None,
+        display: TrainingProgress | None,
     ) -> None:
         """
         Args:
-            metrics: where the numbers go; None on every rank but the first. Likewise `progress`.
+            metrics: where the numbers go; None on every rank but the first. Likewise `display`.
         """
         self.config, self.model, self.data = config, model, data
-        self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
+        self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
+        self.beat: Callable[[str], object] = str  # called with what is done next, whenever something was finished
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = build_optimizer(list(self.trained.values()), config.optimizer)
-        self.step = 0  # optimiser steps done
-        self.stop_requested = False
+        self.progress = Progress()
+        self.stop_requested: float | None = None  # when
         self.last: dict[str, dict[str, Any]] = {}
         share = config.train.global_batch_size // self.world_size
         self.micro_batch_size = config.train.micro_batch_size or share
 
     def run(self) -> bool:
-        """Train from the newest checkpoint, if any, to the last step. False: a stop was requested, and the state is saved."""
-        train = self.config.train
-        self._resume()
-        if self.step == 0:
-            self._report("validation", self.validate())
-        while self.step < train.steps:
-            record = self.train_step()
-            self._report("train", record)
-            last = self.step == train.steps
-            if self.step % train.validate_every == 0 or last:
-                self._report("validation", self.validate())
-            stop = self._agreed_to_stop()
-            if self.step % train.checkpoint_every == 0 or last or stop:
-                self.checkpoints.save(self.step, self.trained, self.optimizer)
-                self._report("event", {"event": "checkpoint", "detail": "stop requested" if stop else ""})
-            if stop and not last:
-                return False
-        return True
+        """Train from the newest checkpoint, if any, to the end. False: a stop was requested, and the state is saved.
+
+        Raises:
+            UserError: the loss stays not finite, or a checkpoint cannot be read or written; the last good one stands.
+        """
+        try:
+            return self._loop()
+        except UserError:  # on all ranks: what is being written is written to its end
+            self.checkpoints.wait()
+            raise
+
+    def _loop(self) -> bool:
+        train, progress = self.config.train, self._resume()
+        saved = progress.step
+        while True:
+            due = progress.step % train.validate_every == 0 or progress.step == train.steps
+            validated = due and progress.validation is None and self._validate()
+            done = progress.step == train.steps or (train.early_stopping is not None and progress.not_better >= train.early_stopping)
+            done = done and not (due and progress.validation is None)
+            stop = self._agreed_to_stop() and not done
+            if progress.step > saved and (progress.step % train.checkpoint_every == 0 or done or stop):
+                self._save()
+                saved = progress.step
+            elif validated and progress.step == saved > 0:  # the last attempt was stopped in the middle of this validation
+                self.checkpoints.amend(saved, asdict(progress))
+            if done or stop:
+                break
+            self._train_one_step()
+        self.checkpoints.wait()
+        if self.stop_requested is not None:
+            took = time.monotonic() - self.stop_requested
+            self._report("event", {"event": "stopped", "detail": f"state saved {took:.1f} s after the request, of {train.stop_grace} s"})
+        return done
 
     def train_step(self) -> dict[str, Any]:
-        """One optimiser step over the next global batch; returns its record for metrics.jsonl."""
+        """One step over the next global batch; returns its record for metrics.jsonl.
+
+        Where the loss or its gradient is not finite, no weight changes; the record then holds the offending `examples`.
+        """
         started = time.perf_counter()
         batch_size = self.config.train.global_batch_size
-        first = self.step * batch_size
+        first = self.progress.step * batch_size
         micro_batches = self._micro_batches(first)
         counts = self._global_sum(
             [sum(len(b.canvas_targets) for b, _ in micro_batches), sum(len(b.next_targets) for b, _ in micro_batches)]
         )
         weights = (1 / counts[0], self.config.objective.encoder_loss_weight / counts[1])
-        sums = torch.zeros(2, device=self.device)
-        for batch, any_coin in micro_batches:
+        sums = torch.zeros(len(micro_batches), 2, device=self.device)
+        for index, (batch, any_coin) in enumerate(micro_batches):
             loss, diffusion, autoregressive = self._losses(batch, weights, any_coin)
             loss.backward()
-            sums += torch.stack([diffusion, autoregressive])
+            sums[index] = torch.stack([diffusion, autoregressive])
         norm = float(clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm))
-        diffusion_loss, autoregressive_loss = (s / c for s, c in zip(self._global_sum(sums.tolist()), counts, strict=True))
-        if not math.isfinite(norm + diffusion_loss + autoregressive_loss):
-            raise UserError(
-                f"step {self.step + 1}: the loss or its gradient is not finite (loss {diffusion_loss}, norm {norm}) on examples "
-                f"{[e.id for e in self.data.train_examples(range(first, first + batch_size))]}. "
-                "The last checkpoint is intact; lower optimizer.lr"
-            )
-        self.step += 1
-        rate = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        tokens = self._global_sum([sum(len(b.clean) + len(b.canvas) for b, _ in micro_batches)])[0]
-        return {
+        diffusion_loss, autoregressive_loss = (s / c for s, c in zip(self._global_sum(sums.sum(0).tolist()), counts, strict=True))
+        self.progress.step += 1
+        rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
+        record: dict[str, Any] = {
             "loss": diffusion_loss + self.config.objective.encoder_loss_weight * autoregressive_loss,
             "diffusion_loss": diffusion_loss,
             "autoregressive_loss": autoregressive_loss,
             "grad_norm": norm,
             "lr": rate,
+        }
+        if math.isfinite(norm + record["loss"]):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        else:
+            record["examples"] = self._offending(first, sums)
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        tokens = self._global_sum([sum(len(b.clean) + len(b.canvas) for b, _ in micro_batches)])[0]
+        return record | {
             "seconds": seconds,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
             "memory_bytes": _peak_memory(self.device),
         }
 
+    def take_best_weights(self) -> int:
+        """Put the weights of the best checkpoint (lowest validation loss) in place, if it is not the last; returns their step."""
+        best = self.checkpoints.best()
+        if best is None or best == self.progress.step:
+            return self.progress.step
+        self.checkpoints.load_weights(best, self.trained)
+        return best
+
     @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
-        """The held-out losses at fixed corruption levels with fixed noise; returns the record for metrics.jsonl."""
+    def validate(self) -> dict[str, Any] | None:
+        """The held-out losses at fixed corruption levels with fixed noise; returns the record for metrics.jsonl.
+
+        None: a stop was requested before it was done.
+        """
         started = time.perf_counter()
         levels = self.config.train.validation_levels
         rows = self.data.validation_rows
@@ -127,6 +170,9 @@ class Trainer:
         sums = torch.zeros(len(levels) + 1, 2, device=self.device)  # last row: autoregressive
         stride = self.world_size * self.micro_batch_size
         for start in range(0, rows, stride):
+            self.beat(f"validating at step {self.progress.step}")
+            if self._agreed_to_stop():
+                return None
             own = range(start + self.rank * self.micro_batch_size, start + (self.rank + 1) * self.micro_batch_size)
             real = [row < rows for row in own]
             # Every rank makes the same number of passes; what lies past the end counts nothing.
@@ -167,25 +213,77 @@ class Trainer:
     def _losses(self, batch: PackedBatch, weights: tuple[float, float], any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.model.inside(losses, batch, weights, any_coin=any_coin, checkpointing=self.config.train.activation_checkpointing)
 
-    def _resume(self) -> None:
-        step = self.checkpoints.latest()
-        if step is not None:
-            self.checkpoints.load(step, self.trained, self.optimizer)
-            self.step = step
-            if self.metrics is not None:
-                self.metrics.resume(step)
-            self._report("event", {"event": "resumed", "detail": f"from the checkpoint of step {step}"})
+    def _train_one_step(self) -> None:
+        self.beat(f"in step {self.progress.step + 1}")
+        record = self.train_step()
+        self.progress.validation = None
+        if "examples" not in record:
+            self.progress.skipped_in_a_row = 0
+            self._report("train", record)
+            return
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        found = f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, on examples {', '.join(record['examples'])}"
+        self._report("event", {"event": "skipped_step", "detail": found})
+        if self.progress.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"step {self.progress.step}: not finite, as {self.config.train.max_skipped_steps} steps before it "
+                f"(train.max_skipped_steps): {found}. The last checkpoint is intact. Look at these examples, or lower optimizer.lr"
+            )
+
+    def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
+        """Ids of the examples in the micro-batches whose loss is not finite; of the whole batch where only the gradient is not."""
+        size = self.micro_batch_size
+        bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        own = [first + (index * self.world_size + self.rank) * size + offset for index in bad for offset in range(size)]
+        positions = sorted(position for found in on_every_rank(lambda: own) for position in found)
+        everyone = list(range(first, first + self.config.train.global_batch_size))
+        return [example.id for example in self.data.train_examples(positions or everyone)]
+
+    def _validate(self) -> bool:
+        record = self.validate()
+        if record is None:
+            return False
+        progress = self.progress
+        progress.validation = record["loss"]
+        if math.isfinite(record["loss"]) and (progress.best is None or record["loss"] < progress.best):
+            progress.best, progress.not_better = record["loss"], 0
+        else:
+            progress.not_better += 1
+        self._report("validation", record)
+        return True
+
+    def _save(self) -> None:
+        self.beat(f"saving step {self.progress.step}")
+        self.checkpoints.save(self.progress.step, self.trained, self.optimizer, asdict(self.progress))
+        self._report("event", {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""})
+
+    def _resume(self) -> Progress:
+        found, damages = self.checkpoints.restore(self.trained, self.optimizer)
+        if found is None:
+            return self.progress
+        self.progress = Progress(**found)
+        if self.metrics is not None:
+            self.metrics.resume(self.progress.step)
+            self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
+        for damage in damages:
+            self._report("event", {"event": "damaged_checkpoint", "detail": damage})
+        self._report("event", {"event": "resumed", "detail": f"from the checkpoint of step {self.progress.step}"})
+        return self.progress
 
     def _report(self, kind: str, record: dict[str, Any]) -> None:
-        record = {"kind": kind, "step": self.step, "time": time.time(), **record}
+        record = {"kind": kind, "step": self.progress.step, "time": time.time(), **record}
         self.last[kind] = record
         if self.metrics is not None:
             self.metrics.write(record)
-        if self.progress is not None:
-            self.progress.show(record)
+        if self.display is not None:
+            self.display.show(record)
 
     def _agreed_to_stop(self) -> bool:
-        return self._global_sum([float(self.stop_requested)])[0] > 0
+        stop, failed = self._global_sum([float(self.stop_requested is not None), float(self.checkpoints.failed)])
+        if failed:
+            self.checkpoints.wait()  # raises, on all ranks
+        return stop > 0
 
     def _global_sum(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -194,26 +292,29 @@ class Trainer:
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over sharded parameters; one group per mesh, since a fused update takes tensors of one mesh."""
+    """AdamW over sharded parameters; a group per mesh, since a fused update takes tensors of one mesh, and per weight decay."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        decays = config.decay_vectors or parameter.ndim > 1
+        groups.setdefault((getattr(parameter, "device_mesh", None), decays), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
+        [{"params": group, "weight_decay": config.weight_decay if decays else 0.0} for (_, decays), group in groups.items()],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
         fused=True,
     )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 1, 2, ...: linear warm-up that starts at lr / warmup_steps, then a cosine to min_lr at the last step."""
+    """The rate of step 1, 2, ...: linear warm-up that starts at lr / warmup_steps, then the schedule, to min_lr at the last step."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.schedule == "constant":
+        return config.lr
+    passed = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    left = 1 - passed if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def export_path(output: Path, config: RunConfig) -> Path:

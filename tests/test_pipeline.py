@@ -198,7 +198,7 @@ def test_training_is_asked_to_stop_before_it_is_killed(error: type[BaseException
     children = []
 
     def interrupted() -> None:
-        with launcher._running([sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ)) as child:
+        with launcher._running([sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ), grace=60) as child:
             children.append(child)
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"

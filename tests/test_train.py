@@ -2,87 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
-from datasets import Dataset
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from canvastune.model.checkpoint_files import CheckpointReader
-from tests.small import VOCABULARY, write_checkpoint
-
-STEPS = 20
+from tests.training import ADAPTER, kill_all, losses, make_ground, records, start, train, validations
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, a prepared data set and a recipe."""
-    folder = tmp_path_factory.mktemp("ground")
-    write_checkpoint(folder / "base")
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(count: int, offset: int) -> Dataset:
-        made = []
-        for index in range(count):
-            prefix, response = 4 + index % 9, 3 + index % 20
-            tokens = torch.randint(5, VOCABULARY, (prefix + response,), generator=generator).tolist()
-            made.append({"input_ids": tokens, "prefix_length": prefix, "complete": True, "id": f"{offset + index}"})
-        return Dataset.from_list(made)
-
-    rows(40, 0).save_to_disk(str(folder / "data" / "train"))
-    rows(6, 100).save_to_disk(str(folder / "data" / "validation"))
-    recipe = {
-        "name": "small",
-        "model": {"id": str(folder / "base")},
-        "data": {"source": "unused"},
-        "train": {"steps": STEPS, "global_batch_size": 8, "precision": "float32", "validate_every": 10, "checkpoint_every": 5},
-        "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4},
-        "lora": {"rank": 8},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
-
-
-def command(ground: Path, output: Path, ranks: int, *settings: str) -> list[str]:
-    changed = [part for setting in settings for part in ("--set", setting)]
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "canvastune.train"),
-        *("-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(output), *changed),
-    ]
-
-
-def train(ground: Path, output: Path, ranks: int, *settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(ground, output, ranks, *settings), env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-
-
-def start(ground: Path, output: Path, ranks: int, *settings: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(ground, output, ranks, *settings), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def records(output: Path, kind: str) -> list[dict]:
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def losses(output: Path) -> list[float]:
-    steps = records(output, "train")
-    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1)), "each step stands once in metrics.jsonl"
-    return [record[key] for record in steps for key in ("diffusion_loss", "autoregressive_loss", "grad_norm")]
+    return make_ground(tmp_path_factory.mktemp("ground"))
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +69,14 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(ground: Path
         assert time.monotonic() < deadline, "no checkpoint appeared"
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
-    ranks = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for rank in ranks:
-        rank.kill()
-    process.communicate()
+    kill_all(process)
     assert not (output / "result.json").exists()
     again = train(ground, output, 2, *settings)
     assert again.returncode == 0, again.stderr
     assert "resumed" in again.stderr
     assert losses(output) == losses(tmp_path / "whole"), "the metrics are not those of a run that was never stopped"
-    name = "adapter/adapter_model.safetensors"
-    assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), "the weights are not bit-identical"
+    assert validations(output) == validations(tmp_path / "whole")
+    assert (output / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes(), "the weights are not bit-identical"
 
     finished = train(ground, output, 2, *settings)
     assert finished.returncode == 0

@@ -6,7 +6,7 @@ Shape letters: B examples, S clean tokens of one example, C canvas tokens of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class PreparedData:
     def validation_rows(self) -> int:
         return len(self._validation)
 
-    def train_examples(self, positions: range) -> list[Example]:
+    def train_examples(self, positions: Iterable[int]) -> list[Example]:
         """The examples at these positions of the global shuffled stream, which never ends: epoch after epoch, each in a new order."""
         return [self._example(self._train[self._row(position)]) for position in positions]
 
@@ -153,7 +153,7 @@ class PreparedData:
             self_conditioning_probability=self_conditioning_probability,
         )
 
-    def any_self_conditioned(self, positions: Iterator[int] | range, probability: float) -> bool:
+    def any_self_conditioned(self, positions: Iterable[int], probability: float) -> bool:
         """Whether any of these positions, other ranks' among them, is denoised twice."""
         return any(self_conditioning_coin(self._seed, position, probability) for position in positions)
 

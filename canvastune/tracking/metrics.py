@@ -13,7 +13,7 @@ from canvastune.tracking.records import read_metrics
 from canvastune.tracking.sending import MetricsSender
 from canvastune.tracking.server import log
 
-_FACTS_OF_AN_ATTEMPT = ("resumed", "restarted")  # events that stay when the steps of their attempt are dropped
+_FACTS_OF_AN_ATTEMPT = ("resumed", "restarted", "damaged_checkpoint")  # events that stay when the steps of their attempt are dropped
 
 
 class MetricsWriter:

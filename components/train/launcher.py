@@ -24,7 +24,7 @@ from components.step import error_in
 
 _LAST_LINES = 50
 _STOPPED = 3  # exit code of a rank that saved its state because it was asked to stop
-_GRACE = 60  # seconds in which the ranks may do so
+_FAREWELL = 10  # seconds beyond the ranks' grace in which torchrun itself ends
 _FIRST_RANK = "[default0]:"  # torchrun's mark on what the first rank says; the rest is its own
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)  # of its summary of a failure
 
@@ -48,6 +48,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=output))
     processes = config.parallel.nproc_per_node
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--shutdown-timeout={config.train.stop_grace}"]  # torchrun kills the ranks of a stopped run after that, by default 30 s
     command += [f"--log-dir={logs}", "--redirects=3", "--tee=0:3"]  # every rank's words on disk, the first one's shown as well
     command += ["-m", "canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output)]
     command += ["--data", str(dataset)] if dataset else []
@@ -55,7 +56,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     # torchrun would set one thread, whatever the machine has.
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ, **record.environment()}
     own_words: list[str] = []
-    with _running(command, environment) as torchrun:
+    with _running(command, environment, config.train.stop_grace + _FAREWELL) as torchrun:
         for line in torchrun.stdout or ():
             if line.startswith(_FIRST_RANK):
                 print(line.removeprefix(_FIRST_RANK), end="", flush=True)
@@ -72,8 +73,8 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
 
 
 @contextlib.contextmanager
-def _running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A child that ends before we do, and whose children do: asked to by one SIGTERM, and killed if they do not."""
+def _running(command: list[str], environment: dict[str, str], grace: float) -> Iterator[subprocess.Popen[str]]:
+    """A child that ends before we do, and whose children do: asked to by one SIGTERM, and killed if they do not in `grace` seconds."""
     # In a session of its own: Ctrl-C reaches us alone, since torchrun loses its children if a second signal interrupts its farewell.
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, start_new_session=True
@@ -87,7 +88,7 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[subpro
             signal.signal(number, signal.SIG_IGN)
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_GRACE)
+            child.wait(grace)
         raise
     finally:
         if child.poll() is None:
