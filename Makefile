@@ -1,5 +1,5 @@
 # make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
-# make test-faults: kills, hangs and preemptions of real training runs, at length; writes docs/reliability.md.
+# make test-faults: what takes minutes: every layout of 8 ranks, and kills, hangs and preemptions at length (writes docs/reliability.md).
 PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
@@ -13,6 +13,7 @@ test: lint
 	@$(BIN)/python -m pytest
 
 test-faults: .venv/installed
+	@$(BIN)/python -m pytest -m slow
 	@$(BIN)/python -m tests.faults
 
 lint: .venv/installed

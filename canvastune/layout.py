@@ -26,11 +26,13 @@ def check_layout(config: RunConfig, world_size: int, *, experts: int, hidden: in
                 f"and {experts} experts"
             )
     efsdp = world_size // ep
-    for width in (2 * expert_size, hidden):
+    adapted = config.train.method == "lora" and config.lora.experts
+    widths = (hidden, expert_size if adapted else 2 * expert_size)
+    for width in widths:
         if ep > 1 and width % efsdp:
             raise UserError(
                 f"parallel.ep: {world_size} ranks with ep {ep} shard each expert over {efsdp}, which does not divide its width {width}. "
-                f"Choose an ep so that {world_size} / ep divides {2 * expert_size} and {hidden}"
+                f"Choose an ep so that {world_size} / ep divides {widths[1]} and {widths[0]}"
             )
     if batch % (world_size * micro):
         nearest = max(1, round(batch / (world_size * micro))) * world_size * micro
@@ -38,3 +40,12 @@ def check_layout(config: RunConfig, world_size: int, *, experts: int, hidden: in
             f"train.global_batch_size: {batch} does not divide over {world_size} ranks x {micro} examples per forward. "
             f"Try --set train.global_batch_size={nearest}, or another number of ranks"
         )
+
+
+def expert_shard_dim(name: str) -> int:
+    """The dimension of an expert parameter that is cut over efsdp; the first one is the experts', cut over ep.
+
+    Weights [E, out, in] and factors B [E, out, r] are cut along their output, factors A [E, r, in] along their input: efsdp
+    need not divide the rank.
+    """
+    return 2 if ".lora_A." in f".{name}" else 1

@@ -12,7 +12,7 @@ import torch
 
 from canvastune.config import RunConfig
 from canvastune.merge_proof import prove_merge
-from canvastune.model.adapter import read_adapter
+from canvastune.model.adapter import each_expert, read_adapter
 from canvastune.model.checkpoint_files import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.outputs import whole_folder, write_provenance
 
@@ -20,9 +20,10 @@ from canvastune.outputs import whole_folder, write_provenance
 def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """Write the merged checkpoint into `out` and return its proof.
 
-    `out` gets the base's own configuration, tokenizer and tensors, the adapted weights being `W + alpha / rank * B @ A`
-    (summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It appears
-    whole or not at all. Memory is one tensor and the adapter; the proof takes the model where it fits (`merge_proof`).
+    `out` gets the base's own configuration, tokenizer and tensors, the adapted weights being `W + scale * B @ A` (expert by
+    expert, summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It
+    appears whole or not at all. Memory is the adapter and a few times the
+    largest tensor; the proof takes the model where it fits (`merge_proof`).
 
     Raises:
         UserError: a base or an adapter that cannot be read, an adapter of another base, an `out` that is not empty, a full disk.
@@ -36,7 +37,7 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
         with CheckpointWriter(folder, checkpoint.specs()) as writer:
             written = 0
             for name in checkpoint.names():
-                factors = trained.factors.get(name.removesuffix(".weight"))
+                factors = trained.factors.get(name)
                 # No variable holds the tensor: the last one is gone when the next one is read.
                 shard = writer.write(name, _merged(checkpoint.get(name), *factors, trained.scale) if factors else checkpoint.get(name))
                 if shard is not None:
@@ -53,8 +54,10 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
 
 
 def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W [out, in], A [r, in], B [out, r] -> W + scale * B @ A, in W's dtype."""
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    """W [(E,) out, in] + scale * B [(E,) out, r] @ A [(E,) r, in] in W's dtype, in W's place."""
+    for one, one_a, one_b in each_expert(weight, a, b):
+        one.copy_(torch.addmm(one.float(), one_b.float(), one_a.float(), alpha=scale))
+    return weight
 
 
 def _say(line: str) -> None:

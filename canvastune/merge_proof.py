@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from canvastune.model.adapter import Adapter
+from canvastune.model.adapter import Adapter, each_expert
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.stock import load_stock, load_stock_with_adapter
 
@@ -59,8 +59,8 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
     unchanged, errors = 0, []
     shown = time.monotonic()
     for count, name in enumerate(names if alike else []):
-        if name.removesuffix(".weight") in adapter.factors:
-            errors.append(_compare_merged(base.get(name), merged.get(name), adapter, name.removesuffix(".weight")))
+        if name in adapter.factors:
+            errors.append(_compare_merged(base.get(name), merged.get(name), adapter, name))
         elif _same_bytes(base.get(name), merged.get(name)):
             unchanged += 1
         else:
@@ -80,16 +80,20 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
     }
 
 
-def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, module: str) -> tuple[float, float, float]:
-    """The worst error of a merged weight: absolute; over what rounding explains; and its norm over that of the update."""
-    a, b = (factor.double() for factor in adapter.factors[module])
-    update = adapter.scale * (b @ a)
-    exact = weight.double() + update
-    error = (result.double() - exact).abs()
-    bound = _rounding(weight, exact, adapter.scale * (b.abs() @ a.abs()), adapter.rank)
-    # An untrained B makes no update at all.
-    over_update = float(error.norm() / update.norm()) if update.any() else 0.0
-    return float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update
+def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, name: str) -> tuple[float, float, float]:
+    """The worst error of a merged weight, over its experts: absolute; over what rounding explains; its norm over that of the update."""
+    errors = []
+    for one, found, *factors in each_expert(weight, result, *adapter.factors[name]):
+        a, b = (factor.double() for factor in factors)
+        update = adapter.scale * (b @ a)
+        exact = one.double() + update
+        error = (found.double() - exact).abs()
+        bound = _rounding(one, exact, adapter.scale * (b.abs() @ a.abs()), adapter.rank)
+        # An untrained B makes no update at all.
+        over_update = float(error.norm() / update.norm()) if update.any() else 0.0
+        errors.append((float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update))
+    difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True))
+    return difference, over_bound, over_update
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -109,7 +113,7 @@ def _compare_logits(
     started = time.monotonic()
     model = load_stock_with_adapter(base.folder, adapter_folder, device, torch.float32)
     plain = expected = _logits(model, seed)
-    if any(base.dtype(f"{name}.weight") != torch.float32 for name in adapter.factors):
+    if any(base.dtype(name) != torch.float32 for name in adapter.factors):
         _take_rounding(model, adapter, CheckpointReader(merged))
         expected = _logits(model, seed)
     del model  # one model in memory at a time
@@ -130,9 +134,11 @@ def _compare_logits(
 @torch.no_grad()
 def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> None:
     """Add to the base weights under PEFT's adapters what the merged weights lost to rounding, which is proved to be no more than that."""
-    for name, (a, b) in adapter.factors.items():
-        stored = merged.get(f"{name}.weight").double()
-        model.get_submodule(name).base_layer.weight.copy_(stored - adapter.scale * (b.double() @ a.double()))
+    for name, factors in adapter.factors.items():
+        module, _, leaf = name.rpartition(".")
+        weight = getattr(model.get_submodule(module).get_base_layer(), leaf)
+        for one, stored, a, b in each_expert(weight, merged.get(name), *factors):
+            one.copy_(stored.double() - adapter.scale * (b.double() @ a.double()))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+_GOLDEN, _GOLDEN_32 = 0x9E3779B97F4A7C15 - 2**64, 0x9E3779B9 - 2**32  # 2^64 and 2^32 over the golden ratio, as signed integers
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -18,6 +20,7 @@ class Draws:
     corrupted: torch.Tensor  # bool[C]: positions whose token is replaced
     replacement: torch.Tensor  # int64[C]: uniform over the whole vocabulary
     self_condition: bool  # whether the example is denoised twice
+    dropout_key: int | None  # of the adapters' dropout, 64 bits; None: nothing is dropped
 
 
 def training_draws(
@@ -40,6 +43,7 @@ def training_draws(
         corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < level),
         replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
         self_condition=bool(coin < self_conditioning_probability),
+        dropout_key=_key("dropout", seed, position),
     )
 
 
@@ -52,7 +56,7 @@ def validation_draws(example_id: str, level: float, *, blocks: int, canvas_lengt
     """Draw fixed noise for a held-out example, from its id alone: the same block and the same uniform variates at every level.
 
     A position corrupted at one level is corrupted at every higher one, so the curves differ by the level and not by luck.
-    Never self-conditioned: validation measures the first denoising pass.
+    Never self-conditioned: validation measures the first denoising pass. Nothing is dropped either.
     """
     generator = _generator("validation", example_id)
     block = np.float32(generator.random(dtype=np.float32))
@@ -62,6 +66,7 @@ def validation_draws(example_id: str, level: float, *, blocks: int, canvas_lengt
         corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < np.float32(level)),
         replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
         self_condition=False,
+        dropout_key=None,
     )
 
 
@@ -75,6 +80,48 @@ def weight_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(_digest("weight", seed, name)[:4], "little"))
 
 
+def dropout_row_keys(dropout_key: int, clean: int, canvas: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A key for each row of one example: int64[clean] and int64[canvas], all different."""
+    clean_places, canvas_places = 2 * torch.arange(clean), 2 * torch.arange(canvas) + 1
+    return _mix64(clean_places * _GOLDEN + dropout_key), _mix64(canvas_places * _GOLDEN + dropout_key)
+
+
+def dropout_module_key(name: str) -> int:
+    """The key of one module's dropout."""
+    return _key("dropout", name)
+
+
+def dropout_mask(row_keys: torch.Tensor, features: int, module_key: int, probability: float) -> torch.Tensor:
+    """bool[rows, features]: what a module drops of rows with these keys, int64[rows]; the same on every device.
+
+    A counter-based generator: 32 bits of a hash of (row, module, feature). No state is kept, so it takes no order of calls.
+    """
+    keys = _mix64(row_keys ^ module_key)
+    low, high = keys.view(torch.int32).view(-1, 2).split(1, dim=1)
+    places = torch.arange(features, dtype=torch.int32, device=row_keys.device) * _GOLDEN_32
+    bits = _mix32_(_mix32_(low + places).bitwise_xor_(high))
+    return bits < round(probability * 2**32) - 2**31
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014), elementwise on int64 that wraps around."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x = (x ^ _shift_right(x, shift, 64)) * factor
+    return x ^ _shift_right(x, 31, 64)
+
+
+def _mix32_(x: torch.Tensor) -> torch.Tensor:
+    """A finaliser of little bias (C. Wellons, lowbias32), in place on int32 that wraps around."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x.bitwise_xor_(_shift_right(x, shift, 32)).mul_(factor)
+    return x.bitwise_xor_(_shift_right(x, 16, 32))
+
+
+def _shift_right(x: torch.Tensor, count: int, bits: int) -> torch.Tensor:
+    """x >> count as of an unsigned integer."""
+    return (x >> count).bitwise_and_(2 ** (bits - count) - 1)
+
+
 def _index(uniform: np.float32, count: int) -> int:
     # A float32 below 1 times a count can round up to the count itself.
     return min(int(uniform * np.float32(count)), count - 1)
@@ -82,6 +129,10 @@ def _index(uniform: np.float32, count: int) -> int:
 
 def _digest(*parts: object) -> bytes:
     return hashlib.blake2b("\0".join(str(part) for part in parts).encode(), digest_size=16).digest()
+
+
+def _key(*parts: object) -> int:
+    return int.from_bytes(_digest(*parts)[:8], "little", signed=True)
 
 
 def _generator(*parts: object) -> np.random.Generator:

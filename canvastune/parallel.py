@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from canvastune.config import RunConfig
+from canvastune.layout import expert_shard_dim
 from canvastune.model.shared import SharedModel
 
 
@@ -40,11 +42,12 @@ def shard_model(model: SharedModel, meshes: Meshes, config: RunConfig) -> None:
     for layer in model.model.decoder.layers:
         if meshes.ep.size() > 1:
             _spread_experts(layer.experts, meshes.ep)
-            frozen = not any(parameter.requires_grad for parameter in layer.experts.parameters())
-            if frozen and meshes.efsdp.size() == 1:
-                ignored.update(layer.experts.parameters())  # nothing to gather, nothing to reduce
-            else:
-                fully_shard(layer.experts, mesh=meshes.efsdp, mp_policy=precision, shard_placement_fn=lambda _: Shard(1))
+            if meshes.efsdp.size() == 1:  # of what is frozen, nothing to gather, nothing to reduce
+                ignored.update(parameter for parameter in layer.experts.parameters() if not parameter.requires_grad)
+            if not ignored.issuperset(layer.experts.parameters()):
+                fully_shard(
+                    layer.experts, mesh=meshes.efsdp, mp_policy=precision, shard_placement_fn=_cut_of(layer.experts), ignored_params=ignored
+                )
         fully_shard(layer, mesh=meshes.fsdp, mp_policy=precision, ignored_params=ignored)
     # The root's embedding serves the lookup, the head and the soft embedding: gathered once a pass.
     fully_shard(model, mesh=meshes.fsdp, mp_policy=precision, reshard_after_forward=False, ignored_params=ignored)
@@ -78,7 +81,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _spread_experts(experts: Any, mesh: DeviceMesh) -> None:
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        spread = distribute_tensor(parameter.data, mesh, [Shard(0)])
-        experts.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+    for module in experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            spread = distribute_tensor(parameter.data, mesh, [Shard(0)])
+            module.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     experts.ep_group = mesh.get_group()
+
+
+def _cut_of(experts: nn.Module) -> Callable[[nn.Parameter], Shard]:
+    dims = {parameter: expert_shard_dim(name) for name, parameter in experts.named_parameters()}
+    return lambda parameter: Shard(dims[parameter])

@@ -27,6 +27,8 @@ SHIPPED = Path(__file__).parent / "model" / "diffusiongemma-26b-a4b.json"
 _MOST_GPUS = 4096
 _MOST_EXAMPLES = 4096
 _CHANGES_NAMED = 3
+_BFLOAT16_KERNELS = 250_000_000  # bytes that a CPU process holds more with bfloat16: reordered weights, kernels (measured)
+_CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Plan:
     memory_bytes: int  # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
     reserved_bytes: int  # beside the peak: driver, collectives, fragmentation
     limit_bytes: int
+    checkpoint_bytes: int  # of a resume checkpoint on disk, over all ranks
+    checkpoints: int  # that stand at once: the newest, the best and the one that is being written
+    host_copy_bytes: int  # in host memory, while a checkpoint is written beside the training
     flops_by_pass: dict[str, float]  # of a rank's step
     flops_by_part: dict[str, float]
     model_flops: float  # of a step over all ranks, without what is computed twice
@@ -124,6 +129,8 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
     seconds = step_time(architecture, step, flops, received, accelerator)
     limit = _limit(config, accelerator)
     memory_bytes = sum(parts.values())
+    parameters = count_parameters(architecture)
+    checkpoint = parameters["total"].trained * _CHECKPOINT_BYTES
     plan = Plan(
         name=config.name,
         model=config.model.id,
@@ -140,13 +147,16 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         seq_length=config.data.seq_length,
         canvas_length=architecture.canvas,
         activation_checkpointing=config.train.activation_checkpointing,
-        parameters=count_parameters(architecture),
+        parameters=parameters,
         memory=parts,
         moment=moment,
         phases=highest_by_phase(found),
         memory_bytes=memory_bytes,
         reserved_bytes=_reserved(memory_bytes, accelerator),
         limit_bytes=limit,
+        checkpoint_bytes=checkpoint,
+        checkpoints=config.train.keep_checkpoints + 2,
+        host_copy_bytes=checkpoint // world_size if config.train.async_checkpoints else 0,
         flops_by_pass=flops.by_pass,
         flops_by_part=flops.by_part,
         model_flops=flops.model * world_size,
@@ -232,8 +242,12 @@ def _of_length(step: Step, seq_length: int) -> Step:
 
 
 def _moments(architecture: Architecture, step: Step, accelerator: Accelerator) -> dict[str, dict[str, int]]:
-    process = {"process": round(accelerator.process * 1e9)} if accelerator.process else {}
-    return {moment: parts | process for moment, parts in moments(architecture, step).items()}
+    process = round(accelerator.process * 1e9)
+    if process and architecture.compute_bytes == 2:
+        process += _BFLOAT16_KERNELS
+    if process and step.world_size > 1:  # gloo copies what it gathers, the embedding above all
+        process += architecture.vocabulary * architecture.hidden * architecture.compute_bytes
+    return {moment: parts | ({"process": process} if process else {}) for moment, parts in moments(architecture, step).items()}
 
 
 def _needed(architecture: Architecture, step: Step, accelerator: Accelerator) -> int:
@@ -283,12 +297,12 @@ def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerat
     """Changes that fit, at most three levers together, the mildest first; none that holds a smaller one."""
 
     @functools.cache
-    def under(method: Literal["lora", "full"]) -> Architecture:
-        return read_architecture(_with(config, "train", method=method), model)
+    def under(method: Literal["lora", "full"], experts: bool) -> Architecture:
+        return read_architecture(_with(_with(config, "train", method=method), "lora", experts=experts), model)
 
     def needed(changed: RunConfig, ranks: int) -> int | None:
-        architecture = under(changed.train.method)
         try:
+            architecture = under(changed.train.method, changed.lora.experts)
             _check_layout(changed, architecture, ranks)
         except UserError:
             return None
@@ -347,8 +361,20 @@ def _adapters(config: RunConfig, ranks: int) -> Tried:
         yield _with(config, "train", method="lora"), ranks, ("train.method=lora",)
 
 
+def _fewer_adapters(config: RunConfig, ranks: int) -> Tried:
+    if config.train.method == "lora" and config.lora.experts:
+        yield _with(config, "lora", experts=False), ranks, ("lora.experts=false",)
+
+
 # What a change costs its user: time, then data, then another kind of training or other machines.
-_LEVERS: dict[Callable[[RunConfig, int], Tried], int] = {_checkpoint: 1, _fewer_examples: 1, _shorten: 2, _adapters: 4, _more_ranks: 4}
+_LEVERS: dict[Callable[[RunConfig, int], Tried], int] = {
+    _checkpoint: 1,
+    _fewer_examples: 1,
+    _shorten: 2,
+    _fewer_adapters: 3,
+    _adapters: 4,
+    _more_ranks: 4,
+}
 
 
 def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:

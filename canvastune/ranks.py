@@ -59,6 +59,13 @@ def on_every_rank(function: Callable[[], Result], group: dist.ProcessGroup | Non
     return [result for result, _ in gathered]
 
 
+def together(function: Callable[[], Result]) -> Result:
+    """Call on every rank and give each its own result; where one is refused, all of them get the first rank's UserError."""
+    results: list[Result] = []
+    on_every_rank(lambda: results.append(function()))
+    return results[0]
+
+
 class LostRank(RuntimeError):
     """Another rank is gone, and with it the run; the words name it."""
 

@@ -34,7 +34,7 @@ from canvastune.model.source import resolve_model
 from canvastune.outputs import fingerprint, write_provenance
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.progress import TrainingProgress
-from canvastune.ranks import LostRank, RollCall, Watchdog, on_first_rank
+from canvastune.ranks import LostRank, RollCall, Watchdog, on_first_rank, together
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, export_path
 
@@ -68,7 +68,7 @@ def train(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     base = on_first_rank(lambda: resolve_model(config.model))
-    model_config = read_model_config(base)
+    model_config = together(lambda: read_model_config(base))
     text = model_config.text_config
     check_layout(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
     if data is None:
@@ -78,14 +78,16 @@ def train(
     device = _device()
     model = build_model(config, model_config)
     shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
-    load_weights(model, CheckpointReader(base), device, config.seed)
+    together(lambda: load_weights(model, CheckpointReader(base), device, config.seed))
 
-    prepared = PreparedData(
-        data,
-        canvas_length=model_config.canvas_length,
-        vocab_size=text.vocab_size,
-        eos_token_id=_first(text.eos_token_id),
-        seed=config.seed,
+    prepared = together(
+        lambda: PreparedData(
+            data,
+            canvas_length=model_config.canvas_length,
+            vocab_size=text.vocab_size,
+            eos_token_id=_first(text.eos_token_id),
+            seed=config.seed,
+        )
     )
     metrics = MetricsWriter(output / "metrics.jsonl", run_id=metrics_run) if rank == 0 else None
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None

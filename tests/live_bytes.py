@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import DiffusionGemmaConfig
 
 from canvastune.config import RunConfig
@@ -144,4 +145,26 @@ def batch_of(step: Step, vocabulary: int) -> PackedBatch:
         canvas_lengths=(canvas,) * examples,
         block_starts=(clean - canvas,) * examples,
         coins=(step.self_conditioning > 0,) * examples,
+        row_keys=torch.arange(examples * (clean + canvas)),
     )
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
+    """[R, k] by [E, k, n], each row by one expert; or [m, R] by [R, n], summed over each expert's rows."""
+    return 2 * first[0] * first[1] * second[-1]
+
+
+# What torch counts no FLOPs for: its CPU attention and the grouped matmul.
+CPU_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped,
+}

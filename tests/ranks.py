@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a server that has imported these once: fifteen seconds less for eight ranks on two cores.
+mp.get_context("forkserver").set_forkserver_preload(["canvastune.trainer", "tests.small"])
+
 
 def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *args: Any) -> None:
     """Call `function(folder, *args)` on every rank of a fresh process group and wait for all; a failure on any rank is raised here."""
     meeting = folder / f"meeting-{function.__name__}-{world_size}"
-    mp.spawn(_rank, args=(function, world_size, str(meeting), folder, args), nprocs=world_size)
+    mp.start_processes(_rank, args=(function, world_size, str(meeting), folder, args), nprocs=world_size, start_method="forkserver")
 
 
 def _rank(rank: int, function: Callable[..., None], world_size: int, meeting: str, folder: Path, args: tuple) -> None:

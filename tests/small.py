@@ -69,14 +69,14 @@ def stock_model(folder: Path) -> DiffusionGemmaForBlockDiffusion:
     return DiffusionGemmaForBlockDiffusion.from_pretrained(folder)
 
 
-def run_config(method: str = "full", ep: int = 1, **train: object) -> RunConfig:
-    """A recipe in float32."""
+def run_config(method: str = "full", ep: int = 1, lora: dict[str, object] | None = None, **train: object) -> RunConfig:
+    """A recipe in float32, with adapters of rank 8."""
     tree = {
         "name": "test",
         "data": {"source": "none"},
         "train": {"method": method, "precision": "float32", **train},
         "parallel": {"ep": ep},
-        "lora": {"rank": 8},
+        "lora": {"rank": 8, **(lora or {})},
     }
     return parse_config(tree)
 

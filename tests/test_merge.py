@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 import weakref
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import canvastune.merge as merge_step
 from canvastune import merge_proof
+from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.merge import merge_lora
 from canvastune.model.adapter import CONFIG, ORIGIN, WEIGHTS, read_adapter, write_adapter
@@ -26,7 +30,11 @@ from canvastune.model.stock import load_stock
 from tests.small import CANVAS, EOS, VOCABULARY, run_config, shared_model, stock_model, write_checkpoint
 
 CONFIGURATION = run_config("lora")
-SCALE = CONFIGURATION.lora.alpha / CONFIGURATION.lora.rank
+KINDS: dict[str, RunConfig] = {
+    "attention and MLP": CONFIGURATION,
+    "with experts, rank-stabilised": run_config("lora", lora={"experts": True, "rslora": True, "dropout": 0.1}),
+}
+EXPERTS = ("gate_up_proj", "down_proj")
 TARGETED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 FACTORS = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,18 +48,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def config(request: pytest.FixtureRequest) -> RunConfig:
+    return KINDS[request.param]
+
+
 @pytest.fixture(scope="module")
-def factors(base: Path) -> FACTORS:
+def factors(base: Path, config: RunConfig) -> FACTORS:
     """What training leaves: the engine's own adapters, B no longer zero."""
     generator = torch.Generator().manual_seed(1)
-    shared = shared_model(base, CONFIGURATION)
+    shared = shared_model(base, config)
     return {name: (a.detach().clone(), torch.randn(b.shape, generator=generator) * 0.05) for name, a, b in trained_factors(shared)}
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, factors: FACTORS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(base: Path, config: RunConfig, factors: FACTORS, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    write_adapter(folder, factors, CONFIGURATION, base)
+    write_adapter(folder, factors, config, base)
     return folder
 
 
@@ -87,16 +100,18 @@ def outputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return output.logits, output.encoder_last_hidden_state
 
 
-def updated(base: Path, factors: FACTORS) -> DiffusionGemmaForBlockDiffusion:
-    """The stock model with W + alpha / r * B A, by definition."""
+def updated(base: Path, config: RunConfig, factors: FACTORS) -> DiffusionGemmaForBlockDiffusion:
+    """The stock model with W + scale * B A, by definition."""
     model: Any = stock_model(base)
     with torch.no_grad():
         for name, (a, b) in factors.items():
-            model.get_submodule(name).weight += SCALE * b @ a
+            model.get_parameter(name).add_(config.lora.scale * b @ a)
     return model
 
 
-def test_adapter_loads_in_stock_peft_and_acts_on_encoder_and_decoder(base: Path, adapter: Path, factors: FACTORS) -> None:
+def test_adapter_loads_in_stock_peft_and_acts_on_encoder_and_decoder(
+    base: Path, config: RunConfig, adapter: Path, factors: FACTORS
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model: Any = PeftModel.from_pretrained(stock_model(base), str(adapter))
@@ -105,34 +120,36 @@ def test_adapter_loads_in_stock_peft_and_acts_on_encoder_and_decoder(base: Path,
     loaded, stored = get_peft_model_state_dict(model, save_embedding_layers=False), load_file(adapter / WEIGHTS)
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], value) for key, value in stored.items())
-    expected, plain = outputs(updated(base, factors)), outputs(stock_model(base))
+    expected, plain = outputs(updated(base, config, factors)), outputs(stock_model(base))
     for found, wanted, before, what in zip(
         outputs(model.base_model.model), expected, plain, ("canvas logits", "encoder states"), strict=True
     ):
         scale = float(wanted.abs().max())
         assert float((before - wanted).abs().max()) > 0.1 * scale, "the adapter is too small to prove anything"
-        assert float((found - wanted).abs().max()) < 1e-5 * scale, f"{what}: stock PEFT does not compute W + alpha / r * B A"
+        assert float((found - wanted).abs().max()) < 1e-5 * scale, f"{what}: stock PEFT does not compute W + scale * B A"
 
 
-def test_adapter_hits_the_layers_and_nothing_else(base: Path, adapter: Path) -> None:
+def test_adapter_hits_the_layers_and_nothing_else(base: Path, config: RunConfig, adapter: Path) -> None:
     model: Any = PeftModel.from_pretrained(stock_model(base), str(adapter))
     wrapped = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
     layers = [f"model.{stack}.layers.{index}." for stack in ("decoder", "encoder.language_model") for index in range(4)]
     expected = {layer + part for layer in layers for part in TARGETED}
     # Full layers have no v_proj.
     expected -= {f"model.{stack}.layers.3.self_attn.v_proj" for stack in ("decoder", "encoder.language_model")}
+    if config.lora.experts:  # a wrapper for each of their two weights
+        expected |= {layer + part for layer in layers for part in ("experts", "experts.base_layer")}
     assert wrapped == expected, f"wrapped by mistake, or not at all: {sorted(wrapped ^ expected)[:3]}"
 
 
-def test_adapter_is_read_back_once_per_shared_weight(base: Path, adapter: Path, factors: FACTORS) -> None:
+def test_adapter_is_read_back_once_per_shared_weight(base: Path, config: RunConfig, adapter: Path, factors: FACTORS) -> None:
     read = read_adapter(adapter, CheckpointReader(base), "another id")  # the fingerprint decides, not the name
-    assert (read.rank, read.alpha, read.scale) == (8, 32, SCALE)
+    assert (read.rank, read.alpha, read.rslora, read.scale) == (8, 32, config.lora.rslora, config.lora.scale)
     assert read.factors.keys() == factors.keys()
     assert all(torch.equal(x, y) for name in factors for x, y in zip(read.factors[name], factors[name], strict=True))
 
 
-def test_merged_logits_equal_base_plus_adapter(base: Path, merged: Path, factors: FACTORS) -> None:
-    for found, expected in zip(outputs(load_stock(merged, torch.device("cpu"))), outputs(updated(base, factors)), strict=True):
+def test_merged_logits_equal_base_plus_adapter(base: Path, config: RunConfig, merged: Path, factors: FACTORS) -> None:
+    for found, expected in zip(outputs(load_stock(merged, torch.device("cpu"))), outputs(updated(base, config, factors)), strict=True):
         assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     proof = json.loads((merged / "merge_proof.json").read_text())
     assert proof["passed"]
@@ -156,22 +173,22 @@ def test_everything_that_was_not_adapted_is_the_base_byte_for_byte(base: Path, m
     before, after = CheckpointReader(base), CheckpointReader(merged)
     assert after.specs() == before.specs()
     changed = {name for name in before.names() if not torch.equal(before.get(name), after.get(name))}
-    assert changed == {f"{name}.weight" for name in factors}
+    assert changed == set(factors)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (merged / name).read_bytes() == (base / name).read_bytes(), f"{name} was rewritten"
 
 
-def test_bfloat16_base_is_merged_in_float32_and_rounded_once(base: Path, factors: FACTORS, tmp_path: Path) -> None:
+def test_bfloat16_base_is_merged_in_float32_and_rounded_once(base: Path, config: RunConfig, factors: FACTORS, tmp_path: Path) -> None:
     stock_model(base).bfloat16().save_pretrained(tmp_path / "base")
     (tmp_path / "adapter").mkdir()
-    write_adapter(tmp_path / "adapter", factors, CONFIGURATION, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", factors, config, tmp_path / "base")
     proof = merge_lora(CONFIGURATION, tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     before, after = CheckpointReader(tmp_path / "base"), CheckpointReader(tmp_path / "merged")
     for name, (a, b) in factors.items():
-        weight = before.get(f"{name}.weight")
+        weight = before.get(name)
         assert weight.dtype == torch.bfloat16
-        expected = (weight.double() + SCALE * b.double() @ a.double()).to(torch.bfloat16)
-        wrong = int((after.get(f"{name}.weight") != expected).sum())
+        expected = (weight.double() + config.lora.scale * b.double() @ a.double()).to(torch.bfloat16)
+        wrong = int((after.get(name) != expected).sum())
         assert wrong <= weight.numel() // 1000, f"{name}: {wrong} weights are not the nearest bfloat16"  # but for ties in float32
     assert proof["passed"]
     assert proof["max_abs_difference"] <= 1e-4 * proof["max_abs_logit"], "with the rounding taken out, nothing may differ"
@@ -225,7 +242,7 @@ def test_wrong_merge_is_never_kept(
             return weight
         result = merged(weight, a, b, 2 * scale if fault == "twice" else scale)
         if fault == "one value off" and calls == 5:
-            result[3, 7] += 4e-6 * result.abs().max()
+            result[..., 3, 7] += 4e-6 * result.abs().max()
         return result
 
     def touched(self: Any, name: str, tensor: torch.Tensor) -> str | None:
@@ -321,7 +338,7 @@ def test_values_that_are_not_finite_are_refused(base: Path, broken: Path) -> Non
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"use_rslora": True}, "use_rslora is True"),
+        ({"target_parameters": ["router.scale"]}, "target_parameters names 'router.scale'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -339,6 +356,41 @@ def test_folder_without_an_adapter_is_refused(base: Path, tmp_path: Path) -> Non
 
 
 def test_factors_that_miss_a_layer_are_not_written(base: Path, factors: FACTORS, tmp_path: Path) -> None:
-    kept = {name: pair for name, pair in factors.items() if name != "model.decoder.layers.1.mlp.up_proj"}
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
-        write_adapter(tmp_path, kept, CONFIGURATION, base)
+    for missed in [name for name in factors if re.search(r"layers\.1\.(mlp\.up_proj|experts\.down_proj)", name)]:
+        kept = {name: pair for name, pair in factors.items() if name != missed}
+        with pytest.raises(ValueError, match=re.escape(missed)):
+            write_adapter(tmp_path, kept, CONFIGURATION, base)
+
+
+def test_experts_factors_are_stacked_as_peft_stacks_them(base: Path, tmp_path: Path) -> None:
+    """Written by stock PEFT itself, with one weight adapted or both, and read by us."""
+    for targets in (EXPERTS, EXPERTS[:1], EXPERTS[1:]):
+        folder = tmp_path / "-".join(targets)
+        settings = PeftLoraConfig(r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in targets])
+        model: Any = get_peft_model(stock_model(base), settings)
+        generator = torch.Generator().manual_seed(0)
+        deltas: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:  # encoder and decoder alike
+                    layer = int(re.findall(r"layers\.(\d+)", name)[0])
+                    generator.manual_seed(layer * 10 + ("base_layer" in name) * 2 + ("lora_A" in name))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            for name, module in model.base_model.model.named_modules():
+                if isinstance(module, ParamWrapper) and "decoder" in name:
+                    deltas[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module.get_delta_weight("default")
+        model.save_pretrained(folder)
+        (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": "x"}))
+        read = read_adapter(folder, CheckpointReader(base), "x")
+        assert read.factors.keys() == deltas.keys()
+        for name, (a, b) in read.factors.items():
+            assert torch.allclose(read.scale * b @ a, deltas[name], atol=1e-5), f"{name}: another order of experts and ranks"
+
+
+@pytest.mark.parametrize("config", ["with experts, rank-stabilised"], indirect=True)
+def test_expert_factors_that_do_not_fit_are_refused_by_name(base: Path, broken: Path) -> None:
+    settings = json.loads((broken / CONFIG).read_text())
+    change(broken, layers_2_experts_base_layer_lora_A=torch.zeros(8, 32))
+    refuse(broken, base, "layers.2.experts.base_layer.lora_A", "[8, 32]", "[64, 32]", "experts.gate_up_proj")
+    (broken / CONFIG).write_text(json.dumps(settings | {"target_parameters": None}))
+    refuse(broken, base, "adapts 'model.decoder.layers.0.experts'", "does not have")

@@ -99,6 +99,7 @@ def test_validation_noise_depends_on_the_example_alone_and_grows_with_the_level(
     assert torch.equal(low.replacement, high.replacement)
     assert bool((high.corrupted | ~low.corrupted).all()), "a position corrupted at t = 0.3 is clean at t = 0.7"
     assert not low.self_condition
+    assert low.dropout_key is None, "validation would drop inputs of the adapters"
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order() -> None:

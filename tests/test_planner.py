@@ -8,11 +8,10 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DiffusionGemmaConfig
 
 from canvastune import planner
@@ -23,7 +22,7 @@ from canvastune.plan import work
 from canvastune.plan.memory import Step, moments, peak
 from canvastune.plan.sizes import Architecture, read_architecture
 from canvastune.planner import SHIPPED, Plan, as_tree, find_architecture, make_plan, plan_text, refuse_if_too_big, write_plan
-from tests.live_bytes import batch_of, lone_rank, measure, sharded_model
+from tests.live_bytes import CPU_FORMULAS, batch_of, lone_rank, measure, sharded_model
 from tests.small import run_config, shared_model, write_checkpoint
 
 RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
@@ -112,6 +111,16 @@ def test_an_adapter_of_rank_16_on_the_released_model_has_18_6_million_parameters
     assert released("gsm8k_lora", "lora.rank=32").parameters["adapters"].total == 2 * 18_585_600
 
 
+def test_expert_adapters_of_rank_16_on_the_released_model_have_475_8_million_parameters() -> None:
+    plan = released("gsm8k_lora", "lora.experts=true")
+    expected = 30 * 128 * 16 * (2816 + 2 * 704 + 704 + 2816)
+    assert plan.parameters["expert adapters"].total == expected == 475_791_360
+    assert plan.parameters["expert adapters"].active == expected * 8 // 128
+    assert plan.parameters["total"].trained == expected + 18_585_600
+    more = sum(plan.memory[part] - released("gsm8k_lora").memory[part] for part in ("weights", "optimiser"))
+    assert more == 3 * 4 * expected // 8, "each of eight ranks holds an eighth of the factors and of their two moments, in float32"
+
+
 def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
     full, lora = released("gsm8k_sft"), released("gsm8k_lora")
     assert full.memory_bytes / GIB == pytest.approx(53, rel=0.03)
@@ -120,10 +129,23 @@ def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
     assert lora.fits
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "full": ("full", {}),
+    "lora": ("lora", {}),
+    "lora with experts": ("lora", {"experts": True}),
+    "lora with dropout": ("lora", {"dropout": 0.1}),
+}
+
+
+def configured(kind: str, ep: int = 1, **train: object) -> RunConfig:
+    method, lora = METHODS[kind]
+    return run_config(method, ep, lora, **train)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora with experts"])
 def test_planned_weights_and_optimiser_are_those_of_the_sharded_model(method: str, middling: Path) -> None:
-    for world_size, ep in ((3, 1), (4, 4), (8, 2)):
-        config = run_config(method, ep, precision="bfloat16")
+    for world_size, ep in ((3, 1), (4, 4), (8, 2), (2, 2)):
+        config = configured(method, ep, precision="bfloat16")
         step = Step(world_size, ep, 1, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
         planned = next(iter(moments(read_architecture(config, middling), step).values()))
         with lone_rank(world_size):
@@ -140,13 +162,43 @@ CASES = {
     "experts sharded twice": ("full", "float32", Step(8, 2, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=1)),
     "adapters, frozen experts left alone": ("lora", "bfloat16", Step(4, 4, 2, 1, 96, CANVAS, checkpointing=True, self_conditioning=1)),
     "adapters, experts sharded twice": ("lora", "float32", Step(8, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0)),
+    "expert adapters, one rank": (
+        "lora with experts",
+        "bfloat16",
+        Step(1, 1, 2, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5),
+    ),
+    "expert adapters, data parallel": (
+        "lora with experts",
+        "float32",
+        Step(2, 1, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
+    "expert adapters, frozen experts left alone": (
+        "lora with experts",
+        "bfloat16",
+        Step(4, 4, 2, 2, 96, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "expert adapters, all activations kept": (
+        "lora with experts",
+        "bfloat16",
+        Step(8, 8, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=1),
+    ),
+    "expert adapters, experts sharded twice": (
+        "lora with experts",
+        "bfloat16",
+        Step(8, 2, 2, 1, 128, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "dropout, all activations kept": (
+        "lora with dropout",
+        "bfloat16",
+        Step(2, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, precision, step = CASES[case]
-    config = run_config(method, step.ep, precision=precision)
+    config = configured(method, step.ep, precision=precision)
     architecture = read_architecture(config, middling)
     live = measure(monkeypatch, config, described(middling), step)
     found = moments(architecture, step)
@@ -168,40 +220,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "coins"), [("full", True, 1), ("full", False, 0), ("lora", True, 0), ("lora", False, 1)]
+    ("method", "checkpointing", "coins"),
+    [("full", True, 1), ("full", False, 0), ("lora", True, 0), ("lora", False, 1), ("lora with experts", True, 1)],
 )
 def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: bool, coins: int, small: Path) -> None:
-    config = run_config(method)
+    config = configured(method)
     architecture = read_architecture(config, small)
     step = Step(1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins)
     model = shared_model(small, config)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
         batch = batch_of(step, architecture.vocabulary)
         loss, _, _ = losses(model, batch, (1.0, 1.0), any_coin=bool(coins), checkpointing=checkpointing)
         loss.backward()
     planned = work.count_flops(architecture, step)
     assert planned.total == counter.get_total_flops()
     assert sum(planned.by_part.values()) == pytest.approx(planned.total)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
-    """[R, k] by [E, k, n], each row by one expert; or [m, R] by [R, n], summed over each expert's rows."""
-    return 2 * first[0] * first[1] * second[-1]
-
-
-_CPU_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    torch.ops.aten._grouped_mm: _grouped,
-}
 
 
 def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:
@@ -254,6 +287,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smalle
         ["hardware.gpu_memory=40"],
         ["data.seq_length=65536"],
         ["train.activation_checkpointing=false", "train.global_batch_size=512"],
+        ["train.method=lora", "lora.experts=true", "hardware.gpu_memory=12"],
     ],
 )
 def test_every_change_that_a_refusal_names_fits(overrides: list[str]) -> None:
@@ -280,6 +314,12 @@ def test_what_no_change_can_make_fit_is_refused_as_such() -> None:
         (["train.global_batch_size=24"], 24, "parallel.ep: 24 ranks with ep 8 shard each expert over 3"),
         (["train.global_batch_size=12"], 8, "train.global_batch_size: 12 does not divide over 8 ranks"),
         (["train.micro_batch_size=3"], 8, "Try --set train.global_batch_size=24"),
+        (["train.method=lora", "lora.experts=true", "lora.rank=12"], 8, "lora.rank: found 12, expected a multiple of 8"),
+        (
+            ["train.global_batch_size=512", "parallel.ep=4", "train.method=lora", "lora.experts=true"],
+            512,
+            "parallel.ep: 512 ranks with ep 4 shard each expert over 128, which does not divide its width 704",
+        ),
         (["hardware.accelerator=h1000"], 8, "hardware.accelerator: found 'h1000', expected one of"),
     ],
 )

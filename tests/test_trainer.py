@@ -19,6 +19,7 @@ from canvastune.errors import UserError
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.parallel import build_meshes, shard_model
+from canvastune.planner import make_plan
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, build_optimizer, learning_rate
 from tests.ranks import run_ranks
@@ -189,6 +190,11 @@ def save_at_four(folder: Path, ground: Path) -> None:
     state = whole(trainer)
     if dist.get_rank() == 0:
         torch.save(state, folder / "state.pt")
+        plan = make_plan(trainer.config, ground / "base", 4)
+        written = sum(file.stat().st_size for file in (folder / "run" / "checkpoints" / "step-000004").glob("*.safetensors"))
+        headers = 4 * 400 * len(state)  # each rank names each tensor
+        assert plan.checkpoint_bytes <= written <= plan.checkpoint_bytes + headers, (plan.checkpoint_bytes, written, headers)
+        assert plan.host_copy_bytes * 4 == pytest.approx(plan.checkpoint_bytes, abs=4)
 
 
 def reload(folder: Path, ground: Path, degrees: tuple[int, ...]) -> None:

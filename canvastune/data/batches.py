@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from canvastune.errors import UserError
-from canvastune.noise import Draws, epoch_order, self_conditioning_coin, training_draws, validation_draws
+from canvastune.noise import Draws, dropout_row_keys, epoch_order, self_conditioning_coin, training_draws, validation_draws
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class PackedBatch:
     canvas_lengths: tuple[int, ...]  # [B]
     block_starts: tuple[int, ...]  # [B]: first position of the chosen block
     coins: tuple[bool, ...]  # [B]: examples that are denoised twice
+    row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: nothing is dropped
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -59,7 +60,10 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def select(self, keep: list[bool]) -> tuple[PackedBatch, torch.Tensor]:
-        """The examples where `keep` is true as a batch of their own, and the rows of this batch's canvas they came from, int64[M']."""
+        """The examples where `keep` is true as a batch of their own, and the rows of this batch's canvas they came from, int64[M'].
+
+        It is what pass 1 sees: nothing of it is scored, and adapters drop nothing.
+        """
         device = self.clean.device
         clean_rows = _rows(self.clean_lengths, keep).to(device)
         canvas_rows = _rows(self.canvas_lengths, keep).to(device)
@@ -115,6 +119,7 @@ def pack(examples: list[Example], draws: list[Draws]) -> PackedBatch:
         canvas_lengths=tuple(len(target) for target in targets),
         block_starts=tuple(starts),
         coins=tuple(draw.self_condition for draw in draws),
+        row_keys=_row_keys(draws, lengths, [len(target) for target in targets]),
     )
 
 
@@ -189,6 +194,17 @@ def _open(folder: Path) -> Dataset:
     if not len(data):
         raise UserError(f"{folder}: the prepared data set has no row here. Prepare more rows, or change data.validation_fraction")
     return data
+
+
+def _row_keys(draws: list[Draws], clean_lengths: list[int], canvas_lengths: list[int]) -> torch.Tensor | None:
+    clean, canvas = [], []
+    for draw, clean_length, canvas_length in zip(draws, clean_lengths, canvas_lengths, strict=True):
+        if draw.dropout_key is None:
+            return None
+        keys = dropout_row_keys(draw.dropout_key, clean_length, canvas_length)
+        clean.append(keys[0])
+        canvas.append(keys[1])
+    return torch.cat([*clean, *canvas])
 
 
 def _rows(lengths: tuple[int, ...], keep: list[bool]) -> torch.Tensor:

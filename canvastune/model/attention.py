@@ -34,6 +34,7 @@ class Packing:
     canvas_scatter: torch.Tensor | None  # int64[M]
     canvas_sees: dict[str, torch.Tensor]  # layer type -> bool[B, 1, 1, S+C]: keys visible to every row of the example's canvas
     clean_sees: dict[str, torch.Tensor | None]  # layer type -> bool[S, S], or None: plain causal
+    row_keys: torch.Tensor | None = None  # int64[N+M]: by which adapters drop their inputs; None: they drop nothing
 
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
@@ -61,6 +62,7 @@ class Packing:
             canvas_scatter=_on(canvas_scatter, device),
             canvas_sees={"full_attention": full[:, None, None].to(device), "sliding_attention": sliding[:, None, None].to(device)},
             clean_sees={"full_attention": None, "sliding_attention": _on(_sliding_causal(longest_clean, sliding_window), device)},
+            row_keys=batch.row_keys,
         )
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from canvastune.errors import UserError
-from canvastune.model.tensor_file import REMEDY, Specs, TensorFile, TensorFileWriter
+from canvastune.model.tensor_file import REMEDY, Specs, TensorFile, TensorFileWriter, distinct
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ class CheckpointReader:
 
     Raises:
         UserError: no weights, weights that are pickled, a shard that is missing, cut short or not safetensors, an index
-            that names a tensor its shard does not hold; later, no tensor of the name asked for.
+            that does not place each tensor in the one shard that holds it; later, no tensor of the name asked for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,6 +62,11 @@ class CheckpointReader:
             if name not in held[shard]:
                 raise UserError(f"{folder / shard}: has no tensor {name!r}, which {INDEX} places there. {REMEDY}")
             self._places[name] = files[shard]
+        for shard, names in held.items():
+            for name in sorted(names):
+                if weight_map.get(name) != shard:
+                    found = f"places in {weight_map[name]}" if name in weight_map else "does not name"
+                    raise UserError(f"{folder / shard}: holds tensor {name!r}, which {INDEX} {found}. {REMEDY}")
 
     def names(self) -> list[str]:
         """Every tensor's name, in the order of the index."""
@@ -69,6 +74,10 @@ class CheckpointReader:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file(name).path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -208,9 +217,9 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=distinct)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not a string")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). {REMEDY}") from None
     return weight_map

@@ -1,7 +1,7 @@
 """The mixture of experts as one sorted grouped matmul, across expert-parallel ranks where there are some.
 
 Shape letters: T tokens, K experts per token, E experts, L = E / ep experts of this rank, R rows that this rank's experts
-receive, H hidden size, I expert size.
+receive, H hidden size, I expert size, r rank of an adapter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from canvastune.model.lora import ADAPTER
 
 NAME = "canvastune"  # of the experts implementation, in transformers' registry
 
@@ -42,9 +44,20 @@ def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor
 def _apply_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """rows [R, H] sorted by expert, counts [L] -> [R, H]."""
     ends = counts.cumsum(0).to(torch.int32)
-    gate_up, down = _local(module.gate_up_proj), _local(module.down_proj)
-    gate, up = grouped_mm(rows.to(gate_up.dtype), gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    return grouped_mm(module.act_fn(gate) * up, down.transpose(-2, -1), offs=ends)
+    gate, up = _multiply(module, "gate_up_proj", rows, ends).chunk(2, dim=-1)
+    return _multiply(module, "down_proj", module.act_fn(gate) * up, ends)
+
+
+def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows [R, in] sorted by expert, ends [L] -> [R, out]: each row by its expert's weight, and by its adapter if it has one."""
+    weight = _local(getattr(module, name))
+    rows = rows.to(weight.dtype)
+    out = grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    if not hasattr(module, "lora_A"):
+        return out
+    a, b = (_local(getattr(factors[ADAPTER], name)).to(rows.dtype) for factors in (module.lora_A, module.lora_B))
+    low = grouped_mm(rows, a.transpose(-2, -1), offs=ends) * module.lora_scale  # [R, r]
+    return out.add_(grouped_mm(low, b.transpose(-2, -1), offs=ends))
 
 
 def _apply_remote_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

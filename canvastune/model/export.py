@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from canvastune.config import RunConfig
 from canvastune.model.adapter import write_adapter
@@ -17,7 +19,7 @@ from canvastune.outputs import whole_folder
 
 
 def export_model(model: SharedModel, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the whole model to `out`, on all ranks together; each holds its shard and one whole tensor at a time.
+    """Write the whole model to `out`, on all ranks together; beside its shard, the first holds one whole tensor, others none.
 
     Every tensor of the base checkpoint appears, under its name, shape and dtype: trained ones with their new values, the
     vision tower and the layer scalars as they were. Configuration, tokenizer and generation config are the base's own files.
@@ -27,27 +29,45 @@ def export_model(model: SharedModel, config: RunConfig, base: Path, out: Path) -
     if dist.get_rank() != 0:
         for name in checkpoint.names():
             if name in trained:
-                _whole(trained[name])
+                _whole(trained[name], checkpoint.dtype(name))
         dist.barrier()
         return
     with whole_folder(out) as partial:
         copy_side_files(base, partial)
-        with CheckpointWriter(partial, {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}) as writer:
+        with CheckpointWriter(partial, checkpoint.specs()) as writer:
             for name in checkpoint.names():
-                tensor = _whole(trained[name]) if name in trained else checkpoint.get(name)
-                writer.write(name, tensor.to("cpu", checkpoint.dtype(name)))
+                # No variable holds the tensor: the last one is gone when the next one is gathered.
+                writer.write(name, _whole(trained[name], checkpoint.dtype(name)) if name in trained else checkpoint.get(name))
     dist.barrier()
 
 
 def export_adapter(model: SharedModel, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the adapter to `out`, on all ranks together, so that stock PEFT loads it."""
-    whole = {name: (_whole(a).cpu(), _whole(b).cpu()) for name, a, b in factors(model)}
+    """Write the adapter to `out`, on all ranks together, so that stock PEFT loads it; the first rank holds all of it."""
+    whole = {name: (_whole(a, a.dtype), _whole(b, b.dtype)) for name, a, b in factors(model)}
     if dist.get_rank() == 0:
         with whole_folder(out) as partial:
             write_adapter(partial, whole, config, base)
     dist.barrier()
 
 
-def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter in `dtype` on the first rank's CPU; on others, nothing but its shape (the meta device).
+
+    Part by part, not `full_tensor()`: that takes room for the whole, and for the collective's own copies of it, on every rank.
+    """
     data = parameter.detach()
-    return data.full_tensor() if isinstance(data, DTensor) else data
+    if not isinstance(data, DTensor):
+        return data.to("cpu", dtype)
+    own = dist.get_rank()
+    whole = torch.empty(data.shape, dtype=dtype, device="cpu" if own == 0 else "meta")
+    mesh = data.device_mesh
+    for rank in mesh.mesh.flatten().tolist():
+        coordinate = (mesh.mesh == rank).nonzero()[0].tolist()
+        shape, offset = _compute_local_shape_and_global_offset(data.shape, mesh.shape, coordinate, data.placements)
+        if not math.prod(shape):
+            continue
+        part = data.to_local().to(dtype).contiguous() if rank == own else torch.empty(shape, dtype=dtype, device=data.device)
+        dist.broadcast(part, rank)
+        if own == 0:
+            whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))] = part.cpu()
+    return whole

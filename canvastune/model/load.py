@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -16,41 +18,49 @@ from canvastune.errors import UserError
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.lora import add_adapters, base_name, initial_factor, is_adapter
 from canvastune.model.shared import SharedModel
+from canvastune.model.tensor_file import REMEDY
 
 ENCODER_SCALAR = "model.encoder.language_model.layers.{}.layer_scalar"
 DECODER_SCALAR = "model.decoder.layers.{}.layer_scalar"
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FROZEN = ("router.proj.weight", "router.scale", "router.per_expert_scale")
 
 
 def read_model_config(folder: Path) -> DiffusionGemmaConfig:
-    """The configuration of a checkpoint folder.
+    """The configuration of a checkpoint folder, or that in a file.
 
     Raises:
-        UserError: not a DiffusionGemma.
+        UserError: not JSON, not a DiffusionGemma, or a key of it that has a value it cannot have.
     """
+    path = folder / "config.json" if folder.is_dir() else folder
     try:
-        config = DiffusionGemmaConfig.get_config_dict(folder, local_files_only=True)[0]
-    except OSError as error:
-        raise UserError(f"{folder}/config.json: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if config.get("model_type") != "diffusion_gemma":
-        raise UserError(
-            f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected 'diffusion_gemma'. Give such a checkpoint"
-        )
-    return DiffusionGemmaConfig.from_dict(config)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}. {REMEDY}") from None
+    if model_type != "diffusion_gemma":
+        raise UserError(f"{path}: model_type is {model_type!r}, expected 'diffusion_gemma'. Give such a checkpoint")
+    try:
+        return DiffusionGemmaConfig.from_dict(config)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}. {REMEDY}") from None
 
 
 def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> SharedModel:
     """The shared model on the meta device, with adapters if `train.method` is lora, and its trained parameters marked.
 
     Trained: the adapters alone, or everything but the router (`proj`, `scale`, `per_expert_scale`).
+
+    Raises:
+        UserError: a `lora.rank` that the experts' adapters cannot have.
     """
     with torch.device("meta"):
         model = SharedModel(model_config)
     lora = config.train.method == "lora"
-    if lora:
-        add_adapters(model, config.lora)
     compute = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    if lora:
+        add_adapters(model, config.lora, compute)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name) if lora else not name.endswith(_FROZEN))
         # Trained parameters are float32 masters; frozen ones need no more than the dtype they are computed in.
@@ -65,22 +75,56 @@ def load_weights(model: SharedModel, checkpoint: CheckpointReader, device: torch
     Adapters start as LoRA does (A uniform in +-1/sqrt(in), B zero), from the seed and the parameter's name alone.
 
     Raises:
-        UserError: a tensor is missing, has another shape, is unknown, or the encoder's layer scalars differ from the decoder's.
+        UserError: a tensor is missing, unknown, of another shape or not of floating-point numbers, or the encoder's layer scalars
+            differ from the decoder's; all found before memory is taken.
     """
+    _check(model, checkpoint)
     model.to_empty(device=device)
     model.lm_head.weight = model.model.decoder.embed_tokens.weight  # to_empty makes two of one
-    names = set(checkpoint.names())
-    known = {base_name(name) for name, _ in model.named_parameters() if not is_adapter(name)}
-    scalars = {form.format(i) for i in range(model.config.text_config.num_hidden_layers) for form in (DECODER_SCALAR, ENCODER_SCALAR)}
-    unknown = sorted(name for name in names - known - scalars - {"lm_head.weight"} if not name.startswith(VISION))
-    if unknown:
-        raise UserError(
-            f"{checkpoint.folder}: tensor {unknown[0]!r} is not part of a DiffusionGemma ({len(unknown)} such). Is it another model?"
-        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, base_name(name), checkpoint, seed, adapter=is_adapter(name))
         _fill_buffers(model, checkpoint, device)
+
+
+def _check(model: SharedModel, checkpoint: CheckpointReader) -> None:
+    """Let a checkpoint pass that has exactly the model's tensors; of the vision tower, whatever is there."""
+    expected = {base_name(name): tuple(p.shape) for name, p in model.named_parameters() if not is_adapter(name)}
+    layers = range(model.config.text_config.num_hidden_layers)
+    expected |= {form.format(index): (1,) for index in layers for form in (DECODER_SCALAR, ENCODER_SCALAR)}
+    missing = [name for name in expected if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: the checkpoint has no tensor {missing[0]!r} of shape {list(expected[missing[0]])}, which its "
+            f"config.json asks for ({len(missing)} such). {REMEDY}, or give the config.json that belongs to it"
+        )
+    unknown = sorted(name for name in checkpoint.names() if name not in {*expected, "lm_head.weight"} and not name.startswith(VISION))
+    if unknown:
+        raise UserError(
+            f"{checkpoint.path(unknown[0])}: tensor {unknown[0]!r} is not part of the DiffusionGemma that config.json describes "
+            f"({len(unknown)} such). Is it another model, or a quantized one? Give the model as it was released"
+        )
+    for name, shape in expected.items():
+        found, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        if found != shape:
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}. "
+                "Give the config.json that belongs to these weights"
+            )
+        if dtype not in _DTYPES:
+            expected_dtypes = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} has dtype {str(dtype).removeprefix('torch.')}, expected one of "
+                f"{expected_dtypes}. Give an unquantized checkpoint"
+            )
+    for index in layers:
+        scalar, twin = (checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR))
+        if not torch.equal(scalar, twin):
+            name = ENCODER_SCALAR.format(index)
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} is {twin.item():.6g} and {DECODER_SCALAR.format(index)!r} {scalar.item():.6g}, "
+                f"expected the same: one shared stack cannot hold both. {REMEDY}"
+            )
 
 
 def _fill(parameter: nn.Parameter, name: str, checkpoint: CheckpointReader, seed: int, *, adapter: bool) -> None:
@@ -94,10 +138,6 @@ def _fill(parameter: nn.Parameter, name: str, checkpoint: CheckpointReader, seed
     if adapter:
         local.copy_(initial_factor(name, shape, seed)[slices])
         return
-    if checkpoint.shape(name) != shape:
-        raise UserError(
-            f"{checkpoint.folder}: tensor {name!r} has shape {list(checkpoint.shape(name))}, config.json asks for {list(shape)}"
-        )
     if local.numel():
         local.copy_(checkpoint.get_slice(name, slices))
 
@@ -105,15 +145,13 @@ def _fill(parameter: nn.Parameter, name: str, checkpoint: CheckpointReader, seed
 def _fill_buffers(model: SharedModel, checkpoint: CheckpointReader, device: torch.device) -> None:
     decoder = model.model.decoder
     for index, layer in enumerate(decoder.layers):
-        scalar, twin = (checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR))
-        if not torch.equal(scalar, twin):
-            raise UserError(
-                f"{checkpoint.folder}: layer {index}: the encoder's layer_scalar {twin.item():.6g} differs from "
-                f"the decoder's {scalar.item():.6g}; one shared stack cannot hold both"
-            )
-        layer.layer_scalar.copy_(scalar)
+        layer.layer_scalar.copy_(checkpoint.get(DECODER_SCALAR.format(index)))
     decoder.embed_tokens.embed_scale.fill_(decoder.embed_tokens.scalar_embed_scale)
     # Not in any checkpoint: recomputed, in float32 whatever the compute dtype.
     fresh = DiffusionGemmaTextRotaryEmbedding(model.config.text_config, device=device)
     for name, buffer in fresh.named_buffers():
         getattr(decoder.rotary_emb, name).copy_(buffer)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

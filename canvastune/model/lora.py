@@ -1,27 +1,95 @@
-"""Adapters on the shared stack: PEFT's LoRA layers, one per shared weight, seen by the encoder's and the decoder's rows alike."""
+"""Adapters on the shared stack, one per shared weight, seen by the encoder's and the decoder's rows alike.
+
+Linear layers carry PEFT's LoRA layers. A layer's experts carry factors of their own (`model.experts` multiplies with them):
+PEFT would add the update to every expert's weight in each forward pass.
+
+Shape letters: r rank, E experts.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
 
 from canvastune.config import LoraConfig
-from canvastune.noise import weight_generator
+from canvastune.errors import UserError
+from canvastune.noise import dropout_mask, dropout_module_key, weight_generator
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 # Full names: bare ones would also hit the vision tower and the self-conditioning block.
 TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # [E, out, in] each, in the order of the stock module
+_STRIDE = 16  # bytes: the grouped matmul takes strides that are multiples of it, and a row of B is r long
+
+_ROW_KEYS: ContextVar[torch.Tensor | None] = ContextVar("row_keys", default=None)
 
 
-def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Put an adapter on every targeted linear layer, in place, on the meta device."""
-    peft_config = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS, bias="none")
+class ExpertFactors(nn.Module):
+    """One factor of each of a layer's expert weights: A [E, r, in] or B [E, out, r], on the device of the weights."""
+
+    def __init__(self, experts: Any, factor: str, rank: int) -> None:
+        super().__init__()
+        for name in EXPERT_WEIGHTS:
+            weight = getattr(experts, name)
+            count, out_features, in_features = weight.shape
+            shape = (count, rank, in_features) if factor == "A" else (count, out_features, rank)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device)))
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask depends on the run's seed, the row's example and place in it, and the module's name alone.
+
+    It acts inside `dropping_rows`, and passes its input through anywhere else.
+    """
+
+    def __init__(self, probability: float, name: str) -> None:
+        super().__init__()
+        self.probability, self.key = probability, dropout_module_key(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., rows, features] -> the same shape: zero with `probability`, else divided by 1 - probability."""
+        rows = _ROW_KEYS.get()
+        if rows is None or not self.training:
+            return x
+        return x.masked_fill(dropout_mask(rows, x.shape[-1], self.key, self.probability), 0) * (1 / (1 - self.probability))
+
+
+@contextlib.contextmanager
+def dropping_rows(row_keys: torch.Tensor | None) -> Iterator[None]:
+    """Adapters inside see rows with these keys, int64[rows], and drop by them; None: drop nothing."""
+    token = _ROW_KEYS.set(row_keys)
+    try:
+        yield
+    finally:
+        _ROW_KEYS.reset(token)
+
+
+def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> None:
+    """Put an adapter on every targeted linear layer, and on the experts if the recipe says so, in place, on the meta device.
+
+    Args:
+        compute: the dtype that the factors are multiplied in.
+
+    Raises:
+        UserError: a rank that the grouped matmul cannot take.
+    """
+    peft_config = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS, bias="none", use_rslora=config.rslora)
     inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for name, module in list(model.named_modules()):
+        if config.dropout and isinstance(module, LoraLayer):
+            module.lora_dropout[ADAPTER] = KeyedDropout(config.dropout, name)
+        if config.experts and isinstance(module, DiffusionGemmaTextExperts):
+            _adapt_experts(module, config, compute)
 
 
 def is_adapter(name: str) -> bool:
@@ -38,14 +106,28 @@ def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
     """The whole initial factor, float32: A uniform in +-1/sqrt(in) (LoRA's Kaiming initialisation with a = sqrt 5), B zero."""
     if ".lora_B." in name:
         return torch.zeros(shape)
-    bound = 1 / math.sqrt(shape[1])
+    bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=weight_generator(seed, name))
 
 
 def factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Each adapted module's name with its factors A [r, in] and B [out, r]."""
+    """Each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B [(E,) out, r]."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        module, found, _ = name.partition(f".lora_A.{ADAPTER}.")
+        module, found, weight = name.partition(f".lora_A.{ADAPTER}.")
         if found:
-            yield module, parameter, parameters[name.replace(".lora_A.", ".lora_B.")]
+            yield f"{module}.{weight}", parameter, parameters[name.replace(".lora_A.", ".lora_B.")]
+
+
+def _adapt_experts(experts: Any, config: LoraConfig, compute: torch.dtype) -> None:
+    multiple = _STRIDE // compute.itemsize
+    if config.rank % multiple:
+        dtype, next_rank = str(compute).removeprefix("torch."), -(-config.rank // multiple) * multiple
+        raise UserError(
+            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts in {dtype}: experts are multiplied "
+            f"in groups, whose rows must be aligned. Try --set lora.rank={next_rank}"
+        )
+    # Named as PEFT names its layers' factors.
+    experts.lora_A = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "A", config.rank)})
+    experts.lora_B = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "B", config.rank)})
+    experts.lora_scale = config.scale

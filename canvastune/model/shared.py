@@ -20,6 +20,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 from canvastune.data.batches import PackedBatch
 from canvastune.model import attention, experts
 from canvastune.model.attention import Packing
+from canvastune.model.lora import dropping_rows
 
 Result = TypeVar("Result")
 
@@ -86,7 +87,8 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing) -> torch.Tensor:
-    return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+    with dropping_rows(packing.row_keys):  # here, so that a recomputed layer drops what it dropped before
+        return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
 
 
 class _EncoderView:

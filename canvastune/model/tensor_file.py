@@ -182,21 +182,46 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if len(text) < length:
         raise UserError(f"{path}: the file is cut short: it has {size} bytes, and its header alone takes {8 + length}. {REMEDY}")
     try:
-        header = json.loads(text)
-        entries = [(name, tuple(e["shape"]), e["dtype"], *e["data_offsets"]) for name, e in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a safetensors file: its header is not the JSON that one has. {REMEDY}") from None
+        header = json.loads(text, object_pairs_hook=distinct)
+        entries = [_parse(name, tree) for name, tree in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file: its header is not the JSON that one has ({error}). {REMEDY}") from None
     found: dict[str, _Entry] = {}
-    for name, shape, code, start, end in sorted(entries, key=lambda entry: entry[3]):
+    filled, before = 0, ""
+    for name, shape, code, start, end in sorted(entries, key=lambda entry: entry[3:]):
         if code not in _DTYPES:
             raise UserError(f"{path}: tensor {name!r} has dtype {code}, expected one of {', '.join(_DTYPES)}. Give an unquantized one")
         entry = found[name] = _Entry(shape, _DTYPES[code], 8 + length + start)
-        if start < 0 or entry.size != end - start:
+        if entry.size != end - start:
             raise UserError(f"{path}: tensor {name!r} takes {entry.size} bytes, the header gives it {end - start}. {REMEDY}")
+        if start < filled:
+            raise UserError(f"{path}: tensor {name!r} begins at byte {start} of the data, where {before!r} ends at {filled}. {REMEDY}")
+        filled, before = end, name
         if entry.offset + entry.size > size:
             last = entry.offset + entry.size
             raise UserError(f"{path}: the file is cut short: it has {size} bytes, and tensor {name!r} ends at byte {last}. {REMEDY}")
     return found
+
+
+def _parse(name: str, tree: Any) -> tuple[str, tuple[int, ...], str, int, int]:
+    start, end = tree["data_offsets"]
+    shape = tuple(tree["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"{name!r} has shape {tree['shape']} and data_offsets {tree['data_offsets']}")
+    return name, shape, str(tree["dtype"]), start, end
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict.
+
+    Raises:
+        ValueError: a name that stands twice, of which JSON's own reader would drop the first.
+    """
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return tree
 
 
 @contextlib.contextmanager

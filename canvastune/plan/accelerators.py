@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from canvastune.errors import UserError
 from canvastune.plan.memory import Step, fsdp_groups, local_numel
-from canvastune.plan.sizes import Architecture
+from canvastune.plan.sizes import EXPERT_KINDS, Architecture
 from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, IDLE, PASS_1, Flops, any_pass_1, slowest_pass_1
 
 MATMUL_SHARE = 0.45  # of the peak, over a whole step: the engine's goal, and what well-tuned mixture-of-experts training reaches
@@ -104,7 +104,7 @@ def step_time(architecture: Architecture, step: Step, flops: Flops, received: di
     computed = flops.total
     if step.self_conditioning:  # idle passes are made while the slowest rank makes its own
         computed += flops.by_pass[PASS_1] * (slowest_pass_1(step) / step.self_conditioning - 1) - flops.by_pass[IDLE]
-    in_experts = computed * flops.by_part["experts"] / flops.total
+    in_experts = computed * sum(flops.by_part.get(kind, 0.0) for kind in EXPERT_KINDS) / flops.total
     # Each pass reads the weights once, the backward pass for the inputs' and for the weights' gradients.
     passes = step.micro_steps * (3 + step.checkpointing + any_pass_1(step))
     compute_bytes = architecture.compute_bytes

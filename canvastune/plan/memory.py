@@ -11,7 +11,6 @@ Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per t
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,16 +57,13 @@ class Group:
     reduced: int  # by a reduce-scatter, from other ranks
 
 
-NOTHING = Group(0, 0, 0, 0, 0, 0, 0)
-
-
 @dataclass(frozen=True)
 class Groups:
     """The engine's FSDP groups; a layer's experts are a group of their own under expert parallelism."""
 
     root: Group
     layers: tuple[Group, ...]
-    experts: tuple[Group, ...]  # NOTHING for frozen experts that FSDP leaves alone
+    experts: tuple[Group, ...]  # without frozen weights that FSDP leaves alone
 
 
 def fsdp_groups(architecture: Architecture, step: Step) -> Groups:
@@ -77,25 +73,25 @@ def fsdp_groups(architecture: Architecture, step: Step) -> Groups:
 
 @functools.lru_cache(maxsize=64)  # the searches change the batch far more often than the mesh
 def _groups(architecture: Architecture, world_size: int, ep: int) -> Groups:
-    apart, efsdp = ep > 1, world_size // ep
+    apart = ep > 1
+    alone = apart and ep == world_size  # an expert has one rank: where it is frozen, FSDP leaves it out
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
     root: list[Weight] = []
     for weight in architecture.weights:
-        (root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]).append(weight)
-    alone = apart and efsdp == 1 and not architecture.full
+        group = root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]
+        if weight.trained or not (alone and weight.expert):
+            group.append(weight)
     return Groups(
-        root=_group(root, 0, world_size, 1, compute),
-        layers=tuple(_group(dense, 0, world_size, 1, compute) for dense, _ in by_layer),
-        experts=tuple(NOTHING if alone else _group(experts, 1, efsdp, ep, compute) for _, experts in by_layer),
+        root=_group(root, world_size, 1, compute),
+        layers=tuple(_group(dense, world_size, 1, compute) for dense, _ in by_layer),
+        experts=tuple(_group(experts, world_size, ep, compute) for _, experts in by_layer),
     )
 
 
 def local_numel(weight: Weight, step: Step) -> int:
     """Elements of a parameter on the rank that has most of it."""
-    if weight.expert and step.ep > 1:
-        return math.prod(weight.shard(1, step.efsdp)) // step.ep
-    return math.prod(weight.shard(0, step.world_size))
+    return weight.shard(step.world_size, step.ep)
 
 
 def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]:
@@ -206,10 +202,11 @@ def highest_by_phase(found: dict[str, dict[str, int]]) -> dict[str, int]:
     return highest
 
 
-def _group(weights: list[Weight], dim: int, ranks: int, ep: int, compute: int) -> Group:
+def _group(weights: list[Weight], world_size: int, ep: int, compute: int) -> Group:
     padded = trained = whole = shard = 0
+    ranks = world_size // ep
     for weight in weights:
-        local = math.prod(weight.shard(dim, ranks)) // ep
+        local = weight.shard(world_size, ep)
         padded += local * ranks
         if weight.trained:
             trained += local * ranks
@@ -262,16 +259,20 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (17 + 3 * architecture.heads + 4 * layer.key_width // layer.head_dim)
     adapters = c * architecture.rank * (7 if layer.own_values else 6)
+    if architecture.dropout:  # a mask and a copy of each input, where several projections would keep one
+        inputs = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
+        adapters += inputs + c * hidden * (3 if layer.own_values else 2)
     per_token = norms + 2 * c * hidden + heads + attention + mlp + router + scalars + adapters
     mask = c * step.clean**2 if layer.sliding and step.clean > architecture.window else 0
-    row = c * (architecture.expert_size * (4 if trained else 3) + hidden * (2 if trained else 1))
+    inputs = trained or architecture.expert_rank > 0  # of the experts' projections
+    row = c * (architecture.expert_size * (4 if inputs else 3) + hidden * (2 if inputs else 1) + 2 * architecture.expert_rank)
     return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
 
 
 def _combine_workspace(architecture: Architecture, step: Step) -> int:
     """Beside a layer's saved tensors while the experts' weighted rows are differentiated, in float32: the layer's widest point."""
     c, trained = architecture.compute_bytes, architecture.full
-    rows = architecture.experts_per_token * architecture.hidden * (3 * FLOAT + (c if c < FLOAT else 0))
+    rows = architecture.experts_per_token * architecture.hidden * 3 * FLOAT
     freed = 2 * architecture.hidden * FLOAT * ((c < FLOAT) + trained)  # of the two norms behind the experts
     return step.tokens * (rows + 3 * c * architecture.hidden - freed)
 

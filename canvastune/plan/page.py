@@ -55,6 +55,8 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *_table((f"Memory per rank, at its peak: {plan.moment}", "GB"), rows),
         f"  An example of {longest} tokens is assumed, its last block filled.",
+        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} of them on disk"
+        + (f"; each rank copies its {plan.host_copy_bytes / 1e9:.2f} GB to host memory." if plan.host_copy_bytes else "."),
         "",
         *_table(("Memory per rank, highest of each phase of a step", "GB"), phases),
     ]

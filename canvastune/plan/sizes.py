@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from canvastune.config import RunConfig, parse_config
+from canvastune.config import LoraConfig, RunConfig, parse_config
+from canvastune.layout import expert_shard_dim
 from canvastune.model.load import VISION, build_model, read_model_config
 from canvastune.model.lora import is_adapter
 
 VISION_KIND = "vision tower (not in memory)"
-KINDS = ("experts", "attention", "embedding", "dense MLP", "self-conditioning", "router", "norms", "adapters", VISION_KIND)
+EXPERT_KINDS = ("experts", "expert adapters")
+KINDS = ("experts", "attention", "embedding", "dense MLP", "self-conditioning", "router", "norms", "adapters", EXPERT_KINDS[1], VISION_KIND)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -37,15 +39,18 @@ class Weight:
 
     @property
     def expert(self) -> bool:
-        return self.kind == "experts"
+        return self.kind in EXPERT_KINDS
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def shard(self, dim: int, ranks: int) -> tuple[int, ...]:
-        """Shape of the largest shard: FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer."""
-        return (*self.shape[:dim], -(-self.shape[dim] // ranks), *self.shape[dim + 1 :])
+    def shard(self, ranks: int, ep: int) -> int:
+        """Elements of the largest shard: FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer; experts go over ep first."""
+        spread = self.expert and ep > 1
+        dim = expert_shard_dim(self.name) if spread else 0
+        slices = -(-self.shape[dim] // (ranks // ep if spread else ranks))
+        return self.numel // self.shape[dim] * slices // (ep if spread else 1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Architecture:
     longest: int  # tokens, from max_position_embeddings
     full: bool  # every weight trained but the frozen ones; else adapters alone
     rank: int  # of the adapters; 0 without
+    expert_rank: int  # of the experts' adapters; 0 without
+    dropout: bool  # of the adapters' inputs
     compute_bytes: int  # 2 for bfloat16, 4 for float32
     weights: tuple[Weight, ...]
     vision: int  # parameters of the vision tower and its projection
@@ -97,7 +104,7 @@ def read_architecture(config: RunConfig, model: Path) -> Architecture:
         UserError: the file cannot be read, or is not a DiffusionGemma's.
     """
     text = read_model_config(model).to_json_string()
-    return _architecture(text, config.train.method, config.lora.rank, config.train.precision)
+    return _architecture(text, config.train.method, config.lora, config.train.precision)
 
 
 def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
@@ -109,7 +116,7 @@ def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
         active = total
         if kind == VISION_KIND:
             active = 0
-        elif kind == "experts":
+        elif kind in EXPERT_KINDS:
             active = total * architecture.experts_per_token // architecture.experts
         if total:
             counts[kind] = ParameterCount(total, active, sum(weight.numel for weight in weights if weight.trained))
@@ -119,11 +126,12 @@ def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
 
 
 @functools.lru_cache(maxsize=8)  # the search for what would fit asks for the same few again and again
-def _architecture(model_config: str, method: str, rank: int, precision: str) -> Architecture:
+def _architecture(model_config: str, method: str, lora: LoraConfig, precision: str) -> Architecture:
     described = DiffusionGemmaConfig.from_dict(json.loads(model_config))
     run = parse_config(
-        {"name": "plan", "data": {"source": "-"}, "train": {"method": method, "precision": precision}, "lora": {"rank": rank}}
+        {"name": "plan", "data": {"source": "-"}, "train": {"method": method, "precision": precision}, "lora": lora.model_dump()}
     )
+    adapted = method == "lora"
     model = build_model(run, described)
     text = described.text_config
     weights = tuple(
@@ -163,7 +171,9 @@ def _architecture(model_config: str, method: str, rank: int, precision: str) -> 
         canvas=described.canvas_length,
         longest=text.max_position_embeddings,
         full=method == "full",
-        rank=rank if method == "lora" else 0,
+        rank=lora.rank if adapted else 0,
+        expert_rank=lora.rank if adapted and lora.experts else 0,
+        dropout=adapted and lora.dropout > 0,
         compute_bytes=2 if precision == "bfloat16" else 4,
         weights=weights,
         vision=_vision_parameters(described),
@@ -179,7 +189,7 @@ def _vision_parameters(described: DiffusionGemmaConfig) -> int:
 
 def _kind(name: str) -> str:
     if is_adapter(name):
-        return "adapters"
+        return "expert adapters" if ".experts." in name else "adapters"
     for part, kind in (
         (".experts.", "experts"),
         (".router.", "router"),

@@ -128,7 +128,7 @@ def _exchanged(architecture: Architecture, step: Step) -> float:
 def _matmul(architecture: Architecture, step: Step, weight: Weight) -> float:
     """One example's product with a weight; norms and scales have none."""
     tokens = step.clean + step.canvas
-    if weight.kind == "experts":
+    if weight.expert:
         return 2 * tokens * weight.numel * architecture.experts_per_token / architecture.experts
     return 2.0 * tokens * weight.numel if len(weight.shape) == 2 else 0.0
 

@@ -1,0 +1,216 @@
+"""`python -m benchmarks.planner`: the plan against the engine, on models from tiny to mid-size and 1 to 8 ranks, without a GPU.
+
+Runs the forwards and backwards of one rank's step for each case, with every collective's memory but no other rank, and counts
+the storages that are alive, the FLOPs of every operation, and the bytes that the collectives would bring from other ranks.
+Writes docs/planner.md and benchmarks/results/planner.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from benchmarks.synthetic_checkpoint import described
+from canvastune.config import parse_config
+from canvastune.plan import work
+from canvastune.plan.memory import Step, moments, peak
+from canvastune.plan.sizes import read_architecture
+from tests.live_bytes import CPU_FORMULAS, measure
+
+ROOT = Path(__file__).parents[1]
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "planner.json", ROOT / "docs" / "planner.md"
+BOUND = 0.10
+QUANTITIES = ("memory", "flops", "bytes")
+MODELS = {
+    "tiny": {"layers": 4, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 32},
+    "small": {"layers": 6, "hidden": 256, "experts": 32, "vocabulary": 8192, "canvas": 32},
+    "mid": {"layers": 8, "hidden": 512, "experts": 64, "vocabulary": 32768, "canvas": 64},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and one rank's step; `seq_length` clean tokens an example."""
+
+    model: str
+    method: str
+    precision: str
+    ranks: int
+    ep: int
+    seq_length: int
+    micro_batch: int = 1
+    micro_steps: int = 1
+    checkpointing: bool = True
+    self_conditioned: bool = True
+
+    def step(self) -> Step:
+        return Step(
+            world_size=self.ranks,
+            ep=self.ep,
+            micro_batch=self.micro_batch,
+            micro_steps=self.micro_steps,
+            clean=self.seq_length,
+            canvas=MODELS[self.model]["canvas"],
+            checkpointing=self.checkpointing,
+            self_conditioning=float(self.self_conditioned),
+        )
+
+    def __str__(self) -> str:
+        forwards = f"{self.micro_steps} x " if self.micro_steps > 1 else ""
+        extras = ("checkpointed" if self.checkpointing else "all kept") + ("" if self.self_conditioned else ", one pass")
+        kind = f"{self.model}, {self.method}, {self.precision} | {self.ranks} / {self.ep}"
+        return f"{kind} | {forwards}{self.micro_batch} x {self.seq_length}, {extras}"
+
+
+CASES = [
+    Case("tiny", "full", "float32", 1, 1, 128),
+    Case("tiny", "full", "bfloat16", 1, 1, 128, micro_batch=4, checkpointing=False),
+    Case("tiny", "lora", "bfloat16", 1, 1, 256, micro_batch=2),
+    Case("tiny", "full", "bfloat16", 2, 1, 128, micro_batch=2, checkpointing=False, self_conditioned=False),
+    Case("tiny", "lora", "float32", 2, 2, 128, micro_batch=2),
+    Case("tiny", "full", "bfloat16", 4, 2, 128, micro_steps=2),
+    Case("tiny", "lora", "bfloat16", 8, 8, 256, micro_batch=2),
+    Case("tiny", "full", "float32", 8, 4, 128, micro_batch=4, checkpointing=False),
+    Case("small", "full", "float32", 1, 1, 256),
+    Case("small", "full", "bfloat16", 1, 1, 256, micro_batch=2, checkpointing=False),
+    Case("small", "lora", "bfloat16", 1, 1, 512, micro_batch=2, checkpointing=False, self_conditioned=False),
+    Case("small", "full", "bfloat16", 2, 2, 256, micro_batch=2),
+    Case("small", "lora", "bfloat16", 2, 1, 256, micro_batch=4),
+    Case("small", "full", "float32", 4, 4, 256, micro_batch=2, self_conditioned=False),
+    Case("small", "lora", "bfloat16", 4, 2, 512, micro_batch=2, micro_steps=2),
+    Case("small", "full", "bfloat16", 8, 8, 256, micro_batch=4, checkpointing=False),
+    Case("mid", "full", "bfloat16", 1, 1, 512),
+    Case("mid", "lora", "bfloat16", 1, 1, 512, micro_batch=2),
+    Case("mid", "full", "bfloat16", 2, 2, 512, micro_batch=2),
+    Case("mid", "lora", "float32", 2, 1, 512, checkpointing=False),
+    Case("mid", "full", "bfloat16", 4, 2, 512, micro_batch=2, micro_steps=2),
+    Case("mid", "lora", "bfloat16", 4, 4, 512, micro_batch=4),
+    Case("mid", "full", "bfloat16", 8, 8, 1024),
+    Case("mid", "lora", "bfloat16", 8, 4, 1024, micro_batch=2, checkpointing=False),
+]
+
+
+class Flops(TorchDispatchMode):
+    """PyTorch's count of FLOPs alone: its `FlopCounterMode` also follows modules, and thereby keeps what checkpointing lets go."""
+
+    formulas = flop_registry | {operation: shape_wrapper(formula) for operation, formula in CPU_FORMULAS.items()}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def compare(case: Case) -> dict[str, dict[str, float]]:
+    """The predicted and the measured value of each quantity: bytes at the peak, FLOPs and bytes received of a rank's step."""
+    tree = {
+        "name": "bench",
+        "data": {"source": "none"},
+        "train": {"method": case.method, "precision": case.precision, "activation_checkpointing": case.checkpointing},
+        "parallel": {"ep": case.ep},
+    }
+    config, model, step = parse_config(tree), described(**MODELS[case.model]), case.step()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        architecture = read_architecture(config, Path(folder))
+    found = moments(architecture, step)
+    found.pop("update")  # what is measured ends with the last backward
+    predicted = {
+        "memory": sum(peak(found)[1].values()),
+        "flops": work.count_flops(architecture, step).total,
+        "bytes": sum(work.count_bytes(architecture, step).values()),
+    }
+    with pytest.MonkeyPatch.context() as patched, Flops() as counter:
+        live = measure(patched, config, model, step)
+    measured = {"memory": live.peak, "flops": counter.total, "bytes": sum(live.received.values())}
+    return {name: {"predicted": float(predicted[name]), "measured": float(measured[name])} for name in QUANTITIES}
+
+
+def ratio(values: dict[str, float]) -> float:
+    """Predicted over measured; nothing predicted where nothing was measured is exact."""
+    return values["predicted"] / values["measured"] if values["measured"] else 1.0 + values["predicted"]
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # a second thread of autograd would not be counted
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        started = time.monotonic()
+        found = compare(case)
+        rows.append({"case": dataclasses.asdict(case), **found})
+        ratios = ", ".join(f"{name} {ratio(values):.3f}" for name, values in found.items())
+        print(f"planner: {case}: {ratios} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"machine": machine, "models": MODELS, "cases": rows}, indent=2) + "\n", encoding="utf-8")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(rows), encoding="utf-8")
+    worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
+    print(f"planner: the worst errors: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}", file=sys.stderr)
+    return int(max(worst.values()) > BOUND)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/planner.md."""
+    worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
+    models = "\n".join(
+        f"- **{name}**: {m['layers']} layers, hidden size {m['hidden']}, {m['experts']} experts of {m['hidden'] // 4} (8 per token), "
+        f"vocabulary {m['vocabulary']}, canvas {m['canvas']}"
+        for name, m in MODELS.items()
+    )
+    table = "\n".join(
+        f"| {Case(**row['case'])} | " + " | ".join(_cells(row[name], 1e9 if name == "flops" else 1e6) for name in QUANTITIES) + " |"
+        for row in rows
+    )
+    return f"""# The plan against the engine
+
+`canvastune plan` computes what a run needs from `config.json` alone. This table holds its formulas to the engine: predicted /
+measured, and their ratio, for {len(rows)} steps. The worst errors are {worst["memory"]:.1%} of the memory,
+{worst["flops"]:.1%} of the FLOPs and {worst["bytes"]:.1%} of the bytes. `python -m benchmarks.planner` makes the table again.
+
+**How it was measured.** One rank's step runs on a CPU, all its forwards and backwards, with the optimiser's state in memory.
+The other ranks do not exist: collectives take the memory that they would take and bring nothing, and the experts receive as
+many rows as the rank sends. *Memory* is the highest sum of the storages alive, seen after every operation. *FLOPs* are those
+of every matmul and attention that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would bring from other
+ranks.
+
+**What it does not prove.** No GPU was used: the allocator's fragmentation, the driver's and NCCL's buffers and the kernels'
+own workspace are allowances in the plan, and its times are estimates. Experts are taken to be equally loaded. The models are
+small beside the released one, whose parameter counts and known sizes are tested apart.
+
+{models}
+
+The second column is the number of ranks / the expert-parallel degree; the third, forwards x examples x tokens of a rank;
+*one pass* is a step without self-conditioning. All numbers are one rank's: MB are 1e6 bytes, GFLOP are 1e9.
+
+| model, method, dtype | ranks / EP | step | memory, MB | | GFLOP | | received, MB | |
+|---|---|---|---|---|---|---|---|---|
+{table}
+"""
+
+
+def _cells(values: dict[str, float], unit: float) -> str:
+    return f"{values['predicted'] / unit:,.1f} / {values['measured'] / unit:,.1f} | {ratio(values):.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
