@@ -22,8 +22,8 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
 
     `out` gets the base's own configuration, tokenizer and tensors, the adapted weights being `W + scale * B @ A` (expert by
     expert, summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It
-    appears whole or not at all. Memory is the adapter and a few times the
-    largest tensor; the proof takes the model where it fits (`merge_proof`).
+    appears whole or not at all. Memory is the adapter and a few times the largest tensor; the proof takes the model where it
+    fits (`merge_proof`).
 
     Raises:
         UserError: a base or an adapter that cannot be read, an adapter of another base, an `out` that is not empty, a full disk.
