@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from canvastune.parallel import build_meshes, shard_model
 from canvastune.planner import make_plan
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, build_optimizer, learning_rate
+from tests.faults import damage
 from tests.ranks import run_ranks
 from tests.small import CANVAS, EOS, VOCABULARY
 from tests.training import make_ground, records
@@ -179,6 +182,39 @@ def test_a_stop_in_the_middle_of_a_validation_loses_no_validation(ground: Path, 
     assert [(v["step"], v["levels"]) for v in found] == [(v["step"], v["levels"]) for v in expected]
     marker = json.loads((tmp_path / "run" / "checkpoints" / "step-000012" / "complete.json").read_text())
     assert marker["progress"]["best"] == min(v["loss"] for v in found)
+
+
+def damaged_runs(folder: Path, ground: Path) -> None:
+    trainer = make_trainer(ground, folder / "run", *SPARSE, "train.steps=4")
+    assert trainer.run()
+    told = {
+        "cut": r"bytes, \d+ were written",
+        "flip": "does not hold what was written",
+        "remove": "is missing",
+        "marker": "no readable marker",
+    }
+    for how, words in told.items():
+        copied = folder / how
+        shutil.copytree(folder / "run", copied)
+        newest = copied / "checkpoints" / "step-000004"
+        damage(newest, how)
+        again = make_trainer(ground, copied, *SPARSE, "train.steps=4")
+        progress, damages = again.checkpoints.restore(again.trained, again.optimizer)
+        assert progress is not None
+        assert progress["step"] == 2
+        assert len(damages) == 1
+        assert re.search(f"step-000004 is damaged: .*{words}", damages[0]), damages
+        assert (newest / "damaged.json").exists(), "a damaged checkpoint is set aside, not deleted"
+
+        damage(copied / "checkpoints" / "step-000002", how)
+        last = make_trainer(ground, copied, *SPARSE, "train.steps=4")
+        with pytest.raises(UserError, match=r"step-000002 is damaged.*No other checkpoint stands in .*give another --output"):
+            last.checkpoints.restore(last.trained, last.optimizer)
+        assert (copied / "checkpoints" / "step-000002" / "complete.json").exists(), "a checkpoint was thrown away"
+
+
+def test_a_damaged_checkpoint_is_found_out_and_set_aside_and_the_last_one_never(ground: Path, tmp_path: Path) -> None:
+    run_ranks(damaged_runs, 1, tmp_path, ground)
 
 
 RESHARD = ("train.method=full", "train.steps=4", "train.checkpoint_every=2", "train.validate_every=100")
