@@ -85,7 +85,10 @@ def rank_processes(torchrun: subprocess.Popen[str]) -> dict[int, psutil.Process]
 
 
 def kill_all(torchrun: subprocess.Popen[str]) -> None:
-    """SIGKILL to torchrun and everything below it, as when a node is lost."""
+    """SIGKILL to torchrun and everything below it, as when a node is lost; nothing where it has ended."""
+    if torchrun.poll() is not None:
+        torchrun.communicate()
+        return
     processes = [psutil.Process(torchrun.pid), *psutil.Process(torchrun.pid).children(recursive=True)]
     for process in processes:
         process.kill()
