@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -244,6 +245,8 @@ def _lock(output: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{output}: another trainer is writing to this folder. Wait for it, or give another --output") from None
+    for stale in output.glob(".*.partial-*"):  # an export that was killed; nobody else writes here
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     return lock
 
 

@@ -55,34 +55,43 @@ def complete(output: Path) -> list[int]:
     return sorted(int(marker.parent.name.removeprefix("step-")) for marker in output.glob("checkpoints/step-*/complete.json"))
 
 
-def unfinished(output: Path) -> list[Path]:
-    """Folders of checkpoints that are being written."""
-    return [folder for folder in output.glob("checkpoints/step-*") if not (folder / "complete.json").exists()]
+def unfinished(output: Path) -> list[tuple[Path, int]]:
+    """Folders of checkpoints that are being written, with their inodes: one that is begun again is another."""
+    folders = [folder for folder in output.glob("checkpoints/step-*") if not (folder / "complete.json").exists()]
+    return [(folder, folder.stat().st_ino) for folder in folders if folder.exists()]
 
 
-def phase_of(output: Path) -> str:
-    """What a run was doing, from what it left behind."""
+def phase_of(output: Path, before: set[tuple[Path, int]]) -> str:
+    """What a run was doing, from what it left behind; `before`: the checkpoints that an earlier attempt left unfinished."""
     if (output / "result.json").exists():
         return "over"
     if list(output.glob(".adapter.partial-*")) or (output / "adapter").exists():
         return "exporting"
-    if unfinished(output):
+    if set(unfinished(output)) - before:
         return "saving"
-    return "training" if complete(output) or steps_done(output) else "starting"
+    return "training"
+
+
+def _mark_of(output: Path) -> tuple[int, int] | None:
+    """Changes when an attempt writes its first record."""
+    file = output / "metrics.jsonl"
+    return (file.stat().st_ino, file.stat().st_size) if file.exists() else None
 
 
 def kill_at(ground: Path, output: Path, moment: float | None) -> Kill:
     """Start the run, and kill all of it `moment` seconds later; None: while it writes a checkpoint."""
+    old = set(unfinished(output))
+    marks = _mark_of(output)
     started = time.monotonic()
     process = start(ground, output, RANKS, *KILLS)
-    old = set(unfinished(output))
     if moment is None:
         wait_for(lambda: set(unfinished(output)) - old or process.poll() is not None, "a checkpoint is being written", pause=0.0005)
     else:
         wait_for(lambda: time.monotonic() - started >= moment or process.poll() is not None, "the moment")
     after = time.monotonic() - started
     kill_all(process)
-    return Kill(after, phase_of(output), max(complete(output), default=None), steps_done(output))
+    phase = "starting" if _mark_of(output) == marks and not set(unfinished(output)) - old else phase_of(output, old)
+    return Kill(after, phase, max(complete(output), default=None), steps_done(output))
 
 
 def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | None]) -> list[Kill]:

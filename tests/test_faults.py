@@ -41,12 +41,14 @@ def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(gr
 
 
 def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / ".adapter.partial-1").mkdir()  # of an attempt that was killed while it exported
     process = start(ground, tmp_path, RANKS, *KILLS, torchrun=("--standalone", "--max-restarts=1"))
     wait_for(lambda: complete(tmp_path), "a checkpoint")
     rank_processes(process)[0].kill()
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "resumed" in said
+    assert not (tmp_path / ".adapter.partial-1").exists()
     same(tmp_path, whole)
 
 
