@@ -1,16 +1,20 @@
 # make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
 # make test-faults: what takes minutes: every layout of 8 ranks, and kills, hangs and preemptions at length (writes docs/reliability.md).
+# make test-images: the images, on a Docker engine that it starts where none runs (docs/verification.md).
 PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test test-faults lint
+.PHONY: run test test-faults test-images lint
 run: .venv/installed
 	@$(BIN)/canvastune demo
 
 test: lint
 	@$(BIN)/python -m pytest
+
+test-images: .venv/installed
+	@$(BIN)/python -m tests.images
 
 test-faults: .venv/installed
 	@$(BIN)/python -m pytest -m slow

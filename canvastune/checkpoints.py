@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "tracking.",
     "evaluate.",
     "hardware.",
+    "cluster.",
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.log_every",

@@ -12,8 +12,33 @@ from pathlib import Path
 from canvastune import __version__
 from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
+from pipelines.server import TOKEN, Server
 
 _DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
+_SUBMIT = """The recipe is checked here first; data and models must lie on the Hub or on the workspace volume. The pipeline is
+uploaded when it differs from what the server has.
+
+examples:
+  kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80 &
+  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --set lora.rank=32 --wait
+  canvastune submit my.yaml --host https://kubeflow.example/pipeline --namespace team-a --token-file ~/.kube/kubeflow-token
+  canvastune submit my.yaml --host http://localhost:8080 --set data.source=/workspace/my.jsonl --cluster-file cluster.yaml
+
+A token is read from a file or from KF_PIPELINES_TOKEN, never from the command line, where others could see it. A server
+with a certificate of your own authority: SSL_CERT_FILE names its bundle. With --wait, exit code 1 means that the run
+failed, and the last line names the step."""
+_UPLOAD = """Uploads a new version only when the pipeline's content changed. The settings that become the defaults of its parameters
+here hold for later versions too, until they are given again.
+
+examples:
+  canvastune upload --host http://localhost:8080
+  canvastune upload --host http://ml-pipeline.kubeflow:8888 --namespace team-a --token-file /var/run/secrets/kubeflow/pipelines/token \\
+      --cluster-file cluster.yaml --pipeline-image registry.example/canvastune/pipeline:0.1.0
+
+cluster.yaml holds settings of a recipe's section `cluster`:
+  backend: pytorchjob
+  image: registry.example/canvastune/trainer:0.1.0
+  claim: canvastune-workspace"""
 _EXAMPLES = """examples:
   canvastune demo                                        everything on a tiny model, in minutes, without a GPU
   canvastune run pipelines/recipes/tiny_lora.yaml        the pipeline on this machine
@@ -21,6 +46,7 @@ _EXAMPLES = """examples:
   canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
   canvastune prepare my.yaml --output prepared           the data alone, with a card that accounts for every row
   canvastune compile -o finetune.yaml                    the pipeline for Kubeflow: kfp run create -f finetune.yaml ...
+  canvastune submit my.yaml --host http://localhost:8080 --wait     the pipeline on Kubeflow, followed to its end
   canvastune make-tiny-model tiny                        a small random model of the same architecture
 
 Training alone, for example on one machine with 8 GPUs:
@@ -60,13 +86,30 @@ def _demo(options: argparse.Namespace) -> None:
 def _compile(options: argparse.Namespace) -> None:
     if options.output.suffix not in (".yaml", ".yml"):
         raise UserError(f"{options.output}: expected a name that ends in .yaml")
-    from kfp.compiler import Compiler
-
-    from pipelines.finetune import finetune
+    from pipelines.submit import compile_pipeline
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    Compiler().compile(finetune, str(options.output))
+    compile_pipeline(options.output)
     print(options.output)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from pipelines.submit import read_cluster_file, submit
+
+    cluster = read_cluster_file(options.cluster_file) if options.cluster_file else None
+    names = {"experiment": options.experiment, "run_name": options.run_name}
+    submit(_config(options), _server(options), cluster=cluster, wait=options.wait, **names)
+
+
+def _upload(options: argparse.Namespace) -> None:
+    from pipelines.submit import read_cluster_file, upload
+
+    cluster = read_cluster_file(options.cluster_file) if options.cluster_file else None
+    upload(_server(options), name=options.pipeline_name, cluster=cluster, image=options.pipeline_image)
+
+
+def _server(options: argparse.Namespace) -> Server:
+    return Server(options.host.partition("/#")[0].rstrip("/"), options.namespace, options.token_file)
 
 
 def _make_tiny_model(options: argparse.Namespace) -> None:
@@ -82,7 +125,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.gpu_memory is not None:
         options.set.append(f"hardware.gpu_memory={options.gpu_memory}")
     config = _config(options)
-    plan = make_plan(config, find_architecture(config.model), options.gpus or config.parallel.nproc_per_node)
+    plan = make_plan(config, find_architecture(config.model), options.gpus or config.world_size)
     print(plan)
     refuse_if_too_big(plan)
 
@@ -131,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     plan = commands.add_parser("plan", parents=[recipe], help="what a run will need of its hardware, without weights or a GPU")
-    plan.add_argument("--gpus", type=int, metavar="N", help="default: the recipe's parallel.nproc_per_node")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: the recipe's cluster.nodes x parallel.nproc_per_node")
     plan.add_argument(
         "--gpu-memory", type=_gigabytes, metavar="SIZE", help="memory of each, as 80GB (default: the recipe's hardware.gpu_memory)"
     )
@@ -144,6 +187,27 @@ def _parser() -> argparse.ArgumentParser:
     compiling = commands.add_parser("compile", help="write the pipeline for Kubeflow")
     compiling.add_argument("-o", "--output", type=Path, default=Path("finetune.yaml"), metavar="FILE", help="(default: %(default)s)")
     compiling.set_defaults(command=_compile)
+
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--host", required=True, metavar="URL", help="Kubeflow's address, as a browser shows it before /#/")
+    server.add_argument("--namespace", metavar="NS", help="yours, where Kubeflow has one for each team")
+    server.add_argument("--token-file", type=Path, metavar="FILE", help=f"file with a bearer token (default: that in {TOKEN}, if any)")
+    server.add_argument("--cluster-file", type=Path, metavar="FILE", help="YAML or JSON with settings of a recipe's section `cluster`")
+    plain = argparse.RawDescriptionHelpFormatter
+    submitting = commands.add_parser(
+        "submit", parents=[recipe, server], help="run the pipeline on Kubeflow", epilog=_SUBMIT, formatter_class=plain
+    )
+    submitting.add_argument("--experiment", metavar="NAME", help="of Kubeflow (default: the recipe's tracking.experiment)")
+    submitting.add_argument("--run-name", metavar="NAME", help="in Kubeflow and MLflow, and the name of the run's folder")
+    submitting.add_argument("--wait", action="store_true", help="follow the run to its end")
+    submitting.set_defaults(command=_submit)
+
+    uploading = commands.add_parser(
+        "upload", parents=[server], help="bring the pipeline to Kubeflow, for others to run", epilog=_UPLOAD, formatter_class=plain
+    )
+    uploading.add_argument("--pipeline-name", default="canvastune-finetune", metavar="NAME", help="in Kubeflow (default: %(default)s)")
+    uploading.add_argument("--pipeline-image", metavar="IMAGE", help="becomes the default image of the steps")
+    uploading.set_defaults(command=_upload)
 
     tiny = commands.add_parser("make-tiny-model", help="write a small random DiffusionGemma, as the Hub would have it")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kfp import dsl
+from kfp import dsl, kubernetes
 
 from components.definition import IMAGE
 from components.evaluate.component import evaluate
@@ -14,6 +14,8 @@ from components.report.component import report
 from components.resolve.component import resolve
 from components.train.component import train
 
+# A mount can be given its claim by a parameter, but neither its path, nor can it be left out: an empty name is an error on a cluster.
+WORKSPACE_CLAIM, MOUNT_PATH = "canvastune-workspace", "/workspace"  # the first is what the chart makes in a release `canvastune`
 JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
@@ -22,9 +24,11 @@ def finetune(
     recipe: str,
     overrides: str = "",
     dataset: str = "",
-    workspace: str = "/workspace",
+    workspace: str = MOUNT_PATH,
     run_name: str = "",
     pipeline_image: str = IMAGE,
+    volume_claim: str = WORKSPACE_CLAIM,
+    cluster: str = "{}",
 ) -> None:
     """
     Args:
@@ -34,11 +38,18 @@ def finetune(
         workspace: the folder that outlives the run's pods: checkpoints, merged model and report go to `runs/RUN` below it.
         run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.
         pipeline_image: image of every step.
+        volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace in every step; means nothing on a laptop.
+        cluster: JSON object beneath the recipe's section `cluster`: where and how training pods run, as the chart gives it.
     """
+
+    def mounted(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task in the pipeline's image, with the workspace."""
+        kubernetes.mount_pvc(task, pvc_name=volume_claim, mount_path=MOUNT_PATH)
+        return task.set_container_image(pipeline_image)
 
     def fresh(task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that Kubeflow never answers from its cache. Set on each: the run's own switch does not reach into groups."""
-        return task.set_container_image(pipeline_image).set_caching_options(False)
+        return mounted(task).set_caching_options(False)
 
     closing = fresh(finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID))
     with dsl.ExitHandler(closing):
@@ -51,16 +62,18 @@ def finetune(
                 run_name=run_name,
                 job_name=JOB_NAME,
                 job_id=JOB_ID,
+                cluster=cluster,
             )
         ).outputs
         common = {key: run[key] for key in ("config", "run_folder", "mlflow_run_id")}
 
-        data = prepare_data(config=run["data_config"], content=run["data_fingerprint"])
-        data.set_container_image(pipeline_image)
+        data = mounted(prepare_data(config=run["data_config"], content=run["data_fingerprint"]))
         dataset_made = data.outputs["dataset"]
 
         planned = fresh(plan(**common))
         training = fresh(train(**common, dataset=dataset_made)).after(planned)
+        # Its pod waits for days: a node that is given back would take it along.
+        kubernetes.add_pod_annotation(training, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
 
         def judge(tuned: Any) -> None:
             answers = fresh(evaluate(**common, dataset=dataset_made, tuned=tuned))

@@ -18,12 +18,24 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert "canvastune run pipelines/recipes/tiny_lora.yaml" in text
+    assert "canvastune submit my.yaml --host http://localhost:8080 --wait" in text
     assert "torchrun --standalone" in text
 
 
-def test_recipes_that_help_names_exist(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["submit", "upload"])
+def test_help_of_what_talks_to_a_cluster_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"  canvastune {command} " in text.partition("examples:")[2]
+    assert max(map(len, text.splitlines())) <= 140, "wider than a wide terminal"
+
+
+@pytest.mark.parametrize("command", [[], ["submit"]])
+def test_recipes_that_help_names_exist(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main([*command, "--help"])
     named = set(re.findall(r"pipelines/recipes/\S+\.yaml", capsys.readouterr().out))
     assert named
     missing = [name for name in named if not (RECIPES.parents[1] / name).is_file()]

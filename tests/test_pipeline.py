@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from canvastune.tiny import write_problems
 from canvastune.tracking import read_metrics
 from components.resolve import resolution
 from components.run_folder import read_record, write_record
-from components.train import launcher
+from components.train import local
 
 TORCHRUN = """
 Failures:
@@ -74,13 +75,18 @@ def test_committed_pipeline_is_what_the_code_compiles_to(tmp_path: Path) -> None
     )
 
 
+def _compiled() -> dict[str, Any]:
+    """The pipeline, without what it asks of Kubernetes."""
+    return next(yaml.safe_load_all(COMPILED.read_text()))
+
+
 def _tasks(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     dags = [tree["root"], *tree["components"].values()]
     return {name: task for dag in dags for name, task in dag.get("dag", {}).get("tasks", {}).items()}
 
 
 def test_preparation_alone_is_answered_from_the_cache() -> None:
-    tree = yaml.safe_load(COMPILED.read_text())
+    tree = _compiled()
     steps = {name: task for name, task in _tasks(tree).items() if "executorLabel" in tree["components"][task["componentRef"]["name"]]}
     assert {name.removesuffix("-2").replace("-", "_") for name in steps} == set(STEPS)
     cached = [name for name, task in steps.items() if task["cachingOptions"].get("enableCache")]
@@ -92,8 +98,31 @@ def test_nothing_is_installed_at_run_time() -> None:
 
 
 def test_exit_task_runs_however_the_run_ended() -> None:
-    task = _tasks(yaml.safe_load(COMPILED.read_text()))["finish"]
+    task = _tasks(_compiled())["finish"]
     assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+
+
+def test_every_step_mounts_the_workspace() -> None:
+    tree, platforms = yaml.safe_load_all(COMPILED.read_text())
+    executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(executors) == set(tree["deploymentSpec"]["executors"])
+    for name, executor in executors.items():
+        (mount,) = executor["pvcMount"]
+        assert mount["mountPath"] == "/workspace", name
+        assert mount["pvcNameParameter"]["componentInputParameter"].endswith("volume_claim"), name
+
+
+def test_what_is_set_on_the_train_task_goes_to_the_training_pods() -> None:
+    (train,) = [c for c in _compiled()["components"].values() if "taskConfigPassthroughs" in c]
+    both = {given["field"]: given.get("applyToTask", False) for given in train["taskConfigPassthroughs"]}
+    assert both == {
+        "RESOURCES": False,  # the launcher's own pod asks for no GPU
+        "KUBERNETES_TOLERATIONS": False,
+        "KUBERNETES_NODE_SELECTOR": False,
+        "KUBERNETES_AFFINITY": False,
+        "ENV": True,
+        "KUBERNETES_VOLUMES": True,
+    }
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -134,7 +163,9 @@ def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(resolution.tracking, "start_parent", lambda *_, **__: None)
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
-    return lambda job="job-1", overrides="", dataset="": resolution.resolve(recipe, overrides, dataset, str(tmp_path), "mine", "job", job)
+    return lambda job="job-1", overrides="", dataset="", cluster="{}": resolution.resolve(
+        recipe, overrides, dataset, str(tmp_path), "mine", "job", job, cluster
+    )
 
 
 def test_a_retried_step_finds_its_own_folder(resolve: Any) -> None:
@@ -160,6 +191,34 @@ def test_a_run_folder_is_refused_to_another_recipe_or_other_data(resolve: Any, t
         rows.write('{"question": "1+2?", "answer": "#### 3"}\n')
     with pytest.raises(UserError, match="other data"):
         resolve("job-3")
+
+
+def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: Any) -> None:
+    chart = {"backend": "pytorchjob", "nodes": 2, "cpu": "32", "env": {"NCCL_DEBUG": "WARN", "HTTPS_PROXY": "proxy"}}
+    recipe = {"cluster": {"nodes": 1, "env": {"NCCL_DEBUG": "INFO"}}}
+    both = yaml.safe_load(resolution.with_defaults(yaml.safe_dump(recipe), json.dumps(chart)))["cluster"]
+    assert both == {"backend": "pytorchjob", "nodes": 1, "cpu": "32", "env": {"NCCL_DEBUG": "INFO", "HTTPS_PROXY": "proxy"}}
+    config = json.loads(resolve(overrides="cluster.cpu=8", cluster=json.dumps(chart)).config)
+    assert (config["cluster"]["cpu"], config["cluster"]["nodes"]) == ("8", 2)
+
+
+def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(resolve: Any) -> None:
+    chart = json.dumps({"env": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}})
+    assert json.loads(resolve("job-1", cluster=chart).config)["tracking"]["uri"] == "http://mlflow:5000"
+    shutil.rmtree(resolve("job-1", cluster=chart).run_folder)
+    named = resolve("job-1", overrides="tracking.uri=http://other", cluster=chart)
+    assert json.loads(named.config)["tracking"]["uri"] == "http://other"
+
+
+def test_another_job_may_train_elsewhere(resolve: Any) -> None:
+    resolve("job-1")
+    assert json.loads(resolve("job-2", cluster='{"backend": "trainjob"}').config)["cluster"]["backend"] == "trainjob"
+
+
+@pytest.mark.parametrize(("cluster", "words"), [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "did you mean")])
+def test_wrong_defaults_of_the_chart_are_refused(resolve: Any, cluster: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve(cluster=cluster)
 
 
 def test_prepared_data_depends_on_content_and_on_data_settings_alone(resolve: Any, tmp_path: Path) -> None:
@@ -198,7 +257,7 @@ def test_training_is_asked_to_stop_before_it_is_killed(error: type[BaseException
     children = []
 
     def interrupted() -> None:
-        with launcher._running([sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ), grace=60) as child:
+        with local._running([sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ), grace=60) as child:
             children.append(child)
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
@@ -219,13 +278,13 @@ def _said(logs: Path, rank: int, text: str) -> None:
 def test_failed_training_tells_the_first_ranks_error(tmp_path: Path) -> None:
     _said(tmp_path, 0, "warming up\ncanvastune: error: batch 3 does not divide\nby 2\n")
     _said(tmp_path, 1, "")
-    assert launcher._why(1, TORCHRUN, tmp_path) == "batch 3 does not divide\nby 2"
+    assert local._why(1, TORCHRUN, tmp_path) == "batch 3 does not divide\nby 2"
 
 
 def test_failed_training_tells_the_last_words_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     _said(tmp_path, 0, "closed by peer\n")
     _said(tmp_path, 1, "\n".join(f"line {number}" for number in range(100)) + "\nValueError: here\n")
-    words = launcher._why(1, TORCHRUN, tmp_path)
+    words = local._why(1, TORCHRUN, tmp_path)
     assert words.startswith("rank 1 ended with exit code -9; its last lines:")
     assert "ValueError: here" in words
     assert "closed by peer" not in words

@@ -7,10 +7,13 @@ from dataclasses import replace
 from canvastune import tracking
 from canvastune.config import parse_config
 from components.run_folder import read_record, run_folder, workspace_of, write_record
+from components.train.cluster import withdraw
 
 
 def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded: bool) -> None:
-    """Mark the run of a pipeline job finished or failed. A job that did not get as far as a folder of its own leaves nothing to close.
+    """Mark the run of a pipeline job finished or failed, and end what it still trains on a cluster.
+
+    A job that did not get as far as a folder of its own leaves nothing to close.
 
     Raises:
         UserError: as `run_folder`.
@@ -19,6 +22,8 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded:
     record = read_record(folder)
     if record is None or record.job_id != job_id:
         return
-    tracking.finish_parent(parse_config(record.config), record.mlflow_run_id or None, workspace=workspace_of(folder), failed=not succeeded)
+    config = parse_config(record.config)
+    withdraw(config, job_id)
+    tracking.finish_parent(config, record.mlflow_run_id or None, workspace=workspace_of(folder), failed=not succeeded)
     write_record(folder, replace(record, finished=succeeded))
     print(f"{folder}: {'finished' if succeeded else 'not finished; a run of this name and recipe goes on from what is done'}")

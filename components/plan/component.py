@@ -14,7 +14,7 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     from components.step import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
-        made = make_plan(recipe, find_architecture(recipe.model), recipe.parallel.nproc_per_node)
+        made = make_plan(recipe, find_architecture(recipe.model), recipe.world_size)
         write_plan(made, recipe, Path(plan.path))
         print((Path(plan.path) / "plan.txt").read_text(encoding="utf-8"))
         record.outputs(Path(plan.path))

@@ -6,7 +6,9 @@ from components.definition import component
 
 
 @component
-def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str) -> NamedTuple(  # type: ignore[valid-type]
+def resolve(
+    recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str, cluster: str
+) -> NamedTuple(  # type: ignore[valid-type]
     "Settings",
     [("config", str), ("method", str), ("data_config", str), ("data_fingerprint", str), ("run_folder", str), ("mlflow_run_id", str)],
 ):
@@ -15,4 +17,4 @@ def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name:
     from components.step import last_words
 
     with last_words():
-        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id)
+        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster)

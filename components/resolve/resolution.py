@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 import canvastune
 from canvastune import tracking
 from canvastune.config import RunConfig, load_config, parse_config
@@ -31,7 +33,9 @@ class Resolved(NamedTuple):
     mlflow_run_id: str
 
 
-def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str) -> Resolved:
+def resolve(
+    recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str, cluster: str = "{}"
+) -> Resolved:
     """Validate a recipe, and claim the folder of its run.
 
     Args:
@@ -41,12 +45,15 @@ def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name:
         workspace: the folder that outlives the run's pods.
         run_name: name of the run's folder; "": the pipeline job's name.
         job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
+        cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
 
     Raises:
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
             with another recipe or other data, or that is finished.
     """
-    config = read_recipe(recipe, [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
+    config = _tracked(
+        read_recipe(with_defaults(recipe, cluster), [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
+    )
     folder = run_folder(workspace, run_name, job_name)
     data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
@@ -57,6 +64,37 @@ def resolve(recipe: str, overrides: str, dataset: str, workspace: str, run_name:
     parent = tracking.start_parent(config, run_name=folder.name, pipeline_run=f"{folder.name}/{job_id}", workspace=Path(workspace)) or ""
     write_record(folder, replace(claim, mlflow_run_id=parent))
     return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
+
+
+def with_defaults(text: str, cluster: str) -> str:
+    """A recipe's text with defaults beneath its own section `cluster`, mappings in it (such as `env`) key by key.
+
+    Raises:
+        UserError: the defaults are not a JSON object. What is wrong with the recipe is left to its reader.
+    """
+    try:
+        defaults = json.loads(cluster or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"pipeline parameter cluster: not JSON: {error}") from None
+    if not isinstance(defaults, dict):
+        raise UserError(f"pipeline parameter cluster: expected a JSON object, found {cluster[:60]}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    own = (tree.get("cluster") or {}) if isinstance(tree, dict) else None
+    if not defaults or not isinstance(own, dict):
+        return text
+    both = {key: {**defaults[key], **own[key]} for key in own if isinstance(own[key], dict) and isinstance(defaults.get(key), dict)}
+    return yaml.safe_dump({**tree, "cluster": {**defaults, **own, **both}}, sort_keys=False)
+
+
+def _tracked(config: RunConfig) -> RunConfig:
+    """The chart tells training pods by a variable where its MLflow is; the other steps are told by the config."""
+    uri = config.cluster.env.get("MLFLOW_TRACKING_URI")
+    if uri is None or config.tracking.uri is not None:
+        return config
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
 def read_recipe(text: str, overrides: list[str]) -> RunConfig:
@@ -105,6 +143,8 @@ def _refuse_other(folder: Path, earlier: RunRecord, now: RunRecord) -> None:
     if earlier.data_fingerprint != now.data_fingerprint:
         raise UserError(f"{folder}: an earlier run of this name used other data (or another tokenizer). Give another run name")
     for key, before, after in _differences(json.loads(earlier.config), json.loads(now.config)):
+        if key.startswith("cluster."):  # where a run trains changes nothing in it
+            continue
         raise UserError(
             f"{folder}: an earlier run of this name had {key} = {before!r}, now {after!r}. Give another run name, or the same recipe"
         )

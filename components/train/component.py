@@ -1,13 +1,28 @@
 """The step `train`: from the base model and the prepared data to an adapter or a whole model."""
 
+from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
 from components.definition import component
 
+_ON_THE_JOB = (  # set on the task, meant for the training pods
+    dsl.TaskConfigField.RESOURCES,
+    dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
+    dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
+    dsl.TaskConfigField.KUBERNETES_AFFINITY,
+)
+_ON_BOTH = (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
 
-@component
+
+@component(task_config_passthroughs=[*_ON_THE_JOB, *(dsl.TaskConfigPassthrough(field=field, apply_to_task=True) for field in _ON_BOTH)])
 def train(
-    config: str, run_folder: str, mlflow_run_id: str, dataset: Input[Dataset], trained: Output[Model], metrics: Output[Artifact]
+    config: str,
+    run_folder: str,
+    mlflow_run_id: str,
+    dataset: Input[Dataset],
+    trained: Output[Model],
+    metrics: Output[Artifact],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Train; a run that has checkpoints goes on from them, a finished one is not trained again."""
     import shutil
@@ -17,7 +32,7 @@ def train(
     from components.train.launcher import train
 
     with step("train", config, run_folder, mlflow_run_id) as (recipe, record):
-        weights = train(recipe, Path(dataset.path), Path(run_folder) / "train", record)
+        weights = train(recipe, Path(dataset.path), Path(run_folder) / "train", record, vars(task_config))
         shutil.copy(Path(run_folder) / "train" / "metrics.jsonl", metrics.path)
         if recipe.train.method == "lora":
             shutil.copytree(weights, trained.path)

@@ -1,0 +1,134 @@
+"""The training job as Kubernetes is given it: pure functions from a config and the facts of a run to a PyTorchJob or a TrainJob."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import Any
+
+from canvastune.config import RunConfig
+from components.train.pods import labels_of, pod_parts
+from components.train.states import KINDS
+
+SPEC_HASH = "canvastune.io/spec-hash"
+_HOUR = 3600
+_NODE = "node"  # what a TrainJob's runtime calls its job and its container
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a job is told beside its config. Paths are those in the pods, and the same in the pipeline's steps."""
+
+    run_id: str  # the pipeline job
+    recipe: PurePath
+    output: PurePath
+    data: PurePath | None = None
+    mlflow_run: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)  # where MLflow is; no secrets
+    owner: Mapping[str, Any] | None = None  # owner reference of the Argo workflow; None: not known
+
+
+def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The job's manifest, with a name that the same run and the same spec always get.
+
+    Args:
+        task: fragments of a pod spec that were set on the pipeline's task (fields of `dsl.TaskConfig`): resources, tolerations,
+            node_selector, affinity, volumes, volume_mounts, env. They come on top of the config's.
+
+    Raises:
+        UserError: the pods would not see the run's folder, or the task and the config contradict each other.
+    """
+    build = _pytorchjob if config.cluster.backend == "pytorchjob" else _trainjob
+    # MLflow may be away when a step is tried again: that must not make it another job.
+    print_of = hashlib.sha256(json.dumps(build(config, replace(facts, mlflow_run=None, environment={}), task or {})).encode()).hexdigest()
+    kind, cluster = KINDS[config.cluster.backend], config.cluster
+    labels = {**labels_of(config, facts.run_id), "kueue.x-k8s.io/queue-name": cluster.queue}
+    labels["kueue.x-k8s.io/priority-class"] = cluster.priority_class if cluster.queue else None
+    metadata: dict[str, Any] = {
+        "name": job_name(config, facts.run_id, print_of),
+        "labels": {key: value for key, value in labels.items() if value},
+        "annotations": {SPEC_HASH: print_of},
+    }
+    if facts.owner:
+        metadata["ownerReferences"] = [dict(facts.owner)]
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": build(config, facts, task or {})}
+
+
+def job_name(config: RunConfig, run_id: str, spec_hash: str) -> str:
+    """A DNS-1035 label of at most 48 characters, which leaves room for what operators append to it."""
+    recipe = re.sub("[^a-z0-9]+", "-", config.name)[:24].strip("-")
+    return f"train-{recipe}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}-{spec_hash[:8]}"
+
+
+def command(config: RunConfig, facts: RunFacts) -> list[str]:
+    """What every pod runs. The number of nodes and processes and the master's address come from the operator, as PET_* variables."""
+    line = ["python", "-m", "torch.distributed.run", f"--shutdown-timeout={config.train.stop_grace}", "--tee=3"]
+    line += ["-m", "canvastune.train", "-c", str(facts.recipe), "--output", str(facts.output)]
+    line += ["--data", str(facts.data)] if facts.data else []
+    return line + (["--mlflow-run", facts.mlflow_run] if facts.mlflow_run else [])
+
+
+def _pytorchjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
+    cluster = config.cluster
+    parts = pod_parts(config, facts.run_id, facts.output, facts.environment, task)
+    pod = {
+        **parts.pod,
+        "automountServiceAccountToken": False,
+        "schedulerName": cluster.scheduler,
+        "priorityClassName": None if cluster.queue else cluster.priority_class,
+        "containers": [
+            {
+                **parts.container,
+                "name": "pytorch",
+                "image": cluster.image,
+                "command": command(config, facts),
+                "env": parts.env,
+                "resources": parts.resources,
+            }
+        ],
+    }
+    pod = {key: value for key, value in pod.items() if value is not None}
+    # A container that ends starts again in its pod, a bounded number of times: ExitCode would restart one that is OOMKilled forever.
+    replica = {"restartPolicy": "OnFailure", "template": {"metadata": parts.metadata, "spec": pod}}
+    replicas = {"Master": {"replicas": 1, **replica}}
+    if cluster.nodes > 1:
+        replicas["Worker"] = {"replicas": cluster.nodes - 1, **replica}
+    policy = {
+        "cleanPodPolicy": "Running",  # finished pods stay: they have the logs
+        "backoffLimit": cluster.restarts * cluster.nodes,  # the operator adds up the restarts of all pods
+        "activeDeadlineSeconds": _deadline(config),
+    }
+    if cluster.ttl_hours is not None:
+        policy["ttlSecondsAfterFinished"] = int(cluster.ttl_hours * _HOUR)
+    return {"nprocPerNode": str(config.parallel.nproc_per_node), "runPolicy": policy, "pytorchReplicaSpecs": replicas}
+
+
+def _trainjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
+    cluster = config.cluster
+    parts = pod_parts(config, facts.run_id, facts.output, facts.environment, task)
+    pod = {**parts.pod, "containers": [{"name": _NODE, **parts.container}]}
+    replicated = {"name": _NODE, "template": {"spec": {"template": {"metadata": parts.metadata, "spec": pod}}}}
+    return {
+        "runtimeRef": {"apiGroup": KINDS["trainjob"].group, "kind": "TrainingRuntime", "name": cluster.runtime},
+        "activeDeadlineSeconds": _deadline(config),
+        "trainer": {
+            "image": cluster.image,
+            "command": command(config, facts),
+            "numNodes": cluster.nodes,
+            "numProcPerNode": config.parallel.nproc_per_node,
+            "resourcesPerNode": parts.resources,
+            "env": parts.env,  # a patch may not set the container's
+        },
+        "runtimePatches": [
+            {"manager": "canvastune.io/launcher", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
+        ],
+    }
+
+
+def _deadline(config: RunConfig) -> int:
+    """Seconds after which the operator itself ends the job: it counts the time in which the pods are pending, the launcher does not."""
+    return int((config.cluster.deadline_hours + config.cluster.queue_hours) * _HOUR)

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Renew the lock files beside this script, from pyproject.toml:   pip install uv && docker/renew-locks.sh
+# Packages stay at the version that a lock file holds while it still fits; `docker/renew-locks.sh --upgrade` takes the newest.
+set -eu
+cd "$(dirname "$0")/.."
+
+# lock NAME SOURCE...: every package by version and hash.
+lock() {
+    name=$1 && shift
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+        --no-annotate --custom-compile-command docker/renew-locks.sh "$@" --output-file "docker/requirements-$name.txt"
+}
+
+lock pipeline pyproject.toml --extra pipeline "$@"
+lock trainer pyproject.toml --constraint docker/requirements-pipeline.txt "$@" # the pods of a job and of the steps agree
+lock mlflow docker/requirements-mlflow.in --constraint docker/requirements-pipeline.txt "$@" # and so do MLflow's server and client
+
+# torch and its CUDA libraries are a layer of their own, of gigabytes, which only changes with torch.
+python3 - <<'END'
+import re
+from pathlib import Path
+
+LOCKS = Path("docker")
+
+
+def entries(name: str) -> tuple[str, list[str]]:
+    head, *packages = re.split(r"^(?=[a-z])", (LOCKS / f"requirements-{name}.txt").read_text(), flags=re.MULTILINE)
+    return head, [p for p in packages if not re.search(r"sys_platform == '(win32|emscripten)'", p)]
+
+
+for name in ("pipeline", "trainer", "mlflow"):
+    head, packages = entries(name)
+    cuda = [p for p in packages if re.match(r"torch==|triton==|nvidia-|cuda-", p)]
+    (LOCKS / f"requirements-{name}.txt").write_text(head + "".join(p for p in packages if p not in cuda))
+    if name == "trainer":
+        (LOCKS / "requirements-torch-cuda.txt").write_text(head + "".join(cuda))
+        torch = next(p for p in cuda if p.startswith("torch==")).split()[0]
+        (LOCKS / "requirements-torch-cpu.txt").write_text(f"{torch}+cpu\n")
+END
