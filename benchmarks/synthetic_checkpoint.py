@@ -82,7 +82,7 @@ def write_synthetic(folder: Path, config: DiffusionGemmaConfig, seed: int = 0, s
     total, written, shown = _bytes(specs), 0, time.monotonic()
     with CheckpointWriter(folder, specs, shard_bytes) as writer:
         for name, (shape, _) in specs.items():
-            value = _value(name, shape, seed)
+            value = synthetic_value(name, shape, seed)
             writer.write(name, value)
             written += value.nbytes
             if time.monotonic() - shown > _SHOWN_SECONDS:
@@ -91,7 +91,8 @@ def write_synthetic(folder: Path, config: DiffusionGemmaConfig, seed: int = 0, s
     return total
 
 
-def _value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def synthetic_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A tensor of the checkpoint: random weights, norms and scales of one."""
     if name.endswith("q_norm.weight"):  # attention has scale 1: with unit q_norm its softmax would be one-hot
         return torch.full(shape, shape[0] ** -0.5, dtype=torch.bfloat16)
     if "norm" in name or "scale" in name or name.endswith("layer_scalar"):
