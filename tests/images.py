@@ -1,7 +1,7 @@
 """The images on a real Docker engine: `make test-images` builds them and runs MLflow, the trainer and the tiny pipeline on them.
 
-Needs Docker, or root on Debian or Ubuntu to install it; says what it skipped where it has neither. Takes some ten
-minutes and 15 GB the first time. An engine that it started keeps its layers in build/test-images, for the next time.
+Needs Docker, or root on Debian or Ubuntu to install it; says what it skipped where it has neither. Takes some eight
+minutes and 8 GB the first time. An engine that it started keeps its layers in build/test-images, for the next time.
 """
 
 from __future__ import annotations
