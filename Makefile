@@ -1,12 +1,13 @@
 # make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
 # make test-faults: what takes minutes: every layout of 8 ranks, and kills, hangs and preemptions at length (writes docs/reliability.md).
 # make test-images: the images, on a Docker engine that it starts where none runs (docs/verification.md).
+# make test-cluster: chart, pipeline and a killed pod on the cluster in KUBECONFIG; OPTIONS='--keep' and others (docs/verification.md).
 PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test test-faults test-images lint
+.PHONY: run test test-faults test-images test-cluster lint
 run: .venv/installed
 	@$(BIN)/canvastune demo
 
@@ -15,6 +16,9 @@ test: lint
 
 test-images: .venv/installed
 	@$(BIN)/python -m tests.images
+
+test-cluster: .venv/installed
+	@$(BIN)/python -m tests.cluster $(OPTIONS)
 
 test-faults: .venv/installed
 	@$(BIN)/python -m pytest -m slow
