@@ -40,6 +40,18 @@ def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(gr
     assert all(kill.phase == "saving" for kill in kills), kills
 
 
+def test_a_finished_run_is_not_trained_again_and_a_checkpoint_serves_its_own_run_alone(ground: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    finished = train(ground, output, RANKS, *KILLS)
+    assert finished.returncode == 0
+    assert "already finished" in finished.stderr
+    (output / "result.json").unlink()
+    other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
+    assert other.returncode != 0
+    assert "checkpoint of another run: optimizer.lr was 0.01 and is now 0.02" in other.stderr
+
+
 def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / ".adapter.partial-1").mkdir()  # of an attempt that was killed while it exported
     process = start(ground, tmp_path, RANKS, *KILLS, torchrun=("--standalone", "--max-restarts=1"))

@@ -12,7 +12,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from canvastune.model.checkpoint_files import CheckpointReader
-from tests.training import ADAPTER, kill_all, losses, make_ground, records, start, train, validations
+from tests.training import losses, make_ground, records, start, train
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def one_rank(ground: Path) -> Path:
     return ground / "one"
 
 
-@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 2)])
 def test_the_loss_curve_does_not_depend_on_the_number_of_processes(
     one_rank: Path, ground: Path, tmp_path: Path, ranks: int, ep: int
 ) -> None:
@@ -57,34 +57,6 @@ def test_the_exported_model_is_complete_and_loads_in_stock_transformers(one_rank
         assert changed != frozen, f"{name} {'changed' if changed else 'did not change'}"
     assert (one_rank / "model" / "config.json").read_bytes() == (ground / "base" / "config.json").read_bytes()
     assert model.generate(torch.tensor([[2, 7, 8]]), max_new_tokens=8, max_denoising_steps=2).sequences.shape[1] > 3
-
-
-def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(ground: Path, tmp_path: Path) -> None:
-    settings = ("parallel.ep=2", "train.method=lora", "train.checkpoint_every=7", "train.steps=60")
-    assert train(ground, tmp_path / "whole", 2, *settings).returncode == 0
-    output = tmp_path / "stopped"
-    process = start(ground, output, 2, *settings)
-    deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoints/step-*/complete.json")):
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    kill_all(process)
-    assert not (output / "result.json").exists()
-    again = train(ground, output, 2, *settings)
-    assert again.returncode == 0, again.stderr
-    assert "resumed" in again.stderr
-    assert losses(output) == losses(tmp_path / "whole"), "the metrics are not those of a run that was never stopped"
-    assert validations(output) == validations(tmp_path / "whole")
-    assert (output / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes(), "the weights are not bit-identical"
-
-    finished = train(ground, output, 2, *settings)
-    assert finished.returncode == 0
-    assert "already finished" in finished.stderr
-    (output / "result.json").unlink()
-    other = train(ground, output, 2, *settings, "optimizer.lr=0.02")
-    assert other.returncode != 0
-    assert "checkpoint of another run: optimizer.lr was 0.01 and is now 0.02" in other.stderr
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(ground: Path, tmp_path: Path) -> None:

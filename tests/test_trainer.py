@@ -253,7 +253,7 @@ def reload(folder: Path, ground: Path, degrees: tuple[int, ...]) -> None:
 def test_a_checkpoint_is_read_at_other_numbers_of_ranks_and_expert_parallel_degrees(ground: Path, tmp_path: Path) -> None:
     run_ranks(save_at_four, 4, tmp_path, ground)
     run_ranks(reload, 2, tmp_path, ground, (1, 2))
-    run_ranks(reload, 8, tmp_path, ground, (1, 2, 4, 8))
+    run_ranks(reload, 8, tmp_path, ground, (2, 8))
 
 
 def test_schedules() -> None:
