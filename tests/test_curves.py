@@ -46,12 +46,10 @@ def one_rank(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("ranks", "runs"),
     [
         (2, grid(1, 2)),
-        (4, (("full", 2), ("lora", 4), ("lora with experts", 1))),
-        (8, (("full", 8), ("lora with experts", 2))),
         pytest.param(4, grid(1, 2, 4), marks=pytest.mark.slow),
         pytest.param(8, grid(1, 2, 4, 8), marks=pytest.mark.slow),
     ],
-    ids=["2", "4", "8", "4 all", "8 all"],
+    ids=["2", "4", "8"],
 )
 def test_metrics_do_not_depend_on_the_ranks(ranks: int, runs: Runs, one_rank: Path, ground: Path, tmp_path: Path) -> None:
     run_ranks(train_all, ranks, tmp_path, ground, runs)

@@ -88,6 +88,7 @@ def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: 
     assert re.search(r"rank [01] died in step [1-5]: IndexError: index out of range", errors[0]), errors
 
 
+@pytest.mark.slow  # torchrun gives a frozen process half a minute before it kills it
 def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
     seconds, said = faults.freeze_a_rank(ground, tmp_path, victim=0)
     assert seconds < 10 + 5 + 40, said
