@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from canvastune import __version__
 from canvastune.errors import UserError
+from canvastune.kubernetes_forms import RESERVED, SECRET, Image, LabelKey, LabelValue, Name, Quantity, Variable, amount, written
 
 
 class Section(BaseModel):
@@ -162,34 +161,6 @@ class TrackingConfig(Section):
     registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
 
 
-def _written(pattern: str, expected: str) -> AfterValidator:
-    """A check that the whole text has this form; `expected` says so in words."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise PydanticCustomError("form", expected)
-        return text
-
-    return AfterValidator(check)
-
-
-_LABEL = "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-_QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?"
-# Kubernetes' own forms, so that its API server is not the first to refuse them.
-Name = Annotated[str, _written(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a Kubernetes name: a-z, 0-9, '-' and '.', at most 253")]
-LabelKey = Annotated[str, _written(rf"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_LABEL}", "a Kubernetes label key such as nvidia.com/gpu.product")]
-LabelValue = Annotated[str, _written(f"({_LABEL})?", "a Kubernetes label value: at most 63 letters, digits, '-', '_' and '.'")]
-Quantity = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value),  # as Kubernetes has it: 32 is "32"
-    _written(f"(?=.*[1-9]){_QUANTITY}", "a Kubernetes quantity above 0, such as 32, 500m or 512Gi"),
-]
-Variable = Annotated[str, _written("[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")]
-Image = Annotated[str, _written(r"[a-z0-9]\S*", "an image such as registry.example/canvastune/trainer:1.0, or one with @sha256:...")]
-_RESERVED = re.compile(r"PET_.*|MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|NODE_RANK")  # given by the training operators
-_SECRET = re.compile(r"(.*_)?(TOKEN|PASSWORD|SECRET|KEY)")
-
-
 class SecretKey(Section):
     """A key of an existing Kubernetes secret."""
 
@@ -218,7 +189,7 @@ class ClusterConfig(Section):
     claim: Name | None = Field(
         None, description="existing PersistentVolumeClaim with the workspace; default: the one that is mounted in the train step"
     )
-    mount_path: Annotated[str, _written("/[^:,]+", "an absolute path")] = Field(
+    mount_path: Annotated[str, written("/[^:,]+", "an absolute path")] = Field(
         "/workspace", description="where the claim is mounted, in the pods as in the pipeline's steps"
     )
     gpu_resource: LabelKey | None = Field("nvidia.com/gpu", description="resource of an accelerator; null: train on CPU")
@@ -250,29 +221,20 @@ class ClusterConfig(Section):
         if self.nodes > 1 and self.backend == "local":
             raise ValueError(f"cluster.nodes = {self.nodes} with cluster.backend = local: choose backend pytorchjob or trainjob")
         for name in (*self.env, *self.secret_env):
-            if _RESERVED.fullmatch(name):
+            if RESERVED.fullmatch(name):
                 raise ValueError(f"cluster.env: {name} is set by the training operator. Leave it out")
         for name in self.env:
-            if _SECRET.fullmatch(name):
+            if SECRET.fullmatch(name):
                 raise ValueError(
                     f"cluster.env: {name} looks like a secret. Name it in cluster.secret_env: {{{name}: {{secret: S, key: K}}}}"
                 )
             if name in self.secret_env:
                 raise ValueError(f"cluster.env and cluster.secret_env both set {name}. Keep one")
-        if self.memory is not None and _amount(self.shm) >= _amount(self.memory):
+        if self.memory is not None and amount(self.shm) >= amount(self.memory):
             raise ValueError(f"cluster.shm ({self.shm}) is part of cluster.memory ({self.memory}), and must be below it")
         if self.backend == "trainjob" and self.runtime is None:
             raise ValueError("cluster.runtime is null: name the TrainingRuntime that the TrainJob refers to")
         return self
-
-
-def _amount(quantity: str) -> float:
-    """A Kubernetes quantity as a number."""
-    number = re.match(r"[0-9.]+", quantity)
-    assert number is not None
-    unit = quantity[number.end() :]
-    powers = {"": 1.0, "m": 1e-3, "k": 1e3} | {letter: 1000.0 ** (n + 2) for n, letter in enumerate("MGTP")}
-    return float(number[0]) * (powers | {f"{letter}i": 1024.0 ** (n + 1) for n, letter in enumerate("KMGTP")})[unit]
 
 
 class HardwareConfig(Section):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from canvastune.tiny import make_tiny_model
+from tests.cluster_stage import Cluster, stage
+from tests.rendered_chart import installed, of_kind
+from tests.small import write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +20,38 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model for numerics; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture(params=["pytorchjob", "trainjob"])
+def cluster(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster with one kind of job, then with the other."""
+    yield from stage(request.param, capsys, monkeypatch)
+
+
+@pytest.fixture
+def pytorch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster with PyTorchJobs."""
+    yield from stage("pytorchjob", capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def role() -> list[Mapping[str, Any]]:
+    """The rules that the chart gives to the account that runs pipeline steps."""
+    (found,) = [role for role in of_kind(installed("default"), "Role") if role["metadata"]["name"].endswith("launcher")]
+    return list(found["rules"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from canvastune.errors import UserError
 from canvastune.model.checkpoint_files import INDEX, WEIGHTS, CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.model.tensor_file import TensorFile
-from tests.small import stock_model, write_checkpoint
+from tests.small import stock_model
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -39,21 +39,6 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def specs(values: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tuple(value.shape), value.dtype) for name, value in values.items()}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture
-def broken(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
 
 
 def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:

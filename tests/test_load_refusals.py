@@ -27,25 +27,10 @@ from canvastune.model.load import DECODER_SCALAR, ENCODER_SCALAR
 from canvastune.model.tensor_file import TensorFile
 from canvastune.train import train
 from tests.ranks import run_ranks
-from tests.small import run_config, shared_model, write_checkpoint
+from tests.small import run_config, shared_model
 
 GATE = "model.decoder.layers.1.mlp.gate_proj.weight"
 SCALE = "model.decoder.layers.2.router.per_expert_scale"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture
-def broken(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
 
 
 def load(folder: Path) -> None:

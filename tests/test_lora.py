@@ -31,7 +31,6 @@ from tests.small import (
     shared_model,
     stock_model,
     worst_difference,
-    write_checkpoint,
 )
 
 KINDS: dict[str, dict[str, object]] = {
@@ -43,13 +42,6 @@ KINDS: dict[str, dict[str, object]] = {
 }
 PROBABILITY = 0.3
 SEED = 5  # of the examples' draws
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder)
-    return folder
 
 
 def trained(checkpoint: Path, lora: dict[str, object]) -> SharedModel:

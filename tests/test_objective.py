@@ -29,17 +29,9 @@ from tests.small import (
     shared_model,
     stock_model,
     worst_difference,
-    write_checkpoint,
 )
 
 EOS_NEVER = VOCABULARY  # no token has this id, so every canvas is generated
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

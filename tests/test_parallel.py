@@ -23,7 +23,7 @@ from canvastune.objective import losses
 from canvastune.parallel import build_meshes, clip_gradients, local_tensor, shard_model
 from canvastune.trainer import build_optimizer, learning_rate
 from tests.ranks import run_ranks
-from tests.small import CANVAS, VOCABULARY, counts, examples_and_draws, run_config, shared_model, worst_difference, write_checkpoint
+from tests.small import CANVAS, VOCABULARY, counts, examples_and_draws, run_config, shared_model, worst_difference
 
 STEPS = 2
 LORA_WITH_ALL: dict[str, object] = {"experts": True, "rslora": True, "alpha": 8.0, "dropout": 0.25}
@@ -33,13 +33,6 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "lora with experts, rslora and dropout": ("lora", LORA_WITH_ALL),
 }
 SIZES = {"experts": 8, "hidden": 32, "expert_size": 16}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder)
-    return folder
 
 
 def whole(tensor: Any) -> torch.Tensor:

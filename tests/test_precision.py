@@ -23,7 +23,7 @@ from canvastune.objective import losses
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.trainer import build_optimizer
 from tests.ranks import run_ranks
-from tests.small import counts, examples_and_draws, run_config, shared_model, worst_difference, write_checkpoint
+from tests.small import counts, examples_and_draws, run_config, shared_model, worst_difference
 from tests.test_parallel import whole
 
 FORWARDS = 2  # of each rank: gradients of several micro-batches are summed, too
@@ -125,13 +125,6 @@ def sharded(folder: Path, checkpoint: Path) -> None:
 
 
 Results = dict[int, tuple[dict[tuple[str, int], dict[str, Any]], dict[str, dict[str, Any]]]]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
