@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.outputs import sync
+from canvastune.outputs import whole_folder
 from components.run_folder import read_record
 from components.train import failures
 from components.train.api import Api, Clock, Conflict, connect
@@ -313,12 +312,8 @@ def _owner(api: Api, own_pod: str) -> dict[str, Any] | None:
 def _on_the_claim(dataset: Path, copy: Path) -> Path:
     """The prepared data where the pods see it: an artifact of the pipeline lies in this step's container alone."""
     if not copy.exists():
-        partial = Path(tempfile.mkdtemp(prefix=f".{copy.name}-", dir=copy.parent))
-        shutil.copytree(dataset, partial, dirs_exist_ok=True)
-        for file in partial.rglob("*"):
-            sync(file)
-        partial.chmod(0o755)
-        partial.rename(copy)
+        with whole_folder(copy) as partial:
+            shutil.copytree(dataset, partial, dirs_exist_ok=True)
     return copy
 
 
