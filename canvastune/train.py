@@ -108,6 +108,8 @@ def train(
     if step != trainer.progress.step:
         _say(f"the weights of step {step} are exported: no checkpoint has a lower validation loss")
     out = export_path(output, config)
+    if rank == 0 and out.exists():  # by an attempt of this run that was killed right after it, from the same weights
+        shutil.rmtree(out)
     (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
     result = {
         "method": config.train.method,
@@ -167,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         roll_call = _start_processes()
-        on_first_rank(lambda: locks.append(_lock(options.output)))
+        on_first_rank(lambda: locks.append(_claim(options.output, export_path(options.output, config))))
         finished = on_first_rank((options.output / "result.json").is_file)
         if finished:
             _say(f"already finished: {options.output / 'result.json'} stands. Give another --output to train again")
@@ -238,15 +240,19 @@ def _device() -> torch.device:
     return device
 
 
-def _lock(output: Path) -> IO[str]:
+def _claim(output: Path, export: Path) -> IO[str]:
+    """Take the output folder for this process, and clear away what a killed attempt left there half done."""
     output.mkdir(parents=True, exist_ok=True)
     lock = (output / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{output}: another trainer is writing to this folder. Wait for it, or give another --output") from None
-    for stale in output.glob(".*.partial-*"):  # an export that was killed; nobody else writes here
+    for stale in output.glob(".*.partial-*"):  # nobody else writes here
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    begun = (output / "result.json").is_file() or any(output.glob("checkpoints/step-*/complete.json"))
+    if export.exists() and not begun:
+        raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
     return lock
 
 

@@ -43,13 +43,26 @@ def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(gr
 def test_a_finished_run_is_not_trained_again_and_a_checkpoint_serves_its_own_run_alone(ground: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
+    (output / "checkpoints").rename(tmp_path / "checkpoints")  # whoever needs the room takes them away
     finished = train(ground, output, RANKS, *KILLS)
     assert finished.returncode == 0
     assert "already finished" in finished.stderr
+    (tmp_path / "checkpoints").rename(output / "checkpoints")
     (output / "result.json").unlink()
     other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
     assert other.returncode != 0
     assert "checkpoint of another run: optimizer.lr was 0.01 and is now 0.02" in other.stderr
+    assert (output / ADAPTER).exists(), "a refused run took away what was there"
+
+
+def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(ground: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine").touch()
+    done = train(ground, tmp_path, 1, *KILLS, "parallel.ep=1")
+    assert done.returncode != 0
+    assert "adapter: already exists, and no run was begun in" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "adapter" / "mine").exists()
 
 
 def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path: Path) -> None:
@@ -106,8 +119,7 @@ def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(ground:
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(ground: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
-    (output / "result.json").unlink()
-    shutil.rmtree(output / "adapter")
+    (output / "result.json").unlink()  # the adapter stays, as if the kill had come between the two
     before, newest = complete(output)[-2:]
     assert newest == 60
     faults.damage(output / "checkpoints" / f"step-{newest:06d}", "flip")
