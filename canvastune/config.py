@@ -198,6 +198,12 @@ class ClusterConfig(Section):
     shm: Quantity = Field("64Gi", description="size limit of the memory-backed /dev/shm")
     env: dict[Variable, str] = Field({}, description="variables of the training processes, such as NCCL_SOCKET_IFNAME")
     secret_env: dict[Variable, SecretKey] = Field({}, description="variables whose value is a secret's")
+    credentials: Name | None = Field(
+        None, description="existing secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN become variables of the pods"
+    )
+    fs_group: int | None = Field(
+        10001, ge=1, description="group that owns the claim, that of the images' user; null: the platform's, as on OpenShift"
+    )
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="labels of the nodes to run on")
     tolerations: tuple[Toleration, ...] = Field((), description="taints that the pods accept; that of gpu_resource is one already")
     queue: Name | None = Field(None, description="Kueue's LocalQueue that admits the job")

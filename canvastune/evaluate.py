@@ -1,7 +1,11 @@
-"""The step `evaluate`: answers to held-out prompts by the base and by the tuned model, with stock `generate()`."""
+"""The step `evaluate`: answers to held-out prompts by the base and by the tuned model, with stock `generate()`.
+
+`python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` does it alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -16,9 +20,10 @@ import torch
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, load_config
 from canvastune.data.tokenizer import load_tokenizer
 from canvastune.errors import UserError
+from canvastune.model.source import resolve_model
 from canvastune.model.stock import load_stock
 from canvastune.outputs import whole_folder, write_provenance
 
@@ -232,3 +237,26 @@ def _short(text: str) -> str:
 
 def _say(line: str) -> None:
     print(f"evaluate: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate once; 1 and a line of words where that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m canvastune.evaluate", description="Answer held-out rows before and after tuning.")
+    parser.add_argument("-c", "--config", required=True, type=Path, metavar="RECIPE", help="the run's recipe")
+    parser.add_argument("--data", required=True, type=Path, help="prepared data, as `canvastune prepare` leaves it")
+    parser.add_argument("--tuned", required=True, type=Path, metavar="MODEL", help="folder of the merged or fully tuned model")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets evaluation.json and answers.jsonl")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config)
+        evaluate(config, options.data, resolve_model(config.model), options.tuned, options.output)
+    except UserError as error:
+        print(f"canvastune: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ from kfp import dsl, kubernetes
 from components.definition import IMAGE
 from components.evaluate.component import evaluate
 from components.finish.component import finish
+from components.jobs.pods import CREDENTIALS
 from components.merge_lora.component import merge_lora
 from components.plan.component import plan
 from components.prepare_data.component import prepare_data
@@ -16,6 +17,7 @@ from components.train.component import train
 
 # A mount can be given its claim by a parameter, but neither its path, nor can it be left out: an empty name is an error on a cluster.
 WORKSPACE_CLAIM, MOUNT_PATH = "canvastune-workspace", "/workspace"  # the first is what the chart makes in a release `canvastune`
+SECRET = "canvastune-credentials"  # may be absent
 JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
@@ -28,6 +30,7 @@ def finetune(
     run_name: str = "",
     pipeline_image: str = IMAGE,
     volume_claim: str = WORKSPACE_CLAIM,
+    credentials: str = SECRET,
     cluster: str = "{}",
 ) -> None:
     """
@@ -39,17 +42,23 @@ def finetune(
         run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.
         pipeline_image: image of every step.
         volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace in every step; means nothing on a laptop.
+        credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, where they exist.
         cluster: JSON object beneath the recipe's section `cluster`: where and how training pods run, as the chart gives it.
     """
 
     def mounted(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A task in the pipeline's image, with the workspace."""
+        """A task in the pipeline's image, with the workspace and the credentials."""
         kubernetes.mount_pvc(task, pvc_name=volume_claim, mount_path=MOUNT_PATH)
+        kubernetes.use_secret_as_env(task, credentials, {name: name for name in CREDENTIALS}, optional=True)
         return task.set_container_image(pipeline_image)
 
     def fresh(task: dsl.PipelineTask) -> dsl.PipelineTask:
         """A task that Kubeflow never answers from its cache. Set on each: the run's own switch does not reach into groups."""
         return mounted(task).set_caching_options(False)
+
+    def stays(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """A task that waits for a job, for days: a node that is given back would take its pod along."""
+        return kubernetes.add_pod_annotation(task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
 
     closing = fresh(finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID))
     with dsl.ExitHandler(closing):
@@ -72,11 +81,10 @@ def finetune(
 
         planned = fresh(plan(**common))
         training = fresh(train(**common, dataset=dataset_made)).after(planned)
-        # Its pod waits for days: a node that is given back would take it along.
-        kubernetes.add_pod_annotation(training, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
+        stays(training)
 
         def judge(tuned: Any) -> None:
-            answers = fresh(evaluate(**common, dataset=dataset_made, tuned=tuned))
+            answers = stays(fresh(evaluate(**common, dataset=dataset_made, tuned=tuned)))
             fresh(
                 report(
                     **common,

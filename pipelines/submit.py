@@ -188,11 +188,12 @@ def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None
 
 
 def _cluster_parameters(cluster: str | None) -> dict[str, str]:
-    """The pipeline's parameters that `cluster` settings stand for: the steps mount the claim that the training pods do."""
+    """The pipeline's parameters that `cluster` settings stand for: the steps get the claim and the secret that the jobs' pods get."""
     if cluster is None:
         return {}
-    claim = json.loads(cluster).get("claim")
-    return {"cluster": cluster, **({"volume_claim": claim} if claim else {})}
+    settings = json.loads(cluster)
+    same = {"volume_claim": settings.get("claim"), "credentials": settings.get("credentials")}
+    return {"cluster": cluster, **{key: value for key, value in same.items() if value}}
 
 
 def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) -> Version:
@@ -232,7 +233,7 @@ def _settled(version: Any) -> dict[str, str]:
     """The defaults that whoever runs the cluster gave to the newest version: a new one keeps them."""
     spec = version.pipeline_spec or {}
     parameters = spec.get("pipeline_spec", spec).get("root", {}).get("inputDefinitions", {}).get("parameters", {})
-    kept = {key: parameters.get(key, {}).get("defaultValue") for key in ("cluster", "volume_claim", "pipeline_image")}
+    kept = {key: parameters.get(key, {}).get("defaultValue") for key in ("cluster", "volume_claim", "credentials", "pipeline_image")}
     return {key: value for key, value in kept.items() if value and not value.startswith(STOCK_IMAGE)}
 
 

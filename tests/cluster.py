@@ -32,7 +32,7 @@ from kubernetes import client, config
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from components.train.pods import RUN_ID, pod_parts
+from components.jobs.pods import ROLE, RUN_ID, pod_parts
 from pipelines import submit as submission
 from pipelines.server import Server
 from tests.chart_table import CHART
@@ -132,7 +132,7 @@ def job(cluster: Cluster, name: str, image: str, command: list[str]) -> dict[str
     """A Job on the workspace, with a training pod's surroundings."""
     surroundings = {"claim": f"{cluster.name}-workspace", "gpu_resource": None, "cpu": "100m", "memory": "2Gi", "shm": "256Mi"}
     environment = {"MLFLOW_TRACKING_URI": f"http://{cluster.name}-mlflow:5000"}
-    parts = pod_parts(recipe(cluster, name, 20, surroundings), name, PurePath("/workspace"), environment, {})
+    parts = pod_parts(recipe(cluster, name, 20, surroundings), {}, PurePath("/workspace"), environment, {})
     container = {**parts.container, "name": "main", "image": image, "command": command, "env": parts.env, "resources": parts.resources}
     pod = {**parts.pod, "restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container]}
     spec = {"backoffLimit": 0, "activeDeadlineSeconds": 900, "template": {"metadata": parts.metadata, "spec": pod}}
@@ -200,15 +200,17 @@ def recipe(cluster: Cluster, name: str, steps: int, where: dict[str, Any] | None
 
 def pods_of(cluster: Cluster, run_id: str) -> list[Any]:
     """Training pods of a run."""
-    return list(cluster.core.list_namespaced_pod(cluster.home, label_selector=f"{RUN_ID}={run_id}").items)
+    return list(cluster.core.list_namespaced_pod(cluster.home, label_selector=f"{RUN_ID}={run_id},{ROLE}=train").items)
 
 
 def check_run(cluster: Cluster, run_id: str, name: str, image: str, *, resumed: bool) -> None:
-    """One PyTorchJob, never two, which succeeded; report, summary and metrics on the claim; the finished run in MLflow."""
+    """One PyTorchJob for training, one for the answers; report, summary and metrics on the claim; the finished run in MLflow."""
     kind = ("kubeflow.org", "v1", cluster.home, "pytorchjobs")
     custom = client.CustomObjectsApi(cluster.core.api_client)
-    (found,) = custom.list_namespaced_custom_object(*kind, label_selector=f"{RUN_ID}={run_id}")["items"]
-    assert "Succeeded" in states(found), found["status"]
+    jobs = custom.list_namespaced_custom_object(*kind, label_selector=f"{RUN_ID}={run_id}")["items"]
+    assert sorted(one["metadata"]["labels"][ROLE] for one in jobs) == ["evaluate", "train"], [one["metadata"]["name"] for one in jobs]
+    for found in jobs:
+        assert "Succeeded" in states(found), found["status"]
     said = run_job(cluster, job(cluster, f"read-{name}", image, ["python", "-c", READ, name, cluster.name]))
     left = json.loads(said.splitlines()[-1])
     assert left["report"] > 10_000, left
@@ -286,7 +288,7 @@ def check(cluster: Cluster, server: Server, images: dict[str, str], report: Repo
         first = submission.submit(recipe(cluster, "first", 20), server, run_name="first", wait=True).rpartition("/")[2]
     if report.failed:  # there is no run to look at
         return
-    with report.claim("one PyTorchJob succeeded; report and summary stand on the claim; MLflow has the run"):
+    with report.claim("one PyTorchJob for training and one for the answers succeeded; report and summary are there; MLflow has the run"):
         check_run(cluster, first, "first", image, resumed=False)
     with report.claim("the training pods pass the admission of PodSecurity restricted"):
         check_admitted(cluster, first)

@@ -11,15 +11,17 @@ from kubernetes import client as kubernetes
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from components.train.api import Api
-from components.train.cluster import launch
-from components.train.manifests import RunFacts
-from components.train.states import KINDS
+from components.jobs.api import Api
+from components.jobs.launcher import launch
+from components.jobs.manifests import RunFacts
+from components.jobs.states import KINDS
 from tests.fake_kubernetes import Clock, FakeKubernetes, Operator
 
 WORKFLOW = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "w-1", "controller": True}
 FACTS = RunFacts(
-    run_id="run-1", recipe=PurePosixPath("/workspace/runs/a/train/recipe.yaml"), output=PurePosixPath("/workspace/runs/a/train")
+    run_id="run-1",
+    output=PurePosixPath("/workspace/runs/a/train"),
+    module=("canvastune.train", "-c", "/workspace/runs/a/train/recipe.yaml", "--output", "/workspace/runs/a/train"),
 )
 HOUR = 3600.0
 

@@ -270,13 +270,15 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 class Operator:
     """Moves the one job of a kind through its states, with the pods and the status that the real operators give it."""
 
-    def __init__(self, api: FakeKubernetes, plural: str) -> None:
-        self._api, self._plural = api, plural
+    def __init__(self, api: FakeKubernetes, plural: str, role: str | None = None) -> None:
+        self._api, self._plural, self._role = api, plural, role
 
     @property
     def job(self) -> dict[str, Any]:
-        """The job, of which there must be one."""
-        (job,) = self._api.all(self._plural)
+        """The job, of which there must be one (in the operator's role, if it has one)."""
+        (job,) = [
+            job for job in self._api.all(self._plural) if self._role in (None, job["metadata"]["labels"]["app.kubernetes.io/component"])
+        ]
         return job
 
     @property

@@ -249,11 +249,11 @@ def test_training_defaults_are_a_section_that_recipes_take(ci: str) -> None:
 
 @every_ci_file
 def test_jobs_made_of_the_training_defaults_are_taken(ci: str) -> None:
-    from components.train.manifests import RunFacts, manifest
+    from components.jobs.manifests import RunFacts, manifest
 
     documents = installed(ci)
     config = parse_config({"name": "run", "data": {"source": "openai/gsm8k"}, "cluster": cluster(documents)})
-    job = manifest(config, RunFacts("id", PurePath("/workspace/runs/run/recipe.yaml"), PurePath("/workspace/runs/run/train")))
+    job = manifest(config, RunFacts("id", PurePath("/workspace/runs/run/train"), ("canvastune.train",)))
     if job["kind"] == "TrainJob":
         assert trainjob_problems(job, of_kind(documents, "TrainingRuntime")[0]) == []
     else:

@@ -81,7 +81,7 @@ def test_existing_secrets_are_referred_to_and_never_copied() -> None:
     }
     for name, (secret, key) in wanted.items():
         assert env[name]["valueFrom"]["secretKeyRef"] == {"name": secret, "key": key}
-    assert cluster(documents)["secret_env"]["HF_TOKEN"] == {"secret": "hugging-face", "key": "token"}
+    assert cluster(documents)["credentials"] == "canvastune-credentials", "the training pods' and, by the upload, the pipeline steps'"
     assert [claim["metadata"]["name"] for claim in of_kind(documents, "PersistentVolumeClaim")] == [], "a claim that nobody uses"
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from components.finish import closing
+from components.jobs import launcher as launching
+from components.jobs.api import Api
+from components.jobs.launcher import launch
+from components.jobs.manifests import RunFacts
 from components.run_folder import RunRecord, write_record
-from components.train import cluster as launching
-from components.train.api import Api
-from components.train.cluster import launch
-from tests.cluster_stage import HOUR, WORKFLOW, Cluster, config_of
+from tests.cluster_stage import FACTS, HOUR, WORKFLOW, Cluster, config_of
 
 # --- pods that do not start --------------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ def test_the_exit_task_ends_what_a_run_still_trains(cluster: Cluster, tmp_path: 
 def test_a_finished_training_asks_for_no_job(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "connect", lambda: pytest.fail("asked the cluster"))
     (tmp_path / "result.json").write_text(json.dumps({"export": "adapter"}))
-    launching.run(config_of(), None, tmp_path, None, {}, None)
+    launching.run(config_of(), FACTS, tmp_path / "result.json")
 
 
 def test_data_is_put_on_the_claim_whole_and_passwords_stay_off_the_manifest(
@@ -234,9 +235,9 @@ def test_data_is_put_on_the_claim_whole_and_passwords_stay_off_the_manifest(
     environment = {"MLFLOW_TRACKING_URI": "https://me:hunter2@mlflow", "MLFLOW_RUN_ID": "abc"}
     api = Api
     monkeypatch.setattr(launching, "Api", lambda client, namespace, kind: api(client, namespace, kind, pytorch.clock))
-    launching.run(config_of(mount_path=str(tmp_path)), data, output, "abc", environment, None)
-    manifest = json.dumps(pytorch.operator.job)
+    assert launching.on_the_claim(data, output.parent) == output / "data"
     assert (output / "data" / "train" / "rows.arrow").read_text() == "rows"
-    assert f'--data", "{output / "data"}' in manifest
-    assert "hunter2" not in manifest
+    facts = RunFacts("run-1", output, ("canvastune.train",), mlflow_run="abc", environment=environment)
+    launching.run(config_of(mount_path=str(tmp_path)), facts, output / "result.json")
+    assert "hunter2" not in json.dumps(pytorch.operator.job)
     assert [entry.name for entry in output.iterdir() if entry.name.startswith(".")] == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.train.manifests import RunFacts
+from components.jobs.manifests import RunFacts
 from tests.cluster_stage import FACTS, Cluster, config_of
 
 # --- the way of a job --------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_mlflow_that_was_away_makes_no_other_job(pytorch: Cluster) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         pytorch.launch()
     pytorch.launch(
-        facts=RunFacts(FACTS.run_id, FACTS.recipe, FACTS.output, mlflow_run="abc", environment={"MLFLOW_TRACKING_URI": "http://m"})
+        facts=RunFacts(FACTS.run_id, FACTS.output, FACTS.module, mlflow_run="abc", environment={"MLFLOW_TRACKING_URI": "http://m"})
     )
     assert "it is taken up" in pytorch.said
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from canvastune.errors import UserError
-from components.train import cluster as launching
-from components.train.api import Api, connect
-from components.train.states import KINDS
+from components.jobs import launcher as launching
+from components.jobs.api import Api, connect
+from components.jobs.states import KINDS
 from tests.cluster_stage import WORKFLOW, Cluster, config_of, stage
 from tests.fake_kubernetes import ACCOUNT
 

@@ -22,7 +22,7 @@ SECRETS = {  # those that the files in ci/ name, with keys and passwords of thei
     "mlflow-database": {"uri": "postgresql://mlflow:pass-1@db/mlflow", "auth-uri": "postgresql://mlflow:pass-2@db/users"},
     "mlflow-auth": {"password": "pass-3", "secret-key": "pass-4"},
     "mlflow-s3": {"AWS_ACCESS_KEY_ID": "pass-5", "AWS_SECRET_ACCESS_KEY": "pass-6"},
-    "hugging-face": {"token": "pass-7"},
+    "canvastune-credentials": {"HF_TOKEN": "pass-7"},
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.train.states import ROWS, State, Then, row_of
+from components.jobs.states import ROWS, State, Then, row_of
 
 
 def _true(*types: str) -> dict[str, Any]:

@@ -10,15 +10,14 @@ import pytest
 
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError
-from components.train.manifests import SPEC_HASH, RunFacts, manifest
-from components.train.pods import RUN_ID
+from components.jobs.manifests import SPEC_HASH, RunFacts, manifest
+from components.jobs.pods import RUN_ID
 from tests import cluster_rules
 
 FACTS = RunFacts(
     run_id="6c9d5e1e-7a0e-4a3e-9f4e-0a3b7a1f9c11",
-    recipe=PurePosixPath("/workspace/runs/a/train/recipe.yaml"),
     output=PurePosixPath("/workspace/runs/a/train"),
-    data=PurePosixPath("/workspace/runs/a/train/data"),
+    module=("canvastune.train", "-c", "/workspace/runs/a/train/recipe.yaml", "--output", "/workspace/runs/a/train"),
     mlflow_run="abc",
     environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
     owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
@@ -52,6 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "account": {"service_account": "trainer"},
     "rdma": {"rdma_resource": "rdma/hca_shared_devices_a", "rdma_count": 8, "env": {"NCCL_IB_HCA": "mlx5"}},
     "secrets": {"secret_env": {"HF_TOKEN": {"secret": "hf", "key": "token"}}},
+    "credentials": {"credentials": "team"},
+    "no group": {"fs_group": None},
     "ends": {"deadline_hours": 1.5, "ttl_hours": None, "restarts": 0},
 }
 BOTH = pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
@@ -128,7 +129,7 @@ def test_the_pods_run_the_trainer_as_a_person_would(backend: str) -> None:
     command = " ".join(container_of(manifest(config_of(backend), FACTS))["command"])
     assert command == (
         "python -m torch.distributed.run --shutdown-timeout=60 --tee=3 -m canvastune.train -c /workspace/runs/a/train/recipe.yaml "
-        "--output /workspace/runs/a/train --data /workspace/runs/a/train/data --mlflow-run abc"
+        "--output /workspace/runs/a/train --mlflow-run abc"
     )
 
 
@@ -172,6 +173,20 @@ def test_a_secrets_value_is_never_in_a_manifest(backend: str) -> None:
 
 
 @BOTH
+def test_credentials_are_optional_and_yield_to_a_secret_that_the_config_names(backend: str) -> None:
+    passed = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "canvastune-credentials", "key": "HF_TOKEN", "optional": True}}}
+
+    def token(**cluster: Any) -> str:
+        env = container_of(manifest(config_of(backend, **cluster), FACTS, {"env": [passed]}))["env"]
+        (found,) = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in env if entry["name"] == "HF_TOKEN"]
+        return str(found)
+
+    assert token() == "canvastune-credentials"
+    assert token(credentials="team") == "team"
+    assert token(credentials="team", secret_env={"HF_TOKEN": {"secret": "own", "key": "token"}}) == "own"
+
+
+@BOTH
 def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
     def name(config: RunConfig, **facts: Any) -> str:
         job = manifest(config, RunFacts(**{**FACTS.__dict__, **facts}))
@@ -183,6 +198,8 @@ def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
     assert len({first, name(config_of(backend), run_id="other"), name(config_of(backend, cpu="4"))}) == 3
     long = config_of(backend).model_copy(update={"name": "a" * 50})
     assert len(name(long)) <= 48
+    assert len(name(long, role="evaluate")) <= 48
+    assert name(config_of(backend), role="evaluate").startswith("evaluate-gsm8k-lora-")
 
 
 def test_contradictions_are_refused() -> None:

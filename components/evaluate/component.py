@@ -13,12 +13,11 @@ def evaluate(
     import json
     from pathlib import Path
 
-    from canvastune.evaluate import evaluate
-    from canvastune.model.source import resolve_model
+    from components.evaluate.answering import answer
     from components.step import step
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
-        record.metrics(evaluate(recipe, Path(dataset.path), resolve_model(recipe.model), Path(tuned.path), out))
+        record.metrics(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out))
         record.table([json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()])
         record.outputs(out)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from canvastune import tracking
 from canvastune.config import parse_config
+from components.jobs.launcher import withdraw
 from components.run_folder import read_record, run_folder, workspace_of, write_record
-from components.train.cluster import withdraw
 
 
 def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded: bool) -> None:

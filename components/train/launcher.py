@@ -9,8 +9,10 @@ from typing import Any
 
 from canvastune.config import RunConfig, write_config
 from canvastune.tracking import StepRun, log_data
+from components.jobs import launcher as jobs
+from components.jobs.manifests import RunFacts
 from components.run_folder import workspace_of
-from components.train import cluster, local
+from components.train import local
 
 
 def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun, task: Mapping[str, Any] | None = None) -> Path:
@@ -33,9 +35,20 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     if config.cluster.backend == "local":
         local.run(config, dataset, output, record.run_id, record.environment())
     else:
-        cluster.run(config, dataset, output, record.run_id, record.environment(), task)
+        jobs.run(config, _facts(dataset, output, record), output / "result.json", task)
     weights = output / json.loads((output / "result.json").read_text(encoding="utf-8"))["export"]
     record.training_metrics(output / "metrics.jsonl")
     record.outputs(output)
     record.model(weights, "adapter" if config.train.method == "lora" else "full")
     return weights
+
+
+def _facts(dataset: Path | None, output: Path, record: StepRun) -> RunFacts:
+    data = ("--data", str(jobs.on_the_claim(dataset, output.parent))) if dataset else ()
+    return RunFacts(
+        run_id=jobs.run_id_of(output.parent),
+        output=output,
+        module=("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output), *data),
+        mlflow_run=record.run_id,
+        environment=record.environment(),
+    )

@@ -16,7 +16,7 @@ import psutil
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from components.train.words import why
+from components.jobs.words import why
 
 _FAREWELL = 10  # seconds beyond the ranks' grace in which torchrun itself ends
 _FIRST_RANK = "[default0]:"  # torchrun's mark on what the first rank says; the rest is its own

@@ -147,12 +147,6 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
 {{- $training := .Values.training -}}
 {{- $inRuntime := eq $training.backend "trainjob" -}}
 {{- $env := merge (dict) $training.env (dict "MLFLOW_TRACKING_URI" (include "canvastune.mlflow.url" .)) -}}
-{{- $secretEnv := merge (dict) $training.secretEnv -}}
-{{- with .Values.huggingface.existingSecret -}}
-{{- if .name -}}
-{{- $secretEnv = merge $secretEnv (dict "HF_TOKEN" (dict "secret" .name "key" .key)) -}}
-{{- end -}}
-{{- end -}}
 {{- dict
   "backend" $training.backend
   "nodes" (int $training.nodes)
@@ -165,7 +159,9 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
   "memory" $training.memory
   "shm" $training.shm
   "env" $env
-  "secret_env" $secretEnv
+  "secret_env" $training.secretEnv
+  "credentials" (default nil .Values.credentials.existingSecret)
+  "fs_group" .Values.podSecurity.fsGroup
   "node_selector" $training.nodeSelector
   "tolerations" $training.tolerations
   "queue" (default nil $training.queue)

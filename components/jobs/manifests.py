@@ -1,4 +1,4 @@
-"""The training job as Kubernetes is given it: pure functions from a config and the facts of a run to a PyTorchJob or a TrainJob."""
+"""A job as Kubernetes is given it: pure functions from a config and the facts of a run to a PyTorchJob or a TrainJob."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from canvastune.config import RunConfig
-from components.train.pods import labels_of, pod_parts
-from components.train.states import KINDS
+from components.jobs.pods import labels_of, pod_parts
+from components.jobs.states import KINDS
 
 SPEC_HASH = "canvastune.io/spec-hash"
 _HOUR = 3600
@@ -24,10 +24,10 @@ class RunFacts:
     """What a job is told beside its config. Paths are those in the pods, and the same in the pipeline's steps."""
 
     run_id: str  # the pipeline job
-    recipe: PurePath
-    output: PurePath
-    data: PurePath | None = None
-    mlflow_run: str | None = None
+    output: PurePath  # the folder that the processes write
+    module: tuple[str, ...]  # what every process runs: a module of the engine and its arguments
+    role: Literal["train", "evaluate"] = "train"
+    mlflow_run: str | None = None  # where the processes send their metrics
     environment: Mapping[str, str] = field(default_factory=dict)  # where MLflow is; no secrets
     owner: Mapping[str, Any] | None = None  # owner reference of the Argo workflow; None: not known
 
@@ -46,10 +46,10 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     # MLflow may be away when a step is tried again: that must not make it another job.
     print_of = hashlib.sha256(json.dumps(build(config, replace(facts, mlflow_run=None, environment={}), task or {})).encode()).hexdigest()
     kind, cluster = KINDS[config.cluster.backend], config.cluster
-    labels = {**labels_of(config, facts.run_id), "kueue.x-k8s.io/queue-name": cluster.queue}
+    labels = {**labels_of(config, facts.run_id, facts.role), "kueue.x-k8s.io/queue-name": cluster.queue}
     labels["kueue.x-k8s.io/priority-class"] = cluster.priority_class if cluster.queue else None
     metadata: dict[str, Any] = {
-        "name": job_name(config, facts.run_id, print_of),
+        "name": job_name(config, facts, print_of),
         "labels": {key: value for key, value in labels.items() if value},
         "annotations": {SPEC_HASH: print_of},
     }
@@ -58,23 +58,21 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": build(config, facts, task or {})}
 
 
-def job_name(config: RunConfig, run_id: str, spec_hash: str) -> str:
+def job_name(config: RunConfig, facts: RunFacts, spec_hash: str) -> str:
     """A DNS-1035 label of at most 48 characters, which leaves room for what operators append to it."""
-    recipe = re.sub("[^a-z0-9]+", "-", config.name)[:24].strip("-")
-    return f"train-{recipe}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}-{spec_hash[:8]}"
+    recipe = re.sub("[^a-z0-9]+", "-", config.name)[: 29 - len(facts.role)].strip("-")
+    return f"{facts.role}-{recipe}-{hashlib.sha256(facts.run_id.encode()).hexdigest()[:8]}-{spec_hash[:8]}"
 
 
 def command(config: RunConfig, facts: RunFacts) -> list[str]:
     """What every pod runs. The number of nodes and processes and the master's address come from the operator, as PET_* variables."""
     line = ["python", "-m", "torch.distributed.run", f"--shutdown-timeout={config.train.stop_grace}", "--tee=3"]
-    line += ["-m", "canvastune.train", "-c", str(facts.recipe), "--output", str(facts.output)]
-    line += ["--data", str(facts.data)] if facts.data else []
-    return line + (["--mlflow-run", facts.mlflow_run] if facts.mlflow_run else [])
+    return [*line, "-m", *facts.module, *(("--mlflow-run", facts.mlflow_run) if facts.mlflow_run else ())]
 
 
 def _pytorchjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
     cluster = config.cluster
-    parts = pod_parts(config, facts.run_id, facts.output, facts.environment, task)
+    parts = pod_parts(config, labels_of(config, facts.run_id, facts.role), facts.output, facts.environment, task)
     pod = {
         **parts.pod,
         "automountServiceAccountToken": False,
@@ -109,7 +107,7 @@ def _pytorchjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> 
 
 def _trainjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
     cluster = config.cluster
-    parts = pod_parts(config, facts.run_id, facts.output, facts.environment, task)
+    parts = pod_parts(config, labels_of(config, facts.run_id, facts.role), facts.output, facts.environment, task)
     pod = {**parts.pod, "containers": [{"name": _NODE, **parts.container}]}
     replicated = {"name": _NODE, "template": {"spec": {"template": {"metadata": parts.metadata, "spec": pod}}}}
     return {

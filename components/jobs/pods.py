@@ -1,4 +1,4 @@
-"""The parts of a training pod that a PyTorchJob and a TrainJob share; PodSecurity `restricted` holds for all of them."""
+"""The parts of a job's pod that a PyTorchJob and a TrainJob share; PodSecurity `restricted` holds for all of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from canvastune.config import ClusterConfig, RunConfig
 from canvastune.errors import UserError
 
-RUN_ID = "canvastune.io/run-id"
+RUN_ID, ROLE = "canvastune.io/run-id", "app.kubernetes.io/component"
+CREDENTIALS = ("HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # keys of a secret
 _GRACE = 30  # seconds beyond the ranks' own in which torchrun and the container end
-_GROUP = 10001  # of the images' user: what one pod writes to the claim, the next one can read
 FIRST_RANK, RANK_MARK = "[rank 0]:", "[rank ${rank}]:"  # what torchrun puts before a line that a rank says
 _SCRATCH = (("shm", "/dev/shm"), ("tmp", "/tmp"))
 
@@ -30,11 +30,11 @@ class PodParts:
     resources: dict[str, Any]
 
 
-def labels_of(config: RunConfig, run_id: str) -> dict[str, str]:
-    """Labels of everything that belongs to a run."""
+def labels_of(config: RunConfig, run_id: str, role: str) -> dict[str, str]:
+    """Labels of a job of a run, and of its pods."""
     return {
         "app.kubernetes.io/name": "canvastune",
-        "app.kubernetes.io/component": "train",
+        ROLE: role,
         "canvastune.io/recipe": config.name,
         RUN_ID: run_label(run_id),
     }
@@ -46,10 +46,13 @@ def run_label(run_id: str) -> str:
     return run_id if fits else hashlib.sha256(run_id.encode()).hexdigest()[:40]
 
 
-def pod_parts(config: RunConfig, run_id: str, output: PurePath, environment: Mapping[str, str], task: Mapping[str, Any]) -> PodParts:
-    """The fragments for one run.
+def pod_parts(
+    config: RunConfig, labels: Mapping[str, str], output: PurePath, environment: Mapping[str, str], task: Mapping[str, Any]
+) -> PodParts:
+    """The fragments for one job.
 
     Args:
+        labels: those of `labels_of`.
         output: a path that the pods must see: the run's folder.
         environment: variables with the run's own values.
         task: what was set on the pipeline's task, see `manifest`.
@@ -65,8 +68,7 @@ def pod_parts(config: RunConfig, run_id: str, output: PurePath, environment: Map
     pod: dict[str, Any] = {
         "securityContext": {
             "runAsNonRoot": True,
-            "fsGroup": _GROUP,
-            "fsGroupChangePolicy": "OnRootMismatch",  # not a walk through every checkpoint
+            **({} if cluster.fs_group is None else {"fsGroup": cluster.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}),
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "terminationGracePeriodSeconds": config.train.stop_grace + _GRACE,
@@ -91,7 +93,7 @@ def pod_parts(config: RunConfig, run_id: str, output: PurePath, environment: Map
     }
     no_sidecar = {"sidecar.istio.io/inject": "false"}  # it would keep a finished pod alive
     return PodParts(
-        metadata={"labels": {**labels_of(config, run_id), **no_sidecar}, "annotations": no_sidecar},
+        metadata={"labels": {**labels, **no_sidecar}, "annotations": no_sidecar},
         pod=pod | {key: value for key, value in optional.items() if value},
         container=container,
         env=_env(config, home, environment, task),
@@ -140,7 +142,7 @@ def _tolerations(cluster: ClusterConfig) -> list[dict[str, Any]]:
 
 
 def _env(config: RunConfig, home: str, environment: Mapping[str, str], task: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Later ones win: our defaults, the run's own, the config's, the task's."""
+    """Later ones win: the task's that may be absent, our defaults, the run's own, the config's, the task's."""
     cluster = config.cluster
     values = {
         "HF_HOME": f"{home}/huggingface",  # one download for all pods and attempts
@@ -152,10 +154,19 @@ def _env(config: RunConfig, home: str, environment: Mapping[str, str], task: Map
         **environment,
         **cluster.env,
     }
-    named: dict[str, dict[str, Any]] = {name: {"name": name, "value": value} for name, value in values.items()}
+    passed = {entry["name"]: dict(entry) for entry in task.get("env") or ()}
+    named = {name: entry for name, entry in passed.items() if _may_be_absent(entry)}
+    named |= {name: {"name": name, "value": value} for name, value in values.items()}
+    if cluster.credentials:
+        for name in CREDENTIALS:
+            named[name] = {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.credentials, "key": name, "optional": True}}}
     for name, source in cluster.secret_env.items():
         named[name] = {"name": name, "valueFrom": {"secretKeyRef": {"name": source.secret, "key": source.key}}}
-    return list((named | {entry["name"]: dict(entry) for entry in task.get("env") or ()}).values())
+    return list((named | {name: entry for name, entry in passed.items() if not _may_be_absent(entry)}).values())
+
+
+def _may_be_absent(variable: Mapping[str, Any]) -> bool:
+    return bool(((variable.get("valueFrom") or {}).get("secretKeyRef") or {}).get("optional"))
 
 
 def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from components.train.api import Api
-from components.train.failures import ended, restarts
-from components.train.pods import FIRST_RANK
-from components.train.states import Object
-from components.train.words import LAST_LINES
+from components.jobs.api import Api
+from components.jobs.failures import ended, restarts
+from components.jobs.pods import FIRST_RANK
+from components.jobs.states import Object
+from components.jobs.words import LAST_LINES
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)$")
 

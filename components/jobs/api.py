@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import urllib3
 
 from canvastune.errors import UserError
-from components.train.states import Kind, Object
+from components.jobs.states import Kind, Object
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient

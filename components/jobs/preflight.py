@@ -7,9 +7,9 @@ from typing import Any
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from components.train.api import Api
-from components.train.pods import RUN_ID
-from components.train.states import Object
+from components.jobs.api import Api
+from components.jobs.pods import RUN_ID
+from components.jobs.states import Object
 
 
 def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
@@ -26,12 +26,11 @@ def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
         if api.exists("persistentvolumeclaims", claim) is None:
             raise UserError(f"claim {claim} is not in namespace {api.namespace}: create it, or correct cluster.claim (the chart makes one)")
     keys = {(source["name"], source["key"]) for source in _values(job, "secretKeyRef") if not source.get("optional")}
-    for secret, key in sorted(keys | {(name, "") for name in cluster.pull_secrets}):
+    for secret, key in sorted(keys | {(name, "") for name in (*cluster.pull_secrets, *filter(None, [cluster.credentials]))}):
         found = api.exists("secrets", secret)
         if found is None:
-            raise UserError(
-                f"secret {secret} is not in namespace {api.namespace}: create it, or correct cluster.secret_env or pull_secrets"
-            )
+            keys_of = "cluster.secret_env, credentials or pull_secrets"
+            raise UserError(f"secret {secret} is not in namespace {api.namespace}: create it, or correct {keys_of}")
         if key and isinstance(found, Mapping) and key not in (found.get("data") or {}):
             raise UserError(f"secret {secret} has no key {key}: it has {', '.join(sorted(found.get('data') or {})) or 'none'}")
     if cluster.backend == "trainjob" and cluster.runtime:

@@ -1,4 +1,4 @@
-"""Trains as a job on Kubernetes: makes it once, waits as the table of its states says, passes rank 0's words on, and says why it failed."""
+"""A step's work as a job on Kubernetes: made once, waited for as the table of its states says, with rank 0's words, and why it failed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from urllib.parse import urlsplit
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.outputs import whole_folder
+from components.jobs import failures
+from components.jobs.api import Api, Clock, Conflict, connect
+from components.jobs.following import Following
+from components.jobs.manifests import SPEC_HASH, RunFacts, manifest
+from components.jobs.pods import ROLE, RUN_ID, run_label
+from components.jobs.preflight import refuse_missing
+from components.jobs.states import KINDS, Object, Row, State, Then, last_message, row_of
+from components.jobs.words import LAST_LINES
 from components.run_folder import read_record
-from components.train import failures
-from components.train.api import Api, Clock, Conflict, connect
-from components.train.following import Following
-from components.train.manifests import SPEC_HASH, RunFacts, manifest
-from components.train.pods import RUN_ID, run_label
-from components.train.preflight import refuse_missing
-from components.train.states import KINDS, Object, Row, State, Then, last_message, row_of
-from components.train.words import LAST_LINES
 
 _POLL = 5.0  # seconds between two looks at a job
 _HOLD = 300.0  # seconds after which what a person must change ends the wait; registries and webhooks have their moments
@@ -33,37 +33,41 @@ _LAST_CALLS = 120.0  # seconds that a run's exit task waits for an API server
 _FAREWELL = 5.0  # seconds for the last calls of a step that is being killed
 
 
-def run(
-    config: RunConfig,
-    dataset: Path | None,
-    output: Path,
-    mlflow_run: str | None,
-    environment: Mapping[str, str],
-    task: Mapping[str, Any] | None,
-) -> None:
-    """Train in pods of a job of this run; arguments as those of `local.run`, and what was set on the pipeline's task.
+def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any] | None = None) -> None:
+    """Do a step's work in pods of a job of this run.
+
+    Args:
+        facts: its `environment` may hold secrets, which are left out.
+        result: what the work leaves last; where it stands, the work is done.
+        task: what was set on the pipeline's task for the pods (the fields of `dsl.TaskConfig`).
 
     Raises:
-        UserError: training failed, or could not begin; the message says why, and what to do.
+        UserError: the work failed, or could not begin; the message says why, and what to do.
     """
-    if (output / "result.json").is_file():
-        print(f"already finished: {output / 'result.json'} stands", flush=True)
+    if result.is_file():
+        print(f"already finished: {result} stands", flush=True)
         return
-    record = read_record(output.parent)
-    facts = RunFacts(
-        run_id=record.job_id if record else output.parent.name,
-        recipe=output / "recipe.yaml",
-        output=output,
-        data=_on_the_claim(dataset, output / "data") if dataset else None,
-        mlflow_run=mlflow_run,
-        environment=_without_secrets(environment),
-    )
+    facts = replace(facts, environment=_without_secrets(facts.environment))
     manifest(config, facts, task)  # what is wrong in it is said before anybody is asked
     client, namespace = connect()
-    api = Api(client, namespace, KINDS[config.cluster.backend])
-    launch(api, config, facts, task)
-    if not (output / "result.json").is_file():
-        raise UserError(f"the job has finished, and {output / 'result.json'} is not there: do this step and its pods mount the same claim?")
+    launch(Api(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
+    if not result.is_file():
+        raise UserError(f"the job has finished, and {result} is not there: do this step and its pods mount the same claim?")
+
+
+def run_id_of(run_folder: Path) -> str:
+    """What the jobs of a run are found by: its pipeline job."""
+    record = read_record(run_folder)
+    return record.job_id if record else run_folder.name
+
+
+def on_the_claim(dataset: Path, run_folder: Path) -> Path:
+    """The prepared data where the pods see it: an artifact of the pipeline lies in this step's container alone."""
+    copy = run_folder / "train" / "data"
+    if not copy.exists():
+        with whole_folder(copy) as partial:
+            shutil.copytree(dataset, partial, dirs_exist_ok=True)
+    return copy
 
 
 def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None, clock: Clock = time) -> None:
@@ -83,7 +87,7 @@ def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any]
 
 
 def withdraw(config: RunConfig, run_id: str, clock: Clock = time) -> None:
-    """Delete what a run still trains, once the run has ended; finished jobs stay, for their logs. What hinders it is said, and no error."""
+    """Delete the jobs that a run has left, once it has ended; finished jobs stay, for their logs. What hinders it is said, and no error."""
     if config.cluster.backend == "local":
         return
     kind = KINDS[config.cluster.backend]
@@ -123,7 +127,7 @@ class _Launcher:
     # --- one job, never two
 
     def _create_or_take_up(self) -> None:
-        for other in self._api.jobs(f"{RUN_ID}={self._labels[RUN_ID]}"):
+        for other in self._api.jobs(self._selector()):
             if other["metadata"]["name"] != self._name:
                 _say(f"{self._what(other)} belongs to this run with other settings: it is deleted")
                 self._delete(other["metadata"]["name"])
@@ -289,7 +293,7 @@ class _Launcher:
         return self._pod_labels({})
 
     def _pod_labels(self, more: Mapping[str, str]) -> str:
-        return ",".join(f"{key}={value}" for key, value in {RUN_ID: self._labels[RUN_ID], **more}.items())
+        return ",".join(f"{key}={value}" for key, value in {**{key: self._labels[key] for key in (RUN_ID, ROLE)}, **more}.items())
 
     def _what(self, job: Object) -> str:
         return f"{self._kind.kind} {job['metadata']['name']}"
@@ -307,14 +311,6 @@ def _owner(api: Api, own_pod: str) -> dict[str, Any] | None:
             if reference["kind"] == "Workflow":
                 return {key: reference[key] for key in ("apiVersion", "kind", "name", "uid")}
     return None
-
-
-def _on_the_claim(dataset: Path, copy: Path) -> Path:
-    """The prepared data where the pods see it: an artifact of the pipeline lies in this step's container alone."""
-    if not copy.exists():
-        with whole_folder(copy) as partial:
-            shutil.copytree(dataset, partial, dirs_exist_ok=True)
-    return copy
 
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from canvastune.config import RunConfig
-from components.train.states import Object
-from components.train.words import why
+from components.jobs.states import Object
+from components.jobs.words import why
 
 _RANK = re.compile(r"\[rank (\d+)\]: ?(.*)")
 _PULL = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")

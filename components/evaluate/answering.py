@@ -1,0 +1,48 @@
+"""Answers before and after, here or, where the model is too big for a pipeline step, in a pod with an accelerator."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from canvastune.config import RunConfig, write_config
+from canvastune.evaluate import evaluate
+from canvastune.model.source import resolve_model
+from canvastune.outputs import whole_folder
+from components.jobs import launcher as jobs
+from components.jobs.manifests import RunFacts
+
+
+def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path) -> dict[str, Any]:
+    """Evaluate as `cluster.backend` says: in this process, or as a job of one pod with one accelerator; returns evaluation.json.
+
+    Args:
+        tuned: the tuned model, on the workspace.
+        out: gets evaluation.json and answers.jsonl.
+
+    Raises:
+        UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run`.
+    """
+    if config.cluster.backend == "local":
+        return evaluate(config, dataset, resolve_model(config.model), tuned, out)
+    alone = config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
+            "parallel": config.parallel.model_copy(update={"nproc_per_node": 1, "ep": 1}),
+        }
+    )
+    made = run_folder / "evaluation"
+    recipe = run_folder / "train" / "recipe.yaml"  # written by the train step; here it is the same
+    if not recipe.exists():
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_config(config, recipe)
+    module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(jobs.on_the_claim(dataset, run_folder)))
+    facts = RunFacts(
+        run_id=jobs.run_id_of(run_folder), output=made, module=(*module, "--tuned", str(tuned), "--output", str(made)), role="evaluate"
+    )
+    jobs.run(alone, facts, made / "evaluation.json")
+    with whole_folder(out) as folder:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+    return dict(json.loads((out / "evaluation.json").read_text(encoding="utf-8")))
