@@ -32,6 +32,7 @@ def finetune(
     volume_claim: str = WORKSPACE_CLAIM,
     credentials: str = SECRET,
     cluster: str = "{}",
+    kubeflow_url: str = "",
 ) -> None:
     """
     Args:
@@ -44,6 +45,7 @@ def finetune(
         volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace in every step; means nothing on a laptop.
         credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, where they exist.
         cluster: JSON object beneath the recipe's section `cluster`: where and how training pods run, as the chart gives it.
+        kubeflow_url: address of Kubeflow's page, for a tag in MLflow; `canvastune submit` gives it.
     """
 
     def mounted(task: dsl.PipelineTask) -> dsl.PipelineTask:
@@ -72,6 +74,8 @@ def finetune(
                 job_name=JOB_NAME,
                 job_id=JOB_ID,
                 cluster=cluster,
+                pipeline_image=pipeline_image,
+                kubeflow_url=kubeflow_url,
             )
         ).outputs
         common = {key: run[key] for key in ("config", "run_folder", "mlflow_run_id")}

@@ -64,7 +64,7 @@ def submit(
     refuse_local_paths(config, cluster)
     client = server.connect()
     version = _uploaded(client, server, PIPELINE, {})
-    parameters = {"recipe": recipe_text(config)}
+    parameters = {"recipe": recipe_text(config), "kubeflow_url": server.host}
     parameters |= {"run_name": run_name} if run_name else {}
     parameters |= _cluster_parameters(cluster)
     with answered(server), _quiet():

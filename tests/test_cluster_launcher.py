@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from components.jobs.api import Api
+from components.jobs.launcher import launch
 from components.jobs.manifests import RunFacts
+from components.jobs.states import KINDS
 from tests.cluster_stage import FACTS, Cluster, config_of
 
 # --- the way of a job --------------------------------------------------------------------------------------------------
@@ -18,6 +21,20 @@ def test_a_job_that_succeeds_returns_and_its_words_come_once_in_order(cluster: C
     assert cluster.creations == 1
     assert [line for line in cluster.said.splitlines() if line.startswith("step")] == ["step 1/800", "step 2/800"]
     assert "running" in cluster.said
+
+
+def test_the_job_and_the_digest_of_its_image_are_told(pytorch: Cluster) -> None:
+    pytorch.goes_well()
+    end = {
+        "name": "pytorch",
+        "restartCount": 0,
+        "imageID": "registry.example/trainer@sha256:1",
+        "state": {"terminated": {"exitCode": 0}},
+    }
+    pytorch.at(60, lambda: pytorch.api.objects["pods", pytorch.operator.first_pod]["status"].update(containerStatuses=[end]))
+    told = launch(Api(pytorch.client(), "team-a", KINDS["pytorchjob"], pytorch.clock), config_of(), FACTS, None, pytorch.clock)
+    name = pytorch.operator.job["metadata"]["name"]
+    assert told == {"canvastune.job": f"team-a/{name}", "canvastune.image": "registry.example/trainer@sha256:1"}
 
 
 def test_a_trainjob_that_succeeded_is_cleaned_up_since_nobody_else_does(cluster: Cluster) -> None:

@@ -110,3 +110,16 @@ def test_dataset_replaces_the_recipes_source(resolve: Any, tmp_path: Path) -> No
 def test_a_run_name_cannot_lead_out_of_the_workspace(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run name"):
         resolution.run_folder(str(tmp_path), name, "")
+
+
+def test_mlflow_is_told_where_the_run_is_in_kubeflow(resolve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(resolution.tracking, "start_parent", lambda *_, **named: told.update(named))
+    recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
+    image, host = "registry.example/pipeline@sha256:1", "https://kubeflow.example/pipeline/"
+    resolution.resolve(recipe, "", "", str(tmp_path), "mine", "gsm8k", "job-1", pipeline_image=image, kubeflow_url=host)
+    assert told["tags"] == {
+        "canvastune.pipeline_job": "gsm8k",
+        "canvastune.pipeline_url": "https://kubeflow.example/pipeline/#/runs/details/job-1",
+        "canvastune.pipeline_image": image,
+    }

@@ -77,7 +77,8 @@ def test_submit_uploads_the_pipeline_and_starts_a_run_of_the_resolved_recipe(
     assert run["experiment_id"] == "experiment-1"
     assert kubeflow.experiments[0]["display_name"] == "canvastune", "the recipe's experiment"
     parameters = run["runtime_config"]["parameters"]
-    assert set(parameters) == {"recipe", "run_name"}
+    assert set(parameters) == {"recipe", "run_name", "kubeflow_url"}
+    assert parameters["kubeflow_url"] == kubeflow.host, "MLflow's run cannot lead to Kubeflow's"
     sent = parse_config(yaml.safe_load(parameters["recipe"]))
     assert sent == load_config(RECIPE, ["lora.rank=32"]), "the cluster would train something else than what was checked here"
     (package,) = kubeflow.called("POST", "/pipelines/upload")

@@ -97,7 +97,8 @@ def test_importing_the_room_does_not_import_mlflow() -> None:
 
 def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> None:
     recipe = config(model={"id": "some/model", "revision": "abc"})
-    parent = tracking.start_parent(recipe, run_name="demo", pipeline_run="same", workspace=workspace)
+    tags = {"canvastune.pipeline_url": "https://kubeflow.example/#/runs/details/1"}
+    parent = tracking.start_parent(recipe, run_name="demo", pipeline_run="same", workspace=workspace, tags=tags)
     assert parent is not None
     assert tracking.start_parent(recipe, run_name="demo", pipeline_run="same", workspace=workspace) == parent
     assert tracking.start_parent(recipe, run_name="demo", pipeline_run="other", workspace=workspace) != parent
@@ -107,6 +108,7 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     assert run.data.tags["canvastune.model"] == "some/model"
     assert run.data.tags["canvastune.model_revision"] == "abc"
     assert run.data.tags["canvastune.method"] == "lora"
+    assert run.data.tags.items() >= tags.items()
     assert [file.path for file in client_of(workspace).list_artifacts(parent)] == ["config.yaml"]
     assert (workspace / "mlartifacts" / parent / "artifacts" / "config.yaml").is_file(), (
         "artifacts lie in the workspace, not in the current folder"

@@ -49,6 +49,12 @@ class StepRun:
         if (run_id := self.run_id) is not None:
             self.server.call("parameters", lambda client: log_parameters(client, run_id, values))
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags, which a later call may change."""
+        if (run_id := self.run_id) is not None:
+            for name, value in values.items():
+                self.server.call(f"tag {name}", partial(_set_tag, run_id, name, value))
+
     def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
         """Log the numbers of a mapping; what is not a finite number is left out."""
         if (run_id := self.run_id) is not None:
@@ -157,6 +163,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + name] = str(value)[:_LONGEST_PARAMETER]
     return flat
+
+
+def _set_tag(run_id: str, name: str, value: str, client: MlflowClient) -> None:
+    client.set_tag(run_id, name, value)
 
 
 def _log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, Any], step: int) -> None:

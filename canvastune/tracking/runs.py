@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,9 @@ _PARENT = "mlflow.parentRunId"
 _CONFIG = "config.yaml"
 
 
-def start_parent(config: RunConfig, *, run_name: str, pipeline_run: str, workspace: Path) -> str | None:
+def start_parent(
+    config: RunConfig, *, run_name: str, pipeline_run: str, workspace: Path, tags: Mapping[str, str] | None = None
+) -> str | None:
     """Id of the pipeline run's MLflow run: the one that KFP's plugin made, one that an earlier step made, or a new one.
 
     The first step to come describes it: tags, the flattened config as parameters, the config as a file.
@@ -37,6 +39,7 @@ def start_parent(config: RunConfig, *, run_name: str, pipeline_run: str, workspa
         run_name: what people call the run.
         pipeline_run: what every step of this pipeline run knows it by, such as KFP's run id.
         workspace: folder of the embedded store, if no server is named.
+        tags: what else the run is to be found by, such as its address in Kubeflow.
 
     Returns:
         None if MLflow is away or refuses, after a warning that says why: steps go on without.
@@ -49,7 +52,9 @@ def start_parent(config: RunConfig, *, run_name: str, pipeline_run: str, workspa
         return None
     run_id = run.info.run_id
     if not run.data.params:
-        server.call("the run's description", lambda client: _describe(client, run_id, config, pipeline_run))
+        server.call(
+            "the run's description", lambda client: _describe(client, run_id, config, {_PIPELINE_RUN: pipeline_run, **(tags or {})})
+        )
     return run_id
 
 
@@ -163,10 +168,10 @@ def _find_nested(client: MlflowClient, parent: str, step: str) -> Run | None:
     return found[0] if found else None
 
 
-def _describe(client: MlflowClient, run_id: str, config: RunConfig, pipeline_run: str) -> None:
+def _describe(client: MlflowClient, run_id: str, config: RunConfig, about: Mapping[str, str]) -> None:
     tree = config.model_dump(mode="json")
     tags = {
-        _PIPELINE_RUN: pipeline_run,
+        **about,
         "canvastune.recipe": config.name,
         "canvastune.method": config.train.method,
         "canvastune.model": config.model.id,

@@ -11,16 +11,18 @@ from canvastune.config import RunConfig, write_config
 from canvastune.evaluate import evaluate
 from canvastune.model.source import resolve_model
 from canvastune.outputs import whole_folder
+from canvastune.tracking import StepRun
 from components.jobs import launcher as jobs
 from components.jobs.manifests import RunFacts
 
 
-def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path) -> dict[str, Any]:
+def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path, record: StepRun) -> dict[str, Any]:
     """Evaluate as `cluster.backend` says: in this process, or as a job of one pod with one accelerator; returns evaluation.json.
 
     Args:
         tuned: the tuned model, on the workspace.
         out: gets evaluation.json and answers.jsonl.
+        record: the step's run in MLflow, which is told the job.
 
     Raises:
         UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run`.
@@ -42,7 +44,7 @@ def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out:
     facts = RunFacts(
         run_id=jobs.run_id_of(run_folder), output=made, module=(*module, "--tuned", str(tuned), "--output", str(made)), role="evaluate"
     )
-    jobs.run(alone, facts, made / "evaluation.json")
+    record.tags(jobs.run(alone, facts, made / "evaluation.json"))
     with whole_folder(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     return dict(json.loads((out / "evaluation.json").read_text(encoding="utf-8")))

@@ -18,6 +18,6 @@ def evaluate(
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
-        record.metrics(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out))
+        record.metrics(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out, record))
         record.table([json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()])
         record.outputs(out)

@@ -33,7 +33,7 @@ _LAST_CALLS = 120.0  # seconds that a run's exit task waits for an API server
 _FAREWELL = 5.0  # seconds for the last calls of a step that is being killed
 
 
-def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any] | None = None) -> None:
+def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Do a step's work in pods of a job of this run.
 
     Args:
@@ -41,18 +41,22 @@ def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any
         result: what the work leaves last; where it stands, the work is done.
         task: what was set on the pipeline's task for the pods (the fields of `dsl.TaskConfig`).
 
+    Returns:
+        The job's name and image (with its digest, where the pods tell it), as tags; nothing where there was nothing to do.
+
     Raises:
         UserError: the work failed, or could not begin; the message says why, and what to do.
     """
     if result.is_file():
         print(f"already finished: {result} stands", flush=True)
-        return
+        return {}
     facts = replace(facts, environment=_without_secrets(facts.environment))
     manifest(config, facts, task)  # what is wrong in it is said before anybody is asked
     client, namespace = connect()
-    launch(Api(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
+    tags = launch(Api(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
     if not result.is_file():
         raise UserError(f"the job has finished, and {result} is not there: do this step and its pods mount the same claim?")
+    return tags
 
 
 def run_id_of(run_folder: Path) -> str:
@@ -70,8 +74,8 @@ def on_the_claim(dataset: Path, run_folder: Path) -> Path:
     return copy
 
 
-def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None, clock: Clock = time) -> None:
-    """Make the job of a run, or take it up if it is there, and return when it has succeeded.
+def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None, clock: Clock = time) -> dict[str, str]:
+    """Make the job of a run, or take it up if it is there, and return its tags when it has succeeded.
 
     Raises:
         UserError: see `run`. KeyboardInterrupt (also on SIGTERM): the job is deleted if its run is being ended.
@@ -81,7 +85,7 @@ def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any]
     refuse_missing(api, config, wanted)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _Launcher(api, config, wanted, clock).run()
+        return _Launcher(api, config, wanted, clock).run()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -113,7 +117,7 @@ class _Launcher:
         self._hold: tuple[str, float] = "", 0.0
         self._following = Following(api, self._pod_labels(self._kind.first_pod))
 
-    def run(self) -> None:
+    def run(self) -> dict[str, str]:
         try:
             self._create_or_take_up()
             while not self._look():
@@ -121,8 +125,11 @@ class _Launcher:
         except KeyboardInterrupt:
             self._cancelled()
             raise
+        statuses = [status for pod in self._pods() for status in pod["status"].get("containerStatuses") or ()]
+        image = next((status["imageID"] for status in statuses if status.get("imageID")), self._config.cluster.image)
         if self._config.cluster.backend == "trainjob" and self._config.cluster.ttl_hours is not None:
             self._api.delete(self._name)  # it has no time to live of its own
+        return {"canvastune.job": f"{self._api.namespace}/{self._name}", "canvastune.image": image}
 
     # --- one job, never two
 

@@ -7,7 +7,16 @@ from components.definition import component
 
 @component
 def resolve(
-    recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str, cluster: str
+    recipe: str,
+    overrides: str,
+    dataset: str,
+    workspace: str,
+    run_name: str,
+    job_name: str,
+    job_id: str,
+    cluster: str,
+    pipeline_image: str,
+    kubeflow_url: str,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Settings",
     [("config", str), ("method", str), ("data_config", str), ("data_fingerprint", str), ("run_folder", str), ("mlflow_run_id", str)],
@@ -17,4 +26,4 @@ def resolve(
     from components.step import last_words
 
     with last_words():
-        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster)
+        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster, pipeline_image, kubeflow_url)

@@ -34,7 +34,16 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    recipe: str, overrides: str, dataset: str, workspace: str, run_name: str, job_name: str, job_id: str, cluster: str = "{}"
+    recipe: str,
+    overrides: str,
+    dataset: str,
+    workspace: str,
+    run_name: str,
+    job_name: str,
+    job_id: str,
+    cluster: str = "{}",
+    pipeline_image: str = "",
+    kubeflow_url: str = "",
 ) -> Resolved:
     """Validate a recipe, and claim the folder of its run.
 
@@ -45,6 +54,7 @@ def resolve(
         workspace: the folder that outlives the run's pods.
         run_name: name of the run's folder; "": the pipeline job's name.
         job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
+        pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags in MLflow; "": not known.
         cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
 
     Raises:
@@ -61,7 +71,16 @@ def resolve(
     if earlier is not None:
         _refuse_other(folder, earlier, claim)
     write_record(folder, claim)
-    parent = tracking.start_parent(config, run_name=folder.name, pipeline_run=f"{folder.name}/{job_id}", workspace=Path(workspace)) or ""
+    url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
+    about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}
+    parent = tracking.start_parent(
+        config,
+        run_name=folder.name,
+        pipeline_run=f"{folder.name}/{job_id}",
+        workspace=Path(workspace),
+        tags={f"canvastune.{name}": value for name, value in about.items() if value},
+    )
+    parent = parent or ""
     write_record(folder, replace(claim, mlflow_run_id=parent))
     return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
 

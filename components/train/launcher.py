@@ -35,7 +35,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     if config.cluster.backend == "local":
         local.run(config, dataset, output, record.run_id, record.environment())
     else:
-        jobs.run(config, _facts(dataset, output, record), output / "result.json", task)
+        record.tags(jobs.run(config, _facts(dataset, output, record), output / "result.json", task))
     weights = output / json.loads((output / "result.json").read_text(encoding="utf-8"))["export"]
     record.training_metrics(output / "metrics.jsonl")
     record.outputs(output)
