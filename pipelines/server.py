@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from canvastune.errors import UserError
 
 TOKEN = "KF_PIPELINES_TOKEN"
+_PORT_FORWARD_SECONDS = 5.0
 _TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # Kubeflow's own: where a pod's token for it is mounted
 _EXAMPLE = "http://localhost:8080 while `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80` runs"
 
@@ -81,8 +83,9 @@ class Server:
         """What the server says of itself; Kubeflow's own client asks for half a minute, and takes a web page for an answer."""
         headers = {"Authorization": f"Bearer {token}"} if (token := self.token()) else {}
         opener = urllib.request.build_opener(_NoRedirect)  # a login page elsewhere is not to see the token
+        request = urllib.request.Request(f"{self.host}/apis/v2beta1/healthz", headers=headers)
         try:
-            with opener.open(urllib.request.Request(f"{self.host}/apis/v2beta1/healthz", headers=headers), timeout=20) as answer:
+            with _answering(opener, request) as answer:
                 found = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             if error.code in (301, 302, 303, 307, 308):
@@ -100,6 +103,18 @@ class Server:
         if not isinstance(found, dict):
             raise UserError(f"{self.host}: {_stranger('answers')}")
         return found
+
+
+def _answering(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> Any:
+    """The answer; a port-forward that was started a moment ago refuses connections for a second or two."""
+    deadline = time.monotonic() + _PORT_FORWARD_SECONDS
+    while True:
+        try:
+            return opener.open(request, timeout=20)
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 NAMESPACE = "team-a"
 _KINDS = {  # by group and version
-    "v1": ["Namespace", "ConfigMap", "PersistentVolumeClaim", "Pod", "Secret", "ServiceAccount", "Service"],
+    "v1": ["Namespace", "ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "ServiceAccount", "Service"],
     "apps/v1": ["Deployment", "ReplicaSet"],
     "batch/v1": ["Job"],
     "networking.k8s.io/v1": ["Ingress", "NetworkPolicy"],
     "rbac.authorization.k8s.io/v1": ["Role", "RoleBinding"],
     "trainer.kubeflow.org/v1alpha1": ["TrainingRuntime"],
+    "kubeflow.org/v1": ["PyTorchJob"],
+    "argoproj.io/v1alpha1": ["Workflow"],
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
 _PLURALS = {kind: {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s") for kind in _ALL}
@@ -80,8 +82,9 @@ class _Target(NamedTuple):
 class FakeApiServer(ThreadingHTTPServer):
     """The API server; a context manager. `calls` has every call that changes something."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = NAMESPACE) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.namespace = namespace
         self.calls: list[Call] = []
         self.failing: set[str] = set()  # names of jobs and pods that fail
         self._objects: dict[tuple[str, str, str], dict[str, Any]] = {}  # by kind, namespace and name
@@ -106,7 +109,7 @@ class FakeApiServer(ThreadingHTTPServer):
     def kubeconfig(self) -> str:
         """For a client, as the content of its file."""
         cluster = {"name": "fake", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}
-        context = {"name": "fake", "context": {"cluster": "fake", "user": "", "namespace": NAMESPACE}}
+        context = {"name": "fake", "context": {"cluster": "fake", "user": "", "namespace": self.namespace}}
         return json.dumps({"kind": "Config", "clusters": [cluster], "contexts": [context], "current-context": "fake"})
 
     # --- for tests
@@ -123,14 +126,14 @@ class FakeApiServer(ThreadingHTTPServer):
 
     def put(self, body: Mapping[str, Any]) -> None:
         """An object that somebody else made, or changed."""
-        namespace = "" if body["kind"] == "Namespace" else NAMESPACE
+        namespace = "" if body["kind"] == "Namespace" else self.namespace
         with self._changed:
             self._store(_Target(body["apiVersion"], body["kind"], namespace, body["metadata"]["name"], ""), body)
 
     # --- the API
 
-    def answer(self, method: str, url: str, content_type: str, data: bytes) -> tuple[int, Any]:
-        """Status and content of an answer."""
+    def answer(self, method: str, url: str, content_type: str, data: bytes, account: str = "") -> tuple[int, Any]:
+        """Status and content of an answer; `account` is the service account that asks, "" an administrator."""
         path, _, query = url.partition("?")
         if (found := _discovery(path)) is not None:
             return 200, found
@@ -206,10 +209,14 @@ class FakeApiServer(ThreadingHTTPServer):
         own: dict[str, Any] = old["metadata"] if old else {"uid": f"uid-{self._version + 1}", "generation": 0}
         generation = own["generation"] + (old is None or old.get("spec") != made.get("spec"))
         made["metadata"] |= {"uid": own["uid"], "creationTimestamp": _BEGAN, "generation": generation, "namespace": target.namespace}
-        made |= _status(made, target.name in self.failing)
+        made |= self._controlled(made)
         self._objects[target.key] = made
         self._happened("MODIFIED" if old else "ADDED", made)
         return copy.deepcopy(made)
+
+    def _controlled(self, one: Mapping[str, Any]) -> dict[str, Any]:
+        """The status that the controllers give to an object which is stored."""
+        return _status(one, one["metadata"]["name"] in self.failing)
 
     def _happened(self, what: str, one: dict[str, Any]) -> None:
         self._version += 1
@@ -368,7 +375,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream()
             return
         try:
-            status, content = self.server.answer(self.command, self.path, self.headers.get("Content-Type") or "", data)
+            account = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            status, content = self.server.answer(self.command, self.path, self.headers.get("Content-Type") or "", data, account)
         except Refused as refusal:
             status, content = refusal.code, refusal.status
         answer = content.encode() if isinstance(content, str) else json.dumps(content).encode()

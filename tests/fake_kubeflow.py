@@ -41,12 +41,16 @@ class FakeKubeflow:
         token: the one that is let in; None: anybody is.
         namespaces: those of a server with several teams; empty: it has one for all.
         script: what `GET runs/ID` answers, one after the other, the last one for ever: the run's state and its tasks'.
+        started: is told of each run that is created; None: nobody is.
+        watched: by run id, what tells the run's state in place of the script.
         broken: path parts and the (status, body, headers) that a request to them gets instead.
     """
 
     token: str | None = None
     namespaces: tuple[str, ...] = ()
     script: list[dict[str, Any]] = field(default_factory=lambda: [{"state": "SUCCEEDED"}])
+    started: Callable[[dict[str, Any]], object] | None = None
+    watched: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)
     broken: dict[str, tuple[int, str, dict[str, str]]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     pipelines: list[dict[str, Any]] = field(default_factory=list)
@@ -92,7 +96,7 @@ class FakeKubeflow:
         """A pipeline and its first version."""
         number = str(len(self.pipelines) + 1)
         made = {"pipeline_id": f"pipeline-{number}", "namespace": call.query.get("namespace", "")}
-        made |= {"display_name": call.query["name"], "description": call.query.get("description", "")}
+        made |= {"display_name": call.query["name"], "description": call.query.get("description", ""), "created_at": _NOW}
         self.pipelines.append(made)
         self._add_version(made["pipeline_id"], call)
         return made
@@ -130,11 +134,15 @@ class FakeKubeflow:
     def create_run(self, call: Call) -> Any:
         """With an id."""
         self.runs.append({"run_id": f"run-{len(self.runs) + 1}", "state": "PENDING", "created_at": _NOW, **call.body})
+        if self.started is not None:
+            self.started(self.runs[-1])
         return self.runs[-1]
 
     def get_run(self, _: Call, run_id: str) -> Any:
-        """The next answer of the script."""
+        """As it is watched, or the next answer of the script."""
         (run,) = [run for run in self.runs if run["run_id"] == run_id]
+        if run_id in self.watched:
+            return run | self.watched[run_id]()
         return run | (self.script.pop(0) if len(self.script) > 1 else self.script[0])
 
 

@@ -37,7 +37,7 @@ class Kubeflow(FakeApiServer):
         with self._changed:
             return {f"{kind}/{name}" for kind, its, name in self._objects if its == namespace}
 
-    def answer(self, method: str, url: str, content_type: str, data: bytes) -> tuple[int, Any]:
+    def answer(self, method: str, url: str, content_type: str, data: bytes, account: str = "") -> tuple[int, Any]:
         if self.refusal:
             return self.refusal, {}
         if url.startswith("/apis/apiextensions.k8s.io/v1/customresourcedefinitions?fieldSelector=metadata.name%3Dpytorchjobs.kubeflow.org"):
@@ -45,10 +45,10 @@ class Kubeflow(FakeApiServer):
         path, _, query = url.partition("?")
         if method == "DELETE" and path.split("/")[-2] == NAMESPACE:  # of a kind, by label
             url = f"{path}?{query}" if query else f"{path}?{urllib.parse.urlencode(json.loads(data))}"
-            for one in super().answer("GET", url, "", b"")[1]["items"]:
-                super().answer("DELETE", f"{path}/{one['metadata']['name']}", content_type, b"{}")
+            for one in super().answer("GET", url, "", b"", account)[1]["items"]:
+                super().answer("DELETE", f"{path}/{one['metadata']['name']}", content_type, b"{}", account)
             return 200, {"status": "Success"}
-        return super().answer(method, url, content_type, data)
+        return super().answer(method, url, content_type, data, account)
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +311,8 @@ def test_bad_cluster_settings_never_reach_the_cluster(
     assert kubeflow.calls == []
 
 
-def test_nobody_at_the_address(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_at_the_address(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.server._PORT_FORWARD_SECONDS", 0.3)
     assert main(["submit", str(RECIPE), "--host", "http://127.0.0.1:9"]) == 1
     error = _one_line(capsys)
     assert "nobody answers there" in error
@@ -381,3 +384,17 @@ def test_an_upload_that_the_server_refuses_says_why(kubeflow: FakeKubeflow, caps
     kubeflow.broken["/upload"] = (400, '{"error_message": "pipeline upload denied: permission to create pipelines is required"}', {})
     assert _submit(kubeflow) == 1
     assert "permission to create pipelines is required" in _one_line(capsys)
+
+
+def test_a_port_forward_that_is_just_starting_is_waited_for(kubeflow: FakeKubeflow, capsys: pytest.CaptureFixture[str]) -> None:
+    port = int(kubeflow.host.rpartition(":")[2])
+    kubeflow.__exit__()  # nobody listens there any more
+
+    def listen() -> None:
+        kubeflow._server = ThreadingHTTPServer(("127.0.0.1", port), kubeflow._server.RequestHandlerClass)
+        kubeflow._server.serve_forever(poll_interval=0.01)
+
+    late = threading.Timer(0.7, listen)
+    late.start()
+    assert _submit(kubeflow) == 0, capsys.readouterr().err
+    assert len(kubeflow.runs) == 1
