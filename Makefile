@@ -12,7 +12,7 @@ run: .venv/installed
 	@$(BIN)/canvastune demo
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-images: .venv/installed
 	@$(BIN)/python -m tests.images
