@@ -1,20 +1,25 @@
 """The two losses of a step from hidden states, in chunks: no [rows, V] tensor outlives its chunk (objective.md sections 4, 5).
 
-Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V vocabulary.
+Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V vocabulary, r rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from canvastune.data.batches import PackedBatch
 from canvastune.model.attention import Packing
+from canvastune.model.embedding import TableGradient, collecting
 from canvastune.model.shared import SharedModel
 
-CHUNK_ELEMENTS = 2**24  # logits alive at once: 64 MiB in float32
+# Logits alive at once, in float32. A CPU's caches want few. A GPU reads the whole table once per chunk, which costs nothing beside
+# the multiplication only where a chunk has hundreds of rows.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**23, 2**27
+_LARGEST_CAP = 60.0  # e^cap times the vocabulary stays well inside float32
 
 
 def losses(
@@ -29,28 +34,29 @@ def losses(
     Returns:
         (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain sums of cross-entropy, without.
     """
-    embedding, softcap = model.lm_head.weight, model.final_logit_softcapping
-    signal = _self_conditioning_signal(model, batch) if any_coin else None
-    packing = Packing.of(batch, model.config.text_config.sliding_window)
-    canvas = model.embed_canvas(batch.canvas, signal)
-    clean_hidden, canvas_hidden = model.hidden_states(batch, canvas, packing, checkpointing=checkpointing)
+    table, cap = model.lm_head.weight, model.final_logit_softcapping
+    gradient = TableGradient() if torch.is_grad_enabled() and table.requires_grad else None
+    with collecting(gradient):
+        signal = _self_conditioning_signal(model, batch, gradient) if any_coin else None
+        packing = Packing.of(batch, model.config.text_config.sliding_window)
+        canvas = model.embed_canvas(batch.canvas, signal)
+        clean_hidden, canvas_hidden = model.hidden_states(batch, canvas, packing, checkpointing=checkpointing)
     canvas_rows = len(batch.canvas_targets)
     hidden = torch.cat([canvas_hidden, clean_hidden[batch.next_rows]])
     targets = torch.cat([batch.canvas_targets, batch.next_targets])
     row_weights = torch.full((len(targets),), weights[1], dtype=torch.float32, device=hidden.device)
     row_weights[:canvas_rows] = weights[0]
-    loss, each = _WeightedCrossEntropy.apply(hidden, embedding, targets, row_weights, softcap)
+    loss, each = _WeightedCrossEntropy.apply(hidden, table, targets, row_weights, cap, gradient)
     return loss, each[:canvas_rows].sum(), each[canvas_rows:].sum()
 
 
-def _self_conditioning_signal(model: SharedModel, batch: PackedBatch) -> torch.Tensor:
+def _self_conditioning_signal(model: SharedModel, batch: PackedBatch, gradient: TableGradient | None) -> torch.Tensor:
     """Pass 1: denoise the examples with a coin from a zero signal -> [M, H], zero for the other examples.
 
-    A rank that has no such example while another has one runs pass 1 on its first example and uses nothing of it.
+    A rank that has no such example while another has one takes part with two tokens, and uses nothing of it.
     """
-    coins = list(batch.coins)
-    used = any(coins)
-    twice, rows = batch.select(coins if used else [True] + [False] * (len(coins) - 1))
+    used = any(batch.coins)
+    twice, rows = batch.select(list(batch.coins)) if used else (_two_tokens(batch), batch.clean[:0])
     packing = Packing.of(twice, model.config.text_config.sliding_window)
     with torch.no_grad():
         _, hidden = model.hidden_states(twice, model.embed_canvas(twice.canvas, None), packing, checkpointing=False)
@@ -58,8 +64,16 @@ def _self_conditioning_signal(model: SharedModel, batch: PackedBatch) -> torch.T
     if not used:
         return signal
     scale = model.model.decoder.embed_tokens.embed_scale.to(hidden.dtype)
-    soft = _SoftEmbedding.apply(hidden, model.lm_head.weight, model.final_logit_softcapping) * scale
+    soft = _SoftEmbedding.apply(hidden, model.lm_head.weight, model.final_logit_softcapping, gradient) * scale
     return signal.index_copy(0, rows, soft)
+
+
+def _two_tokens(batch: PackedBatch) -> PackedBatch:
+    """A clean token and a canvas of one."""
+    one = {name: getattr(batch, name)[:1] for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")}
+    none = {name: getattr(batch, name)[:0] for name in ("next_rows", "next_targets")}
+    lengths: dict[str, Any] = dict.fromkeys(("clean_lengths", "canvas_lengths", "block_starts"), (1,))
+    return replace(batch, **one, **none, **lengths, self_condition=batch.self_condition[:1], coins=(False,), row_keys=None)
 
 
 def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -70,46 +84,59 @@ def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum_r weight_r * CE(softcap(hidden_r . E^T), target_r), and each row's CE without gradient.
 
-    The gradients are formed beside the logits in the forward pass, chunk by chunk, so no logit is computed twice or kept.
+    The gradients are formed beside the logits in the forward pass, chunk by chunk, so no logit is computed twice or kept. With
+    t = tanh(logit / cap), the softmax's terms are e^(cap t), which need no maximum taken off: they are bounded. The gradient by a
+    logit is weight * (softmax - onehot) * (1 - t^2).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, embedding: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        table: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        cap: float,
+        gradient: TableGradient | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         each = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        need_hidden, need_embedding = ctx.needs_input_grad[:2]
+        need_hidden, need_table = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        embedding_grad = torch.zeros_like(embedding, dtype=torch.float32) if need_embedding else None
-        for rows in _chunks(len(hidden), len(embedding)):
+        table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
+        for rows in _chunks(hidden, table):
             part, target = hidden[rows], targets[rows, None]
-            capped = softcapped(part @ embedding.T, cap)
-            log_total = capped.logsumexp(dim=-1, keepdim=True)
-            each[rows] = (log_total - capped.gather(1, target)).squeeze(1)
-            if not (need_hidden or need_embedding):
-                continue
-            # d/dlogit = (softmax - onehot) * (1 - tanh^2), in place of the probabilities
-            gradient = (capped - log_total).exp_()
-            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            gradient.mul_(weights[rows, None]).mul_(capped.div_(cap).square_().neg_().add_(1))
-            gradient = gradient.to(embedding.dtype)
-            if hidden_grad is not None:
-                hidden_grad[rows] = gradient @ embedding
-            if embedding_grad is not None:
-                embedding_grad += gradient.T @ part
-        ctx.save_for_backward(hidden_grad, embedding_grad)
-        ctx.embedding_dtype = embedding.dtype
+            tanh, terms, total = _softmax_terms(part, table, cap)
+            at_target = tanh.gather(1, target)
+            each[rows] = (total.log() - cap * at_target).squeeze(1)
+            if need_hidden or need_table:
+                logits_grad = terms.mul_(tanh.square_().neg_().add_(1))
+                logits_grad.scatter_add_(1, target, total * (at_target.square() - 1))
+                logits_grad.mul_(weights[rows, None] / total)
+                del tanh, terms
+                logits_grad = logits_grad.to(table.dtype)
+                if hidden_grad is not None:
+                    torch.mm(logits_grad, table, out=hidden_grad[rows])
+                if table_grad is not None:
+                    _add_product(table_grad, logits_grad, part)
+                del logits_grad
+        ctx.save_for_backward(hidden_grad, table_grad)
+        ctx.table_dtype, ctx.gradient = table.dtype, gradient
+        if need_table and gradient is not None:
+            gradient.announce()
         ctx.mark_non_differentiable(each)
         return (each * weights).sum(), each
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
-        hidden_grad, embedding_grad = ctx.saved_tensors
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, table_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = hidden_grad * upstream
-        if embedding_grad is not None:
-            embedding_grad = (embedding_grad * upstream).to(ctx.embedding_dtype)
-        return hidden_grad, embedding_grad, None, None, None
+        if table_grad is not None:
+            table_grad = table_grad.mul_(upstream).to(ctx.table_dtype)  # in place: a second backward pass through it is refused
+            if ctx.gradient is not None:
+                ctx.gradient.sum = table_grad
+                table_grad = ctx.gradient.hand_over()
+        return hidden_grad, table_grad, None, None, None, None
 
 
 class _SoftEmbedding(torch.autograd.Function):
@@ -119,29 +146,60 @@ class _SoftEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, embedding: torch.Tensor, cap: float) -> torch.Tensor:
-        ctx.save_for_backward(hidden, embedding)
-        ctx.cap = cap
+    def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, cap: float, gradient: TableGradient | None) -> torch.Tensor:
+        ctx.save_for_backward(hidden, table)
+        ctx.cap, ctx.gradient = cap, gradient
+        if ctx.needs_input_grad[1] and gradient is not None:
+            gradient.announce()
         out = torch.empty_like(hidden)
-        for rows in _chunks(len(hidden), len(embedding)):
-            out[rows] = _probabilities(hidden[rows], embedding, cap) @ embedding
+        for rows in _chunks(hidden, table):
+            torch.mm(_probabilities(hidden[rows], table, cap), table, out=out[rows])
         return out
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
         if not ctx.needs_input_grad[1]:
-            return None, None, None
-        hidden, embedding = ctx.saved_tensors
-        gradient = torch.zeros_like(embedding, dtype=torch.float32)
-        for rows in _chunks(len(hidden), len(embedding)):
-            gradient += _probabilities(hidden[rows], embedding, ctx.cap).T @ upstream[rows]
-        return None, gradient.to(embedding.dtype), None
+            return None, None, None, None
+        hidden, table = ctx.saved_tensors
+        found = ctx.gradient.sum if ctx.gradient is not None else None
+        total = torch.zeros_like(table) if found is None else found
+        for rows in _chunks(hidden, table):
+            _add_product(total, _probabilities(hidden[rows], table, ctx.cap), upstream[rows])
+        if ctx.gradient is None:
+            return None, total, None, None
+        ctx.gradient.sum = total
+        return None, ctx.gradient.hand_over(), None, None
 
 
-def _probabilities(hidden: torch.Tensor, embedding: torch.Tensor, cap: float) -> torch.Tensor:
-    return F.softmax(softcapped(hidden @ embedding.T, cap), dim=-1).to(embedding.dtype)
+def _softmax_terms(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [r, H], table [V, H] -> tanh(logits / cap) [r, V], e^(cap * tanh) [r, V] and its sum [r, 1], in float32."""
+    if cap > _LARGEST_CAP:
+        raise ValueError(f"final_logit_softcapping is {cap}: expected at most {_LARGEST_CAP}, so that e^cap can be summed in float32")
+    tanh = (hidden @ table.T).float().div_(cap).tanh_()
+    terms = (tanh * cap).exp_()
+    return tanh, terms, terms.sum(dim=-1, keepdim=True)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _probabilities(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> torch.Tensor:
+    """[r, V] in the table's dtype."""
+    _, terms, total = _softmax_terms(hidden, table, cap)
+    return terms.div_(total).to(table.dtype)
+
+
+def _add_product(total: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> None:
+    """total [V, H] += rows [r, V]^T @ part [r, H]; where the dtypes agree, without a product beside it."""
+    if total.dtype == rows.dtype == part.dtype:
+        total.addmm_(rows.T, part)
+    else:
+        total += rows.T @ part
+
+
+def _chunks(hidden: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
+    size = chunk_rows(len(table), hidden.device.type)
+    for start in range(0, len(hidden), size):
+        yield slice(start, min(start + size, len(hidden)))
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows whose logits are alive at once."""
+    return max(1, (CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS) // vocabulary)

@@ -49,6 +49,7 @@ def shard_model(model: SharedModel, meshes: Meshes, config: RunConfig) -> None:
                     layer.experts, mesh=meshes.efsdp, mp_policy=precision, shard_placement_fn=_cut_of(layer.experts), ignored_params=ignored
                 )
         fully_shard(layer, mesh=meshes.fsdp, mp_policy=precision, ignored_params=ignored)
+    _keep_last_layer(model.model.decoder.layers)
     # The root's embedding serves the lookup, the head and the soft embedding: gathered once a pass.
     fully_shard(model, mesh=meshes.fsdp, mp_policy=precision, reshard_after_forward=False, ignored_params=ignored)
     for module in model.modules():
@@ -58,6 +59,18 @@ def shard_model(model: SharedModel, meshes: Meshes, config: RunConfig) -> None:
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "inside")
     register_fsdp_forward_method(model, "generate")
+
+
+def _keep_last_layer(layers: Any) -> None:
+    """The last layer is used last in one pass and first in the next: it stays gathered from its first use to its backward pass.
+
+    And the first layer's backward pass, before which FSDP would gather what ran before the layer, gathers nothing: that is pass 1's
+    last layer, which nobody needs any more.
+    """
+    layers[-1].set_reshard_after_forward(False, recurse=True)
+    for module in layers[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_modules_to_backward_prefetch([module])
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:

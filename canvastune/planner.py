@@ -233,6 +233,7 @@ def _step(config: RunConfig, architecture: Architecture, world_size: int, *, lon
         canvas=architecture.canvas,
         checkpointing=train.activation_checkpointing,
         self_conditioning=config.objective.self_conditioning_probability,
+        device="cpu" if config.hardware.accelerator == "cpu" else "cuda",
     )
     return _of_length(step, config.data.seq_length) if longest else step
 

@@ -196,19 +196,23 @@ class Trainer:
 
     def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
         """This rank's share of the global batch that starts at a position, cut up, with whether any rank needs pass 1."""
-        objective = self.config.objective
-        size, result = self.micro_batch_size, []
-        for start in range(first, first + self.config.train.global_batch_size, self.world_size * size):
-            own = range(start + self.rank * size, start + (self.rank + 1) * size)
+        objective, result = self.config.objective, []
+        for everyone in self._shares(first):
+            own = everyone[self.rank]
             examples = self.data.train_examples(own)
             draws = [
                 self.data.train_draws(example, position, objective.min_corruption, objective.self_conditioning_probability)
                 for example, position in zip(examples, own, strict=True)
             ]
-            everyone = range(start, start + self.world_size * size)
-            any_coin = self.data.any_self_conditioned(everyone, objective.self_conditioning_probability)
+            any_coin = self.data.any_self_conditioned(itertools.chain(*everyone), objective.self_conditioning_probability)
             result.append((pack(examples, draws).to(self.device), any_coin))
         return result
+
+    def _shares(self, first: int) -> list[list[list[int]]]:
+        """Positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
+        positions = range(first, first + self.config.train.global_batch_size)
+        probability = self.config.objective.self_conditioning_probability
+        return self.data.share_out(positions, self.world_size, self.micro_batch_size, probability)
 
     def _losses(self, batch: PackedBatch, weights: tuple[float, float], any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.model.inside(losses, batch, weights, any_coin=any_coin, checkpointing=self.config.train.activation_checkpointing)
@@ -233,9 +237,9 @@ class Trainer:
 
     def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
         """Ids of the examples in the micro-batches whose loss is not finite; of the whole batch where only the gradient is not."""
-        size = self.micro_batch_size
         bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        own = [first + (index * self.world_size + self.rank) * size + offset for index in bad for offset in range(size)]
+        shares = self._shares(first)
+        own = [position for index in bad for position in shares[index][self.rank]]
         positions = sorted(position for found in on_every_rank(lambda: own) for position in found)
         everyone = list(range(first, first + self.config.train.global_batch_size))
         return [example.id for example in self.data.train_examples(positions or everyone)]

@@ -162,9 +162,14 @@ def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
     return 2 * first[0] * first[1] * second[-1]
 
 
-# What torch counts no FLOPs for: its CPU attention and the grouped matmul.
+def _added(_: Any, first: Any, second: Any, *__: Any, **___: Any) -> int:
+    return 2 * first[0] * first[1] * second[1]
+
+
+# What torch counts no FLOPs for: its CPU attention, the grouped matmul, and a product that is added in place.
 CPU_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten.addmm_: _added,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 
-from canvastune.data.batches import Example, PreparedData, pack
+from canvastune.data.batches import Example, PreparedData, pack, share_out, step_cost
 from canvastune.errors import UserError
 from tests.small import CANVAS, EOS, VOCABULARY, examples_and_draws, noise
 
@@ -110,3 +111,43 @@ def test_selected_examples_keep_their_rows() -> None:
     assert torch.equal(part.canvas_positions, alone.canvas_positions)
     assert torch.equal(batch.canvas[rows], part.canvas)
     assert (part.clean_lengths, part.canvas_lengths, part.block_starts) == (alone.clean_lengths, alone.canvas_lengths, alone.block_starts)
+
+
+LAYOUTS = [(1, 1), (1, 8), (2, 1), (2, 2), (4, 2), (8, 1)]  # ranks, examples of a rank and forward
+
+
+@pytest.mark.parametrize(("ranks", "size"), LAYOUTS)
+def test_every_rank_gets_as_many_examples_and_a_step_has_the_same_ones_on_any_number_of_ranks(folder: Path, ranks: int, size: int) -> None:
+    positions = range(16, 24)
+    shares = prepared(folder).share_out(positions, ranks, size, 0.5)
+    assert [len(forward) for forward in shares] == [ranks] * (len(positions) // (ranks * size))
+    assert all(len(own) == size and own == sorted(own) for forward in shares for own in forward)
+    assert sorted(at for forward in shares for own in forward for at in own) == list(positions)
+    assert prepared(folder).share_out(positions, ranks, size, 0.5) == shares, "ranks would not agree, or a resumed run"
+
+
+def test_lengths_are_those_of_the_examples(folder: Path) -> None:
+    data = prepared(folder)
+    assert [int(data._tokens[data._row(at)]) for at in range(ROWS)] == [len(example.tokens) for example in data.train_examples(range(ROWS))]
+
+
+@pytest.mark.parametrize(("ranks", "size", "forwards"), [(8, 4, 1), (4, 2, 4), (2, 1, 8)])
+def test_ranks_wait_far_less_than_if_they_took_examples_by_position(ranks: int, size: int, forwards: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    count, found, by_position = ranks * size * forwards, 0.0, 0.0
+    starts = range(0, count, ranks * size)
+    plain = [[list(range(start + rank * size, start + (rank + 1) * size)) for rank in range(ranks)] for start in starts]
+    for _ in range(100):
+        tokens = (torch.randn(count, generator=generator).mul(0.5).exp() * 200 + 100).int().tolist()
+        coins = (torch.rand(count, generator=generator) < 0.5).tolist()
+        even = (4 * sum(tokens) + sum(itertools.compress(tokens, coins))) / ranks
+        found += (step_cost(share_out(tokens, coins, ranks, size), tokens, coins) / even - 1) / 100
+        by_position += (step_cost(plain, tokens, coins) / even - 1) / 100
+    assert found < by_position / 2, f"ranks wait {found:.1%} of the time, {by_position:.1%} by position"
+
+
+def test_where_lengths_allow_it_no_rank_waits() -> None:
+    tokens, coins = [400, 300, 200, 100] * 2, [True, True, False, False] * 2
+    shares = share_out(tokens, coins, 4, 2)
+    assert [[sum(tokens[at] for at in own) for own in forward] for forward in shares] == [[500] * 4]
+    assert [[sum(coins[at] for at in own) for own in forward] for forward in shares] == [[1] * 4]

@@ -123,7 +123,7 @@ def test_expert_adapters_of_rank_16_on_the_released_model_have_475_8_million_par
 
 def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
     full, lora = released("gsm8k_sft"), released("gsm8k_lora")
-    assert full.memory_bytes / GIB == pytest.approx(53, rel=0.03)
+    assert full.memory_bytes / GIB == pytest.approx(51, rel=0.03), "53 before the uses of the embedding shared one gradient"
     assert lora.memory_bytes / GIB == pytest.approx(8.9, rel=0.03)
     assert full.fits
     assert lora.fits

@@ -107,8 +107,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
     assert [record["step"] for record in records(tmp_path / "some", "train")] == [1, 3, 4, *range(8, 13)]
     recipe = load_config(ground / "recipe.yaml")
     data = PreparedData(ground / "data", canvas_length=CANVAS, vocab_size=VOCABULARY, eos_token_id=EOS, seed=recipe.seed)
-    # Step 2 is positions 8 to 15; micro-batches of two: rank 1's second one is 14 and 15.
-    culprits = [example.id for example in data.train_examples(range(14, 16))]
+    # Step 2 is positions 8 to 15, in micro-batches of two: rank 1's second one.
+    shares = data.share_out(range(8, 16), 2, 2, recipe.objective.self_conditioning_probability)
+    culprits = [example.id for example in data.train_examples(shares[1][1])]
     assert f"on examples {', '.join(culprits)}" in told[0]["detail"]
 
 

@@ -6,11 +6,14 @@ Shape letters: B examples, S clean tokens of one example, C canvas tokens of one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 
@@ -123,6 +126,50 @@ def pack(examples: list[Example], draws: list[Draws]) -> PackedBatch:
     )
 
 
+def share_out(tokens: Sequence[int], coins: Sequence[bool], ranks: int, size: int) -> list[list[list[int]]]:
+    """Share a global batch out so that ranks finish each forward together: [forward][rank] -> `size` of its examples, ascending.
+
+    Ranks meet in every layer of both passes, so the tokens of both should be even. Largest first, each to the share with the
+    fewest tokens that has room; once in the order of the tokens alone, once with those that are denoised twice before the
+    others; the cheaper is taken. It follows from the arguments alone, so every rank finds the same.
+
+    Args:
+        tokens: of each example, in one pass.
+        coins: the examples that are denoised twice.
+        ranks: times `size`, they divide the number of examples.
+        size: examples of a rank and forward.
+    """
+    by_size = sorted(range(len(tokens)), key=lambda at: (-tokens[at], at))
+    orders = by_size, sorted(by_size, key=lambda at: not coins[at])
+    return min((_dealt(order, tokens, ranks, size) for order in orders), key=lambda shares: step_cost(shares, tokens, coins))
+
+
+def step_cost(shares: list[list[list[int]]], tokens: Sequence[int], coins: Sequence[bool]) -> int:
+    """What the busiest rank of each forward computes, in tokens of pass 1; pass 2 with recomputation and backward is four of it.
+
+    A rank without a coin, where another has one, takes next to nothing through pass 1.
+    """
+    total = 0
+    for forward in shares:
+        total += 4 * max(sum(tokens[at] for at in own) for own in forward)
+        if any(coins[at] for own in forward for at in own):
+            total += max(sum(tokens[at] for at in own if coins[at]) for own in forward)
+    return total
+
+
+def _dealt(order: list[int], tokens: Sequence[int], ranks: int, size: int) -> list[list[list[int]]]:
+    """Examples dealt in this order to the share with the fewest tokens that has room; shares of like size run at the same time."""
+    shares: list[list[int]] = [[] for _ in range(len(order) // size)]
+    open_shares = [(0, index) for index in range(len(shares))]  # a heap
+    for example in order:
+        load, index = heapq.heappop(open_shares)
+        shares[index].append(example)
+        if len(shares[index]) < size:
+            heapq.heappush(open_shares, (load + tokens[example], index))
+    shares.sort(key=lambda share: (-sum(tokens[at] for at in share), share))
+    return [[sorted(share) for share in shares[start : start + ranks]] for start in range(0, len(shares), ranks)]
+
+
 class PreparedData:
     """A prepared data set on disk: the rows of `train/` in a seeded global order, those of `validation/` in their own."""
 
@@ -134,6 +181,7 @@ class PreparedData:
         self._eos = eos_token_id
         self._seed = seed
         self._order: tuple[int, torch.Tensor] | None = None
+        self._tokens = _tokens_of_each(self._train, canvas_length)
 
     def __len__(self) -> int:
         return len(self._train)
@@ -161,6 +209,15 @@ class PreparedData:
     def any_self_conditioned(self, positions: Iterable[int], probability: float) -> bool:
         """Whether any of these positions, other ranks' among them, is denoised twice."""
         return any(self_conditioning_coin(self._seed, position, probability) for position in positions)
+
+    def share_out(self, positions: range, ranks: int, size: int, probability: float) -> list[list[list[int]]]:
+        """The global batch at these positions, shared out evenly: [forward][rank] -> `size` positions (see `share_out`).
+
+        Which examples make up a step, and their noise, follow from the positions; how many ranks there are only decides who takes which.
+        """
+        tokens = [int(self._tokens[self._row(position)]) + self._canvas_length for position in positions]
+        coins = [self_conditioning_coin(self._seed, position, probability) for position in positions]
+        return [[[positions[at] for at in own] for own in forward] for forward in share_out(tokens, coins, ranks, size)]
 
     def validation_examples(self, rows: range) -> list[Example]:
         """Held-out examples by their row; rows past the end repeat the last one (their weight is zero)."""
@@ -194,6 +251,14 @@ def _open(folder: Path) -> Dataset:
     if not len(data):
         raise UserError(f"{folder}: the prepared data set has no row here. Prepare more rows, or change data.validation_fraction")
     return data
+
+
+def _tokens_of_each(data: Dataset, canvas_length: int) -> np.ndarray:
+    """int32[rows]: tokens of each row with its fill, as `Example` has them; of the tokens themselves, none is read."""
+    table = data.with_format("arrow")[:]
+    length, prefix = pc.list_value_length(table["input_ids"]).to_numpy(), table["prefix_length"].to_numpy()
+    fill = -(length - prefix) % canvas_length
+    return (length + np.where(table["complete"].to_numpy(), fill, 0)).astype(np.int32)
 
 
 def _row_keys(draws: list[Draws], clean_lengths: list[int], canvas_lengths: list[int]) -> torch.Tensor | None:

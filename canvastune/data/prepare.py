@@ -7,10 +7,15 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
+import queue
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import DataConfig, RunConfig
 from canvastune.data.card import write_card
-from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded, detect_form, needed_columns, read_conversation
+from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded, EncoderProcess, detect_form, read_conversation
 from canvastune.data.rows import Row, open_source
-from canvastune.data.tally import Tally
+from canvastune.data.tally import Tally, unknown_form
 from canvastune.data.tokenizer import check_end_of_turn, load_tokenizer
 from canvastune.errors import UserError
 from canvastune.outputs import fingerprint, whole_folder, write_provenance
@@ -42,11 +47,15 @@ _SCHEMA = pa.schema(
 )
 _BATCH_ROWS = 512  # conversations rendered and tokenized at a time
 _BATCH_CHARACTERS = 4 * 2**20  # ... fewer if they are long
+_ALONE = 24  # batches encoded in this process before others are started: they take seconds to come up
+_MOST_PROCESSES = 8
 _UNDETECTED = 100  # rows looked at for a known form before giving up
 _SAMPLES = 3
+_as_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
+_Batch = list[tuple[Row, Conversation | BadRow]]
 
 
-def prepare_data(config: RunConfig, model: Path, out: Path) -> dict[str, Any]:
+def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | None = None) -> dict[str, Any]:
     """Write the prepared data set into `out` and return its card.
 
     `out` gets `train/` and `validation/` (`datasets.Dataset.save_to_disk`), `card.json`, `card.html`, `config.yaml` and
@@ -55,6 +64,8 @@ def prepare_data(config: RunConfig, model: Path, out: Path) -> dict[str, Any]:
 
     Args:
         model: the checkpoint's folder; its config, generation config and tokenizer are read, its weights are not.
+        processes: that render and tokenize, once some thousand rows were read; the result does not depend on it. Default: one
+            for each core, up to 8.
 
     Raises:
         UserError: data that cannot be read, too many bad rows or duplicates, nothing left to train on or to validate
@@ -69,10 +80,12 @@ def prepare_data(config: RunConfig, model: Path, out: Path) -> dict[str, Any]:
         tally = Tally(config.data, source, loaded.canvas_length)
         samples: list[dict[str, Any]] = []
         train, validation = _Split(folder / "train"), _Split(folder / "validation")
-        with contextlib.closing(source.rows()) as rows:
+        with contextlib.ExitStack() as stack:
+            rows = stack.enter_context(contextlib.closing(source.rows()))
             found = _conversations(itertools.islice(rows, config.data.max_rows), tally)
-            for batch in _batches(found):
-                tokens = iter(encoder.encode([talk for _, talk in batch if isinstance(talk, Conversation)]))
+            encoding = stack.enter_context(contextlib.closing(_encode(_batches(found), encoder, processes or _cores())))
+            for batch, answers in encoding:
+                tokens = iter(answers)
                 for row, conversation in batch:
                     encoded = next(tokens) if isinstance(conversation, Conversation) else conversation
                     if isinstance(conversation, BadRow) or isinstance(encoded, BadRow):
@@ -140,13 +153,13 @@ def _conversations(rows: Iterator[Row], tally: Tally) -> Iterator[tuple[Row, Con
         waiting.clear()
     for row in waiting:
         if row.problem is None:
-            raise UserError(_unknown_form(row, tally.config))
+            raise UserError(unknown_form(row, tally.config))
         yield row, BadRow(row.problem)
 
 
-def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[list[tuple[Row, Conversation | BadRow]]]:
+def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[_Batch]:
     """Gather conversations for one call of the tokenizer, bounded in rows and in characters."""
-    batch: list[tuple[Row, Conversation | BadRow]] = []
+    batch: _Batch = []
     characters = 0
     for row, conversation in found:
         batch.append((row, conversation))
@@ -157,6 +170,80 @@ def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[lis
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encode(
+    batches: Iterator[_Batch], encoder: ChatEncoder, processes: int
+) -> Generator[tuple[_Batch, list[Encoded | BadRow]], None, None]:
+    """Encode the conversations of each batch, in order: the first ones here, the others in processes of their own."""
+    for batch in itertools.islice(batches, _ALONE if processes > 1 else None):
+        yield batch, encoder.encode(_talks(batch))
+    first = next(batches, None)
+    if first is None:
+        return
+    with _Workers(encoder, processes) as workers:
+        waiting: deque[tuple[_Batch, Future[Any]]] = deque()
+
+        def oldest() -> tuple[_Batch, list[Encoded | BadRow]]:
+            batch, answer = waiting.popleft()
+            # As long as the processes come up, what waits for them is done here.
+            return batch, encoder.encode(_talks(batch)) if answer.cancel() else answer.result()
+
+        for batch in itertools.chain([first], batches):
+            waiting.append((batch, workers.encode(_talks(batch))))
+            if len(waiting) > 2 * processes:
+                yield oldest()
+        while waiting:
+            yield oldest()
+
+
+def _talks(batch: _Batch) -> list[Conversation]:
+    return [talk for _, talk in batch if isinstance(talk, Conversation)]
+
+
+def _cores() -> int:
+    """Cores that this process may use: those it is given, and a container's share of them."""
+    own = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    share, period = limit.read_text(encoding="ascii").split() if limit.is_file() else ("max", "")
+    return own if share == "max" else max(1, min(own, int(share) // int(period)))
+
+
+class _Workers:
+    """Processes that encode, each asked by a thread of this one. All of them are gone when the block ends."""
+
+    def __init__(self, encoder: ChatEncoder, count: int) -> None:
+        self._workers: list[EncoderProcess] = []
+        self._idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(count)
+        self._first = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
+        self._count = count
+
+    def __enter__(self) -> _Workers:
+        try:
+            for _ in range(self._count):
+                self._workers.append(worker := EncoderProcess())
+                self._threads.submit(self._ask, worker, self._first)  # answered once it is ready
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+        self._threads.shutdown(cancel_futures=True)
+
+    def encode(self, conversations: list[Conversation]) -> Future[Any]:
+        """What ChatEncoder.encode returns for these conversations, in the future."""
+        request = pickle.dumps(conversations, pickle.HIGHEST_PROTOCOL)
+        return self._threads.submit(lambda: self._ask(self._idle.get(), request))
+
+    def _ask(self, worker: EncoderProcess, request: bytes) -> Any:
+        try:
+            return worker.ask(request)
+        finally:
+            self._idle.put(worker)
 
 
 def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length: int) -> dict[str, Any] | None:
@@ -170,7 +257,7 @@ def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length:
         "complete": len(tokens) <= seq_length,
         "id": conversation.id,
         "origin": row.origin,
-        "prompt": json.dumps(conversation.history, ensure_ascii=False),
+        "prompt": _as_text(conversation.history),
         "answer": conversation.answer,
     }
 
@@ -189,24 +276,6 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
         "tokens": len(example["input_ids"]),
         "complete": example["complete"],
     }
-
-
-def _unknown_form(row: Row, config: DataConfig) -> str:
-    if not isinstance(row.value, dict):
-        return f"{row.file}: row {row.number}: expected an object, found {type(row.value).__name__}, and no row of a known form after it"
-    found = ", ".join(map(str, row.value)) or "none"
-    prompt, response = config.columns.prompt, config.columns.response
-    if config.format == "auto":
-        return (
-            f"{row.file}: row {row.number}: no known form (columns found: {found}). Expected messages; or question and answer; or {prompt} "
-            f"and {response}. Name your own with data.format=columns data.columns.prompt=... data.columns.response=..."
-        )
-    needed = needed_columns(config.format, config.columns)
-    missing = ", ".join(key for key in needed if key not in row.value)
-    remedy = "data.columns.prompt and data.columns.response" if config.format == "columns" else "data.format"
-    return (
-        f"{row.file}: row {row.number}: data.format is {config.format}: no column {missing} (columns found: {found}). Set {remedy} to match"
-    )
 
 
 def _refuse_empty(train: _Split, validation: _Split, config: DataConfig) -> None:
@@ -259,7 +328,7 @@ class _Split:
         self._file = folder.with_suffix(".arrow")
         self._writer = pa.ipc.new_stream(str(self._file), _SCHEMA)
         self._rows: list[dict[str, Any]] = []
-        self._tokens = 0
+        self._tokens = 0  # of these rows
         self._lengths = (array("i"), array("i"))  # of every row, before the cut: prefix, response
         self._chosen: list[int] | None = None
 

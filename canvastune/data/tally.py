@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from canvastune.config import DataConfig
-from canvastune.data.conversation import Form
+from canvastune.data.conversation import Form, needed_columns
 from canvastune.data.rows import Row, Source
 from canvastune.errors import UserError
 from canvastune.outputs import fingerprint
@@ -150,6 +150,25 @@ class Tally:
         if (more := self.dropped[BAD] - len(named)) > 0:
             named.append(f"  and {more:,} more")
         return "\n".join(named)
+
+
+def unknown_form(row: Row, config: DataConfig) -> str:
+    """Why a row is of no form that is known, and what to do."""
+    if not isinstance(row.value, dict):
+        return f"{row.file}: row {row.number}: expected an object, found {type(row.value).__name__}, and no row of a known form after it"
+    found = ", ".join(map(str, row.value)) or "none"
+    prompt, response = config.columns.prompt, config.columns.response
+    if config.format == "auto":
+        return (
+            f"{row.file}: row {row.number}: no known form (columns found: {found}). Expected messages; or question and answer; or {prompt} "
+            f"and {response}. Name your own with data.format=columns data.columns.prompt=... data.columns.response=..."
+        )
+    needed = needed_columns(config.format, config.columns)
+    missing = ", ".join(key for key in needed if key not in row.value)
+    remedy = "data.columns.prompt and data.columns.response" if config.format == "columns" else "data.format"
+    return (
+        f"{row.file}: row {row.number}: data.format is {config.format}: no column {missing} (columns found: {found}). Set {remedy} to match"
+    )
 
 
 def spread(lengths: Counter[int]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 from canvastune.data.batches import PackedBatch
 from canvastune.model import attention, experts
 from canvastune.model.attention import Packing
+from canvastune.model.embedding import SharedEmbedding
 from canvastune.model.lora import dropping_rows
 
 Result = TypeVar("Result")
@@ -41,6 +42,7 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         encoder.embed_vision = None
         for layer in decoder.layers:
             layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
+        decoder.embed_tokens.__class__ = SharedEmbedding
         text = encoder.language_model
         # Out of the module tree, so that each weight is found once, under the decoder's name.
         for name, shared in {

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from canvastune.objective import CHUNK_ELEMENTS
+from canvastune.objective import chunk_rows
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
 FLOAT = 4  # bytes of float32
@@ -33,6 +33,7 @@ class Step:
     canvas: int  # canvas tokens per example
     checkpointing: bool
     self_conditioning: float  # probability that an example is denoised twice
+    device: str = "cpu"  # or "cuda": how many logits are made at once
 
     @property
     def efsdp(self) -> int:
@@ -114,11 +115,13 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
     def moment(name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int) -> None:
         found[name] = dict(zip(PARTS, (weights, gradients, optimiser, activations, workspace, loss, communication), strict=True))
 
+    held = groups.layers[-1].gathered + groups.experts[-1].gathered  # the last layer stays gathered until its backward pass
     first = groups.layers[0]
     moment("gathering, embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
     for index in _heaviest(groups.layers):
         layer, experts = groups.layers[index], groups.experts[index]
-        gathering = groups.root.gathered + layer.gathered + layer.flat
+        waiting = groups.root.gathered + (held if step.self_conditioning and index < last else 0)
+        gathering = waiting + layer.gathered + layer.flat
         previous = groups.layers[max(0, index - 1)].flat
         moment(f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous)
         moment(
@@ -127,15 +130,15 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
             kept[index],
             _forward_workspace(architecture, step),
             0,
-            groups.root.gathered + layer.gathered + experts.gathered + (experts.flat or layer.flat),
+            waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
         )
     all_kept = kept[last] + _tail(architecture, step)
-    # The last group's flat buffer is let go where the root's forward pass, which the loss is part of, ends.
-    left = groups.experts[last].flat if groups.experts[last].gathered else groups.layers[last].flat
-    moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + left)
+    # The last group's flat buffer, where it was gathered in this pass, is let go where the root's forward pass, with the loss, ends.
+    flat = (groups.experts if groups.experts[last].gathered else groups.layers)[last].flat if not step.self_conditioning else 0
+    moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + held + flat)
     if architecture.full:
-        sums = 2 * FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
-        moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered)
+        sums = FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
+        moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered + held)
     done = 0
     for index in range(last, -1, -1):
         layer, experts, shape = groups.layers[index], groups.experts[index], architecture.layers[index]
@@ -171,17 +174,16 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
         )
         done += of_layer[index]
     if architecture.full:
-        # The head's part waits in the compute dtype; the lookup's and the soft embedding's are added, the latter in float32.
-        compute = architecture.compute_bytes
-        sums = max(3 * compute, 2 * compute + FLOAT if step.self_conditioning else 0) * table
-        stray = groups.layers[last].flat if step.self_conditioning else 0  # pass 1's last layer is prefetched once more
+        # The lookups' rows are added to the head's part, which waits, and so is the soft embedding's: in float32 in place.
+        beside = table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
+        sums = table_gradient + beside
         moment(
             "backward, embedding",
             all_gradients - (0 if accumulating else groups.root.shard),
             steady,
             0,
             sums,
-            groups.root.gathered + groups.layers[0].reduction + stray,
+            groups.root.gathered + groups.layers[0].reduction,
         )
     squares = max(local_numel(weight, step) for weight in trained) * FLOAT
     moment("update", all_gradients, 0, squares, 0, 0)
@@ -248,13 +250,13 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
     """What autograd keeps of a layer: (all but the experts, the experts' rows)."""
     c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
     cast = c < FLOAT  # a norm's float32 input is a copy; in float32 it is the input itself, and some norms share one
-    clean = step.clean / (step.clean + step.canvas)
     norms = hidden * FLOAT * ((8 if cast else 5) + (7 if trained else 0))
     heads = FLOAT * (layer.query_width + layer.key_width) * (2 if trained else 1)
     heads += FLOAT * layer.key_width if cast or layer.own_values else 0
-    grouped = layer.query_width > layer.key_width  # keys and values are repeated for each query head
-    clean_keys = 2 * clean * layer.query_width if grouped else 2 * layer.key_width
-    attention = c * (5 * layer.query_width + clean_keys)  # queries, keys and values of both calls, their outputs and the joined one
+    past = max(0, step.clean - step.canvas)  # what the last block's canvas sees
+    seen = min(past, architecture.window - 1) if layer.sliding else past
+    joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's call
+    attention = c * (3 * layer.query_width + 2 * layer.key_width * (1 + joined))  # with queries, both calls' outputs and the joined one
     mlp = c * 4 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (17 + 3 * architecture.heads + 4 * layer.key_width // layer.head_dim)
@@ -263,7 +265,7 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
         inputs = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
         adapters += inputs + c * hidden * (3 if layer.own_values else 2)
     per_token = norms + 2 * c * hidden + heads + attention + mlp + router + scalars + adapters
-    mask = c * step.clean**2 if layer.sliding and step.clean > architecture.window else 0
+    mask = c * 2 * architecture.window * step.clean if layer.sliding and step.clean > architecture.window else 0
     inputs = trained or architecture.expert_rank > 0  # of the experts' projections
     row = c * (architecture.expert_size * (4 if inputs else 3) + hidden * (2 if inputs else 1) + 2 * architecture.expert_rank)
     return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
@@ -314,12 +316,10 @@ def _loss_workspace(architecture: Architecture, step: Step) -> int:
     """A chunk of logits at its widest, or, where the embedding is trained, its float32 gradient and a chunk's addition to it."""
     c, vocabulary = architecture.compute_bytes, architecture.vocabulary
     scored = step.micro_batch * (step.clean - 1 + step.canvas)
-    rows = min(max(1, CHUNK_ELEMENTS // vocabulary), scored)
-    chunk, second = rows * vocabulary, min(rows, scored - rows) * vocabulary
-    widest = (c + 2 * FLOAT) * chunk
-    if second:  # the chunk before is let go once the next one is made
-        widest = max(widest, (c + 2 * FLOAT) * second + (FLOAT + c) * chunk)
+    chunk = min(chunk_rows(vocabulary, step.device), scored) * vocabulary
+    widest = 2 * FLOAT * chunk
     if not architecture.full:
         return widest
     table = vocabulary * architecture.hidden
-    return FLOAT * table + max(widest, c * table + (FLOAT + c) * chunk)
+    beside = c * (table + chunk) if c < FLOAT else 0  # a chunk's product, which cannot be added in place, and its factor
+    return FLOAT * table + max(widest, beside)

@@ -17,6 +17,7 @@ from canvastune.plan.sizes import Architecture, LayerShape, Weight
 Parts = dict[str, float]  # by part of the model
 
 PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = "pass 1 (self-conditioning)", "forward", "backward", "recomputed", "idle pass 1"
+_IDLE_TOKENS = 2  # a clean one and a canvas of one
 LAYERS_GATHER, ROOT_GATHER = "all-gather of layers", "all-gather of the embedding"
 REDUCE, EXPERTS_GATHER = "reduce-scatter of gradients", "all-gather of experts"
 EXPERTS_REDUCE, EXCHANGE = "reduce-scatter of experts' gradients", "all-to-all of expert rows"
@@ -41,7 +42,7 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
     backward: Parts = {}
     scores = 0.0
     for index, layer in enumerate(architecture.layers):
-        scores += _scores(step, layer)
+        scores += _scores(step, layer, architecture.window)
         for weight in architecture.weights:
             if weight.layer == index:
                 product = _matmul(architecture, step, weight)
@@ -70,7 +71,7 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
         FORWARD: (forward, examples),
         BACKWARD: (backward, examples),
         RECOMPUTED: (recomputed, examples),
-        IDLE: (idle, idle_pass_share(step) * step.micro_steps),
+        IDLE: (idle, idle_pass_share(step) * step.micro_steps * _IDLE_TOKENS / (step.clean + step.canvas)),
     }
     by_part: Parts = {}
     for parts, times in passes.values():
@@ -83,15 +84,19 @@ def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
     """Bytes that one rank receives from others in an optimiser step, by collective; it sends as many."""
     groups = fsdp_groups(architecture, step)
     anyone = any_pass_1(step)
-    passes = 2 + anyone  # pass 1, the forward pass, and once more for the backward pass
-    exchanged = _exchanged(architecture, step)
+    passes = 2 + anyone  # pass 1, the forward pass, and once more for the backward pass; the last layer stays in between
+    exchanged, idle = _exchanged(architecture, step), idle_pass_share(step) * _IDLE_TOKENS / step.tokens
+
+    def gathered(received: list[int]) -> float:
+        return float(step.micro_steps * (passes * sum(received[:-1]) + received[-1]))
+
     return {
-        LAYERS_GATHER: step.micro_steps * (passes * sum(group.received for group in groups.layers) + anyone * groups.layers[-1].received),
-        EXPERTS_GATHER: step.micro_steps * passes * float(sum(group.received for group in groups.experts)),
+        LAYERS_GATHER: gathered([group.received for group in groups.layers]),
+        EXPERTS_GATHER: gathered([group.received for group in groups.experts]),
         ROOT_GATHER: float(step.micro_steps * groups.root.received),
         REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))),
         EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
-        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning + idle_pass_share(step) / step.micro_batch),
+        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning + idle),
     }
 
 
@@ -101,7 +106,7 @@ def any_pass_1(step: Step) -> float:
 
 
 def idle_pass_share(step: Step) -> float:
-    """Probability that a rank has no such example in a micro-batch while another has: it runs pass 1 on one example for nothing."""
+    """Probability that a rank has no such example in a micro-batch while another has: it runs pass 1 on two tokens for nothing."""
     none = (1 - step.self_conditioning) ** step.micro_batch
     return none * (1 - none ** (step.world_size - 1))
 
@@ -139,9 +144,17 @@ def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
     return architecture.full or not first or ".lora_B." in weight.name
 
 
-def _scores(step: Step, layer: LayerShape) -> float:
-    """One example's scores and their product with the values: clean on clean, and canvas on both."""
-    return 4.0 * layer.query_width * (step.clean**2 + step.canvas * (step.clean + step.canvas))
+def _scores(step: Step, layer: LayerShape, window: int) -> float:
+    """One example's scores and their product with the values: clean on clean, and the last block's canvas on its past and itself."""
+    past = max(0, step.clean - step.canvas)
+    if layer.sliding:
+        past = min(past, window - 1)
+    clean = float(step.clean**2)
+    if layer.sliding and step.clean > window:  # a window of rows at a time, on two windows of keys
+        starts = range(0, step.clean, window)
+        stops = [min(start + window, step.clean) for start in starts]
+        clean = sum(float((stop - start) * (stop - max(0, start - window + 1))) for start, stop in zip(starts, stops, strict=True))
+    return 4.0 * layer.query_width * (clean + step.canvas * (past + step.canvas))
 
 
 def _add(into: Parts, parts: Parts, times: float = 1.0) -> None:

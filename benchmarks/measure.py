@@ -1,0 +1,95 @@
+"""One way to measure: sides that alternate, medians of several rounds, memory above a baseline, and results with their machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.resident import read_status
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows the machine slows all of them."""
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_memory(run: Callable[[], object]) -> int:
+    """Bytes of this process's memory at its highest while `run` runs, above what it holds before. Linux alone."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's high-water mark starts again from here
+    before = read_status(os.getpid())["VmRSS"]
+    run()
+    return read_status(os.getpid())["VmHWM"] - before
+
+
+def matmul_rate(size: int = 2048, rounds: int = 7) -> float:
+    """FLOP/s of float32 matmuls of square matrices on this machine, with torch's current number of threads: the best of some."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = min(_seconds(lambda: a @ b) for _ in range(rounds))
+    return 2 * size**3 / best
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """Write results/NAME.json, with the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
+    say(name, f"results in {path.relative_to(ROOT)}")
+    return path
+
+
+def say(name: str, line: str) -> None:
+    """A line of progress."""
+    print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,399 @@
+"""`python -m benchmarks.scaling`: one global batch on 1, 2, 4 and 8 ranks, its traffic against the least that FSDP and EP can send.
+
+Real gloo ranks train one small model with the engine's trainer, in float32. In the second step each counts the bytes that every collective
+brings it from other ranks, and the storages alive. Writes docs/scaling.md and benchmarks/results/scaling.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+from benchmarks.measure import ROOT, machine, say, write_result
+from benchmarks.synthetic_checkpoint import described, write_synthetic
+from canvastune.checkpoints import Checkpoints
+from canvastune.config import RunConfig, parse_config
+from canvastune.data.batches import PreparedData
+from canvastune.model.checkpoint_files import CheckpointReader
+from canvastune.model.load import build_model, load_weights, read_model_config
+from canvastune.noise import self_conditioning_coin
+from canvastune.parallel import build_meshes, local_tensor, shard_model
+from canvastune.plan import work
+from canvastune.plan.memory import FLOAT, Step, moments, peak
+from canvastune.plan.sizes import Architecture, Weight, read_architecture
+from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, LAYERS_GATHER, REDUCE, ROOT_GATHER
+from canvastune.planner import SHIPPED
+from canvastune.trainer import Trainer
+from tests.live_bytes import LiveBytes
+from tests.ranks import run_ranks
+
+PAGE = ROOT / "docs" / "scaling.md"
+MODEL = {"layers": 8, "hidden": 256, "experts": 16, "vocabulary": 2048, "canvas": 32}
+BATCH, PREFIX, CLEAN = 8, 32, 96  # examples; tokens of each, of which two canvases are the response
+SEED = 7  # by which four of the counted step's eight examples are denoised twice
+DEGREES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 8)}  # of expert parallelism, by ranks
+METHODS = ("full", "lora")
+RELEASED = ((8, 1), (8, 8), (16, 8), (64, 8))  # ranks and ep of the released model's table
+SMALL = "counts, losses, norm"
+KINDS = (LAYERS_GATHER, ROOT_GATHER, REDUCE, EXPERTS_GATHER, EXPERTS_REDUCE, EXCHANGE, SMALL)
+BOUND, EQUAL, PLANNED = 1.1, 1e-6, 0.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of one training method."""
+
+    method: str
+    ranks: int
+    ep: int
+
+    def step(self, self_conditioning: float) -> Step:
+        """One rank's share of the global batch, in one forward."""
+        share, canvas = BATCH // self.ranks, MODEL["canvas"]
+        return Step(self.ranks, self.ep, share, 1, CLEAN, canvas, checkpointing=True, self_conditioning=self_conditioning)
+
+    def config(self, self_conditioning: float) -> RunConfig:
+        train = {"method": self.method, "steps": 2, "global_batch_size": BATCH, "precision": "float32", "activation_checkpointing": True}
+        tree = {"name": "scaling", "seed": SEED, "data": {"source": "none"}, "train": train, "parallel": {"ep": self.ep}}
+        return parse_config(tree | {"objective": {"self_conditioning_probability": self_conditioning}})
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.ranks} / {self.ep}"
+
+
+CASES = [Case(method, ranks, ep) for ranks, degrees in DEGREES.items() for method in METHODS for ep in degrees]
+
+
+def lower_bound(architecture: Architecture, step: Step, pass_1: float) -> dict[str, float]:
+    """Bytes that a rank must receive in an optimiser step, on average over the ranks, by collective; docs/scaling.md derives it.
+
+    Args:
+        pass_1: how often the layers are used for self-conditioning in a micro-batch: 1 if any example of it is denoised twice.
+    """
+    apart = step.ep > 1
+    spread = [weight for weight in architecture.weights if apart and weight.expert]
+    shared = [weight for weight in architecture.weights if not (apart and weight.expert)]
+    c, forwards = architecture.compute_bytes, step.micro_steps
+    all_ranks, some_ranks = 1 - 1 / step.world_size, (1 - 1 / step.efsdp) / step.ep
+
+    def uses(weights: list[Weight]) -> float:
+        """Elements gathered: every layer once a pass, but the last one's at hand where the backward pass begins."""
+        layers = [sum(weight.numel for weight in weights if weight.layer == index) for index in range(len(architecture.layers))]
+        return (2 + pass_1) * sum(layers) - layers[-1]
+
+    rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
+    crossings = 2 * (2 + step.checkpointing + step.self_conditioning)  # there and back: forward, backward, recomputed, pass 1
+    return {
+        LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
+        ROOT_GATHER: forwards * c * all_ranks * sum(weight.numel for weight in shared if weight.layer is None),
+        REDUCE: forwards * FLOAT * all_ranks * sum(weight.numel for weight in shared if weight.trained),
+        EXPERTS_GATHER: forwards * c * some_ranks * uses(spread),
+        EXPERTS_REDUCE: forwards * FLOAT * some_ranks * sum(weight.numel for weight in spread if weight.trained),
+        EXCHANGE: forwards * c * (1 - 1 / step.ep) * crossings * rows * architecture.hidden,
+    }
+
+
+def remote_ranks(experts: int, experts_per_token: int, ep: int) -> float:
+    """Other ranks among those of a token's K experts, expected for K experts drawn evenly: rows it would send if each went once a rank."""
+    return (ep - 1) * (1 - math.comb(experts - experts // ep, experts_per_token) / math.comb(experts, experts_per_token))
+
+
+class Traffic(LiveBytes):
+    """What is alive, and what each collective brings from other ranks; a collective that it does not know is an error."""
+
+    def __init__(self, held: list[torch.Tensor]) -> None:
+        super().__init__(held)
+        self.received_by_kind: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        self.gathers: Counter[str] = Counter()  # of FSDP groups, by their first parameter
+        self.needed = 0  # rows that have to cross to or from other ranks' experts
+        self._kind = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace == "c10d":
+            kind, count = self._brought(func.__name__.split(".")[0], args)
+            self.received_by_kind[kind] += count
+        return out
+
+    def watch_routing(self, experts: Any, has_coin: bool) -> None:
+        """Count at a layer's router the rows that need another rank's experts: there and back, and the gradients in a forward pass."""
+        group: dist.ProcessGroup = experts.ep_group
+
+        def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            away = int((inputs[1] // (experts.num_experts // group.size()) != group.rank()).sum())
+            in_backward = torch._C._current_graph_task_id() >= 0  # recomputed
+            self.needed += away * (2 if in_backward else 4 if torch.is_grad_enabled() else 2 * has_coin)
+
+        experts.register_forward_pre_hook(before)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count until the end of the block, with the parts of the model told apart."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self.resized(storage)
+
+        gathers, reductions = (EXPERTS_GATHER, LAYERS_GATHER, ROOT_GATHER), (EXPERTS_REDUCE, REDUCE, REDUCE)
+        with (
+            mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+            mock.patch.object(fsdp, "foreach_all_gather", self._told(fsdp.foreach_all_gather, gathers)),
+            mock.patch.object(fsdp, "foreach_reduce", self._told(fsdp.foreach_reduce, reductions)),
+            self,
+        ):
+            yield
+
+    def _told(self, function: Callable[..., Any], kinds: tuple[str, str, str]) -> Callable[..., Any]:
+        def told(parameters: list[Any], *args: Any, **kwargs: Any) -> Any:
+            names = [parameter._param_fqn for parameter in parameters]
+            part = 0 if all(".experts." in name for name in names) else 1 if ".layers." in names[0] else 2
+            self._kind = kinds[part]
+            if "gather" in self._kind:
+                self.gathers[names[0]] += 1
+            return function(parameters, *args, **kwargs)
+
+        return told
+
+    def _brought(self, operation: str, args: tuple) -> tuple[str, float]:
+        """The kind of a collective, and the bytes that it brings by definition, whatever its algorithm."""
+        if operation == "allreduce_":
+            return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * (1 - 1 / dist.ProcessGroup.unbox(args[1]).size())
+        output, given = args[:2]
+        group = dist.ProcessGroup.unbox(args[2])
+        if operation in ("_allgather_base_", "_reduce_scatter_base_"):
+            return self._kind, abs(output.nbytes - given.nbytes)
+        if operation == "alltoall_base_":
+            whole = args[3] or [len(output) // group.size()] * group.size()
+            others = sum(whole) - whole[group.rank()]
+            return EXCHANGE if output.is_floating_point() else SMALL, others * output[:1].nbytes if len(output) else 0
+        raise NotImplementedError(f"{operation}: a collective that the benchmark cannot count")
+
+
+def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning: float) -> None:
+    """Two optimiser steps of every case on this rank, the second one counted; results go to `folder`."""
+    for case in cases:
+        started = time.monotonic()
+        config, described_model = case.config(self_conditioning), read_model_config(ground / "model")
+        model = build_model(config, described_model)
+        shard_model(model, build_meshes(case.ranks, case.ep, "cpu"), config)
+        load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
+        data = PreparedData(ground / "data", canvas_length=MODEL["canvas"], vocab_size=MODEL["vocabulary"], eos_token_id=1, seed=SEED)
+        trainer = Trainer(config, model, data, Checkpoints(folder / "none", config, ""), None, None)
+        records = [trainer.train_step()]
+        states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
+        traffic = Traffic([local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)])
+        own = range(BATCH + dist.get_rank() * BATCH // case.ranks, BATCH + (dist.get_rank() + 1) * BATCH // case.ranks)
+        has_coin = any(self_conditioning_coin(SEED, position, self_conditioning) for position in own)
+        for layer in model.model.decoder.layers if case.ep > 1 else ():
+            traffic.watch_routing(layer.experts, has_coin)
+        with traffic.watching():
+            records.append(trainer.train_step())
+        result = {name: getattr(traffic, name) for name in ("received_by_kind", "gathers", "needed", "peak", "held")} | {
+            "has_coin": has_coin,
+            "losses": [record["loss"] for record in records],
+            "norms": [record["grad_norm"] for record in records],
+        }
+        (folder / f"{case}-{dist.get_rank()}.json".replace(" / ", "-")).write_text(json.dumps(result), encoding="utf-8")
+        if dist.get_rank() == 0:
+            say("scaling", f"{case}: {time.monotonic() - started:.1f} s")
+
+
+def make_ground(folder: Path) -> Path:
+    """A checkpoint and a prepared data set of one global batch, all examples of one length."""
+    write_synthetic(folder / "model", described(**MODEL))
+    tokens = torch.randint(5, MODEL["vocabulary"], (BATCH, CLEAN), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "prefix_length": PREFIX, "complete": True, "id": str(index)} for index, row in enumerate(tokens)]
+    for part in ("train", "validation"):
+        Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
+    return folder
+
+
+def collect(folder: Path, case: Case, architecture: Architecture, self_conditioning: float) -> dict[str, Any]:
+    """A case's row: its ranks' counts together, beside the plan and the bound."""
+    found = [json.loads((folder / f"{case}-{rank}.json".replace(" / ", "-")).read_text(encoding="utf-8")) for rank in range(case.ranks)]
+    step = case.step(self_conditioning)
+    totals = [sum(rank["received_by_kind"].values()) for rank in found]
+    bound = lower_bound(architecture, step, pass_1=float(self_conditioning > 0))
+    rows = sum(rank["needed"] for rank in found) / case.ranks
+    bound[EXCHANGE] = rows * architecture.hidden * architecture.compute_bytes  # of the experts that the router chose
+    peaks, planned = [rank["peak"] for rank in found], sum(peak(moments(architecture, step))[1].values())
+    return {
+        "case": dataclasses.asdict(case),
+        "received": {kind: sum(rank["received_by_kind"][kind] for rank in found) / case.ranks for kind in KINDS},
+        "received_mean": sum(totals) / case.ranks,
+        "received_most": max(totals),
+        "planned": work.count_bytes(architecture, step),
+        "bound": bound,
+        "ratio": sum(totals) / case.ranks / sum(bound.values()) if case.ranks > 1 else 1.0,
+        "idle_ranks": sum(not rank["has_coin"] for rank in found),
+        "peak_bytes": sum(peaks) / case.ranks,
+        "peak_bytes_most": max(peaks),
+        "planned_peak_bytes": planned,
+        "off_plan": abs(sum(peaks) / case.ranks / planned - 1),
+        "held_bytes": found[0]["held"],  # parameters and moments
+        **{name: found[0][name] for name in ("gathers", "losses", "norms")},
+    }
+
+
+def released() -> list[dict[str, Any]]:
+    """The released model's steps by the same formulas: bfloat16, one example of 1,024 tokens a rank, half of them denoised twice."""
+    rows = []
+    for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
+        tree = {"name": "released", "data": {"source": "none"}, "train": {"method": method, "precision": "bfloat16"}}
+        architecture = read_architecture(parse_config(tree), SHIPPED)
+        step = Step(ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5)
+        planned, bound = work.count_bytes(architecture, step), lower_bound(architecture, step, work.any_pass_1(step))
+        most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank
+        once = remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most if most else 0.0
+        rows.append({"case": dataclasses.asdict(Case(method, ranks, ep)), "planned": planned, "bound": bound, "once_per_rank": once})
+    return rows
+
+
+def main() -> int:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}  # ranks that spin while they wait starve each other
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        ground = make_ground(Path(scratch) / "ground")
+        for ranks in DEGREES:
+            cases = [case for case in CASES if case.ranks == ranks]
+            run_ranks(rank_steps, ranks, Path(scratch), ground, cases, 0.5)
+            rows += [collect(Path(scratch), case, read_architecture(case.config(0.5), ground / "model"), 0.5) for case in cases]
+    alone = {row["case"]["method"]: row for row in rows if row["case"]["ranks"] == 1}
+    for row in rows:
+        for name in ("losses", "norms"):
+            pairs = zip(row[name], alone[row["case"]["method"]][name], strict=True)
+            row[f"{name}_difference"] = max(abs(found / expected - 1) for found, expected in pairs)
+        say("scaling", f"{Case(**row['case'])}: {row['ratio']:.3f} x the bound, loss off by {row['losses_difference']:.0e}")
+    of_released = released()
+    write_result("scaling", {"model": MODEL, "seed": SEED, "cases": rows, "released": of_released})
+    PAGE.write_text(page(rows, of_released), encoding="utf-8")
+    say("scaling", f"{PAGE.relative_to(ROOT)} written, {time.monotonic() - started:.0f} s")
+    return int(not all(row["ratio"] <= BOUND and row["losses_difference"] <= EQUAL and row["off_plan"] <= PLANNED for row in rows))
+
+
+def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]]) -> str:
+    """docs/scaling.md."""
+    several, m, here = [row for row in rows if row["case"]["ranks"] > 1], MODEL, machine()
+    over = [f"{Case(**row['case'])} ({row['ratio']:.3f})" for row in several if row["ratio"] > BOUND]
+    verdict = f"above {BOUND} in {'; '.join(over)}, for the reasons below" if over else f"within {BOUND} everywhere"
+    wide, loss, memory = several[-1], max(row["losses_difference"] for row in rows), max(row["off_plan"] for row in rows)
+    first, last = (sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name) for i in (0, m["layers"] - 1))
+    idle = (wide["received"][EXCHANGE] - wide["bound"][EXCHANGE]) / 1e6
+    return f"""# What the ranks send each other, and what each holds
+
+One global batch of {BATCH} examples on 1, 2, 4 and 8 ranks: real processes, the engine's trainer with FSDP2 and expert parallelism (EP),
+gloo, float32. What a rank receives is at most {max(row["ratio"] for row in several):.3f} times the least that this page derives:
+{verdict}. The loss is a single rank's to {loss:.0e}, and a rank's memory is within {memory:.0%} of the plan.
+`python -m benchmarks.scaling` makes this page again ({here["cores"]} cores, {here["device"]}, torch {here["torch"]}, {here["date"]}).
+
+**How it was measured.** {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8, vocabulary {m["vocabulary"]};
+{CLEAN} clean tokens and a canvas of {m["canvas"]} an example, half of them denoised twice; checkpointed. In the second step, every
+collective that reaches c10d is counted by what it brings a rank from *other* ranks by definition (an all-reduce as a ring's): the mean over
+the ranks, MB of 1e6 bytes. *Plan* is `canvastune plan`'s count, expected over the coins of self-conditioning, experts evenly loaded.
+Nothing here is about time, overlap, or what a backend moves and holds besides.
+
+## The least that FSDP and EP can send
+
+For this schedule of W ranks, of which P share a layer's experts, D = W / P; L layers, n_l elements in layer l; c bytes an element in the
+compute dtype, float32 gradients:
+
+1. Weights, gradients and moments are sharded evenly over all ranks. To use N elements, a rank has to receive c N (W - 1) / W.
+2. A rank keeps the root's gathered weights (embedding, last norm, self-conditioning block) through the step, and **one** layer's at a
+   time. So each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is denoised twice),
+   forward, and backward with recomputation. Where the backward pass begins, layer L is at hand: one gather less.
+   **Layers: c (W - 1) / W ((2 + pass 1) sum n_l - n_L)**; the root, of n elements: c n (W - 1) / W.
+3. Each trained weight's gradient is summed over the ranks and stays sharded. W - 1 others contribute to each of a rank's N / W elements;
+   sent straight or summed on their way around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
+4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
+5. Each of a token's K experts gets its row of H elements and gives one back, so a row whose expert is elsewhere crosses twice: forward,
+   backward (the gradients), in recomputation (the router's gradient needs what came back) and in pass 1 for the examples denoised twice.
+   **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share denoised twice)** for T tokens and evenly loaded experts.
+
+Tables 1 and 2 take the experts that the router chose. Padding, counts, losses and norms are left out. It binds no other schedule: who
+holds more layers gathers less, and who sends a token once to a *rank*, not once to each expert there, sends less (last table).
+
+| method, ranks / EP | received, MB | plan | bound | ratio | busiest rank | loss off by | gradient norm off by |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(map(_total, rows))}
+
+By collective, received / bound, MB:
+
+| method, ranks / EP | {" | ".join(KINDS)} |
+|---|{"---|" * len(KINDS)}
+{chr(10).join(map(_by_kind, several))}
+
+## What our step sends beyond it
+
+- **The last layer is gathered {last} times, the others {first}; the bound has {first - 1} for it.** It is given up after the forward pass
+  although the backward pass begins with it. If it is gathered once more than the others, that is for nothing: at layer 1, FSDP prefetches
+  what ran before it, which was pass 1's last layer. Not resharding the last layer after a forward pass, and no prefetch at layer 1, remove
+  both, for one gathered layer more in memory. The share is 1 / L: L is 30 in the released model.
+- **A rank without a coin runs pass 1 for nothing**, on an example, since its collectives have to match the others': {idle:.1f} MB a rank in
+  {Case(**wide["case"])}, where {wide["idle_ranks"]} of {wide["case"]["ranks"]} ranks have no coin. One token would match as well.
+- In the bound, but not needed: with checkpointing the rows cross once more. Keeping what came back, c L K H bytes a token, would save it.
+
+## Memory of a rank
+
+Live tensors at the step's highest moment, mean and most over the ranks, as experts' loads differ; *held*: parameters and AdamW's moments.
+
+| method, ranks / EP | held, MB | of one rank's | peak, MB | highest rank | plan | peak / plan |
+|---|---|---|---|---|---|---|
+{chr(10).join(_memory(row, rows) for row in rows)}
+
+## The released model, by the same formulas
+
+GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them denoised twice. *Once a rank*:
+the rows' bound if a token went once to each rank that has experts of its choice, drawn evenly, and came back summed.
+
+| method, ranks / EP | plan | bound | ratio | rows: plan | bound | once a rank |
+|---|---|---|---|---|---|---|
+{chr(10).join(map(_released, of_released))}
+"""
+
+
+def _total(row: dict[str, Any]) -> str:
+    sizes = (row["received_mean"], sum(row["planned"].values()), sum(row["bound"].values()))
+    cells = " | ".join(f"{size / 1e6:.2f}" for size in sizes) + f" | {row['ratio']:.3f} | {row['received_most'] / 1e6:.2f}"
+    return f"| {Case(**row['case'])} | {cells} | {row['losses_difference']:.0e} | {row['norms_difference']:.0e} |"
+
+
+def _by_kind(row: dict[str, Any]) -> str:
+    pairs = [(row["received"][kind] / 1e6, row["bound"].get(kind, 0) / 1e6) for kind in KINDS]
+    return f"| {Case(**row['case'])} | {' | '.join(f'{found:.2f} / {bound:.2f}' if found else '-' for found, bound in pairs)} |"
+
+
+def _memory(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    one = next(other for other in rows if other["case"] == dataclasses.asdict(Case(row["case"]["method"], 1, 1)))
+    peaks = " | ".join(f"{row[name] / 1e6:.1f}" for name in ("peak_bytes", "peak_bytes_most", "planned_peak_bytes"))
+    share = f"{row['held_bytes'] / 1e6:.1f} | {row['held_bytes'] / one['held_bytes']:.3f}"
+    return f"| {Case(**row['case'])} | {share} | {peaks} | {row['peak_bytes'] / row['planned_peak_bytes']:.3f} |"
+
+
+def _released(row: dict[str, Any]) -> str:
+    planned, bound = sum(row["planned"].values()), sum(row["bound"].values())
+    rows = [row["planned"][EXCHANGE], row["bound"][EXCHANGE], row["bound"][EXCHANGE] * row["once_per_rank"]]
+    cells = " | ".join(f"{size / 1e9:.2f}" if size else "-" for size in rows)
+    return f"| {Case(**row['case'])} | {planned / 1e9:.2f} | {bound / 1e9:.2f} | {planned / bound:.3f} | {cells} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

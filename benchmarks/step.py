@@ -1,0 +1,239 @@
+"""`python -m benchmarks.step [SHAPE ...]`: our step beside the plain one, on the same weights, batch and draws.
+
+Per shape: median seconds, memory above weights and gradients, FLOPs that ran and FLOPs that the loss needs, and how far loss and
+gradients are apart. One process, two threads, float32. Writes benchmarks/results/step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+from benchmarks.measure import alternate, extra_memory, matmul_rate, say, write_result
+from benchmarks.plain_step import PlainBatch, plain_loss
+from benchmarks.planner import Flops
+from benchmarks.synthetic_checkpoint import described
+from canvastune.config import parse_config
+from canvastune.data.batches import Example, pack
+from canvastune.model.checkpoint_files import CheckpointReader
+from canvastune.model.load import build_model, load_weights
+from canvastune.model.shared import SharedModel
+from canvastune.noise import Draws, training_draws
+from canvastune.objective import losses
+from canvastune.plan.memory import Step
+from canvastune.plan.sizes import read_architecture
+from canvastune.plan.work import count_flops
+
+THREADS = 2
+GOALS = {"all blocks": (3.0, 4.0), "chosen block": (1.7, 3.0)}  # times faster, times less memory
+EXACT, EFFICIENT = 1e-5, 0.45
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a batch: per example, tokens of the prefix and of the response."""
+
+    about: str
+    model: dict[str, int]
+    examples: tuple[tuple[int, int], ...]
+    rounds: int = 5
+
+    def config(self) -> DiffusionGemmaConfig:
+        config = described(**self.model)
+        config.dtype = torch.float32
+        return config
+
+
+_BASE = {"layers": 6, "hidden": 256, "experts": 16, "vocabulary": 32768, "canvas": 64}
+SHAPES = {
+    "short": Shape("short answers: one block each", _BASE, ((192, 64),) * 4),
+    "long": Shape("a long answer: eight blocks", _BASE, ((512, 512),)),
+    "longest": Shape("a longer one: S 2,048, sixteen blocks", _BASE, ((1024, 1024),), rounds=3),
+    "vocabulary": Shape("the released model's vocabulary", _BASE | {"vocabulary": 262144}, ((192, 64),) * 2, rounds=3),
+    "experts": Shape("128 experts", _BASE | {"experts": 128}, ((256, 256),) * 2),
+    "ragged": Shape("lengths from 64 to 1,024", _BASE, ((48, 16), (64, 64), (96, 100), (160, 96), (300, 84), (600, 424))),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}")
+    parser.add_argument("--checkpointing", action="store_true", help="our step with activation checkpointing")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.shapes) - set(SHAPES):
+        parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
+    torch.set_num_threads(THREADS)
+    rate = matmul_rate()
+    say("step", f"float32 matmul: {rate / 1e9:.0f} GFLOP/s")
+    rows = {}
+    for name in chosen.shapes or SHAPES:
+        rows[name] = measure(SHAPES[name], rate, chosen.checkpointing)
+        say("step", f"{name}: {described_row(rows[name])}")
+    summary = {
+        variant: {quantity: _geometric([row[variant][quantity] for row in rows.values()]) for quantity in ("faster", "leaner")}
+        for variant in GOALS
+    }
+    for variant, (faster, leaner) in GOALS.items():
+        found = summary[variant]
+        say("step", f"{variant}: {found['faster']:.2f}x faster (goal {faster}), {found['leaner']:.2f}x leaner (goal {leaner})")
+    if not chosen.shapes and not chosen.checkpointing:
+        write_result("step", {"matmul_flops_per_second": rate, "shapes": rows, "geometric_mean": summary})
+    met = all(summary[variant]["faster"] >= goal[0] and summary[variant]["leaner"] >= goal[1] for variant, goal in GOALS.items())
+    exact = all(row["gradient_difference"] < EXACT for row in rows.values())
+    return int(not (met and exact and all(row["efficiency"] >= EFFICIENT for row in rows.values())))
+
+
+def measure(shape: Shape, rate: float, checkpointing: bool) -> dict[str, Any]:
+    """All figures of a shape."""
+    model_config = shape.config()
+    config = parse_config(
+        {"name": "bench", "data": {"source": "none"}, "train": {"method": "full", "precision": "float32"}, "parallel": {"ep": 1}}
+    )
+    torch.manual_seed(0)
+    stock = DiffusionGemmaForBlockDiffusion(model_config)
+    with torch.no_grad():
+        for layer in stock.model.decoder.layers:
+            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)  # attention has scale 1: else it is ill-conditioned
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        stock.save_pretrained(folder)
+        model_config.save_pretrained(folder)
+        ours = build_model(config, model_config)
+        load_weights(ours, CheckpointReader(folder), torch.device("cpu"), config.seed)
+        architecture = read_architecture(config, folder)
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_("vision" not in name and "router" not in name)
+
+    examples, draws = made_examples(shape)
+    window = model_config.text_config.sliding_window
+    plain = {
+        "all blocks": PlainBatch.of(examples, draws, window, all_blocks=True),
+        "chosen block": PlainBatch.of(examples, draws, window, all_blocks=False),
+    }
+    sides: dict[str, Callable[[], torch.Tensor]] = {"ours": lambda: our_step(ours, examples, draws, checkpointing)}
+    sides |= {name: (lambda batch=batch: plain_step(stock, batch)) for name, batch in plain.items()}  # type: ignore[misc]
+
+    loss = {name: float(run()) for name, run in sides.items() if name != "all blocks"}
+    difference = gradient_difference(ours, stock)
+    for model in (ours, stock):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    memory = {name: extra_memory(run) for name, run in sides.items()}
+    seconds = alternate(sides, shape.rounds)
+    with Flops() as counter:
+        sides["ours"]()
+    needed = needed_flops(architecture, examples, draws)
+    result: dict[str, Any] = {
+        "about": shape.about,
+        "model": shape.model,
+        "examples": shape.examples,
+        "coins": [draw.self_condition for draw in draws],
+        "tokens": sum(len(example.tokens) for example in examples),
+        "seconds": seconds,
+        "extra_memory_bytes": memory,
+        "flops_ran": counter.total,
+        "flops_needed": needed,
+        "efficiency": needed / seconds["ours"] / rate,
+        "plain_efficiency": needed / seconds["chosen block"] / rate,
+        "loss_difference": abs(loss["ours"] / loss["chosen block"] - 1),
+        "gradient_difference": difference,
+    }
+    for name in GOALS:
+        result[name] = {"faster": seconds[name] / seconds["ours"], "leaner": memory[name] / memory["ours"]}
+    return result
+
+
+def our_step(model: SharedModel, examples: list[Example], draws: list[Draws], checkpointing: bool) -> torch.Tensor:
+    """Forward and backward of a batch as the trainer does it, packing included."""
+    batch = pack(examples, draws)
+    weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
+    loss, _, _ = losses(model, batch, weights, any_coin=any(batch.coins), checkpointing=checkpointing)
+    loss.backward()
+    return loss.detach()
+
+
+def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> torch.Tensor:
+    """Forward and backward of the plain step."""
+    loss = plain_loss(model, batch)
+    loss.backward()
+    return loss.detach()
+
+
+def gradient_difference(ours: SharedModel, stock: DiffusionGemmaForBlockDiffusion) -> float:
+    """|ours - plain| / |plain| over the gradients of all weights together."""
+    expected = {name.replace("model.encoder.language_model.", "model.decoder."): p.grad for name, p in stock.named_parameters()}
+    off = total = 0.0
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None:
+            plain = expected[name]
+            assert plain is not None, f"the plain step gives {name} no gradient"
+            off += float((parameter.grad - plain).square().sum(dtype=torch.float64))
+            total += float(plain.square().sum(dtype=torch.float64))
+    return math.sqrt(off / total)
+
+
+def made_examples(shape: Shape) -> tuple[list[Example], list[Draws]]:
+    """Random tokens; every second example is denoised twice, beginning with the first; the block in the middle is chosen."""
+    generator = torch.Generator().manual_seed(3)
+    canvas, vocabulary = shape.model["canvas"], shape.model["vocabulary"]
+    examples, draws = [], []
+    for position, (prefix, response) in enumerate(shape.examples):
+        tokens = torch.randint(5, vocabulary, (prefix + response,), generator=generator)
+        tokens = torch.cat([tokens, tokens.new_full((-response % canvas,), 1)])
+        example = Example(tokens, prefix, canvas, str(position))
+        draw = training_draws(
+            5,
+            position,
+            blocks=example.blocks,
+            canvas_length=canvas,
+            vocab_size=vocabulary,
+            min_corruption=0.001,
+            self_conditioning_probability=0.5,
+        )
+        examples.append(example)
+        draws.append(dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0))
+    return examples, draws
+
+
+def needed_flops(architecture: Any, examples: list[Example], draws: list[Draws]) -> float:
+    """FLOPs that the batch's loss and gradients need: scored rows and real tokens, nothing computed twice."""
+    total = 0.0
+    for example, draw in zip(examples, draws, strict=True):
+        step = Step(
+            world_size=1,
+            ep=1,
+            micro_batch=1,
+            micro_steps=1,
+            clean=len(example.tokens),
+            canvas=min(example.canvas_length, len(example.tokens) - example.prefix_length - draw.block * example.canvas_length),
+            checkpointing=False,
+            self_conditioning=float(draw.self_condition),
+        )
+        total += count_flops(architecture, step).model
+    return total
+
+
+def described_row(row: dict[str, Any]) -> str:
+    ratios = ", ".join(f"{name} {row[name]['faster']:.2f}x slower and {row[name]['leaner']:.2f}x fatter" for name in GOALS)
+    return (
+        f"{row['seconds']['ours']:.2f} s, {row['extra_memory_bytes']['ours'] / 1e6:.0f} MB, efficiency {row['efficiency']:.0%} "
+        f"(plain {row['plain_efficiency']:.0%}); {ratios}; gradients differ by {row['gradient_difference']:.1e}"
+    )
+
+
+def _geometric(values: list[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
