@@ -27,8 +27,9 @@ def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor
     tokens, top_k = top_k_index.shape
     expert_of_row = top_k_index.flatten()
     order = torch.argsort(expert_of_row, stable=True)
+    back = _inverse(order)
     counts = torch.bincount(expert_of_row, minlength=module.num_experts)
-    rows = hidden[order // top_k]
+    rows = _Dispatched.apply(hidden, order, back, top_k)
     group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
     if group is not None and group.size() > 1:
         out = _apply_remote_experts(module, rows, counts, group)
@@ -36,9 +37,7 @@ def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor
         out = _apply_experts(module, rows, counts)
     out = out * top_k_weights.flatten()[order, None]
     # Back to token order, then a sum over each token's K rows: deterministic, unlike an indexed addition on CUDA.
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return out[back].view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+    return _Permuted.apply(out, back, order).view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
 def _apply_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -72,10 +71,44 @@ def _apply_remote_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor,
     # Rows arrive by sender and then by expert; the grouped matmul wants them by expert.
     expert = torch.arange(local, device=rows.device).repeat(ranks).repeat_interleave(received)
     order = torch.argsort(expert, stable=True)
-    out = _apply_experts(module, arrived[order], received.view(ranks, local).sum(0))
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return _AllToAll.apply(out[back], send, receive, group)
+    back = _inverse(order)
+    out = _apply_experts(module, _Permuted.apply(arrived, order, back), received.view(ranks, local).sum(0))
+    return _AllToAll.apply(_Permuted.apply(out, back, order), send, receive, group)
+
+
+def _inverse(permutation: torch.Tensor) -> torch.Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return inverse
+
+
+class _Dispatched(torch.autograd.Function):
+    """Each token's row K times, in the order of the experts; its gradient is the sum of the K rows, in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.top_k = top_k
+        return hidden[order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradient[back].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order; its gradient is the rows put back, where autograd's own way adds them to zeros one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradient[back], None, None
 
 
 class _AllToAll(torch.autograd.Function):
