@@ -201,7 +201,8 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
         records = [trainer.train_step()]
         states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
         traffic = Traffic([local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)])
-        own = range(BATCH + dist.get_rank() * BATCH // case.ranks, BATCH + (dist.get_rank() + 1) * BATCH // case.ranks)
+        shares = data.share_out(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks, self_conditioning)
+        own = [position for forward in shares for position in forward[dist.get_rank()]]
         has_coin = any(self_conditioning_coin(SEED, position, self_conditioning) for position in own)
         for layer in model.model.decoder.layers if case.ep > 1 else ():
             traffic.watch_routing(layer.experts, has_coin)
@@ -343,12 +344,10 @@ By collective, received / bound, MB:
 
 ## What our step sends beyond it
 
-- **The last layer is gathered {last} times, the others {first}; the bound has {first - 1} for it.** It is given up after the forward pass
-  although the backward pass begins with it. If it is gathered once more than the others, that is for nothing: at layer 1, FSDP prefetches
-  what ran before it, which was pass 1's last layer. Not resharding the last layer after a forward pass, and no prefetch at layer 1, remove
-  both, for one gathered layer more in memory. The share is 1 / L: L is 30 in the released model.
-- **A rank without a coin runs pass 1 for nothing**, on an example, since its collectives have to match the others': {idle:.1f} MB a rank in
-  {Case(**wide["case"])}, where {wide["idle_ranks"]} of {wide["case"]["ranks"]} ranks have no coin. One token would match as well.
+- **The last layer is gathered {last} times, the others {first}.** The bound, of a schedule that holds one layer at a time, has
+  {first - 1} for it: ours keeps it from its first use to its backward pass, so ratios below 1 are no error. At layer 1, FSDP would gather
+  what ran before it, pass 1's last layer, for nothing; it gathers nothing.
+- **A rank without a coin takes part in pass 1 with two tokens**: {idle:.2f} MB more than the bound in {Case(**wide["case"])}.
 - In the bound, but not needed: with checkpointing the rows cross once more. Keeping what came back, c L K H bytes a token, would save it.
 
 ## Memory of a rank
