@@ -103,7 +103,8 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
     source = write_lines(tmp_path / "gsm.jsonl", problems(4000))
     (tmp_path / "config.json").write_text(run_config(source).model_dump_json())
     code = (
-        "import sys, time; from pathlib import Path; from canvastune.data import prepare; from canvastune.config import RunConfig\n"
+        "import signal, sys, time; from pathlib import Path; from canvastune.data import prepare; from canvastune.config import RunConfig\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
         "prepare._BATCH_ROWS, prepare._ALONE = 8, 1\n"
         "prepare._place = lambda id: time.sleep(0.05) or 0.5\n"
         "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 2)\n"
@@ -115,6 +116,7 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
         while len(children := family.children()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         assert len(children) == 2, "no process was started"
+        time.sleep(1)  # Python loses a Ctrl-C that falls into a destructor or a callback: not while the second process is being made
         process.send_signal(how)
         said = process.communicate(timeout=30)[1]
     gone, alive = psutil.wait_procs(children, timeout=20)
