@@ -11,10 +11,8 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import DiffusionGemmaConfig
 
+from benchmarks.measure import say, write_result
 from benchmarks.synthetic_checkpoint import checkpoint_specs, described, synthetic_value
 from canvastune.checkpoints import Checkpoints
 from canvastune.config import RunConfig, parse_config
@@ -33,7 +32,6 @@ from canvastune.parallel import build_meshes, shard_model
 from canvastune.planner import SHIPPED, Plan, make_plan
 from canvastune.trainer import Trainer
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
 STEPS, ROWS = 20, 64
 _BLOCK = 2**20  # random values that are repeated to fill a tensor: billions of fresh ones would take minutes
 _SMALL_LAYERS = 6
@@ -84,12 +82,10 @@ def main() -> int:
             runs = {method: _run(method, Path(scratch) / method, options.small, options.seq_length) for method in ("lora", "full")}
         finally:
             dist.destroy_process_group()
-    device = torch.cuda.get_device_name() if cuda else platform.machine()
-    result = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "runs": runs}
+    result = {"cuda": torch.version.cuda, "runs": runs}
     print(json.dumps(result, indent=2))
     if cuda and not options.small:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result("gpu", result)
     return 0 if all(run["finite"] for run in runs.values()) else 1
 
 
@@ -106,7 +102,7 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
         }
     )
     model_config, plan = _largest(config, folder, small)
-    _say(f"{method}: {model_config.text_config.num_hidden_layers} layers, planned {plan.memory_bytes / 1e9:.2f} GB")
+    say("gpu", f"{method}: {model_config.text_config.num_hidden_layers} layers, planned {plan.memory_bytes / 1e9:.2f} GB")
     _make_data(folder / "data", config.data.seq_length, model_config.text_config.vocab_size)
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     if cuda:
@@ -120,7 +116,7 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
     records = []
     for _ in range(STEPS):
         records.append(trainer.train_step())
-        _say(f"{method}: step {len(records)}, loss {records[-1]['loss']:.3f}, {records[-1]['seconds']:.2f} s")
+        say("gpu", f"{method}: step {len(records)}, loss {records[-1]['loss']:.3f}, {records[-1]['seconds']:.2f} s")
     seconds = sorted(record["seconds"] for record in records[5:])[(STEPS - 5) // 2]
     measured = records[-1]["memory_bytes"]
     return {
@@ -170,10 +166,6 @@ def _make_data(folder: Path, length: int, vocabulary: int) -> None:
     ]
     for split in ("train", "validation"):
         Dataset.from_list(rows).save_to_disk(str(folder / split))
-
-
-def _say(line: str) -> None:
-    print(f"gpu: {time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 import torch
 import torch.distributed as dist
 import yaml
 from datasets import Dataset
 
+from benchmarks.measure import say, work_folder, write_result
 from benchmarks.resident import Peak, read_status, run_watched
 from benchmarks.synthetic_checkpoint import described_by_size, write_synthetic
 from canvastune.config import RunConfig, load_config
@@ -36,7 +34,6 @@ from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.parallel import build_meshes, local_tensor, shard_model
 from canvastune.planner import make_plan
 
-RESULT = Path(__file__).parent / "results" / "large_checkpoint.json"
 SEQ_LENGTH, RESPONSE = 128, 64
 MEMORY_GB = 24
 
@@ -53,34 +50,21 @@ def main() -> int:
     if options.worker:
         _worker(options.worker, options.work)
         return 0
-    work = Path(tempfile.mkdtemp(prefix="large-checkpoint-", dir=options.work))
-    try:
+    with work_folder("large-checkpoint", options.work, 3.2 * options.gb) as work:
         result = _measure(work, options.gb, options.ranks)
-    finally:
-        shutil.rmtree(work)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result("large_checkpoint", result)
     print(json.dumps(result, indent=2))
     return 0
 
 
 def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
-    free = shutil.disk_usage(work).free
-    if free < 3.2e9 * gigabytes:
-        raise SystemExit(f"{work}: {free / 1e9:.1f} GB free on the disk, {3.2 * gigabytes:.1f} are needed. Give --work on another disk")
-    _say("writing the checkpoint")
+    say("large_checkpoint", "writing the checkpoint")
     started = time.monotonic()
     total = write_synthetic(work / "base", described_by_size(gigabytes))
     recipe = _write_recipe(work, ranks)
     base = CheckpointReader(work / "base")
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in base.specs().items()}
     result: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
-        },
-        "torch": torch.__version__,
         "ranks": ranks,
         "checkpoint_bytes": total,
         "parameters": total // 2,
@@ -103,7 +87,7 @@ def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
 
 
 def _phase(what: str, command: list[str], work: Path, ranks: int) -> dict[str, Any]:
-    _say(what)
+    say("large_checkpoint", what)
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     code, peaks = run_watched(command, environment)
@@ -122,7 +106,7 @@ def _phase(what: str, command: list[str], work: Path, ranks: int) -> dict[str, A
         # What the call took beyond the interpreter and its libraries, against the claim.
         found |= {"ranks": reports, "over_start_bytes": max(p.anonymous for p in workers) - min(r["start_bytes"] for r in reports)}
         found["over_shard_bytes"] = found["over_start_bytes"] - max(report["shard_bytes"] for report in reports)
-    _say(f"{what}: {found['seconds']:.0f} s, {max(peak.anonymous for peak in workers) / 1e9:.2f} GB a process")
+    say("large_checkpoint", f"{what}: {found['seconds']:.0f} s, {max(peak.anonymous for peak in workers) / 1e9:.2f} GB a process")
     return found
 
 
@@ -194,10 +178,6 @@ def _write_recipe(work: Path, ranks: int) -> Path:
     recipe = work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return recipe
-
-
-def _say(line: str) -> None:
-    print(f"large checkpoint: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

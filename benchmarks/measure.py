@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -67,6 +71,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
         "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -74,6 +79,19 @@ def machine() -> dict[str, Any]:
         "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+@contextlib.contextmanager
+def work_folder(name: str, parent: Path | None, gigabytes: float) -> Iterator[Path]:
+    """A new folder below `parent` (None: where temporary files go) with so many GB free on its disk; gone afterwards."""
+    work = Path(tempfile.mkdtemp(prefix=f"benchmark-{name}-", dir=parent))
+    try:
+        free = shutil.disk_usage(work).free / 1e9
+        if free < gigabytes:
+            raise SystemExit(f"{work}: {free:.1f} GB free on the disk, {gigabytes:.1f} are needed. Give --work on another disk")
+        yield work
+    finally:
+        shutil.rmtree(work)
 
 
 def _cpuinfo() -> list[str]:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.measure import say, write_result
+from benchmarks.measure import say, work_folder, write_result
 from benchmarks.resident import read_status, run_watched
 from benchmarks.synthetic_checkpoint import SHARD_BYTES, described_by_size, write_synthetic
 from canvastune.config import RunConfig
@@ -45,20 +44,14 @@ def main() -> int:
     if options.phase:
         _run_phase(options.phase, options.work)
         return 0
-    work = Path(tempfile.mkdtemp(prefix="benchmark-merge-", dir=options.work))
-    try:
+    with work_folder("merge", options.work, 2.2 * options.gb) as work:
         result = _measure(work, options.gb, options.rounds)
-    finally:
-        shutil.rmtree(work)
     write_result("merge", result)
     print(json.dumps(result, indent=2))
     return 0
 
 
 def _measure(work: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
-    free = shutil.disk_usage(work).free
-    if free < 2.2e9 * gigabytes:
-        raise SystemExit(f"{work}: {free / 1e9:.1f} GB free on the disk, {2.2 * gigabytes:.1f} are needed. Give --work on another disk")
     say("merge", "writing the checkpoint and its adapter")
     total = write_synthetic(work / "base", described_by_size(gigabytes))
     base = CheckpointReader(work / "base")

@@ -60,15 +60,14 @@ Geometric means (goals: {goals}):
 - **The chosen block alone**, in one pass with the clean tokens; pass 1 for the examples with a coin alone.
 - **Logits in chunks**, gradients formed beside them, in place: soft-capped logits are bounded, so no maximum has to be found and taken off.
 - **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would make a [V, H]
-  tensor for each: 2 GiB a GPU less in the plan of full fine-tuning of the released model.
-- **Expert rows are put back by their permutation**, not added to zeros one by one: 5% of a short step, and deterministic on every device.
-- **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens: 8 ranks with 8-way
-  expert parallelism receive about a tenth less.
+  tensor for each.
+- **Expert rows are put back by their permutation**, not added to zeros one by one; deterministic on every device.
+- **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens.
 - **Ranks finish together**: a step's examples are dealt by their tokens and coins (below). The examples of a step, their noise and its
   gradient stay what they were.
 
-Not done: fused norms and activations, checkpointing that keeps some activations, reuse of the prefix's keys in pass 1 (by count at most
-10% of the layers' FLOPs at 512 clean tokens, 13% at 4,096, for one gather of each layer more), `torch.compile`, FlexAttention.
+Not done: fused norms and activations, checkpointing that keeps some activations, reuse of the prefix's keys in pass 1,
+`torch.compile`, FlexAttention.
 
 ## Data, merge, pipeline
 

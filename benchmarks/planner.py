@@ -8,9 +8,6 @@ Writes docs/planner.md and benchmarks/results/planner.json.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -23,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from benchmarks.measure import ROOT, say, write_result
 from benchmarks.synthetic_checkpoint import described
 from canvastune.config import parse_config
 from canvastune.plan import work
@@ -30,8 +28,7 @@ from canvastune.plan.memory import Step, moments, peak
 from canvastune.plan.sizes import read_architecture
 from tests.live_bytes import CPU_FORMULAS, measure
 
-ROOT = Path(__file__).parents[1]
-RESULT, PAGE = ROOT / "benchmarks" / "results" / "planner.json", ROOT / "docs" / "planner.md"
+PAGE = ROOT / "docs" / "planner.md"
 BOUND = 0.10
 QUANTITIES = ("memory", "flops", "bytes")
 MODELS = {
@@ -158,14 +155,12 @@ def main() -> int:
         found = compare(case)
         rows.append({"case": dataclasses.asdict(case), **found})
         ratios = ", ".join(f"{name} {ratio(values):.3f}" for name, values in found.items())
-        print(f"planner: {case}: {ratios} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine, "models": MODELS, "cases": rows}, indent=2) + "\n", encoding="utf-8")
+        say("planner", f"{case}: {ratios} ({time.monotonic() - started:.0f} s)")
+    write_result("planner", {"models": MODELS, "cases": rows})
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(rows), encoding="utf-8")
     worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
-    print(f"planner: the worst errors: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}", file=sys.stderr)
+    say("planner", f"the worst errors: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}")
     return int(max(worst.values()) > BOUND)
 
 

@@ -76,11 +76,6 @@ def _two_tokens(batch: PackedBatch) -> PackedBatch:
     return replace(batch, **one, **none, **lengths, self_condition=batch.self_condition[:1], coins=(False,), row_keys=None)
 
 
-def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """`cap * tanh(logits / cap)` in float32, shapes alike."""
-    return torch.tanh(logits.float() / cap) * cap
-
-
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum_r weight_r * CE(softcap(hidden_r . E^T), target_r), and each row's CE without gradient.
 
@@ -105,7 +100,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
         for rows in _chunks(hidden, table):
             part, target = hidden[rows], targets[rows, None]
-            tanh, terms, total = _softmax_terms(part, table, cap)
+            tanh, terms, total = softmax_terms(part, table, cap)
             at_target = tanh.gather(1, target)
             each[rows] = (total.log() - cap * at_target).squeeze(1)
             if need_hidden or need_table:
@@ -171,7 +166,7 @@ class _SoftEmbedding(torch.autograd.Function):
         return None, ctx.gradient.hand_over(), None, None
 
 
-def _softmax_terms(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def softmax_terms(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """hidden [r, H], table [V, H] -> tanh(logits / cap) [r, V], e^(cap * tanh) [r, V] and its sum [r, 1], in float32."""
     if cap > _LARGEST_CAP:
         raise ValueError(f"final_logit_softcapping is {cap}: expected at most {_LARGEST_CAP}, so that e^cap can be summed in float32")
@@ -182,7 +177,7 @@ def _softmax_terms(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> tup
 
 def _probabilities(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> torch.Tensor:
     """[r, V] in the table's dtype."""
-    _, terms, total = _softmax_terms(hidden, table, cap)
+    _, terms, total = softmax_terms(hidden, table, cap)
     return terms.div_(total).to(table.dtype)
 
 

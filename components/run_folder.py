@@ -54,6 +54,12 @@ def read_record(folder: Path) -> RunRecord | None:
     return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
+def run_id_of(folder: Path) -> str:
+    """What the jobs of a run are found by: its pipeline job."""
+    record = read_record(folder)
+    return record.job_id if record else folder.name
+
+
 def write_record(folder: Path, record: RunRecord) -> None:
     """Write `run.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from tests.object_merging import apply, merge
+
 NAMESPACE = "team-a"
 _KINDS = {  # by group and version
     "v1": ["Namespace", "ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "ServiceAccount", "Service"],
@@ -30,11 +32,6 @@ _KINDS = {  # by group and version
 _ALL = itertools.chain.from_iterable(_KINDS.values())
 _PLURALS = {kind: {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s") for kind in _ALL}
 _KIND_OF = {plural: kind for kind, plural in _PLURALS.items()}
-_ITEM_KEYS = {  # the lists that are merged item by item
-    **dict.fromkeys(("containers", "initContainers", "env", "volumes", "imagePullSecrets", "replicatedJobs"), ("name",)),
-    "volumeMounts": ("mountPath",),
-    "ports": ("containerPort", "port", "protocol"),
-}
 _FIXED = {"Deployment": "selector", "Job": "template", "Service": "clusterIP"}  # fields of the spec that never change
 _BEGAN = "2026-11-24T12:00:00Z"
 
@@ -186,7 +183,7 @@ class FakeApiServer(ThreadingHTTPServer):
         if verb == "apply":
             live = self._objects.get(target.key, {})
             before = self._applied.get((live.get("metadata", {}).get("uid", ""), manager), {})
-            made = self._store(target, _apply(live, before, body))
+            made = self._store(target, apply(live, before, body))
             self._applied[made["metadata"]["uid"], manager] = body
             return 200 if live else 201, made
         if verb == "create":
@@ -198,7 +195,7 @@ class FakeApiServer(ThreadingHTTPServer):
             del self._objects[target.key]
             self._happened("DELETED", live)
             return 200, {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-        return 200, self._store(target, body if verb == "update" else _merge(live, body, by_item="strategic" in content_type))
+        return 200, self._store(target, body if verb == "update" else merge(live, body, by_item="strategic" in content_type))
 
     def _store(self, target: _Target, body: Mapping[str, Any]) -> dict[str, Any]:
         """Take an object in, as the API server and the controllers behind it do; raises Refused where it may not be so."""
@@ -326,42 +323,6 @@ def _status(one: Mapping[str, Any], fails: bool) -> dict[str, Any]:
         return {"status": ready}
     phase = {"Pod": "Failed" if fails else "Succeeded", "PersistentVolumeClaim": "Bound"}.get(one["kind"])
     return {"status": {"phase": phase}} if phase else {}
-
-
-def _apply(live: Any, before: Any, now: Any, field: str = "") -> Any:
-    """Server-side apply: what is given now, and what others hold; not what the same manager alone gave before.
-
-    A null is no value: it clears nothing that the manager did not give before.
-    """
-    if (live or now) and all(isinstance(tree, Mapping | None) for tree in (live, before, now)):
-        a, b, c = live or {}, before or {}, now or {}
-        found = {key: _apply(a.get(key), b.get(key), c.get(key), key) for key in {**a, **c}}
-        kept = {key: value for key, value in found.items() if value is not None}
-        return kept if kept or now is not None or before is None else None
-    if field in _ITEM_KEYS and isinstance(live, list) and isinstance(now, list):
-        a, b, c = (_by_item(items, field) for items in (live, before or [], now))
-        return [_apply(a.get(key), b.get(key), c.get(key)) for key in {**a, **c} if key in c or key not in b]
-    return _merge({}, now) if now is not None else live if before is None else None
-
-
-def _merge(live: Any, patch: Any, *, by_item: bool = False) -> Any:
-    """Merge: maps are merged, a null removes, all else is replaced. Strategic merge merges lists item by item, and has directives."""
-    if not isinstance(patch, Mapping):
-        return patch
-    old = live if isinstance(live, Mapping) else {}
-    kept = {key: value for key, value in old.items() if key in patch.get("$retainKeys", old)}
-    for key, value in patch.items():
-        if by_item and key in _ITEM_KEYS and value is not None:
-            items = _by_item(kept.get(key, []), key)
-            items |= {name: _merge(items.get(name), change, by_item=True) for name, change in _by_item(value, key).items()}
-            kept[key] = [item for item in items.values() if "$patch" not in item]
-        elif not key.startswith("$") or key == "$patch":
-            kept[key] = _merge(kept.get(key), value, by_item=by_item)
-    return {key: value for key, value in kept.items() if value is not None}
-
-
-def _by_item(items: Any, field: str) -> dict[tuple[Any, ...], Any]:
-    return {tuple(item.get(key) for key in _ITEM_KEYS[field]): item for item in items}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from canvastune.data import encoding as encoding_module
 from canvastune.data import prepare as prepare_module
-from canvastune.data.conversation import ChatEncoder, Conversation, EncoderProcess
+from canvastune.data.conversation import ChatEncoder, Conversation
+from canvastune.data.encoding import EncoderProcess
 from canvastune.data.prepare import prepare_data
 from canvastune.errors import UserError
 from canvastune.outputs import fingerprint
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows for many batches, most of them for the processes."""
     monkeypatch.setattr(prepare_module, "_BATCH_ROWS", 8)
-    monkeypatch.setattr(prepare_module, "_ALONE", 1)
+    monkeypatch.setattr(encoding_module, "_ALONE", 1)
 
 
 def own_processes() -> list[psutil.Process]:
@@ -48,7 +50,7 @@ def own_processes() -> list[psutil.Process]:
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", ROWS)
     config = run_config(source, max_bad_rows=0.1, validation_rows=30)
-    encode, sent = prepare_module._Workers.encode, []
+    encode, sent = encoding_module.Workers.encode, []
 
     def counted(workers: Any, conversations: list[Conversation]) -> Future[Any]:
         sent.append(len(conversations))
@@ -56,7 +58,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, m
         answer.cancel = lambda: False  # type: ignore[method-assign]  # else what waits is done here as long as they come up
         return answer
 
-    monkeypatch.setattr(prepare_module._Workers, "encode", counted)
+    monkeypatch.setattr(encoding_module.Workers, "encode", counted)
     cards = [prepare_data(config, model, tmp_path / str(processes), processes) for processes in (1, 2)]
     assert sum(sent) > 350, "the processes did not do most of the work"
     for card in cards:
@@ -103,9 +105,10 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
     source = write_lines(tmp_path / "gsm.jsonl", problems(4000))
     (tmp_path / "config.json").write_text(run_config(source).model_dump_json())
     code = (
-        "import signal, sys, time; from pathlib import Path; from canvastune.data import prepare; from canvastune.config import RunConfig\n"
+        "import signal, sys, time; from pathlib import Path\n"
+        "from canvastune.config import RunConfig; from canvastune.data import encoding, prepare\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
-        "prepare._BATCH_ROWS, prepare._ALONE = 8, 1\n"
+        "prepare._BATCH_ROWS, encoding._ALONE = 8, 1\n"
         "prepare._place = lambda id: time.sleep(0.05) or 0.5\n"
         "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 2)\n"
     )

@@ -22,6 +22,7 @@ import yaml
 
 from canvastune import __version__
 from canvastune.tiny import write_problems
+from tests import images
 from tests.fake_cluster import FakeCluster
 from tests.test_pipeline import STEPS
 
@@ -35,23 +36,11 @@ workspace: {size: 2Gi}
 training: {gpuResource: "", cpu: 500m, memory: 3Gi, shm: 256Mi, env: {OMP_NUM_THREADS: "1"}, deadlineHours: 1, queueHours: 0.5, ttlHours: 1}
 """
 # pipelines/recipes/gsm8k_lora.yaml needs the Hub and eight GPUs: this stands in its place.
-RECIPE = """
-name: gsm8k-lora
-model: {id: /workspace/tiny}
-data: {source: /workspace/rows.jsonl, seq_length: 96, validation_fraction: 0.2, validation_rows: 4}
-train:
-  steps: 4
-  global_batch_size: 2
-  precision: float32
-  log_every: 2
-  validate_every: 4
-  validation_levels: [0.5]
-  checkpoint_every: 4
-lora: {rank: 4}
-parallel: {nproc_per_node: 2, ep: 2}
-evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, max_denoising_steps: 2}
-hardware: {accelerator: cpu, gpu_memory: 12}
-"""
+_TREE = yaml.safe_load(images.RECIPE) | {"name": "gsm8k-lora", "hardware": {"accelerator": "cpu", "gpu_memory": 12}}
+del _TREE["tracking"]
+_TREE["train"] |= {"steps": 4, "log_every": 2, "validate_every": 4, "checkpoint_every": 4}
+_TREE["evaluate"] |= {"max_new_tokens": 8}
+RECIPE = yaml.safe_dump(_TREE, sort_keys=False)
 DIFFERENCES = {  # all in which the reader here differs from one of the README on a cluster
     "my-values.yaml": "with SMALLER on top",
     "pipelines/recipes/gsm8k_lora.yaml": "RECIPE",

@@ -7,18 +7,13 @@ template's own rendering of the whole conversation, byte for byte, before a toke
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -35,10 +30,6 @@ _SENTINEL = "Zq7SentinelAnswer7qZ"  # stands for the answer when a template's ow
 # generation prompt alone, not in the rendering of a finished conversation: the one documented difference between them.
 _EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
 _as_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make an encoder for every row
-_SERVE = (  # in a process that finds the modules that this one finds
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from canvastune.data.conversation import serve_encoder; serve_encoder()"
-)
 
 
 class BadRow(ValueError):
@@ -326,58 +317,3 @@ def _first_difference(found: list[int], expected: list[int]) -> list[int]:
         if at >= len(expected) or token != expected[at]:
             return [token]
     return []
-
-
-class EncoderProcess:
-    """Another process with an encoder. It ends with this one, whatever ends it: its input is then at its end."""
-
-    def __init__(self) -> None:
-        # Not a fork (libraries have threads here), and not multiprocessing's spawn, which would run the main module again. A group of
-        # its own: Ctrl-C is for this process, which ends the others. Nothing is imported from the current folder.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,
-        )
-        self._requests, self._answers = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
-
-    def ask(self, request: bytes) -> Any:
-        """Send a pickled request and wait for its answer."""
-        try:
-            self._requests.write(request)
-            self._requests.flush()
-            return pickle.load(self._answers)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            code = self._process.wait()
-            why = "killed; perhaps the memory did not suffice" if code == -9 else f"exit code {code}"
-            raise UserError(
-                f"prepare_data: a process that tokenizes ended before its work was done ({why}). Start the step again"
-            ) from None
-
-    def end(self) -> None:
-        """End it, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._requests, self._answers):
-            with contextlib.suppress(BrokenPipeError):  # half a request, to a process that is gone
-                pipe.close()
-
-
-def serve_encoder() -> None:
-    """What an EncoderProcess runs: a ChatEncoder comes in, then lists of conversations; lists of encoded ones go out, until the end.
-
-    All of it is pickled, from standard input to what was standard output; whatever else is printed goes to standard error.
-    """
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    answer: Any = None  # the first one says that this process is ready
-    encoder: ChatEncoder = pickle.load(requests)
-    try:
-        while True:
-            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-            answer = encoder.encode(pickle.load(requests))
-    except (EOFError, BrokenPipeError):  # all is done, or the process that asks is gone
-        os._exit(0)  # what was not sent is nobody's

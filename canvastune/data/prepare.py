@@ -7,15 +7,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import pickle
-import queue
 import sys
 import time
 from array import array
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import DataConfig, RunConfig
 from canvastune.data.card import write_card
-from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded, EncoderProcess, detect_form, read_conversation
+from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded, detect_form, read_conversation
+from canvastune.data.encoding import Batch, cores, encode
 from canvastune.data.rows import Row, open_source
 from canvastune.data.tally import Tally, unknown_form
 from canvastune.data.tokenizer import check_end_of_turn, load_tokenizer
@@ -47,12 +43,9 @@ _SCHEMA = pa.schema(
 )
 _BATCH_ROWS = 512  # conversations rendered and tokenized at a time
 _BATCH_CHARACTERS = 4 * 2**20  # ... fewer if they are long
-_ALONE = 24  # batches encoded in this process before others are started: they take seconds to come up
-_MOST_PROCESSES = 8
 _UNDETECTED = 100  # rows looked at for a known form before giving up
 _SAMPLES = 3
 _as_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
-_Batch = list[tuple[Row, Conversation | BadRow]]
 
 
 def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | None = None) -> dict[str, Any]:
@@ -83,7 +76,7 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(contextlib.closing(source.rows()))
             found = _conversations(itertools.islice(rows, config.data.max_rows), tally)
-            encoding = stack.enter_context(contextlib.closing(_encode(_batches(found), encoder, processes or _cores())))
+            encoding = stack.enter_context(contextlib.closing(encode(_batches(found), encoder, processes or cores())))
             for batch, answers in encoding:
                 tokens = iter(answers)
                 for row, conversation in batch:
@@ -157,9 +150,9 @@ def _conversations(rows: Iterator[Row], tally: Tally) -> Iterator[tuple[Row, Con
         yield row, BadRow(row.problem)
 
 
-def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[_Batch]:
+def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[Batch]:
     """Gather conversations for one call of the tokenizer, bounded in rows and in characters."""
-    batch: _Batch = []
+    batch: Batch = []
     characters = 0
     for row, conversation in found:
         batch.append((row, conversation))
@@ -170,80 +163,6 @@ def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[_Ba
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encode(
-    batches: Iterator[_Batch], encoder: ChatEncoder, processes: int
-) -> Generator[tuple[_Batch, list[Encoded | BadRow]], None, None]:
-    """Encode the conversations of each batch, in order: the first ones here, the others in processes of their own."""
-    for batch in itertools.islice(batches, _ALONE if processes > 1 else None):
-        yield batch, encoder.encode(_talks(batch))
-    first = next(batches, None)
-    if first is None:
-        return
-    with _Workers(encoder, processes) as workers:
-        waiting: deque[tuple[_Batch, Future[Any]]] = deque()
-
-        def oldest() -> tuple[_Batch, list[Encoded | BadRow]]:
-            batch, answer = waiting.popleft()
-            # As long as the processes come up, what waits for them is done here.
-            return batch, encoder.encode(_talks(batch)) if answer.cancel() else answer.result()
-
-        for batch in itertools.chain([first], batches):
-            waiting.append((batch, workers.encode(_talks(batch))))
-            if len(waiting) > 2 * processes:
-                yield oldest()
-        while waiting:
-            yield oldest()
-
-
-def _talks(batch: _Batch) -> list[Conversation]:
-    return [talk for _, talk in batch if isinstance(talk, Conversation)]
-
-
-def _cores() -> int:
-    """Cores that this process may use: those it is given, and a container's share of them."""
-    own = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    share, period = limit.read_text(encoding="ascii").split() if limit.is_file() else ("max", "")
-    return own if share == "max" else max(1, min(own, int(share) // int(period)))
-
-
-class _Workers:
-    """Processes that encode, each asked by a thread of this one. All of them are gone when the block ends."""
-
-    def __init__(self, encoder: ChatEncoder, count: int) -> None:
-        self._workers: list[EncoderProcess] = []
-        self._idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(count)
-        self._first = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
-        self._count = count
-
-    def __enter__(self) -> _Workers:
-        try:
-            for _ in range(self._count):
-                self._workers.append(worker := EncoderProcess())
-                self._threads.submit(self._ask, worker, self._first)  # answered once it is ready
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.end()
-        self._threads.shutdown(cancel_futures=True)
-
-    def encode(self, conversations: list[Conversation]) -> Future[Any]:
-        """What ChatEncoder.encode returns for these conversations, in the future."""
-        request = pickle.dumps(conversations, pickle.HIGHEST_PROTOCOL)
-        return self._threads.submit(lambda: self._ask(self._idle.get(), request))
-
-    def _ask(self, worker: EncoderProcess, request: bytes) -> Any:
-        try:
-            return worker.ask(request)
-        finally:
-            self._idle.put(worker)
 
 
 def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length: int) -> dict[str, Any] | None:

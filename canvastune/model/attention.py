@@ -38,18 +38,6 @@ class Packing:
         """N."""
         return sum(self.clean_lengths)
 
-    @property
-    def canvas_sees(self) -> dict[str, torch.Tensor]:
-        """The canvases' view as a mask over padded examples: layer type -> bool[B, 1, 1, longest S + longest C]."""
-        clean, canvas = torch.arange(max(self.clean_lengths)), torch.arange(max(self.canvas_lengths))
-        own = [canvas < length for length in self.canvas_lengths]
-        return {
-            kind: torch.stack(
-                [torch.cat([(clean >= seen.start) & (clean < seen.stop), there]) for seen, there in zip(past, own, strict=True)]
-            )[:, None, None]
-            for kind, past in self.past.items()
-        }
-
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""

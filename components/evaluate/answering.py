@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from canvastune.config import RunConfig, write_config
+from canvastune.config import RunConfig
 from canvastune.evaluate import evaluate
 from canvastune.model.source import resolve_model
 from canvastune.outputs import whole_folder
 from canvastune.tracking import StepRun
 from components.jobs import launcher as jobs
 from components.jobs.manifests import RunFacts
+from components.run_folder import run_id_of
 
 
 def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path, record: StepRun) -> dict[str, Any]:
@@ -36,13 +37,10 @@ def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out:
         }
     )
     made = run_folder / "evaluation"
-    recipe = run_folder / "train" / "recipe.yaml"  # written by the train step; here it is the same
-    if not recipe.exists():
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_config(config, recipe)
+    recipe = run_folder / "train" / "recipe.yaml"  # which the train step has written
     module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(jobs.on_the_claim(dataset, run_folder)))
     facts = RunFacts(
-        run_id=jobs.run_id_of(run_folder), output=made, module=(*module, "--tuned", str(tuned), "--output", str(made)), role="evaluate"
+        run_id=run_id_of(run_folder), output=made, module=(*module, "--tuned", str(tuned), "--output", str(made)), role="evaluate"
     )
     record.tags(jobs.run(alone, facts, made / "evaluation.json"))
     with whole_folder(out) as folder:

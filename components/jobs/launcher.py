@@ -24,7 +24,6 @@ from components.jobs.pods import ROLE, RUN_ID, run_label
 from components.jobs.preflight import refuse_missing
 from components.jobs.states import KINDS, Object, Row, State, Then, last_message, row_of
 from components.jobs.words import LAST_LINES
-from components.run_folder import read_record
 
 _POLL = 5.0  # seconds between two looks at a job
 _HOLD = 300.0  # seconds after which what a person must change ends the wait; registries and webhooks have their moments
@@ -57,12 +56,6 @@ def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any
     if not result.is_file():
         raise UserError(f"the job has finished, and {result} is not there: do this step and its pods mount the same claim?")
     return tags
-
-
-def run_id_of(run_folder: Path) -> str:
-    """What the jobs of a run are found by: its pipeline job."""
-    record = read_record(run_folder)
-    return record.job_id if record else run_folder.name
 
 
 def on_the_claim(dataset: Path, run_folder: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from canvastune.config import RunConfig
-from components.jobs.pods import labels_of, pod_parts
+from components.jobs.pods import PodParts, labels_of, pod_parts
 from components.jobs.states import KINDS
 
 SPEC_HASH = "canvastune.io/spec-hash"
@@ -42,11 +42,16 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     Raises:
         UserError: the pods would not see the run's folder, or the task and the config contradict each other.
     """
-    build = _pytorchjob if config.cluster.backend == "pytorchjob" else _trainjob
-    # MLflow may be away when a step is tried again: that must not make it another job.
-    print_of = hashlib.sha256(json.dumps(build(config, replace(facts, mlflow_run=None, environment={}), task or {})).encode()).hexdigest()
     kind, cluster = KINDS[config.cluster.backend], config.cluster
-    labels = {**labels_of(config, facts.run_id, facts.role), "kueue.x-k8s.io/queue-name": cluster.queue}
+    own_labels = labels_of(config, facts.run_id, facts.role)
+
+    def spec(facts: RunFacts) -> dict[str, Any]:
+        parts = pod_parts(config, own_labels, facts.output, facts.environment, task or {})
+        return (_pytorchjob if cluster.backend == "pytorchjob" else _trainjob)(config, facts, parts)
+
+    # MLflow may be away when a step is tried again: that must not make it another job.
+    print_of = hashlib.sha256(json.dumps(spec(replace(facts, mlflow_run=None, environment={}))).encode()).hexdigest()
+    labels = {**own_labels, "kueue.x-k8s.io/queue-name": cluster.queue}
     labels["kueue.x-k8s.io/priority-class"] = cluster.priority_class if cluster.queue else None
     metadata: dict[str, Any] = {
         "name": job_name(config, facts, print_of),
@@ -55,7 +60,7 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     }
     if facts.owner:
         metadata["ownerReferences"] = [dict(facts.owner)]
-    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": build(config, facts, task or {})}
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": spec(facts)}
 
 
 def job_name(config: RunConfig, facts: RunFacts, spec_hash: str) -> str:
@@ -70,9 +75,8 @@ def command(config: RunConfig, facts: RunFacts) -> list[str]:
     return [*line, "-m", *facts.module, *(("--mlflow-run", facts.mlflow_run) if facts.mlflow_run else ())]
 
 
-def _pytorchjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
+def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str, Any]:
     cluster = config.cluster
-    parts = pod_parts(config, labels_of(config, facts.run_id, facts.role), facts.output, facts.environment, task)
     pod = {
         **parts.pod,
         "automountServiceAccountToken": False,
@@ -105,9 +109,8 @@ def _pytorchjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> 
     return {"nprocPerNode": str(config.parallel.nproc_per_node), "runPolicy": policy, "pytorchReplicaSpecs": replicas}
 
 
-def _trainjob(config: RunConfig, facts: RunFacts, task: Mapping[str, Any]) -> dict[str, Any]:
+def _trainjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str, Any]:
     cluster = config.cluster
-    parts = pod_parts(config, labels_of(config, facts.run_id, facts.role), facts.output, facts.environment, task)
     pod = {**parts.pod, "containers": [{"name": _NODE, **parts.container}]}
     replicated = {"name": _NODE, "template": {"spec": {"template": {"metadata": parts.metadata, "spec": pod}}}}
     return {

@@ -11,7 +11,7 @@ from canvastune.config import RunConfig, write_config
 from canvastune.tracking import StepRun, log_data
 from components.jobs import launcher as jobs
 from components.jobs.manifests import RunFacts
-from components.run_folder import workspace_of
+from components.run_folder import run_id_of, workspace_of
 from components.train import local
 
 
@@ -46,7 +46,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
 def _facts(dataset: Path | None, output: Path, record: StepRun) -> RunFacts:
     data = ("--data", str(jobs.on_the_claim(dataset, output.parent))) if dataset else ()
     return RunFacts(
-        run_id=jobs.run_id_of(output.parent),
+        run_id=run_id_of(output.parent),
         output=output,
         module=("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output), *data),
         mlflow_run=record.run_id,
