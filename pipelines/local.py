@@ -47,7 +47,7 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None) -> Path
     print(f"run {folder.name}: {_shown(folder)}", flush=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     try:
-        run_locally(finetune, {"recipe": text, "workspace": str(workspace), "run_name": folder.name}, workspace)
+        run_locally(finetune, {"recipe": text, "workspace": str(workspace), "run_name": folder.name, "pipeline_image": ""}, workspace)
     except KeyboardInterrupt:
         record = read_record(folder)
         if record is not None:
