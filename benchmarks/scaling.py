@@ -67,8 +67,8 @@ class Case:
 
     def step(self, self_conditioning: float) -> Step:
         """One rank's share of the global batch, in one forward."""
-        share, canvas = BATCH // self.ranks, MODEL["canvas"]
-        return Step(self.ranks, self.ep, share, 1, CLEAN, canvas, checkpointing=True, self_conditioning=self_conditioning)
+        share, canvas, start = BATCH // self.ranks, MODEL["canvas"], (PREFIX + CLEAN - MODEL["canvas"]) // 2  # blocks drawn evenly
+        return Step(self.ranks, self.ep, share, 1, CLEAN, canvas, True, self_conditioning, chosen_start=start)
 
     def config(self, self_conditioning: float) -> RunConfig:
         train = {"method": self.method, "steps": 2, "global_batch_size": BATCH, "precision": "float32", "activation_checkpointing": True}
@@ -100,7 +100,7 @@ def lower_bound(architecture: Architecture, step: Step, pass_1: float) -> dict[s
         return (2 + pass_1) * sum(layers) - layers[-1]
 
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
-    crossings = 2 * (2 + step.checkpointing + step.self_conditioning)  # there and back: forward, backward, recomputed, pass 1
+    crossings = 2 * (2 + step.checkpointing + step.self_conditioning * work.pass_1_share(step))  # there and back, in each pass
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
         ROOT_GATHER: forwards * c * all_ranks * sum(weight.numel for weight in shared if weight.layer is None),
@@ -326,8 +326,9 @@ compute dtype, float32 gradients:
    sent straight or summed on their way around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
 4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
 5. Each of a token's K experts gets its row of H elements and gives one back, so a row whose expert is elsewhere crosses twice: forward,
-   backward (the gradients), in recomputation (the router's gradient needs what came back) and in pass 1 for the examples denoised twice.
-   **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share denoised twice)** for T tokens and evenly loaded experts.
+   backward (the gradients), in recomputation (the router's gradient needs what came back) and in pass 1, which takes the canvas and the
+   clean tokens before its block, where an example is denoised twice.
+   **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
 
 Tables 1 and 2 take the experts that the router chose. Padding, counts, losses and norms are left out. It binds no other schedule: who
 holds more layers gathers less, and who sends a token once to a *rank*, not once to each expert there, sends less (last table).
@@ -360,8 +361,8 @@ Live tensors at the step's highest moment, mean and most over the ranks, as expe
 
 ## The released model, by the same formulas
 
-GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them denoised twice. *Once a rank*:
-the rows' bound if a token went once to each rank that has experts of its choice, drawn evenly, and came back summed.
+GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them denoised twice, of which
+the last block is chosen. *Once a rank*: the rows' bound if a token went once to each rank that has experts of its choice, drawn evenly.
 
 | method, ranks / EP | plan | bound | ratio | rows: plan | bound | once a rank |
 |---|---|---|---|---|---|---|

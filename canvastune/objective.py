@@ -57,6 +57,7 @@ def _self_conditioning_signal(model: SharedModel, batch: PackedBatch, gradient: 
     """
     used = any(batch.coins)
     twice, rows = batch.select(list(batch.coins)) if used else (_two_tokens(batch), batch.clean[:0])
+    twice = twice.before_blocks()
     packing = Packing.of(twice, model.config.text_config.sliding_window)
     with torch.no_grad():
         _, hidden = model.hidden_states(twice, model.embed_canvas(twice.canvas, None), packing, checkpointing=False)

@@ -113,6 +113,23 @@ def test_selected_examples_keep_their_rows() -> None:
     assert (part.clean_lengths, part.canvas_lengths, part.block_starts) == (alone.clean_lengths, alone.canvas_lengths, alone.block_starts)
 
 
+def test_before_its_block_a_canvas_keeps_its_past_alone_with_the_rows_own_keys() -> None:
+    examples, draws = examples_and_draws()
+    batch = pack(examples, draws)
+    part = batch.before_blocks()
+    starts = [e.prefix_length + d.block * CANVAS for e, d in zip(examples, draws, strict=True)]
+    assert part.clean_lengths == part.block_starts == tuple(starts)
+    assert torch.equal(part.clean, torch.cat([e.tokens[:start] for e, start in zip(examples, starts, strict=True)]))
+    assert torch.equal(part.clean_positions, torch.cat([torch.arange(start) for start in starts]))
+    assert torch.equal(part.canvas, batch.canvas)
+    assert len(part.next_rows) == len(part.next_targets) == 0, "rows would be scored that are no longer there"
+    assert batch.row_keys is not None
+    assert part.row_keys is not None
+    clean, canvas = batch.row_keys[: len(batch.clean)].split(batch.clean_lengths), batch.row_keys[len(batch.clean) :]
+    own = [keys[:start] for keys, start in zip(clean, starts, strict=True)]
+    assert torch.equal(part.row_keys, torch.cat([*own, canvas])), "adapters would drop other features of a row than in the whole batch"
+
+
 LAYOUTS = [(1, 1), (1, 8), (2, 1), (2, 2), (4, 2), (8, 1)]  # ranks, examples of a rank and forward
 
 

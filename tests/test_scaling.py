@@ -61,7 +61,7 @@ def test_the_bound_under_expert_parallelism_shards_experts_over_the_rest_and_mov
     assert bound[EXPERTS_GATHER] == 4 * 1 / 2 * 160 * 5, "half of the experts, of which the other rank holds a half"
     assert bound[EXPERTS_REDUCE] == 4 * 1 / 2 * 160 * 2
     rows = 24 * 2  # of 3 x 8 tokens, in each of two layers
-    assert bound[EXCHANGE] == 4 * 10 * rows * 2 * (1 / 2) * 2 * (2 + 1 + 0.5)
+    assert bound[EXCHANGE] == 4 * 10 * rows * 2 * (1 / 2) * 2 * (2 + 1 + 0.5 * 5 / 8), "pass 1 takes 5 of 8 tokens"
 
 
 def test_a_single_rank_and_a_single_pass_need_no_more_than_they_must() -> None:

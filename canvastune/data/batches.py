@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,21 @@ class PackedBatch:
             coins=kept(self.coins),
         )
         return batch, canvas_rows
+
+    def before_blocks(self) -> PackedBatch:
+        """The same canvases with the clean tokens that they see alone: those before their blocks. Of these, none is scored."""
+        before = [torch.arange(length) < start for length, start in zip(self.clean_lengths, self.block_starts, strict=True)]
+        seen = torch.cat(before).nonzero().flatten().to(self.clean.device)
+        keys = None if self.row_keys is None else torch.cat([self.row_keys[seen], self.row_keys[len(self.clean) :]])
+        return replace(
+            self,
+            clean=self.clean[seen],
+            clean_positions=self.clean_positions[seen],
+            next_rows=self.next_rows[:0],
+            next_targets=self.next_targets[:0],
+            clean_lengths=tuple(map(min, self.clean_lengths, self.block_starts)),
+            row_keys=keys,
+        )
 
 
 def pack(examples: list[Example], draws: list[Draws]) -> PackedBatch:

@@ -34,6 +34,7 @@ class Step:
     checkpointing: bool
     self_conditioning: float  # probability that an example is denoised twice
     device: str = "cpu"  # or "cuda": how many logits are made at once
+    chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last one, the most
 
     @property
     def efsdp(self) -> int:
@@ -43,6 +44,11 @@ class Step:
     def tokens(self) -> int:
         """T."""
         return self.micro_batch * (self.clean + self.canvas)
+
+    @property
+    def past(self) -> int:
+        """Clean tokens of an example that its canvas sees on a layer of full attention: with the canvas, pass 1's tokens."""
+        return max(0, self.clean - self.canvas) if self.chosen_start is None else self.chosen_start
 
 
 @dataclass(frozen=True)
@@ -253,8 +259,7 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
     norms = hidden * FLOAT * ((8 if cast else 5) + (7 if trained else 0))
     heads = FLOAT * (layer.query_width + layer.key_width) * (2 if trained else 1)
     heads += FLOAT * layer.key_width if cast or layer.own_values else 0
-    past = max(0, step.clean - step.canvas)  # what the last block's canvas sees
-    seen = min(past, architecture.window - 1) if layer.sliding else past
+    seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
     joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's call
     attention = c * (3 * layer.query_width + 2 * layer.key_width * (1 + joined))  # with queries, both calls' outputs and the joined one
     mlp = c * 4 * architecture.intermediate

@@ -40,14 +40,16 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
     """Count one rank's step, with its share of the global batch."""
     forward: Parts = {}
     backward: Parts = {}
-    scores = 0.0
+    scores = scores_again = 0.0
     for index, layer in enumerate(architecture.layers):
-        scores += _scores(step, layer, architecture.window)
+        scores += _scores(step, step.clean, layer, architecture.window)
+        scores_again += _scores(step, step.past, layer, architecture.window)
         for weight in architecture.weights:
             if weight.layer == index:
                 product = _matmul(architecture, step, weight)
                 _add(forward, {weight.kind: product})
                 _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
+    again = {kind: product * pass_1_share(step) for kind, product in forward.items()}
     recomputed = dict(forward) if step.checkpointing else {}
     _add(recomputed, {"attention": scores * (step.checkpointing + 0.5)})  # fused kernels form the scores again in the backward pass
     _add(forward, {"attention": scores})
@@ -57,7 +59,7 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
     row = 2 * architecture.hidden * architecture.vocabulary
     soft = row * step.canvas  # canvas logits to the embedding, or back
     idle = _sum(forward, {"self-conditioning": block})
-    pass_1 = _sum(idle, {"head": soft, "self-conditioning": soft})
+    pass_1 = _sum(again, {"attention": scores_again, "head": soft, "self-conditioning": block + soft})
     scored = row * (step.clean - 1 + step.canvas)
     _add(forward, {"self-conditioning": block, "head": scored})
     _add(backward, {"head": scored})
@@ -96,7 +98,7 @@ def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
         ROOT_GATHER: float(step.micro_steps * groups.root.received),
         REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))),
         EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
-        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning + idle),
+        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning * pass_1_share(step) + idle),
     }
 
 
@@ -109,6 +111,11 @@ def idle_pass_share(step: Step) -> float:
     """Probability that a rank has no such example in a micro-batch while another has: it runs pass 1 on two tokens for nothing."""
     none = (1 - step.self_conditioning) ** step.micro_batch
     return none * (1 - none ** (step.world_size - 1))
+
+
+def pass_1_share(step: Step) -> float:
+    """Of an example's tokens, those that pass 1 takes through the layers: the canvas, and the clean ones before its block."""
+    return (step.past + step.canvas) / (step.clean + step.canvas)
 
 
 def slowest_pass_1(step: Step) -> float:
@@ -144,15 +151,14 @@ def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
     return architecture.full or not first or ".lora_B." in weight.name
 
 
-def _scores(step: Step, layer: LayerShape, window: int) -> float:
-    """One example's scores and their product with the values: clean on clean, and the last block's canvas on its past and itself."""
-    past = max(0, step.clean - step.canvas)
+def _scores(step: Step, rows: int, layer: LayerShape, window: int) -> float:
+    """One example's scores and their product with the values: clean `rows` on each other, its canvas on its past and itself."""
+    past, clean = step.past, float(rows**2)
     if layer.sliding:
         past = min(past, window - 1)
-    clean = float(step.clean**2)
-    if layer.sliding and step.clean > window:  # a window of rows at a time, on two windows of keys
-        starts = range(0, step.clean, window)
-        stops = [min(start + window, step.clean) for start in starts]
+    if layer.sliding and rows > window:  # a window of rows at a time, on two windows of keys
+        starts = range(0, rows, window)
+        stops = [min(start + window, rows) for start in starts]
         clean = sum(float((stop - start) * (stop - max(0, start - window + 1))) for start, stop in zip(starts, stops, strict=True))
     return 4.0 * layer.query_width * (clean + step.canvas * (past + step.canvas))
 
