@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "hardware.",
     "cluster.",
     "train.micro_batch_size",
+    "train.attention",
     "train.activation_checkpointing",
     "train.log_every",
     "train.validate",

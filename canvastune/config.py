@@ -107,6 +107,10 @@ class TrainConfig(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
     )
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa",
+        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA alone",
+    )
     activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass instead of keeping its activations")
     log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
     validate_every: int = Field(100, ge=1)

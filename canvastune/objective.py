@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from canvastune.data.batches import PackedBatch
-from canvastune.model.attention import Packing
 from canvastune.model.embedding import TableGradient, collecting
 from canvastune.model.shared import SharedModel
 
@@ -38,7 +37,7 @@ def losses(
     gradient = TableGradient() if torch.is_grad_enabled() and table.requires_grad else None
     with collecting(gradient):
         signal = _self_conditioning_signal(model, batch, gradient) if any_coin else None
-        packing = Packing.of(batch, model.config.text_config.sliding_window)
+        packing = model.packing(batch)
         canvas = model.embed_canvas(batch.canvas, signal)
         clean_hidden, canvas_hidden = model.hidden_states(batch, canvas, packing, checkpointing=checkpointing)
     canvas_rows = len(batch.canvas_targets)
@@ -58,7 +57,7 @@ def _self_conditioning_signal(model: SharedModel, batch: PackedBatch, gradient: 
     used = any(batch.coins)
     twice, rows = batch.select(list(batch.coins)) if used else (_two_tokens(batch), batch.clean[:0])
     twice = twice.before_blocks()
-    packing = Packing.of(twice, model.config.text_config.sliding_window)
+    packing = model.packing(twice)
     with torch.no_grad():
         _, hidden = model.hidden_states(twice, model.embed_canvas(twice.canvas, None), packing, checkpointing=False)
     signal = hidden.new_zeros(len(batch.canvas), hidden.shape[1])

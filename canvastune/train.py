@@ -68,6 +68,12 @@ def train(
         UserError: anything in the input that is wrong, found before a step is made where that can be.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = _device()
+    if config.train.attention == "flex" and device.type != "cuda":
+        raise UserError(
+            "key 'train.attention': found 'flex', and no CUDA device: FlexAttention has no backward pass on a CPU. Leave it out, or set "
+            "train.attention=sdpa"
+        )
     base = on_first_rank(lambda: resolve_model(config.model))
     model_config = together(lambda: read_model_config(base))
     text = model_config.text_config
@@ -76,7 +82,6 @@ def train(
         data = output / "data"
         on_first_rank(lambda: None if data.exists() else prepare_data(config, base, data))
     data_print = on_first_rank(lambda: fingerprint(data / "train") + fingerprint(data / "validation"))
-    device = _device()
     model = build_model(config, model_config)
     shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
     together(lambda: load_weights(model, CheckpointReader(base), device, config.seed))

@@ -1,6 +1,7 @@
 """Attention over a packed batch: each clean row sees its past, each canvas row its prefix, earlier blocks and its own block.
 
 Every example attends by itself, so no row is padded, and what a canvas sees is one stretch of its example's keys: no mask either.
+`canvastune.model.flex_attention` is the other form, for `train.attention: flex`.
 
 Shape letters: S and C clean and canvas length of an example, N and M their sums over the batch, A query heads, G key and value
 heads, D head size.
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from canvastune.data.batches import PackedBatch
+from canvastune.model.flex_attention import FlexPacking
 
 NAME = "canvastune"  # of the attention implementation, in transformers' registry
 
@@ -55,6 +57,25 @@ class Packing:
             row_keys=batch.row_keys,
         )
 
+    def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """query [1, A, N+M, D], key and value [1, G, N+M, D] of a layer of this type -> [1, A, N+M, D]."""
+        how: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        mask, past = self.clean_sees[kind], self.past[kind]
+        lengths = [*self.clean_lengths, *self.canvas_lengths]
+        queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
+        examples = len(past)
+        clean = [_causal(*rows, mask, self.window, how) for rows in zip(queries[:examples], keys, values, strict=False)]
+        canvas = [
+            F.scaled_dot_product_attention(
+                queries[examples + index],
+                torch.cat([keys[index][:, :, seen], keys[examples + index]], dim=2),
+                torch.cat([values[index][:, :, seen], values[examples + index]], dim=2),
+                **how,
+            )
+            for index, seen in enumerate(past)
+        ]
+        return torch.cat([*clean, *canvas], dim=2)
+
 
 def packed_attention(
     module: Any,
@@ -63,7 +84,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    packing: Packing | None = None,
+    packing: Packing | FlexPacking | None = None,
     write_cache: bool = False,
     is_causal: bool | None = None,
     **kwargs: object,
@@ -74,22 +95,7 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=write_cache, **kwargs)
-    how: dict[str, Any] = {"scale": module.scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    mask, past = packing.clean_sees[module.layer_type], packing.past[module.layer_type]
-    lengths = [*packing.clean_lengths, *packing.canvas_lengths]
-    queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
-    examples = len(past)
-    clean = [_causal(*rows, mask, packing.window, how) for rows in zip(queries[:examples], keys, values, strict=False)]
-    canvas = [
-        F.scaled_dot_product_attention(
-            queries[examples + index],
-            torch.cat([keys[index][:, :, seen], keys[examples + index]], dim=2),
-            torch.cat([values[index][:, :, seen], values[examples + index]], dim=2),
-            **how,
-        )
-        for index, seen in enumerate(past)
-    ]
-    return torch.cat([*clean, *canvas], dim=2).transpose(1, 2), None
+    return packing.attend(module.layer_type, query, key, value, module.scaling).transpose(1, 2), None
 
 
 def _causal(
@@ -118,5 +124,6 @@ def _sliding_causal(length: int, window: int) -> torch.Tensor | None:
     return (column <= row) & (column > row - window)
 
 
+PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {"sdpa": Packing, "flex": FlexPacking}  # by `train.attention`
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

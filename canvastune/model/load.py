@@ -15,6 +15,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.model.attention import PACKINGS
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.lora import add_adapters, base_name, initial_factor, is_adapter
 from canvastune.model.shared import SharedModel
@@ -56,7 +57,7 @@ def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> Shared
         UserError: a `lora.rank` that the experts' adapters cannot have.
     """
     with torch.device("meta"):
-        model = SharedModel(model_config)
+        model = SharedModel(model_config, PACKINGS[config.train.attention])
     lora = config.train.method == "lora"
     compute = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
     if lora:

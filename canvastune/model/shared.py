@@ -21,6 +21,7 @@ from canvastune.data.batches import PackedBatch
 from canvastune.model import attention, experts
 from canvastune.model.attention import Packing
 from canvastune.model.embedding import SharedEmbedding
+from canvastune.model.flex_attention import FlexPacking
 from canvastune.model.lora import dropping_rows
 
 Result = TypeVar("Result")
@@ -33,10 +34,12 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
     tensors are copied from checkpoint to checkpoint. Stock `generate()` works.
     """
 
-    def __init__(self, config: DiffusionGemmaConfig) -> None:
+    def __init__(self, config: DiffusionGemmaConfig, packing: type[Packing] | type[FlexPacking] = Packing) -> None:
+        """`packing`: how the rows of a batch attend."""
         config._attn_implementation = attention.NAME
         config._experts_implementation = experts.NAME
         super().__init__(config)
+        self._packing = packing
         decoder, encoder = self.model.decoder, self.model.encoder
         encoder.vision_tower = None
         encoder.embed_vision = None
@@ -59,6 +62,10 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         """`function(self, ...)`, as a forward pass of this module: where FSDP has gathered the root's weights."""
         return function(self, *args, **kwargs)
 
+    def packing(self, batch: PackedBatch) -> Packing | FlexPacking:
+        """Which rows of a batch see which, for `hidden_states`."""
+        return self._packing.of(batch, self.config.text_config.sliding_window)
+
     def embed_canvas(self, canvas: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
         """Embed canvas tokens [M] with the self-conditioning signal [M, H] (None: zeros, on which the block runs too) -> [M, H]."""
         decoder = self.model.decoder
@@ -66,7 +73,7 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
 
     def hidden_states(
-        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing, *, checkpointing: bool
+        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass of the stack over `[clean ; canvas]` -> last hidden states of the clean rows [N, H] and canvas rows [M, H].
 
@@ -88,7 +95,9 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         return hidden[: packing.clean_rows], hidden[packing.clean_rows :]
 
 
-def _run_layer(layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing) -> torch.Tensor:
+def _run_layer(
+    layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing | FlexPacking
+) -> torch.Tensor:
     with dropping_rows(packing.row_keys):  # here, so that a recomputed layer drops what it dropped before
         return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
 

@@ -1,0 +1,92 @@
+"""FlexAttention over a packed batch: one call per layer for all examples, where `canvastune.model.attention` makes two per example.
+
+What a row sees is the same, laid out as a mask: each row sees one stretch of the clean rows, and a canvas row its own canvas besides.
+
+Shape letters: N and M clean and canvas rows of a packed batch, L = N + M, T tiles of `TILE` rows, A query heads, G key and value
+heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from canvastune.data.batches import PackedBatch
+
+TILE = 128  # rows and keys that the kernel takes or leaves together
+# Every batch has a length of its own: `dynamic` compiles once for all. What differs is few: two kinds of layer, with gradients and
+# without, more than a tile of rows or not. Past the limit it raises; without `fullgraph` it would go on unfused, slowly, and say nothing.
+COMPILATION: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
+_COMPILED = torch.compile(flex_attention, **COMPILATION)
+_WIDE = 256  # head size above which the kernel's usual three stages of keys and values may not fit a GPU's shared memory
+
+
+@dataclass(frozen=True)
+class FlexPacking:
+    """Which rows of a packed batch each row sees, as a mask per layer type; made once per batch."""
+
+    clean_rows: int  # N
+    masks: dict[str, BlockMask]  # layer type -> [1, 1, L, L]
+    row_keys: torch.Tensor | None = None  # int64[N+M]: by which adapters drop their inputs; None: they drop nothing
+
+    @classmethod
+    def of(cls, batch: PackedBatch, sliding_window: int) -> FlexPacking:
+        """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
+        clean, canvas = torch.tensor(batch.clean_lengths), torch.tensor(batch.canvas_lengths)
+        rows = int(clean.sum())
+        begins = clean.cumsum(0) - clean  # of each example's clean rows
+        own = (rows + canvas.cumsum(0) - canvas).repeat_interleave(canvas)
+        none = torch.zeros(rows, dtype=torch.int64)
+        # A clean row sees its example's rows up to itself, a canvas row those before its block. On sliding layers that is a clean row's
+        # last `window`, itself among them, and the last window - 1 before the block: what block-by-block inference keeps in its cache.
+        stop = torch.cat([torch.arange(rows) + 1, (begins + torch.tensor(batch.block_starts)).repeat_interleave(canvas)])
+        first = torch.cat([begins.repeat_interleave(clean), begins.repeat_interleave(canvas)])
+        window = torch.full_like(stop, sliding_window)
+        window[rows:] -= 1
+        canvases = torch.cat([none, own]), torch.cat([none, own + canvas.repeat_interleave(canvas)])
+
+        def mask(first: torch.Tensor) -> BlockMask:
+            return _block_mask(*(edge.to(batch.clean.device, torch.int32) for edge in (first, stop, *canvases)))
+
+        masks = {"full_attention": mask(first), "sliding_attention": mask(torch.maximum(first, stop - window))}
+        return cls(rows, masks, batch.row_keys)
+
+    def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """query [1, A, L, D], key and value [1, G, L, D] of a layer of this type -> [1, A, L, D]."""
+        attention = _COMPILED if query.is_cuda else flex_attention
+        options: Any = {"fwd_num_stages": 2} if query.shape[-1] > _WIDE else None
+        gqa = query.shape[1] != key.shape[1]
+        return attention(query, key, value, block_mask=self.masks[kind], scale=scale, enable_gqa=gqa, kernel_options=options)
+
+
+def _block_mask(first: torch.Tensor, stop: torch.Tensor, own_first: torch.Tensor, own_stop: torch.Tensor) -> BlockMask:
+    """Row q sees rows first[q] to stop[q] and own_first[q] to own_stop[q] (int32[L] each, ends exclusive, apart from each other).
+
+    What `create_block_mask` gives, from L * T numbers; it would make all L * L of the mask.
+    """
+    rows = len(first)
+    tiles = -(-rows // TILE)
+    edges = torch.arange(tiles, device=first.device, dtype=torch.int32) * TILE
+
+    def seen(first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """[L, T]: rows of each tile in the stretch."""
+        return (torch.minimum(stop[:, None], edges + TILE) - torch.maximum(first[:, None], edges)).clamp_(min=0)
+
+    pairs = F.pad(seen(first, stop) + seen(own_first, own_stop), (0, 0, 0, tiles * TILE - rows)).view(tiles, TILE, tiles).sum(1)
+    whole = pairs == TILE * TILE
+
+    def ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool[T, T] -> int32[1, 1, T] tiles of each row of tiles, int32[1, 1, T, T] which, those first."""
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return ((key >= first[row]) & (key < stop[row])) | ((key >= own_first[row]) & (key < own_stop[row]))
+
+    return BlockMask.from_kv_blocks(
+        *ordered((pairs > 0) & ~whole), *ordered(whole), BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(rows, rows)
+    )
