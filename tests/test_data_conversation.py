@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import pickle
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import GemmaTokenizer
 
+from benchmarks.resident import read_status
 from canvastune.config import ColumnsConfig, DataConfig
+from canvastune.data import conversation as conversation_module
 from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded, detect_form, read_conversation
 from canvastune.errors import UserError
 from tests.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
@@ -28,10 +32,15 @@ def talk(*turns: tuple[str, str]) -> Conversation:
     return read_conversation({"messages": messages}, "messages", COLUMNS)
 
 
-def encode(conversation: Conversation, encoder: ChatEncoder) -> Encoded:
+class Tokens(NamedTuple):
+    prefix: list[int]
+    response: list[int]
+
+
+def encode(conversation: Conversation, encoder: ChatEncoder) -> Tokens:
     encoded = encoder.encode([conversation])[0]
     assert isinstance(encoded, Encoded), f"a good conversation was refused: {encoded}"
-    return encoded
+    return Tokens(encoded.tokens[: encoded.prefix].tolist(), encoded.tokens[encoded.prefix :].tolist())
 
 
 def inference_prompt(conversation: Conversation, tokenizer: GemmaTokenizer) -> Any:
@@ -178,8 +187,50 @@ def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:
 
 
 def test_a_batch_is_encoded_as_its_rows_are() -> None:
-    conversations = list(TALKS.values())
-    assert ENCODERS["thought"].encode(conversations) == [encode(conversation, ENCODERS["thought"]) for conversation in conversations]
+    conversations, encoder = list(TALKS.values()), ENCODERS["thought"]
+    assert encoder.encode(conversations) == [encoder.encode([conversation])[0] for conversation in conversations]
+
+
+# What a template may use besides the messages: the tokenizer's tokens, the library's functions and tags, and all that is undefined.
+EVERYTHING = """\
+{%- macro turn(message) -%}{{ '<|turn>' + message.role + '\n' + message['content'] | trim + '<turn|>\n' }}{%- endmacro -%}
+{{- bos_token ~ pad_token ~ (tools is none) ~ (documents is none) ~ (enable_thinking is defined) ~ add_generation_prompt -}}
+{%- set state = namespace(turns=0) -%}
+{%- for message in messages -%}
+    {%- if message.content == 'no' -%}{{ raise_exception('I refuse no') }}{%- endif -%}
+    {%- if loop.index > 5 -%}{%- break -%}{%- endif -%}
+    {%- set state.turns = state.turns + 1 -%}
+    {%- generation -%}{{ turn(message) }}{%- endgeneration -%}
+{%- endfor -%}
+{{- dict(turns=state.turns, last=messages[-1]) | tojson ~ strftime_now('%Y') ~ (messages is mapping) ~ messages[1:] | length -}}
+"""
+
+
+@pytest.mark.parametrize("template", [PLAIN, THOUGHT, EVERYTHING])
+@pytest.mark.parametrize("generation", [False, True])
+def test_templates_are_rendered_as_the_library_renders_them(template: str, generation: bool) -> None:
+    encoder = ChatEncoder(make_tokenizer(PLAIN), "model")
+    encoder._tokenizer.chat_template = template
+    messages = [list(conversation.messages) for conversation in TALKS.values()]
+    stock = encoder._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    assert encoder._render(messages, generation=generation) == stock
+
+
+def test_a_tokenizer_of_many_texts_takes_no_more_memory() -> None:
+    """In this process and in another one, to which it is sent: a tokenizer of Gemma's kind remembers texts that never come again."""
+    for encoder in (ChatEncoder(make_tokenizer(), "model"), pickle.loads(pickle.dumps(ENCODERS["plain"]))):
+        held = []
+        for start in range(0, 6000, 500):
+            encoder._tokenize([f"{number} " + "abcdefgh" * 25 for number in range(start, start + 500)])
+            held.append(read_status(os.getpid())["RssAnon"])
+        assert held[-1] - held[1] < 4 * 2**20, f"5,000 texts left {(held[-1] - held[1]) / 2**20:.0f} MiB behind"
+
+
+def test_the_shapes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_module, "_MOST_SHAPES", 2)
+    conversations, encoder = list(TALKS.values()), ChatEncoder(make_tokenizer(THOUGHT), "model")
+    assert encoder.encode(conversations) == ENCODERS["thought"].encode(conversations)
+    assert len(encoder._shapes) <= 2
 
 
 # The tokenizer itself writes a blank as U+2581: it cannot tell the two apart, nor can anyone who decodes.
@@ -231,8 +282,8 @@ def test_no_text_opens_or_closes_a_turn(history: list[tuple[str, str]], answer: 
     encoded = ENCODERS[template].encode([conversation])[0]
     if isinstance(encoded, BadRow):
         return
-    tokens = tokenizer.convert_ids_to_tokens(encoded.prefix + encoded.response)
-    assert encoded.prefix == inference_prompt(conversation, tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.tokens.tolist())
+    assert encoded.tokens[: encoded.prefix].tolist() == inference_prompt(conversation, tokenizer)
     assert tokens.count("<|turn>") == tokens.count("<turn|>") == len(conversation.messages)
     assert tokens.count("<eos>") == tokens.count("<|image|>") == 0
 

@@ -11,12 +11,15 @@ import functools
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from canvastune.config import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
@@ -26,6 +29,7 @@ Form = Literal["messages", "gsm8k", "columns"]
 _ROLES = ("system", "user", "assistant")
 _UNTRAINABLE = ("tool_calls", "function_call", "tool_responses", "reasoning", "reasoning_content", "thinking")
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # stands for the answer when a template's own text is taken apart; never trained on
+_MOST_SHAPES = 1000  # sequences of roles whose template text is remembered
 # What Gemma 4's larger models write after the model turn's header when they answer without thinking. It stands in the
 # generation prompt alone, not in the rendering of a finished conversation: the one documented difference between them.
 _EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
@@ -135,12 +139,11 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of one conversation, uncut."""
+class Encoded(NamedTuple):
+    """The tokens of one conversation, uncut: as int32, which go to another process and to disk as they are."""
 
-    prefix: list[int]  # what inference feeds: header of the model turn included
-    response: list[int]  # content and the marker that closes the turn
+    tokens: array[int]
+    prefix: int  # how many of them inference feeds, header of the model turn included; the others are the response: content and marker
 
 
 @dataclass(frozen=True)
@@ -194,17 +197,18 @@ class ChatEncoder:
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | BadRow]:
         """Encode a batch; a conversation that cannot be trained on comes back as the BadRow that says why."""
-        texts = self._texts(conversations)
+        shapes = [self._shape(conversation) for conversation in conversations]
+        texts = self._texts(conversations, shapes)
         good = [text for text in texts if not isinstance(text, BadRow)]
         prefixes = iter(self._tokenize([prefix for prefix, _ in good]))
         # Tokenized apart from the prefix: the boundary is then a token boundary, as it is at inference.
         responses = iter(self._tokenize([response for _, response in good]))
         encoded: list[Encoded | BadRow] = []
-        for conversation, text in zip(conversations, texts, strict=True):
+        for shape, text in zip(shapes, texts, strict=True):
             if isinstance(text, BadRow):
                 encoded.append(text)
             else:
-                encoded.append(self._check(conversation, Encoded(next(prefixes), next(responses))))
+                encoded.append(self._check(shape, next(prefixes), next(responses)))
         return encoded
 
     def _check_boundary(self, prompt: str, where: str) -> None:
@@ -223,7 +227,7 @@ class ChatEncoder:
                 "Expected Gemma's tokenizer: give the folder of an unchanged checkpoint"
             )
 
-    def _texts(self, conversations: Sequence[Conversation]) -> list[tuple[str, str] | BadRow]:
+    def _texts(self, conversations: Sequence[Conversation], shapes: Sequence[_Shape]) -> list[tuple[str, str] | BadRow]:
         """Prefix and response text of each conversation, proved to make up the template's own rendering."""
         histories = [conversation.history for conversation in conversations]
         wholes = [list(conversation.messages) for conversation in conversations]
@@ -234,15 +238,14 @@ class ChatEncoder:
             prompts = [self._render_one(history, generation=True) for history in histories]
             renderings = [self._render_one(whole) for whole in wholes]
         texts: list[tuple[str, str] | BadRow] = []
-        for conversation, prompt, rendering in zip(conversations, prompts, renderings, strict=True):
+        for conversation, shape, prompt, rendering in zip(conversations, shapes, prompts, renderings, strict=True):
             if isinstance(prompt, BadRow) or isinstance(rendering, BadRow):
                 texts.append(prompt if isinstance(prompt, BadRow) else rendering)  # type: ignore[arg-type]
             else:
-                texts.append(self._split(conversation, prompt, rendering))
+                texts.append(self._split(conversation, shape, prompt, rendering))
         return texts
 
-    def _split(self, conversation: Conversation, prompt: str, rendering: str) -> tuple[str, str] | BadRow:
-        shape = self._shape(conversation)
+    def _split(self, conversation: Conversation, shape: _Shape, prompt: str, rendering: str) -> tuple[str, str] | BadRow:
         if shape.problem:
             return BadRow(shape.problem)
         stock_prefix = prompt.removesuffix(shape.thought)
@@ -251,14 +254,13 @@ class ChatEncoder:
                 return prompt, answer + self.closing
         return BadRow("the chat template changes the answer (it holds a thought or another control sequence that the template removes)")
 
-    def _check(self, conversation: Conversation, encoded: Encoded) -> Encoded | BadRow:
+    def _check(self, shape: _Shape, prefix: list[int], response: list[int]) -> Encoded | BadRow:
         """Refuse text that became a control token: it would open or close a turn that nobody wrote."""
-        content, end = encoded.response[: -len(self.closing_ids)], encoded.response[-len(self.closing_ids) :]
-        found, inside = [token for token in encoded.prefix if token in self._control], self._control.intersection(content)
-        expected = self._shape(conversation).markers
-        if found == expected and not inside and end == self.closing_ids and content:
-            return encoded
-        extra = [token for token in content if token in inside] or _first_difference(found, expected)
+        content, end = response[: -len(self.closing_ids)], response[-len(self.closing_ids) :]
+        found, inside = list(filter(self._control.__contains__, prefix)), self._control.intersection(content)
+        if found == shape.markers and not inside and end == self.closing_ids and content:
+            return Encoded(array("i", prefix + response), len(prefix))
+        extra = [token for token in content if token in inside] or _first_difference(found, shape.markers)
         unknown = self._tokenizer.unk_token_id
         if extra == [unknown]:
             return BadRow("the text holds a character that the tokenizer has no token for")
@@ -266,8 +268,10 @@ class ChatEncoder:
         return BadRow(f"the text holds the control token {name!r}, which would become a marker of the chat, not text")
 
     def _shape(self, conversation: Conversation) -> _Shape:
-        roles = tuple(message["role"] for message in conversation.messages)
+        roles = tuple([message["role"] for message in conversation.messages])
         if roles not in self._shapes:
+            if len(self._shapes) == _MOST_SHAPES:
+                self._shapes.clear()
             self._shapes[roles] = self._take_apart(roles)
         return self._shapes[roles]
 
@@ -295,8 +299,12 @@ class ChatEncoder:
         return _Shape(thought, closing, markers)
 
     def _render(self, conversations: list[list[dict[str, str]]], *, generation: bool = False) -> list[str]:
-        rendered: Any = self._tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=generation)
-        return list(rendered)
+        """What the tokenizer's apply_chat_template renders, without its copies of messages and variables, which took half of the time."""
+        template = _compile_jinja_template(self._tokenizer.get_chat_template())  # the library keeps what it compiled
+        tokens = self._tokenizer.special_tokens_map
+        variables = {**template.globals, **tokens, "tools": None, "documents": None, "add_generation_prompt": generation}
+        contexts = (template.new_context({**variables, "messages": messages}, shared=True) for messages in conversations)
+        return ["".join(template.root_render_func(context)) for context in contexts]
 
     def _render_one(self, messages: list[dict[str, str]], *, generation: bool = False) -> str | BadRow:
         try:
@@ -307,7 +315,12 @@ class ChatEncoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # Not through the tokenizer's own call, which finds the place of every token in the text and makes a dict of every row: half
         # the time again. The tokens are the same.
-        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        backend = self._tokenizer.backend_tokenizer
+        if isinstance(backend.model, BPE):
+            # It would keep 10,000 words of up to 256 bytes, 60 to 90 MB. To Gemma's tokenizer all text between two control tokens is
+            # one word, which does not come again.
+            backend.model._resize_cache(0)
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 

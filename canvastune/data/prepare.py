@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -57,8 +58,8 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
 
     Args:
         model: the checkpoint's folder; its config, generation config and tokenizer are read, its weights are not.
-        processes: that render and tokenize, once some thousand rows were read; the result does not depend on it. Default: one
-            for each core, up to 8.
+        processes: that render and tokenize, this one among them, once some thousand rows were read; the result does not depend
+            on it. Default: one for each core, up to 8.
 
     Raises:
         UserError: data that cannot be read, too many bad rows or duplicates, nothing left to train on or to validate
@@ -74,6 +75,7 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
         samples: list[dict[str, Any]] = []
         train, validation = _Split(folder / "train"), _Split(folder / "validation")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_settled_objects())
             rows = stack.enter_context(contextlib.closing(source.rows()))
             found = _conversations(itertools.islice(rows, config.data.max_rows), tally)
             encoding = stack.enter_context(contextlib.closing(encode(_batches(found), encoder, processes or cores())))
@@ -84,14 +86,13 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
                     if isinstance(conversation, BadRow) or isinstance(encoded, BadRow):
                         tally.bad(row, str(encoded))
                     elif (example := _example(row, conversation, encoded, config.data.seq_length)) is None:
-                        tally.no_room(row, len(encoded.prefix))
+                        tally.no_room(row, encoded.prefix)
                     else:
-                        tally.keep(len(encoded.prefix), len(encoded.response))
+                        response = len(encoded.tokens) - encoded.prefix
+                        tally.keep(encoded.prefix, response)
                         if tally.kept <= _SAMPLES:
                             samples.append(_sample(example, loaded.tokenizer))
-                        (validation if _place(example["id"]) < config.data.validation_fraction else train).add(
-                            example, len(encoded.response)
-                        )
+                        (validation if _place(example["id"]) < config.data.validation_fraction else train).add(example, response)
         tally.refuse()
         _refuse_empty(train, validation, config.data)
         tally.beyond(validation.keep_smallest_ids(config.data.validation_rows))
@@ -167,13 +168,12 @@ def _batches(found: Iterator[tuple[Row, Conversation | BadRow]]) -> Iterator[Bat
 
 def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length: int) -> dict[str, Any] | None:
     """The row of the prepared data set, cut to `seq_length` tokens; None if no response token would be left."""
-    if len(encoded.prefix) >= seq_length:
+    if encoded.prefix >= seq_length:
         return None
-    tokens = encoded.prefix + encoded.response
     return {
-        "input_ids": tokens[:seq_length],
-        "prefix_length": len(encoded.prefix),
-        "complete": len(tokens) <= seq_length,
+        "input_ids": encoded.tokens[:seq_length],
+        "prefix_length": encoded.prefix,
+        "complete": len(encoded.tokens) <= seq_length,
         "id": conversation.id,
         "origin": row.origin,
         "prompt": _as_text(conversation.history),
@@ -190,8 +190,8 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
     split = example["prefix_length"]
     return {
         "origin": example["origin"],
-        "prefix": tokenizer.decode(example["input_ids"][:split]),
-        "response": tokenizer.decode(example["input_ids"][split:]),
+        "prefix": tokenizer.decode(example["input_ids"][:split].tolist()),
+        "response": tokenizer.decode(example["input_ids"][split:].tolist()),
         "tokens": len(example["input_ids"]),
         "complete": example["complete"],
     }
@@ -224,6 +224,16 @@ def _content_hash(splits: dict[str, datasets.Dataset]) -> str:
             columns["complete"].update(bytes(table["complete"].to_pylist()))
         digest.update(f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _settled_objects() -> Iterator[None]:
+    """Look for garbage among what the rows leave alone: a walk through all modules, each few thousand rows, took a tenth of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -295,5 +305,12 @@ class _Split:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_SCHEMA))
+            tokens = array("i")
+            for row in self._rows:
+                tokens += row["input_ids"]
+            ends = itertools.accumulate((len(row["input_ids"]) for row in self._rows), initial=0)
+            flat = pa.Array.from_buffers(pa.int32(), len(tokens), [None, pa.py_buffer(tokens)])
+            columns = [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
+            columns += [pa.array([row[field.name] for row in self._rows], field.type) for field in list(_SCHEMA)[1:]]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
             self._rows, self._tokens = [], 0
