@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from canvastune.config import ColumnsConfig
 from canvastune.data import encoding as encoding_module
 from canvastune.data import prepare as prepare_module
-from canvastune.data.conversation import ChatEncoder, Conversation
+from canvastune.data.conversation import ChatEncoder, Conversation, read_conversation
 from canvastune.data.encoding import EncoderProcess
 from canvastune.data.prepare import prepare_data
+from canvastune.data.rows import Row
 from canvastune.errors import UserError
 from canvastune.outputs import fingerprint
 from tests.data_fixtures import THOUGHT, make_model, make_tokenizer, problems, run_config, write_lines
@@ -55,17 +58,17 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, m
     def counted(workers: Any, conversations: list[Conversation]) -> Future[Any]:
         sent.append(len(conversations))
         answer = encode(workers, conversations)
-        answer.cancel = lambda: False  # type: ignore[method-assign]  # else what waits is done here as long as they come up
+        answer.cancel = lambda: False  # type: ignore[method-assign]  # else much of what waits is done here
         return answer
 
     monkeypatch.setattr(encoding_module.Workers, "encode", counted)
-    cards = [prepare_data(config, model, tmp_path / str(processes), processes) for processes in (1, 2)]
+    cards = [prepare_data(config, model, tmp_path / str(processes), processes) for processes in (1, 3)]
     assert sum(sent) > 350, "the processes did not do most of the work"
     for card in cards:
         card.pop("seconds")
     assert cards[0] == cards[1]
     for name in ("train", "validation"):
-        assert fingerprint(tmp_path / "1" / name) == fingerprint(tmp_path / "2" / name), f"{name}: other bytes"
+        assert fingerprint(tmp_path / "1" / name) == fingerprint(tmp_path / "3" / name), f"{name}: other bytes"
     assert not own_processes(), "a process is left"
 
 
@@ -82,6 +85,27 @@ def test_rows_that_are_refused_are_named_in_the_order_of_the_file(tmp_path: Path
         messages[1].index(f"row {n}:") for n in (101, 201, 202, 400)
     )
     assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"], "a refused preparation left files behind"
+    assert not own_processes()
+
+
+def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_with_is_not() -> None:
+    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(4)]
+    waiting: deque[Any] = deque(([(Row("f", "f", n, None), talk)], Future()) for n, talk in enumerate(conversations))
+    answers = [answer for _, answer in waiting]
+    for begun in answers[:2]:
+        begun.set_running_or_notify_cancel()
+    assert [encoding_module._encode_newest(waiting, encoder) for _ in range(3)] == [True, True, False]
+    assert [answer.cancelled() for answer in answers] == [False, False, True, True]
+    assert [waiting[at][1].result() for at in (2, 3)] == [encoder.encode([conversation]) for conversation in conversations[2:]]
+
+
+def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
+    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(200)]
+    with encoding_module.Workers(encoder, 1) as workers:
+        answers = [workers.encode([conversation]) for conversation in conversations]
+        assert [answer.result(timeout=60) for answer in answers] == [encoder.encode([conversation]) for conversation in conversations]
     assert not own_processes()
 
 
@@ -110,7 +134,7 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
         "prepare._BATCH_ROWS, encoding._ALONE = 8, 1\n"
         "prepare._place = lambda id: time.sleep(0.05) or 0.5\n"
-        "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 2)\n"
+        "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 3)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json"), str(model), str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

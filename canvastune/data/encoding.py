@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from canvastune.data.conversation import BadRow, ChatEncoder, Conversation, Encoded
-from canvastune.data.rows import Row
 from canvastune.errors import UserError
 
-Batch = list[tuple[Row, Conversation | BadRow]]
-_ALONE = 24  # batches encoded in this process before others are started: they take seconds to come up
+if TYPE_CHECKING:  # rows come from libraries that a process which tokenizes would import for nothing
+    from canvastune.data.rows import Row
+
+Batch: TypeAlias = "list[tuple[Row, Conversation | BadRow]]"
+_ALONE = 2  # batches encoded in this process before others are started, which takes them a second
+_QUEUED = 3  # batches of each process that wait or are done before their turn to be written
 _MOST_PROCESSES = 8
 _SERVE = (  # in a process that finds the modules that this one finds
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from canvastune.data.encoding import serve_encoder; serve_encoder()"
@@ -28,26 +33,42 @@ _SERVE = (  # in a process that finds the modules that this one finds
 
 
 def encode(batches: Iterator[Batch], encoder: ChatEncoder, processes: int) -> Generator[tuple[Batch, list[Encoded | BadRow]], None, None]:
-    """Encode the conversations of each batch, in order: the first ones here, the others in processes of their own."""
+    """Encode the conversations of each batch, in order: the first ones here, the others here and in processes of their own.
+
+    Args:
+        processes: this one is among them. It reads, hands out and writes; while the others have enough to do, it encodes as well.
+    """
     for batch in itertools.islice(batches, _ALONE if processes > 1 else None):
         yield batch, encoder.encode(_talks(batch))
     first = next(batches, None)
     if first is None:
         return
-    with Workers(encoder, processes) as workers:
+    with Workers(encoder, processes - 1) as workers:
         waiting: deque[tuple[Batch, Future[Any]]] = deque()
 
         def oldest() -> tuple[Batch, list[Encoded | BadRow]]:
+            while not waiting[0][1].done() and _encode_newest(waiting, encoder):
+                pass
             batch, answer = waiting.popleft()
-            # As long as the processes come up, what waits for them is done here.
-            return batch, encoder.encode(_talks(batch)) if answer.cancel() else answer.result()
+            return batch, answer.result()
 
         for batch in itertools.chain([first], batches):
             waiting.append((batch, workers.encode(_talks(batch))))
-            if len(waiting) > 2 * processes:
+            while waiting and (waiting[0][1].done() or len(waiting) > _QUEUED * processes):
                 yield oldest()
         while waiting:
             yield oldest()
+
+
+def _encode_newest(waiting: deque[tuple[Batch, Future[Any]]], encoder: ChatEncoder) -> bool:
+    """Encode one batch that no process has begun with, the newest: the older ones are what the processes take next. False: none."""
+    for at, (batch, answer) in reversed(list(enumerate(waiting))):
+        if not answer.done() and answer.cancel():
+            done: Future[Any] = Future()
+            done.set_result(encoder.encode(_talks(batch)))
+            waiting[at] = batch, done
+            return True
+    return False
 
 
 def _talks(batch: Batch) -> list[Conversation]:
@@ -63,12 +84,12 @@ def cores() -> int:
 
 
 class Workers:
-    """Processes that encode, each asked by a thread of this one. All of them are gone when the block ends."""
+    """Processes that encode, each asked by two threads of this one in turn. All of them are gone when the block ends."""
 
     def __init__(self, encoder: ChatEncoder, count: int) -> None:
         self._workers: list[EncoderProcess] = []
         self._idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = ThreadPoolExecutor(2 * count)
         self._first = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
         self._count = count
 
@@ -76,7 +97,8 @@ class Workers:
         try:
             for _ in range(self._count):
                 self._workers.append(worker := EncoderProcess())
-                self._threads.submit(self._ask, worker, self._first)  # answered once it is ready
+                ready = self._threads.submit(self._ask, worker, self._first)
+                self._threads.submit(self._stand_by, worker, ready)
         except BaseException:
             self.__exit__()
             raise
@@ -98,6 +120,10 @@ class Workers:
         finally:
             self._idle.put(worker)
 
+    def _stand_by(self, worker: EncoderProcess, ready: Future[Any]) -> None:
+        ready.exception()  # waits: until then no thread takes what this process can encode
+        self._idle.put(worker)
+
 
 class EncoderProcess:
     """Another process with an encoder. It ends with this one, whatever ends it: its input is then at its end."""
@@ -111,15 +137,26 @@ class EncoderProcess:
             stdout=subprocess.PIPE,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             process_group=0,
+            pipesize=2**20,
         )
         self._requests, self._answers = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        self._sending, self._receiving = threading.Lock(), threading.Condition()
+        self._sent = self._received = 0
 
     def ask(self, request: bytes) -> Any:
-        """Send a pickled request and wait for its answer."""
+        """Send a pickled request and wait for its answer. A second thread may ask meanwhile: the process then goes on without a pause."""
         try:
-            self._requests.write(request)
-            self._requests.flush()
-            return pickle.load(self._answers)
+            with self._sending:
+                place, self._sent = self._sent, self._sent + 1
+                self._requests.write(request)
+                self._requests.flush()
+            with self._receiving:
+                self._receiving.wait_for(lambda: self._received == place)
+                try:
+                    return pickle.load(self._answers)
+                finally:
+                    self._received += 1
+                    self._receiving.notify_all()
         except (OSError, EOFError, pickle.UnpicklingError):
             code = self._process.wait()
             why = "killed; perhaps the memory did not suffice" if code == -9 else f"exit code {code}"
@@ -145,6 +182,7 @@ def serve_encoder() -> None:
     os.dup2(2, 1)
     answer: Any = None  # the first one says that this process is ready
     encoder: ChatEncoder = pickle.load(requests)
+    gc.freeze()  # what is here by now stays: garbage is looked for among the conversations alone
     try:
         while True:
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
