@@ -291,6 +291,11 @@ def main() -> int:
     return int(not all(row["ratio"] <= BOUND and row["losses_difference"] <= EQUAL and row["off_plan"] <= PLANNED for row in rows))
 
 
+def weight_share(hidden: int, compute_bytes: int) -> float:
+    """Bytes of a row's routing weight over those of the row, there and back."""
+    return FLOAT / (2 * hidden * compute_bytes)
+
+
 def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]]) -> str:
     """docs/scaling.md."""
     several, m, here = [row for row in rows if row["case"]["ranks"] > 1], MODEL, machine()
@@ -298,7 +303,8 @@ def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]]) -> str:
     verdict = f"above {BOUND} in {'; '.join(over)}, for the reasons below" if over else f"within {BOUND} everywhere"
     wide, loss, memory = several[-1], max(row["losses_difference"] for row in rows), max(row["off_plan"] for row in rows)
     first, last = (sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name) for i in (0, m["layers"] - 1))
-    idle = (wide["received"][EXCHANGE] - wide["bound"][EXCHANGE]) / 1e6
+    along = wide["bound"][EXCHANGE] * weight_share(m["hidden"], FLOAT)
+    idle = wide["received"][EXCHANGE] - wide["bound"][EXCHANGE] - along
     return f"""# What the ranks send each other, and what each holds
 
 One global batch of {BATCH} examples on 1, 2, 4 and 8 ranks: real processes, the engine's trainer with FSDP2 and expert parallelism (EP),
@@ -326,7 +332,7 @@ compute dtype, float32 gradients:
    sent straight or summed on their way around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
 4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
 5. Each of a token's K experts gets its row of H elements and gives one back, so a row whose expert is elsewhere crosses twice: forward,
-   backward (the gradients), in recomputation (the router's gradient needs what came back) and in pass 1, which takes the canvas and the
+   backward (the gradients), in recomputation (the norm behind the experts needs what came back) and in pass 1, which takes the canvas and the
    clean tokens before its block, where an example is denoised twice.
    **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
 
@@ -348,7 +354,8 @@ By collective, received / bound, MB:
 - **The last layer is gathered {last} times, the others {first}.** The bound, of a schedule that holds one layer at a time, has
   {first - 1} for it: ours keeps it from its first use to its backward pass, so ratios below 1 are no error. At layer 1, FSDP would gather
   what ran before it, pass 1's last layer, for nothing; it gathers nothing.
-- **A rank without a coin takes part in pass 1 with two tokens**: {idle:.2f} MB more than the bound in {Case(**wide["case"])}.
+- **A rank without a coin takes part in pass 1 with two tokens**: {idle / 1e6:.2f} MB more than the bound in {Case(**wide["case"])}.
+- **A row takes its routing weight along**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
 - In the bound, but not needed: with checkpointing the rows cross once more. Keeping what came back, c L K H bytes a token, would save it.
 
 ## Memory of a rank

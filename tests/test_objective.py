@@ -108,6 +108,15 @@ def test_chunked_loss_equals_the_plain_one(model: SharedModel, plain: tuple, mon
     assert worst_difference(found, plain[3])[0] < 1e-5
 
 
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_tiled_loss_equals_the_plain_one(model: SharedModel, plain: tuple, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setattr(objective, "TILE_ELEMENTS", 5 * tile)  # columns at a time, which do not divide the vocabulary
+    loss, found = gradients(model, [examples_and_draws()])
+    assert loss == pytest.approx(plain[0], rel=1e-6)
+    assert worst_difference(found, plain[3])[0] < 1e-5
+
+
 def test_logits_are_softcapped_in_float32() -> None:
     logits = torch.tensor([1000.0, -1000.0, 3.0], dtype=torch.bfloat16)
     tanh, _, _ = objective.softmax_terms(torch.ones(1, 1, dtype=torch.bfloat16), logits[:, None], 30.0)

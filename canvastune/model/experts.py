@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from canvastune.model.lean import recomputed
 from canvastune.model.lora import ADAPTER
 
 NAME = "canvastune"  # of the experts implementation, in transformers' registry
@@ -24,27 +26,40 @@ def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor
 
     `module.ep_group`, set by `canvastune.parallel`, is the process group over which the experts are spread.
     """
-    tokens, top_k = top_k_index.shape
     expert_of_row = top_k_index.flatten()
     order = torch.argsort(expert_of_row, stable=True)
-    back = _inverse(order)
+    back = _inverse(order).view_as(top_k_index)
     counts = torch.bincount(expert_of_row, minlength=module.num_experts)
-    rows = _Dispatched.apply(hidden, order, back, top_k)
+    weights = top_k_weights.flatten()[order, None]
     group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
     if group is not None and group.size() > 1:
-        out = _apply_remote_experts(module, rows, counts, group)
+        out = _apply_remote_experts(module, hidden, order, back, weights, counts, group)
+    elif hasattr(module, "lora_A"):
+        out = _apply_experts(module, _Dispatched.apply(hidden, order, back), weights, counts)
     else:
-        out = _apply_experts(module, rows, counts)
-    out = out * top_k_weights.flatten()[order, None]
-    # Back to token order, then a sum over each token's K rows: deterministic, unlike an indexed addition on CUDA.
-    return _Permuted.apply(out, back, order).view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+        ends = _ends(counts)
+        out = _gated_product(module, _DispatchedProduct.apply(hidden, _local(module.gate_up_proj), order, back, ends), weights, ends)
+    return _Combined.apply(out, order, back)
 
 
-def _apply_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """rows [R, H] sorted by expert, counts [L] -> [R, H]."""
-    ends = counts.cumsum(0).to(torch.int32)
-    gate, up = _multiply(module, "gate_up_proj", rows, ends).chunk(2, dim=-1)
-    return _multiply(module, "down_proj", module.act_fn(gate) * up, ends)
+def _apply_experts(module: Any, rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """rows [R, H] sorted by expert, their routing weights [R, 1], counts [L] -> [R, H]."""
+    ends = _ends(counts)
+    return _gated_product(module, _multiply(module, "gate_up_proj", rows, ends), weights, ends)
+
+
+def _gated_product(module: Any, gate_up: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """gate and up [R, 2I], routing weights [R, 1] -> [R, H]. A row is weighted where it is narrowest: before the last projection."""
+
+    def gated(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (module.act_fn.forward(gate) * up * weights).to(gate_up.dtype)
+
+    return _multiply(module, "down_proj", recomputed(gated, gate_up, weights), ends)
+
+
+def _ends(counts: torch.Tensor) -> torch.Tensor:
+    return counts.cumsum(0).to(torch.int32)
 
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -59,21 +74,32 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) ->
     return out.add_(grouped_mm(low, b.transpose(-2, -1), offs=ends))
 
 
-def _apply_remote_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Send each row to the rank of its expert, apply, and bring the result back in the same order."""
+def _apply_remote_experts(
+    module: Any,
+    hidden: torch.Tensor,
+    order: torch.Tensor,
+    back: torch.Tensor,
+    weights: torch.Tensor,
+    counts: torch.Tensor,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Send each row and its weight to the rank of its expert, apply, and bring the result back in the same order: [R, H]."""
     ranks = group.size()
     local = module.num_experts // ranks
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
     send = counts.view(ranks, local).sum(1).tolist()
     receive = received.view(ranks, local).sum(1).tolist()
-    arrived = _AllToAll.apply(rows, receive, send, group)
     # Rows arrive by sender and then by expert; the grouped matmul wants them by expert.
-    expert = torch.arange(local, device=rows.device).repeat(ranks).repeat_interleave(received)
-    order = torch.argsort(expert, stable=True)
-    back = _inverse(order)
-    out = _apply_experts(module, _Permuted.apply(arrived, order, back), received.view(ranks, local).sum(0))
-    return _AllToAll.apply(_Permuted.apply(out, back, order), send, receive, group)
+    expert = torch.arange(local, device=hidden.device).repeat(ranks).repeat_interleave(received)
+    by_expert = torch.argsort(expert, stable=True)
+    by_sender = _inverse(by_expert)
+    rows, row_weights = (
+        _Permuted.apply(_AllToAll.apply(part, receive, send, group), by_expert, by_sender)
+        for part in (_Dispatched.apply(hidden, order, back), weights)
+    )
+    out = _Permuted.apply(_apply_experts(module, rows, row_weights, received.view(ranks, local).sum(0)), by_sender, by_expert)
+    return _AllToAll.apply(out, send, receive, group)
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -86,15 +112,57 @@ class _Dispatched(torch.autograd.Function):
     """Each token's row K times, in the order of the experts; its gradient is the sum of the K rows, in the tokens' order."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(back)
-        ctx.top_k = top_k
-        return hidden[order // top_k]
+        return _dispatch(hidden, order, back)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradient[back].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _combine(gradient, *ctx.saved_tensors), None, None
+
+
+class _DispatchedProduct(torch.autograd.Function):
+    """`_Dispatched`, then the grouped matmul with the experts' weight [E, out, H]; of the rows, K to a token, none is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, back: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, order, back, ends)
+        return grouped_mm(_dispatch(hidden, order, back).to(weight.dtype), weight.transpose(-2, -1), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, order, back, ends = ctx.saved_tensors
+        hidden_gradient = weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = grouped_mm(gradient.T, _dispatch(hidden, order, back).to(weight.dtype), offs=ends)
+        if ctx.needs_input_grad[0]:
+            hidden_gradient = _combine(grouped_mm(gradient, weight, offs=ends), back)
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """The sum of each token's K rows, in the tokens' order; its gradient is `_Dispatched`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order, back)
+        return _combine(rows, back)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _dispatch(gradient, *ctx.saved_tensors), None, None
+
+
+def _dispatch(hidden: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """hidden [T, H], order [T*K], back [T, K] -> rows [T*K, H] in this order."""
+    return hidden.index_select(0, order // back.shape[1])
+
+
+def _combine(rows: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """rows [T*K, H], back [T, K] -> the sum of each token's rows [T, H]: deterministic, and without the rows in another order."""
+    return F.embedding_bag(back, rows, mode="sum")
 
 
 class _Permuted(torch.autograd.Function):
@@ -103,12 +171,12 @@ class _Permuted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(back)
-        return rows[order]
+        return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (back,) = ctx.saved_tensors
-        return gradient[back], None, None
+        return gradient.index_select(0, back), None, None
 
 
 class _AllToAll(torch.autograd.Function):

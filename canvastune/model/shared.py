@@ -22,6 +22,7 @@ from canvastune.model import attention, experts
 from canvastune.model.attention import Packing
 from canvastune.model.embedding import SharedEmbedding
 from canvastune.model.flex_attention import FlexPacking
+from canvastune.model.lean import make_lean
 from canvastune.model.lora import dropping_rows
 
 Result = TypeVar("Result")
@@ -46,6 +47,7 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         for layer in decoder.layers:
             layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
         decoder.embed_tokens.__class__ = SharedEmbedding
+        make_lean(decoder)
         text = encoder.language_model
         # Out of the module tree, so that each weight is found once, under the decoder's name.
         for name, shared in {

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from canvastune.objective import chunk_rows
+from canvastune.objective import chunk_rows, tile_columns
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
 FLOAT = 4  # bytes of float32
@@ -255,33 +255,32 @@ def _kept(architecture: Architecture, step: Step, layer: LayerShape) -> int:
 def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[int, int]:
     """What autograd keeps of a layer: (all but the experts, the experts' rows)."""
     c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
-    cast = c < FLOAT  # a norm's float32 input is a copy; in float32 it is the input itself, and some norms share one
-    norms = hidden * FLOAT * ((8 if cast else 5) + (7 if trained else 0))
-    heads = FLOAT * (layer.query_width + layer.key_width) * (2 if trained else 1)
-    heads += FLOAT * layer.key_width if cast or layer.own_values else 0
+    inputs = trained or architecture.expert_rank > 0  # of the experts' projections
+    norms = hidden * (6 + (3 if inputs else 2))  # inputs of the norms, of which three share one, and outputs that are multiplied
+    heads = layer.query_width + layer.key_width * (2 if layer.own_values else 1)  # inputs of the heads' norms
     seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
     joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's call
-    attention = c * (3 * layer.query_width + 2 * layer.key_width * (1 + joined))  # with queries, both calls' outputs and the joined one
-    mlp = c * 4 * architecture.intermediate
+    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)  # with queries, both calls' outputs and the joined one
+    mlp = 3 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
-    scalars = FLOAT * (17 + 3 * architecture.heads + 4 * layer.key_width // layer.head_dim)
+    scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
     adapters = c * architecture.rank * (7 if layer.own_values else 6)
     if architecture.dropout:  # a mask and a copy of each input, where several projections would keep one
-        inputs = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
-        adapters += inputs + c * hidden * (3 if layer.own_values else 2)
-    per_token = norms + 2 * c * hidden + heads + attention + mlp + router + scalars + adapters
+        dropped = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
+        adapters += dropped + c * hidden * (3 if layer.own_values else 2)
+    per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
     mask = c * 2 * architecture.window * step.clean if layer.sliding and step.clean > architecture.window else 0
-    inputs = trained or architecture.expert_rank > 0  # of the experts' projections
-    row = c * (architecture.expert_size * (4 if inputs else 3) + hidden * (2 if inputs else 1) + 2 * architecture.expert_rank)
+    # Gate and up, their weighted product where it is multiplied by what is trained; the rows themselves where they came from afar.
+    apart = step.ep > 1 or architecture.expert_rank > 0
+    row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * (inputs and apart) + 2 * architecture.expert_rank)
     return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
 
 
 def _combine_workspace(architecture: Architecture, step: Step) -> int:
-    """Beside a layer's saved tensors while the experts' weighted rows are differentiated, in float32: the layer's widest point."""
-    c, trained = architecture.compute_bytes, architecture.full
-    rows = architecture.experts_per_token * architecture.hidden * 3 * FLOAT
-    freed = 2 * architecture.hidden * FLOAT * ((c < FLOAT) + trained)  # of the two norms behind the experts
-    return step.tokens * (rows + 3 * c * architecture.hidden - freed)
+    """Beside a layer's saved tensors while the experts are differentiated: the layer's widest point."""
+    c, hidden = architecture.compute_bytes, architecture.hidden
+    row = 2 * hidden if step.ep > 1 else hidden + 2 * architecture.expert_size  # on its way between ranks, or beside what made it
+    return step.tokens * c * (architecture.experts_per_token * row + 3 * hidden)
 
 
 def _row_gradients(architecture: Architecture, step: Step) -> int:
@@ -289,9 +288,10 @@ def _row_gradients(architecture: Architecture, step: Step) -> int:
 
 
 def _forward_workspace(architecture: Architecture, step: Step) -> int:
-    """A layer's forward pass at its widest: the experts' rows, their output and its weighted float32 copies."""
+    """A layer's forward pass at its widest: the experts' rows, those that came back, and what made them."""
     c, hidden = architecture.compute_bytes, architecture.hidden
-    return step.tokens * hidden * (architecture.experts_per_token * (c + 2 * FLOAT) + 6 * c)
+    rows = architecture.experts_per_token * (hidden * (3 if step.ep > 1 else 1) + 3 * architecture.expert_size)
+    return step.tokens * c * (rows + 6 * hidden)
 
 
 def _steady(architecture: Architecture, step: Step) -> int:
@@ -318,13 +318,11 @@ def _tail(architecture: Architecture, step: Step) -> int:
 
 
 def _loss_workspace(architecture: Architecture, step: Step) -> int:
-    """A chunk of logits at its widest, or, where the embedding is trained, its float32 gradient and a chunk's addition to it."""
-    c, vocabulary = architecture.compute_bytes, architecture.vocabulary
-    scored = step.micro_batch * (step.clean - 1 + step.canvas)
-    chunk = min(chunk_rows(vocabulary, step.device), scored) * vocabulary
-    widest = 2 * FLOAT * chunk
-    if not architecture.full:
-        return widest
-    table = vocabulary * architecture.hidden
-    beside = c * (table + chunk) if c < FLOAT else 0  # a chunk's product, which cannot be added in place, and its factor
-    return FLOAT * table + max(widest, beside)
+    """A chunk of logits, a tile of it once more, and, where the embedding is trained, its float32 gradient."""
+    c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
+    rows = min(chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas))
+    columns = tile_columns(rows, vocabulary, step.device)
+    found = FLOAT * rows * (vocabulary + columns + 2 * hidden)
+    if c < FLOAT:  # a factor, and a product that cannot be added in place
+        found += c * columns * (rows + (hidden if architecture.full else 0))
+    return found + (FLOAT * vocabulary * hidden if architecture.full else 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from canvastune.plan.memory import Step, fsdp_groups
+from canvastune.plan.memory import FLOAT, Step, fsdp_groups
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
 Parts = dict[str, float]  # by part of the model
@@ -134,7 +134,8 @@ def _exchanged(architecture: Architecture, step: Step) -> float:
     """Bytes of a dispatch and a combine, over all layers and examples of the step."""
     rows = step.tokens * step.micro_steps * architecture.experts_per_token
     away = (step.ep - 1) / step.ep  # with balanced experts
-    return 2 * len(architecture.layers) * rows * architecture.hidden * architecture.compute_bytes * away
+    row = 2 * architecture.hidden * architecture.compute_bytes + FLOAT  # there and back, and its weight there
+    return len(architecture.layers) * rows * row * away
 
 
 def _matmul(architecture: Architecture, step: Step, weight: Weight) -> float:
