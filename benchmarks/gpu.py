@@ -1,97 +1,111 @@
-"""`python -m benchmarks.gpu [--small]`: 20 steps of LoRA and of full fine-tuning on one device, its memory against the plan.
+"""`python -m benchmarks.gpu [--small]`: one device. Training against its plan, our step beside the plain one, and where its time goes.
 
-The released model's layers at their real size, as many of them as the plan says will fit, in bfloat16, with random weights that are
-made in memory. Every loss and gradient norm must be finite, and the peak memory within 10% of the plan. Writes
-benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and writes nothing.
+The released model's layers at their real size, as many of them as fit, in bfloat16, with random weights that are made in memory.
+
+- 20 steps of LoRA and of full fine-tuning with the trainer: every loss and gradient norm must be finite, and the peak memory within
+  10% of the plan.
+- Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and utilisation of our step, with both kinds
+  of attention, and of the plain one; the five largest costs of ours.
+
+Writes benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import DiffusionGemmaConfig
 
+from benchmarks.gpu_steps import OURS, measured_steps
+from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import say, write_result
-from benchmarks.synthetic_checkpoint import checkpoint_specs, described, synthetic_value
+from benchmarks.step import EFFICIENT
 from canvastune.checkpoints import Checkpoints
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.batches import PreparedData
-from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights
 from canvastune.parallel import build_meshes, shard_model
-from canvastune.planner import SHIPPED, Plan, make_plan
+from canvastune.planner import Plan, make_plan
 from canvastune.trainer import Trainer
 
-STEPS, ROWS = 20, 64
-_BLOCK = 2**20  # random values that are repeated to fill a tensor: billions of fresh ones would take minutes
-_SMALL_LAYERS = 6
+STEPS, WARM_UP, ROWS = 20, 5, 64
+NEAR = 0.1  # how far the plan's memory may be off
 
 
-class SyntheticCheckpoint(CheckpointReader):
-    """A checkpoint that is nowhere: each tensor is made when it is read."""
-
-    def __init__(self, config: DiffusionGemmaConfig) -> None:
-        self.folder = Path("synthetic")
-        self._specs = checkpoint_specs(config)
-
-    def names(self) -> list[str]:
-        return list(self._specs)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._specs
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._specs[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._specs[name][1]
-
-    def get(self, name: str) -> torch.Tensor:
-        shape = self.shape(name)
-        count = math.prod(shape)
-        if count <= _BLOCK:
-            return synthetic_value(name, shape, seed=0)
-        return synthetic_value(name, (_BLOCK,), seed=0).repeat(-(-count // _BLOCK))[:count].view(shape)
-
-    def get_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        return self.get(name)[slices]
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a small model, to try the command without a GPU")
-    parser.add_argument("--seq-length", type=int, default=1024)
-    options = parser.parse_args()
+    parser.add_argument("--seq-length", type=int, default=1024, help="of the 20 steps with the trainer")
+    options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     if not cuda and not options.small:
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the command on the CPU")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    with tempfile.TemporaryDirectory() as scratch:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"file://{scratch}/meeting", rank=0, world_size=1)
-        try:
-            runs = {method: _run(method, Path(scratch) / method, options.small, options.seq_length) for method in ("lora", "full")}
-        finally:
-            dist.destroy_process_group()
-    result = {"cuda": torch.version.cuda, "runs": runs}
-    print(json.dumps(result, indent=2))
-    if cuda and not options.small:
-        write_result("gpu", result)
-    return 0 if all(run["finite"] for run in runs.values()) else 1
-
-
-def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
+    kept = cuda and not options.small
+    if cuda:  # steps of unlike sizes take turns: what one leaves in pieces must not be missing to another
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     memory = torch.cuda.mem_get_info()[1] if cuda else 12 * 10**9
+    result: dict[str, Any] = {"cuda": torch.version.cuda, "memory_bytes": memory}
+    with tempfile.TemporaryDirectory() as scratch:
+        result["steps"] = measured_steps(Path(scratch) / "steps", device, memory, small=options.small)
+        rate = result["steps"]["matmul_flops_per_second"]
+        if kept:
+            write_result("gpu", result)  # what follows may take the process with it
+        result["runs"] = trained(Path(scratch), device, memory, small=options.small, seq_length=options.seq_length, rate=rate)
+    print(json.dumps(result, indent=2))
+    if kept:
+        write_result("gpu", result)
+    missed = list(shortcomings(result, goals=kept))
+    for line in missed:
+        say("gpu", line)
+    return int(bool(missed))
+
+
+def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
+    """What went wrong, and with `goals` what fell short of them."""
+    for row in result["steps"]["lengths"]:
+        broken = (name for name, side in row["sides"].items() if not side.get("failed", "out of memory").startswith("out of memory"))
+        yield from (f"S {row['seq_length']}: {name} failed" for name in broken)
+        best = max((row["sides"][name].get("utilisation", 0.0) for name in OURS if name in row["sides"]), default=0.0)
+        if goals and best < EFFICIENT:
+            yield f"S {row['seq_length']}: {best:.0%} of the matmul rate at best, the goal is {EFFICIENT:.0%}"
+    for method, run in result["runs"].items():
+        if not run["finite"]:
+            yield f"{method}: a loss or a gradient norm is not finite"
+        if goals and abs(run["planned_over_measured"] - 1) > NEAR:
+            yield f"{method}: planned memory is {run['planned_over_measured']:.2f} of the measured, the goal is within {NEAR:.0%}"
+
+
+def trained(folder: Path, device: torch.device, memory: int, *, small: bool, seq_length: int, rate: float) -> dict[str, Any]:
+    """LoRA and full fine-tuning with the trainer, optimiser and all, in a process group of one.
+
+    Args:
+        memory: bytes of the device.
+        rate: FLOP/s of the device in a large matmul.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    try:
+        return {method: _run(method, folder / method, device, memory, small, seq_length, rate) for method in ("lora", "full")}
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(method: str, folder: Path, device: torch.device, memory: int, small: bool, seq_length: int, rate: float) -> dict[str, Any]:
+    cuda = device.type == "cuda"
     config = parse_config(
         {
             "name": "gpu",
@@ -101,11 +115,12 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
             "hardware": {"gpu_memory": memory / 1e9, "accelerator": "h100" if cuda else "cpu"},
         }
     )
-    model_config, plan = _largest(config, folder, small)
+    model_config, plan = largest_model(folder, small, lambda found: _fitting(config, found))
     say("gpu", f"{method}: {model_config.text_config.num_hidden_layers} layers, planned {plan.memory_bytes / 1e9:.2f} GB")
     _make_data(folder / "data", config.data.seq_length, model_config.text_config.vocab_size)
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    gc.collect()  # what the part before this one held
     if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = build_model(config, model_config)
     shard_model(model, build_meshes(1, 1, device.type), config)
@@ -117,7 +132,7 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
     for _ in range(STEPS):
         records.append(trainer.train_step())
         say("gpu", f"{method}: step {len(records)}, loss {records[-1]['loss']:.3f}, {records[-1]['seconds']:.2f} s")
-    seconds = sorted(record["seconds"] for record in records[5:])[(STEPS - 5) // 2]
+    seconds = mean(record["seconds"] for record in records[WARM_UP:])  # about half of the steps run pass 1
     measured = records[-1]["memory_bytes"]
     return {
         "layers": model_config.text_config.num_hidden_layers,
@@ -128,6 +143,7 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
         "step_seconds": seconds,
         "planned_step_seconds": plan.step_seconds,
         "tokens_per_second": records[-1]["tokens"] / seconds,
+        "utilisation": plan.model_flops / seconds / rate,
         "planned_bytes": plan.memory_bytes,
         "planned_by_part": plan.memory,
         "measured_bytes": measured,
@@ -135,22 +151,9 @@ def _run(method: str, folder: Path, small: bool, seq_length: int) -> dict[str, A
     }
 
 
-def _largest(config: RunConfig, folder: Path, small: bool) -> tuple[DiffusionGemmaConfig, Plan]:
-    """The model with most layers whose plan fits."""
-    released = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
-    most = _SMALL_LAYERS if small else released["text_config"]["num_hidden_layers"]
-    for layers in range(most, 0, -1):
-        if small:
-            found = described(layers, hidden=128, experts=16, vocabulary=4096, canvas=32)
-        else:
-            text = released["text_config"] | {"num_hidden_layers": layers, "layer_types": released["text_config"]["layer_types"][-layers:]}
-            found = DiffusionGemmaConfig.from_dict(released | {"text_config": text})
-        folder.mkdir(parents=True, exist_ok=True)
-        found.save_pretrained(folder)
-        plan = make_plan(config, folder, 1)
-        if plan.fits:
-            return found, plan
-    raise SystemExit("benchmarks.gpu: not even one layer fits this device")
+def _fitting(config: RunConfig, folder: Path) -> Plan | None:
+    plan = make_plan(config, folder, 1)
+    return plan if plan.fits else None
 
 
 def _make_data(folder: Path, length: int, vocabulary: int) -> None:

@@ -35,15 +35,27 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(timed(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def extra_memory(run: Callable[[], object]) -> int:
-    """Bytes of this process's memory at its highest while `run` runs, above what it holds before. Linux alone."""
+def timed(run: Callable[[], object]) -> float:
+    """Seconds until `run` is done, what it leaves to a GPU included."""
+    _finish()
+    started = time.perf_counter()
+    run()
+    _finish()
+    return time.perf_counter() - started
+
+
+def extra_memory(run: Callable[[], object], device: torch.device | None = None) -> int:
+    """Bytes of memory at its highest while `run` runs, above what is held before: of a GPU's tensors, or of this process (Linux alone)."""
     gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - held
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's high-water mark starts again from here
     before = read_status(os.getpid())["VmRSS"]
@@ -51,17 +63,16 @@ def extra_memory(run: Callable[[], object]) -> int:
     return read_status(os.getpid())["VmHWM"] - before
 
 
-def matmul_rate(size: int = 2048, rounds: int = 7) -> float:
-    """FLOP/s of float32 matmuls of square matrices on this machine, with torch's current number of threads: the best of some."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = min(_seconds(lambda: a @ b) for _ in range(rounds))
+def matmul_rate(size: int = 2048, rounds: int = 7, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of matmuls of square matrices on this device, on a CPU with torch's current number of threads: the best of some."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = min(timed(lambda: a @ b) for _ in range(rounds))
     return 2 * size**3 / best
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def machine() -> dict[str, Any]:

@@ -9,11 +9,13 @@ Shape letters: B examples, S longest example, K blocks decoded per example, C ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from torch import nn
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from canvastune.data.batches import Example
 from canvastune.noise import Draws
@@ -85,6 +87,32 @@ class PlainBatch:
                 "sliding_attention": torch.cat([past & near, own], 2)[:, None],
             },
         )
+
+    def to(self, device: torch.device) -> PlainBatch:
+        """The same batch with its tensors on `device`."""
+
+        def moved(value: Any) -> Any:
+            return {kind: mask.to(device) for kind, mask in value.items()} if isinstance(value, dict) else value.to(device)
+
+        return PlainBatch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+
+def plain_twin(model: nn.Module, config: DiffusionGemmaConfig) -> DiffusionGemmaForBlockDiffusion:
+    """Hugging Face's model on another model's own weights and buffers, found by their names: it takes no memory for them.
+
+    Args:
+        model: the shared stack, whose names are the decoder's.
+        config: read anew, so that attention and experts are Hugging Face's own, whatever the other model has set in it.
+    """
+    with torch.device("meta"):
+        twin = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config.to_dict()))
+    twin.model.encoder.vision_tower = twin.model.encoder.embed_vision = None  # no text goes through them
+    for kind in ("parameters", "buffers"):
+        found = dict(getattr(model, f"named_{kind}")(remove_duplicate=False))
+        for name, _ in list(getattr(twin, f"named_{kind}")(remove_duplicate=False)):
+            module, _, leaf = name.rpartition(".")
+            getattr(twin.get_submodule(module), f"_{kind}")[leaf] = found[name.replace("model.encoder.language_model.", "model.decoder.")]
+    return twin
 
 
 def plain_loss(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch, encoder_loss_weight: float = 1.0) -> torch.Tensor:
