@@ -64,7 +64,7 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
     files = {count: _write_rows(work / f"{count}.jsonl", count) for count in (rows, many)}
     result: dict[str, Any] = {"characters_a_row": round(files[rows].stat().st_size / rows), "rounds": rounds}
     result["one_process"] = _compare(work, files[rows], rows, 1, rounds)
-    result["two_processes"] = _compare(work, files[many], many, 2, max(1, rounds // 2))
+    result["two_processes"] = _compare(work, files[many], many, 2, rounds)
     result["memory"] = {}
     for count, file in files.items():
         say("data", f"memory of {count:,} rows, two processes")
