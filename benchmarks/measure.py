@@ -28,13 +28,20 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows the machine slows all of them."""
+def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5, *, settle: bool = False) -> dict[str, float]:
+    """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows the machine slows all of them.
+
+    Args:
+        settle: at its turn a side runs twice and the second run counts, as in a loop of its own: the first finds the caches and the
+            allocator as the other side left them.
+    """
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
+            if settle:
+                run()
             seconds[name].append(timed(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -100,7 +100,8 @@ def lower_bound(architecture: Architecture, step: Step, pass_1: float) -> dict[s
         return (2 + pass_1) * sum(layers) - layers[-1]
 
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
-    crossings = 2 * (2 + step.checkpointing + step.self_conditioning * work.pass_1_share(step))  # there and back, in each pass
+    passes = 2 + work.recomputed_share(architecture, step) + step.self_conditioning * work.pass_1_share(step)
+    crossings = 2 * passes  # there and back
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
         ROOT_GATHER: forwards * c * all_ranks * sum(weight.numel for weight in shared if weight.layer is None),
@@ -332,7 +333,7 @@ compute dtype, float32 gradients:
    sent straight or summed on their way around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
 4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
 5. Each of a token's K experts gets its row of H elements and gives one back, so a row whose expert is elsewhere crosses twice: forward,
-   backward (the gradients), in recomputation (the norm behind the experts needs what came back) and in pass 1, which takes the canvas and the
+   backward (the gradients), in recomputation (the next norm needs what came back) and in pass 1, which takes the canvas and the
    clean tokens before its block, where an example is denoised twice.
    **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
 

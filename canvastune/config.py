@@ -15,6 +15,8 @@ from canvastune import __version__
 from canvastune.errors import UserError
 from canvastune.kubernetes_forms import RESERVED, SECRET, Image, LabelKey, LabelValue, Name, Quantity, Variable, amount, written
 
+Checkpointing = bool | Literal["selective"]
+
 
 class Section(BaseModel):
     """A branch of the tree. Unknown keys are refused; values are never coerced across kinds."""
@@ -111,7 +113,11 @@ class TrainConfig(Section):
         "sdpa",
         description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA alone",
     )
-    activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass instead of keeping its activations")
+    activation_checkpointing: Checkpointing = Field(
+        True,
+        description="recompute layers in the backward pass instead of keeping their activations: true, each of them; selective, every "
+        "second one; false, none",
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
     validate_every: int = Field(100, ge=1)
     validation_levels: tuple[float, ...] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from canvastune.config import RunConfig
+from canvastune.config import Checkpointing, RunConfig
 from canvastune.errors import UserError
 
 
@@ -40,6 +40,11 @@ def check_layout(config: RunConfig, world_size: int, *, experts: int, hidden: in
             f"train.global_batch_size: {batch} does not divide over {world_size} ranks x {micro} examples per forward. "
             f"Try --set train.global_batch_size={nearest}, or another number of ranks"
         )
+
+
+def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
+    """Whether the backward pass recomputes a layer; `selective` keeps every second one, the second first."""
+    return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)
 
 
 def expert_shard_dim(name: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from canvastune.config import Checkpointing
 from canvastune.data.batches import PackedBatch
 from canvastune.model.embedding import TableGradient, collecting
 from canvastune.model.shared import SharedModel
@@ -20,17 +21,19 @@ from canvastune.model.shared import SharedModel
 # little beside the multiplications only where a chunk has hundreds of rows. A CPU works through it in tiles that its caches hold.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MOST_ROWS = 256  # of a chunk on a CPU: more gain nothing
+Weights = tuple[float | torch.Tensor, float | torch.Tensor]
 _LARGEST_CAP = 60.0  # e^cap times the vocabulary stays well inside float32
 _SATURATED = 40.0  # 2x from which on tanh x is 1 in float32
 
 
 def losses(
-    model: SharedModel, batch: PackedBatch, weights: tuple[float, float], *, any_coin: bool, checkpointing: bool
+    model: SharedModel, batch: PackedBatch, weights: Weights, *, any_coin: bool, checkpointing: Checkpointing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of a packed batch, to be called through `model.inside`.
 
     Args:
-        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its count.
+        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its count; numbers, or
+            tensors [] on the device, for which nobody has to wait.
         any_coin: whether any rank denoises an example twice: then all ranks run pass 1, since their collectives must match.
 
     Returns:
@@ -46,8 +49,8 @@ def losses(
     canvas_rows = len(batch.canvas_targets)
     hidden = torch.cat([canvas_hidden, clean_hidden[batch.next_rows]])
     targets = torch.cat([batch.canvas_targets, batch.next_targets])
-    row_weights = torch.full((len(targets),), weights[1], dtype=torch.float32, device=hidden.device)
-    row_weights[:canvas_rows] = weights[0]
+    row_weights = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    row_weights[:canvas_rows], row_weights[canvas_rows:] = weights
     loss, each = _WeightedCrossEntropy.apply(hidden, table, targets, row_weights, cap, gradient)
     return loss, each[:canvas_rows].sum(), each[canvas_rows:].sum()
 
@@ -228,7 +231,7 @@ def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Ite
 
 
 def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Tiles of a chunk's logits [rows, V]: columns, and two float32 buffers of the tile, the first in `kept`, if given, the second used again.
+    """Tiles of a chunk's logits [rows, V]: columns, and two float32 buffers of the tile, in `kept`, if given, and in one used again.
 
     A CPU's caches hold a tile through everything that is done with it. A GPU takes the chunk as one.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from canvastune.config import ModelConfig, RunConfig
+from canvastune.config import Checkpointing, ModelConfig, RunConfig
 from canvastune.errors import UserError
 from canvastune.layout import check_layout
 from canvastune.model.source import resolve_model
@@ -57,7 +57,7 @@ class Plan:
     micro_steps: int
     seq_length: int
     canvas_length: int
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     parameters: dict[str, ParameterCount]
     memory: dict[str, int]  # by part at the moment of the peak
     moment: str  # of the peak
@@ -328,7 +328,7 @@ def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerat
 
 
 def _checkpoint(config: RunConfig, ranks: int) -> Tried:
-    if not config.train.activation_checkpointing:
+    if config.train.activation_checkpointing is not True:
         yield _with(config, "train", activation_checkpointing=True), ranks, ("train.activation_checkpointing=true",)
 
 

@@ -20,7 +20,7 @@ from canvastune.config import OptimizerConfig, RunConfig
 from canvastune.data.batches import PackedBatch, PreparedData, pack
 from canvastune.errors import UserError
 from canvastune.model.shared import SharedModel
-from canvastune.objective import losses
+from canvastune.objective import Weights, losses
 from canvastune.parallel import clip_gradients
 from canvastune.progress import TrainingProgress
 from canvastune.ranks import on_every_rank
@@ -112,21 +112,23 @@ class Trainer:
         batch_size = self.config.train.global_batch_size
         first = self.progress.step * batch_size
         micro_batches = self._micro_batches(first)
-        counts = self._global_sum(
-            [sum(len(b.canvas_targets) for b, _ in micro_batches), sum(len(b.next_targets) for b, _ in micro_batches)]
-        )
-        weights = (1 / counts[0], self.config.objective.encoder_loss_weight / counts[1])
+        counts = self._global_counts([batch for batch, _ in micro_batches])
+        encoder_weight = self.config.objective.encoder_loss_weight
+        weights = (1 / counts[0], encoder_weight / counts[1])
         sums = torch.zeros(len(micro_batches), 2, device=self.device)
         for index, (batch, any_coin) in enumerate(micro_batches):
             loss, diffusion, autoregressive = self._losses(batch, weights, any_coin)
             loss.backward()
             sums[index] = torch.stack([diffusion, autoregressive])
-        norm = float(clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm))
-        diffusion_loss, autoregressive_loss = (s / c for s, c in zip(self._global_sum(sums.sum(0).tolist()), counts, strict=True))
+        gradient_norm = clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm)
+        totals = sums.sum(0, dtype=torch.float64)
+        dist.all_reduce(totals)
+        # Here alone the step waits for the device.
+        diffusion_loss, autoregressive_loss, tokens, norm = torch.cat([totals / counts[:2], counts[2:], gradient_norm[None]]).tolist()
         self.progress.step += 1
         rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
         record: dict[str, Any] = {
-            "loss": diffusion_loss + self.config.objective.encoder_loss_weight * autoregressive_loss,
+            "loss": diffusion_loss + encoder_weight * autoregressive_loss,
             "diffusion_loss": diffusion_loss,
             "autoregressive_loss": autoregressive_loss,
             "grad_norm": norm,
@@ -140,7 +142,6 @@ class Trainer:
             record["examples"] = self._offending(first, sums)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        tokens = self._global_sum([sum(len(b.clean) + len(b.canvas) for b, _ in micro_batches)])[0]
         return record | {
             "seconds": seconds,
             "tokens": int(tokens),
@@ -214,7 +215,7 @@ class Trainer:
         probability = self.config.objective.self_conditioning_probability
         return self.data.share_out(positions, self.world_size, self.micro_batch_size, probability)
 
-    def _losses(self, batch: PackedBatch, weights: tuple[float, float], any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _losses(self, batch: PackedBatch, weights: Weights, any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.model.inside(losses, batch, weights, any_coin=any_coin, checkpointing=self.config.train.activation_checkpointing)
 
     def _train_one_step(self) -> None:
@@ -288,6 +289,13 @@ class Trainer:
         if failed:
             self.checkpoints.wait()  # raises, on all ranks
         return stop > 0
+
+    def _global_counts(self, batches: list[PackedBatch]) -> torch.Tensor:
+        """float64[3] on the device: scored canvas positions, scored pairs and tokens of all ranks' batches together."""
+        sizes = [(len(b.canvas_targets), len(b.next_targets), len(b.clean) + len(b.canvas)) for b in batches]
+        counts = torch.tensor(sizes, dtype=torch.float64).sum(0).to(self.device, non_blocking=True)
+        dist.all_reduce(counts)
+        return counts
 
     def _global_sum(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -10,6 +10,7 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from canvastune import objective
+from canvastune.config import Checkpointing
 from canvastune.data.batches import Example, pack
 from canvastune.model.attention import Packing
 from canvastune.model.load import VISION
@@ -44,7 +45,9 @@ def stock(checkpoint: Path) -> DiffusionGemmaForBlockDiffusion:
     return stock_model(checkpoint)
 
 
-def gradients(model: SharedModel, batches: list[tuple[list[Example], list[Draws]]], checkpointing: bool = False) -> tuple[float, dict]:
+def gradients(
+    model: SharedModel, batches: list[tuple[list[Example], list[Draws]]], checkpointing: Checkpointing = False
+) -> tuple[float, dict]:
     """Loss and gradients of a global batch that is cut into these micro-batches."""
     examples = [e for part, _ in batches for e in part]
     draws = [d for _, part in batches for d in part]
@@ -75,8 +78,8 @@ def plain(stock: DiffusionGemmaForBlockDiffusion, model: SharedModel) -> tuple[f
     return float(total.detach()), diffusion, autoregressive, {name: gradient for name, gradient in found.items() if name in trained}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_every_gradient_equal_the_plain_step(model: SharedModel, plain: tuple, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_loss_and_every_gradient_equal_the_plain_step(model: SharedModel, plain: tuple, checkpointing: Checkpointing) -> None:
     loss, found = gradients(model, [examples_and_draws()], checkpointing)
     assert loss == pytest.approx(plain[0], rel=1e-6)
     worst, name = worst_difference(found, plain[3])

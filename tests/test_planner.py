@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DiffusionGemmaConfig
 
 from canvastune import planner
-from canvastune.config import ModelConfig, RunConfig, load_config
+from canvastune.config import Checkpointing, ModelConfig, RunConfig, load_config
 from canvastune.errors import UserError
 from canvastune.objective import losses
 from canvastune.plan import work
@@ -187,6 +187,11 @@ CASES = {
         "bfloat16",
         Step(8, 2, 2, 1, 128, CANVAS, checkpointing=True, self_conditioning=1),
     ),
+    "every second layer recomputed": (
+        "full",
+        "float32",
+        Step(2, 2, 2, 1, 128, CANVAS, checkpointing="selective", self_conditioning=1),
+    ),
     "dropout, all activations kept": (
         "lora with dropout",
         "bfloat16",
@@ -221,9 +226,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "checkpointing", "coins"),
-    [("full", True, 1), ("full", False, 0), ("lora", True, 0), ("lora", False, 1), ("lora with experts", True, 1)],
+    [
+        ("full", True, 1),
+        ("full", False, 0),
+        ("full", "selective", 0),
+        ("lora", True, 0),
+        ("lora", False, 1),
+        ("lora with experts", True, 1),
+    ],
 )
-def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: bool, coins: int, small: Path) -> None:
+def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: Checkpointing, coins: int, small: Path) -> None:
     config = configured(method)
     architecture = read_architecture(config, small)
     step = Step(1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins)

@@ -20,6 +20,7 @@ from canvastune.data.batches import PreparedData
 from canvastune.errors import UserError
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights, read_model_config
+from canvastune.objective import Weights
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.planner import make_plan
 from canvastune.tracking import MetricsWriter
@@ -59,7 +60,7 @@ def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
     """Make the loss of some steps not a number on one rank, in its second micro-batch."""
     compute, calls = trainer._losses, [0]
 
-    def losses(batch: Any, weights: tuple[float, float], any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(batch: Any, weights: Weights, any_coin: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = compute(batch, weights, any_coin)
         if weights == (0.0, 0.0):  # a validation
             return found

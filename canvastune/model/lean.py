@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
-    DiffusionGemmaRMSNorm,
-    DiffusionGemmaSelfConditioning,
-    DiffusionGemmaText4MLP,
-)
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaRMSNorm, DiffusionGemmaText4MLP
 
 
 def make_lean(model: nn.Module) -> None:

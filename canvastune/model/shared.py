@@ -17,7 +17,9 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaDecoderTextLayer,
 )
 
+from canvastune.config import Checkpointing
 from canvastune.data.batches import PackedBatch
+from canvastune.layout import is_recomputed
 from canvastune.model import attention, experts
 from canvastune.model.attention import Packing
 from canvastune.model.embedding import SharedEmbedding
@@ -75,21 +77,21 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
 
     def hidden_states(
-        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: bool
+        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: Checkpointing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass of the stack over `[clean ; canvas]` -> last hidden states of the clean rows [N, H] and canvas rows [M, H].
 
         Args:
             canvas: [M, H] embedded canvas, self-conditioning applied.
-            checkpointing: keep each layer's input alone and recompute the layer in the backward pass.
+            checkpointing: of which layers the input alone is kept, from which the backward pass recomputes them.
         """
         decoder = self.model.decoder
         hidden = torch.cat([decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)])[None]
         positions = torch.cat([batch.clean_positions, batch.canvas_positions])[None]
         rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in decoder.unique_layer_types}
         layer_types = self.config.text_config.layer_types
-        for layer, kind in zip(decoder.layers, layer_types, strict=True):
-            if checkpointing:
+        for index, (layer, kind) in enumerate(zip(decoder.layers, layer_types, strict=True)):
+            if is_recomputed(checkpointing, index):
                 hidden = checkpoint(_run_layer, layer, hidden, rotary[kind], packing, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = _run_layer(layer, hidden, rotary[kind], packing)

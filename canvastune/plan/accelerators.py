@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from canvastune.errors import UserError
 from canvastune.plan.memory import Step, fsdp_groups, local_numel
 from canvastune.plan.sizes import EXPERT_KINDS, Architecture
-from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, IDLE, PASS_1, Flops, any_pass_1, slowest_pass_1
+from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, IDLE, PASS_1, Flops, any_pass_1, recomputed_share, slowest_pass_1
 
 MATMUL_SHARE = 0.45  # of the peak, over a whole step: the engine's goal, and what well-tuned mixture-of-experts training reaches
 BANDWIDTH_SHARE = 0.8  # of memory bandwidth
@@ -106,7 +106,7 @@ def step_time(architecture: Architecture, step: Step, flops: Flops, received: di
         computed += flops.by_pass[PASS_1] * (slowest_pass_1(step) / step.self_conditioning - 1) - flops.by_pass[IDLE]
     in_experts = computed * sum(flops.by_part.get(kind, 0.0) for kind in EXPERT_KINDS) / flops.total
     # Each pass reads the weights once, the backward pass for the inputs' and for the weights' gradients.
-    passes = step.micro_steps * (3 + step.checkpointing + any_pass_1(step))
+    passes = step.micro_steps * (3 + recomputed_share(architecture, step) + any_pass_1(step))
     compute_bytes = architecture.compute_bytes
     expert_bytes = sum(weight.numel for weight in architecture.weights if weight.expert) // step.ep * compute_bytes
     groups = fsdp_groups(architecture, step)

@@ -14,6 +14,8 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from canvastune.config import Checkpointing
+from canvastune.layout import is_recomputed
 from canvastune.objective import chunk_rows, tile_columns
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
@@ -31,7 +33,7 @@ class Step:
     micro_steps: int  # forwards per optimiser step
     clean: int  # clean tokens per example
     canvas: int  # canvas tokens per example
-    checkpointing: bool
+    checkpointing: Checkpointing
     self_conditioning: float  # probability that an example is denoised twice
     device: str = "cpu"  # or "cuda": how many logits are made at once
     chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last one, the most
@@ -112,7 +114,7 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
     accumulating = step.micro_steps > 1
     before = all_gradients if accumulating else 0
     steady = _steady(architecture, step)
-    kept = [steady + part for part in _running(_kept(architecture, step, layer) for layer in architecture.layers)]
+    kept = [steady + part for part in _running(_kept(architecture, step, index) for index in range(len(architecture.layers)))]
     table = architecture.vocabulary * architecture.hidden
     table_gradient = architecture.compute_bytes * table if architecture.full else 0
     last = len(architecture.layers) - 1
@@ -134,7 +136,7 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
             f"forward, layer {index + 1}",
             before,
             kept[index],
-            _forward_workspace(architecture, step),
+            _forward_workspace(architecture, step, index),
             0,
             waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
         )
@@ -152,7 +154,7 @@ def moments(architecture: Architecture, step: Step) -> dict[str, dict[str, int]]
         behind = groups.layers[index + 1].reduction if index < last else 0
         gradients = all_gradients if accumulating else done
         rest, rows = _saved(architecture, step, shape)
-        inputs = kept[index] if step.checkpointing else kept[index] - rest - rows
+        inputs = kept[index] if is_recomputed(step.checkpointing, index) else kept[index] - rest - rows
         moment(
             f"backward, experts of layer {index + 1}",
             gradients,
@@ -245,11 +247,11 @@ def _running(values: Iterable[int]) -> list[int]:
     return sums
 
 
-def _kept(architecture: Architecture, step: Step, layer: LayerShape) -> int:
+def _kept(architecture: Architecture, step: Step, index: int) -> int:
     """From a layer's forward to its backward."""
-    if step.checkpointing:
+    if is_recomputed(step.checkpointing, index):
         return step.tokens * architecture.hidden * architecture.compute_bytes
-    return sum(_saved(architecture, step, layer))
+    return sum(_saved(architecture, step, architecture.layers[index]))
 
 
 def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[int, int]:
@@ -279,18 +281,21 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
 def _combine_workspace(architecture: Architecture, step: Step) -> int:
     """Beside a layer's saved tensors while the experts are differentiated: the layer's widest point."""
     c, hidden = architecture.compute_bytes, architecture.hidden
-    row = 2 * hidden if step.ep > 1 else hidden + 2 * architecture.expert_size  # on its way between ranks, or beside what made it
-    return step.tokens * c * (architecture.experts_per_token * row + 3 * hidden)
+    # A row on its way between ranks, or beside what made it; where it is weighted, it is float32.
+    row = c * hidden * (2 if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (1 if step.ep > 1 else 2)
+    return step.tokens * (architecture.experts_per_token * row + 3 * c * hidden)
 
 
 def _row_gradients(architecture: Architecture, step: Step) -> int:
     return step.tokens * architecture.experts_per_token * architecture.hidden * architecture.compute_bytes
 
 
-def _forward_workspace(architecture: Architecture, step: Step) -> int:
-    """A layer's forward pass at its widest: the experts' rows, those that came back, and what made them."""
-    c, hidden = architecture.compute_bytes, architecture.hidden
-    rows = architecture.experts_per_token * (hidden * (3 if step.ep > 1 else 1) + 3 * architecture.expert_size)
+def _forward_workspace(architecture: Architecture, step: Step, index: int) -> int:
+    """A layer's forward pass at its widest, beside what it keeps: the experts' rows, those that came back, and what made them."""
+    c, hidden, spread = architecture.compute_bytes, architecture.hidden, step.ep > 1
+    if not is_recomputed(step.checkpointing, index):
+        return step.tokens * c * architecture.experts_per_token * hidden * (2 if spread else 1)
+    rows = architecture.experts_per_token * (hidden * (3 if spread else 1) + 3 * architecture.expert_size)
     return step.tokens * c * (rows + 6 * hidden)
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
 
+_CHECKPOINTING = {True: "on", "selective": "of every second layer", False: "off"}
+
 
 def plan_text(plan: Plan) -> str:
     """The whole plan as plain text, 100 columns wide at most."""
@@ -22,7 +24,7 @@ def plan_text(plan: Plan) -> str:
         f"  {plan.world_size} ranks on {plan.accelerator} = efsdp {plan.efsdp} x ep {plan.ep}, compute in {plan.precision}",
         f"  global batch {plan.global_batch_size} = {plan.world_size} ranks x {plan.micro_batch_size} examples x {plan.micro_steps} "
         f"forwards; sequences of {plan.seq_length} tokens, canvas {plan.canvas_length}",
-        f"  activation checkpointing {'on' if plan.activation_checkpointing else 'off'}",
+        f"  activation checkpointing {_CHECKPOINTING[plan.activation_checkpointing]}",
         "",
         *_parameters(plan),
         "",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from canvastune.layout import is_recomputed
 from canvastune.plan.memory import FLOAT, Step, fsdp_groups
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
@@ -40,18 +41,20 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
     """Count one rank's step, with its share of the global batch."""
     forward: Parts = {}
     backward: Parts = {}
+    recomputed: Parts = {}
     scores = scores_again = 0.0
     for index, layer in enumerate(architecture.layers):
-        scores += _scores(step, step.clean, layer, architecture.window)
+        own, again_here = _scores(step, step.clean, layer, architecture.window), is_recomputed(step.checkpointing, index)
+        scores += own
+        _add(recomputed, {"attention": own * (again_here + 0.5)})  # fused kernels form the scores again in the backward pass
         scores_again += _scores(step, step.past, layer, architecture.window)
         for weight in architecture.weights:
             if weight.layer == index:
                 product = _matmul(architecture, step, weight)
                 _add(forward, {weight.kind: product})
+                _add(recomputed, {weight.kind: product * again_here})
                 _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
     again = {kind: product * pass_1_share(step) for kind, product in forward.items()}
-    recomputed = dict(forward) if step.checkpointing else {}
-    _add(recomputed, {"attention": scores * (step.checkpointing + 0.5)})  # fused kernels form the scores again in the backward pass
     _add(forward, {"attention": scores})
     _add(backward, {"attention": 2 * scores})
 
@@ -98,8 +101,14 @@ def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
         ROOT_GATHER: float(step.micro_steps * groups.root.received),
         REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))),
         EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
-        EXCHANGE: exchanged * (2 + step.checkpointing + step.self_conditioning * pass_1_share(step) + idle),
+        EXCHANGE: exchanged * (2 + recomputed_share(architecture, step) + step.self_conditioning * pass_1_share(step) + idle),
     }
+
+
+def recomputed_share(architecture: Architecture, step: Step) -> float:
+    """Of the layers, those that the backward pass recomputes."""
+    layers = len(architecture.layers)
+    return sum(is_recomputed(step.checkpointing, index) for index in range(layers)) / layers
 
 
 def any_pass_1(step: Step) -> float:
