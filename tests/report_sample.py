@@ -105,7 +105,7 @@ def write_data(folder: Path, config: RunConfig) -> Path:
 def write_evaluation(folder: Path, config: RunConfig, *, rows: int = 64, before: int = 6, after: int = 52, lost: int = 1) -> Path:
     """Answers of both models, some of them hostile; returns the folder."""
     folder.mkdir(parents=True)
-    answers = []
+    answers: list[dict[str, Any]] = []
     for row in range(rows):
         apples, given = 12 + row, 3 + row % 7
         right_after = row < after
@@ -130,6 +130,9 @@ def write_evaluation(folder: Path, config: RunConfig, *, rows: int = 64, before:
         "correct_after": after,
         "exact_match_before": before / rows,
         "exact_match_after": after / rows,
+        "gained": sum(answer["correct_after"] and not answer["correct_before"] for answer in answers),
+        "lost": lost,
+        "device": "cpu",
         "tokens_per_second_before": 611.2,
         "tokens_per_second_after": 842.7,
         "tokens_per_forward_before": 2.11,

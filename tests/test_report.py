@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import canvastune.report
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report import write_report
-from canvastune.report.curves import _thin, charts_of, smooth, tick
-from canvastune.report.facts import exact_match, training, warnings_of, wilson
+from canvastune.report.curves import charts_of, smooth, thin, tick
+from canvastune.report.facts import cost_of, exact_match, sign_test, training, warnings_of, wilson
+from canvastune.report.interactive import curves_json, policy
 from canvastune.report.numbers import duration, short
 from canvastune.tracking import read_metrics
 from tests.report_sample import HOSTILE, sample_config, write_data, write_evaluation, write_merge, write_metrics, write_plan
@@ -45,7 +47,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        self._hidden = tag == "style"
+        self._hidden = tag in {"style", "script"}
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden = False
@@ -61,7 +63,7 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:
-    return sample_config()
+    return sample_config(parallel={"nproc_per_node": 2})
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +93,9 @@ def page(folder: Path) -> _Page:
 
 def test_the_verdict_is_one_sentence_with_its_uncertainty(page: _Page) -> None:
     sentence = (
-        "Exact match rose from 9.4% to 81.2% on 64 held-out rows (95% intervals 4.4% to 19.0% and 70.0% to 88.9%), "
-        "validation loss fell from 5.619 to 0.613 after 300 steps, 1.22 M tokens and 2 min 29 s of training."
+        "Exact match rose from 9.4% to 81.2% on 64 held-out rows (95% intervals 4.4% to 19.0% and 70.0% to 88.9%; "
+        "row by row 47 gained, 1 lost, p < 0.001), validation loss fell from 5.619 to 0.613 after 300 steps, "
+        "for 0.0826 CPU process-hours and 1.22 M tokens."
     )
     assert sentence in page.text, page.text[:900]
 
@@ -110,7 +113,7 @@ def test_every_curve_is_on_the_page_and_a_picture(folder: Path, page: _Page) -> 
 
 def test_the_page_asks_the_network_for_nothing(page: _Page) -> None:
     for tag, attributes in page.elements:
-        assert tag not in {"script", "iframe", "object", "embed", "base"}, f"<{tag}> can run or fetch something"
+        assert tag not in {"iframe", "object", "embed", "base"}, f"<{tag}> can run or fetch something"
         for name, value in attributes.items():
             assert not name.startswith("on"), f"{tag} {name} runs a script"
             local = str(value).startswith(("#", "data:"))
@@ -119,6 +122,31 @@ def test_the_page_asks_the_network_for_nothing(page: _Page) -> None:
     policies = [attributes.get("content") for _, attributes in page.elements if attributes.get("http-equiv") == "Content-Security-Policy"]
     assert policies
     assert "default-src 'none'" in str(policies[0])
+
+
+def test_the_policy_lets_the_pages_own_script_run_and_no_other(folder: Path) -> None:
+    html = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    assert len(scripts) == 1
+    given = unescape(re.findall(r'Content-Security-Policy" content="([^"]*)"', html)[0])
+    assert given == policy(scripts[0]), "a browser would refuse the script, or run another"
+    assert "unsafe" not in given.replace("style-src 'unsafe-inline'", "")
+    assert "Permission is hereby granted" in scripts[0], "uPlot's licence goes where uPlot goes"
+
+
+def test_curves_hold_every_peak_and_the_mean_of_what_lies_between() -> None:
+    steps = 30_000
+    records: list[dict[str, Any]] = [{"kind": "train", "step": step, "loss": 1.0 + (step % 100 == 0)} for step in range(1, steps + 1)]
+    records[12_344]["loss"] = 99.0
+    text = curves_json(charts_of([("</script>", records)]), [7, 7], steps)
+    assert "<" not in text, "a name could end the element that holds the curves"
+    content = json.loads(text)
+    line = content["charts"][0]["lines"][0]
+    assert (content["events"], line["label"]) == ([7], "</script>")
+    assert len(line["raw"][0]) <= 2402
+    assert max(line["raw"][1]) == 99.0
+    assert len(line["means"][0]) == 1200
+    assert sum(line["means"][1]) / 1200 == pytest.approx(sum(record["loss"] for record in records) / steps, rel=1e-3)
 
 
 def test_hostile_answers_and_names_are_shown_as_text(page: _Page) -> None:
@@ -170,7 +198,8 @@ def test_compared_runs_are_laid_over_and_tabled(folder: Path, page: _Page) -> No
     runs = [("own", read_metrics(folder / "train" / "metrics.jsonl")), ("rank32", read_metrics(folder / "rank32" / "metrics.jsonl"))]
     charts = {chart.name: chart for chart in charts_of(runs)}
     assert [line.label for line in charts["total_loss"].lines] == ["own", "rank32"]
-    assert [line.raw is None for line in charts["total_loss"].lines] == [False, True], "single steps of the run itself alone"
+    assert charts["total_loss"].recorded[:300] == charts["total_loss"].lines[0].values, "single steps of the run itself"
+    assert charts["total_loss"].recorded[300:] == charts["total_loss"].lines[1].shown, "and of no other"
     assert [line.label for line in charts["validation_loss"].lines][-2:] == ["own, mean", "rank32, mean"]
     assert "tiny_lora (this run) 300" in page.text
     assert "rank32 60" in page.text
@@ -243,6 +272,40 @@ def test_intervals_are_wilsons(correct: int, rows: int, low: float, high: float)
     assert wilson(correct, rows) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 5, 1.0)])
+def test_rows_that_changed_are_compared_exactly(gained: int, lost: int, p: float) -> None:
+    assert sign_test(gained, lost) == pytest.approx(p)
+
+
+def test_a_paired_comparison_is_surer_than_two_intervals() -> None:
+    evaluation = {"scored": 64, "exact_match_before": 40 / 64, "exact_match_after": 48 / 64}
+    alone, paired = exact_match(evaluation), exact_match(evaluation | {"gained": 8, "lost": 0})
+    assert alone is not None
+    assert paired is not None
+    assert not alone["clear"]
+    assert paired["clear"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "unit"),
+    [
+        ({}, "cuda", "GPU-hours"),
+        ({}, "cpu", "CPU process-hours"),
+        ({}, None, "process-hours"),
+        ({"backend": "pytorchjob", "nodes": 3}, "cpu", "GPU-hours"),
+        ({"backend": "trainjob", "nodes": 3, "gpu_resource": None}, "cuda", "CPU process-hours"),
+    ],
+)
+def test_cost_is_the_hours_of_all_ranks_on_what_they_ran_on(cluster: dict[str, Any], device: str | None, unit: str) -> None:
+    ranks = 4 * cluster.get("nodes", 1)
+    config = sample_config(cluster=cluster, parallel={"nproc_per_node": 4})
+    assert cost_of(config, 1800.0, {"device": device} if device else None) == {
+        "ranks": ranks,
+        "hours": ranks / 2,
+        "unit": unit,
+    }
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [(6, 8, "too few to be sure"), (30, 12, "Exact match fell from 30 to 12 of 64 rows."), (6, 52, None)],
@@ -264,6 +327,7 @@ def test_no_scored_row_is_no_percentage() -> None:
 def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
     records: list[dict[str, Any]] = [
         {"kind": "event", "step": 7, "time": 0.0, "event": "skipped_step", "detail": "not finite"},
+        {"kind": "event", "step": 7, "time": 0.0, "event": "damaged_checkpoint", "detail": "a checksum differs"},
         {"kind": "train", "step": 8, "time": 0.0, "loss": 1.0, "grad_norm": None},
         {"kind": "validation", "step": 100, "time": 0.0, "loss": 1.0, "levels": {}},
         {"kind": "validation", "step": 300, "time": 0.0, "loss": 1.2, "levels": {}},
@@ -271,6 +335,7 @@ def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
     text = " ".join(_warnings(config, records, merge={"passed": False}))
     assert "Do not use the merged model" in text
     assert "1 step was skipped: 7." in text
+    assert "1 checkpoint was damaged and passed over" in text
     assert "not finite and are missing in the curves: grad_norm" in text
     assert "lowest at step 100 (1.000) and ended at 1.200" in text
 
@@ -280,7 +345,7 @@ def test_smoothing_does_not_lag_and_thinning_keeps_every_peak() -> None:
     assert smooth(falling)[100:200] == pytest.approx([value + 0.5 for value in falling[100:200]]), "the average is around its step"
     values = [1.0] * 5000
     values[3333] = 99.0
-    steps, thinned = _thin(list(range(5000)), values)
+    steps, thinned = thin(list(range(5000)), values)
     assert len(steps) <= 602
     assert (steps[0], steps[-1], max(thinned)) == (0, 4999, 99.0)
 

@@ -1,4 +1,4 @@
-"""The curves of a run: which there are, how they are smoothed, and how matplotlib draws them for the page and as PNG."""
+"""The curves of a run: which there are, how they are smoothed, and how matplotlib draws them as still pictures (SVG and PNG)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,19 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One series: `raw` behind it if it is smoothed. Steps ascend; `colour` is a name of the palette."""
+    """One series as recorded, `noisy` if it is shown smoothed. Steps ascend; `colour` is a name of the palette."""
 
     label: str
     steps: list[int]
     values: list[float]
-    raw: list[float] | None = None
+    noisy: bool = False
     colour: str = "s0"
     dashed: bool = False
+
+    @cached_property
+    def shown(self) -> list[float]:
+        """Values of the strong line."""
+        return smooth(self.values) if self.noisy else self.values
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,12 @@ class Chart:
     @property
     def first_and_last(self) -> tuple[float, float] | None:
         """Values at both ends of the first line."""
-        return (self.lines[0].values[0], self.lines[0].values[-1]) if self.lines else None
+        return (self.lines[0].shown[0], self.lines[0].shown[-1]) if self.lines else None
+
+    @property
+    def recorded(self) -> list[float]:
+        """Every value that is drawn: those of the first line as recorded, behind it; of the others what is shown."""
+        return [value for index, line in enumerate(self.lines) for value in (line.shown if index else line.values)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class _Measure:
     title: str
     unit: str
     field: str
-    smooth: bool
+    noisy: bool
     scale: float = 1.0
 
 
@@ -160,12 +171,11 @@ def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) 
         steps, values = series(records, "train", measure.field)
         values = [value * measure.scale for value in values]
         if steps:
-            shown = smooth(values) if measure.smooth else values
-            raw = values if measure.smooth and index == 0 else None
-            lines.append(Line(name, steps, shown, raw, f"s{index % _RUNS}", dashed=index >= _RUNS))
-    every = [value for line in lines for value in (line.raw or line.values)]
+            lines.append(Line(name, steps, values, measure.noisy, f"s{index % _RUNS}", dashed=index >= _RUNS))
+    chart = Chart(measure.name, measure.title, measure.unit, lines)
+    every = chart.recorded
     log = measure.field == "grad_norm" and min(every, default=0) > 0 and max(every) > 10 * min(every)
-    return Chart(measure.name, measure.title, measure.unit, lines, log=log)
+    return replace(chart, log=log)
 
 
 def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
@@ -193,10 +203,10 @@ def _draw(chart: Chart, events: Sequence[int], palette: dict[str, str], width: f
         axes.axvline(step, color=palette["soft"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     for depth, line in enumerate(reversed(chart.lines), 3):  # the run itself over those it is compared with
         colour = palette[line.colour]
-        if line.raw is not None:
-            axes.plot(*_thin(line.steps, line.raw), color=colour, linewidth=0.7, alpha=0.35, zorder=2)
+        if line.noisy and line is chart.lines[0]:
+            axes.plot(*thin(line.steps, line.values), color=colour, linewidth=0.7, alpha=0.35, zorder=2)
         axes.plot(
-            *_thin(line.steps, line.values),
+            *thin(line.steps, line.shown),
             color=colour,
             linewidth=1.7,
             linestyle=(0, (4, 2)) if line.dashed else "solid",
@@ -226,7 +236,7 @@ def _dress(axes: Axes, chart: Chart, palette: dict[str, str]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        drawn = [value for line in chart.lines for value in line.raw or line.values]
+        drawn = chart.recorded
         if min(drawn) >= 0 and max(drawn) > 0:
             axes.set_ylim(0, 1.08 * max(drawn))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
@@ -245,12 +255,12 @@ def tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _thin(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """At most `_MOST_POINTS` points: the lowest and the highest of each stretch, so that no peak is lost, and both ends."""
-    if len(steps) <= _MOST_POINTS:
+def thin(steps: list[int], values: list[float], most: int = _MOST_POINTS) -> tuple[list[int], list[float]]:
+    """At most `most` points and both ends: the lowest and the highest of each stretch, so that no peak is lost."""
+    if len(steps) <= most:
         return steps, values
     chosen = {0, len(steps) - 1}
-    stretch = -(-len(steps) * 2 // _MOST_POINTS)
+    stretch = -(-len(steps) * 2 // most)
     for start in range(0, len(steps), stretch):
         part = range(start, min(start + stretch, len(steps)))
         chosen |= {min(part, key=values.__getitem__), max(part, key=values.__getitem__)}

@@ -12,6 +12,7 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report.curves import Record, is_number, series
 
+_SURE = 0.05  # p below which a change is called one
 _Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 _RESTARTS = ("resumed", "restarted")
 _ROUTINE = ("checkpoint",)  # events that are counted, not listed
@@ -47,8 +48,18 @@ def wilson(correct: int, rows: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided p of McNemar's exact test: how likely so uneven a split of the rows that changed is if neither model is better."""
+    changed = gained + lost
+    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
 def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Exact match on both sides with intervals, and what changed; None if no row was scored."""
+    """Exact match on both sides with intervals, and what changed; None if no row was scored.
+
+    "paired" compares row by row where the evaluation says how many were gained and lost: sharper than two intervals side by side.
+    """
     rows = evaluation.get("scored", evaluation.get("rows"))
     if not rows:
         return None
@@ -59,9 +70,23 @@ def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
         low, high = wilson(correct, rows)
         sides[side] = {"share": correct / rows, "correct": correct, "low": low, "high": high}
     before, after = sides["before"], sides["after"]
-    clear = after["low"] > before["high"] or after["high"] < before["low"]
+    paired = None
+    if "gained" in evaluation and "lost" in evaluation:
+        gained, lost = evaluation["gained"], evaluation["lost"]
+        paired = {"gained": gained, "lost": lost, "p": sign_test(gained, lost)}
+    clear = paired["p"] < _SURE if paired else after["low"] > before["high"] or after["high"] < before["low"]
     direction = "rose" if after["correct"] > before["correct"] else "fell" if after["correct"] < before["correct"] else "stayed"
-    return {"rows": rows, **sides, "clear": clear, "direction": direction}
+    return {"rows": rows, **sides, "paired": paired, "clear": clear, "direction": direction}
+
+
+def cost_of(config: RunConfig, seconds: float, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the training occupied: {"ranks", "hours", "unit"}, over the ranks that the configuration asks for."""
+    if config.cluster.backend != "local":
+        device = "cuda" if config.cluster.gpu_resource else "cpu"
+    else:  # the pipeline's steps then run on the same machine
+        device = str((evaluation or {}).get("device"))
+    unit = {"cuda": "GPU-hours", "cpu": "CPU process-hours"}.get(device, "process-hours")
+    return {"ranks": config.world_size, "hours": seconds * config.world_size / 3600, "unit": unit}
 
 
 def training(records: list[Record], config: RunConfig) -> dict[str, Any]:
@@ -128,7 +153,9 @@ def warnings_of(
     if match and match["direction"] == "fell":
         found.append(f"Exact match fell from {match['before']['correct']} to {match['after']['correct']} of {match['rows']} rows.")
     elif match and not match["clear"] and match["direction"] != "stayed":
-        found.append(f"{match['rows']} rows are too few to be sure of the change in exact match: the 95% intervals overlap.")
+        pair = match["paired"]
+        why = f"{pair['gained']} gained, {pair['lost']} lost, p = {pair['p']:.2f}" if pair else "the 95% intervals overlap"
+        found.append(f"{match['rows']} rows are too few to be sure of the change in exact match: {why}.")
     if evaluation is None:
         found.append("Not evaluated: nothing here says whether the tuned model answers better.")
     elif match is None:
@@ -136,15 +163,24 @@ def warnings_of(
     best, last = facts["best_validation"], facts["validation"]
     if best and last[1] > _CLEARLY_WORSE * best[0]:
         found.append(f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) and ended at {last[1]:.3f}: trained too long.")
-    restarts = [event["step"] for event in told if event.get("event") in _RESTARTS]
-    if restarts:
-        times = "once" if len(restarts) == 1 else f"{len(restarts)} times"
-        found.append(f"Training was interrupted and went on {times}, from step {', '.join(map(str, restarts[:10]))}.")
+    found += _interruptions(told)
     if config.train.method == "lora" and merge is None:
         found.append("The adapter was not merged, so nothing is proved about a merged model.")
     bad = card.get("bad", 0)
     if bad:
         found.append(f"{_count(bad, 'row', 'rows')} of the data could not be read and {'was' if bad == 1 else 'were'} left out.")
+    return found
+
+
+def _interruptions(told: list[Record]) -> list[str]:
+    found = []
+    restarts = [event["step"] for event in told if event.get("event") in _RESTARTS]
+    if restarts:
+        times = "once" if len(restarts) == 1 else f"{len(restarts)} times"
+        found.append(f"Training was interrupted and went on {times}, from step {', '.join(map(str, restarts[:10]))}.")
+    damaged = [event["step"] for event in told if event.get("event") == "damaged_checkpoint"]
+    if damaged:
+        found.append(f"{_count(len(damaged), 'checkpoint was', 'checkpoints were')} damaged and passed over; see the events.")
     return found
 
 

@@ -37,6 +37,11 @@ def percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f}%"
 
 
+def chance(p: float) -> str:
+    """p = 0.03, p < 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 def size(value: float | None) -> str:
     """Bytes in GB (1e9) or MB."""
     if value is None:
@@ -72,6 +77,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "short": short,
     "loss": loss,
     "percent": percent,
+    "chance": chance,
     "size": size,
     "duration": duration,
     "moment": moment,

@@ -17,7 +17,8 @@ from canvastune.errors import UserError
 from canvastune.outputs import whole_folder, write_provenance
 from canvastune.report import numbers
 from canvastune.report.curves import Chart, Record, charts_of, draw_png, draw_svg, series, smoothing_span
-from canvastune.report.facts import events_of, exact_match, file_in, median, plan_rows, read_json, training, warnings_of
+from canvastune.report.facts import cost_of, events_of, exact_match, file_in, median, plan_rows, read_json, training, warnings_of
+from canvastune.report.interactive import curves_json, policy, script, summary_rows
 from canvastune.tracking import read_metrics
 
 _MOST_ANSWERS = 200  # on the page; the rest is in answers.jsonl
@@ -40,7 +41,7 @@ def write_report(
 ) -> Path:
     """Write `report.html` and a PNG per curve into `out`; returns the page's path.
 
-    The page is self-contained (no script, no request), under 2 MB, and says what was not done rather than leaving it out.
+    The page is self-contained (its own script alone, no request), under 2 MB, and says what was not done rather than leaving it out.
 
     Args:
         metrics: metrics.jsonl of the run, or the folder that holds it; likewise each of `compare`, whose curves are laid over.
@@ -61,6 +62,7 @@ def write_report(
             draw_png(chart, marks, folder / f"{chart.name}.png")
         context = _context(config, runs, data=data, plan=plan, evaluation=evaluation, merge=merge)
         context["charts"] = [_drawn(chart, marks) for chart in charts]
+        context["curves"] = curves_json(charts, marks, context["facts"]["steps"])
         context["provenance"] = _provenance(
             {"train": file_in(metrics, "metrics.jsonl").parent, "data": data, "plan": plan, "merge": merge, "evaluation": evaluation}
         )
@@ -91,6 +93,7 @@ def _context(
         "version": __version__,
         "facts": facts,
         "match": exact_match(evaluated) if evaluated else None,
+        "cost": cost_of(config, facts["seconds"], evaluated),
         "evaluation": evaluated,
         "answers": answers[:_MOST_ANSWERS],
         "answer_count": len(answers),
@@ -133,6 +136,7 @@ def _drawn(chart: Chart, marks: list[int]) -> dict[str, Any]:
     # Markup: matplotlib escapes the only texts that are the user's, the names of runs, and the page shows those itself.
     return {
         "chart": chart,
+        "summary": summary_rows(chart),
         "narrow": Markup(draw_svg(chart, marks, wide=False)),
         "wide": Markup(draw_svg(chart, marks, wide=True)) if chart.wide else None,
     }
@@ -197,7 +201,9 @@ def _render(context: dict[str, Any]) -> str:
     )
     environment.filters |= numbers.FILTERS
     environment.filters["cut"] = _cut
-    return environment.get_template("report.html.jinja").render(context)
+    # The policy names the hash of the script as it stands in the page, line breaks included.
+    code = Markup(f"\n{script()}\n")
+    return environment.get_template("report.html.jinja").render(context, script=code, policy=policy(code))
 
 
 def _cut(text: Any) -> str:

@@ -1,0 +1,226 @@
+"""The report page in a real browser: its curves answer, nothing is asked of the network, and nothing is cut off on a phone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright import sync_api
+
+from canvastune.report import write_report
+from tests.report_sample import sample_config, write_data, write_evaluation, write_merge, write_metrics, write_plan
+
+_CHROMIUM = shutil.which("chromium")
+_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)")
+_CHARTS = 8
+_IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
+
+
+class _Tab:
+    """The report in a tab of its own, with all that it said and asked for."""
+
+    def __init__(self, browser: sync_api.Browser, report: Path, width: int = 1280, **options: Any) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = report.as_uri()
+        self.page.goto(self.address)
+
+    def chart(self, name: str) -> sync_api.Locator:
+        return self.page.locator(f"[data-chart={name}]")
+
+    def point(self, name: str, share: float) -> tuple[float, float]:
+        """A place in the middle of a plot's height, at a share of its width."""
+        over = self.chart(name).locator(".u-over")
+        over.scroll_into_view_if_needed()
+        box = over.bounding_box()
+        assert box is not None
+        return box["x"] + share * box["width"], box["y"] + box["height"] / 2
+
+    def hover(self, name: str, share: float) -> str:
+        self.page.mouse.move(*self.point(name, share))
+        tip = self.chart(name).locator(".tip")
+        tip.wait_for(state="visible")
+        return str(tip.inner_text())
+
+    def step(self, name: str, share: float) -> int:
+        return int(self.hover(name, share).splitlines()[0].removeprefix("step "))
+
+    def zoom(self, name: str, start: float, stop: float) -> None:
+        self.page.mouse.move(*self.point(name, start))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.point(name, stop), steps=5)
+        self.page.mouse.up()
+
+    def reset_button(self, name: str) -> sync_api.Locator:
+        return self.chart(name).get_by_text("Reset zoom")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 300 steps laid over four others, one of them with a hostile name."""
+    root, config = tmp_path_factory.mktemp("run"), sample_config(parallel={"nproc_per_node": 2})
+    others = [write_metrics(root / name, seed=seed, steps=60) for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1)]
+    return write_report(
+        config,
+        root / "report",
+        metrics=write_metrics(root / "train"),
+        data=write_data(root / "data", config),
+        plan=write_plan(root / "plan"),
+        evaluation=write_evaluation(root / "evaluation", config),
+        merge=write_merge(root / "merged"),
+        compare=others,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=list(_FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: sync_api.Browser, report: Path) -> Iterator[_Tab]:
+    """The page, wide and light; whatever a test does there, nothing may be complained of and nothing fetched."""
+    tab = _Tab(browser, report)
+    yield tab
+    assert tab.said == []
+    assert tab.requests == [tab.address], "the page is one file"
+    tab.page.close()
+
+
+def test_hovering_reads_every_run_at_a_step(tab: _Tab) -> None:
+    lines = tab.hover("total_loss", 0.1).splitlines()
+    assert lines[0].startswith("step ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["tiny_lora", "rank8", "rank32", "<b>x", "sft"]
+    assert "(single step " in lines[1]
+    ended = tab.hover("total_loss", 0.9)
+    assert "tiny_lora" in ended
+    assert "rank8" not in ended, "a run of 60 steps has no loss there"
+
+
+def test_the_readout_is_what_was_recorded(tab: _Tab) -> None:
+    assert tab.hover("memory", 0.9).splitlines()[1] == "tiny_lora: 1.46"
+    assert "t = 0.5: " in tab.hover("validation_loss", 0.5)
+
+
+def test_dragging_zooms_and_a_double_click_shows_everything(tab: _Tab) -> None:
+    assert tab.step("total_loss", 0.01) < 10
+    tab.zoom("total_loss", 0.5, 0.75)
+    assert tab.reset_button("total_loss").is_enabled()
+    assert tab.step("total_loss", 0.02) > 140
+    assert tab.step("total_loss", 0.98) < 235
+    tab.page.mouse.dblclick(*tab.point("total_loss", 0.5))
+    assert tab.reset_button("total_loss").is_disabled()
+    assert tab.step("total_loss", 0.01) < 10
+
+
+def test_the_log_scale_is_each_charts_own_and_keeps_the_zoom(tab: _Tab) -> None:
+    chart, other = tab.chart("total_loss"), tab.chart("diffusion_loss")
+    tab.zoom("total_loss", 0.5, 0.75)
+    before, others = chart.evaluate(_IMAGE), other.evaluate(_IMAGE)
+    chart.get_by_label("Log scale").check()
+    assert chart.evaluate(_IMAGE) != before
+    assert other.evaluate(_IMAGE) == others
+    assert tab.step("total_loss", 0.02) > 140
+    chart.get_by_label("Log scale").uncheck()
+    tab.page.mouse.move(0, 0)
+    assert chart.evaluate(_IMAGE) == before, "there and back is the same picture"
+
+
+def test_smoothing_moves_the_strong_line_and_leaves_the_recorded_one(tab: _Tab) -> None:
+    slider, said = tab.page.get_by_label("Smoothing"), tab.page.locator("output[for=smoothing]")
+    assert said.inner_text() == "20 steps", "at first as in the pictures"
+    before, recorded = (tab.chart(name).evaluate(_IMAGE) for name in ("diffusion_loss", "learning_rate"))
+    slider.focus()
+    slider.press("End")
+    assert said.inner_text() == "100 steps"
+    assert tab.chart("diffusion_loss").evaluate(_IMAGE) != before
+    assert tab.chart("learning_rate").evaluate(_IMAGE) == recorded, "what is not noisy is not smoothed"
+    assert "(single step " in tab.hover("diffusion_loss", 0.5)
+    slider.press("Home")
+    assert said.inner_text() == "off"
+    assert "(single step " not in tab.hover("diffusion_loss", 0.5)
+
+
+def test_runs_can_be_switched_off_and_on(tab: _Tab) -> None:
+    button = tab.chart("total_loss").get_by_role("button", name="rank32")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    shown = tab.hover("total_loss", 0.1)
+    assert "rank32" not in shown
+    assert "rank8" in shown
+    button.press("Enter")
+    assert "rank32" in tab.hover("total_loss", 0.1)
+
+
+def test_the_keyboard_reads_and_zooms(tab: _Tab) -> None:
+    plot = tab.chart("diffusion_loss").get_by_role("group", name="Diffusion loss. Left and right arrow")
+    plot.focus()
+    plot.press("ArrowRight")
+    plot.press("ArrowRight")
+    assert tab.page.locator("#status").inner_text().startswith("step 2, tiny_lora: ")
+    plot.press("+")
+    assert tab.reset_button("diffusion_loss").is_enabled()
+    plot.press("Escape")
+    assert tab.reset_button("diffusion_loss").is_disabled()
+
+
+def test_every_chart_has_its_figures_as_a_table(tab: _Tab) -> None:
+    details = tab.page.locator("details.figures")
+    assert details.count() == _CHARTS
+    details.first.locator("summary").click()
+    assert "tiny_lora" in details.first.locator("tbody tr").first.inner_text()
+
+
+def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report)
+    assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"
+    tab.page.evaluate("document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/' }))")
+    tab.page.wait_for_function("performance.now() > 0")
+    assert any("Content Security Policy" in line for line in tab.said)
+    tab.page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(scheme: str, browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report, width=400, color_scheme=scheme)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
+    for canvas in tab.page.locator(".live-plot").all():
+        box = canvas.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert 280 <= box["width"] <= 400 - box["x"]
+    tab.page.set_viewport_size({"width": 1280, "height": 900})
+    tab.page.wait_for_function("document.querySelector('[data-chart=validation_loss] .uplot').clientWidth > 600")
+    assert tab.said == []
+    tab.page.close()
+
+
+def test_the_curves_follow_the_colour_scheme(tab: _Tab) -> None:
+    light = tab.chart("total_loss").evaluate(_IMAGE)
+    tab.page.emulate_media(color_scheme="dark")
+    tab.page.wait_for_function("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert tab.chart("total_loss").evaluate(_IMAGE) != light
+
+
+@pytest.mark.parametrize("way", ["scripts are off", "print"])
+def test_without_scripts_and_in_print_the_pictures_stand(way: str, browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report, java_script_enabled=way == "print")
+    if way == "print":
+        tab.page.emulate_media(media="print")
+    assert sum(picture.is_visible() for picture in tab.page.locator(".still.plot svg").all()) == _CHARTS
+    assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())
+    tab.page.close()
