@@ -8,11 +8,14 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from canvastune import __version__
-from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
 from pipelines.server import TOKEN, Server
+
+if TYPE_CHECKING:  # the doctor is called where nothing is installed yet
+    from canvastune.config import RunConfig
 
 _DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
 _SUBMIT = """The recipe is checked here first; data and models must lie on the Hub or on the workspace volume. The pipeline is
@@ -39,6 +42,14 @@ cluster.yaml holds settings of a recipe's section `cluster`:
   backend: pytorchjob
   image: registry.example/canvastune/trainer:0.1.0
   claim: canvastune-workspace"""
+_DOCTOR = """examples:
+  canvastune doctor                                                  # this machine alone
+  canvastune doctor pipelines/recipes/gsm8k_lora.yaml                # and the recipe's model and data set
+  canvastune doctor --tracking-uri http://localhost:5000             # and MLflow
+  canvastune doctor pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --namespace team-a    # and the cluster
+
+Nothing is changed, and no weights are fetched. The cluster is asked where a kubeconfig or a pod's account is at hand.
+Exit code 0: no problem (there may be warnings). 1: the last line says what to mend first."""
 _EXAMPLES = """examples:
   canvastune demo                                        everything on a tiny model, in minutes, without a GPU
   canvastune run pipelines/recipes/tiny_lora.yaml        the pipeline on this machine
@@ -58,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the run's processes too
     try:
-        options.command(options)
+        return options.command(options) or 0
     except UserError as error:
         print(f"canvastune: error: {error}", file=sys.stderr)
         return 1
@@ -67,7 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -138,7 +148,16 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare_data(config, resolve_model(config.model, weights=False), options.output)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from pipelines.doctor import Question, doctor
+
+    asked = {"tracking_uri": options.tracking_uri, "namespace": options.namespace, "host": options.host, "token_file": options.token_file}
+    return doctor(Question(options.recipe, tuple(options.set), **asked))
+
+
 def _config(options: argparse.Namespace) -> RunConfig:
+    from canvastune.config import load_config
+
     return load_config(options.recipe, options.set)
 
 
@@ -208,6 +227,17 @@ def _parser() -> argparse.ArgumentParser:
     uploading.add_argument("--pipeline-name", default="canvastune-finetune", metavar="NAME", help="in Kubeflow (default: %(default)s)")
     uploading.add_argument("--pipeline-image", metavar="IMAGE", help="becomes the default image of the steps")
     uploading.set_defaults(command=_upload)
+
+    doctoring = commands.add_parser(
+        "doctor", help="what this machine has and lacks for a run, in the order to mend it", epilog=_DOCTOR, formatter_class=plain
+    )
+    doctoring.add_argument("recipe", nargs="?", metavar="RECIPE", help="look for its model, data, tracking server and backend too")
+    doctoring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
+    doctoring.add_argument("--tracking-uri", metavar="URI", help="MLflow's server (default: MLFLOW_TRACKING_URI, or the recipe's)")
+    doctoring.add_argument("--namespace", metavar="NS", help="of the cluster (default: the kubeconfig's)")
+    doctoring.add_argument("--host", metavar="URL", help="Kubeflow's address, to see whether it answers")
+    doctoring.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token for it")
+    doctoring.set_defaults(command=_doctor)
 
     tiny = commands.add_parser("make-tiny-model", help="write a small random DiffusionGemma, as the Hub would have it")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
