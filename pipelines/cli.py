@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from canvastune import __version__
 from canvastune.errors import UserError
@@ -18,6 +18,49 @@ if TYPE_CHECKING:  # the doctor is called where nothing is installed yet
     from canvastune.config import RunConfig
 
 _DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
+_EXIT_CODES = """exit codes:
+  0    done
+  1    refused or failed: the reason is the last line on standard error
+  2    the command line itself is wrong
+  130  interrupted (Ctrl-C, or SIGTERM); a run's last checkpoint is saved first
+canvastune.train also ends with 3 when it was asked to stop and saved its state, and with 4 when a rank hangs, which it names."""
+_EXAMPLES = """examples:
+  canvastune demo                                              # everything on a tiny model, in minutes, without a GPU
+  canvastune doctor                                            # what this machine lacks, in the order to mend it
+  canvastune run pipelines/recipes/tiny_lora.yaml              # the pipeline on this machine
+  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
+  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait    # on Kubeflow
+  canvastune COMMAND --help                                    # more examples of each
+
+Training alone, for example on one machine with 8 GPUs:
+  torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
+_RUN = """The tiny recipes use the model and the data that `canvastune demo` makes. The same command with the same --run-name goes on with
+a run that was interrupted.
+
+examples:
+  canvastune run pipelines/recipes/tiny_lora.yaml
+  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --set train.steps=100 --run-name rank16
+  canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data/runs --set data.source=my.jsonl"""
+_DEMO = """Makes a random model of 1.6 M parameters and word problems below workspace/, trains, merges, evaluates and reports.
+
+examples:
+  canvastune demo"""
+_PLAN = """From the model's configuration alone: no weights, no GPU. Exit code 1 where the run cannot fit, with the smallest changes
+with which it would.
+
+examples:
+  canvastune plan pipelines/recipes/gsm8k_lora.yaml
+  canvastune plan pipelines/recipes/gsm8k_sft.yaml --gpus 8 --gpu-memory 80GB
+  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 4 --set parallel.ep=4 --set train.micro_batch_size=1"""
+_PREPARE = """Every row is read, checked, split by its content and tokenized; bad rows are named. card.html and card.json say what
+became of them.
+
+examples:
+  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared
+  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared --set data.source=my.jsonl --set data.max_bad_rows=0.05"""
+_COMPILE = """examples:
+  canvastune compile                                           # finetune.yaml, for kfp run create -f or Kubeflow's upload page
+  canvastune compile -o build/finetune.yaml"""
 _SUBMIT = """The recipe is checked here first; data and models must lie on the Hub or on the workspace volume. The pipeline is
 uploaded when it differs from what the server has.
 
@@ -42,26 +85,20 @@ cluster.yaml holds settings of a recipe's section `cluster`:
   backend: pytorchjob
   image: registry.example/canvastune/trainer:0.1.0
   claim: canvastune-workspace"""
-_DOCTOR = """examples:
-  canvastune doctor                                                  # this machine alone
-  canvastune doctor pipelines/recipes/gsm8k_lora.yaml                # and the recipe's model and data set
-  canvastune doctor --tracking-uri http://localhost:5000             # and MLflow
-  canvastune doctor pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --namespace team-a    # and the cluster
+_DOCTOR = """Nothing is changed, and no weights are fetched. The cluster is asked where a kubeconfig or a pod's account is at hand.
 
-Nothing is changed, and no weights are fetched. The cluster is asked where a kubeconfig or a pod's account is at hand.
+examples:
+  canvastune doctor                                            # this machine alone
+  canvastune doctor pipelines/recipes/gsm8k_lora.yaml          # and the recipe's model and data set
+  canvastune doctor --tracking-uri http://localhost:5000       # and MLflow
+  canvastune doctor pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --namespace team-a    # and Kubeflow
+
 Exit code 0: no problem (there may be warnings). 1: the last line says what to mend first."""
-_EXAMPLES = """examples:
-  canvastune demo                                        everything on a tiny model, in minutes, without a GPU
-  canvastune run pipelines/recipes/tiny_lora.yaml        the pipeline on this machine
-  canvastune run my.yaml --set lora.rank=32 --set data.source=my.jsonl
-  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
-  canvastune prepare my.yaml --output prepared           the data alone, with a card that accounts for every row
-  canvastune compile -o finetune.yaml                    the pipeline for Kubeflow: kfp run create -f finetune.yaml ...
-  canvastune submit my.yaml --host http://localhost:8080 --wait     the pipeline on Kubeflow, followed to its end
-  canvastune make-tiny-model tiny                        a small random model of the same architecture
+_TINY = """Random weights, 1.6 M parameters, the released model's module layout and a tokenizer with its chat markers.
 
-Training alone, for example on one machine with 8 GPUs:
-  torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
+examples:
+  canvastune make-tiny-model tiny
+  canvastune plan pipelines/recipes/tiny_lora.yaml --set model.id=tiny"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,10 +208,14 @@ def _gigabytes(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "canvastune", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "canvastune", description=_DESCRIPTION, epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"canvastune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(name: str, teaching: str, **more: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, epilog=teaching, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as pipelines/recipes/tiny_lora.yaml")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
@@ -183,27 +224,27 @@ def _parser() -> argparse.ArgumentParser:
         "--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="where runs are kept (default: %(default)s)"
     )
 
-    run = commands.add_parser("run", parents=[recipe, workspace], help="run the whole pipeline on this machine")
+    run = add("run", _RUN, parents=[recipe, workspace], help="run the whole pipeline on this machine")
     run.add_argument(
         "--run-name", metavar="NAME", help="name of a new run, or of an unfinished one to go on with (default: recipe and time)"
     )
     run.set_defaults(command=_run)
 
-    demo = commands.add_parser("demo", help="the pipeline on a tiny model that it makes first; minutes, no GPU")
+    demo = add("demo", _DEMO, help="the pipeline on a tiny model that it makes first; minutes, no GPU")
     demo.set_defaults(command=_demo)
 
-    plan = commands.add_parser("plan", parents=[recipe], help="what a run will need of its hardware, without weights or a GPU")
+    plan = add("plan", _PLAN, parents=[recipe], help="what a run will need of its hardware, without weights or a GPU")
     plan.add_argument("--gpus", type=int, metavar="N", help="default: the recipe's cluster.nodes x parallel.nproc_per_node")
     plan.add_argument(
         "--gpu-memory", type=_gigabytes, metavar="SIZE", help="memory of each, as 80GB (default: the recipe's hardware.gpu_memory)"
     )
     plan.set_defaults(command=_plan)
 
-    prepare = commands.add_parser("prepare", parents=[recipe], help="read, check, split and tokenize a recipe's data")
+    prepare = add("prepare", _PREPARE, parents=[recipe], help="read, check, split and tokenize a recipe's data")
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     prepare.set_defaults(command=_prepare)
 
-    compiling = commands.add_parser("compile", help="write the pipeline for Kubeflow")
+    compiling = add("compile", _COMPILE, help="write the pipeline for Kubeflow")
     compiling.add_argument("-o", "--output", type=Path, default=Path("finetune.yaml"), metavar="FILE", help="(default: %(default)s)")
     compiling.set_defaults(command=_compile)
 
@@ -212,25 +253,18 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--namespace", metavar="NS", help="yours, where Kubeflow has one for each team")
     server.add_argument("--token-file", type=Path, metavar="FILE", help=f"file with a bearer token (default: that in {TOKEN}, if any)")
     server.add_argument("--cluster-file", type=Path, metavar="FILE", help="YAML or JSON with settings of a recipe's section `cluster`")
-    plain = argparse.RawDescriptionHelpFormatter
-    submitting = commands.add_parser(
-        "submit", parents=[recipe, server], help="run the pipeline on Kubeflow", epilog=_SUBMIT, formatter_class=plain
-    )
+    submitting = add("submit", _SUBMIT, parents=[recipe, server], help="run the pipeline on Kubeflow")
     submitting.add_argument("--experiment", metavar="NAME", help="of Kubeflow (default: the recipe's tracking.experiment)")
     submitting.add_argument("--run-name", metavar="NAME", help="in Kubeflow and MLflow, and the name of the run's folder")
     submitting.add_argument("--wait", action="store_true", help="follow the run to its end")
     submitting.set_defaults(command=_submit)
 
-    uploading = commands.add_parser(
-        "upload", parents=[server], help="bring the pipeline to Kubeflow, for others to run", epilog=_UPLOAD, formatter_class=plain
-    )
+    uploading = add("upload", _UPLOAD, parents=[server], help="bring the pipeline to Kubeflow, for others to run")
     uploading.add_argument("--pipeline-name", default="canvastune-finetune", metavar="NAME", help="in Kubeflow (default: %(default)s)")
     uploading.add_argument("--pipeline-image", metavar="IMAGE", help="becomes the default image of the steps")
     uploading.set_defaults(command=_upload)
 
-    doctoring = commands.add_parser(
-        "doctor", help="what this machine has and lacks for a run, in the order to mend it", epilog=_DOCTOR, formatter_class=plain
-    )
+    doctoring = add("doctor", _DOCTOR, help="what this machine has and lacks for a run, in the order to mend it")
     doctoring.add_argument("recipe", nargs="?", metavar="RECIPE", help="look for its model, data, tracking server and backend too")
     doctoring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
     doctoring.add_argument("--tracking-uri", metavar="URI", help="MLflow's server (default: MLFLOW_TRACKING_URI, or the recipe's)")
@@ -239,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     doctoring.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token for it")
     doctoring.set_defaults(command=_doctor)
 
-    tiny = commands.add_parser("make-tiny-model", help="write a small random DiffusionGemma, as the Hub would have it")
+    tiny = add("make-tiny-model", _TINY, help="write a small random DiffusionGemma, as the Hub would have it")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     tiny.set_defaults(command=_make_tiny_model)
     return parser

@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from pipelines.cli import main
+from canvastune.config import load_config
+from pipelines.cli import _parser, main
 
-RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "pipelines" / "recipes"
 
 
-def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
+def _commands() -> list[str]:
+    (choices,) = [list(action.choices) for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return choices
+
+
+def _help(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "canvastune run pipelines/recipes/tiny_lora.yaml" in text
-    assert "canvastune submit my.yaml --host http://localhost:8080 --wait" in text
-    assert "torchrun --standalone" in text
-
-
-@pytest.mark.parametrize("command", ["submit", "upload"])
-def test_help_of_what_talks_to_a_cluster_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert f"  canvastune {command} " in text.partition("examples:")[2]
-    assert max(map(len, text.splitlines())) <= 140, "wider than a wide terminal"
-
-
-@pytest.mark.parametrize("command", [[], ["submit"]])
-def test_recipes_that_help_names_exist(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
         main([*command, "--help"])
-    named = set(re.findall(r"pipelines/recipes/\S+\.yaml", capsys.readouterr().out))
-    assert named
-    missing = [name for name in named if not (RECIPES.parents[1] / name).is_file()]
-    assert not missing, f"--help sends people to recipes that are not there: {missing}"
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 140, "wider than a wide terminal"
+    return text
+
+
+def _examples(text: str) -> list[list[str]]:
+    """The commands of ours in a help text, as a shell would split them."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"  (canvastune [a-z]|torchrun )", line)]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in _commands())])
+def test_help_teaches_by_examples_that_the_command_line_takes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = _help(command, capsys)
+    examples = _examples(text.partition("examples:")[2])
+    assert examples, f"canvastune {' '.join(command)} --help has no example"
+    assert not command or examples[0][1] == command[0], "the first example is of another command"
+    for example in examples:
+        if example[0] == "torchrun":
+            assert (ROOT / example[example.index("-c") + 1]).is_file(), example
+            continue
+        options = _parser().parse_args(example[1:])
+        recipe = getattr(options, "recipe", None)
+        if recipe is not None and recipe != "my.yaml":
+            assert (ROOT / recipe).is_file(), f"sends people to a recipe that is not there: {example}"
+            load_config(ROOT / recipe, options.set)
+
+
+def test_exit_codes_are_the_same_in_help_and_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    codes = set(re.findall(r"^  (\d+)  +\w", _help([], capsys).partition("exit codes:")[2], re.MULTILINE))
+    assert codes == {"0", "1", "2", "130"}
+    readme = " ".join((ROOT / "README.md").read_text().split()).partition("Exit codes: ")[2].partition(". `canvastune.train`")[0]
+    assert set(re.findall(r"\d+", readme)) == codes
+
+
+def test_command_that_is_mistyped_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["runn", "my.yaml"])
+    assert ended.value.code == 2
+    assert "runn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
