@@ -17,6 +17,7 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report import write_report
 from canvastune.report.curves import charts_of, smooth, thin, tick
+from canvastune.report.differences import marked
 from canvastune.report.facts import cost_of, exact_match, sign_test, training, warnings_of, wilson
 from canvastune.report.interactive import curves_json, policy
 from canvastune.report.numbers import duration, short
@@ -174,6 +175,19 @@ def test_failures_come_first_and_the_lost_before_all(page: _Page) -> None:
     tags = [attributes["class"] for tag, attributes in page.elements if tag == "span" and str(attributes.get("class")).startswith("tag")]
     assert tags == ["tag lost"] + ["tag wrong"] * 11 + ["tag gained"] * 47 + ["tag right"] * 5
     assert "Of 64 held-out rows, 47 were gained, 1 lost, 5 right and 11 wrong both times." in page.text
+
+
+def test_where_two_answers_are_alike_the_words_that_differ_are_marked() -> None:
+    before, after = marked("Mia has 9 - 4 = <5> apples.", "Mia has 9 + 4 = <13> apples.")
+    assert before == "Mia has 9 <del>-</del> 4 = &lt;<del>5</del>&gt; apples."
+    assert after == "Mia has 9 <ins>+</ins> 4 = &lt;<ins>13</ins>&gt; apples."
+    assert marked("of of & of", "She has 13 apples left.") == ("of of &amp; of", "She has 13 apples left."), "all is different: no mark"
+    assert marked("", "") == ("", "")
+
+
+def test_the_recipes_own_choices_stand_beside_the_defaults(page: _Page) -> None:
+    assert re.search(r"Key This run Default name \"tiny_lora\" none data\.source \"problems\.jsonl\" none train\.steps 300 \d+ ", page.text)
+    assert "parallel.nproc_per_node 2 8 The whole configuration" in page.text, "and nothing that is as by default"
 
 
 def test_restarts_and_unread_rows_are_said_at_the_top(page: _Page) -> None:
@@ -362,7 +376,7 @@ def test_text_and_lines_can_be_read_in_light_and_in_dark(mode: str) -> None:
     blocks = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[0 if mode == "light" else 1]))
     text = [(ink, back) for ink in ("ink", "soft", "link") for back in ("page", "card")]
-    text += [("warn", "warn-back"), ("good", "good-back"), ("bad", "bad-back"), ("soft", "plain-back")]
+    text += [("warn", "warn-back"), ("good", "good-back"), ("bad", "bad-back"), ("soft", "plain-back"), ("ink", "mark-back")]
     for ink, back in text:
         assert _contrast(colours[ink], colours[back]) >= 4.5, f"--{ink} on --{back} in {mode}"
     for line in (name for name in colours if re.fullmatch(r"[sl]\d", name)):

@@ -185,6 +185,21 @@ def test_every_chart_has_its_figures_as_a_table(tab: _Tab) -> None:
     assert "tiny_lora" in details.first.locator("tbody tr").first.inner_text()
 
 
+def test_answers_are_filtered_by_outcome_and_by_words(tab: _Tab) -> None:
+    rows = tab.page.locator(".answers tbody tr")
+    assert sum(row.is_visible() for row in rows.all()) == 12, "the others are folded away at first"
+    tab.page.locator("#filter select").select_option("right")
+    assert sum(row.is_visible() for row in rows.all()) == 5
+    tab.page.get_by_label("with the words").fill("APPLES AND gives 5")
+    found = [row.inner_text() for row in rows.all() if row.is_visible()]
+    assert tab.page.locator("#filter output").inner_text() == f"{len(found)} of 64 answers on this page"
+    assert 0 < len(found) < 5
+    assert all("gives 5" in text for text in found)
+    tab.page.get_by_label("with the words").fill("")
+    tab.page.locator("#filter select").select_option("all")
+    assert sum(row.is_visible() for row in rows.all()) == 12
+
+
 def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api.Browser, report: Path) -> None:
     tab = _Tab(browser, report)
     assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"

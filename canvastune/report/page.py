@@ -12,12 +12,13 @@ import yaml
 from markupsafe import Markup
 
 from canvastune import __version__
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.outputs import whole_folder, write_provenance
 from canvastune.report import numbers
 from canvastune.report.curves import Chart, Record, charts_of, draw_png, draw_svg, series, smoothing_span
-from canvastune.report.facts import cost_of, events_of, exact_match, file_in, median, plan_rows, read_json, training, warnings_of
+from canvastune.report.differences import marked
+from canvastune.report.facts import cost_of, events_of, exact_match, file_in, leaves, median, plan_rows, read_json, training, warnings_of
 from canvastune.report.interactive import curves_json, policy, script, summary_rows
 from canvastune.tracking import read_metrics
 
@@ -89,13 +90,14 @@ def _context(
     answers = _answers(evaluation)
     return {
         "config": config,
+        "changed": _changed(config),
         "config_yaml": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         "version": __version__,
         "facts": facts,
         "match": exact_match(evaluated) if evaluated else None,
         "cost": cost_of(config, facts["seconds"], evaluated),
         "evaluation": evaluated,
-        "answers": answers[:_MOST_ANSWERS],
+        "answers": [_side_by_side(row) for row in answers[:_MOST_ANSWERS]],
         "answer_count": len(answers),
         "open_answers": _OPEN_ANSWERS,
         "smoothing": smoothing_span(facts["steps"]),
@@ -159,6 +161,11 @@ def _answers(evaluation: Path | None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: order.index(row["outcome"]))
 
 
+def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
+    before, after = marked(_cut(row["before"]), _cut(row["after"]))
+    return row | {"before": before, "after": after}
+
+
 def _outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(row["outcome"] == name for row in answers) for name in ("gained", "lost", "right", "wrong", "unscored")}
 
@@ -174,6 +181,15 @@ def _summary(name: str, records: list[Record]) -> dict[str, Any]:
         "tokens_per_second": median(series(records, "train", "tokens_per_second")[1]),
         "seconds": sum(series(records, "train", "seconds")[1]),
     }
+
+
+def _changed(config: RunConfig) -> list[dict[str, Any]]:
+    """What the recipe sets otherwise than Canvastune would: {"key", "value", "default"} each; a required key has no default."""
+    required = {"name": config.name, "data": {"source": config.data.source}}
+    usual = leaves(parse_config(required).model_dump(mode="json")) | dict.fromkeys(leaves(required))
+    found = leaves(config.model_dump(mode="json"))
+    keys = sorted({*found, *usual}, key=[*found, *usual].index)
+    return [{"key": key, "value": found.get(key), "default": usual.get(key)} for key in keys if found.get(key) != usual.get(key)]
 
 
 def _plan_text(plan: Path | None) -> str | None:
@@ -200,7 +216,7 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= numbers.FILTERS
-    environment.filters["cut"] = _cut
+    environment.filters |= {"cut": _cut, "as_written": json.dumps}
     # The policy names the hash of the script as it stands in the page, line breaks included.
     code = Markup(f"\n{script()}\n")
     return environment.get_template("report.html.jinja").render(context, script=code, policy=policy(code))
