@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from canvastune import __version__
 from canvastune.errors import UserError
 from canvastune.kubernetes_forms import RESERVED, SECRET, Image, LabelKey, LabelValue, Name, Quantity, Variable, amount, written
+from canvastune.yaml_text import read_yaml, read_yaml_file
 
 Checkpointing = bool | Literal["selective"]
 
@@ -21,7 +23,7 @@ Checkpointing = bool | Literal["selective"]
 class Section(BaseModel):
     """A branch of the tree. Unknown keys are refused; values are never coerced across kinds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -247,7 +249,7 @@ class ClusterConfig(Section):
             if name in self.secret_env:
                 raise ValueError(f"cluster.env and cluster.secret_env both set {name}. Keep one")
         if self.memory is not None and amount(self.shm) >= amount(self.memory):
-            raise ValueError(f"cluster.shm ({self.shm}) is part of cluster.memory ({self.memory}), and must be below it")
+            raise ValueError(f"cluster.shm ({self.shm}) is part of cluster.memory ({self.memory}), and must be below it. Lower cluster.shm")
         if self.backend == "trainjob" and self.runtime is None:
             raise ValueError("cluster.runtime is null: name the TrainingRuntime that the TrainJob refers to")
         return self
@@ -285,10 +287,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr})")
+            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr}). Lower it")
         bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
         if bad:
-            raise ValueError(f"train.validation_levels: {bad[0]} is outside (0, 1]")
+            raise ValueError(f"train.validation_levels: {bad[0]} is outside (0, 1]. Give shares of corrupted tokens")
         return self
 
 
@@ -301,12 +303,7 @@ def load_config(recipe: Path | str, overrides: list[str] | None = None) -> RunCo
     path = Path(recipe)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe file. Give the path of a YAML file, for example pipelines/recipes/tiny_lora.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, found {_kind(tree)}")
+    tree = _mapping(read_yaml_file(path), str(path))
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_config(tree, str(path))
@@ -322,11 +319,9 @@ def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig
         try:
             tree = json.loads(tree)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{where}: a recipe is a mapping of keys, found {_kind(tree)}")
+            raise UserError(f"{where}: not JSON: {error}. Give what the step `resolve` wrote") from None
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_mapping(tree, where))
     except ValidationError as error:
         raise UserError("\n".join(_explain(where, problem) for problem in error.errors())) from None
 
@@ -352,10 +347,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key=value, for example --set lora.rank=32")
     if key not in known_keys():
         raise UserError(f"--set {override}: unknown key {key!r}{_nearest(key)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml(text, f"--set {override}")
     *branches, leaf = key.split(".")
     for branch in branches:
         if not isinstance(tree.get(branch), dict):
@@ -370,11 +362,11 @@ def _explain(where: str, problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r} (value {_short(value)}){_nearest(key)}"
     if problem["type"] == "missing":
-        return f"{where}: key {key!r} is missing: {_describe(key)}"
+        return f"{where}: key {key!r} is missing: {_describe(key)}. Set it in the recipe, or with --set {key}=VALUE"
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}: key {key!r}: found {_short(value)}, expected: {message}. {_describe(key)}".rstrip(". ")
+    return f"{where}: key {key!r}: found {_short(value)}, expected: {message}. Correct it: {_describe(key)}".rstrip(": ")
 
 
 def _describe(key: str) -> str:
@@ -388,13 +380,18 @@ def _nearest(key: str) -> str:
     if not close:  # the last part alone may be right, in another branch
         leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys begin with {', '.join(RunConfig.model_fields)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys begin with {', '.join(RunConfig.model_fields)}. Use one of those"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    brief = reprlib.Repr()  # bounded work as well: aliases can make a small file a vast value
+    brief.maxstring = brief.maxother = 60
+    text = brief.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+def _mapping(tree: Any, where: str) -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return tree
+    found = "nothing" if tree is None else f"a {type(tree).__name__}"
+    raise UserError(f"{where}: a recipe is a mapping of keys, found {found}. Begin with pipelines/recipes/tiny_lora.yaml, and change it")

@@ -208,7 +208,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"evaluate.answer_pattern: {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"evaluate.answer_pattern: {pattern!r} is not a regular expression ({error}). Correct it") from None
     if compiled.groups < 1:
         raise UserError(f"evaluate.answer_pattern: {pattern!r} has no group. Put the answer in parentheses, as in '####\\s*(.+)'")
     return compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ from canvastune import __version__
 from canvastune.config import RunConfig, write_config
 from canvastune.errors import UserError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk that takes no more
+
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
 _WHOLE_FILE = 64 * 2**20  # bytes: files above this are identified by size and three samples, so that 50 GB take no minutes
 
@@ -26,15 +29,18 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `out` that becomes `out` when the block ends well, and vanishes otherwise.
 
     Raises:
-        UserError: `out` already holds something: nothing that was there is overwritten.
+        UserError: `out` already holds something: nothing that was there is overwritten; a place that cannot be written, a full disk.
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists and is not empty. Give another output folder, or move this one away")
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.filename}: {error.strerror}). Give a place where you may write") from None
     try:
         yield partial
         sync_tree(partial)
@@ -42,8 +48,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
             out.rmdir()
         partial.rename(out)
         sync(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            reason = os.strerror(error.errno).lower()
+            raise UserError(
+                f"{out}: not written ({reason}), and what was begun is gone. Make room, or give a place on another disk"
+            ) from None
         raise
 
 
@@ -72,7 +83,7 @@ def fingerprint(path: Path) -> str:
         UserError: no such file or folder.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder. Give the path of one that exists")
     digest = hashlib.sha256()
     if path.is_file():
         _feed(digest, path)

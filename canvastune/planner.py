@@ -277,7 +277,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 def _check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
     if world_size < 1:
-        raise UserError(f"--gpus: found {world_size}, expected at least 1")
+        raise UserError(f"--gpus: found {world_size}, expected at least 1. Give the number of GPUs of all nodes")
     check_layout(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)
 
 

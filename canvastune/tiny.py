@@ -247,7 +247,7 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
         UserError: no such kind, or more rows than the kind has different problems.
     """
     if kind not in _KINDS:
-        raise UserError(f"kind of word problems: found {kind!r}, expected one of {', '.join(_KINDS)}")
+        raise UserError(f"kind of word problems: found {kind!r}. Choose one of {', '.join(_KINDS)}")
     rng = random.Random(f"{kind}-{seed}")
     problems: dict[str, str] = {}
     misses = 0

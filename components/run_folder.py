@@ -37,7 +37,7 @@ def run_folder(workspace: str, run_name: str, job_name: str) -> Path:
     """
     name = run_name or job_name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"run name {name!r}: expected letters, digits, '-', '_' and '.', beginning with a letter or a digit")
+        raise UserError(f"run name {name!r}: expected letters, digits, '-', '_' and '.', beginning with one of the first two. Choose such")
     if not Path(workspace).is_dir():
         raise UserError(f"workspace {workspace}: no such folder. Mount the volume there, or give the folder where it is mounted")
     return Path(workspace).absolute() / "runs" / name
@@ -61,8 +61,11 @@ def run_id_of(folder: Path) -> str:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Write `run.json`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `run.json`, whole or not at all. Raises: UserError, a place that cannot be written."""
     partial = folder / f".run.json-{os.getpid()}"
-    partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder / "run.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder / "run.json")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}). Give a workspace where you may write and that has room") from None

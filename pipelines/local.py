@@ -42,8 +42,11 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None) -> Path
 
     started = time.monotonic()
     workspace = workspace.absolute()
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workspace {workspace}: cannot be made ({error.strerror}). Give a folder where you may write") from None
     folder = workspace / "runs" / run_name if run_name else _new_folder(workspace / "runs", config.name)
-    workspace.mkdir(parents=True, exist_ok=True)
     print(f"run {folder.name}: {_shown(folder)}", flush=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     try:

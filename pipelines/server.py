@@ -46,9 +46,11 @@ class Server:
         try:
             text = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"token file {file}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+            raise UserError(
+                f"token file {file}: {getattr(error, 'strerror', None) or 'not a text file'}. Give a file with the token alone"
+            ) from None
         if len(text.split()) != 1:
-            raise UserError(f"token file {file}: expected one token, found {len(text.split())} words")
+            raise UserError(f"token file {file}: expected one token, found {len(text.split())} words. Give a file with the token alone")
         return text
 
     def connect(self) -> Any:
@@ -129,7 +131,7 @@ def answered(server: Server) -> Iterator[None]:
         raise UserError(_refused(server, error.status or 0, error.body or str(error.reason))) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"{server.host}: does not answer any more ({' '.join(str(reason).split())[:200]})") from None
+        raise UserError(f"{server.host}: does not answer any more ({' '.join(str(reason).split())[:200]}). Try again later") from None
 
 
 def _credentials(server: Server) -> Any:
@@ -156,7 +158,7 @@ def _refused(server: Server, status: int, body: bytes | str) -> str:
         return f"{server.host}: not allowed{where} (403: {said}). Check that the namespace exists and is yours. {_hint(server)}"
     if status == 404 and "{" not in str(body):
         return f"{server.host}: {_stranger('answers, and has no pipelines (404)')}"
-    return f"{server.host}: refused{where} ({status}: {said})"
+    return f"{server.host}: refused{where} ({status}: {said}). Correct what it names, or ask who runs it"
 
 
 def _hint(server: Server) -> str:

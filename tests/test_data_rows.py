@@ -131,7 +131,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "truncated Parquet": ("a.parquet", cut(as_bytes("parquet", ROWS)), "a.parquet: not a readable Parquet file (Parquet magic bytes"),
     "gzip of no Parquet": ("a.parquet.gz", gzip.compress(b"hello, hello"), "a.parquet.gz: not a readable Parquet file"),
     "empty Parquet": ("a.parquet", as_bytes("parquet", []), "a.parquet: holds no row"),
-    "unknown kind": ("a.csv", b"a,b\n", "a.csv: not a kind of file that is read. Expected .jsonl, .json, .parquet"),
+    "unknown kind": ("a.csv", b"a,b\n", "a.csv: not a kind of file that is read. Convert it to one of .jsonl, .json, .parquet"),
 }
 
 

@@ -294,7 +294,7 @@ def test_the_workspace_volume_is_seen_wherever_it_is_mounted() -> None:
         ("backend: pytorchjobb", "cluster.backend"),
         ("nods: 2", "cluster.nodes"),
         ("[1]", "found list"),
-        ("{", "neither YAML nor JSON"),
+        ("{", "not YAML that can be read"),
         (None, "No such file"),
     ],
 )

@@ -29,6 +29,7 @@ Form = Literal["messages", "gsm8k", "columns"]
 _ROLES = ("system", "user", "assistant")
 _UNTRAINABLE = ("tool_calls", "function_call", "tool_responses", "reasoning", "reasoning_content", "thinking")
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # stands for the answer when a template's own text is taken apart; never trained on
+_REMEDY = "Give the folder of an unchanged checkpoint"
 _MOST_SHAPES = 1000  # sequences of roles whose template text is remembered
 # What Gemma 4's larger models write after the model turn's header when they answer without thinking. It stands in the
 # generation prompt alone, not in the rendering of a finished conversation: the one documented difference between them.
@@ -179,9 +180,11 @@ class ChatEncoder:
         try:
             rendered = self._render([probe])[0]
         except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"{where}: the chat template cannot render a user and an assistant turn: {error}") from None
+            raise UserError(f"{where}: the chat template cannot render a user and an assistant turn ({error}). {_REMEDY}") from None
         if rendered.count(_SENTINEL) != 1:
-            raise UserError(f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once")
+            raise UserError(
+                f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once. {_REMEDY}"
+            )
         # The newline after the marker belongs to the template's next turn, not to this one.
         self.closing = rendered.partition(_SENTINEL)[2].rstrip()
         self.closing_ids = self._tokenize([self.closing])[0]

@@ -104,7 +104,7 @@ def open_source(config: DataConfig) -> Source:
         return _open_repository(config, str(path), path) if _is_repository(path) else _open_folder(path)
     if path.is_file():
         if not path.name.endswith(_SUFFIXES):
-            raise UserError(f"data.source: {path}: not a kind of file that is read. Expected {', '.join(_SUFFIXES)}")
+            raise UserError(f"data.source: {path}: not a kind of file that is read. Convert it to one of {', '.join(_SUFFIXES)}")
         return Source(str(path), path, ((str(path), path.name, path),))
     if text.startswith((".", "/", "~")) or text.endswith(_SUFFIXES) or text.count("/") > 1:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=1)
@@ -117,7 +117,7 @@ def _open_folder(folder: Path) -> Source:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES) and not _hidden(p.relative_to(folder)))
     if not files:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"data.source: {folder}: no data file in this folder (found {found}). Expected {', '.join(_SUFFIXES)}")
+        raise UserError(f"data.source: {folder}: no data file in this folder (found {found}). Give one that holds {', '.join(_SUFFIXES)}")
     words = {file: set(re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower())) for file in files}
     train = [file for file in files if words[file] & _TRAIN_WORDS]
     held_out = [file for file in files if words[file] & _HELD_OUT_WORDS]
@@ -222,7 +222,7 @@ def _read_lines(file: str, name: str, stream: BinaryIO) -> Iterator[Row]:
     while line := stream.readline(_MAX_ROW + 1):
         number += 1
         if len(line) > _MAX_ROW:
-            raise UserError(f"{file}: row {number}: longer than {_MAX_ROW // 2**20} MiB. Expected one JSON object per line")
+            raise UserError(f"{file}: row {number}: longer than {_MAX_ROW // 2**20} MiB. Write one JSON object per line")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():

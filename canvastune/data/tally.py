@@ -122,8 +122,9 @@ class Tally:
             )
         if self.kept == 0:
             reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items() if count)
-            hint = f". The longest prefix has {self._longest_prefix[0]} tokens: raise data.seq_length" if self._longest_prefix else ""
-            raise UserError(f"{label}: none of the {read:,} rows is left to train on ({reasons}){hint}")
+            longest = self._longest_prefix
+            hint = f"The longest prefix has {longest[0]} tokens: raise data.seq_length" if longest else "Give other data"
+            raise UserError(f"{label}: none of the {read:,} rows is left to train on ({reasons}). {hint}")
 
     def card(self) -> dict[str, Any]:
         """The counted part of the data card."""
@@ -155,7 +156,11 @@ class Tally:
 def unknown_form(row: Row, config: DataConfig) -> str:
     """Why a row is of no form that is known, and what to do."""
     if not isinstance(row.value, dict):
-        return f"{row.file}: row {row.number}: expected an object, found {type(row.value).__name__}, and no row of a known form after it"
+        found = type(row.value).__name__
+        return (
+            f"{row.file}: row {row.number}: expected an object, found {found}, and no row of a known form after it. "
+            "Write an object with named columns per row"
+        )
     found = ", ".join(map(str, row.value)) or "none"
     prompt, response = config.columns.prompt, config.columns.response
     if config.format == "auto":

@@ -193,7 +193,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             expected = " and ".join(EXPERT_WEIGHTS)
             raise UserError(f"{path}: target_parameters names {parameter!r}, expected the experts' {expected}. Train with those alone")
     if not isinstance(settings.get("r"), int) or not isinstance(settings.get("lora_alpha"), int | float) or settings["r"] < 1:
-        raise UserError(f"{path}: r is {settings.get('r')!r} and lora_alpha {settings.get('lora_alpha')!r}, expected two positive numbers")
+        raise UserError(
+            f"{path}: r is {settings.get('r')!r} and lora_alpha {settings.get('lora_alpha')!r}, expected two positive numbers. "
+            "Give an unchanged adapter"
+        )
     return settings
 
 
@@ -217,7 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}. Give an adapter that was written to its end") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(tree).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found a {type(tree).__name__}. Give an unchanged adapter")
     return tree
 
 

@@ -43,9 +43,13 @@ def read_model_config(folder: Path) -> DiffusionGemmaConfig:
     if model_type != "diffusion_gemma":
         raise UserError(f"{path}: model_type is {model_type!r}, expected 'diffusion_gemma'. Give such a checkpoint")
     try:
-        return DiffusionGemmaConfig.from_dict(config)
+        found = DiffusionGemmaConfig.from_dict(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}. {REMEDY}") from None
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):  # the library takes a model without experts as well
+        if getattr(found.text_config, key) is None:
+            raise UserError(f"{path}: text_config.{key} is missing, and a DiffusionGemma has experts. {REMEDY}")
+    return found
 
 
 def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> SharedModel:

@@ -85,7 +85,7 @@ def find_accelerator(name: str) -> Accelerator:
     if found is None:
         close = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"hardware.accelerator: found {name!r}, expected one of {', '.join(ACCELERATORS)}{hint}")
+        raise UserError(f"hardware.accelerator: found {name!r}, expected one of {', '.join(ACCELERATORS)}. Choose one{hint}")
     return found
 
 

@@ -36,8 +36,11 @@ def parse_lines(text: str, where: str, first: int = 1) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}:{number}: not a JSON object ({error}). Each line of metrics.jsonl is one record") from None
+            raise UserError(f"{where}:{number}: not a JSON object ({error}). Give the metrics.jsonl of a training run") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
-            raise UserError(f"{where}:{number}: found {line[:80]!r}, expected an object with `kind` and an integer `step`")
+            raise UserError(
+                f"{where}:{number}: found {line[:80]!r}, expected an object with `kind` and an integer `step`. "
+                "Give the metrics.jsonl of a training run"
+            )
         records.append(record)
     return records

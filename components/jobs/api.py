@@ -49,7 +49,7 @@ def connect() -> tuple[ApiClient, str]:
     try:
         from kubernetes import client, config
     except ImportError:
-        raise UserError("cluster.backend needs the package `kubernetes`: pip install 'canvastune[pipeline]'") from None
+        raise UserError("cluster.backend needs the package `kubernetes`: run pip install 'canvastune[pipeline]'") from None
     settings = client.Configuration()
     settings.retries = False  # Api makes them, and says so
     try:
@@ -213,8 +213,13 @@ class Api:
         if status == 403 and "forbidden" in (said or "forbidden").lower():
             raise Forbidden(_how_to_grant(verb, resource, self._kind, self.namespace, said))
         if status == 401:
-            raise UserError(f"the Kubernetes API server does not accept this pod's service account: {said or error.reason}")
-        raise UserError(f"the Kubernetes API server refuses to {verb} {resource} (HTTP {status}): {said or error.reason}")
+            raise UserError(
+                f"the Kubernetes API server does not accept this pod's service account: {said or error.reason}. Start the run again"
+            )
+        raise UserError(
+            f"the Kubernetes API server refuses to {verb} {resource} (HTTP {status}): {said or error.reason}. "
+            "Correct what it names, or ask who runs the cluster"
+        )
 
 
 def _message(error: Any) -> str | None:

@@ -54,7 +54,7 @@ def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any
     client, namespace = connect()
     tags = launch(Api(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
     if not result.is_file():
-        raise UserError(f"the job has finished, and {result} is not there: do this step and its pods mount the same claim?")
+        raise UserError(f"the job has finished, and {result} is not there. Mount the same claim in this step and in its pods")
     return tags
 
 

@@ -32,7 +32,8 @@ def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
             keys_of = "cluster.secret_env, credentials or pull_secrets"
             raise UserError(f"secret {secret} is not in namespace {api.namespace}: create it, or correct {keys_of}")
         if key and isinstance(found, Mapping) and key not in (found.get("data") or {}):
-            raise UserError(f"secret {secret} has no key {key}: it has {', '.join(sorted(found.get('data') or {})) or 'none'}")
+            there = ", ".join(sorted(found.get("data") or {})) or "none"
+            raise UserError(f"secret {secret} has no key {key}: it has {there}. Name one of those, or add it")
     if cluster.backend == "trainjob" and cluster.runtime:
         _check_runtime(api, config, cluster.runtime)
 
@@ -40,7 +41,9 @@ def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
 def _check_runtime(api: Api, config: RunConfig, name: str) -> None:
     runtime = api.exists("trainingruntimes", name)
     if runtime is None:
-        raise UserError(f"TrainingRuntime {name} is not in namespace {api.namespace}: the chart makes it with training.backend=trainjob")
+        raise UserError(
+            f"TrainingRuntime {name} is not in namespace {api.namespace}: set training.backend=trainjob in the chart, which makes it"
+        )
     if not isinstance(runtime, Mapping):
         return
     cluster, pod = config.cluster, _node(runtime)
@@ -49,7 +52,10 @@ def _check_runtime(api: Api, config: RunConfig, name: str) -> None:
         set_there["priorityClassName"] = ("priority_class", cluster.priority_class)
     for field, (key, wanted) in set_there.items():
         if wanted is not None and pod.get(field) != wanted:
-            raise UserError(f"cluster.{key} is {wanted}, and TrainingRuntime {name} has {pod.get(field)}: a TrainJob takes it from there")
+            raise UserError(
+                f"cluster.{key} is {wanted}, and TrainingRuntime {name} has {pod.get(field)}: set the same "
+                "there, since a TrainJob takes it from there"
+            )
 
 
 def _node(runtime: Object) -> Mapping[str, Any]:

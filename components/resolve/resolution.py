@@ -16,6 +16,7 @@ import canvastune
 from canvastune import tracking
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError
+from canvastune.yaml_text import read_yaml
 from components.run_folder import RunRecord, read_record, run_folder, write_record
 
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
@@ -94,12 +95,12 @@ def with_defaults(text: str, cluster: str) -> str:
     try:
         defaults = json.loads(cluster or "{}")
     except json.JSONDecodeError as error:
-        raise UserError(f"pipeline parameter cluster: not JSON: {error}") from None
+        raise UserError(f"pipeline parameter cluster: not JSON ({error}). Give a JSON object with settings of `cluster`") from None
     if not isinstance(defaults, dict):
-        raise UserError(f"pipeline parameter cluster: expected a JSON object, found {cluster[:60]}")
+        raise UserError(f"pipeline parameter cluster: expected a JSON object, found {cluster[:60]}. Give settings of `cluster`, or {{}}")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError:
+        tree = read_yaml(text, "recipe")
+    except UserError:
         return text
     own = (tree.get("cluster") or {}) if isinstance(tree, dict) else None
     if not defaults or not isinstance(own, dict):
