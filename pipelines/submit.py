@@ -20,7 +20,6 @@ import yaml
 from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from canvastune.progress import say
 from canvastune.yaml_text import read_yaml_file
 from pipelines.server import Server, answered
 
@@ -75,12 +74,12 @@ def submit(
             home.experiment_id, run_name or config.name, params=parameters, pipeline_id=version.pipeline_id, version_id=version.version_id
         )
     address = f"{server.host}/#/runs/details/{run.run_id}"
-    say(f"run {run.display_name}: {address}", "run", state="submitted", address=address)
+    _say(f"run {run.display_name}: {address}")
     if wait:
         try:
             follow(lambda: client.get_run(run.run_id), version.steps, server, address, pause)
         except KeyboardInterrupt:
-            say(f"the run goes on: {address}")
+            _say(f"the run goes on: {address}")
             raise
     return address
 
@@ -118,7 +117,7 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, addre
             if time.monotonic() - last_answer > _PATIENCE:
                 raise UserError(f"{error} (the run goes on: {address})") from None
             if not away:
-                say(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
+                _say(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
             away = True
             time.sleep(pause)
             continue
@@ -126,12 +125,11 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, addre
         for task in tasks:
             if seen.get(task.display_name) != task.state:
                 seen[task.display_name] = task.state
-                state = task.state.lower()
-                say(f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}", "task", task=task.display_name, state=state)
+                _say(f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{task.state.lower()}")
         if run.state in _ENDED:
             break
         time.sleep(pause)
-    say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}", "run", state=run.state.lower())
+    _say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}")
     if run.state != "SUCCEEDED":
         raise UserError(_why(run, tasks, address))
 
@@ -221,9 +219,9 @@ def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) 
                     made = client.upload_pipeline(str(package), name, description=about, namespace=server.namespace)
                     listed = client.list_pipeline_versions(made.pipeline_id, page_size=1)
                     same = listed.pipeline_versions[0]
-            say(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
+            _say(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
         else:
-            say(f"pipeline {name}: {__version__}-{digest} is there already")
+            _say(f"pipeline {name}: {__version__}-{digest} is there already")
     return Version(same.pipeline_id, same.pipeline_version_id, _steps(yaml.safe_load(text.split(b"\n---")[0])))
 
 
@@ -266,3 +264,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
