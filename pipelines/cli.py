@@ -40,6 +40,7 @@ a run that was interrupted.
 examples:
   canvastune run pipelines/recipes/tiny_lora.yaml
   canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --set train.steps=100 --run-name rank16
+  canvastune run pipelines/recipes/tiny_lora.yaml --log-format json > run.jsonl
   canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data/runs --set data.source=my.jsonl"""
 _DEMO = """Makes a random model of 1.6 M parameters and word problems below workspace/, trains, merges, evaluates and reports.
 
@@ -104,6 +105,10 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused or failed with the reason on standard error, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "log_format", "text") == "json":  # the doctor's machine may not have what this needs
+        from canvastune.progress import speak
+
+        speak(options.log_format)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the run's processes too
     try:
         return options.command(options) or 0
@@ -180,9 +185,13 @@ def _plan(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from canvastune.data.prepare import prepare_data
     from canvastune.model.source import resolve_model
+    from canvastune.progress import event_line, in_json
 
     config = _config(options)
-    prepare_data(config, resolve_model(config.model, weights=False), options.output)
+    card = prepare_data(config, resolve_model(config.model, weights=False), options.output)
+    if in_json():
+        counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
+        print(event_line("prepared", folder=str(options.output), **counts))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -206,6 +215,15 @@ def _gigabytes(text: str) -> float:
     return float(found[1]) * (2**30 / 1e9 if (found[2] or "").lower() == "gib" else 1)
 
 
+def _doctor_options(doctoring: argparse.ArgumentParser) -> None:
+    doctoring.add_argument("recipe", nargs="?", metavar="RECIPE", help="look for its model, data, tracking server and backend too")
+    doctoring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
+    doctoring.add_argument("--tracking-uri", metavar="URI", help="MLflow's server (default: MLFLOW_TRACKING_URI, or the recipe's)")
+    doctoring.add_argument("--namespace", metavar="NS", help="of the cluster (default: the kubeconfig's)")
+    doctoring.add_argument("--host", metavar="URL", help="Kubeflow's address, to see whether it answers")
+    doctoring.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token for it")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "canvastune", description=_DESCRIPTION, epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,12 +237,19 @@ def _parser() -> argparse.ArgumentParser:
     recipe = argparse.ArgumentParser(add_help=False)
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as pipelines/recipes/tiny_lora.yaml")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
+    logs = argparse.ArgumentParser(add_help=False)
+    logs.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: each line an object with time, level and event (default: text)",
+    )
     workspace = argparse.ArgumentParser(add_help=False)
     workspace.add_argument(
         "--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="where runs are kept (default: %(default)s)"
     )
 
-    run = add("run", _RUN, parents=[recipe, workspace], help="run the whole pipeline on this machine")
+    run = add("run", _RUN, parents=[recipe, workspace, logs], help="run the whole pipeline on this machine")
     run.add_argument(
         "--run-name", metavar="NAME", help="name of a new run, or of an unfinished one to go on with (default: recipe and time)"
     )
@@ -240,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(command=_plan)
 
-    prepare = add("prepare", _PREPARE, parents=[recipe], help="read, check, split and tokenize a recipe's data")
+    prepare = add("prepare", _PREPARE, parents=[recipe, logs], help="read, check, split and tokenize a recipe's data")
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     prepare.set_defaults(command=_prepare)
 
@@ -253,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--namespace", metavar="NS", help="yours, where Kubeflow has one for each team")
     server.add_argument("--token-file", type=Path, metavar="FILE", help=f"file with a bearer token (default: that in {TOKEN}, if any)")
     server.add_argument("--cluster-file", type=Path, metavar="FILE", help="YAML or JSON with settings of a recipe's section `cluster`")
-    submitting = add("submit", _SUBMIT, parents=[recipe, server], help="run the pipeline on Kubeflow")
+    submitting = add("submit", _SUBMIT, parents=[recipe, server, logs], help="run the pipeline on Kubeflow")
     submitting.add_argument("--experiment", metavar="NAME", help="of Kubeflow (default: the recipe's tracking.experiment)")
     submitting.add_argument("--run-name", metavar="NAME", help="in Kubeflow and MLflow, and the name of the run's folder")
     submitting.add_argument("--wait", action="store_true", help="follow the run to its end")
@@ -265,12 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     uploading.set_defaults(command=_upload)
 
     doctoring = add("doctor", _DOCTOR, help="what this machine has and lacks for a run, in the order to mend it")
-    doctoring.add_argument("recipe", nargs="?", metavar="RECIPE", help="look for its model, data, tracking server and backend too")
-    doctoring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
-    doctoring.add_argument("--tracking-uri", metavar="URI", help="MLflow's server (default: MLFLOW_TRACKING_URI, or the recipe's)")
-    doctoring.add_argument("--namespace", metavar="NS", help="of the cluster (default: the kubeconfig's)")
-    doctoring.add_argument("--host", metavar="URL", help="Kubeflow's address, to see whether it answers")
-    doctoring.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token for it")
+    _doctor_options(doctoring)
     doctoring.set_defaults(command=_doctor)
 
     tiny = add("make-tiny-model", _TINY, help="write a small random DiffusionGemma, as the Hub would have it")

@@ -9,8 +9,9 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
+from canvastune.progress import event_line, in_json, level_of, read_event
 from components.step import ERROR, error_in
 
 _KEPT_LINES = 400  # of the step that is running, for its last words
@@ -27,6 +28,7 @@ class Narrator(io.TextIOBase):
         self._out, self._unfinished = out, ""
         self._said: list[str] = []  # by the step that is running
         self._in_dump = self._in_error = False
+        self._task = ""  # the step that is running
         self._started = time.monotonic()
 
     @contextlib.contextmanager
@@ -53,15 +55,18 @@ class Narrator(io.TextIOBase):
         message = re.sub("\x1b\\[[0-9]+m", "", record.getMessage())
         if found := re.match(r"Executing task '(.+)'", message):
             self._said, self._in_error, self._started = [], False, time.monotonic()
-            self._show(f"\n{_step_name(found[1])}")
+            self._task = _step_name(found[1])
+            self._show(f"\n{self._task}", "task_started")
         elif found := re.match(r"Task '(.+)' finished with status FAILURE", message):
             self._fail(_step_name(found[1]))
         elif found := re.match(r"Task '?([\w-]+)'? finished with status SUCCESS", message):
-            self._show(f"    {time.monotonic() - self._started:.1f} s")
+            seconds = round(time.monotonic() - self._started, 1)
+            self._show(f"    {seconds:.1f} s", "task_finished", seconds=seconds)
         elif found := re.match(r"Task (\S+) cache hit", message):
-            self._show(f"\n{_step_name(found[1])}\n    reused: the same data, model and settings were prepared before")
+            self._task = _step_name(found[1])
+            self._show(f"\n{self._task}\n    reused: the same data, model and settings were prepared before", "task_reused")
         elif record.levelno >= logging.ERROR:
-            self._show(message)
+            self._show(message, level="error", message=message)
         return False
 
     def _line(self, line: str) -> None:
@@ -74,15 +79,19 @@ class Narrator(io.TextIOBase):
         self._said = [*self._said[-_KEPT_LINES:], line]
         self._in_error = self._in_error or line.startswith(ERROR)
         if not self._in_error:  # said once, at the end
-            self._show(f"    {line}")
+            known = read_event(line) or {}  # a step's own event keeps its time
+            fields = known or {"message": line, "level": level_of(line)}
+            self._show(f"    {line}", **{"event": "log", **fields})
 
     def _fail(self, step: str) -> None:
-        self._show("    failed")
+        self._show("    failed", "task_failed", level="error")
         said = "\n".join(self._said)
         if self.failure is None:
             self.failure = step, error_in(said) or (self._said[-1].strip() if self._said else "it ended without a word")
 
-    def _show(self, line: str) -> None:
+    def _show(self, line: str, event: str = "log", **fields: Any) -> None:
+        if in_json():
+            line = event_line(event, task=self._task, **fields)
         self._out.write(line + "\n")  # not print(): the runner has replaced that too
         self._out.flush()
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import logging
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from canvastune.config import load_config
+from canvastune.progress import LOG_FORMAT, event_line
+from canvastune.tiny import write_problems
 from pipelines.cli import _parser, main
+from pipelines.narrator import Narrator
+from tests.training import make_ground
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "pipelines" / "recipes"
@@ -33,7 +45,7 @@ def _help(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def _examples(text: str) -> list[list[str]]:
     """The commands of ours in a help text, as a shell would split them."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"  (canvastune [a-z]|torchrun )", line)]
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines if re.match(r"  (canvastune [a-z]|torchrun )", line)]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in _commands())])
@@ -110,3 +122,106 @@ def test_gpu_memory_is_read_with_its_unit(text: str, gigabytes: float) -> None:
     from pipelines.cli import _gigabytes
 
     assert _gigabytes(text) == pytest.approx(gigabytes, rel=1e-4)
+
+
+# --- --log-format json
+
+
+def _events(command: list[str], cwd: Path, **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code and the objects of a process that says nothing else."""
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=everything, capture_output=True, text=True, timeout=200, check=False)
+    assert not done.stderr, f"lines beside the objects: {done.stderr}"
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all({"time", "level", "event"} <= event.keys() for event in events)
+    return done.returncode, events
+
+
+def test_training_in_json_says_each_step_with_its_numbers(tmp_path: Path) -> None:
+    ground = make_ground(tmp_path)
+    command = ["-m", "canvastune.train", "-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--log-format", "json"]
+    settings = ["--set", "train.steps=2", "--set", "train.log_every=1", "--set", "parallel.ep=1", "--set", "parallel.nproc_per_node=1"]
+    code, events = _events([*command, "--output", str(tmp_path / "out"), *settings], tmp_path)
+    assert code == 0, events
+    steps = [event for event in events if event["event"] == "train"]
+    assert [(event["step"], event["steps"]) for event in steps] == [(1, 2), (2, 2)]
+    assert {"loss", "grad_norm", "tokens_per_second", "seconds_left"} <= steps[0].keys()
+    assert [event["step"] for event in events if event["event"] == "validation"] == [0, 2]
+    code, events = _events([*command, "--output", str(tmp_path / "refused"), "--set", "train.steps=none"], tmp_path)
+    assert code == 1
+    assert events[0]["event"] == "error"
+    assert "train.steps" in events[0]["message"]
+
+
+def test_preparing_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
+    write_problems(tmp_path / "rows.jsonl", "change", 200, seed=0)
+    (tmp_path / "recipe.yaml").write_text(f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction: 0.1}}\n")
+    command = ["-m", "pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared", "--log-format", "json"]
+    code, events = _events(command, tmp_path)
+    assert code == 0, events
+    assert (events[-1]["event"], events[-1]["rows_read"]) == ("prepared", 200)
+    code, events = _events(command, tmp_path)
+    assert code == 1
+    assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
+
+
+_WORK = """
+import os, signal, subprocess, sys, time
+from canvastune.progress import speak
+speak("json")
+print("plain"); print("50%\\r100%", file=sys.stderr); subprocess.run(["echo", "another process"])
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [
+        ("sys.exit(3)", 3, "another process"),
+        ("print('canvastune: error: no\\nroom'); os._exit(4)", 4, "room"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "another process"),
+        ("raise KeyError('x')", 1, "KeyError: 'x'"),
+    ],
+)
+def test_lines_of_whatever_writes_become_objects_and_the_exit_code_stays(end: str, code: int, last: str, tmp_path: Path) -> None:
+    found, events = _events(["-c", _WORK.format(end=end)], tmp_path)
+    assert found == code
+    assert [event["message"] for event in events][:3] == ["plain", "100%", "another process"]
+    assert events[-1]["message"] == last
+    assert events[-1]["level"] == ("error" if code in (1, 4) else "info")
+
+
+def test_a_signal_reaches_the_work_once_and_its_last_words_are_kept(tmp_path: Path) -> None:
+    work = """
+import signal, sys, time
+from canvastune.progress import speak
+speak("json")
+def end(*_):
+    print("farewell"); sys.exit(130)
+signal.signal(signal.SIGINT, end)
+print("ready")
+while True:
+    time.sleep(0.05)
+"""
+    process = subprocess.Popen([sys.executable, "-c", work], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["message"] == "ready"
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read().splitlines()
+    assert [json.loads(line)["message"] for line in rest] == ["farewell"]
+    assert process.wait(10) == 130
+
+
+def test_pipeline_in_json_names_the_task_of_each_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_FORMAT, "json")
+    out = io.StringIO()
+    narrator = Narrator(out)
+    with narrator.listening():
+        logging.info("Executing task 'train-2'")
+        print("    a plain line\n    " + event_line("train", step=7, loss=float("nan")))
+        logging.info("Task 'train-2' finished with status SUCCESS")
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["task_started", "log", "train", "task_finished"]
+    assert {event["task"] for event in events} == {"train"}
+    assert (events[1]["message"], events[2]["step"], events[2]["loss"]) == ("a plain line", 7, None)
+    assert "seconds" in events[3]
