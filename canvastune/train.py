@@ -33,7 +33,7 @@ from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.model.source import resolve_model
 from canvastune.outputs import NO_ROOM, fingerprint, write_provenance
 from canvastune.parallel import build_meshes, shard_model
-from canvastune.progress import TrainingProgress
+from canvastune.progress import FORMAT_HELP, FORMATS, TrainingProgress, speak
 from canvastune.ranks import LostRank, RollCall, Watchdog, on_first_rank, together
 from canvastune.tracking import MetricsWriter
 from canvastune.trainer import Trainer, export_path
@@ -44,8 +44,12 @@ _LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refu
 _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
   torchrun --standalone --nproc-per-node=2 -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
+  python -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --output runs/one --set parallel.ep=1 --log-format json > run.jsonl
 
-The same command again goes on from the newest checkpoint below --output, and does nothing once the run is finished."""
+The same command again goes on from the newest checkpoint below --output, and does nothing once the run is finished.
+
+exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong command line, 3 stopped on request with the state
+saved, 4 a rank hangs, which is named. torchrun itself ends with 1 where a rank's code is not 0, and names the rank's code."""
 
 
 def train(
@@ -158,15 +162,9 @@ def _run(trainer: Trainer, roll_call: RollCall | None) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
-    parser = argparse.ArgumentParser(
-        "canvastune.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
-    parser.add_argument("--data", type=Path, help="folder that `canvastune prepare` wrote; default: prepared from the recipe's data.source")
-    parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
-    parser.add_argument("--mlflow-run", help="id of the MLflow run that gets the metrics as well (MLFLOW_TRACKING_URI says where)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    _end_with_the_parent()
+    speak(options.log_format)
     locks: list[IO[str]] = []  # the first rank's
     roll_call: RollCall | None = None
     try:
@@ -211,11 +209,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "canvastune.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
+    parser.add_argument("--data", type=Path, help="folder that `canvastune prepare` wrote; default: prepared from the recipe's data.source")
+    parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
+    parser.add_argument("--mlflow-run", help="id of the MLflow run that gets the metrics as well (MLFLOW_TRACKING_URI says where)")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
+    return parser
+
+
 def _start_processes() -> RollCall:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if sys.platform == "linux":  # a rank whose torchrun was killed saves its state and goes, instead of training on unseen
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _end_with_the_parent()
     device = _device()
     store, rank, world_size = next(dist.rendezvous("env://"))
     # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
@@ -230,6 +240,12 @@ def _start_processes() -> RollCall:
         timeout=datetime.timedelta(hours=2),
     )
     return RollCall(dist.PrefixStore("roll-call", store), rank, world_size)
+
+
+def _end_with_the_parent() -> None:
+    """A rank whose torchrun was killed saves its state and goes, instead of training on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _leave(code: int) -> NoReturn:

@@ -20,6 +20,7 @@ import yaml
 from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
+from canvastune.progress import say
 from canvastune.yaml_text import read_yaml_file
 from pipelines.server import Server, answered
 
@@ -74,12 +75,12 @@ def submit(
             home.experiment_id, run_name or config.name, params=parameters, pipeline_id=version.pipeline_id, version_id=version.version_id
         )
     address = f"{server.host}/#/runs/details/{run.run_id}"
-    _say(f"run {run.display_name}: {address}")
+    say(f"run {run.display_name}: {address}", "run", state="submitted", address=address)
     if wait:
         try:
             follow(lambda: client.get_run(run.run_id), version.steps, server, address, pause)
         except KeyboardInterrupt:
-            _say(f"the run goes on: {address}")
+            say(f"the run goes on: {address}")
             raise
     return address
 
@@ -117,7 +118,7 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, addre
             if time.monotonic() - last_answer > _PATIENCE:
                 raise UserError(f"{error} (the run goes on: {address})") from None
             if not away:
-                _say(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
+                say(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
             away = True
             time.sleep(pause)
             continue
@@ -125,11 +126,12 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, addre
         for task in tasks:
             if seen.get(task.display_name) != task.state:
                 seen[task.display_name] = task.state
-                _say(f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{task.state.lower()}")
+                state = task.state.lower()
+                say(f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}", "task", task=task.display_name, state=state)
         if run.state in _ENDED:
             break
         time.sleep(pause)
-    _say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}")
+    say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}", "run", state=run.state.lower())
     if run.state != "SUCCEEDED":
         raise UserError(_why(run, tasks, address))
 
@@ -219,9 +221,9 @@ def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) 
                     made = client.upload_pipeline(str(package), name, description=about, namespace=server.namespace)
                     listed = client.list_pipeline_versions(made.pipeline_id, page_size=1)
                     same = listed.pipeline_versions[0]
-            _say(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
+            say(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
         else:
-            _say(f"pipeline {name}: {__version__}-{digest} is there already")
+            say(f"pipeline {name}: {__version__}-{digest} is there already")
     return Version(same.pipeline_id, same.pipeline_version_id, _steps(yaml.safe_load(text.split(b"\n---")[0])))
 
 
@@ -264,7 +266,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
