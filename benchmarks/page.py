@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
+FILES = ("step", "first_pass", "growth", "data", "merge", "pipeline")
 PAGE = ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("step", "data", "merge", "pipeline")}
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in FILES}
     PAGE.write_text(page(**found), encoding="utf-8")
     say("page", f"{PAGE.relative_to(ROOT)} written")
     return 0
 
 
-def page(step: dict[str, Any], data: dict[str, Any], merge: dict[str, Any], pipeline: dict[str, Any]) -> str:
+def page(
+    step: dict[str, Any],
+    first_pass: dict[str, Any],
+    growth: dict[str, Any],
+    data: dict[str, Any],
+    merge: dict[str, Any],
+    pipeline: dict[str, Any],
+) -> str:
     """docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
@@ -39,7 +48,8 @@ decodes the scored one alone. Same weights, batch and draws. Our gradient differ
 (goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, nothing twice) over the seconds
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
-*Checkpointed* recomputes each layer in the backward pass: a recipe's default.
+*Ours* recomputes every second layer in the backward pass (`train.activation_checkpointing: selective`); *checkpointed* recomputes each, a
+recipe's default; *all kept* recomputes none. A side's runs are timed in its own steady state: at its turn it runs once before it counts.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
 |---|---|---|---|---|---|---|
@@ -51,23 +61,59 @@ Geometric means (goals: {goals}):
 |---|---|---|---|
 {chr(10).join(line for line in _means(step["geometric_mean"]))}
 
-{_verdict(step)}
+{_verdict(step)} {_ceiling(step)}
 
 ## What made it so
 
 - **No padded token, no mask.** Each example attends by itself; what a canvas sees is one stretch of keys, so neither call has a mask. On
   sliding layers longer than the window, a window of rows goes at a time.
 - **The chosen block alone**, in one pass with the clean tokens; pass 1 for the examples with a coin alone.
-- **Logits in chunks**, gradients formed beside them, in place: soft-capped logits are bounded, so no maximum has to be found and taken off.
+- **Logits in chunks, and on a CPU in tiles** that its caches hold from the product to the gradient; gradients are formed beside them, in
+  place. Soft-capped logits are bounded, so no maximum has to be found and taken off; the exponential is a power of two, the hyperbolic
+  tangent one `expm1`; what belongs to a whole row is multiplied to the row's other factor.
 - **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would make a [V, H]
   tensor for each.
-- **Expert rows are put back by their permutation**, not added to zeros one by one; deterministic on every device.
+- **Expert rows** are gathered again in the backward pass instead of kept, weighted where they are narrowest (before the last projection),
+  and summed to their token in one pass; deterministic on every device.
+- **Norms and gated layers keep their inputs alone**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is the
+  library's fused one.
+- **Rows travel to the ranks of their experts while the dense gated layer computes**; FSDP gathers the next layer meanwhile. The results' way
+  back, and the gradients' both ways, are waited for. What the overlap saves on CUDA was not measured.
+- **Pass 1 takes the clean tokens before the chosen block alone**, which are all that its canvas sees (below).
 - **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens.
+- **The host waits for the device once a step**, where the losses and the norm are logged, and twice a layer under expert parallelism, where
+  it must know how many rows go where.
 - **Ranks finish together**: a step's examples are dealt by their tokens and coins (below). The examples of a step, their noise and its
   gradient stay what they were.
 
-Not done: fused norms and activations, checkpointing that keeps some activations, reuse of the prefix's keys in pass 1,
-`torch.compile`, FlexAttention.
+`train.attention: flex` attends a whole batch in one FlexAttention kernel per layer on CUDA; its gradients equal the others on a CPU. No GPU
+has measured it, so it is not the default. `torch.compile` of the layers is not used: nothing here could measure it on its target.
+`python -m benchmarks.gpu` is ready for the day there is one, and tried at small size: S 512 to 4,096 at the released layers' size,
+both kinds of attention beside the plain step, utilisation of the card's measured matmul rate, and the five largest costs by name.
+
+## Pass 1, three ways
+
+`python -m benchmarks.first_pass`: a step whose examples are all denoised twice, its pass 1 *before* (on the clean tokens before the block,
+as the engine does) or with keys *reused* (the prefix's keys of pass 2, which then takes clean tokens and canvas apart), over a pass 1
+on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}. Four ranks share two cores: their
+seconds tell little.
+
+| S, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(_first_pass(case) for case in first_pass["cases"] if case["chosen"] == "middle")}
+
+Reuse saves some FLOPs more, but gathers each layer once more under FSDP and reduces its gradients twice, is slower on one rank, and would
+show pass 1 what dropout left of the keys.
+
+## From 1 to {growth["rows"][-1]["examples"]} examples
+
+`python -m benchmarks.growth`: ragged examples in one forward, checkpointed. Seconds grow as tokens to the power of
+{growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
+between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB anew).
+
+| examples | tokens | ms a token | the same, memory kept | MB an example, live tensors | of the process |
+|---|---|---|---|---|---|
+{chr(10).join(map(_growth, growth["rows"]))}
 
 ## Data, merge, pipeline
 
@@ -95,10 +141,10 @@ def _step_rows(row: dict[str, Any]) -> list[str]:
     for name in OURS:
         ratios = " | ".join(f"{row[name][plain]['faster']:.2f}x faster, {row[name][plain]['leaner']:.1f}x leaner" for plain in GOALS)
         memory = f"{row['extra_memory_bytes'][name] / 1e6:.0f}"
-        lines.append(f"| {row['about']} | {name} | {row['seconds'][name]:.2f} | {memory} | {row[name]['efficiency']:.0%} | {ratios} |")
+        lines.append(f"| {row['about']} | {name} | {row['seconds'][name]:.2f} | {memory} | {row['efficiency'][name]:.0%} | {ratios} |")
     for plain in GOALS:
-        efficiency = f"{row['plain_efficiency']:.0%}" if plain == "chosen block" else ""
-        lines.append(f"| | {plain} | {row['seconds'][plain]:.2f} | {row['extra_memory_bytes'][plain] / 1e6:.0f} | {efficiency} | | |")
+        seconds, memory = row["seconds"][plain], row["extra_memory_bytes"][plain]
+        lines.append(f"| | {plain} | {seconds:.2f} | {memory / 1e6:.0f} | {row['efficiency'][plain]:.0%} | | |")
     return lines
 
 
@@ -119,9 +165,36 @@ def _verdict(step: dict[str, Any]) -> str:
         for quantity, goal in zip(("faster", "leaner"), GOALS[plain], strict=True)
         if ratios[quantity] < goal
     ]
-    slow = [row["about"] for row in step["shapes"].values() if row["ours"]["efficiency"] < EFFICIENT]
+    slow = [row["about"] for row in step["shapes"].values() if row["efficiency"]["ours"] < EFFICIENT]
     said = f"Goals missed: {'; '.join(missed)}." if missed else "Every ratio reaches its goal."
     return said + (f" Efficiency is below its goal in: {'; '.join(slow)}." if slow else "")
+
+
+def _ceiling(step: dict[str, Any]) -> str:
+    """What the ratios would be if a step took its needed FLOPs at the machine's rate in a large matmul, and nothing else."""
+    rate = step["matmul_flops_per_second"]
+    means = {
+        plain: statistics.geometric_mean(row["seconds"][plain] * rate / row["flops_needed"] for row in step["shapes"].values())
+        for plain in GOALS
+    }
+    most = " and ".join(f"{ratio:.1f}x faster than {plain.replace('chosen', 'the chosen')}" for plain, ratio in means.items())
+    return f"At full matmul rate and with nothing else to do, a step would be {most}."
+
+
+def _first_pass(case: dict[str, Any]) -> str:
+    whole = case["whole"]
+
+    def of_whole(form: str) -> str:
+        names = ("flops", "seconds", "received_bytes", "peak_bytes")
+        return " | ".join(f"{case[form][name] / whole[name]:.2f}" if whole.get(name) else "-" for name in names)
+
+    return f"| {case['tokens']:,}, {case['ranks']} / {case['ep']} | {of_whole('before')} | {of_whole('reused')} |"
+
+
+def _growth(row: dict[str, Any]) -> str:
+    a_token = [f"{1e3 * row[name] / row['tokens']:.2f}" for name in ("seconds_mapped_anew", "seconds")]
+    an_example = [f"{row[name] / row['examples'] / 1e6:.1f}" for name in ("live_bytes", "extra_memory_bytes")]
+    return f"| {row['examples']} | {row['tokens']:,} | {' | '.join([*a_token, *an_example])} |"
 
 
 def _templated(data: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ receive, H hidden size, I expert size, r rank of an adapter.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +22,75 @@ from canvastune.model.lora import ADAPTER
 NAME = "canvastune"  # of the experts implementation, in transformers' registry
 
 
-def experts_forward(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+@dataclass
+class Sent:
+    """Rows on their way to the ranks of their experts, and what brings the results back."""
+
+    order: torch.Tensor  # int64[T*K]: this rank's rows, by expert
+    back: torch.Tensor  # int64[T, K]: where each token's rows are in that order
+    send: list[int]  # rows to each rank
+    receive: list[int]  # rows from each rank
+    received: torch.Tensor  # int64[E]: rows from each rank for each of this rank's experts
+    group: dist.ProcessGroup
+    rows: torch.Tensor  # [R, H], by sender and then by expert
+    weights: torch.Tensor  # [R, 1]: their routing weights
+    travelling: list[dist.Work]
+
+    def arrived(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and weights, once they are here."""
+        for work in self.travelling:
+            work.wait()
+        return self.rows, self.weights
+
+
+def is_spread(module: Any) -> bool:
+    """Whether a layer's experts live on several ranks: `canvastune.parallel` sets `ep_group`, the group over which they are spread."""
+    group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
+    return group is not None and group.size() > 1
+
+
+def send_rows(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Sent:
+    """Begin to send each token's row, with its weight, to the ranks of its experts; arguments as of `experts_forward`."""
+    order, back, counts = _sorted_by_expert(module, top_k_index)
+    group: dist.ProcessGroup = module.ep_group
+    ranks = group.size()
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
+    send, receive = (numbers.view(ranks, -1).sum(1).tolist() for numbers in (counts, received))
+    travelling: list[dist.Work] = []
+    rows = _AllToAll.apply(_Dispatched.apply(hidden, order, back), receive, send, group, travelling)
+    weights = _AllToAll.apply(top_k_weights.flatten()[order, None], receive, send, group, travelling)
+    return Sent(order, back, send, receive, received, group, rows, weights, travelling)
+
+
+def experts_forward(
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, sent: Sent | None = None
+) -> torch.Tensor:
     """transformers' experts interface: hidden [T, H], index and weights [T, K] -> [T, H].
 
-    `module.ep_group`, set by `canvastune.parallel`, is the process group over which the experts are spread.
+    Args:
+        sent: of experts on several ranks, what was sent before; `hidden` and `top_k_weights` are then what arrived.
     """
-    expert_of_row = top_k_index.flatten()
-    order = torch.argsort(expert_of_row, stable=True)
-    back = _inverse(order).view_as(top_k_index)
-    counts = torch.bincount(expert_of_row, minlength=module.num_experts)
+    if is_spread(module):
+        if sent is None:
+            sent = send_rows(module, hidden, top_k_index, top_k_weights)
+            hidden, top_k_weights = sent.arrived()
+        return _Combined.apply(_apply_to_arrived(module, hidden, top_k_weights, sent), sent.order, sent.back)
+    order, back, counts = _sorted_by_expert(module, top_k_index)
     weights = top_k_weights.flatten()[order, None]
-    group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
-    if group is not None and group.size() > 1:
-        out = _apply_remote_experts(module, hidden, order, back, weights, counts, group)
-    elif hasattr(module, "lora_A"):
+    if hasattr(module, "lora_A"):
         out = _apply_experts(module, _Dispatched.apply(hidden, order, back), weights, counts)
     else:
         ends = _ends(counts)
         out = _gated_product(module, _DispatchedProduct.apply(hidden, _local(module.gate_up_proj), order, back, ends), weights, ends)
     return _Combined.apply(out, order, back)
+
+
+def _sorted_by_expert(module: Any, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """index [T, K] -> order [T*K] of the rows by expert, its inverse [T, K], and rows of each expert [E]."""
+    expert_of_row = top_k_index.flatten()
+    order = torch.argsort(expert_of_row, stable=True)
+    return order, _inverse(order).view_as(top_k_index), torch.bincount(expert_of_row, minlength=module.num_experts)
 
 
 def _apply_experts(module: Any, rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -74,32 +125,16 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) ->
     return out.add_(grouped_mm(low, b.transpose(-2, -1), offs=ends))
 
 
-def _apply_remote_experts(
-    module: Any,
-    hidden: torch.Tensor,
-    order: torch.Tensor,
-    back: torch.Tensor,
-    weights: torch.Tensor,
-    counts: torch.Tensor,
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """Send each row and its weight to the rank of its expert, apply, and bring the result back in the same order: [R, H]."""
-    ranks = group.size()
-    local = module.num_experts // ranks
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
-    send = counts.view(ranks, local).sum(1).tolist()
-    receive = received.view(ranks, local).sum(1).tolist()
+def _apply_to_arrived(module: Any, rows: torch.Tensor, weights: torch.Tensor, sent: Sent) -> torch.Tensor:
+    """Apply this rank's experts to the rows that arrived, and bring the results back in the order of their sending."""
+    ranks = sent.group.size()
     # Rows arrive by sender and then by expert; the grouped matmul wants them by expert.
-    expert = torch.arange(local, device=hidden.device).repeat(ranks).repeat_interleave(received)
+    expert = torch.arange(len(sent.received) // ranks, device=rows.device).repeat(ranks).repeat_interleave(sent.received)
     by_expert = torch.argsort(expert, stable=True)
     by_sender = _inverse(by_expert)
-    rows, row_weights = (
-        _Permuted.apply(_AllToAll.apply(part, receive, send, group), by_expert, by_sender)
-        for part in (_Dispatched.apply(hidden, order, back), weights)
-    )
-    out = _Permuted.apply(_apply_experts(module, rows, row_weights, received.view(ranks, local).sum(0)), by_sender, by_expert)
-    return _AllToAll.apply(out, send, receive, group)
+    rows, weights = (_Permuted.apply(part, by_expert, by_sender) for part in (rows, weights))
+    out = _Permuted.apply(_apply_experts(module, rows, weights, sent.received.view(ranks, -1).sum(0)), by_sender, by_expert)
+    return _AllToAll.apply(out, sent.send, sent.receive, sent.group, None)
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -180,20 +215,27 @@ class _Permuted(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Uneven all-to-all of rows; its gradient is the all-to-all back."""
+    """Uneven all-to-all of rows; its gradient is the all-to-all back.
+
+    With a list to put its work in, it returns before the rows are there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, travelling: list[dist.Work] | None
+    ) -> torch.Tensor:
         ctx.receive, ctx.send, ctx.group = receive, send, group
         out = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group, async_op=travelling is not None)
+        if travelling is not None and work is not None:
+            travelling.append(work)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         out = gradient.new_empty(sum(ctx.send), *gradient.shape[1:])
         dist.all_to_all_single(out, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:

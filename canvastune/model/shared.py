@@ -47,6 +47,7 @@ class SharedModel(DiffusionGemmaForBlockDiffusion):
         encoder.vision_tower = None
         encoder.embed_vision = None
         for layer in decoder.layers:
+            layer.__class__ = _SharedLayer
             layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
         decoder.embed_tokens.__class__ = SharedEmbedding
         make_lean(decoder)
@@ -104,6 +105,26 @@ def _run_layer(
 ) -> torch.Tensor:
     with dropping_rows(packing.row_keys):  # here, so that a recomputed layer drops what it dropped before
         return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+
+
+class _SharedLayer(DiffusionGemmaDecoderTextLayer):
+    """The stock layer. Where its experts live on several ranks, tokens travel to them while the dense gated layer computes."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[1, T, H] -> [1, T, H]."""
+        if not experts.is_spread(self.experts):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        residual = hidden_states + self.post_attention_layernorm(attended)
+        tokens = residual.flatten(0, -2)
+        _, weights, index = self.router(tokens)
+        sent = experts.send_rows(self.experts, self.pre_feedforward_layernorm_2(tokens), index, weights)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
+        rows, row_weights = sent.arrived()
+        routed = self.post_feedforward_layernorm_2(self.experts(rows, index, row_weights, sent=sent).view_as(residual))
+        out = residual + self.post_feedforward_layernorm(dense + routed)
+        out *= self.layer_scalar  # in place: the scalar is float32 where the states are not
+        return out
 
 
 class _EncoderView:

@@ -1,7 +1,7 @@
 """What one rank holds, moment by moment of a step: the peak is the largest moment, and its parts add up to it.
 
 The moments follow the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
-`model.experts` (rows are combined in float32), transformers' layers (each norm keeps a float32 copy of its input), and FSDP2
+`model.experts` (of the rows, only what other ranks sent is kept), `model.lean` (norms and gated layers keep their inputs), and FSDP2
 (a forward pass copies a gathered group out of a flat buffer; a backward pass gathers the next group while it computes, and
 keeps the last reduction's input). What a moment holds was measured tensor by tensor; tests hold these formulas to the engine.
 
