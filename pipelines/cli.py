@@ -101,6 +101,12 @@ examples:
   canvastune make-tiny-model tiny
   canvastune plan pipelines/recipes/tiny_lora.yaml --set model.id=tiny"""
 
+_COMPLETION = """Prints what the shell reads to complete commands, options and file names with the Tab key.
+
+examples:
+  canvastune completion bash > ~/.local/share/bash-completion/completions/canvastune
+  canvastune completion zsh > ~/.zfunc/_canvastune             # a folder of $fpath; then start a new shell"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused or failed with the reason on standard error, 130 interrupted."""
@@ -192,6 +198,19 @@ def _prepare(options: argparse.Namespace) -> None:
     if in_json():
         counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
         print(event_line("prepared", folder=str(options.output), **counts))
+
+
+def _completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs the package shtab: pip install 'canvastune[pipeline]'") from None
+    parser = _parser()
+    (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in (action for command in commands.values() for action in command._actions):
+        if action.type is Path or action.dest == "recipe":
+            action.complete = shtab.FILE
+    print(shtab.complete(parser, shell=options.shell))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -292,6 +311,10 @@ def _parser() -> argparse.ArgumentParser:
     doctoring = add("doctor", _DOCTOR, help="what this machine has and lacks for a run, in the order to mend it")
     _doctor_options(doctoring)
     doctoring.set_defaults(command=_doctor)
+
+    completion = add("completion", _COMPLETION, help="shell completion, for bash or zsh")
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.set_defaults(command=_completion)
 
     tiny = add("make-tiny-model", _TINY, help="write a small random DiffusionGemma, as the Hub would have it")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")

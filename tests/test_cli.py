@@ -124,6 +124,30 @@ def test_gpu_memory_is_read_with_its_unit(text: str, gigabytes: float) -> None:
     assert _gigabytes(text) == pytest.approx(gigabytes, rel=1e-4)
 
 
+_ASK_BASH = """
+source completion.bash
+ask() {{ COMP_WORDS=(canvastune "$@"); COMP_CWORD=$#; _shtab_canvastune canvastune "${{@: -1}}" "${{@: -2:1}}"; echo "${{COMPREPLY[@]}}"; }}
+{question}
+"""
+
+
+@pytest.mark.parametrize(("question", "answer"), [("ask su", "submit"), ("ask run --work", "--workspace"), ("ask run my", "my.yaml")])
+def test_bash_completes_commands_options_and_files(question: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "my.yaml").touch()
+    done = subprocess.run(["bash", "-c", _ASK_BASH.format(question=question)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [answer]
+
+
+def test_zsh_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#compdef canvastune\n")
+    missing = [name for name in _commands() if f"    {name}:'" not in script]
+    assert not missing
+
+
 # --- --log-format json
 
 
