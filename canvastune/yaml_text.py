@@ -56,7 +56,7 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML that can be read: {' '.join(str(error).split())}. Save it as plain UTF-8 text") from None
     except RecursionError:
-        raise UserError(f"{where}: not YAML that can be read: nested too deeply. A recipe has sections and keys, no more") from None
+        raise UserError(f"{where}: not YAML that can be read: nested too deeply. Write sections and keys, no more") from None
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:  # of a tag's constructor: `2001-13-45`
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{where}: a value is not what its form says ({reason}). Put it in quotes, or correct it") from None

@@ -143,7 +143,7 @@ def read_adapter(folder: Path, base: CheckpointReader, base_id: str) -> Adapter:
             if modules.get(name) != {"A", "B"}:
                 raise UserError(
                     f"{file.path}: factors A and B are expected for {name!r}, found {sorted(modules.get(name, ()))}. "
-                    "Encoder and decoder share their weights: an adapter of one alone cannot be merged"
+                    "Encoder and decoder share their weights: an adapter of one alone cannot be merged. Train both"
                 )
         weight = _weight_of(module, adapted)
         factors[weight] = _read_factors(file, module, weight, base, rank)
@@ -162,7 +162,9 @@ def _read_factors(file: TensorFile, module: str, weight: str, base: CheckpointRe
         tensor = file.get(key)
         if tuple(tensor.shape) != expected:
             where = f"{weight!r} of {base.folder} has shape {list(base.shape(weight))} and the rank is {rank}"
-            raise UserError(f"{file.path}: tensor {key!r} has shape {list(tensor.shape)}, expected {list(expected)}: {where}")
+            raise UserError(
+                f"{file.path}: tensor {key!r} has shape {list(tensor.shape)}, expected {list(expected)}: {where}. Give its own base"
+            )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file.path}: tensor {key!r} holds values that are not finite. Take the adapter of an earlier checkpoint")
         if not torch.equal(tensor, file.get(_key(twin, factor))):

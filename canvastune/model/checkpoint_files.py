@@ -109,7 +109,7 @@ class CheckpointReader:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._places:
-            raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}. Is it another model?")
+            raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}. Is it another model? Give the one it belongs to")
         return self._places[name]
 
     def _shard(self, shard: str) -> Path:

@@ -112,7 +112,7 @@ class TensorFile:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise UserError(f"{self.path}: has no tensor {name!r}. Is it the file of another model?")
+            raise UserError(f"{self.path}: has no tensor {name!r}. Is it the file of another model? Give the right one")
         return self._entries[name]
 
 

@@ -47,13 +47,13 @@ def _hold_of_place(pod: Object, warned: str, config: RunConfig) -> Hold | None:
     name, cluster = pod["metadata"]["name"], config.cluster
     message = next((str(c.get("message")) for c in pod["status"].get("conditions") or () if c.get("reason") == "Unschedulable"), None)
     if message is None:
-        return Hold(f"pod {name} is not started yet: {warned}", True) if warned else None
+        return Hold(f"pod {name} is not started yet: {warned}. Wait, or look at kubectl describe pod {name}", True) if warned else None
     if "persistentvolumeclaim" in message and "not found" in message:
         return Hold(f"pod {name} waits for a claim that does not exist ({message}). Create it, or correct cluster.claim", False)
     wanted = {cluster.gpu_resource or "": config.parallel.nproc_per_node, "cpu": cluster.cpu, "memory": cluster.memory}
     asked = ", ".join(f"{key} {value}" for key, value in wanted.items() if key and value)
     return Hold(
-        f"no node has room for pod {name} ({message}). It asks for {asked}, and waits; else ask for less, or change "
+        f"no node has room for pod {name} ({message}). It asks for {asked}, and waits. Ask for less, or change "
         "cluster.node_selector and cluster.tolerations",
         True,
     )

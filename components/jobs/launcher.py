@@ -197,8 +197,8 @@ class _Launcher:
             self._mind_pods()
         if row.then is Then.WAIT_FOR_PODS and self._waited() > self._config.cluster.queue_hours:
             self._give_up(
-                f"its pods did not run within {self._config.cluster.queue_hours:g} hours, which is cluster.queue_hours: "
-                f"{self._hold[0] or row.says}"
+                f"its pods did not run within {self._config.cluster.queue_hours:g} hours, which is cluster.queue_hours "
+                f"({self._hold[0] or row.says}). Raise it, or ask for less"
             )
         if row.then is Then.WAIT_FOR_END and self._waited() > self._config.cluster.deadline_hours:
             self._give_up(f"it ran for {self._config.cluster.deadline_hours:g} hours, which is cluster.deadline_hours. Raise it")
