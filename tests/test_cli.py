@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from canvastune import train as trainer
 from canvastune.config import load_config
 from canvastune.progress import LOG_FORMAT, event_line
 from canvastune.tiny import write_problems
@@ -56,13 +57,21 @@ def test_help_teaches_by_examples_that_the_command_line_takes(command: list[str]
     assert not command or examples[0][1] == command[0], "the first example is of another command"
     for example in examples:
         if example[0] == "torchrun":
-            assert (ROOT / example[example.index("-c") + 1]).is_file(), example
+            assert (ROOT / trainer._parser().parse_args(example[example.index("canvastune.train") + 1 :]).config).is_file(), example
             continue
         options = _parser().parse_args(example[1:])
         recipe = getattr(options, "recipe", None)
         if recipe is not None and recipe != "my.yaml":
             assert (ROOT / recipe).is_file(), f"sends people to a recipe that is not there: {example}"
             load_config(ROOT / recipe, options.set)
+
+
+def test_help_of_the_trainer_teaches_by_examples_that_it_takes() -> None:
+    examples = [shlex.split(line)[: -2 if " > " in line else None] for line in trainer._EPILOG.splitlines() if line.startswith("  ")]
+    assert len(examples) == 3
+    for example in examples:
+        options = trainer._parser().parse_args(example[example.index("canvastune.train") + 1 :])
+        load_config(ROOT / options.config, options.set)
 
 
 def test_exit_codes_are_the_same_in_help_and_readme(capsys: pytest.CaptureFixture[str]) -> None:
