@@ -49,7 +49,7 @@ decodes the scored one alone. Same weights, batch and draws. Our gradient differ
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
 *Ours* recomputes every second layer in the backward pass (`train.activation_checkpointing: selective`); *checkpointed* recomputes each, a
-recipe's default; *all kept* recomputes none. A side's runs are timed in its own steady state: at its turn it runs once before it counts.
+recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
 |---|---|---|---|---|---|---|
@@ -77,8 +77,8 @@ Geometric means (goals: {goals}):
   and summed to their token in one pass; deterministic on every device.
 - **Norms and gated layers keep their inputs alone**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is the
   library's fused one.
-- **Rows travel to the ranks of their experts while the dense gated layer computes**; FSDP gathers the next layer meanwhile. The results' way
-  back, and the gradients' both ways, are waited for. What the overlap saves on CUDA was not measured.
+- **Rows travel to the ranks of their experts while the dense gated layer computes**; FSDP gathers the next layer meanwhile. The results'
+  way back, and the gradients' both ways, are waited for. What the overlap saves on CUDA was not measured.
 - **Pass 1 takes the clean tokens before the chosen block alone**, which are all that its canvas sees (below).
 - **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens.
 - **The host waits for the device once a step**, where the losses and the norm are logged, and twice a layer under expert parallelism, where

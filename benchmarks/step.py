@@ -39,7 +39,7 @@ THREADS = 2
 GOALS = {"all blocks": (3.0, 4.0), "chosen block": (1.7, 3.0)}  # times faster, times less memory
 EXACT, EFFICIENT = 1e-5, 0.45
 # By train.activation_checkpointing; a recipe's default is the second.
-OURS: dict[str, Checkpointing] = {"ours": "selective", "ours, checkpointed": True, "ours, all kept": False}
+OURS: dict[str, Checkpointing] = {"ours": "selective", "ours, checkpointed": True}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ _BASE = {"layers": 6, "hidden": 256, "experts": 16, "vocabulary": 32768, "canvas
 SHAPES = {
     "short": Shape("short answers: one block each", _BASE, ((192, 64),) * 4),
     "long": Shape("a long answer: eight blocks", _BASE, ((512, 512),)),
-    "longest": Shape("a longer one: S 2,048, sixteen blocks", _BASE, ((1024, 1024),), rounds=3),
-    "vocabulary": Shape("the released model's vocabulary", _BASE | {"vocabulary": 262144}, ((192, 64),) * 2, rounds=3),
+    "longest": Shape("a longer one: S 2,048, sixteen blocks", _BASE, ((1024, 1024),), rounds=2),
+    "vocabulary": Shape("the released model's vocabulary", _BASE | {"vocabulary": 262144}, ((192, 64),) * 2, rounds=2),
     "experts": Shape("128 experts", _BASE | {"experts": 128}, ((256, 256),) * 2),
-    "ragged": Shape("lengths from 64 to 1,024", _BASE, ((48, 16), (64, 64), (96, 100), (160, 96), (300, 84), (600, 424))),
+    "ragged": Shape("lengths from 64 to 1,024", _BASE, ((48, 16), (64, 64), (96, 100), (160, 96), (300, 84), (600, 424)), rounds=2),
 }
 
 

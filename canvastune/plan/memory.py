@@ -281,8 +281,10 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
 def _combine_workspace(architecture: Architecture, step: Step) -> int:
     """Beside a layer's saved tensors while the experts are differentiated: the layer's widest point."""
     c, hidden = architecture.compute_bytes, architecture.hidden
-    # A row on its way between ranks, or beside what made it; where it is weighted, it is float32.
-    row = c * hidden * (2 if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (1 if step.ep > 1 else 2)
+    # A row on its way between ranks, of which the one that arrived stays to the layer's end, or beside what made it; where it is weighted,
+    # it is float32.
+    arrived = not (architecture.full or architecture.expert_rank)  # else it is kept, and counted there
+    row = c * hidden * (2 + arrived if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (1 if step.ep > 1 else 2)
     return step.tokens * (architecture.experts_per_token * row + 3 * c * hidden)
 
 
