@@ -29,7 +29,9 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
             raise UserError(f"model.id: {folder} has no config.json. Give the folder of a checkpoint in the Hub's layout")
         return folder
     if config.id.startswith((".", "/", "~")) or config.id.count("/") > 1:
-        raise UserError(f"model.id: {config.id}: no such folder. Give one that exists; `canvastune make-tiny-model DIR` writes a small model")
+        raise UserError(
+            f"model.id: {config.id}: no such folder. Give one that exists; `canvastune make-tiny-model DIR` writes a small model"
+        )
     patterns = [*_TEXT, *(_WEIGHTS if weights else ())]
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
