@@ -252,7 +252,7 @@ def test_the_new_kind_asks_for_what_the_base_never_learned(tmp_path: Path) -> No
 
 
 def test_impossible_requests_for_problems_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="expected one of"):
+    with pytest.raises(UserError, match="Choose one of"):
         write_problems(tmp_path / "x.jsonl", "poetry", 10, 0)
     monkeypatch.setitem(tiny._KINDS, "compare", lambda rng: (f"{rng.randint(1, 5)}?", "1"))
     with pytest.raises(UserError, match="Ask for fewer"):

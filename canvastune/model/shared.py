@@ -108,20 +108,24 @@ def _run_layer(
 
 
 class _SharedLayer(DiffusionGemmaDecoderTextLayer):
-    """The stock layer. Where its experts live on several ranks, tokens travel to them while the dense gated layer computes."""
+    """The stock layer, whose tokens travel to their experts, where these live on several ranks, while the dense gated layer computes.
+
+    On one rank its operations have the same order, so that gradients are summed in the same order there.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, T, H] -> [1, T, H]."""
-        if not experts.is_spread(self.experts):
-            return super().forward(hidden_states, *args, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         residual = hidden_states + self.post_attention_layernorm(attended)
         tokens = residual.flatten(0, -2)
         _, weights, index = self.router(tokens)
-        sent = experts.send_rows(self.experts, self.pre_feedforward_layernorm_2(tokens), index, weights)
+        rows, sent = self.pre_feedforward_layernorm_2(tokens), None
+        if experts.is_spread(self.experts):
+            sent = experts.send_rows(self.experts, rows, index, weights)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
-        rows, row_weights = sent.arrived()
-        routed = self.post_feedforward_layernorm_2(self.experts(rows, index, row_weights, sent=sent).view_as(residual))
+        if sent is not None:
+            rows, weights = sent.arrived()
+        routed = self.post_feedforward_layernorm_2(self.experts(rows, index, weights, sent=sent).view_as(residual))
         out = residual + self.post_feedforward_layernorm(dense + routed)
         out *= self.layer_scalar  # in place: the scalar is float32 where the states are not
         return out
