@@ -71,13 +71,15 @@ SHAPES = {
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}")
+    parser.add_argument("--rounds", type=int, help="timed runs of each side; default: 2 or 3 by shape")
     chosen = parser.parse_args()
     if unknown := set(chosen.shapes) - set(SHAPES):
         parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
     torch.set_num_threads(THREADS)
     rows, rate = {}, matmul_rate()
     for name in chosen.shapes or SHAPES:
-        rows[name] = measure(SHAPES[name])
+        shape = SHAPES[name]
+        rows[name] = measure(dataclasses.replace(shape, rounds=chosen.rounds or shape.rounds))
         rate = max(rate, matmul_rate())  # the best that was seen: an efficiency is not flattered by a slow moment
         say("step", f"{name}: {described_row(rows[name])}")
     for name, row in rows.items():
@@ -153,6 +155,7 @@ def measure(shape: Shape) -> dict[str, Any]:
         "examples": shape.examples,
         "coins": [draw.self_condition for draw in draws],
         "tokens": sum(len(example.tokens) for example in examples),
+        "rounds": shape.rounds,
         "seconds": seconds,
         "extra_memory_bytes": memory,
         "flops_ran": counter.total,
