@@ -49,7 +49,8 @@ decodes the scored one alone. Same weights, batch and draws. Our gradient differ
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
 *Ours* recomputes every second layer in the backward pass (`train.activation_checkpointing: selective`); *checkpointed* recomputes each, a
-recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts.
+recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts. Timed runs of a side, whose
+median is shown: {_rounds(step)}.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
 |---|---|---|---|---|---|---|
@@ -168,6 +169,10 @@ def _verdict(step: dict[str, Any]) -> str:
     slow = [row["about"] for row in step["shapes"].values() if row["efficiency"]["ours"] < EFFICIENT]
     said = f"Goals missed: {'; '.join(missed)}." if missed else "Every ratio reaches its goal."
     return said + (f" Efficiency is below its goal in: {'; '.join(slow)}." if slow else "")
+
+
+def _rounds(step: dict[str, Any]) -> str:
+    return " to ".join(map(str, sorted({row["rounds"] for row in step["shapes"].values()})))
 
 
 def _ceiling(step: dict[str, Any]) -> str:
