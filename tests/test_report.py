@@ -18,7 +18,7 @@ from canvastune.errors import UserError
 from canvastune.report import write_report
 from canvastune.report.curves import charts_of, smooth, thin, tick
 from canvastune.report.differences import marked
-from canvastune.report.facts import cost_of, exact_match, sign_test, training, warnings_of, wilson
+from canvastune.report.facts import cost_of, exact_match, training, warnings_of
 from canvastune.report.interactive import curves_json, policy
 from canvastune.report.numbers import duration, short
 from canvastune.tracking import read_metrics
@@ -276,19 +276,6 @@ def test_inputs_that_are_no_run_are_refused_by_name(tmp_path: Path, config: RunC
     with pytest.raises(UserError, match=r"card\.json"):
         write_report(config, tmp_path / "out", metrics=metrics, data=tmp_path, plan=None, evaluation=None, merge=None)
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
-
-
-@pytest.mark.parametrize(
-    ("correct", "rows", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 64, 0.0028, 0.0833)],
-)
-def test_intervals_are_wilsons(correct: int, rows: int, low: float, high: float) -> None:
-    assert wilson(correct, rows) == pytest.approx((low, high), abs=1e-4)
-
-
-@pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 5, 1.0)])
-def test_rows_that_changed_are_compared_exactly(gained: int, lost: int, p: float) -> None:
-    assert sign_test(gained, lost) == pytest.approx(p)
 
 
 def test_a_paired_comparison_is_surer_than_two_intervals() -> None:

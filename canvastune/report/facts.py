@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report.curves import Record, is_number, series
+from canvastune.statistics import SURE, mcnemar, wilson
 
-_SURE = 0.05  # p below which a change is called one
-_Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 _RESTARTS = ("resumed", "restarted")
 _ROUTINE = ("checkpoint",)  # events that are counted, not listed
 _CLEARLY_WORSE = 1.01  # the last validation loss over the lowest: below this is noise
@@ -39,22 +37,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def wilson(correct: int, rows: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion: sound for few rows and at 0 and 1 too."""
-    share, z = correct / rows, _Z95
-    middle = share + z * z / (2 * rows)
-    half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    scale = 1 + z * z / rows
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def sign_test(gained: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test: how likely so uneven a split of the rows that changed is if neither model is better."""
-    changed = gained + lost
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**changed)
-
-
 def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     """Exact match on both sides with intervals, and what changed; None if no row was scored.
 
@@ -73,8 +55,8 @@ def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     paired = None
     if "gained" in evaluation and "lost" in evaluation:
         gained, lost = evaluation["gained"], evaluation["lost"]
-        paired = {"gained": gained, "lost": lost, "p": sign_test(gained, lost)}
-    clear = paired["p"] < _SURE if paired else after["low"] > before["high"] or after["high"] < before["low"]
+        paired = {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    clear = paired["p"] < SURE if paired else after["low"] > before["high"] or after["high"] < before["low"]
     direction = "rose" if after["correct"] > before["correct"] else "fell" if after["correct"] < before["correct"] else "stayed"
     return {"rows": rows, **sides, "paired": paired, "clear": clear, "direction": direction}
 
