@@ -47,6 +47,11 @@ def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
     return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)
 
 
+def rows_of_window(window: int) -> int:
+    """Rows of a sliding layer that are attended together: more would see many keys that are masked, fewer would be many small calls."""
+    return -(-window // 2)
+
+
 def expert_shard_dim(name: str) -> int:
     """The dimension of an expert parameter that is cut over efsdp; the first one is the experts', cut over ep.
 

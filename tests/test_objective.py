@@ -123,7 +123,7 @@ def test_tiled_loss_equals_the_plain_one(model: SharedModel, plain: tuple, monke
 def test_logits_are_softcapped_in_float32() -> None:
     logits = torch.tensor([1000.0, -1000.0, 3.0], dtype=torch.bfloat16)
     tanh, _, _ = objective.softmax_terms(torch.ones(1, 1, dtype=torch.bfloat16), logits[:, None], 30.0)
-    capped = 30 * tanh[0]
+    capped = 30 * tanh[:, 0]
     assert capped.dtype == torch.float32
     assert torch.allclose(capped, torch.tensor([30.0, -30.0, 30 * torch.tanh(torch.tensor(0.1)).item()]))
 

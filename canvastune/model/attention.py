@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from canvastune.data.batches import PackedBatch
+from canvastune.layout import rows_of_window
 from canvastune.model.flex_attention import FlexPacking
 
 NAME = "canvastune"  # of the attention implementation, in transformers' registry
@@ -32,7 +33,7 @@ class Packing:
     canvas_lengths: tuple[int, ...]  # C of each example
     past: dict[str, tuple[slice, ...]]  # layer type -> clean positions of each example that all rows of its canvas see
     clean_sees: dict[str, torch.Tensor | None]  # layer type -> bool[S, S] of the longest example, or None: plain causal
-    window: int  # rows of a sliding layer that are attended together where `clean_sees` has a mask
+    window: int  # positions that a row of a sliding layer sees, where `clean_sees` has a mask
     row_keys: torch.Tensor | None = None  # int64[N+M]: by which adapters drop their inputs; None: they drop nothing
 
     @property
@@ -103,13 +104,13 @@ def _causal(
 ) -> torch.Tensor:
     """One example's clean rows: each sees its past, on a sliding layer of a long example its window alone.
 
-    There a window's worth of rows goes at a time, with the two windows of keys that any of them sees.
+    There half a window of rows goes at a time, with all keys that any of them sees.
     """
-    length = query.shape[2]
+    length, size = query.shape[2], rows_of_window(window)
     if mask is None or length <= window:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **how)
     parts = []
-    for start, rows in zip(range(0, length, window), query.split(window, dim=2), strict=True):
+    for start, rows in zip(range(0, length, size), query.split(size, dim=2), strict=True):
         stop = start + rows.shape[2]
         seen = slice(max(0, start - window + 1), stop)
         sees = mask[start:stop, seen]

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from canvastune.config import Checkpointing
-from canvastune.layout import is_recomputed
+from canvastune.layout import is_recomputed, rows_of_window
 from canvastune.objective import chunk_rows, tile_columns
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
@@ -271,7 +271,8 @@ def _saved(architecture: Architecture, step: Step, layer: LayerShape) -> tuple[i
         dropped = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
         adapters += dropped + c * hidden * (3 if layer.own_values else 2)
     per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
-    mask = c * 2 * architecture.window * step.clean if layer.sliding and step.clean > architecture.window else 0
+    keys = architecture.window + rows_of_window(architecture.window)  # that are masked for a row
+    mask = c * keys * step.clean if layer.sliding and step.clean > architecture.window else 0
     # Gate and up, their weighted product where it is multiplied by what is trained; the rows themselves where they came from afar.
     apart = step.ep > 1 or architecture.expert_rank > 0
     row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * (inputs and apart) + 2 * architecture.expert_rank)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from canvastune.layout import is_recomputed
+from canvastune.layout import is_recomputed, rows_of_window
 from canvastune.plan.memory import FLOAT, Step, fsdp_groups
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
 
@@ -166,9 +166,9 @@ def _scores(step: Step, rows: int, layer: LayerShape, window: int) -> float:
     past, clean = step.past, float(rows**2)
     if layer.sliding:
         past = min(past, window - 1)
-    if layer.sliding and rows > window:  # a window of rows at a time, on two windows of keys
-        starts = range(0, rows, window)
-        stops = [min(start + window, rows) for start in starts]
+    if layer.sliding and rows > window:
+        starts = range(0, rows, rows_of_window(window))
+        stops = [min(start + rows_of_window(window), rows) for start in starts]
         clean = sum(float((stop - start) * (stop - max(0, start - window + 1))) for start, stop in zip(starts, stops, strict=True))
     return 4.0 * layer.query_width * (clean + step.canvas * (past + step.canvas))
 
