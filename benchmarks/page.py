@@ -48,8 +48,8 @@ decodes the scored one alone. Same weights, batch and draws. Our gradient differ
 (goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, nothing twice) over the seconds
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
-*Ours* recomputes every second layer in the backward pass (`train.activation_checkpointing: selective`); *checkpointed* recomputes each, a
-recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts. Timed runs of a side, whose
+*Ours* keeps what the backward pass needs, as the plain step does (`train.activation_checkpointing: false`); *selective* recomputes every
+second layer there, *checkpointed* each of them, a recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts. Timed runs of a side, whose
 median is shown: {_rounds(step)}.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
@@ -67,7 +67,7 @@ Geometric means (goals: {goals}):
 ## What made it so
 
 - **No padded token, no mask.** Each example attends by itself; what a canvas sees is one stretch of keys, so neither call has a mask. On
-  sliding layers longer than the window, a window of rows goes at a time.
+  sliding layers longer than the window, half a window of rows goes at a time.
 - **The chosen block alone**, in one pass with the clean tokens; pass 1 for the examples with a coin alone.
 - **Logits in chunks, and on a CPU in tiles** that its caches hold from the product to the gradient; gradients are formed beside them, in
   place. Soft-capped logits are bounded, so no maximum has to be found and taken off; the exponential is a power of two, the hyperbolic

@@ -105,29 +105,25 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
         rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
-        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)  # tanh of a chunk's logits, tile by tile
+        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)  # a chunk's gradients by the logits
         for start in range(0, len(hidden), rows_at_once):
             part = hidden[start : start + rows_at_once]
             rows = slice(start, start + len(part))
-            tiles = list(_tiles(len(part), table, kept))
             total = at_target = each.new_zeros(len(part))
-            places = []
-            for columns, tanh, terms in tiles:
+            for columns, tanh, terms in _tiles(len(part), table, kept):
                 total = total + softmax_terms(part, table[columns], cap, (tanh, terms))[2]
                 inside, place = _place(targets[None, rows], columns)
                 at_target = torch.where(inside, tanh.gather(0, place), at_target)[0]
-                places.append((inside, place))
+                terms.addcmul_(terms, tanh.square_(), value=-1)
             each[rows] = total.log() - cap * at_target
             if not (need_hidden or need_table):
                 continue
-            scale, slope = (weights[rows] / total)[:, None], at_target.square() - 1
+            whole = kept[: len(table) * len(part)].view(len(table), -1)
+            whole.scatter_add_(0, targets[None, rows], (total * (at_target.square() - 1))[None])
+            scale = (weights[rows] / total)[:, None]
             scaled = (part * scale).to(table.dtype)
             sums = each.new_zeros(part.shape)
-            for (columns, tanh, terms), (inside, place) in zip(tiles, places, strict=True):
-                if len(tiles) > 1:  # another tile's terms were written over them
-                    _terms(tanh, cap, terms)
-                terms.addcmul_(terms, tanh.square_(), value=-1)
-                terms.scatter_add_(0, place, torch.where(inside, total * slope, 0))
+            for columns, _, terms in _tiles(len(part), table, kept):
                 logits_grad = terms.to(table.dtype)
                 if need_hidden:
                     _add_product(sums, logits_grad.T, table[columns])
@@ -212,13 +208,8 @@ def softmax_terms(
         tanh.div_(torch.add(tanh, 2, out=terms))
     else:
         tanh.div_(cap).tanh_()
-    _terms(tanh, cap, terms)
+    torch.mul(tanh, cap * math.log2(math.e), out=terms).exp2_()  # a power of two is computed in a third of the time
     return tanh, terms, terms.sum(dim=0)
-
-
-def _terms(tanh: torch.Tensor, cap: float, into: torch.Tensor) -> None:
-    """e^(cap * tanh) as a power of two, which is computed in a third of the time."""
-    torch.mul(tanh, cap * math.log2(math.e), out=into).exp2_()
 
 
 def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -231,7 +222,7 @@ def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Ite
 
 
 def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Tiles of a chunk's logits: columns, and two float32 buffers [columns, rows], in `kept`, if given, and in one used again.
+    """Tiles of a chunk's logits: columns, and two float32 buffers [columns, rows], of which the second is in `kept`, if given.
 
     A CPU's caches hold a tile through everything that is done with it, and its matmuls with the table are faster with a tile's rows
     in its last dimension. A GPU takes the chunk as one.
@@ -242,8 +233,8 @@ def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterato
     for start in range(0, vocabulary, width):
         columns = slice(start, min(vocabulary, start + width))
         size = rows * (columns.stop - start)
-        first = beside[rows * width : rows * width + size] if kept is None else kept[rows * start : rows * start + size]
-        yield columns, first.view(-1, rows), beside[:size].view(-1, rows)
+        second = beside[rows * width : rows * width + size] if kept is None else kept[rows * start : rows * start + size]
+        yield columns, beside[:size].view(-1, rows), second.view(-1, rows)
 
 
 def _place(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
