@@ -110,7 +110,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             part = hidden[start : start + rows_at_once]
             rows = slice(start, start + len(part))
             total = at_target = each.new_zeros(len(part))
-            for columns, tanh, terms in _tiles(len(part), table, kept):
+            tiles = list(_tiles(len(part), table, kept))
+            for columns, tanh, terms in tiles:
                 total = total + softmax_terms(part, table[columns], cap, (tanh, terms))[2]
                 inside, place = _place(targets[None, rows], columns)
                 at_target = torch.where(inside, tanh.gather(0, place), at_target)[0]
@@ -123,7 +124,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             scale = (weights[rows] / total)[:, None]
             scaled = (part * scale).to(table.dtype)
             sums = each.new_zeros(part.shape)
-            for columns, _, terms in _tiles(len(part), table, kept):
+            for columns, _, terms in tiles:
                 logits_grad = terms.to(table.dtype)
                 if need_hidden:
                     _add_product(sums, logits_grad.T, table[columns])
