@@ -22,6 +22,9 @@ from canvastune.errors import UserError
 from canvastune.model.shared import SharedModel
 from canvastune.objective import Weights, losses
 from canvastune.parallel import clip_gradients
+from canvastune.plan.accelerators import accelerator_of, peak_rate
+from canvastune.plan.sizes import describe
+from canvastune.plan.work import needed_flops
 from canvastune.progress import TrainingProgress
 from canvastune.ranks import on_every_rank
 from canvastune.tracking import MetricsWriter, read_metrics
@@ -60,6 +63,10 @@ class Trainer:
         self.beat: Callable[[str], object] = str  # called with what is done next, whenever something was finished
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
+        self.place = _place(self.device, self.world_size)
+        self.architecture = describe(model, config)
+        accelerator = accelerator_of(self.place.get("device_name", ""))
+        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None  # of a rank
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = build_optimizer(list(self.trained.values()), config.optimizer)
         self.progress = Progress()
@@ -124,7 +131,9 @@ class Trainer:
         totals = sums.sum(0, dtype=torch.float64)
         dist.all_reduce(totals)
         # Here alone the step waits for the device.
-        diffusion_loss, autoregressive_loss, tokens, norm = torch.cat([totals / counts[:2], counts[2:], gradient_norm[None]]).tolist()
+        diffusion_loss, autoregressive_loss, tokens, flops, norm = torch.cat(
+            [totals / counts[:2], counts[2:], gradient_norm[None]]
+        ).tolist()
         self.progress.step += 1
         rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
         record: dict[str, Any] = {
@@ -142,10 +151,13 @@ class Trainer:
             record["examples"] = self._offending(first, sums)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
+        of_a_rank = flops / seconds / self.world_size
         return record | {
             "seconds": seconds,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
+            "tflops": of_a_rank / 1e12,  # of what the losses need, a rank
+            **({"mfu": of_a_rank / self.peak_flops} if self.peak_flops else {}),
             "memory_bytes": _peak_memory(self.device),
         }
 
@@ -266,6 +278,7 @@ class Trainer:
     def _resume(self) -> Progress:
         found, damages = self.checkpoints.restore(self.trained, self.optimizer)
         if found is None:
+            self._report("event", {"event": "started", "detail": f"on {_in_words(self.place)}", **self.place})
             return self.progress
         self.progress = Progress(**found)
         if self.metrics is not None:
@@ -273,7 +286,8 @@ class Trainer:
             self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
         for damage in damages:
             self._report("event", {"event": "damaged_checkpoint", "detail": damage})
-        self._report("event", {"event": "resumed", "detail": f"from the checkpoint of step {self.progress.step}"})
+        told = f"from the checkpoint of step {self.progress.step}, on {_in_words(self.place)}"
+        self._report("event", {"event": "resumed", "detail": told, **self.place})
         return self.progress
 
     def _report(self, kind: str, record: dict[str, Any]) -> None:
@@ -291,8 +305,10 @@ class Trainer:
         return stop > 0
 
     def _global_counts(self, batches: list[PackedBatch]) -> torch.Tensor:
-        """float64[3] on the device: scored canvas positions, scored pairs and tokens of all ranks' batches together."""
-        sizes = [(len(b.canvas_targets), len(b.next_targets), len(b.clean) + len(b.canvas)) for b in batches]
+        """float64[4] on the device: scored canvas positions, scored pairs, tokens and FLOPs of all ranks' batches together."""
+        sizes = [
+            (len(b.canvas_targets), len(b.next_targets), len(b.clean) + len(b.canvas), needed_flops(self.architecture, b)) for b in batches
+        ]
         counts = torch.tensor(sizes, dtype=torch.float64).sum(0).to(self.device, non_blocking=True)
         dist.all_reduce(counts)
         return counts
@@ -332,6 +348,19 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def export_path(output: Path, config: RunConfig) -> Path:
     """Where the trained weights of a run stand: `adapter/` or `model/`."""
     return output / ("adapter" if config.train.method == "lora" else "model")
+
+
+def _place(device: torch.device, ranks: int) -> dict[str, Any]:
+    """What a run occupies, as its records have it."""
+    if device.type == "cuda":
+        return {"ranks": ranks, "device": "cuda", "device_name": torch.cuda.get_device_name(device)}
+    return {"ranks": ranks, "device": "cpu", "threads": torch.get_num_threads()}
+
+
+def _in_words(place: dict[str, Any]) -> str:
+    if "device_name" in place:
+        return f"{place['ranks']} x {place['device_name']}"
+    return f"{place['ranks']} CPU processes, {place['threads']} threads each"
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from datasets import Dataset
 
 from canvastune.config import RunConfig
-from canvastune.data.batches import PreparedData
+from canvastune.data.batches import PreparedData, pack
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.model.lora import factors
 from canvastune.parallel import build_meshes, shard_model
+from canvastune.plan.sizes import read_architecture
+from canvastune.plan.work import needed_flops
 from canvastune.trainer import Trainer
 from tests.oracle import plain_loss
 from tests.ranks import run_ranks
@@ -83,7 +85,7 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     trainer.optimizer.register_step_pre_hook(keep)
     record = trainer.train_step()
     numbers = {key: record[key] for key in ("loss", "diffusion_loss", "autoregressive_loss", "grad_norm")}
-    return {**numbers, "gradients": gradients}
+    return {**numbers, "flops": record["tflops"] * 1e12 * record["seconds"] * dist.get_world_size(), "gradients": gradients}
 
 
 def every_cut(folder: Path, ground: Path) -> None:
@@ -144,6 +146,16 @@ def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
     assert worst < 1e-5, f"{where}: the gradient of {name} is off by {worst:.1e} relative to the plain step"
     norm = torch.stack([gradient.norm() for gradient in expected["gradients"].values()]).norm()
     assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-5), f"{where}: another gradient norm"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(cuts: dict[int, dict], ground: Path, method: str) -> None:
+    data, config = prepared(ground), recipe(method)
+    examples = data.train_examples(range(BATCH))
+    draws = [data.train_draws(example, position, 0.001, COIN) for position, example in enumerate(examples)]
+    needed = needed_flops(read_architecture(config, ground / "base"), pack(examples, draws))
+    found = {(ranks, size): cuts[ranks][method, size]["flops"] for ranks, sizes in CUTS.items() for size in sizes}
+    assert found == pytest.approx(dict.fromkeys(found, needed), rel=1e-9), "ranks that wait or compute twice are not worth more"
 
 
 def test_the_cuts_hold_every_case_of_ragged_work(ground: Path) -> None:

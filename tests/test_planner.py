@@ -20,7 +20,7 @@ from canvastune.errors import UserError
 from canvastune.objective import losses
 from canvastune.plan import work
 from canvastune.plan.memory import Step, moments, peak
-from canvastune.plan.sizes import Architecture, read_architecture
+from canvastune.plan.sizes import Architecture, describe, read_architecture
 from canvastune.planner import SHIPPED, Plan, as_tree, find_architecture, make_plan, plan_text, refuse_if_too_big, write_plan
 from tests.live_bytes import CPU_FORMULAS, batch_of, lone_rank, measure, sharded_model
 from tests.small import run_config, shared_model, write_checkpoint
@@ -247,6 +247,7 @@ def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing:
     planned = work.count_flops(architecture, step)
     assert planned.total == counter.get_total_flops()
     assert sum(planned.by_part.values()) == pytest.approx(planned.total)
+    assert work.needed_flops(describe(model, config), batch) == pytest.approx(planned.model)
 
 
 def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:

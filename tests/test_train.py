@@ -34,6 +34,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_processes(
     done = train(ground, tmp_path / "run", ranks, f"parallel.ep={ep}", "train.method=full")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=1e-4)
+    assert records(tmp_path / "run", "event")[0].items() >= {"event": "started", "ranks": 2, "device": "cpu", "threads": 1}.items()
     for found, expected in zip(records(tmp_path / "run", "validation"), records(one_rank, "validation"), strict=True):
         assert found["levels"] == pytest.approx(expected["levels"], rel=1e-4)
 

@@ -16,6 +16,7 @@ GPU sends to others of its node, one way (half of the datasheets' two-way figure
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from canvastune.errors import UserError
@@ -87,6 +88,13 @@ def find_accelerator(name: str) -> Accelerator:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"hardware.accelerator: found {name!r}, expected one of {', '.join(ACCELERATORS)}. Choose one{hint}")
     return found
+
+
+def accelerator_of(device: str) -> Accelerator | None:
+    """The row of a CUDA device, by the name that its driver gives; None for a part of one (MIG), a slower make (PCIe, NVL) or another."""
+    if re.search(r"\b(MIG|PCIe|NVL)\b", device, re.IGNORECASE):
+        return None
+    return next((row for name, row in ACCELERATORS.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
 
 
 def peak_rate(architecture: Architecture, accelerator: Accelerator) -> float:

@@ -19,6 +19,7 @@ from canvastune.config import LoraConfig, RunConfig, parse_config
 from canvastune.layout import expert_shard_dim
 from canvastune.model.load import VISION, build_model, read_model_config
 from canvastune.model.lora import is_adapter
+from canvastune.model.shared import SharedModel
 
 VISION_KIND = "vision tower (not in memory)"
 EXPERT_KINDS = ("experts", "expert adapters")
@@ -131,9 +132,17 @@ def _architecture(model_config: str, method: str, lora: LoraConfig, precision: s
     run = parse_config(
         {"name": "plan", "data": {"source": "-"}, "train": {"method": method, "precision": precision}, "lora": lora.model_dump()}
     )
-    adapted = method == "lora"
-    model = build_model(run, described)
-    text = described.text_config
+    return describe(build_model(run, described), run, _vision_parameters(described))
+
+
+def describe(model: SharedModel, config: RunConfig, vision: int = 0) -> Architecture:
+    """The engine's model, sharded or not, as the planner counts with it.
+
+    Args:
+        vision: parameters of the vision tower, which the engine leaves out.
+    """
+    lora, adapted = config.lora, config.train.method == "lora"
+    text = model.config.text_config
     weights = tuple(
         Weight(
             name=name,
@@ -168,15 +177,15 @@ def _architecture(model_config: str, method: str, lora: LoraConfig, precision: s
         experts_per_token=text.top_k_experts,
         expert_size=text.moe_intermediate_size,
         window=text.sliding_window,
-        canvas=described.canvas_length,
+        canvas=model.config.canvas_length,
         longest=text.max_position_embeddings,
-        full=method == "full",
+        full=not adapted,
         rank=lora.rank if adapted else 0,
         expert_rank=lora.rank if adapted and lora.experts else 0,
         dropout=adapted and lora.dropout > 0,
-        compute_bytes=2 if precision == "bfloat16" else 4,
+        compute_bytes=2 if config.train.precision == "bfloat16" else 4,
         weights=weights,
-        vision=_vision_parameters(described),
+        vision=vision,
     )
 
 

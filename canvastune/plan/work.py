@@ -8,9 +8,12 @@ Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V v
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
+from canvastune.config import Checkpointing
+from canvastune.data.batches import PackedBatch
 from canvastune.layout import is_recomputed, rows_of_window
 from canvastune.plan.memory import FLOAT, Step, fsdp_groups
 from canvastune.plan.sizes import Architecture, LayerShape, Weight
@@ -39,21 +42,15 @@ class Flops:
 
 def count_flops(architecture: Architecture, step: Step) -> Flops:
     """Count one rank's step, with its share of the global batch."""
-    forward: Parts = {}
-    backward: Parts = {}
-    recomputed: Parts = {}
+    tokens = step.clean + step.canvas
+    products = _products(architecture, step.checkpointing)
+    forward, backward, recomputed = ({kind: product * tokens for kind, product in parts.items()} for parts in products)
     scores = scores_again = 0.0
     for index, layer in enumerate(architecture.layers):
         own, again_here = _scores(step, step.clean, layer, architecture.window), is_recomputed(step.checkpointing, index)
         scores += own
         _add(recomputed, {"attention": own * (again_here + 0.5)})  # fused kernels form the scores again in the backward pass
         scores_again += _scores(step, step.past, layer, architecture.window)
-        for weight in architecture.weights:
-            if weight.layer == index:
-                product = _matmul(architecture, step, weight)
-                _add(forward, {weight.kind: product})
-                _add(recomputed, {weight.kind: product * again_here})
-                _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
     again = {kind: product * pass_1_share(step) for kind, product in forward.items()}
     _add(forward, {"attention": scores})
     _add(backward, {"attention": 2 * scores})
@@ -83,6 +80,16 @@ def count_flops(architecture: Architecture, step: Step) -> Flops:
         _add(by_part, parts, times)
     by_pass = {name: sum(parts.values()) * times for name, (parts, times) in passes.items()}
     return Flops(by_pass, by_part, sum(by_pass[name] for name in (PASS_1, FORWARD, BACKWARD)))
+
+
+def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
+    """What the loss and the gradients of a batch need: its own tokens and scored rows, nothing computed twice or for nothing."""
+    examples = zip(batch.clean_lengths, batch.canvas_lengths, batch.block_starts, batch.coins, strict=True)
+    steps = (
+        Step(1, 1, 1, 1, clean, canvas, checkpointing=False, self_conditioning=float(coin), chosen_start=start)
+        for clean, canvas, start, coin in examples
+    )
+    return sum(count_flops(architecture, step).model for step in steps)
 
 
 def count_bytes(architecture: Architecture, step: Step) -> dict[str, float]:
@@ -147,12 +154,26 @@ def _exchanged(architecture: Architecture, step: Step) -> float:
     return len(architecture.layers) * rows * row * away
 
 
-def _matmul(architecture: Architecture, step: Step, weight: Weight) -> float:
-    """One example's product with a weight; norms and scales have none."""
-    tokens = step.clean + step.canvas
+@functools.lru_cache(maxsize=8)  # a thousand weights, and the trainer asks for every example
+def _products(architecture: Architecture, checkpointing: Checkpointing) -> tuple[Parts, Parts, Parts]:
+    """One token's products with the layers' weights, by kind: forward, backward and recomputed."""
+    forward: Parts = {}
+    backward: Parts = {}
+    recomputed: Parts = {}
+    for weight in architecture.weights:
+        if weight.layer is not None:
+            product = _matmul(architecture, weight)
+            _add(forward, {weight.kind: product})
+            _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
+            _add(recomputed, {weight.kind: product * is_recomputed(checkpointing, weight.layer)})
+    return forward, backward, recomputed
+
+
+def _matmul(architecture: Architecture, weight: Weight) -> float:
+    """One token's product with a weight; norms and scales have none."""
     if weight.expert:
-        return 2 * tokens * weight.numel * architecture.experts_per_token / architecture.experts
-    return 2.0 * tokens * weight.numel if len(weight.shape) == 2 else 0.0
+        return 2 * weight.numel * architecture.experts_per_token / architecture.experts
+    return 2.0 * weight.numel if len(weight.shape) == 2 else 0.0
 
 
 def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
