@@ -63,7 +63,7 @@ class DataConfig(Section):
 
 
 class LoraConfig(Section):
-    """The adapter (objective.md section 6)."""
+    """The adapter."""
 
     rank: int = Field(16, ge=1, description="rank r of the two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
@@ -94,8 +94,8 @@ class OptimizerConfig(Section):
     min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes from lr to min_lr after the warm-up")
     warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up; the first step already uses lr / warmup_steps")
-    betas: tuple[float, float] = (0.95, 0.99)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.95, 0.99), description="decay of the running means of the gradient and of its square")
+    eps: float = Field(1e-8, gt=0, description="what is added to the root of the latter")
     weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
     decay_vectors: bool = Field(False, description="whether norms and other one-dimensional weights decay too")
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
@@ -105,7 +105,7 @@ class TrainConfig(Section):
     """The loop."""
 
     method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
-    steps: int = Field(800, ge=1)
+    steps: int = Field(800, ge=1, description="optimiser steps")
     global_batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
     precision: Literal["bfloat16", "float32"] = Field(
@@ -121,12 +121,12 @@ class TrainConfig(Section):
         "second one; false, none",
     )
     log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
-    validate_every: int = Field(100, ge=1)
+    validate_every: int = Field(100, ge=1, description="steps between validations; the base and the last step are validated too")
     validation_levels: tuple[float, ...] = Field(
-        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss"
+        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss, each above 0 and at most 1"
     )
     validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; after the last step there is one too")
     keep_checkpoints: int = Field(
         2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss stays besides"
     )
@@ -157,9 +157,9 @@ class EvaluateConfig(Section):
     """Answers before and after, on held-out rows."""
 
     rows: int = Field(64, ge=1, description="held-out rows that are answered")
-    batch_size: int = Field(16, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
-    max_denoising_steps: int = Field(48, ge=1)
+    batch_size: int = Field(16, ge=1, description="rows that are answered at once")
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
+    max_denoising_steps: int = Field(48, ge=1, description="denoising steps of a block, at most")
     answer_pattern: str = Field(
         r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares"
     )
@@ -169,7 +169,7 @@ class TrackingConfig(Section):
     """MLflow. MLFLOW_TRACKING_URI in the environment wins over `uri`."""
 
     uri: str | None = Field(None, description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the workspace")
-    experiment: str = "canvastune"
+    experiment: str = Field("canvastune", description="of MLflow, and of Kubeflow where `submit` is given none")
     registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
 
 
@@ -184,7 +184,7 @@ class Toleration(Section):
     """A taint of nodes that the pods accept."""
 
     key: LabelKey | None = Field(None, description="key of the taint; default: every taint")
-    operator: Literal["Exists", "Equal"] = "Exists"
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="Equal compares the taint's value, Exists does not")
     value: str | None = Field(None, description="for operator Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="default: every effect")
 
@@ -265,8 +265,8 @@ class HardwareConfig(Section):
 class RunConfig(Section):
     """A recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$", max_length=50)
-    seed: int = Field(42, ge=0, lt=2**63)
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$", max_length=50, description="of the recipe's runs, jobs and models")
+    seed: int = Field(42, ge=0, lt=2**63, description="decides order, noise and new weights, on any number of ranks alike")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)

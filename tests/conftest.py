@@ -13,7 +13,7 @@ from tests.cluster_stage import Cluster, stage
 from tests.rendered_chart import installed, of_kind
 from tests.small import write_checkpoint
 
-_LONGEST = ("test_pipeline", "test_readme_cluster", "test_faults", "test_parallel", "test_checkpoint_files", "test_tracking")
+_LONGEST = ("test_pipeline", "test_journeys", "test_faults", "test_parallel", "test_checkpoint_files", "test_tracking")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

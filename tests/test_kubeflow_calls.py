@@ -1,4 +1,4 @@
-"""The plain Kubeflow commands and calls that the README gives, tried with the real ones against a fake of Kubeflow's API."""
+"""The plain Kubeflow commands and calls that docs/journeys.md gives, tried with the real ones against a fake of Kubeflow's API."""
 
 from __future__ import annotations
 

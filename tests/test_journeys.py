@@ -1,4 +1,4 @@
-"""The README's section "On Kubeflow", command by command, from an empty namespace to a finished run, on a stand-in for a cluster."""
+"""Journeys three and four of docs/journeys.md, command by command: from an empty namespace to a run, on a stand-in for a cluster."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ import yaml
 from canvastune import __version__
 from canvastune.tiny import write_problems
 from tests import images
+from tests.documents import Block, blocks
 from tests.fake_cluster import FakeCluster
 from tests.test_pipeline import STEPS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+JOURNEYS = ROOT / "docs" / "journeys.md"
 NAMESPACE = "kubeflow"
-# Beside what stands in the README's my-values.yaml: a small node without a GPU.
+# Beside what stands in the page's my-values.yaml: a small node without a GPU.
 SMALLER = """
 mlflow: {workers: 1, resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}, persistence: {size: 1Gi}}
 workspace: {size: 2Gi}
@@ -41,12 +42,12 @@ del _TREE["tracking"]
 _TREE["train"] |= {"steps": 4, "log_every": 2, "validate_every": 4, "checkpoint_every": 4}
 _TREE["evaluate"] |= {"max_new_tokens": 8}
 RECIPE = yaml.safe_dump(_TREE, sort_keys=False)
-DIFFERENCES = {  # all in which the reader here differs from one of the README on a cluster
+DIFFERENCES = {  # all in which the reader here differs from one of the page on a cluster
     "my-values.yaml": "with SMALLER on top",
     "pipelines/recipes/gsm8k_lora.yaml": "RECIPE",
     "helm": "real Helm 4, as a package",
     "kubectl port-forward": "from then on `localhost:8080` is read as the Service's address: no fixed port of this machine is taken",
-    "before canvastune submit": "puts a tiny model and its rows on the claim, where the README's recipe takes both from the Hub",
+    "before canvastune submit": "puts a tiny model and its rows on the claim, where the page's recipe takes both from the Hub",
     "PIPELINE_ID": "of what `kfp pipeline list` prints",
     "VERSION_ID": "of what `kfp pipeline list-versions PIPELINE_ID` prints",
     "after submit": "the runs that Kubeflow's own command and client start are created, and not executed",
@@ -54,7 +55,7 @@ DIFFERENCES = {  # all in which the reader here differs from one of the README o
 
 
 class Reader:
-    """Does what the README says, in a checkout of the repository."""
+    """Does what the page says, in a checkout of the repository."""
 
     def __init__(self, cluster: FakeCluster, home: Path, model: Path, values: str) -> None:
         self.said: dict[str, str] = {}  # by command
@@ -120,11 +121,11 @@ class Reader:
         return f"Forwarding from 127.0.0.1:{found[2]} -> {found[3]}"
 
 
-def blocks() -> list[tuple[str, str]]:
-    """Language and text of each block of the section."""
-    found = re.search(r"^## On Kubeflow\n(.*?)^## ", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert found is not None, "the README has no section On Kubeflow"
-    return re.findall(r"^```(\w+)\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+def told(journey: int) -> list[Block]:
+    """The blocks of one of the journeys."""
+    text = JOURNEYS.read_text(encoding="utf-8")
+    first, last = (text.count("\n", 0, text.index(f"\n## {number}. ")) for number in (journey, journey + 1))
+    return [block for block in blocks(JOURNEYS) if first < block.line <= last]
 
 
 def commands(block: str) -> list[str]:
@@ -163,22 +164,22 @@ def job_states(cluster: FakeCluster) -> dict[str, tuple[str, set[str]]]:
 
 @pytest.mark.timeout(280)
 def test_a_reader_goes_from_an_empty_namespace_to_a_finished_run(tmp_path: Path, tiny_model: Path) -> None:
-    (values, written), (shell, first), (again, plain), (python, client) = blocks()
-    assert (values, shell, again, python) == ("yaml", "sh", "sh", "python")
+    (values, install), (submit, plain, client) = told(3), told(4)
+    assert [block.language for block in (values, install, submit, plain, client)] == ["yaml", "sh", "sh", "sh", "python"]
     with FakeCluster(tmp_path / "cluster", NAMESPACE) as cluster:
-        reader = Reader(cluster, tmp_path / "checkout", tiny_model, written)
+        reader = Reader(cluster, tmp_path / "checkout", tiny_model, values.text)
         print(*(f"{what}: {why}" for what, why in DIFFERENCES.items()), sep="\n")
         try:
-            for command in commands(first):
+            for command in commands(install.text + submit.text):
                 reader.do(command)
         finally:  # what the test shows where it fails
             print(*(f"--- {pod}\n{cluster.node.said(pod)[-6000:]}" for pod in cluster.node.logs))
         check_install(cluster, reader)
         check_run(cluster, reader)
         cluster.running = False
-        for command in commands(plain):
+        for command in commands(plain.text):
             reader.do(command)
-        reader.execute(sys.executable, "-c", client)
+        reader.execute(sys.executable, "-c", client.text)
         check_plain_runs(cluster)
 
 
