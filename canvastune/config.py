@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from canvastune import __version__
 from canvastune.errors import UserError
 from canvastune.kubernetes_forms import RESERVED, SECRET, Image, LabelKey, LabelValue, Name, Quantity, Variable, amount, written
-from canvastune.section import Section
 from canvastune.yaml_text import read_yaml, read_yaml_file
 
 Checkpointing = bool | Literal["selective"]
+
+
+class Section(BaseModel):
+    """A branch of the tree. Unknown keys are refused; values are never coerced across kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -166,6 +171,11 @@ class TrackingConfig(Section):
     uri: str | None = Field(None, description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the workspace")
     experiment: str = Field("canvastune", description="of MLflow, and of Kubeflow where `submit` is given none")
     registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
+    promote: Literal["better", "never"] = Field(
+        "better",
+        description="when a registered model gets the alias champion: better, if its exact match is above the champion's on the same rows "
+        "(the first one: not below the base's); never",
+    )
 
 
 class SecretKey(Section):

@@ -3,9 +3,9 @@
 WORKSPACE/runs/RUN/run.json     whose folder this is, and whether the run is finished
                    train/       checkpoints, metrics.jsonl, adapter/ or model/
                    model/       the merged checkpoint (LoRA)
-                   data/ plan/ evaluation/    what the report shows of them: card, plan, answers
                    report/      report.html and PNGs
                    summary.json the run's main figures
+                   unsent/      what MLflow did not take; there only while something waits
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.tracking import PipelineRun
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,24 @@ def workspace_of(folder: Path | str) -> Path:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of the run whose folder this is; None where no run has begun. Raises: UserError, another file of that name."""
+    """The record of the run whose folder this is; None where no run has begun."""
     path = folder / "run.json"
-    try:
-        return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record ({error}). Give another folder or run name, or move this one away") from None
+    return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def run_id_of(folder: Path) -> str:
     """What the jobs of a run are found by: its pipeline job."""
     record = read_record(folder)
     return record.job_id if record else folder.name
+
+
+def tracked(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> PipelineRun:
+    """A run as MLflow's records know it.
+
+    Args:
+        mlflow_run_id: its run in MLflow; "" if it is not known yet.
+    """
+    return PipelineRun(config, Path(folder), run_id_of(Path(folder)), mlflow_run_id)
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -11,7 +11,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.tracking import StepRun, step_run
 from canvastune.tracking.runs import Step
-from components.run_folder import workspace_of
+from components.run_folder import tracked
 
 ERROR = "canvastune: error: "  # a failed step's last words begin with this
 
@@ -22,14 +22,14 @@ def step(name: Step, config: str, run_folder: str, mlflow_run_id: str) -> Iterat
 
     Args:
         config: the resolved config as JSON text, as the step `resolve` gives it.
-        mlflow_run_id: the parent of the step's record in MLflow; "" where there is none.
+        mlflow_run_id: the parent of the step's record in MLflow; "" where MLflow was away when the run began.
 
     Yields:
         The config, and the record, which takes what the step wants to be seen in MLflow.
     """
     with last_words():
         recipe = parse_config(config)
-        with step_run(recipe, mlflow_run_id or None, name, workspace=workspace_of(run_folder)) as record:
+        with step_run(tracked(recipe, run_folder, mlflow_run_id), name) as record:
             yield recipe, record
 
 

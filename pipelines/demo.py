@@ -10,7 +10,7 @@ import canvastune
 from canvastune import tiny
 from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
-from canvastune.tracking import step_run
+from canvastune.tracking import StepRun
 from components.train.launcher import train
 from pipelines.local import run_recipe
 
@@ -51,8 +51,7 @@ def _make_base(config: RunConfig, folder: Path, key: str) -> None:
     if (run / "result.json").exists():
         _say(f"    made by an earlier demo: {run}")
     else:
-        with step_run(config, None, "train", workspace=folder.parent) as record:
-            train(config, None, run, record)
+        train(config, None, run, StepRun())
     _link(folder, run / "model")
 
 

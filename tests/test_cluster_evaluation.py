@@ -11,7 +11,6 @@ import pytest
 from canvastune.config import parse_config
 from canvastune.errors import UserError
 from canvastune.tracking import StepRun
-from canvastune.tracking.server import Server
 from components.evaluate import answering
 from components.jobs import launcher as launching
 from components.jobs.api import Api
@@ -36,9 +35,8 @@ def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         (folder / "runs/a/evaluation/evaluation.json").write_text('{"exact_match_after": 0.5}')
 
     cluster.at(begun + 50, write)
-    record = StepRun(Server("sqlite:///unused"), config_of(), None, None)
     tree = config_of(cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)).model_dump(mode="json")
-    return answering.answer(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", record)
+    return answering.answer(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", StepRun())
 
 
 def test_it_is_a_job_of_one_pod_with_one_accelerator(

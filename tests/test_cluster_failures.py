@@ -207,7 +207,7 @@ def test_the_exit_task_ends_what_a_run_still_trains(cluster: Cluster, tmp_path: 
     with pytest.raises(RuntimeError, match="killed"):
         cluster.launch()
     monkeypatch.setattr(launching, "connect", lambda: (cluster.client(), "team-a"))
-    monkeypatch.setattr(closing.tracking, "finish_parent", lambda *_, **__: None)
+    monkeypatch.setattr(closing.tracking, "finish", lambda *_, **__: None)
     folder = tmp_path / "runs" / "mine"
     for job_id, left in (("another", 1), ("run-1", 0)):
         write_record(folder, RunRecord(job_id, config_of(cluster.backend).model_dump_json(), ""))

@@ -267,7 +267,11 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
         ("prepare_data", "plan", "train", "merge_lora", "evaluate", "report"), "FINISHED"
     )
     summary = json.loads((_folder(runs.lora) / "summary.json").read_text())
-    assert parent.data.metrics["exact_match_after"] == summary["exact_match_after"]
+    assert parent.data.metrics["eval/exact_match_after"] == summary["exact_match_after"]
+    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(parent.data.params["train.steps"])
+    assert parent.data.tags["canvastune.verdict"] in ("better", "worse", "undecided")
+    assert "exact match" in parent.data.tags["mlflow.note.content"]
+    assert not (_folder(runs.lora) / "unsent").exists()
 
 
 def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:

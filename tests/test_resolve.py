@@ -25,7 +25,7 @@ data: {{source: {data}, seq_length: 96, validation_fraction: 0.2, validation_row
 @pytest.fixture
 def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Resolve a recipe as the run `mine` of a pipeline job, without MLflow."""
-    monkeypatch.setattr(resolution.tracking, "start_parent", lambda *_, **__: None)
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
     return lambda job="job-1", overrides="", dataset="", cluster="{}": resolution.resolve(
@@ -113,12 +113,12 @@ def test_a_run_name_cannot_lead_out_of_the_workspace(name: str, tmp_path: Path) 
 
 
 def test_mlflow_is_told_where_the_run_is_in_kubeflow(resolve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(resolution.tracking, "start_parent", lambda *_, **named: told.update(named))
+    told: dict[str, str] = {}
+    monkeypatch.setattr(resolution.tracking, "start", lambda _, tags: told.update(tags) or "")
     recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
     image, host = "registry.example/pipeline@sha256:1", "https://kubeflow.example/pipeline/"
     resolution.resolve(recipe, "", "", str(tmp_path), "mine", "gsm8k", "job-1", pipeline_image=image, kubeflow_url=host)
-    assert told["tags"] == {
+    assert told == {
         "canvastune.pipeline_job": "gsm8k",
         "canvastune.pipeline_url": "https://kubeflow.example/pipeline/#/runs/details/job-1",
         "canvastune.pipeline_image": image,

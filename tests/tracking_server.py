@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +89,51 @@ class TrackingServer:
 
 def train_record(step: int, **values: float) -> dict[str, Any]:
     return {"kind": "train", "step": step, "time": 1.7e9 + step, "loss": 1 / step, "lr": 1e-3, **values}
+
+
+def prepared(folder: Path) -> Path:
+    """What is logged of a prepared data set."""
+    card = {"source": "openai/gsm8k", "format": "gsm8k", "fingerprint": "ab" * 32, "content_hash": "cd" * 32, "rows_read": 100, "kept": 90}
+    card |= {"train": 80, "validation": 10, "cut": 1, "dropped": {"empty answer": 3, "duplicate": 7}}
+    data = folder / "data"
+    data.mkdir(parents=True)
+    (data / "card.json").write_text(json.dumps(card))
+    (data / "card.html").write_text("<p>")
+    return data
+
+
+@contextlib.contextmanager
+def refusing(status: int, body: str = "", healthy: bool = True) -> Iterator[str]:
+    """The address of a server that gives every call the same answer; but /health, if it is healthy."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            code = 200 if healthy and self.path == "/health" else status
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[str]:
+    """The address of a server that accepts every call and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(100)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -1,188 +1,144 @@
-"""A parent run per pipeline run and a nested run per step, found again by their tags: steps are processes that share nothing."""
+"""The records of a pipeline run and of its steps in MLflow: begun, ended, and sent later where MLflow was away."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import yaml
 
+from canvastune import __version__
 from canvastune.config import RunConfig
-from canvastune.tracking.contents import StepRun, log_parameters
-from canvastune.tracking.server import Server, TrackingError, connect, tracking_uri
+from canvastune.tracking import notes
+from canvastune.tracking.contents import StepRun
+from canvastune.tracking.ids import PIPELINE_RUN, PipelineRun, RunIds
+from canvastune.tracking.outbox import STEPS, Outbox
+from canvastune.tracking.server import connect
+from canvastune.tracking.telling import Teller
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-Step = Literal["prepare_data", "plan", "train", "merge_lora", "evaluate", "report"]
-
-_PIPELINE_RUN = "canvastune.pipeline_run"
-_STEP = "canvastune.step"
-_PARENT = "mlflow.parentRunId"
-_CONFIG = "config.yaml"
+Step = Literal["resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report", "finish"]
 
 
-def start_parent(
-    config: RunConfig, *, run_name: str, pipeline_run: str, workspace: Path, tags: Mapping[str, str] | None = None
-) -> str | None:
-    """Id of the pipeline run's MLflow run: the one that KFP's plugin made, one that an earlier step made, or a new one.
-
-    The first step to come describes it: tags, the flattened config as parameters, the config as a file.
+def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
+    """Open a pipeline run's record: description, tags, the flattened config as parameters, the config as a file.
 
     Args:
-        run_name: what people call the run.
-        pipeline_run: what every step of this pipeline run knows it by, such as KFP's run id.
-        workspace: folder of the embedded store, if no server is named.
         tags: what else the run is to be found by, such as its address in Kubeflow.
 
     Returns:
-        None if MLflow is away or refuses, after a warning that says why: steps go on without.
+        Id of its run in MLflow, which may be one that Kubeflow's plugin or an earlier step made; "" if MLflow is away, after
+        a warning that says why: what it should know waits in the run's folder.
     """
-    server = connect(tracking_uri(config, workspace))
-    try:
-        run = server.ask(_given_parent) or _find_or_make_parent(server, config, run_name, pipeline_run)
-    except TrackingError as error:
-        server.warn("this run's records", error)
-        return None
-    run_id = run.info.run_id
-    if not run.data.params:
-        server.call(
-            "the run's description", lambda client: _describe(client, run_id, config, {_PIPELINE_RUN: pipeline_run, **(tags or {})})
-        )
-    return run_id
+    record, outbox = _open(run, "resolve")
+    outbox.flush()
+    config, key = run.config, f"{run.folder.name}/{run.job}"
+    about = {PIPELINE_RUN: key, **_about(config), **(tags or {}), notes.NOTE: notes.begun(config, run.folder)}
+    record.tell("tags", about, whole=True)
+    tree = config.model_dump(mode="json")
+    record.tell("text", {"name": "config.yaml", "text": yaml.safe_dump(tree, sort_keys=False)}, whole=True)
+    record.tell("parameters", tree, whole=True)
+    return record.pipeline_run_id or ""
 
 
 @contextlib.contextmanager
-def step_run(config: RunConfig, parent: str | None, step: Step, *, workspace: Path) -> Iterator[StepRun]:
+def step_run(run: PipelineRun | None, step: Step) -> Iterator[StepRun]:
     """The nested run of a step, which ends FINISHED, or FAILED with the error as a tag if the block raises.
 
-    A step that is tried again goes on in the run of its first attempt. With `parent` None, or with MLflow away, the
+    A step that is tried again goes on in the run of its first attempt. Without a pipeline run, or with MLflow away, the
     block runs all the same.
     """
-    server = connect(tracking_uri(config, workspace))
-    run_id = server.call(f"the records of {step}", lambda client: _nested(client, parent, step)) if parent else None
-    run = StepRun(server, config, run_id, parent)
-    try:
-        yield run
-    except BaseException as error:
-        _end(run, "FAILED" if isinstance(error, Exception) else "KILLED", f"{type(error).__name__}: {error}")
-        raise
-    _end(run, "FINISHED")
-
-
-def finish_parent(config: RunConfig, parent: str | None, *, workspace: Path, failed: bool) -> None:
-    """End the pipeline run's MLflow run, and whatever step of it still counts as running (its process was killed)."""
-    if parent is None:
-        return
-    server = connect(tracking_uri(config, workspace))
-
-    def finish(client: MlflowClient) -> None:
-        experiment = client.get_run(parent).info.experiment_id
-        for run in client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}' and attributes.status = 'RUNNING'"):
-            client.set_terminated(run.info.run_id, "KILLED")
-        client.set_terminated(parent, "FAILED" if failed else "FINISHED")
-
-    server.call("the run's end", finish)
-
-
-def log_data(config: RunConfig, parent: str | None, dataset: Path, *, workspace: Path) -> None:
-    """Give the pipeline run its prepare_data run if it has none: a cached preparation never ran in this pipeline run."""
-    if parent is None:
-        return
-    server = connect(tracking_uri(config, workspace))
-    if server.call("the records of prepare_data", lambda client: _find_nested(client, parent, "prepare_data") is not None) is False:
-        with step_run(config, parent, "prepare_data", workspace=workspace) as run:
-            _log_prepared(run, dataset)
-
-
-def _log_prepared(run: StepRun, dataset: Path) -> None:
-    """Log a prepared data set in its own run: card, counts, the data set as an input."""
-    card = json.loads((dataset / "card.json").read_text(encoding="utf-8"))
-    named = ("source", "format", "fingerprint", "content_hash", "seq_length", "canvas_length", "tokenizer", "vocab_size")
-    run.parameters({name: card[name] for name in named if name in card})
-    counts = {name: card[name] for name in ("rows_read", "kept", "train", "validation", "cut", "seconds") if name in card}
-    counts |= {f"dropped/{reason}": count for reason, count in card.get("dropped", {}).items()}
-    run.metrics({f"data/{name}": count for name, count in counts.items()})
-    run.dataset(dataset, "training")
-    run.outputs(dataset)
-
-
-def _given_parent(client: MlflowClient) -> Run | None:
-    """The run of MLFLOW_RUN_ID: KFP's plugin gives each task's process a run of its own below the pipeline run's."""
-    given = os.environ.get("MLFLOW_RUN_ID")
-    if not given:
-        return None
-    run = client.get_run(given)
-    above = run.data.tags.get(_PARENT)
-    return client.get_run(above) if above else run
-
-
-def _find_or_make_parent(server: Server, config: RunConfig, run_name: str, pipeline_run: str) -> Run:
-    experiment = server.experiment(config.tracking.experiment)
-
-    def find(client: MlflowClient) -> Run | None:
-        found = client.search_runs([experiment], f"tags.`{_PIPELINE_RUN}` = '{pipeline_run}'", order_by=["attributes.start_time ASC"])
-        return min(found, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
-
-    def find_or_make(client: MlflowClient) -> Run:
-        if (run := find(client)) is not None:
-            return run
-        made = client.create_run(experiment, tags={_PIPELINE_RUN: pipeline_run}, run_name=run_name)
-        first = find(client) or made
-        if first.info.run_id != made.info.run_id:  # two steps came at once: both take the older one
-            client.delete_run(made.info.run_id)
-        return first
-
-    return server.ask(find_or_make)
-
-
-def _nested(client: MlflowClient, parent: str, step: str) -> str:
-    run = _find_nested(client, parent, step)
     if run is None:
-        given = os.environ.get("MLFLOW_RUN_ID")
-        if given and client.get_run(given).data.tags.get(_PARENT) == parent:
-            client.set_tag(given, _STEP, step)
-            return given
-        experiment = client.get_run(parent).info.experiment_id
-        return client.create_run(experiment, tags={_PARENT: parent, _STEP: step}, run_name=step).info.run_id
-    client.update_run(run.info.run_id, status="RUNNING")
-    return run.info.run_id
+        yield StepRun()
+        return
+    record, outbox = _open(run, step)
+    outbox.away = step == "report" and _flush_all(run)  # it speaks of what the steps before it have told
+    if not outbox.away:
+        outbox.flush()
+    record.tell("start", {})
+    try:
+        yield record
+    except BaseException as error:
+        record.tags({"canvastune.error": f"{type(error).__name__}: {error}"[:5000]})
+        record.tell("end", {"status": "FAILED" if isinstance(error, Exception) else "KILLED"})
+        raise
+    else:
+        record.tell("end", {"status": "FINISHED"})
+    finally:
+        if step == "report":
+            _flush_all(run)
+        else:
+            outbox.flush()
 
 
-def _end(run: StepRun, status: str, error: str | None = None) -> None:
-    if (run_id := run.run_id) is not None:
-        if error:
-            run.server.call("the step's error", lambda client: client.set_tag(run_id, "canvastune.error", error[:5000]))
-        run.server.call("the step's end", lambda client: client.set_terminated(run_id, status))
+def finish(run: PipelineRun, *, failed: bool) -> None:
+    """End the pipeline run's record, and whatever step of it still counts as running; send what still waits of all steps."""
+    record, outbox = _open(run, "finish")
+    outbox.away = _flush_all(run)
+    record.tell("finish", {"status": "FAILED" if failed else "FINISHED"}, whole=True)
 
 
-def _find_nested(client: MlflowClient, parent: str, step: str) -> Run | None:
-    experiment = client.get_run(parent).info.experiment_id
-    found = client.search_runs([experiment], f"tags.`{_PARENT}` = '{parent}' and tags.`{_STEP}` = '{step}'", max_results=1)
-    return found[0] if found else None
+def sync(run: PipelineRun) -> list[str]:
+    """Send what waits in a run's folder; returns a reason for each step of which something still waits."""
+    return [reason for step in STEPS if (reason := _open(run, step, own=False)[1].flush())]
 
 
-def _describe(client: MlflowClient, run_id: str, config: RunConfig, about: Mapping[str, str]) -> None:
-    tree = config.model_dump(mode="json")
+def log_data(run: PipelineRun | None, dataset: Path) -> None:
+    """Give the pipeline run its prepare_data run: a cached preparation never ran in this pipeline run."""
+    with step_run(run, "prepare_data") as record:
+        card = json.loads((dataset / "card.json").read_text(encoding="utf-8"))
+        named = ("source", "format", "fingerprint", "content_hash", "seq_length", "canvas_length", "tokenizer", "vocab_size")
+        record.parameters({name: card[name] for name in named if name in card})
+        counts = {name: card[name] for name in ("rows_read", "kept", "train", "validation", "cut", "seconds") if name in card}
+        counts |= {f"dropped/{reason}": count for reason, count in card.get("dropped", {}).items()}
+        record.metrics({f"data/{name}": count for name, count in counts.items()})
+        record.dataset(dataset, "training", whole=True)
+        record.dataset(dataset, "training")
+        record.outputs(dataset)
+        train, held_out = (f"{card[split]:,}" for split in ("train", "validation"))
+        record.note(f"{card['kept']:,} examples of {card['rows_read']:,} rows: {train} to train on, {held_out} held out.")
+
+
+def _open(run: PipelineRun, step: Step | str, own: bool = True) -> tuple[StepRun, Outbox]:
+    server = connect(run.uri)
+    ids = RunIds(server, run, step if own else None)
+    outbox = Outbox(run.folder / "unsent", step, server, Teller(ids))
+    return StepRun(step, ids, outbox), outbox
+
+
+def _flush_all(run: PipelineRun) -> bool:
+    """Send what waits of every step; whether MLflow is away."""
+    boxes = [_open(run, step, own=False)[1] for step in STEPS]
+    for box in boxes:
+        box.flush()
+    return any(box.away for box in boxes)
+
+
+def _about(config: RunConfig) -> dict[str, str]:
+    """Tags that runs are filtered by."""
     tags = {
-        **about,
+        "canvastune.version": __version__,
         "canvastune.recipe": config.name,
         "canvastune.method": config.train.method,
         "canvastune.model": config.model.id,
         "canvastune.model_revision": config.model.revision or "unspecified",
+        "canvastune.data": config.data.source,
+        "canvastune.backend": config.cluster.backend,
+        "canvastune.ranks": str(config.world_size),
+        "mlflow.source.name": f"canvastune {config.name}",
+        "mlflow.source.type": "PROJECT",
     }
+    if config.cluster.backend != "local":
+        tags["canvastune.trainer_image"] = config.cluster.image
     if commit := _git_commit():
         tags["mlflow.source.git.commit"] = commit
-    for name, value in tags.items():
-        client.set_tag(run_id, name, value)
-    client.log_text(run_id, yaml.safe_dump(tree, sort_keys=False), _CONFIG)
-    log_parameters(client, run_id, tree)  # last: a run with parameters counts as described
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def _git_commit() -> str | None:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from canvastune.tracking.records import parse_lines
 from canvastune.tracking.server import Server, TrackingError, connect, load_mlflow, log
+from canvastune.tracking.system import SYSTEM, SystemSampler
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 _BATCH = 1000  # metrics in one request: MLflow's limit
 _PERIOD = 1.0  # seconds between two requests: many quick steps go in one
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that is away
-_MEASUREMENTS = {"train": "train", "validation": "val"}  # kind of record -> prefix of the metric's name
+_MEASUREMENTS = {"train": "train", "validation": "val", "system": "system"}  # kind of record -> prefix of the metric's name
 
 
 class Point(NamedTuple):
@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 def points_of(records: Iterable[dict[str, Any]]) -> list[Point]:
-    """Metrics in records: train/loss, val/loss, val/loss_t0.5 and so on.
+    """Metrics in records: train/loss, val/loss, val/loss_t0.5, system/cpu_utilization_percentage and so on.
 
     Names that MLflow refuses are mended; what is not a finite number is left out.
     """
@@ -60,40 +60,42 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
-def sync_metrics(run_id: str | None, metrics_file: Path, *, uri: str) -> int:
-    """Send what an MLflow run lacks of a metrics.jsonl; returns how many points were sent. Safe to repeat.
+def send_metrics(run_id: str, metrics_file: Path, *, uri: str, machine: bool = True) -> int:
+    """Send what an MLflow run lacks of a metrics.jsonl; returns how many points were sent.
 
-    What cannot be sent is a warning, not an error: the file keeps it, and a later call sends it.
+    Args:
+        machine: also of the system.jsonl beside it.
+
+    Raises:
+        TrackingError: the server is away or refuses. A later call sends the rest.
+        UserError: a line that is no record.
     """
-    if run_id is None:
-        return 0
-    sender = MetricsSender(uri, run_id, metrics_file)
-    try:
-        return sender.send_waiting()
-    except TrackingError as error:
-        connect(uri).warn(f"metrics after {sender.sent} points", error)
-        return sender.sent
+    return MetricsSender(uri, run_id, metrics_file, machine).send_waiting()
 
 
 class MetricsSender:
-    """Sends the lines of a growing metrics.jsonl from a daemon thread, at most one request a second."""
+    """Sends the lines of a growing metrics.jsonl, and what it measures of the machine, from a daemon thread, at most one request a second.
 
-    def __init__(self, uri: str, run_id: str, path: Path) -> None:
+    MLflow's own measurements of processor, memory, disk, network and accelerators go to system.jsonl beside metrics.jsonl
+    first: a server that is away lacks none of them afterwards.
+    """
+
+    def __init__(self, uri: str, run_id: str, path: Path, machine: bool = True) -> None:
         load_mlflow()
         self.run_id, self.path = run_id, path
         self.sent = 0  # points that reached the server
         self._server: Server = connect(uri)
-        self._offset = 0  # bytes of the file that were read
-        self._lines = 0
+        self._files = [_Tail(path), _Tail(path.with_name(SYSTEM))] if machine else [_Tail(path)]
         self._waiting: list[Point] = []
         self._arrived: dict[str, set[int]] | None = None  # metric -> steps that the server had when we came
         self._news, self._closing = threading.Event(), threading.Event()
-        self._system: SystemMetricsMonitor | None = None
         self._thread = threading.Thread(target=self._loop, name="metrics-sender", daemon=True)
+        self._sampler = SystemSampler(path.with_name(SYSTEM), self.wake)
 
     def start(self) -> None:
-        """Begin; the file is now this attempt's."""
+        """Begin; the files are now this attempt's."""
         self._thread.start()
+        self._sampler.start()
 
     def wake(self) -> None:
         """There is a new line."""
@@ -103,6 +105,7 @@ class MetricsSender:
         """Send what waits, for at most `timeout` seconds; say so if something is left."""
         if not self._thread.is_alive():
             return
+        self._sampler.stop()
         self._closing.set()
         self._news.set()
         self._thread.join(timeout)
@@ -110,7 +113,7 @@ class MetricsSender:
             log.warning("not every metric reached MLflow in time; they are in %s, and are sent from there by a later step", self.path)
 
     def send_waiting(self) -> int:
-        """Send every point of the file that has not arrived; returns how many points this sender has sent in all.
+        """Send every point of the files that has not arrived; returns how many points this sender has sent in all.
 
         Raises:
             TrackingError: the server is away or refuses; what is left stays waiting.
@@ -118,7 +121,8 @@ class MetricsSender:
         entities = load_mlflow().entities
         if self._arrived is None:
             self._arrived = self._server.ask(self._steps_that_arrived)
-        self._read()
+        for file in self._files:
+            self._waiting += [point for point in points_of(file.read()) if point.step not in self._arrived.get(point.key, ())]
         while self._waiting:
             batch = self._waiting[:_BATCH]
             metrics = [entities.Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
@@ -135,11 +139,10 @@ class MetricsSender:
             try:
                 self.send_waiting()
                 if failing:
-                    log.warning("MLflow at %s is back: %d metric values sent so far", self._server.uri, self.sent)
+                    log.warning("MLflow at %s is back: %d metric values sent so far", self._server, self.sent)
                 pause, failing = _PERIOD, False
-                self._watch_system()
             except TrackingError as error:
-                self._server.warn("metrics wait in " + str(self.path), error)
+                self._server.warn(error, f"Training goes on; metrics wait in {self.path}")
                 pause, failing = min(2 * pause, _LONGEST_PAUSE), True
                 self._news.set()
             except Exception as error:  # a defect here must not end as a silent thread: the numbers are in the file
@@ -148,32 +151,29 @@ class MetricsSender:
             if self._closing.is_set() and (failing or not self._news.is_set()):
                 break
             self._closing.wait(pause)
-        if self._system is not None:
-            self._system.finish()
 
-    def _read(self) -> None:
-        """Move whole new lines of the file to the waiting points."""
+    def _log(self, metrics: list[Any], client: MlflowClient) -> None:
+        client.log_batch(self.run_id, metrics=metrics)
+
+    def _steps_that_arrived(self, client: MlflowClient) -> dict[str, set[int]]:
+        ours = [key for key in client.get_run(self.run_id).data.metrics if key.partition("/")[0] in _MEASUREMENTS.values()]
+        return {key: {metric.step for metric in client.get_metric_history(self.run_id, key)} for key in ours}
+
+
+class _Tail:
+    """The new whole lines of a growing file of records, which may not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = self._lines = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
         with self.path.open("rb") as stream:
             stream.seek(self._offset)
             data = stream.read()
         data = data[: data.rfind(b"\n") + 1]
         records = parse_lines(data.decode(), str(self.path), self._lines + 1)
         self._offset, self._lines = self._offset + len(data), self._lines + len(records)
-        arrived = self._arrived or {}
-        self._waiting += [point for point in points_of(records) if point.step not in arrived.get(point.key, ())]
-
-    def _log(self, metrics: list[Any], client: MlflowClient) -> None:
-        client.log_batch(self.run_id, metrics=metrics)
-
-    def _steps_that_arrived(self, client: MlflowClient) -> dict[str, set[int]]:
-        ours = [key for key in client.get_run(self.run_id).data.metrics if key.startswith(tuple(_MEASUREMENTS.values()))]
-        return {key: {metric.step for metric in client.get_metric_history(self.run_id, key)} for key in ours}
-
-    def _watch_system(self) -> None:
-        """MLflow's own sampling of processor, memory and accelerators. It ends when the server goes away, so it is begun again."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        running = any(thread.name == "SystemMetricsMonitor" for thread in threading.enumerate())
-        if not self._closing.is_set() and not running:
-            self._system = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._server.uri)
-            self._system.start()
+        return records

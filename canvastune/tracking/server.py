@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from canvastune.config import RunConfig
+from canvastune.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,12 +28,16 @@ _LOCK_SECONDS = 60.0  # an embedded store is opened in two to ten
 _AWAY_SECONDS = 10.0  # a server found away is not asked again before this
 # MLflow's own defaults may wait for a quarter of an hour: seven retries of two minutes, each with growing pauses.
 _BOUNDS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # which may ask for hours
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster does not call third parties unasked
 }
+# MLflow's words for a call that is refused whenever it comes, and for a client that is. All else passes: a lost connection, 429, 5xx.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND", "INVALID_STATE")
+_CLOSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _TALKATIVE = (
     "mlflow.store.db.utils",
     "mlflow.store.model_registry.abstract_store",
@@ -44,7 +49,14 @@ _TALKATIVE = (
 
 
 class TrackingError(Exception):
-    """A call to MLflow that came to nothing. The message is one line with the reason."""
+    """A call to MLflow that came to nothing. The message is one line: what kind of failure, and the reason in parentheses.
+
+    `final` where the same call would be refused again; otherwise the server is away, or in no state to answer anybody.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 def tracking_uri(config: RunConfig, workspace: Path) -> str:
@@ -67,15 +79,19 @@ def connect(uri: str) -> Server:
 
 
 class Server:
-    """Asks an MLflow server things. Every wait is bounded; after a failed probe it is left alone for some seconds."""
+    """Asks an MLflow server things. Every wait is bounded; after a failure it is left alone for some seconds."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._client: MlflowClient | None = None
         self._trusted_until = 0.0
         self._away_until = 0.0
-        self._away_reason = ""
+        self._away = TrackingError("")
         self._warned: set[str] = set()
+
+    def __str__(self) -> str:
+        """The address as it may be shown: without a password."""
+        return _without_password(self.uri)
 
     def ask(self, action: Callable[[MlflowClient], Answer]) -> Answer:
         """The answer to `action(client)`.
@@ -84,33 +100,48 @@ class Server:
             TrackingError: the server is away or refuses.
         """
         if time.monotonic() < self._away_until:
-            raise TrackingError(self._away_reason)
+            raise self._away
         try:
             answer = action(self._connected())
         except Exception as error:  # whatever MLflow, the network or the artifact store came up with: training goes on
-            self._trusted_until = 0.0
-            reason = _short(error)
-            if self._answers():
-                raise TrackingError(f"refuses ({reason})") from error
-            self._away_reason, self._away_until = f"cannot be reached ({reason})", time.monotonic() + _AWAY_SECONDS
-            raise TrackingError(self._away_reason) from error
+            found = self._explained(error)
+            if not found.final:
+                self._away, self._away_until, self._trusted_until = found, time.monotonic() + _AWAY_SECONDS, 0.0
+            raise found from error
         self._trusted_until = time.monotonic() + _TRUST_SECONDS
         return answer
 
-    def call(self, what: str, action: Callable[[MlflowClient], Answer]) -> Answer | None:
-        """The answer, or None after a warning that says what is missing in MLflow now."""
-        try:
-            return self.ask(action)
-        except TrackingError as error:
-            self.warn(what, error)
-            return None
-
-    def warn(self, what: str, error: TrackingError) -> None:
-        """Say in one line what did not reach MLflow and why, once per kind of problem."""
-        kind = "away" if str(error).startswith("cannot be reached") else what
+    def warn(self, error: TrackingError, so: str, what: str = "") -> None:
+        """Say in one line what does not work, why, and what becomes of it, once per kind of failure (and per `what`)."""
+        kind = what + str(error).partition(" (")[0]
         if kind not in self._warned:
             self._warned.add(kind)
-            log.warning("MLflow at %s %s. The step goes on without: %s", self.uri, error, what)
+            log.warning("MLflow at %s %s. %s", self, error, so)
+
+    def _explained(self, error: Exception) -> TrackingError:
+        """What an error says of the server: away, out of order, closed to us, or sound and refusing this one call."""
+        reason = _short(error)
+        if isinstance(error, TrackingError):
+            return error
+        if isinstance(error, UserError | LookupError | TypeError | AttributeError | FileNotFoundError):  # not the server's
+            return TrackingError(f"cannot be told ({type(error).__name__}: {reason})", final=True)
+        code = getattr(error, "error_code", None)  # MLflow's own; an artifact store's errors have a response
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if code in _REFUSALS or status in (400, 404, 409, 413):
+            return TrackingError(f"refuses ({reason})", final=True)
+        if code in _CLOSED or status in (401, 403):
+            admitted = self._admits_us()
+            return TrackingError(f"does not {'permit this' if admitted else 'let us in'} ({reason})", final=admitted)
+        broken = re.search(r"error responses|error code 5", reason)
+        return TrackingError(
+            f"{'is out of order' if broken else 'does not answer' if 'timed out' in reason else 'cannot be reached'} ({reason})"
+        )
+
+    def _admits_us(self) -> bool:
+        try:
+            return self._client is not None and self._client.search_experiments(max_results=1) is not None
+        except Exception:  # the caller has an error that says more
+            return False
 
     def experiment(self, name: str) -> str:
         """Id of the experiment, made if there is none.
@@ -145,13 +176,6 @@ class Server:
             self._probe()
         return self._client
 
-    def _answers(self) -> bool:
-        try:
-            self._probe()
-        except Exception:  # the caller has an error that says more
-            return False
-        return True
-
     def _probe(self) -> None:
         """Raise if no server answers within seconds. Uses MLflow's own credentials, certificates and proxies."""
         if not self.uri.startswith("http"):
@@ -162,7 +186,7 @@ class Server:
             credentials, "/health", "GET", timeout=_PROBE_SECONDS, max_retries=0, raise_on_status=False
         )
         if response.status_code >= 500:  # a gateway that has lost its server; 401 to 404 come from something that will say more
-            raise TrackingError(f"/health answers {response.status_code}")
+            raise TrackingError(f"is out of order (/health answers {response.status_code})")
 
 
 @contextlib.contextmanager
@@ -181,7 +205,8 @@ def _sole_opener(uri: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TrackingError(f"another process has been opening it for {_LOCK_SECONDS:.0f} seconds") from None
+                    reason = f"another process has been opening it for {_LOCK_SECONDS:.0f} seconds"
+                    raise TrackingError(f"cannot be reached ({reason})") from None
                 time.sleep(0.1)
         yield
 
@@ -199,6 +224,10 @@ def load_mlflow() -> Any:
 
 def _short(error: Exception) -> str:
     """The reason in an error: of a failed connection its last cause, which the client wraps four times."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _without_password(" ".join(str(error).split())) or type(error).__name__
     cause = re.search(r"\[Errno -?\d+\] ([\w ]+)", text) or re.search(r"Caused by (.*)", text)
     return (cause.group(1) if cause and "Max retries exceeded" in text else text)[:300]
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from canvastune import tracking
 from canvastune.config import parse_config
+from canvastune.errors import UserError
+from canvastune.tracking.server import connect
 from components.jobs.launcher import withdraw
-from components.run_folder import read_record, run_folder, workspace_of, write_record
+from components.run_folder import read_record, run_folder, tracked, write_record
 
 
 def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded: bool) -> None:
@@ -24,6 +27,23 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded:
         return
     config = parse_config(record.config)
     withdraw(config, job_id)
-    tracking.finish_parent(config, record.mlflow_run_id or None, workspace=workspace_of(folder), failed=not succeeded)
+    tracking.finish(tracked(config, folder, record.mlflow_run_id), failed=not succeeded)
     write_record(folder, replace(record, finished=succeeded))
+    if (folder / "unsent").exists():
+        print(f"{folder}: MLflow lacks a part of it. When it is back: canvastune sync {folder}")
     print(f"{folder}: {'finished' if succeeded else 'not finished; a run of this name and recipe goes on from what is done'}")
+
+
+def sync(folder: Path) -> str:
+    """Send MLflow what it did not take while a run was made; returns a line that says so.
+
+    Raises:
+        UserError: not the folder of a run; something still waits.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise UserError(f"{folder}: not a run's folder: expected run.json in it. Give WORKSPACE/runs/RUN")
+    run = tracked(parse_config(record.config), folder.absolute(), record.mlflow_run_id)
+    if reasons := tracking.sync(run):
+        raise UserError(f"{folder / 'unsent'}: still waits: {'; '.join(reasons)}. Give the same command again once this is mended")
+    return f"{folder}: MLflow at {connect(run.uri)} has everything"

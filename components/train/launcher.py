@@ -11,7 +11,7 @@ from canvastune.config import RunConfig, write_config
 from canvastune.tracking import StepRun, log_data
 from components.jobs import launcher as jobs
 from components.jobs.manifests import RunFacts
-from components.run_folder import run_id_of, workspace_of
+from components.run_folder import run_id_of
 from components.train import local
 
 
@@ -29,17 +29,19 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
     """
     output.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
-        log_data(config, record.parent, dataset, workspace=workspace_of(output.parent))
+        log_data(record.pipeline_run, dataset)
         record.dataset(dataset, "training")
     write_config(config, output / "recipe.yaml")
     if config.cluster.backend == "local":
         local.run(config, dataset, output, record.run_id, record.environment())
     else:
         record.tags(jobs.run(config, _facts(dataset, output, record), output / "result.json", task))
-    weights = output / json.loads((output / "result.json").read_text(encoding="utf-8"))["export"]
-    record.training_metrics(output / "metrics.jsonl")
+    result = json.loads((output / "result.json").read_text(encoding="utf-8"))
+    weights = output / result["export"]
+    record.curves(output / "metrics.jsonl")
     record.outputs(output)
     record.model(weights, "adapter" if config.train.method == "lora" else "full")
+    record.note(f"{result['steps']} steps on {result['world_size']} ranks; the weights of step {result['exported_step']} are exported.")
     return weights
 
 
