@@ -78,8 +78,9 @@ Geometric means (goals: {goals}):
   and summed to their token in one pass; deterministic on every device.
 - **Norms and gated layers keep their inputs alone**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is the
   library's fused one.
-- **Rows travel to the ranks of their experts while the dense gated layer computes**; FSDP gathers the next layer meanwhile. The results'
-  way back, and the gradients' both ways, are waited for. What the overlap saves on CUDA was not measured.
+- **Rows travel to the ranks of their experts while the dense gated layer computes**, and their gradients back while its backward pass
+  does; FSDP gathers the next layer meanwhile. The results' way, and that of their gradients, is waited for. What the overlap saves on
+  CUDA was not measured.
 - **Pass 1 takes the clean tokens before the chosen block alone**, which are all that its canvas sees (below).
 - **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens.
 - **The host waits for the device once a step**, where the losses and the norm are logged, and twice a layer under expert parallelism, where

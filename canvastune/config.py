@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from canvastune import __version__
 from canvastune.errors import UserError
 from canvastune.kubernetes_forms import RESERVED, SECRET, Image, LabelKey, LabelValue, Name, Quantity, Variable, amount, written
+from canvastune.section import Section
 from canvastune.yaml_text import read_yaml, read_yaml_file
 
 Checkpointing = bool | Literal["selective"]
-
-
-class Section(BaseModel):
-    """A branch of the tree. Unknown keys are refused; values are never coerced across kinds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):

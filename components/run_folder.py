@@ -3,6 +3,7 @@
 WORKSPACE/runs/RUN/run.json     whose folder this is, and whether the run is finished
                    train/       checkpoints, metrics.jsonl, adapter/ or model/
                    model/       the merged checkpoint (LoRA)
+                   data/ plan/ evaluation/    what the report shows of them: card, plan, answers
                    report/      report.html and PNGs
                    summary.json the run's main figures
                    unsent/      what MLflow did not take; there only while something waits
@@ -52,9 +53,12 @@ def workspace_of(folder: Path | str) -> Path:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of the run whose folder this is; None where no run has begun."""
+    """The record of the run whose folder this is; None where no run has begun. Raises: UserError, another file of that name."""
     path = folder / "run.json"
-    return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    try:
+        return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a run's record ({error}). Give another folder or run name, or move this one away") from None
 
 
 def run_id_of(folder: Path) -> str:

@@ -40,6 +40,7 @@ a run that was interrupted.
 examples:
   canvastune run pipelines/recipes/tiny_lora.yaml
   canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --set train.steps=100 --run-name rank16
+  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=32 --run-name rank32 --compare workspace/runs/rank16
   canvastune run pipelines/recipes/tiny_lora.yaml --log-format json > run.jsonl
   canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data/runs --set data.source=my.jsonl"""
 _DEMO = """Makes a random model of 1.6 M parameters and word problems below workspace/, trains, merges, evaluates and reports.
@@ -59,6 +60,13 @@ became of them.
 examples:
   canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared
   canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared --set data.source=my.jsonl --set data.max_bad_rows=0.05"""
+_REPORT = """RUN is a folder below workspace/runs, or the --output of canvastune.train. Without --output the page comes in the place of the
+one in RUN/report. At most five runs can be compared with: their curves are laid over, their figures and settings become tables.
+
+examples:
+  canvastune report workspace/runs/rank16
+  canvastune report workspace/runs/rank16 --compare workspace/runs/rank32 workspace/runs/rank64
+  canvastune report workspace/runs/rank16 --output look         # of a run that still goes on, too"""
 _SYNC = """A run goes on while MLflow is away, out of order or closed to it. What it had to tell waits in RUN/unsent: each later step sends
 it, and so does this command. Once everything has arrived, the folder is gone.
 
@@ -137,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     from pipelines.local import run_recipe
 
-    run_recipe(_config(options), options.workspace, options.run_name)
+    run_recipe(_config(options), options.workspace, options.run_name, options.compare)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -147,6 +155,12 @@ def _demo(options: argparse.Namespace) -> None:
     demo()
 
 
+def _report(options: argparse.Namespace) -> None:
+    from pipelines.reporting import report_again
+
+    print(report_again(options.run, options.compare, options.output))
+
+
 def _sync(options: argparse.Namespace) -> None:
     from components.finish.closing import sync
 
@@ -154,13 +168,22 @@ def _sync(options: argparse.Namespace) -> None:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    if options.output.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{options.output}: expected a name that ends in .yaml")
+    out: Path = options.output
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"-o {out}: Kubeflow reads no other file than .yaml. Give a name that ends so, such as finetune.yaml")
     from pipelines.submit import compile_pipeline
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    compile_pipeline(options.output)
-    print(options.output)
+    partial = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        compile_pipeline(partial)
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror}). Give a file in a place where you may write") from None
+    finally:
+        if partial.is_file():
+            partial.unlink()
+    print(out)
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -168,7 +191,7 @@ def _submit(options: argparse.Namespace) -> None:
 
     cluster = read_cluster_file(options.cluster_file) if options.cluster_file else None
     names = {"experiment": options.experiment, "run_name": options.run_name}
-    submit(_config(options), _server(options), cluster=cluster, wait=options.wait, **names)
+    submit(_config(options), _server(options), cluster=cluster, compare=options.compare, wait=options.wait, **names)
 
 
 def _upload(options: argparse.Namespace) -> None:
@@ -195,7 +218,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.gpu_memory is not None:
         options.set.append(f"hardware.gpu_memory={options.gpu_memory}")
     config = _config(options)
-    plan = make_plan(config, find_architecture(config.model), options.gpus or config.world_size)
+    ranks = config.world_size if options.gpus is None else options.gpus
+    plan = make_plan(config, find_architecture(config.model), ranks)
     print(plan)
     refuse_if_too_big(plan)
 
@@ -255,6 +279,22 @@ def _doctor_options(doctoring: argparse.ArgumentParser) -> None:
     doctoring.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token for it")
 
 
+def _server_options() -> argparse.ArgumentParser:
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--host", required=True, metavar="URL", help="Kubeflow's address, as a browser shows it before /#/")
+    server.add_argument("--namespace", metavar="NS", help="yours, where Kubeflow has one for each team")
+    server.add_argument("--token-file", type=Path, metavar="FILE", help=f"file with a bearer token (default: that in {TOKEN}, if any)")
+    server.add_argument("--cluster-file", type=Path, metavar="FILE", help="YAML or JSON with settings of a recipe's section `cluster`")
+    return server
+
+
+def _submit_options(submitting: argparse.ArgumentParser) -> None:
+    submitting.add_argument("--experiment", metavar="NAME", help="of Kubeflow (default: the recipe's tracking.experiment)")
+    submitting.add_argument("--run-name", metavar="NAME", help="in Kubeflow and MLflow, and the name of the run's folder")
+    submitting.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="names of runs that the report lays over this one")
+    submitting.add_argument("--wait", action="store_true", help="follow the run to its end")
+
+
 def _sync_options(syncing: argparse.ArgumentParser) -> None:
     syncing.add_argument("run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16")
     syncing.set_defaults(command=_sync)
@@ -285,7 +325,10 @@ def _parser() -> argparse.ArgumentParser:
         "--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="where runs are kept (default: %(default)s)"
     )
 
-    run = add("run", _RUN, parents=[recipe, workspace, logs], help="run the whole pipeline on this machine")
+    compared = argparse.ArgumentParser(add_help=False)
+    compared.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="folders of runs that the report lays over")
+
+    run = add("run", _RUN, parents=[recipe, workspace, compared, logs], help="run the whole pipeline on this machine")
     run.add_argument(
         "--run-name", metavar="NAME", help="name of a new run, or of an unfinished one to go on with (default: recipe and time)"
     )
@@ -305,21 +348,20 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     prepare.set_defaults(command=_prepare)
 
+    report = add("report", _REPORT, parents=[compared], help="the report of a run again, compared with others")
+    report.add_argument("run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16")
+    report.add_argument("--output", type=Path, metavar="DIR", help="a new folder for the page and its pictures (default: RUN/report)")
+    report.set_defaults(command=_report)
+
     _sync_options(add("sync", _SYNC, help="send MLflow what it missed of a run"))
 
     compiling = add("compile", _COMPILE, help="write the pipeline for Kubeflow")
     compiling.add_argument("-o", "--output", type=Path, default=Path("finetune.yaml"), metavar="FILE", help="(default: %(default)s)")
     compiling.set_defaults(command=_compile)
 
-    server = argparse.ArgumentParser(add_help=False)
-    server.add_argument("--host", required=True, metavar="URL", help="Kubeflow's address, as a browser shows it before /#/")
-    server.add_argument("--namespace", metavar="NS", help="yours, where Kubeflow has one for each team")
-    server.add_argument("--token-file", type=Path, metavar="FILE", help=f"file with a bearer token (default: that in {TOKEN}, if any)")
-    server.add_argument("--cluster-file", type=Path, metavar="FILE", help="YAML or JSON with settings of a recipe's section `cluster`")
+    server = _server_options()
     submitting = add("submit", _SUBMIT, parents=[recipe, server, logs], help="run the pipeline on Kubeflow")
-    submitting.add_argument("--experiment", metavar="NAME", help="of Kubeflow (default: the recipe's tracking.experiment)")
-    submitting.add_argument("--run-name", metavar="NAME", help="in Kubeflow and MLflow, and the name of the run's folder")
-    submitting.add_argument("--wait", action="store_true", help="follow the run to its end")
+    _submit_options(submitting)
     submitting.set_defaults(command=_submit)
 
     uploading = add("upload", _UPLOAD, parents=[server], help="bring the pipeline to Kubeflow, for others to run")

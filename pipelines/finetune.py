@@ -33,6 +33,7 @@ def finetune(
     credentials: str = SECRET,
     cluster: str = "{}",
     kubeflow_url: str = "",
+    compare: str = "",
 ) -> None:
     """
     Args:
@@ -46,6 +47,7 @@ def finetune(
         credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, where they exist.
         cluster: JSON object beneath the recipe's section `cluster`: where and how training pods run, as the chart gives it.
         kubeflow_url: address of Kubeflow's page, for a tag in MLflow; `canvastune submit` gives it.
+        compare: earlier runs of the workspace that the report lays over this one: names, by commas or line breaks; at most five.
     """
 
     def mounted(task: dsl.PipelineTask) -> dsl.PipelineTask:
@@ -76,6 +78,7 @@ def finetune(
                 cluster=cluster,
                 pipeline_image=pipeline_image,
                 kubeflow_url=kubeflow_url,
+                compare=compare,
             )
         ).outputs
         common = {key: run[key] for key in ("config", "run_folder", "mlflow_run_id")}
@@ -97,6 +100,7 @@ def finetune(
                     plan=planned.outputs["plan"],
                     evaluation=answers.outputs["evaluation"],
                     tuned=tuned,
+                    compare=compare,
                 )
             )
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,26 +22,29 @@ from canvastune.errors import UserError
 from canvastune.tracking import tracking_uri
 from canvastune.tracking.server import connect
 from components.finish.closing import finish
+from components.report.runs import find_compared
 from components.run_folder import read_record
 from pipelines.narrator import Narrator
 
 _FAREWELL = 90  # seconds that a step gets to end in after Ctrl-C: the ranks save a checkpoint first
 
 
-def run_recipe(config: RunConfig, workspace: Path, run_name: str | None) -> Path:
+def run_recipe(config: RunConfig, workspace: Path, run_name: str | None, compare: Sequence[Path] = ()) -> Path:
     """Run the whole pipeline on a recipe, say what was achieved, and return the run's folder.
 
     Args:
         workspace: gets everything that the run makes: runs/RUN, kfp/ (artifacts and their cache) and MLflow's store.
         run_name: RUN; an unfinished run of that name and recipe is gone on with. None: a new name, from the recipe's and the time.
+        compare: folders of runs that the report lays over this one.
 
     Raises:
-        UserError: a step failed; the message is the step's own last words.
+        UserError: a folder to compare with that is no run's; a step failed: the message is the step's own last words.
         KeyboardInterrupt: interrupted; no process of the run is left, and its MLflow run is closed.
     """
     from pipelines.finetune import finetune
 
     started = time.monotonic()
+    find_compared(compare)
     workspace = workspace.absolute()
     try:
         workspace.mkdir(parents=True, exist_ok=True)
@@ -50,8 +53,9 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None) -> Path
     folder = workspace / "runs" / run_name if run_name else _new_folder(workspace / "runs", config.name)
     print(f"run {folder.name}: {_shown(folder)}", flush=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    given = {"recipe": text, "run_name": folder.name, "compare": "\n".join(str(other.absolute()) for other in compare)}
     try:
-        run_locally(finetune, {"recipe": text, "workspace": str(workspace), "run_name": folder.name, "pipeline_image": ""}, workspace)
+        run_locally(finetune, {**given, "workspace": str(workspace), "pipeline_image": ""}, workspace)
     except KeyboardInterrupt:
         record = read_record(folder)
         if record is not None:

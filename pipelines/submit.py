@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def submit(
     experiment: str | None = None,
     run_name: str | None = None,
     cluster: str | None = None,
+    compare: Sequence[str] = (),
     wait: bool = False,
     pause: float = 5.0,
 ) -> str:
@@ -55,6 +56,7 @@ def submit(
         experiment: default: the recipe's tracking.experiment.
         run_name: shown in Kubeflow, and RUN of the run's folder; default: the recipe's name, and the pipeline job's.
         cluster: JSON text of `cluster` settings for this run; None: those of the uploaded pipeline.
+        compare: names of runs on the workspace that the report lays over this one.
         pause: seconds between two looks at a followed run.
 
     Returns:
@@ -68,6 +70,7 @@ def submit(
     version = _uploaded(client, server, PIPELINE, {})
     parameters = {"recipe": recipe_text(config), "kubeflow_url": server.host}
     parameters |= {"run_name": run_name} if run_name else {}
+    parameters |= {"compare": "\n".join(compare)} if compare else {}
     parameters |= _cluster_parameters(cluster)
     with answered(server), _quiet():
         home = client.create_experiment(experiment or config.tracking.experiment, namespace=server.namespace)

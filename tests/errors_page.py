@@ -14,13 +14,13 @@ PAGE = ROOT / "docs" / "errors.md"
 # Where a user meets what a file says; the first that fits.
 _STEPS = (
     ("Recipes and settings", r"canvastune/(config|yaml_text|kubernetes_forms|layout)\.py|canvastune/plan"),
-    ("Commands and output folders", r"canvastune/(outputs|tiny)\.py|pipelines/(cli|demo|local|doctor\w*)\.py"),
+    ("Commands and output folders", r"canvastune/(outputs|tiny)\.py|pipelines/(cli|demo|local|reporting|doctor\w*)\.py"),
     ("The base model", r"canvastune/model/(source|load|checkpoint_files|tensor_file|stock)\.py"),
     ("prepare_data", r"canvastune/data/(?!batches)"),
     ("train", r"canvastune/(train|trainer|checkpoints|ranks|model/lora|data/batches)\.py|components/train/"),
     ("merge_lora", r"canvastune/(merge|model/)"),
     ("evaluate and report", r"canvastune/(evaluate|tracking|report)"),
-    ("Runs and their folders", r"components/(resolve|run_folder|finish)"),
+    ("Runs and their folders", r"components/(resolve|run_folder|report|finish)"),
     ("Jobs on a cluster", r"components/jobs/"),
     ("Kubeflow: submit and upload", r"pipelines/"),
     ("Elsewhere", r""),

@@ -135,8 +135,8 @@ def _draw_sight(axes: Axes, what: Shown, kind: str, title: str) -> None:
     axes.set_xlabel("keys: what is seen", fontsize=9, color=_SOFT)
     axes.set_ylabel("rows: who sees", fontsize=9, color=_SOFT)
     says = {
-        0.16: ("clean rows see their past;\neach is taught the next token", _CLEAN),
-        0.36: ("canvas rows see what stands\nbefore their block, and each other;\neach is taught its own clean token", "#a85b00"),
+        0.11: ("clean rows see their past;\neach is taught the next token", _CLEAN),
+        0.29: ("canvas rows see what stands\nbefore their block, and each other;\neach is taught its own clean token", "#a85b00"),
     }
     for height, (words, colour) in says.items():
         axes.text(clean * 0.98, clean * height, words, ha="right", va="center", fontsize=9, color=colour)

@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from canvastune.checkpoints import _MAY_CHANGE
-from canvastune.config import RunConfig, Section, TrainConfig
+from canvastune.config import RunConfig, TrainConfig
 from canvastune.plan.accelerators import ACCELERATORS
+from canvastune.section import Section
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "recipes.md"

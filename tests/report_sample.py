@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.outputs import write_provenance
+from canvastune.report import Run
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_NOISE = (" the", "7", " of", "<eos>", " apples", "</", "<b>", "ing", " left", "=")
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="alert(1)">'
 
 
@@ -32,9 +35,11 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
         validation = {"loss": mean, "levels": levels, "autoregressive_loss": 0.9 + 6.5 * gone, "seconds": 1.1}
         records.append({"kind": "validation", "step": step, "time": now, **validation})
 
-    def tell(step: int, event: str, detail: str) -> None:
-        records.append({"kind": "event", "step": step, "time": now, "event": event, "detail": detail})
+    def tell(step: int, event: str, detail: str, **more: Any) -> None:
+        records.append({"kind": "event", "step": step, "time": now, "event": event, "detail": detail, **more})
 
+    place = {"ranks": 2, "device": "cpu", "threads": 1}
+    tell(0, "started", "on 2 CPU processes, 1 threads each", **place)
     validate(0)
     for step in range(1, steps + 1):
         seconds = 0.42 + abs(draw.gauss(0, 0.03)) + (0.5 if step in (1, 148) else 0)
@@ -53,6 +58,7 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
             "seconds": seconds,
             "tokens": (tokens := draw.randint(3800, 4300)),
             "tokens_per_second": tokens / seconds,
+            "tflops": 3.1e-6 * tokens / seconds,
             "memory_bytes": int(1.42e9 + 4e7 * min(1.0, step / 20)),
         }
         records.append({"kind": "train", "step": step, "time": now, **train})
@@ -62,7 +68,7 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
             tell(step, "checkpoint", "")
         if events and step == 147:
             now += 95
-            tell(step, "resumed", "from the checkpoint of step 147, after the node was lost")
+            tell(step, "resumed", "from the checkpoint of step 147, after the node was lost", **place)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -140,8 +146,30 @@ def write_evaluation(folder: Path, config: RunConfig, *, rows: int = 64, before:
     }
     (folder / "evaluation.json").write_text(json.dumps(result), encoding="utf-8")
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
+    filmed = answers[rows // 3]
+    film = {key: filmed[key] for key in ("id", "prompt", "reference")}
+    film |= {side: _frames(filmed[side], steps) for side, steps in (("before", (0, 9, 23, 47)), ("after", (0, 2, 5)))}
+    (folder / "film.json").write_text(json.dumps(film), encoding="utf-8")
     write_provenance(folder, "evaluate", config, {})
     return folder
+
+
+def _frames(answer: str, steps: tuple[int, ...], canvas: int = 16) -> list[dict[str, Any]]:
+    """An answer forming in blocks: of the first frame nothing is settled, of the last everything, and behind it stand ends."""
+    draw = random.Random(answer)
+    tokens = [*re.findall(r" ?\w+|\s|[^\w\s]", answer), "<turn|>"]
+    tokens += ["<eos>"] * (-len(tokens) % canvas)
+    frames = []
+    for block in range(len(tokens) // canvas):
+        wanted = tokens[block * canvas : (block + 1) * canvas]
+        shown: list[str] = []
+        for index, step in enumerate(steps):
+            settled = index / (len(steps) - 1)
+            now = [token if draw.random() < settled else draw.choice([*_NOISE, *wanted]) for token in wanted]
+            changed = [int(not shown or token != before) for token, before in zip(now, shown or now, strict=True)]
+            frames.append({"block": block, "step": step, "tokens": [list(each) for each in zip(now, changed, strict=True)]})
+            shown = now
+    return frames
 
 
 def write_plan(folder: Path) -> Path:
@@ -156,3 +184,16 @@ def write_merge(folder: Path, *, passed: bool = True) -> Path:
     proof = {"passed": passed, "method": "logits and weights", "prompts": 4, "max_abs_difference": 3.1e-6, "max_abs_logit": 27.4}
     (folder / "merge_proof.json").write_text(json.dumps(proof), encoding="utf-8")
     return folder
+
+
+def sample_run(root: Path, config: RunConfig) -> Run:
+    """Every step of a run, below `root`."""
+    return Run(
+        config.name,
+        config,
+        metrics=write_metrics(root / "train"),
+        data=write_data(root / "data", config),
+        plan=write_plan(root / "plan"),
+        evaluation=write_evaluation(root / "evaluation", config),
+        merge=write_merge(root / "merged"),
+    )

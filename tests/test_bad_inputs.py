@@ -59,6 +59,10 @@ RECIPES: dict[str, Case] = {
     "an unknown key of a section too": (added("lora:\n  rnak: 8\n"), ("unknown key 'lora.rnak'", "did you mean 'lora.rank'?")),
     "a word where a number goes": (setting("train.steps=many"), ("'train.steps'", "found 'many'", "valid integer")),
     "a fraction where a whole number goes": (setting("train.steps=2.5"), ("'train.steps'", "found 2.5", "valid integer")),
+    "true where a whole number goes": (setting("train.steps=true"), ("'train.steps'", "found True", "a number, not true or false")),
+    "false where a number may be missing": (setting("train.micro_batch_size=off"), ("micro_batch_size", "found False", "a number, not")),
+    "true where a fraction goes": (setting("optimizer.lr=yes"), ("'optimizer.lr'", "found True", "a number, not true or false")),
+    "true among numbers": (setting("optimizer.betas=[true, 0.9]"), ("'optimizer.betas'", "[True, 0.9]", "a number, not true or false")),
     "a list where a section goes": (added("train: [1, 2]\n"), ("'train'", "found [1, 2]", "expected")),
     "nothing where a section goes": (added("train:\n"), ("'train'", "found None", "expected")),
     "a number below its range": (setting("train.steps=0"), ("'train.steps'", "found 0", "greater than or equal to 1")),
@@ -258,7 +262,13 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["plan", "recipe.yaml", "--set", "model.id=dense"],
         ("config.json", "moe_intermediate_size is missing", "Fetch the checkpoint"),
     ),
-    "a plan for no GPU": (["plan", "recipe.yaml", "--gpus", "-1"], ("--gpus", "found -1", "Give the number")),
+    "a plan for no GPU": (["plan", "recipe.yaml", "--gpus", "0"], ("--gpus", "found 0", "Give the number")),
+    "a plan for less than no GPU": (["plan", "recipe.yaml", "--gpus", "-1"], ("--gpus", "found -1", "Give the number")),
+    "a pipeline in a file of another kind": (["compile", "-o", "pipeline.txt"], ("-o pipeline.txt", ".yaml", "Give a name that ends so")),
+    "a pipeline below a file": (["compile", "-o", "data.jsonl/finetune.yaml"], ("data.jsonl/finetune.yaml", "cannot be", "Give a file")),
+    "a pipeline in place of a folder": (["compile", "-o", "dense.yaml"], ("-o dense.yaml", "Is a directory", "Give a file")),
+    "a pipeline where nothing can be made": (["compile", "-o", "/proc/x/finetune.yaml"], ("/proc/x/", "cannot be written", "Give a file")),
+    "a report of no run": (["report", "model"], ("model", "no folder of a run", "Give one such as workspace/runs/RUN")),
     "an accelerator that nobody knows": (
         ["plan", "recipe.yaml", "--gpus", "8", "--set", "hardware.accelerator=h1000"],
         ("hardware.accelerator", "'h1000'", "Choose one; did you mean 'h100'?"),
@@ -296,6 +306,7 @@ def test_every_command_refuses_in_one_message(
     dense = json.loads((ground.model / "config.json").read_text())
     dense["text_config"]["moe_intermediate_size"] = None
     (ground.folder / "dense").mkdir()
+    (ground.folder / "dense.yaml").mkdir()
     (ground.folder / "dense" / "config.json").write_text(json.dumps(dense))
     command, words = COMMANDS[case]
     ends_well(ground, command, words, capsys)

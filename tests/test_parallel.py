@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from canvastune.config import parse_config
 from canvastune.data.batches import pack
 from canvastune.errors import UserError
 from canvastune.layout import check_layout
+from canvastune.model import experts
 from canvastune.model.checkpoint_files import CheckpointReader
 from canvastune.model.load import build_model, load_weights, read_model_config
 from canvastune.model.lora import base_name
@@ -86,8 +89,8 @@ def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...], step
             shard_model(model, build_meshes(dist.get_world_size(), ep, "cpu"), config)
             load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
             result = some_steps(model, dist.get_rank(), dist.get_world_size(), steps)
-            experts = dict(model.model.decoder.layers[0].experts.named_parameters())
-            result["held"] = {part: local_tensor(expert).numel() / expert.numel() for part, expert in experts.items()}
+            parts = dict(model.model.decoder.layers[0].experts.named_parameters())
+            result["held"] = {part: local_tensor(expert).numel() / expert.numel() for part, expert in parts.items()}
             if steps == STEPS:
                 result["answer"] = answer(model)
             if dist.get_rank() == 0:
@@ -122,6 +125,43 @@ def test_loss_gradients_norm_and_weights_do_not_depend_on_the_ranks(
             worst, name = worst_difference(found["weights"], expected["weights"])
             assert worst < 1e-4, f"{where}: after {STEPS} steps {name} is off by {worst:.1e}"
             assert torch.equal(found["answer"], expected["answer"]), f"{where}: generate() on the sharded model answers differently"
+
+
+def watched_step(folder: Path, checkpoint: Path) -> None:
+    """Two ranks, one pass: what the last layer's dense part and its rows' travel did, in their order."""
+    config = run_config(ep=2)
+    model = build_model(config, read_model_config(checkpoint))
+    shard_model(model, build_meshes(2, 2, "cpu"), config)
+    load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
+    events: list[str] = []
+    exchange, wait = experts._exchange, experts._wait
+
+    def exchanged(rows: torch.Tensor, route: experts.Route, *, wait: bool = True) -> Any:
+        events.append("all-to-all" if wait else "leave")
+        return exchange(rows, route, wait=wait)
+
+    def waited(route: experts.Route) -> None:
+        events.append("arrive")
+        wait(route)
+
+    dense = model.model.decoder.layers[-1].mlp
+    dense.register_forward_hook(lambda *_: events.append("dense"))
+    dense.register_full_backward_hook(lambda *_: events.append("dense"))
+    with mock.patch.multiple(experts, _exchange=exchanged, _wait=waited):
+        given, draws = (part[dist.get_rank() :: 2] for part in examples_and_draws())
+        loss, _, _ = model.inside(losses, pack(given, draws), (0.1, 0.1), any_coin=False, checkpointing=False)
+        at = len(events)
+        loss.backward()
+    if dist.get_rank() == 0:
+        (folder / "events.json").write_text(json.dumps([events[at - 6 : at], events[at : at + 6]]))
+
+
+def test_rows_and_their_gradients_travel_while_the_dense_layer_computes(checkpoint: Path, tmp_path: Path) -> None:
+    run_ranks(watched_step, 2, tmp_path, checkpoint)
+    forward, backward = json.loads((tmp_path / "events.json").read_text())
+    # Rows and their weights each; the results' own way is waited for.
+    assert forward == ["leave", "leave", "dense", "arrive", "arrive", "all-to-all"]
+    assert backward == ["all-to-all", "leave", "leave", "dense", "arrive", "arrive"]
 
 
 def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> None:

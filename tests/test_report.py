@@ -15,14 +15,14 @@ import pytest
 import canvastune.report
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.report import write_report
+from canvastune.report import Run, write_report
 from canvastune.report.curves import charts_of, smooth, thin, tick
 from canvastune.report.differences import marked
 from canvastune.report.facts import cost_of, exact_match, training, warnings_of
 from canvastune.report.interactive import curves_json, policy
 from canvastune.report.numbers import duration, short
 from canvastune.tracking import read_metrics
-from tests.report_sample import HOSTILE, sample_config, write_data, write_evaluation, write_merge, write_metrics, write_plan
+from tests.report_sample import HOSTILE, sample_config, sample_run, write_data, write_evaluation, write_metrics
 
 PNGS = {
     "total_loss.png",
@@ -33,6 +33,7 @@ PNGS = {
     "learning_rate.png",
     "throughput.png",
     "memory.png",
+    "utilisation.png",
 }
 
 
@@ -71,19 +72,13 @@ def config() -> RunConfig:
 def folder(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
     """The output of every step, two earlier runs to compare with, and the report of it all in `report/`."""
     root = tmp_path_factory.mktemp("run")
-    write_report(
-        config,
-        root / "report",
-        metrics=write_metrics(root / "train"),
-        data=write_data(root / "data", config),
-        plan=write_plan(root / "plan"),
-        evaluation=write_evaluation(root / "evaluation", config),
-        merge=write_merge(root / "merged"),
-        compare=[
-            write_metrics(root / "<b>rank8" / "train", seed=3, steps=60, events=False),
-            write_metrics(root / "rank32", seed=4, steps=60, events=False),
-        ],
-    )
+    rank8 = write_metrics(root / "rank8", seed=3, steps=60, events=False)
+    rank32 = write_metrics(root / "rank32", seed=4, steps=60, events=False)
+    others = [
+        Run("<b>rank8", sample_config(lora={"rank": 8}, parallel={"nproc_per_node": 2}), rank8),
+        Run("tiny_lora", config, rank32.parent, evaluation=write_evaluation(root / "other", config, before=6, after=40)),
+    ]
+    write_report(sample_run(root, config), root / "report", others)
     return root
 
 
@@ -96,7 +91,7 @@ def test_the_verdict_is_one_sentence_with_its_uncertainty(page: _Page) -> None:
     sentence = (
         "Exact match rose from 9.4% to 81.2% on 64 held-out rows (95% intervals 4.4% to 19.0% and 70.0% to 88.9%; "
         "row by row 47 gained, 1 lost, p < 0.001), validation loss fell from 5.619 to 0.613 after 300 steps, "
-        "for 0.0826 CPU process-hours and 1.22 M tokens."
+        "for 0.0826 CPU-hours and 1.22 M tokens."
     )
     assert sentence in page.text, page.text[:900]
 
@@ -106,7 +101,7 @@ def test_every_curve_is_on_the_page_and_a_picture(folder: Path, page: _Page) -> 
     assert pictures == PNGS
     for path in (folder / "report").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG"), f"{path.name} cannot be opened"
-    assert sum(tag == "svg" for tag, _ in page.elements) == len(PNGS) + 1, "one drawing per curve, and a narrow one of the widest"
+    assert sum(tag == "svg" for tag, _ in page.elements) == len(PNGS) + 3, "one drawing per curve, and a narrow one of the wide"
     for title in ("Total loss", "Diffusion loss", "Autoregressive loss", "Validation loss by corruption level", "Gradient norm"):
         assert title in page.text
     assert {"config.yaml", "provenance.json", "report.html"} <= {path.name for path in (folder / "report").iterdir()}
@@ -210,24 +205,27 @@ def test_config_seed_and_versions_are_there(page: _Page) -> None:
 
 def test_compared_runs_are_laid_over_and_tabled(folder: Path, page: _Page) -> None:
     runs = [("own", read_metrics(folder / "train" / "metrics.jsonl")), ("rank32", read_metrics(folder / "rank32" / "metrics.jsonl"))]
+    named = re.findall(r"(\S+) 60 \d+\.\d+ \d\.\d+ (not evaluated|[\d.]+% [\d.]+% to [\d.]+%)", page.text)
+    assert named == [("<b>rank8", "not evaluated"), ("(2)", "62.5% 50.3% to 73.3%")], "two runs of one name are told apart"
+    assert "Settings that differ Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
     charts = {chart.name: chart for chart in charts_of(runs)}
     assert [line.label for line in charts["total_loss"].lines] == ["own", "rank32"]
     assert charts["total_loss"].recorded[:300] == charts["total_loss"].lines[0].values, "single steps of the run itself"
     assert charts["total_loss"].recorded[300:] == charts["total_loss"].lines[1].shown, "and of no other"
     assert [line.label for line in charts["validation_loss"].lines][-2:] == ["own, mean", "rank32, mean"]
     assert "tiny_lora (this run) 300" in page.text
-    assert "rank32 60" in page.text
 
 
 def test_what_was_not_done_is_said_and_nothing_is_made_up(tmp_path: Path) -> None:
     config = sample_config(train={"method": "full", "steps": 40})
     data = write_data(tmp_path / "data", config)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)
-    page = _Page(
-        write_report(config, tmp_path / "out", metrics=metrics.parent, data=data, plan=None, evaluation=None, merge=None).read_text()
-    )
+    page = _Page(write_report(Run("sft", config, metrics.parent, data), tmp_path / "out").read_text())
     assert "The tuned model was not evaluated; validation loss fell" in page.text
-    assert "Training ended at step 20 of 40." in page.text
+    assert "Training reached step 20 of 40." in page.text
+    assert "How one answer forms" not in page.text, "no film was recorded"
+    bare = _Page(write_report(Run("sft", config, metrics.parent), tmp_path / "bare").read_text())
+    assert "The data card is not at hand." in bare.text
     assert "Not planned." in page.text
     assert "Every weight was trained: there is no adapter to merge." in page.text
     assert "no restart and no skipped step" in page.text
@@ -253,7 +251,7 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_pat
     )
     (evaluation / "answers.jsonl").write_text(endless)
     data = write_data(tmp_path / "data", config)
-    report = write_report(config, tmp_path / "out", metrics=tmp_path, data=data, plan=None, evaluation=evaluation, merge=None)
+    report = write_report(Run("long", config, tmp_path, data, evaluation=evaluation), tmp_path / "out")
     assert report.stat().st_size < 2_000_000
     text = _Page(report.read_text()).text
     assert "shown: 12, all are in answers.jsonl" in text
@@ -263,18 +261,19 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_pat
 def test_a_report_never_overwrites_another(folder: Path, config: RunConfig) -> None:
     before = (folder / "report" / "report.html").read_bytes()
     with pytest.raises(UserError, match="already exists"):
-        write_report(config, folder / "report", metrics=folder / "train", data=folder / "data", plan=None, evaluation=None, merge=None)
+        write_report(Run("tiny_lora", config, folder / "train"), folder / "report")
     assert (folder / "report" / "report.html").read_bytes() == before
 
 
 def test_inputs_that_are_no_run_are_refused_by_name(tmp_path: Path, config: RunConfig) -> None:
-    data = write_data(tmp_path / "data", config)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "event", "step": 0, "time": 0.0, "event": "checkpoint"}) + "\n")
-    with pytest.raises(UserError, match="no training step"):
-        write_report(config, tmp_path / "out", metrics=tmp_path, data=data, plan=None, evaluation=None, merge=None)
     metrics = write_metrics(tmp_path / "train", steps=3)
+    with pytest.raises(UserError, match="no training step"):
+        write_report(Run("none", config, tmp_path), tmp_path / "out")
+    with pytest.raises(UserError, match="no training step"):
+        write_report(Run("one", config, metrics), tmp_path / "out", [Run("none", config, tmp_path)])
     with pytest.raises(UserError, match=r"card\.json"):
-        write_report(config, tmp_path / "out", metrics=metrics, data=tmp_path, plan=None, evaluation=None, merge=None)
+        write_report(Run("no card", config, metrics, data=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
 
 
@@ -287,24 +286,36 @@ def test_a_paired_comparison_is_surer_than_two_intervals() -> None:
     assert paired["clear"]
 
 
+GPU = {"device": "cuda", "device_name": "NVIDIA H200"}
+
+
 @pytest.mark.parametrize(
-    ("cluster", "device", "unit"),
+    ("places", "told"),
     [
-        ({}, "cuda", "GPU-hours"),
-        ({}, "cpu", "CPU process-hours"),
-        ({}, None, "process-hours"),
-        ({"backend": "pytorchjob", "nodes": 3}, "cpu", "GPU-hours"),
-        ({"backend": "trainjob", "nodes": 3, "gpu_resource": None}, "cuda", "CPU process-hours"),
+        ([{"ranks": 8, **GPU}], (8.0, "GPU-hours", "8 × NVIDIA H200")),
+        ([{"ranks": 8, **GPU}, {"ranks": 16, **GPU}], (12.0, "GPU-hours", "16 × NVIDIA H200")),
+        ([{"ranks": 2, "device": "cpu", "threads": 1}], (2.0, "CPU-hours", "2 processes of 1 thread")),
+        ([{"ranks": 1, "device": "cpu", "threads": 4}], (4.0, "CPU-hours", "1 process of 4 threads")),
+        ([], (4.0, "process-hours", "4 processes")),
     ],
 )
-def test_cost_is_the_hours_of_all_ranks_on_what_they_ran_on(cluster: dict[str, Any], device: str | None, unit: str) -> None:
-    ranks = 4 * cluster.get("nodes", 1)
-    config = sample_config(cluster=cluster, parallel={"nproc_per_node": 4})
-    assert cost_of(config, 1800.0, {"device": device} if device else None) == {
-        "ranks": ranks,
-        "hours": ranks / 2,
-        "unit": unit,
-    }
+def test_cost_is_the_hours_of_what_each_attempt_ran_on(places: list[dict[str, Any]], told: tuple[float, str, str]) -> None:
+    records: list[dict[str, Any]] = []
+    for attempt in range(2):  # of half an hour each, the second begun where the first was lost
+        if attempt < len(places):
+            records.append({"kind": "event", "step": 2 * attempt, "event": "resumed" if attempt else "started", **places[attempt]})
+        records.append({"kind": "train", "step": 2 * attempt + 1, "seconds": 1200.0})
+        records.append({"kind": "validation", "step": 2 * attempt + 1, "seconds": 600.0})
+    cost = cost_of(records, sample_config(parallel={"nproc_per_node": 4}))
+    assert (cost["hours"], cost["unit"], cost["place"]) == (pytest.approx(told[0]), *told[1:])
+
+
+def test_utilisation_is_a_share_of_the_peak_where_every_runs_is_known() -> None:
+    known: list[dict[str, Any]] = [{"kind": "train", "step": step, "tflops": 400.0, "mfu": 0.4} for step in (1, 2)]
+    unknown = [{name: value for name, value in record.items() if name != "mfu"} for record in known]
+    for others, unit, value in (([], "% of the accelerator's peak", 40.0), ([("cpu", unknown)], "TFLOP/s per process", 400.0)):
+        (chart,) = [chart for chart in charts_of([("own", known), *others]) if chart.name == "utilisation"]
+        assert (chart.unit, chart.lines[0].values[0]) == (unit, pytest.approx(value))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from playwright import sync_api
 
-from canvastune.report import write_report
-from tests.report_sample import sample_config, write_data, write_evaluation, write_merge, write_metrics, write_plan
+from canvastune.report import Run, write_report
+from tests.report_sample import sample_config, sample_run, write_metrics
 
 _CHROMIUM = shutil.which("chromium")
 _FLAGS = (
@@ -19,7 +19,7 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)")
-_CHARTS = 8
+_CHARTS = 9
 _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 
 
@@ -70,17 +70,11 @@ class _Tab:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 300 steps laid over four others, one of them with a hostile name."""
     root, config = tmp_path_factory.mktemp("run"), sample_config(parallel={"nproc_per_node": 2})
-    others = [write_metrics(root / name, seed=seed, steps=60) for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1)]
-    return write_report(
-        config,
-        root / "report",
-        metrics=write_metrics(root / "train"),
-        data=write_data(root / "data", config),
-        plan=write_plan(root / "plan"),
-        evaluation=write_evaluation(root / "evaluation", config),
-        merge=write_merge(root / "merged"),
-        compare=others,
-    )
+    others = []
+    for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
+        settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
+        others.append(Run(name, settings, write_metrics(root / name, seed=seed, steps=60)))
+    return write_report(sample_run(root, config), root / "report", others)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +194,76 @@ def test_answers_are_filtered_by_outcome_and_by_words(tab: _Tab) -> None:
     assert sum(row.is_visible() for row in rows.all()) == 12
 
 
+def test_the_film_shows_one_moment_of_both_sides_and_keeps_what_is_done(tab: _Tab) -> None:
+    film, slider = tab.page.locator("#film"), tab.page.get_by_label("Frame")
+
+    def shown(side: str) -> list[str]:
+        notes = film.get_by_role("group", name=side).locator("li .note")
+        return [note.inner_text() for note in notes.all() if note.is_visible()]
+
+    assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
+    slider.focus()
+    slider.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "Block 1, before at step 9, after at step 2"
+    slider.press("ArrowRight")
+    slider.press("ArrowRight")
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5"], "it has fewer steps, and waits"
+    slider.press("ArrowRight")
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 0"]
+    assert [note.split(":")[0] for note in shown("Before")] == ["Block 1 of 1, step 47"], "its answer was shorter"
+    height = film.bounding_box()
+    slider.press("End")
+    assert film.bounding_box() == height, "the page moves while the slider does"
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 5"]
+    assert film.locator(".shown mark").first.evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == "underline"
+
+
+class _Phone(_Tab):
+    """The report under fingers, which only the browser's own protocol can give several of."""
+
+    def __init__(self, browser: sync_api.Browser, report: Path) -> None:
+        super().__init__(browser, report, width=400, has_touch=True, is_mobile=True)
+        self._protocol = self.page.context.new_cdp_session(self.page)
+
+    def fingers(self, kind: str, *points: tuple[float, float]) -> None:
+        touches = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(points)]
+        self._protocol.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+
+def test_fingers_read_pinch_and_reset(browser: sync_api.Browser, report: Path) -> None:
+    tab = _Phone(browser, report)
+    assert tab.page.get_by_text("pinch to zoom in").is_visible()
+    tip, reset = tab.chart("total_loss").locator(".tip"), tab.reset_button("total_loss")
+
+    def at(share: float) -> tuple[float, float]:
+        return tab.point("total_loss", share)
+
+    tab.fingers("touchStart", at(0.3))
+    tab.fingers("touchMove", at(0.5))
+    tab.fingers("touchEnd")
+    assert 140 < int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 160
+    assert not reset.is_visible()
+    tab.fingers("touchStart", at(0.4), at(0.6))
+    tab.fingers("touchMove", at(0.25), at(0.75))
+    tab.fingers("touchMove", at(0.1), at(0.9))
+    tab.fingers("touchEnd")
+    assert reset.is_visible()
+    box = reset.bounding_box()
+    assert box is not None
+    assert box["height"] >= 40, "a finger needs room"
+    tab.page.touchscreen.tap(*at(0.05))
+    assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) > 100
+    reset.tap()
+    assert not reset.is_visible()
+    assert tab.chart("total_loss").locator(".live-plot").evaluate("(plot) => getComputedStyle(plot).touchAction") == "pan-y", (
+        "a finger that goes up or down would not scroll the page"
+    )
+    tab.page.touchscreen.tap(*at(0.05))
+    assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 30
+    assert tab.said == []
+    tab.page.close()
+
+
 def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api.Browser, report: Path) -> None:
     tab = _Tab(browser, report)
     assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"
@@ -238,4 +302,5 @@ def test_without_scripts_and_in_print_the_pictures_stand(way: str, browser: sync
         tab.page.emulate_media(media="print")
     assert sum(picture.is_visible() for picture in tab.page.locator(".still.plot svg").all()) == _CHARTS
     assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())
+    assert all(frame.is_visible() for frame in tab.page.locator(".frames li").all())
     tab.page.close()

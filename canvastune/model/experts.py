@@ -23,24 +23,35 @@ NAME = "canvastune"  # of the experts implementation, in transformers' registry
 
 
 @dataclass
+class Route:
+    """How many rows an all-to-all brings from where to where, and what of it is under way."""
+
+    send: list[int]  # rows to each rank
+    receive: list[int]  # rows from each rank
+    group: dist.ProcessGroup
+    work: dist.Work | None = None
+    held: tuple[torch.Tensor, torch.Tensor] | None = None  # gradients under way, and where they arrive
+
+    def back(self) -> Route:
+        """The way back."""
+        return Route(self.receive, self.send, self.group)
+
+
+@dataclass
 class Sent:
     """Rows on their way to the ranks of their experts, and what brings the results back."""
 
     order: torch.Tensor  # int64[T*K]: this rank's rows, by expert
     back: torch.Tensor  # int64[T, K]: where each token's rows are in that order
-    send: list[int]  # rows to each rank
-    receive: list[int]  # rows from each rank
     received: torch.Tensor  # int64[E]: rows from each rank for each of this rank's experts
-    group: dist.ProcessGroup
     rows: torch.Tensor  # [R, H], by sender and then by expert
     weights: torch.Tensor  # [R, 1]: their routing weights
-    travelling: list[dist.Work]
+    routes: tuple[Route, Route]  # of the rows and of the weights
 
     def arrived(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and weights, once they are here."""
-        for work in self.travelling:
-            work.wait()
-        return self.rows, self.weights
+        rows, weights = self.routes
+        return _Arrival.apply(self.rows, rows), _Arrival.apply(self.weights, weights)
 
 
 def is_spread(module: Any) -> bool:
@@ -50,17 +61,20 @@ def is_spread(module: Any) -> bool:
 
 
 def send_rows(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Sent:
-    """Begin to send each token's row, with its weight, to the ranks of its experts; arguments as of `experts_forward`."""
+    """Begin to send each token's row, with its weight, to the ranks of its experts; arguments as of `experts_forward`.
+
+    What is computed before `arrived` is called overlaps with the travel, and its backward pass with the travel of the gradients.
+    """
     order, back, counts = _sorted_by_expert(module, top_k_index)
     group: dist.ProcessGroup = module.ep_group
     ranks = group.size()
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
     send, receive = (numbers.view(ranks, -1).sum(1).tolist() for numbers in (counts, received))
-    travelling: list[dist.Work] = []
-    rows = _AllToAll.apply(_Dispatched.apply(hidden, order, back), receive, send, group, travelling)
-    weights = _AllToAll.apply(top_k_weights.flatten()[order, None], receive, send, group, travelling)
-    return Sent(order, back, send, receive, received, group, rows, weights, travelling)
+    routes = Route(send, receive, group), Route(send, receive, group)
+    rows = _Departure.apply(_Dispatched.apply(hidden, order, back), routes[0])
+    weights = _Departure.apply(top_k_weights.flatten()[order, None], routes[1])
+    return Sent(order, back, received, rows, weights, routes)
 
 
 def experts_forward(
@@ -127,14 +141,15 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) ->
 
 def _apply_to_arrived(module: Any, rows: torch.Tensor, weights: torch.Tensor, sent: Sent) -> torch.Tensor:
     """Apply this rank's experts to the rows that arrived, and bring the results back in the order of their sending."""
-    ranks = sent.group.size()
+    route = sent.routes[0]
+    ranks = route.group.size()
     # Rows arrive by sender and then by expert; the grouped matmul wants them by expert.
     expert = torch.arange(len(sent.received) // ranks, device=rows.device).repeat(ranks).repeat_interleave(sent.received)
     by_expert = torch.argsort(expert, stable=True)
     by_sender = _inverse(by_expert)
     rows, weights = (_Permuted.apply(part, by_expert, by_sender) for part in (rows, weights))
     out = _Permuted.apply(_apply_experts(module, rows, weights, sent.received.view(ranks, -1).sum(0)), by_sender, by_expert)
-    return _AllToAll.apply(out, sent.send, sent.receive, sent.group, None)
+    return _AllToAll.apply(out, route.back())
 
 
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
@@ -215,27 +230,63 @@ class _Permuted(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Uneven all-to-all of rows; its gradient is the all-to-all back.
-
-    With a list to put its work in, it returns before the rows are there.
-    """
+    """Uneven all-to-all of rows; its gradient is the all-to-all back. Both are waited for."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, travelling: list[dist.Work] | None
-    ) -> torch.Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
-        work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group, async_op=travelling is not None)
-        if travelling is not None and work is not None:
-            travelling.append(work)
+    def forward(ctx: Any, rows: torch.Tensor, route: Route) -> torch.Tensor:
+        ctx.route = route
+        return _exchange(rows, route)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _exchange(gradient, ctx.route.back())[0], None
+
+
+class _Departure(torch.autograd.Function):
+    """Rows leave for other ranks; `_Arrival` alone reads the result. Its backward pass waits for the gradients that `_Arrival` sent."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, route: Route) -> torch.Tensor:
+        ctx.route = route
+        out, route.work = _exchange(rows, route, wait=False)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        out = gradient.new_empty(sum(ctx.send), *gradient.shape[1:])
-        dist.all_to_all_single(out, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out, None, None, None, None
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        route: Route = ctx.route
+        assert route.held is not None, "the gradients never left"
+        _wait(route)
+        (_, gradient), route.held = route.held, None
+        return gradient, None
+
+
+class _Arrival(torch.autograd.Function):
+    """Rows that left are here. Its backward pass sends their gradients off; the gradient it returns is no more than a placeholder."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, route: Route) -> torch.Tensor:
+        _wait(route)
+        ctx.route = route
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        route: Route = ctx.route
+        back, route.work = _exchange(gradient, route.back(), wait=False)
+        route.held = gradient, back
+        return gradient, None
+
+
+def _exchange(rows: torch.Tensor, route: Route, *, wait: bool = True) -> tuple[torch.Tensor, dist.Work | None]:
+    """Rows by receiver -> rows by sender, there when the work, if there is one, is waited for."""
+    out = rows.new_empty(sum(route.receive), *rows.shape[1:])
+    return out, dist.all_to_all_single(out, rows.contiguous(), route.receive, route.send, group=route.group, async_op=not wait)
+
+
+def _wait(route: Route) -> None:
+    if route.work is not None:
+        route.work.wait()
+        route.work = None
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,9 @@
       log.checked = this.log;
       log.addEventListener("change", () => { this.log = log.checked; this.draw(); });
       this.box.addEventListener("keydown", (event) => this.key(event));
+      this.fingers = new Map(); // on the plot, by pointer
+      for (const kind of ["pointerdown", "pointermove", "pointerup", "pointercancel"])
+        this.box.addEventListener(kind, (event) => { if (event.pointerType === "touch") this.touch(event); });
       this.box.addEventListener("blur", () => this.plot.setCursor({ left: -10, top: -10 }));
       const picture = figure.querySelector(".still.plot");
       picture.before(this.box, make("div", { class: "controls" }, make("label", {}, log, "Log scale"), this.reset));
@@ -238,6 +241,27 @@
       this.tip.style.left = beyond ? "auto" : `${left + 12}px`;
       this.tip.style.right = beyond ? `${plot.over.clientWidth - left + 12}px` : "auto";
       return rows.map((row) => row.textContent).join(", ");
+    }
+
+    // One finger reads along the curve, two zoom: the step between them stays there. Up and down scrolls the page (touch-action).
+    touch(event) {
+      const { plot, fingers } = this;
+      const place = plot.over.getBoundingClientRect();
+      const at = [event.clientX - place.left, event.clientY - place.top];
+      if (event.type === "pointerdown" && plot.over.contains(event.target)) fingers.set(event.pointerId, at);
+      else if (event.type === "pointermove" && fingers.has(event.pointerId)) fingers.set(event.pointerId, at);
+      else fingers.delete(event.pointerId);
+      const [one, other] = fingers.values();
+      if (!other) {
+        this.pinch = null;
+        if (one) plot.setCursor({ left: Math.min(Math.max(one[0], 0), place.width), top: one[1] });
+        return;
+      }
+      const middle = (one[0] + other[0]) / 2, apart = Math.max(20, Math.hypot(one[0] - other[0], one[1] - other[1]));
+      const { min, max } = plot.scales.x;
+      this.pinch ??= { step: min + (middle / place.width) * (max - min), shown: (max - min) * apart };
+      const shown = this.pinch.shown / apart, from = this.pinch.step - (middle / place.width) * shown;
+      this.zoom(from, from + shown);
     }
 
     key(event) {

@@ -90,22 +90,26 @@ class _Measure:
     field: str
     noisy: bool
     scale: float = 1.0
+    wide: bool = False
 
 
 _MEASURES = (
-    _Measure("total_loss", "Total loss", "nats per token", "loss", True),
+    _Measure("total_loss", "Total loss", "nats per token", "loss", True, wide=True),
     _Measure("diffusion_loss", "Diffusion loss", "nats per token", "diffusion_loss", True),
     _Measure("autoregressive_loss", "Autoregressive loss", "nats per token", "autoregressive_loss", True),
     _Measure("gradient_norm", "Gradient norm", "L2, before clipping", "grad_norm", True),
     _Measure("learning_rate", "Learning rate", "", "lr", False),
-    _Measure("throughput", "Throughput", "tokens per second", "tokens_per_second", True),
     _Measure("memory", "Memory of rank 0", "GB, peak so far", "memory_bytes", False, 1e-9),
+    _Measure("utilisation", "Model FLOP/s", "TFLOP/s per process", "tflops", True),
+    _Measure("throughput", "Throughput", "tokens per second", "tokens_per_second", True, wide=True),
 )
+_UTILISATION = _Measure("utilisation", "Model FLOPs utilisation", "% of the accelerator's peak", "mfu", True, 100.0)
 
 
 def charts_of(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
     """The charts of a run and of those it is compared with: (name, records) each, the run itself first."""
-    measures = [_measure_chart(measure, runs) for measure in _MEASURES]
+    known = all(series(records, "train", "mfu")[0] for _, records in runs)  # the peak, of every run's accelerator
+    measures = [_measure_chart(_UTILISATION if known and each.name == "utilisation" else each, runs) for each in _MEASURES]
     charts = [*measures[:3], _validation_chart(runs), *measures[3:]]
     return [chart for chart in charts if chart.lines]
 
@@ -172,7 +176,7 @@ def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) 
         values = [value * measure.scale for value in values]
         if steps:
             lines.append(Line(name, steps, values, measure.noisy, f"s{index % _RUNS}", dashed=index >= _RUNS))
-    chart = Chart(measure.name, measure.title, measure.unit, lines)
+    chart = Chart(measure.name, measure.title, measure.unit, lines, wide=measure.wide)
     every = chart.recorded
     log = measure.field == "grad_norm" and min(every, default=0) > 0 and max(every) > 10 * min(every)
     return replace(chart, log=log)

@@ -13,7 +13,7 @@ from canvastune.report.curves import Record, is_number, series
 from canvastune.statistics import SURE, mcnemar, wilson
 
 _RESTARTS = ("resumed", "restarted")
-_ROUTINE = ("checkpoint",)  # events that are counted, not listed
+_ROUTINE = ("checkpoint", "started")  # events that are not listed; of the former the number is told
 _CLEARLY_WORSE = 1.01  # the last validation loss over the lowest: below this is noise
 
 
@@ -61,14 +61,25 @@ def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rows": rows, **sides, "paired": paired, "clear": clear, "direction": direction}
 
 
-def cost_of(config: RunConfig, seconds: float, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the training occupied: {"ranks", "hours", "unit"}, over the ranks that the configuration asks for."""
-    if config.cluster.backend != "local":
-        device = "cuda" if config.cluster.gpu_resource else "cpu"
-    else:  # the pipeline's steps then run on the same machine
-        device = str((evaluation or {}).get("device"))
-    unit = {"cuda": "GPU-hours", "cpu": "CPU process-hours"}.get(device, "process-hours")
-    return {"ranks": config.world_size, "hours": seconds * config.world_size / 3600, "unit": unit}
+def cost_of(records: list[Record], config: RunConfig) -> dict[str, Any]:
+    """What steps and validations occupied: {"hours", "unit", "place"}, by the ranks and the device that each attempt recorded.
+
+    A GPU-hour is one GPU's, a CPU-hour one thread's. A run that recorded no device is counted over the recipe's processes.
+    """
+    place: Record = {"ranks": config.world_size}
+    hours = 0.0
+    for record in records:
+        if "ranks" in record:
+            place = record
+        elif record["kind"] in ("train", "validation") and is_number(record.get("seconds")):
+            hours += record["seconds"] * place["ranks"] * place.get("threads", 1) / 3600
+    ranks = place["ranks"]
+    if place.get("device") == "cuda":
+        return {"hours": hours, "unit": "GPU-hours", "place": f"{ranks} × {place['device_name']}"}
+    where = _count(ranks, "process", "processes")
+    if "threads" in place:
+        return {"hours": hours, "unit": "CPU-hours", "place": f"{where} of {_count(place['threads'], 'thread', 'threads')}"}
+    return {"hours": hours, "unit": "process-hours", "place": where}
 
 
 def training(records: list[Record], config: RunConfig) -> dict[str, Any]:
@@ -88,6 +99,8 @@ def training(records: list[Record], config: RunConfig) -> dict[str, Any]:
         "step_seconds": median(seconds),
         "tokens": int(sum(tokens)),
         "tokens_per_second": median(speeds),
+        "mfu": median(series(records, "train", "mfu")[1]),
+        "tflops": median(series(records, "train", "tflops")[1]),
         "memory_bytes": max(memory, default=None),
         "loss": (sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends) if losses else None,
         "validation": (validation[0], validation[-1]) if validation else None,
@@ -103,10 +116,10 @@ def median(values: list[float]) -> float | None:
 
 
 def events_of(records: list[Record]) -> tuple[list[Record], int]:
-    """Events that are told one by one, and the number of routine ones (checkpoints)."""
+    """Events that are told one by one, and the number of checkpoints."""
     events = [record for record in records if record["kind"] == "event"]
     told = [event for event in events if event.get("event") not in _ROUTINE]
-    return told, len(events) - len(told)
+    return told, sum(event.get("event") == "checkpoint" for event in events)
 
 
 def warnings_of(
@@ -130,7 +143,7 @@ def warnings_of(
     if lacking:
         found.append(f"Some recorded values were not finite and are missing in the curves: {', '.join(lacking)}.")
     if 0 < facts["steps"] < facts["planned_steps"]:
-        found.append(f"Training ended at step {facts['steps']} of {facts['planned_steps']}.")
+        found.append(f"Training reached step {facts['steps']} of {facts['planned_steps']}.")
     match = exact_match(evaluation) if evaluation else None
     if match and match["direction"] == "fell":
         found.append(f"Exact match fell from {match['before']['correct']} to {match['after']['correct']} of {match['rows']} rows.")

@@ -38,11 +38,11 @@ def curves_json(charts: Sequence[Chart], events: Sequence[int], steps: int) -> M
 
 
 def script() -> Markup:
-    """uPlot with its licence, what drives it, and the answers' filter."""
+    """uPlot with its licence, what drives it, the answers' filter and the film."""
     library = _HERE / "uplot"
     licence = (library / "LICENSE").read_text(encoding="utf-8").strip()
     parts = [f"/*\n{licence}\n*/", (library / "uPlot.iife.min.js").read_text(encoding="utf-8")]
-    return Markup("\n".join([*parts, *((_HERE / name).read_text(encoding="utf-8") for name in ("charts.js", "answers.js"))]))
+    return Markup("\n".join([*parts, *((_HERE / name).read_text(encoding="utf-8") for name in ("charts.js", "answers.js", "film.js"))]))
 
 
 def policy(code: str) -> str:

@@ -10,6 +10,7 @@ def report(
     config: str,
     run_folder: str,
     mlflow_run_id: str,
+    compare: str,
     metrics: Input[Artifact],
     dataset: Input[Dataset],
     plan: Input[Artifact],
@@ -23,11 +24,14 @@ def report(
     from pathlib import Path
 
     from components.report.publication import publish
+    from components.report.runs import compared_folders
+    from components.run_folder import workspace_of
     from components.step import step
 
     made = {"metrics": metrics, "data": dataset, "plan": plan, "evaluation": evaluation, "tuned": tuned}
     with step("report", config, run_folder, mlflow_run_id) as (recipe, record):
-        summary = publish(recipe, record, Path(run_folder), **{name: Path(each.path) for name, each in made.items()})
+        others = compared_folders(compare, workspace_of(run_folder))
+        summary = publish(recipe, record, Path(run_folder), **{name: Path(each.path) for name, each in made.items()}, compare=others)
         shutil.copy(Path(run_folder) / "report" / "report.html", page.path)
         for name, value in summary.items():
             figures.log_metric(name, value)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from canvastune.config import RunConfig
-from canvastune.report import write_report
+from canvastune.errors import UserError
+from canvastune.outputs import whole_folder
+from canvastune.report import Run, write_report
 from canvastune.report.facts import training
 from canvastune.statistics import verdict
 from canvastune.tracking import StepRun, notes, read_metrics
 from canvastune.tracking.promotion import score_of
+from components.report.runs import find_run
 
 # Of evaluation.json: what pipeline runs are compared by. The run of the step `evaluate` has everything.
 _COMPARED = ("exact_match_before", "exact_match_after", "validation_loss_before", "validation_loss_after", "tokens_per_second_after")
@@ -18,16 +24,32 @@ _LAST_STEPS = 10  # the loss is noisy, since every step draws new corruption lev
 
 
 def publish(
-    config: RunConfig, record: StepRun, run_folder: Path, *, metrics: Path, data: Path, plan: Path, evaluation: Path, tuned: Path
+    config: RunConfig,
+    record: StepRun,
+    run_folder: Path,
+    *,
+    metrics: Path,
+    data: Path,
+    plan: Path,
+    evaluation: Path,
+    tuned: Path,
+    compare: Sequence[Path] = (),
 ) -> dict[str, float]:
     """Write `report/` and `summary.json` into the run's folder, and both into MLflow; returns the summary.
 
-    A retried step finds the whole report, or none.
+    A retried step finds the whole report, or none. What the report shows of data, plan and evaluation is kept beside it, so that it
+    can be written again.
+
+    Args:
+        compare: folders of runs that are laid over.
     """
     out = run_folder / "report"
-    merge = tuned if (tuned / "merge_proof.json").is_file() else None
+    for name, made in (("data", data), ("plan", plan), ("evaluation", evaluation)):
+        _keep(made, run_folder / name)
     if not out.exists():
-        write_report(config, out, metrics=metrics, data=data, plan=plan, evaluation=evaluation, merge=merge, compare=[])
+        merge = tuned if (tuned / "merge_proof.json").is_file() else None
+        run = replace(find_run(run_folder), config=config, metrics=metrics, data=data, plan=plan, evaluation=evaluation, merge=merge)
+        write_report(run, out, _still_there(compare))
     summary = summarize(metrics, evaluation)
     (run_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     record.outputs(out)
@@ -53,6 +75,26 @@ def _tell(
     record.summary(values, data)
     record.note("The report, as a page and as pictures.")
     record.verdict(score_of(found), verdict(found["gained"], found["lost"]), notes.reported(config, run_folder, values, found))
+
+
+def _still_there(folders: Sequence[Path]) -> list[Run]:
+    """The runs to compare with. One that was deleted since the pipeline's first step looked costs a line, not the report."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(find_run(folder))
+        except UserError as error:
+            print(f"WARNING not compared: {error}", flush=True)
+    return found
+
+
+def _keep(made: Path, out: Path) -> None:
+    """Copy the files at the top of a step's output, but not, for example, the rows of the prepared data in its folders."""
+    if not out.exists():
+        with whole_folder(out) as folder:
+            for file in made.iterdir():
+                if file.is_file():
+                    shutil.copy(file, folder)
 
 
 def summarize(metrics: Path, evaluation: Path) -> dict[str, float]:

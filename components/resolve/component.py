@@ -17,6 +17,7 @@ def resolve(
     cluster: str,
     pipeline_image: str,
     kubeflow_url: str,
+    compare: str,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Settings",
     [("config", str), ("method", str), ("data_config", str), ("data_fingerprint", str), ("run_folder", str), ("mlflow_run_id", str)],
@@ -26,4 +27,4 @@ def resolve(
     from components.step import last_words
 
     with last_words():
-        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster, pipeline_image, kubeflow_url)
+        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster, pipeline_image, kubeflow_url, compare)

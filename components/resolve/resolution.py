@@ -17,6 +17,7 @@ from canvastune import tracking
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError
 from canvastune.yaml_text import read_yaml
+from components.report.runs import compared_folders, find_compared
 from components.run_folder import RunRecord, read_record, run_folder, tracked, write_record
 
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
@@ -45,6 +46,7 @@ def resolve(
     cluster: str = "{}",
     pipeline_image: str = "",
     kubeflow_url: str = "",
+    compare: str = "",
 ) -> Resolved:
     """Validate a recipe, and claim the folder of its run.
 
@@ -57,15 +59,17 @@ def resolve(
         job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
         pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags in MLflow; "": not known.
         cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
+        compare: earlier runs that the report will lay over this one, found here and not days later.
 
     Raises:
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
-            with another recipe or other data, or that is finished.
+            with another recipe or other data, or that is finished; no run where one is to be compared with.
     """
     config = _tracked(
         read_recipe(with_defaults(recipe, cluster), [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
     )
     folder = run_folder(workspace, run_name, job_name)
+    find_compared(compared_folders(compare, Path(workspace)))
     data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
     earlier = read_record(folder)
