@@ -310,14 +310,6 @@ def test_cost_is_the_hours_of_what_each_attempt_ran_on(places: list[dict[str, An
     assert (cost["hours"], cost["unit"], cost["place"]) == (pytest.approx(told[0]), *told[1:])
 
 
-def test_utilisation_is_a_share_of_the_peak_where_every_runs_is_known() -> None:
-    known: list[dict[str, Any]] = [{"kind": "train", "step": step, "tflops": 400.0, "mfu": 0.4} for step in (1, 2)]
-    unknown = [{name: value for name, value in record.items() if name != "mfu"} for record in known]
-    for others, unit, value in (([], "% of the accelerator's peak", 40.0), ([("cpu", unknown)], "TFLOP/s per process", 400.0)):
-        (chart,) = [chart for chart in charts_of([("own", known), *others]) if chart.name == "utilisation"]
-        assert (chart.unit, chart.lines[0].values[0]) == (unit, pytest.approx(value))
-
-
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [(6, 8, "too few to be sure"), (30, 12, "Exact match fell from 30 to 12 of 64 rows."), (6, 52, None)],

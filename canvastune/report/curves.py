@@ -104,12 +104,12 @@ _MEASURES = (
     _Measure("throughput", "Throughput", "tokens per second", "tokens_per_second", True, wide=True),
 )
 _UTILISATION = _Measure("utilisation", "Model FLOPs utilisation", "% of the accelerator's peak", "mfu", True, 100.0)
+_SLOW = _Measure("utilisation", "Model FLOP/s", "GFLOP/s per process", "tflops", True, 1000.0)
 
 
 def charts_of(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
     """The charts of a run and of those it is compared with: (name, records) each, the run itself first."""
-    known = all(series(records, "train", "mfu")[0] for _, records in runs)  # the peak, of every run's accelerator
-    measures = [_measure_chart(_UTILISATION if known and each.name == "utilisation" else each, runs) for each in _MEASURES]
+    measures = [_measure_chart(_used(runs) or each if each.name == "utilisation" else each, runs) for each in _MEASURES]
     charts = [*measures[:3], _validation_chart(runs), *measures[3:]]
     return [chart for chart in charts if chart.lines]
 
@@ -167,6 +167,13 @@ def draw_png(chart: Chart, events: Sequence[int], path: Path) -> None:
         if len(chart.lines) > 1:
             axes.legend(*(found[::-1] for found in axes.get_legend_handles_labels()), frameon=False, fontsize=8, ncols=3)
         figure.savefig(path, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+
+
+def _used(runs: Sequence[tuple[str, list[Record]]]) -> _Measure | None:
+    """How use of accelerators is drawn, if not in TFLOP/s: as a share where every run's peak is known, in GFLOP/s where all are slow."""
+    if all(series(records, "train", "mfu")[0] for _, records in runs):
+        return _UTILISATION
+    return _SLOW if all(max(series(records, "train", "tflops")[1], default=0) < 1 for _, records in runs) else None
 
 
 def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) -> Chart:

@@ -49,6 +49,11 @@ def size(value: float | None) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
+def flops(rate: float) -> str:
+    """TFLOP/s, or GFLOP/s below one."""
+    return f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1000 * rate:.3g} GFLOP/s"
+
+
 def duration(seconds: float | None) -> str:
     """2 h 5 min, 3 min 12 s, 41 s, 0.25 s."""
     if seconds is None:
@@ -79,6 +84,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "chance": chance,
     "size": size,
+    "flops": flops,
     "duration": duration,
     "moment": moment,
     "quantity": quantity,
