@@ -182,18 +182,15 @@ def _interruptions(told: list[Record]) -> list[str]:
 def plan_rows(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Planned and measured side by side, for what both name; values in the unit given."""
     pairs = (
-        ("Step time", "s", ("step_seconds", "seconds_per_step", "expected_step_seconds"), facts["step_seconds"]),
-        ("Memory per accelerator, peak", "bytes", ("memory_bytes", "memory_per_gpu_bytes", "total_bytes"), facts["memory_bytes"]),
+        ("Step time", "s", "step_seconds", facts["step_seconds"]),
+        ("Model FLOPs utilisation", "share", "model_flops_utilisation", facts["mfu"]),
+        ("Memory per accelerator, peak", "bytes", "memory_bytes", facts["memory_bytes"]),
     )
-    flat = leaves(plan)
-    rows = []
-    for title, unit, names, measured in pairs:
-        planned = next((value for key, value in flat.items() if key.rsplit(".", 1)[-1] in names and is_number(value)), None)
-        if planned is not None and measured is not None:
-            rows.append(
-                {"title": title, "unit": unit, "planned": planned, "measured": measured, "ratio": measured / planned if planned else None}
-            )
-    return rows
+    return [
+        {"title": title, "unit": unit, "planned": plan[name], "measured": measured, "ratio": measured / plan[name]}
+        for title, unit, name, measured in pairs
+        if measured is not None and plan.get(name)
+    ]
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

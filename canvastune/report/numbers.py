@@ -73,8 +73,8 @@ def moment(unix: float | None) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A value in its unit, "s" or "bytes"."""
-    return {"s": duration, "bytes": size}[unit](value)
+    """A value in its unit, "s", "bytes" or "share"."""
+    return {"s": duration, "bytes": size, "share": percent}[unit](value)
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
