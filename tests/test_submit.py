@@ -72,15 +72,15 @@ def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_submit_uploads_the_pipeline_and_starts_a_run_of_the_resolved_recipe(
     kubeflow: FakeKubeflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _submit(kubeflow, "--set", "lora.rank=32", "--run-name", "mine") == 0
+    assert _submit(kubeflow, "--set", "lora.rank=32", "--run-name", "mine", "--compare", "rank8", "rank16") == 0
     (run,) = kubeflow.runs
     assert run["display_name"] == "mine"
     assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-1", "pipeline_version_id": "version-1"}
     assert run["experiment_id"] == "experiment-1"
     assert kubeflow.experiments[0]["display_name"] == "canvastune", "the recipe's experiment"
     parameters = run["runtime_config"]["parameters"]
-    assert set(parameters) == {"recipe", "run_name", "kubeflow_url"}
-    assert parameters["kubeflow_url"] == kubeflow.host, "MLflow's run cannot lead to Kubeflow's"
+    assert set(parameters) == {"recipe", "run_name", "kubeflow_url", "compare"}
+    assert (parameters["kubeflow_url"], parameters["compare"]) == (kubeflow.host, "rank8\nrank16"), "MLflow's run leads to Kubeflow's"
     sent = parse_config(yaml.safe_load(parameters["recipe"]))
     assert sent == load_config(RECIPE, ["lora.rank=32"]), "the cluster would train something else than what was checked here"
     (package,) = kubeflow.called("POST", "/pipelines/upload")
