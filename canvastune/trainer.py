@@ -360,7 +360,7 @@ def _place(device: torch.device, ranks: int) -> dict[str, Any]:
 def _in_words(place: dict[str, Any]) -> str:
     if "device_name" in place:
         return f"{place['ranks']} x {place['device_name']}"
-    return f"{place['ranks']} CPU processes, {place['threads']} threads each"
+    return f"{place['ranks']} x CPU, threads of each: {place['threads']}"
 
 
 def _peak_memory(device: torch.device) -> int:

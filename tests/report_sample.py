@@ -39,7 +39,7 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
         records.append({"kind": "event", "step": step, "time": now, "event": event, "detail": detail, **more})
 
     place = {"ranks": 2, "device": "cpu", "threads": 1}
-    tell(0, "started", "on 2 CPU processes, 1 threads each", **place)
+    tell(0, "started", "on 2 x CPU, threads of each: 1", **place)
     validate(0)
     for step in range(1, steps + 1):
         seconds = 0.42 + abs(draw.gauss(0, 0.03)) + (0.5 if step in (1, 148) else 0)

@@ -247,6 +247,7 @@ def test_a_run_leaves_a_model_a_report_and_its_figures(runs: Runs) -> None:
     assert json.loads((folder / "model" / "merge_proof.json").read_text())["passed"] is True
     report = folder / "report" / "report.html"
     assert report.stat().st_size > 10_000
+    assert '<th scope="row">train</th>' in report.read_text(), "what made the weights is not told"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_loss_last"] < summary["validation_loss_first"]
     assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, "the end does not say where the report is"

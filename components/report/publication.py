@@ -48,7 +48,7 @@ def publish(
         _keep(made, run_folder / name)
     if not out.exists():
         merge = tuned if (tuned / "merge_proof.json").is_file() else None
-        run = replace(find_run(run_folder), config=config, metrics=metrics, data=data, plan=plan, evaluation=evaluation, merge=merge)
+        run = replace(find_run(run_folder), config=config, data=data, plan=plan, evaluation=evaluation, merge=merge)
         write_report(run, out, _still_there(compare))
     summary = summarize(metrics, evaluation)
     (run_folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
