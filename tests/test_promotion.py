@@ -66,8 +66,8 @@ def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
     runs = Runs(workspace, "best")
     assert runs(0.5, 0.4) == "not promoted: exact match 40.0% is below the base's 50.0%"
     assert runs.aliases() == {"candidate": 1}
-    assert runs(0.5, 0.5) == "champion: the first one, exact match 50.0%, the base has 50.0%"
-    assert runs(0.5, 0.75) == "champion: exact match 75.0%, version 2 before it has 50.0%"
+    assert runs(0.5, 0.5) == "promoted to champion: the first one, exact match 50.0%, the base has 50.0%"
+    assert runs(0.5, 0.75) == "promoted to champion: exact match 75.0%, version 2 before it has 50.0%"
     assert runs(0.5, 0.75) == "not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion"
     assert runs(0.5, 0.7) == "not promoted: exact match 70.0% is below the 75.0% of version 3, the champion"
     for other in ({"asked": "other rows"}, {"answer_pattern": "(..)"}, {"max_new_tokens": 32}):
@@ -107,7 +107,7 @@ def test_a_step_that_was_killed_while_it_judged_is_judged_again(workspace: Path,
     (version,) = runs.client.search_model_versions(f"name = '{runs.name}'")
     with pytest.raises(KeyboardInterrupt):
         promote(_Stopping(runs.client, killed_at), runs.name, version, score_of(evaluation(0.5, 0.6)), "better")  # type: ignore[arg-type]
-    assert runs.judge(run, 0.5, 0.6).startswith("champion: ")
+    assert runs.judge(run, 0.5, 0.6).startswith("promoted to champion: ")
     assert runs.aliases() == {"candidate": 1, "champion": 1}
 
 
@@ -134,7 +134,7 @@ def test_of_two_runs_that_are_judged_at_the_same_time_the_better_one_wins(
         "better",
     )
     assert runs.aliases()["champion"] == champion
-    assert mine_said.startswith("champion: ") == (champion == 1)
+    assert mine_said.startswith("promoted to champion: ") == (champion == 1)
 
 
 class _Stopping:

@@ -84,6 +84,7 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     tags = {"canvastune.pipeline_url": "https://kubeflow.example/#/runs/details/1"}
     parent = tracking.start(run, tags)
     assert parent
+    assert client_of(workspace).get_experiment("1").tags["mlflow.experimentKind"] == "custom_model_development"
     assert tracking.start(run) == parent
     assert tracking.start(replace(run, job="another")) != parent
     found = client_of(workspace).get_run(parent)
@@ -139,7 +140,7 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Pa
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}], "the page shows no table"
     table = json.loads((workspace / "mlartifacts" / run_id / "artifacts" / "answers.json").read_text())
     assert table == {"columns": ["id", "after"], "data": [["a", "<b>4</b>"], ["b", "5"]]}, "a second attempt replaces the table"
-    assert [model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")] == ["tiny_lora-adapter"]
+    assert [model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")] == ["steps-adapter"]
     assert not (started.folder / "unsent").exists(), "something waits although MLflow was there"
 
 
@@ -162,6 +163,8 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
     found = [client.search_logged_models(["1"], f"source_run_id = '{nested.info.run_id}'") for nested in _nested(client, parent)]
     logged = {model.model_type: model for each in found for model in each}
     assert sorted(logged) == ["adapter", "merged"]
+    linked = client.get_run(parent).outputs.model_outputs
+    assert sorted(output.model_id for output in linked) == sorted(model.model_id for model in logged.values()), "the run names no model"
     for model in logged.values():
         assert {(metric.key, metric.value) for metric in model.metrics} == {("eval/exact_match_after", 0.75), ("val/loss_last", 1.5)}
         assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("openai/gsm8k", "cd" * 8)}

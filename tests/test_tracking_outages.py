@@ -126,7 +126,15 @@ def seen(uri: str, name: str) -> dict[str, Any]:
             "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
             "data": sorted((each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs),
             "judged": len(client.get_run(run.info.run_id).inputs.model_inputs),  # a search does not load them
-            "models": [(m.name, m.status, sorted((f.key, f.value, f.dataset_name) for f in m.metrics)) for m in models],
+            "models": [
+                (
+                    m.name.replace(name, "N"),
+                    m.status,
+                    m.tags["mlflow.note.content"],
+                    sorted((f.key, f.value, f.dataset_name) for f in m.metrics),
+                )
+                for m in models
+            ],
         }
     registered = client.get_registered_model(name)
     return found | {"aliases": {alias: str(version) for alias, version in registered.aliases.items()}}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canvastune.config import RunConfig
+from canvastune.tracking.ids import PipelineRun
 from canvastune.tracking.server import load_mlflow, log
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ _ABOUT = f"""DiffusionGemma models tuned by Canvastune, each version with the ru
 - `{CHAMPION}`: the best so far on the same held-out rows. A version says in its description why it is or is not."""
 
 
-def log_model(client: MlflowClient, run_id: str, config: RunConfig, folder: Path, kind: str) -> LoggedModel:
-    """Log a folder of weights as a LoggedModel of a run, once; above 200 MB as its path, its size and its small files.
+def log_model(client: MlflowClient, run_id: str, pipeline_run: PipelineRun, folder: Path, kind: str) -> LoggedModel:
+    """Log a folder of weights as a LoggedModel of a step's run, once; above 200 MB as its path, its size and its small files.
 
     Args:
         kind: "adapter", "merged" or "full".
     """
-    name = f"{config.name}-{kind}"
+    config, name = pipeline_run.config, f"{pipeline_run.folder.name.replace('.', '_')}-{kind}"  # MLflow takes no dot
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{name}'")
     for earlier in found:
@@ -74,8 +74,7 @@ def register(client: MlflowClient, uri: str, name: str, model: LoggedModel) -> M
     if version is None:
         mlflow = load_mlflow()
         mlflow.set_tracking_uri(uri)  # models:/<id> is looked up in the process's default store, whatever client asks
-        tags = {key: value for key, value in model.tags.items() if key.startswith("canvastune.")}
-        version = mlflow.register_model(f"models:/{model.model_id}", name, await_registration_for=_REGISTRATION_SECONDS, tags=tags)
+        version = mlflow.register_model(f"models:/{model.model_id}", name, await_registration_for=_REGISTRATION_SECONDS)
         if not client.get_registered_model(name).description:
             client.update_registered_model(name, _ABOUT)
     newest = with_alias(client, name, CANDIDATE)

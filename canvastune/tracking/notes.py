@@ -18,7 +18,9 @@ STEPS = {
     "evaluate": "Held-out rows answered by the base and by the tuned model.",
     "report": "One page with the curves, the answers and the figures.",
 }
-_AGAIN = """`config.yaml`, a file of this run, is the whole recipe:
+_AGAIN = """**Again**
+
+`config.yaml`, a file of this run, is the whole recipe:
 
 ```sh
 canvastune run config.yaml      # on this machine
@@ -56,7 +58,7 @@ def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], eval
         **{name: _code(path) for name, path in (weights if config.train.method == "lora" else {"model": folder / "train/model"}).items()},
         "checkpoints": _code(folder / "train/checkpoints"),
     }
-    return f"{judged(evaluation)}\n\n{_what(config)}\n\n{table}\n\n{_table(_about(config, folder) | places)}\n\n{_AGAIN}"
+    return f"{judged(evaluation)}\n\n{_what(config)}\n\n{table}\n\n**Where**\n\n{_table(_about(config, folder) | places)}\n\n{_AGAIN}"
 
 
 def judged(evaluation: Mapping[str, Any]) -> str:

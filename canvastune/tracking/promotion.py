@@ -62,11 +62,11 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score: Score 
         return "not promoted: no held-out row was scored"
     champion = with_alias(client, name, CHAMPION)
     if champion is not None and champion.version == version.version:
-        reason = f"{CHAMPION}: exact match {score.after:.1%}"  # the step was repeated
+        reason = f"promoted to {CHAMPION}: exact match {score.after:.1%}"  # the step was repeated
     elif champion is None:
         if score.after < score.before:
             return f"not promoted: exact match {score.after:.1%} is below the base's {score.before:.1%}"
-        reason = f"{CHAMPION}: the first one, exact match {score.after:.1%}, the base has {score.before:.1%}"
+        reason = f"promoted to {CHAMPION}: the first one, exact match {score.after:.1%}, the base has {score.before:.1%}"
     else:
         if champion.tags.get(_ROWS) != score.evaluation:
             return (
@@ -77,7 +77,7 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score: Score 
         if _rounded(score.after) <= best:
             how = "is no better than" if _rounded(score.after) == best else "is below"
             return f"not promoted: exact match {score.after:.1%} {how} the {best:.1%} of version {champion.version}, the {CHAMPION}"
-        reason = f"{CHAMPION}: exact match {score.after:.1%}, version {champion.version} before it has {best:.1%}"
+        reason = f"promoted to {CHAMPION}: exact match {score.after:.1%}, version {champion.version} before it has {best:.1%}"
     return _claim(client, name, version, score) or reason
 
 

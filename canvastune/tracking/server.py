@@ -38,6 +38,7 @@ _BOUNDS = {
 # MLflow's words for a call that is refused whenever it comes, and for a client that is. All else passes: a lost connection, 429, 5xx.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND", "INVALID_STATE")
 _CLOSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
+_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # which of its pages MLflow shows: not those for agents
 _TALKATIVE = (
     "mlflow.store.db.utils",
     "mlflow.store.model_registry.abstract_store",
@@ -154,7 +155,7 @@ class Server:
             found = client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    return client.create_experiment(name, artifact_location=self._artifact_location())
+                    return client.create_experiment(name, self._artifact_location(), _MODEL_TRAINING)
                 except load_mlflow().MlflowException as error:
                     found = client.get_experiment_by_name(name)
                     if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":

@@ -57,7 +57,7 @@ class Teller:
 
     def _log_model(self, client: MlflowClient, run_id: str, entry: Entry) -> None:
         kind = entry.what["kind"]
-        model = log_model(client, run_id, self._config, Path(entry.what["path"]), kind)
+        model = log_model(client, run_id, self._ids.run, Path(entry.what["path"]), kind)
         name = self._config.tracking.registered_model
         if name and kind != "adapter":
             register(client, self._ids.server.uri, name, model)
@@ -75,16 +75,20 @@ class Teller:
         """The figures that pipeline runs are compared by, on the parent; and on its models, linked with the data set."""
         values, dataset = entry.what["values"], entry.what["dataset"]
         client.log_batch(run_id, metrics=list(_metrics(values, entry.time)))
-        for model in self._models(client):
+        models = self._models(client)
+        client.log_outputs(run_id, [load_mlflow().entities.LoggedModelOutput(model.model_id, 0) for model in models])
+        for model in models:
             client.log_batch(run_id, metrics=list(_metrics(values, entry.time, model_id=model.model_id, **dataset)))
 
     def _promote(self, client: MlflowClient, run_id: str, entry: Entry) -> None:
         """Judge the registered version of this run's model, and write the outcome where people look."""
         name, note = self._config.tracking.registered_model, entry.what["note"]
-        score = Score(**entry.what["score"]) if entry.what["score"] else None
+        score, models = Score(**entry.what["score"]) if entry.what["score"] else None, self._models(client)
+        for model in models:
+            client.set_logged_model_tags(model.model_id, {NOTE: note})
         if not name:
             return
-        for version in filter(None, (version_of(client, name, model) for model in self._models(client))):
+        for version in filter(None, (version_of(client, name, model) for model in models)):
             outcome = promote(client, name, version, score, self._config.tracking.promote)
             said = f"{outcome[0].upper()}{outcome[1:]}."
             client.update_model_version(name, version.version, f"{said}\n\n{note}")
