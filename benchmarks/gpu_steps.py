@@ -21,7 +21,7 @@ from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say
 from benchmarks.plain_step import PlainBatch, plain_loss, plain_twin
 from benchmarks.profile import costs_table, largest_costs
-from benchmarks.step import Shape, made_examples, needed_flops
+from benchmarks.step import Shape, made_examples
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.batches import PackedBatch, pack
 from canvastune.model.attention import PACKINGS
@@ -29,6 +29,7 @@ from canvastune.model.load import build_model, load_weights
 from canvastune.model.shared import SharedModel
 from canvastune.objective import losses
 from canvastune.plan.sizes import VISION_KIND, Architecture, read_architecture
+from canvastune.plan.work import needed_flops
 
 LENGTHS, SMALL_LENGTHS = (512, 1024, 2048, 4096), (128, 256)
 EXAMPLES = 2
@@ -127,7 +128,7 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
         sides[name] = lambda batch=batch: plain_step(models.plain, batch)  # type: ignore[misc]
     tried = {name: _tried(name, run, models) for name, run in sides.items()}
     running = {name: run for name, run in sides.items() if isinstance(tried[name], float)}
-    needed = needed_flops(models.architecture, examples, draws)
+    needed = needed_flops(models.architecture, packed)
     tokens = len(packed.clean) + len(packed.canvas)
     memory = {name: extra_memory(run, models.device) for name, run in running.items()}
     seconds = alternate(running, rounds)

@@ -31,9 +31,8 @@ from canvastune.model.load import build_model, load_weights
 from canvastune.model.shared import SharedModel
 from canvastune.noise import Draws, training_draws
 from canvastune.objective import losses
-from canvastune.plan.memory import Step
 from canvastune.plan.sizes import read_architecture
-from canvastune.plan.work import count_flops
+from canvastune.plan.work import needed_flops
 
 THREADS = 2
 GOALS = {"all blocks": (3.0, 4.0), "chosen block": (1.7, 3.0)}  # times faster, times less memory
@@ -148,7 +147,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     seconds = alternate(sides, shape.rounds, settle=True)
     with Flops() as counter:
         sides["ours"]()
-    needed = needed_flops(architecture, examples, draws)
+    needed = needed_flops(architecture, pack(examples, draws))
     result: dict[str, Any] = {
         "about": shape.about,
         "model": shape.model,
@@ -218,25 +217,6 @@ def made_examples(shape: Shape) -> tuple[list[Example], list[Draws]]:
         examples.append(example)
         draws.append(dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0))
     return examples, draws
-
-
-def needed_flops(architecture: Any, examples: list[Example], draws: list[Draws]) -> float:
-    """FLOPs that the batch's loss and gradients need: scored rows and real tokens, nothing computed twice."""
-    total = 0.0
-    for example, draw in zip(examples, draws, strict=True):
-        step = Step(
-            world_size=1,
-            ep=1,
-            micro_batch=1,
-            micro_steps=1,
-            clean=len(example.tokens),
-            canvas=min(example.canvas_length, len(example.tokens) - example.prefix_length - draw.block * example.canvas_length),
-            checkpointing=False,
-            self_conditioning=float(draw.self_condition),
-            chosen_start=example.prefix_length + draw.block * example.canvas_length,
-        )
-        total += count_flops(architecture, step).model
-    return total
 
 
 def described_row(row: dict[str, Any]) -> str:
