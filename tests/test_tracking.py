@@ -15,8 +15,10 @@ import pytest
 from canvastune import tracking
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from canvastune.tracking import models, sending, server
+from canvastune.tracking import models, notes, sending, server
 from canvastune.tracking.server import connect, load_mlflow
+from components.run_folder import RunRecord, write_record
+from pipelines.cli import main
 from tests.tracking_server import prepared, train_record
 
 
@@ -107,6 +109,40 @@ def test_a_run_is_described_from_its_start(workspace: Path) -> None:
     assert note.startswith("LoRA of rank 32 of `google/diffusiongemma-26B-A4B-it` on 'rows\\|of `mine`.jsonl', 800 steps of 8 examples.")
     assert f"| run folder | `{run.folder}` |" in note
     assert "canvastune run config.yaml" in note
+
+
+def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -> None:
+    run = pipeline_run(workspace, "reported")
+    figures = {"val/loss_first": 3.0, "val/loss_last": 1.5, "train/loss_first": 5.3, "train/loss_last": 0.8}
+    found: dict[str, Any] = {"scored": 64, "correct_before": 8, "correct_after": 40, "gained": 33, "lost": 1}
+    found |= {"exact_match_before": 0.125, "exact_match_after": 0.625}
+    note = notes.reported(run.config, run.folder, figures, found)
+    assert note.startswith("**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows).")
+    assert "| exact match on 64 held-out rows (95% interval) | 12.5% (6.5% to 22.8%) | 62.5% (50.3% to 73.3%) |" in note
+    assert "| validation loss | 3.000 | 1.500 |" in note
+    own = {"eval/validation_loss_before": 2.9, "eval/validation_loss_after": 1.4}
+    assert "| validation loss | 2.900 | 1.400 |" in notes.reported(run.config, run.folder, figures | own, found)
+    for place in ("report/report.html", "train/adapter", "model", "train/checkpoints"):
+        assert f"`{run.folder / place}`" in note
+    assert "no held-out row was scored" in notes.reported(run.config, run.folder, figures, {"scored": 0})
+
+
+def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pipeline_run(workspace, "late")
+    write_record(run.folder, RunRecord("job", run.config.model_dump_json(), ""))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    assert tracking.start(run) == ""
+    assert main(["sync", str(run.folder)]) == 1
+    assert "cannot be reached (Connection refused)" in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["sync", str(run.folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"{run.folder}: MLflow at sqlite:///")
+    (found,) = client_of(workspace).search_runs(["1"], "attributes.run_name = 'late'")
+    assert found.data.params["lora.rank"] == "16"
+    assert main(["sync", str(tmp_path)]) == 1
+    assert f"{tmp_path}: not a run's folder: expected run.json in it. Give WORKSPACE/runs/RUN" in capsys.readouterr().err
 
 
 def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Path, tmp_path: Path) -> None:

@@ -44,11 +44,9 @@ def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], eval
     if evaluation.get("scored"):
         named = f"exact match on {evaluation['scored']} held-out rows (95% interval)"
         rows.append((named, _with_interval(evaluation, "before"), _with_interval(evaluation, "after")))
-    for label, before, after in (
-        ("validation loss", "eval/validation_loss_before", "eval/validation_loss_after"),
-        ("validation loss in training, first and last", "val/loss_first", "val/loss_last"),
-        ("training loss, first and last", "train/loss_first", "train/loss_last"),
-    ):
+    judged_loss = ("eval/validation_loss_before", "eval/validation_loss_after")  # of the weights as they are used
+    losses = judged_loss if judged_loss[0] in figures else ("val/loss_first", "val/loss_last")
+    for label, before, after in (("validation loss", *losses), ("training loss, first and last", "train/loss_first", "train/loss_last")):
         if before in figures and after in figures:
             rows.append((label, f"{figures[before]:.3f}", f"{figures[after]:.3f}"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
