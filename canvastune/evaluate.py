@@ -1,4 +1,4 @@
-"""The step `evaluate`: answers to held-out prompts by the base and by the tuned model, with stock `generate()`.
+"""The step `evaluate`: answers to held-out prompts by the base and by the tuned model with stock `generate()`, and their validation loss.
 
 `python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` does it alone.
 """
@@ -6,228 +6,213 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from datasets import load_from_disk
+import transformers
 from transformers import PreTrainedTokenizerBase
 
+from canvastune import __version__
 from canvastune.config import RunConfig, load_config
+from canvastune.data.batches import Example
 from canvastune.data.tokenizer import load_tokenizer
 from canvastune.errors import UserError
+from canvastune.evaluation.answers import answer
+from canvastune.evaluation.journal import Journal
+from canvastune.evaluation.judge import SIDES, compile_pattern, find_answer, is_right, score
+from canvastune.evaluation.questions import Question, batches_of, choose_questions, digest_of
+from canvastune.evaluation.validation import denoise, held_out_examples, mean_losses
+from canvastune.model.load import read_model_config
 from canvastune.model.source import resolve_model
 from canvastune.model.stock import load_stock
-from canvastune.outputs import whole_folder, write_provenance
+from canvastune.outputs import fingerprint, refuse_place, whole_folder, write_provenance
+
+Part = TypeVar("Part")
 
 _PROGRESS_SECONDS = 2.0
 _SHOWN = 3  # answers that are shown at once; all of them are in the report
+_EXAMPLES = 32  # held-out ones that are denoised before the result is written down
+_SETTINGS = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed")  # numbers that were not measured
+_EPILOG = """examples:
+  python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data --tuned runs/merged --output runs/evaluation
+
+The same command again goes on where an interrupted one was.
+
+exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong command line, 130 interrupted, what was done is kept."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """One held-out row as the model is asked."""
+class _Task:
+    """What both models are given."""
 
-    id: str
-    text: str  # the prompt, as a person reads it
-    tokens: list[int]  # the prompt through the chat template, header of the answer's turn included
-    reference: str
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    questions: list[Question]
+    examples: list[Example]
+    common: dict[str, str]  # what every result depends on
+    device: torch.device
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one model said."""
+class _Side:
+    """What became of one model."""
 
-    texts: list[str]  # one per question, in their order
-    tokens: int  # generated over all questions, the one that ends an answer included
-    seconds: float  # of generation alone
-    tokens_per_forward: float  # mean over questions; forwards of the decoder, as `generate` counts them
+    texts: dict[str, str]  # its answers, by the question's id
+    film: list[dict[str, Any]]  # of the answer to the first question
+    figures: dict[str, float]  # for evaluation.json
 
 
-def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) -> dict[str, Any]:
-    """Ask base and tuned model the same held-out questions and write `evaluation.json` and `answers.jsonl` into `out`.
+def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path, journal: Path | None = None) -> dict[str, Any]:
+    """Ask base and tuned model the same held-out questions, measure both losses on the same held-out examples, and write it into `out`.
 
+    `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` how the answer to the first question formed.
     Every batch is denoised from the same seed before and after. Exact match compares what `evaluate.answer_pattern` finds
-    last in the answer and in the reference; rows whose reference holds no such thing are answered and not scored.
+    last in the answer and in the reference; rows whose reference holds no such thing are answered and not scored. The validation
+    loss is training's, of the checkpoints as they stand. One model at a time is in memory.
+
+    An evaluation that was killed goes on where it was, with the same result.
 
     Args:
         dataset: a prepared data set; `evaluate.rows` of its validation split are asked, chosen by their content hash.
         base: checkpoint folder; its tokenizer and chat template serve both models.
         tuned: checkpoint folder of the merged or fully tuned model.
+        journal: file that keeps what is done, and is removed at the end; None: one beside `out`.
 
     Returns:
         What evaluation.json holds.
 
     Raises:
         UserError: no prepared data set, a checkpoint that cannot be loaded, a pattern that is not one or that no reference
-            matches, an `out` that is not empty.
+            matches, an `out` that is not empty, a batch that the device cannot hold, another process that does the same.
     """
-    pattern = _compile(config.evaluate.answer_pattern)
-    with whole_folder(out) as folder:
-        tokenizer = load_tokenizer(base).tokenizer
-        questions = _questions(dataset, tokenizer, config.evaluate.rows)
-        references = [find_answer(pattern, question.reference) for question in questions]
-        if not any(references):
-            example = questions[0].reference[-80:]
-            raise UserError(
-                f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} references of {dataset}; "
-                f"one of them ends with {example!r}. Give a pattern whose group 1 is the answer"
-            )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        sides = {}
-        for side, checkpoint in (("before", base), ("after", tuned)):
-            _say(f"{side}: loading {checkpoint}")
-            sides[side] = _ask(load_stock(checkpoint, device), questions, tokenizer, config, side)
-        answers: list[dict[str, Any]] = [
-            {
-                "id": question.id,
-                "prompt": question.text,
-                "reference": question.reference,
-                **{side: said.texts[row] for side, said in sides.items()},
-                **{f"correct_{side}": _correct(pattern, said.texts[row], references[row]) for side, said in sides.items()},
-            }
-            for row, question in enumerate(questions)
-        ]
-        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        result = _result(config, answers, sides, device)
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
-    for answer in answers[:_SHOWN]:
-        _say(f"asked {_short(answer['prompt'])}, before {_short(answer['before'])}, after {_short(answer['after'])}")
-    _say(f"exact match {result['exact_match_before']:.1%} before, {result['exact_match_after']:.1%} after, {result['scored']} rows: {out}")
+    out = out.absolute()
+    pattern = compile_pattern(config.evaluate.answer_pattern)
+    refuse_place(out)
+    tokenizer = load_tokenizer(base).tokenizer
+    questions = choose_questions(dataset, tokenizer, config.evaluate.rows)
+    references = {question.id: find_answer(pattern, question.reference) for question in questions}
+    if not any(references.values()):
+        example = questions[0].reference[-80:]
+        raise UserError(
+            f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} references of {dataset}; "
+            f"one of them ends with {example!r}. Give a pattern whose group 1 is the answer"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    examples = held_out_examples(dataset, config.train, read_model_config(base))
+    versions = {"canvastune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    task = _Task(config, tokenizer, questions, examples, {"base": fingerprint(base), "device": device.type, **versions}, device)
+    with Journal(journal or out.with_name(f".{out.name}.unfinished.jsonl")) as done:
+        if len(done):
+            _say(f"going on where an earlier attempt was: {done.path}")
+        sides = {side: _measure(task, side, checkpoint, done) for side, checkpoint in zip(SIDES, (base, tuned), strict=True)}
+        answers = [_row(question, sides, pattern, references[question.id]) for question in questions]
+        result = score(answers) | {name: value for said in sides.values() for name, value in said.figures.items()}
+        result |= {"validation_rows": len(examples), "answer_pattern": pattern.pattern, "asked": digest_of(questions)}
+        result |= {name: getattr(config.evaluate, name) for name in _SETTINGS[:-1]} | {"seed": config.seed, "device": device.type}
+        first = questions[0]
+        film = {"id": first.id, "prompt": first.text, "reference": first.reference} | {side: said.film for side, said in sides.items()}
+        with whole_folder(out) as folder:
+            (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            (folder / "film.json").write_text(json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8")
+            with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+            write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
+        done.remove()
+    for row in answers[:_SHOWN]:
+        _say(f"asked {_short(row['prompt'])}, before {_short(row['before'])}, after {_short(row['after'])}")
+    _say(f"{_in_words(result)}: {out}")
     return result
 
 
-def find_answer(pattern: re.Pattern[str], text: str) -> str | None:
-    """Group 1 of the pattern's last match, without thousands separators, dollar sign and full stop (GSM8K's convention); None: no match."""
-    matches = list(pattern.finditer(text))
-    if not matches or matches[-1].group(1) is None:
-        return None
-    return matches[-1].group(1).replace(",", "").replace("$", "").strip().rstrip(".")
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of evaluation.json that were measured: what is shown beside other evaluations'."""
+    return {name: value for name, value in result.items() if isinstance(value, int | float) and name not in _SETTINGS}
 
 
-def _ask(model: Any, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: RunConfig, side: str) -> Answers:
-    """Answer every question with a stock model.
+def _measure(task: _Task, side: str, checkpoint: Path, journal: Journal) -> _Side:
+    """Let one model answer the questions and denoise the examples, as far as the journal does not know of it."""
+    config, settings, levels = task.config, task.config.evaluate, task.config.train.validation_levels
+    common = {**task.common, "side": side, "model": fingerprint(checkpoint)}
+    generation = {"seed": config.seed, "tokens": settings.max_new_tokens, "steps": settings.max_denoising_steps}
+    filmed = task.questions[0].id
 
-    Prompts of a batch are padded on the left, which stock `generate` masks exactly, sliding layers included (a test compares).
-    """
-    stops, pad = _end_tokens(model)
-    device = model.lm_head.weight.device
-    # Of like length together: padding is computed like any other token.
-    order = sorted(range(len(questions)), key=lambda row: (len(questions[row].tokens), questions[row].id))
-    size = config.evaluate.batch_size
-    texts, tokens, forwards = [""] * len(questions), 0, 0.0
-    started = shown = time.monotonic()
-    for at in range(0, len(order), size):
-        rows = order[at : at + size]
-        batch = [questions[row] for row in rows]
-        width = max(len(question.tokens) for question in batch)
-        ids = torch.tensor([[pad] * (width - len(question.tokens)) + question.tokens for question in batch])
-        mask = torch.tensor([[0] * (width - len(question.tokens)) + [1] * len(question.tokens) for question in batch])
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_seed(config.seed, batch))  # `generate` draws from the global generators
-            output = model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=config.evaluate.max_new_tokens,
-                max_denoising_steps=config.evaluate.max_denoising_steps,
-                eos_token_id=stops,
-                pad_token_id=pad,
-            )
-        forwards += float(output.tokens_per_forward.sum())
-        for row, generated in zip(rows, output.sequences[:, width:].tolist(), strict=True):
-            end = next((position for position, token in enumerate(generated) if token in stops), len(generated))
-            texts[row] = str(tokenizer.decode(generated[:end], skip_special_tokens=True)).strip()
-            tokens += min(end + 1, len(generated))
-        done, now = at + len(rows), time.monotonic()
-        if now - shown > _PROGRESS_SECONDS or done == len(order):
-            shown, left = now, round((now - started) / done * (len(order) - done))
-            _say(f"{side}: {done} of {len(order)} rows answered, {left // 60}:{left % 60:02d} left")
-    return Answers(texts, tokens, time.monotonic() - started, forwards / len(questions))
+    @functools.cache
+    def model() -> Any:
+        _say(f"{side}: loading {checkpoint}")
+        return load_stock(checkpoint, task.device)
 
-
-def _questions(dataset: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Question]:
-    folder = dataset / "validation"
-    if not (folder / "state.json").is_file():
-        raise UserError(f"{dataset}: no prepared data set: expected a folder `validation` in it. Give the output of `prepare_data`")
-    rows: Any = load_from_disk(str(folder))
-    # By content hash: the first rows of a file may be all of one kind.
-    chosen = sorted(range(len(rows)), key=rows["id"].__getitem__)[:count]
-    picked = rows.select(chosen)
-    prompts = [json.loads(prompt) for prompt in picked["prompt"]]
-    encoded: Any = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return [
-        Question(id=row["id"], text=_readable(prompt), tokens=list(tokens), reference=row["answer"])
-        for row, prompt, tokens in zip(picked, prompts, encoded["input_ids"], strict=True)
-    ]
-
-
-def _readable(prompt: list[dict[str, str]]) -> str:
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _result(config: RunConfig, answers: list[dict[str, Any]], sides: dict[str, Answers], device: torch.device) -> dict[str, Any]:
-    scored = [answer for answer in answers if answer["correct_before"] is not None]
-    result: dict[str, Any] = {"rows": len(answers), "scored": len(scored)}
-    for side, said in sides.items():
-        correct = sum(answer[f"correct_{side}"] for answer in scored)
-        result |= {
-            f"correct_{side}": correct,
-            f"exact_match_{side}": correct / len(scored),
-            f"tokens_{side}": said.tokens,
-            f"seconds_{side}": said.seconds,
-            f"tokens_per_second_{side}": said.tokens / said.seconds,
-            f"tokens_per_forward_{side}": said.tokens_per_forward,
-        }
-    return result | {
-        "gained": sum(answer["correct_after"] and not answer["correct_before"] for answer in scored),
-        "lost": sum(answer["correct_before"] and not answer["correct_after"] for answer in scored),
-        "answer_pattern": config.evaluate.answer_pattern,
-        "max_new_tokens": config.evaluate.max_new_tokens,
-        "max_denoising_steps": config.evaluate.max_denoising_steps,
-        "seed": config.seed,
-        "device": device.type,
+    answered = _each(
+        batches_of(task.questions, settings.batch_size),
+        lambda batch: {**common, **generation, "filmed": filmed, "asked": [[question.id, question.tokens] for question in batch]},
+        lambda batch: answer(model(), batch, task.tokenizer, settings, config.seed, filmed),
+        journal,
+        f"{side}: {{}} of {{}} rows answered",
+    )
+    denoised = _each(
+        [task.examples[at : at + _EXAMPLES] for at in range(0, len(task.examples), _EXAMPLES)],
+        lambda part: {**common, "levels": levels, "denoised": [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]},
+        lambda part: denoise(model(), part, levels),
+        journal,
+        f"{side}: {{}} of {{}} rows denoised",
+    )
+    tokens, seconds = sum(found["tokens"] for found in answered), sum(found["seconds"] for found in answered)
+    figures = {
+        f"tokens_{side}": tokens,
+        f"seconds_{side}": seconds,
+        f"tokens_per_second_{side}": tokens / seconds,
+        f"tokens_per_forward_{side}": sum(found["tokens_per_forward"] for found in answered) / len(task.questions),
+        **{f"validation_loss_{side}{level}": loss for level, loss in mean_losses(denoised, levels).items()},
     }
+    texts = {name: text for found in answered for name, text in found["texts"].items()}
+    return _Side(texts, next(found["film"] for found in answered if found["film"] is not None), figures)
 
 
-def _correct(pattern: re.Pattern[str], text: str, reference: str | None) -> bool | None:
-    return None if reference is None else find_answer(pattern, text) == reference
+def _each(
+    parts: Sequence[list[Part]],
+    name: Callable[[list[Part]], dict[str, Any]],
+    work: Callable[[list[Part]], dict[str, Any]],
+    journal: Journal,
+    said: str,
+) -> list[dict[str, Any]]:
+    """The result of each part of the work, from the journal or made now and written there; says how far it is, with the time left."""
+    results = []
+    total, done, seconds, shown = sum(map(len, parts)), 0, 0.0, time.monotonic()
+    for part in parts:
+        found = journal.find(name(part))
+        if found is None:
+            found = work(part)
+            journal.keep(name(part), found)
+        results.append(found)
+        done, seconds, now = done + len(part), seconds + found["seconds"], time.monotonic()
+        if now - shown > _PROGRESS_SECONDS or done == total:
+            shown, left = now, round(seconds / done * (total - done))
+            _say(f"{said.format(done, total)}, {left // 60}:{left % 60:02d} left")
+    return results
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"evaluate.answer_pattern: {pattern!r} is not a regular expression ({error}). Correct it") from None
-    if compiled.groups < 1:
-        raise UserError(f"evaluate.answer_pattern: {pattern!r} has no group. Put the answer in parentheses, as in '####\\s*(.+)'")
-    return compiled
+def _row(question: Question, sides: Mapping[str, _Side], pattern: re.Pattern[str], reference: str | None) -> dict[str, Any]:
+    """A line of answers.jsonl."""
+    texts = {side: said.texts[question.id] for side, said in sides.items()}
+    right = {f"correct_{side}": is_right(pattern, text, reference) for side, text in texts.items()}
+    return {"id": question.id, "prompt": question.text, "reference": question.reference, **texts, **right}
 
 
-def _end_tokens(model: Any) -> tuple[list[int], int]:
-    """(tokens that end an answer, the padding token) of a checkpoint: its generation config's, else its configuration's."""
-    stops, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    text = model.config.text_config
-    stops = text.eos_token_id if stops is None else stops
-    pad = text.pad_token_id if pad is None else pad
-    return stops if isinstance(stops, list) else [stops], pad or 0
-
-
-def _seed(seed: int, batch: Sequence[Question]) -> int:
-    """A seed for a batch, from the run's seed and the rows in it: the same before and after."""
-    # 32 bits: torch's CPU generator ignores the rest.
-    digest = hashlib.blake2b("\0".join([str(seed), *(question.id for question in batch)]).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
+def _in_words(result: Mapping[str, Any]) -> str:
+    shares = [
+        f"{result[f'exact_match_{side}']:.1%} [{result[f'exact_match_{side}_low']:.1%}, {result[f'exact_match_{side}_high']:.1%}] {side}"
+        for side in SIDES
+    ]
+    paired = f"{result['gained']} gained, {result['lost']} lost, p = {result['p_value']:.2g}: {result['verdict']}"
+    losses = f"validation loss {result['validation_loss_before']:.3f} before, {result['validation_loss_after']:.3f} after"
+    return f"exact match {', '.join(shares)}, {result['scored']} rows; {paired}; {losses}"
 
 
 def _short(text: str) -> str:
@@ -240,13 +225,8 @@ def _say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate once; 1 and a line of words where that cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m canvastune.evaluate", description="Answer held-out rows before and after tuning.")
-    parser.add_argument("-c", "--config", required=True, type=Path, metavar="RECIPE", help="the run's recipe")
-    parser.add_argument("--data", required=True, type=Path, help="prepared data, as `canvastune prepare` leaves it")
-    parser.add_argument("--tuned", required=True, type=Path, metavar="MODEL", help="folder of the merged or fully tuned model")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets evaluation.json and answers.jsonl")
-    options = parser.parse_args(arguments)
+    """Evaluate once; 1 and a line of words where that cannot be, 130 on Ctrl-C."""
+    options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config)
         evaluate(config, options.data, resolve_model(config.model), options.tuned, options.output)
@@ -254,8 +234,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"canvastune: error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
+        _say("interrupted; what was done is kept, and the same command goes on")
         return 130
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "canvastune.evaluate",
+        description="Answer held-out rows before and after tuning.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-c", "--config", required=True, type=Path, metavar="RECIPE", help="the run's recipe")
+    parser.add_argument("--data", required=True, type=Path, help="prepared data, as `canvastune prepare` leaves it")
+    parser.add_argument("--tuned", required=True, type=Path, metavar="MODEL", help="folder of the merged or fully tuned model")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets evaluation.json, answers.jsonl and film.json")
+    return parser
 
 
 if __name__ == "__main__":

@@ -32,15 +32,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         UserError: `out` already holds something: nothing that was there is overwritten; a place that cannot be written, a full disk.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty. Give another output folder, or move this one away")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.filename}: {error.strerror}). Give a place where you may write") from None
+    partial = _begin(out)
     try:
         yield partial
         sync_tree(partial)
@@ -56,6 +48,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 f"{out}: not written ({reason}), and what was begun is gone. Make room, or give a place on another disk"
             ) from None
         raise
+
+
+def refuse_place(out: Path) -> None:
+    """Refuse now what `whole_folder` would refuse when long work is done. Raises: UserError, see there."""
+    _begin(out.absolute()).rmdir()
 
 
 def write_provenance(folder: Path, step: str, config: RunConfig, inputs: Mapping[str, Path]) -> None:
@@ -109,6 +106,19 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _begin(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists and is not empty. Give another output folder, or move this one away")
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.filename}: {error.strerror}). Give a place where you may write") from None
+    return partial
 
 
 def _feed(digest: hashlib._Hash, file: Path) -> None:

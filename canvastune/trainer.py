@@ -17,7 +17,7 @@ from torch import nn
 
 from canvastune.checkpoints import Checkpoints
 from canvastune.config import OptimizerConfig, RunConfig
-from canvastune.data.batches import PackedBatch, PreparedData, pack
+from canvastune.data.batches import PackedBatch, PreparedData, pack, rows_to_validate
 from canvastune.errors import UserError
 from canvastune.model.shared import SharedModel
 from canvastune.objective import Weights, losses
@@ -177,9 +177,7 @@ class Trainer:
         """
         started = time.perf_counter()
         levels = self.config.train.validation_levels
-        rows = self.data.validation_rows
-        if self.config.train.validation_batches is not None:
-            rows = min(rows, self.config.train.validation_batches * self.config.train.global_batch_size)
+        rows = rows_to_validate(self.data.validation_rows, self.config.train)
         sums = torch.zeros(len(levels) + 1, 2, device=self.device)  # last row: autoregressive
         stride = self.world_size * self.micro_batch_size
         for start in range(0, rows, stride):

@@ -19,7 +19,7 @@ _STEPS = (
     ("prepare_data", r"canvastune/data/(?!batches)"),
     ("train", r"canvastune/(train|trainer|checkpoints|ranks|model/lora|data/batches)\.py|components/train/"),
     ("merge_lora", r"canvastune/(merge|model/)"),
-    ("evaluate and report", r"canvastune/(evaluate|tracking|report)"),
+    ("evaluate and report", r"canvastune/(evaluat|tracking|report)"),
     ("Runs and their folders", r"components/(resolve|run_folder|report|finish)"),
     ("Jobs on a cluster", r"components/jobs/"),
     ("Kubeflow: submit and upload", r"pipelines/"),

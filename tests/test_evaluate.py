@@ -1,30 +1,36 @@
-"""Answers before and after: the model is asked as a user would ask it, and the counts are those of the answers."""
+"""The step: the counts are those of the answers, nothing is done twice, and what a killed process did is kept."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, load_from_disk
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSampler
 
 from canvastune import evaluate as step
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.prepare import prepare_data
 from canvastune.data.tokenizer import load_tokenizer
 from canvastune.errors import UserError
-from canvastune.evaluate import Answers, Question, evaluate, find_answer
+from canvastune.evaluate import evaluate, main, measured
+from canvastune.evaluation.questions import Question, choose_questions
 from canvastune.model.checkpoint_files import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.model.stock import load_stock
+from canvastune.statistics import mcnemar, wilson
 from canvastune.tiny import write_problems
-from tests.small import CANVAS, VOCABULARY, WINDOW, stock_model, write_checkpoint
 
-GSM8K = re.compile(r"####\s*(-?[\d.,]+)")
+TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
 
 
 def recipe(problems: Path, **evaluation: Any) -> RunConfig:
@@ -47,60 +53,8 @@ def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-class Logits:
-    """A streamer that keeps what every denoising step thought."""
-
-    _takes_logits = True
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def put(self, value: torch.Tensor) -> None: ...
-
-    def end(self) -> None: ...
-
-    def put_draft(self, logits: torch.Tensor) -> None:
-        self.steps.append(logits.clone())
-
-
-def test_prompts_padded_on_the_left_are_answered_as_if_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through stock `generate`, over several canvases, with prompts shorter and longer than the sliding window."""
-    write_checkpoint(tmp_path)
-    model: Any = stock_model(tmp_path)
-    start = torch.randint(0, VOCABULARY, (1, CANVAS), generator=torch.Generator().manual_seed(7))
-
-    def chosen(self: EntropyBoundSampler, batch_size: int, device: torch.device) -> torch.Tensor:
-        return start.expand(batch_size, -1).clone()
-
-    # Chance would fall differently for another batch size: take it out.
-    monkeypatch.setattr(EntropyBoundSampler, "initialize_canvas", chosen)
-    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: probabilities.argmax(-1, keepdim=True))
-    settings: dict[str, Any] = {
-        "max_new_tokens": 4 * CANVAS,
-        "max_denoising_steps": 3,
-        "confidence_threshold": 1e-9,
-        "eos_token_id": VOCABULARY,  # no token has this id, so every canvas is generated
-        "pad_token_id": 0,
-    }
-    lengths = [5, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5]
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(5, VOCABULARY, (length,), generator=generator) for length in lengths]
-    width = max(lengths)
-    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
-    together = Logits()
-    padded = model.generate(ids, attention_mask=mask, streamer=together, **settings).sequences[:, width:]
-    for row, prompt in enumerate(prompts):
-        alone = Logits()
-        expected = model.generate(prompt[None], streamer=alone, **settings).sequences[0, len(prompt) :]
-        assert len(alone.steps) == len(together.steps) == 4 * 3
-        assert torch.equal(padded[row], expected), f"padding changes the answer to a prompt of {len(prompt)} tokens"
-        for found, wanted in zip(together.steps, alone.steps, strict=True):
-            assert float((found[row] - wanted[0]).abs().max()) < 1e-5 * float(wanted.abs().max())
-
-
 def test_prompt_is_the_prefix_that_was_trained_on(prepared: Path, tiny_model: Path) -> None:
-    questions = step._questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
+    questions = choose_questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
     rows: Any = load_from_disk(str(prepared / "validation"))
     prefixes = {row["id"]: row["input_ids"][: row["prefix_length"]] for row in rows}
     assert len(questions) == 6
@@ -113,7 +67,7 @@ def test_rows_are_chosen_by_content_and_not_by_their_place(prepared: Path, tiny_
     backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
     backwards.save_to_disk(str(tmp_path / "validation"))
     tokenizer = load_tokenizer(tiny_model).tokenizer
-    assert step._questions(prepared, tokenizer, 5) == step._questions(tmp_path, tokenizer, 5)
+    assert choose_questions(prepared, tokenizer, 5) == choose_questions(tmp_path, tokenizer, 5)
 
 
 @pytest.fixture(scope="module")
@@ -146,100 +100,199 @@ def test_every_answer_stands_beside_its_question_and_reference(evaluated: Path, 
         assert 0 < result[f"tokens_{side}"] <= 6 * 16
         assert result[f"tokens_per_second_{side}"] == pytest.approx(result[f"tokens_{side}"] / result[f"seconds_{side}"])
         assert 0 < result[f"tokens_per_forward_{side}"] <= 16
-    assert {file.name for file in evaluated.iterdir()} == {"evaluation.json", "answers.jsonl", "config.yaml", "provenance.json"}
+    written = {"evaluation.json", "answers.jsonl", "film.json", "config.yaml", "provenance.json"}
+    assert {file.name for file in evaluated.iterdir()} == written
 
 
-class Parrot:
-    """Stands for a model: `generate` gives each prompt the answer that was laid out for it."""
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], stops: Any) -> None:
-        self.answers = answers
-        self.generation_config = type("Generation", (), {"eos_token_id": stops, "pad_token_id": 0})()
-        self.config = type("Config", (), {"text_config": type("Text", (), {"eos_token_id": 1, "pad_token_id": 0})()})()
-        self.lm_head = torch.nn.Linear(1, 1)
-        self.widths: list[int] = []
-
-    def generate(self, ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
-        said = [self.answers[tuple(row[keep.bool()].tolist())] for row, keep in zip(ids, attention_mask, strict=True)]
-        self.widths.append(ids.shape[1])
-        sequences = torch.cat([ids, torch.tensor([answer + [0] * (12 - len(answer)) for answer in said])], dim=1)
-        return type("Output", (), {"sequences": sequences, "tokens_per_forward": torch.full((len(said),), 2.5)})()
+def test_one_model_has_one_loss_and_one_film(evaluated: Path) -> None:
+    result, film = (json.loads((evaluated / name).read_text()) for name in ("evaluation.json", "film.json"))
+    losses = {
+        name.removeprefix("validation_loss_before"): loss for name, loss in result.items() if name.startswith("validation_loss_before")
+    }
+    assert set(losses) == {"", "_t0.1", "_t0.3", "_t0.5", "_t0.7", "_t0.9"}
+    assert losses == {name: result[f"validation_loss_after{name}"] for name in losses}
+    first = json.loads((evaluated / "answers.jsonl").read_text().splitlines()[0])
+    assert {name: first[name] for name in ("id", "prompt", "reference")} == {name: film[name] for name in ("id", "prompt", "reference")}
+    assert film["before"] == film["after"]
+    assert film["before"]
 
 
-def ask(prepared: Path, tiny_model: Path, problems: Path, answer: str, stops: Any = (1, 106)) -> tuple[Answers, Sequence[Question], Parrot]:
-    tokenizer = load_tokenizer(tiny_model).tokenizer
-    questions = step._questions(prepared, tokenizer, 6)
-    said = {tuple(q.tokens): tokenizer.encode(f"{n}{answer}", add_special_tokens=False) for n, q in enumerate(questions)}
-    parrot = Parrot(said, list(stops) if isinstance(stops, tuple) else stops)
-    return step._ask(parrot, questions, tokenizer, recipe(problems), "before"), questions, parrot
+def pretend(monkeypatch: pytest.MonkeyPatch, answers: Callable[[Question, str], str], interrupted_at: int | None = None) -> list[str]:
+    """Answers laid out beforehand, by question and side, and losses; returns what is asked, as it is asked."""
+    asked: list[str] = []
+    monkeypatch.setattr(step, "load_stock", lambda checkpoint, _: checkpoint.name)
+
+    def answer(model: str, batch: Sequence[Question], *_: Any) -> dict[str, Any]:
+        if len(asked) == interrupted_at:
+            raise KeyboardInterrupt
+        asked.append(f"{model} {' '.join(question.id for question in batch)}")
+        texts = {question.id: answers(question, model) for question in batch}
+        return {"texts": texts, "tokens": 10 * len(batch), "seconds": 0.5, "tokens_per_forward": 2.5 * len(batch), "film": []}
+
+    def denoise(model: str, examples: Sequence[Any], levels: Sequence[float]) -> dict[str, Any]:
+        assert len(levels) == 5
+        asked.append(f"{model} denoises")
+        return {"sums": [10.0, 20.0, 30.0, 40.0, 50.0], "tokens": 10 if model == "base" else 20, "seconds": 0.5}
+
+    monkeypatch.setattr(step, "answer", answer)
+    monkeypatch.setattr(step, "denoise", denoise)
+    return asked
 
 
-def test_answers_come_back_in_the_order_of_their_questions(prepared: Path, tiny_model: Path, problems: Path) -> None:
-    answers, _, parrot = ask(prepared, tiny_model, problems, "=7<turn|>8")
-    assert answers.texts == [f"{n}=7" for n in range(6)], "an answer ends at the end of its turn, and stands beside its own question"
-    assert answers.tokens == 6 * 4
-    assert answers.tokens_per_forward == 2.5
-    assert parrot.widths == sorted(parrot.widths)
-    assert len(parrot.widths) == 2
-
-
-def test_answer_ends_where_the_checkpoint_says(prepared: Path, tiny_model: Path, problems: Path) -> None:
-    for stops in (1, None):  # None: the generation config names none, the model's configuration does
-        answers, _, _ = ask(prepared, tiny_model, problems, "=<eos>9", stops)
-        assert answers.texts[0] == "0="
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("#### 72", "72"),
-        ("16+2=18\n#### 18.", "18"),
-        ("#### 1,234", "1234"),
-        ("#### 5 no\n#### -3", "-3"),
-        ("####12.5", "12.5"),
-        ("seventy-two", None),
-        ("", None),
-    ],
-)
-def test_answer_is_the_last_match_as_gsm8k_writes_numbers(text: str, answer: str | None) -> None:
-    assert find_answer(GSM8K, text) == answer
-
-
-def test_dollar_sign_is_not_part_of_an_answer() -> None:
-    assert find_answer(re.compile("is (.+)"), "It is $1,000.") == "1000"
+@pytest.fixture
+def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints whose names say which is which."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).symlink_to(tiny_model)
+    return tmp_path / "base", tmp_path / "tuned"
 
 
 def test_counts_are_those_of_the_answers(
-    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five right after; two before, one of which is lost."""
-    questions = step._questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
+    questions = choose_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
     right = [question.reference for question in questions]
-    before = [right[0], right[1], "#### 999", "", right[4] + "\n#### 999", "999"]
-    after = [right[0], "#### 999", right[2], right[3], right[4], right[5]]
-    said = iter([Answers(before, 60, 2.0, 1.5), Answers(after, 30, 0.5, 4.0)])
-    monkeypatch.setattr(step, "_ask", lambda *_: next(said))
-    result = evaluate(recipe(problems), prepared, tiny_model, tiny_model, tmp_path / "out")
+    said = {
+        "base": [right[0], right[1], "#### 999", "", right[4] + "\n#### 999", "999"],
+        "tuned": [right[0], "#### 999", right[2], right[3], right[4], right[5]],
+    }
+    pretend(monkeypatch, lambda question, model: said[model][questions.index(question)])
+    result = evaluate(recipe(problems, batch_size=2), prepared, *models, tmp_path / "out")
     assert (result["correct_before"], result["correct_after"], result["scored"]) == (2, 5, 6)
     assert (result["exact_match_before"], result["exact_match_after"]) == (2 / 6, 5 / 6)
-    assert (result["gained"], result["lost"]) == (4, 1)
-    assert (result["tokens_per_second_before"], result["tokens_per_second_after"]) == (30, 60)
-    assert (result["tokens_per_forward_before"], result["tokens_per_forward_after"]) == (1.5, 4)
+    for side, correct in (("before", 2), ("after", 5)):
+        assert (result[f"exact_match_{side}_low"], result[f"exact_match_{side}_high"]) == wilson(correct, 6)
+    assert (result["gained"], result["lost"], result["p_value"], result["verdict"]) == (4, 1, mcnemar(4, 1), "undecided")
+    assert (result["tokens_before"], result["seconds_before"], result["tokens_per_second_before"]) == (60, 1.5, 40)
+    assert result["tokens_per_forward_after"] == 2.5
+    assert (result["validation_loss_before"], result["validation_loss_before_t0.1"], result["validation_loss_after_t0.9"]) == (3, 1, 2.5)
+    shown = measured(result)
+    assert shown["p_value"] == result["p_value"]
+    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & shown.keys(), "a setting is shown as if it were measured"
 
 
 def test_rows_whose_reference_has_no_answer_are_not_scored(
-    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: Any = load_from_disk(str(prepared / "validation"))
     unanswerable = min(rows["id"])
     rows.map(lambda row: {"answer": "I do not know" if row["id"] == unanswerable else row["answer"]}).save_to_disk(
         str(tmp_path / "validation")
     )
-    monkeypatch.setattr(step, "_ask", lambda *_: Answers(["I do not know"] * 6, 6, 1.0, 1.0))
-    result = evaluate(recipe(problems), tmp_path, tiny_model, tiny_model, tmp_path / "out")
+    pretend(monkeypatch, lambda question, _: "I do not know")
+    result = evaluate(recipe(problems), tmp_path, *models, tmp_path / "out")
     assert (result["rows"], result["scored"], result["correct_after"]) == (6, 5, 0)
     first = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
     assert (first["id"], first["correct_before"], first["correct_after"]) == (unanswerable, None, None)
+
+
+def test_an_interrupted_evaluation_asks_the_rest_alone(
+    prepared: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = pretend(monkeypatch, lambda question, _: question.reference, interrupted_at=5)
+    settings = {"rows": 4, "batch_size": 1}
+    config, out = recipe(problems, **settings), tmp_path / "out"
+
+    def attempt(config: RunConfig) -> dict[str, Any]:
+        asked.clear()
+        return evaluate(config, prepared, *models, out)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(config)
+    first = list(asked)
+    assert [words.split()[0] for words in first] == ["base"] * 5
+    assert not out.exists(), "half an evaluation stands where a whole one is looked for"
+    with pytest.raises(KeyboardInterrupt):  # another number of steps, other answers
+        attempt(recipe(problems, **settings, max_denoising_steps=3))
+    assert [words.split()[0] for words in asked] == ["base"] * 4 + ["tuned"]
+    assert asked[:4] == first[:4], "the loss, which does not depend on it, is measured again"
+    asked = pretend(monkeypatch, lambda question, _: question.reference)
+    result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # the judge asks nobody
+    assert [words.split()[0] for words in asked] == ["tuned"] * 5
+    assert (result["scored"], result["correct_before"], result["tokens_before"]) == (4, 4, 40)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}, "working files are left behind"
+    assert "going on where an earlier attempt was" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_nothing_is_lost(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, lambda *_: "", interrupted_at=1)
+    assert main(command(recipe(problems, batch_size=1), prepared, tiny_model, tmp_path)) == 130
+    assert capsys.readouterr().err.endswith("interrupted; what was done is kept, and the same command goes on\n")
+    assert len((tmp_path / ".out.unfinished.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_examples_of_the_help_can_be_given() -> None:
+    examples = [line.split() for line in step._EPILOG.splitlines() if line.startswith("  python -m canvastune.evaluate ")]
+    assert examples
+    for example in examples:
+        assert (Path(__file__).parents[1] / step._parser().parse_args(example[3:]).config).is_file(), example
+
+
+def command(config: RunConfig, prepared: Path, model: Path, folder: Path) -> list[str]:
+    """The options of a command that evaluates a model against itself into `out`."""
+    tree = config.model_dump(mode="json") | {"model": {"id": str(model)}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return ["-c", str(folder / "recipe.yaml"), "--data", str(prepared), "--tuned", str(model), "--output", str(folder / "out")]
+
+
+def test_a_killed_evaluation_ends_as_one_that_was_not(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(problems, rows=5, batch_size=1, max_denoising_steps=16)
+    options, journal = command(config, prepared, tiny_model, tmp_path), tmp_path / ".out.unfinished.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other sums
+    process = subprocess.Popen([sys.executable, "-m", "canvastune.evaluate", *options], env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[1].count("Traceback") == 0
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    done, made = journal.read_bytes().count(b"\n"), []
+
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            made.append(given)
+            return work(*given)
+
+        return run
+
+    monkeypatch.setattr(step, "answer", counted(step.answer))
+    monkeypatch.setattr(step, "denoise", counted(step.denoise))
+    assert main(options) == 0
+    assert 3 <= done <= 11
+    assert len(made) == 2 * (5 + 1) - done, "what was done is done again"
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}, "working files are left behind"
+
+    evaluate(parse_config(yaml.safe_load((tmp_path / "recipe.yaml").read_text())), prepared, tiny_model, tiny_model, tmp_path / "whole")
+    for name in ("answers.jsonl", "film.json", "config.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    found, expected = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "whole"))
+    assert {key: value for key, value in found.items() if key not in TIMES} == {k: v for k, v in expected.items() if k not in TIMES}
+
+
+def test_one_model_at_a_time_is_in_memory(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref] = []
+
+    def load(checkpoint: Path, device: torch.device) -> Any:
+        assert not any(model() for model in loaded), "the base is still there when the tuned model is loaded"
+        model = load_stock(checkpoint, device)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(step, "load_stock", load)
+    evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
+    assert len(loaded) == 2
 
 
 def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(

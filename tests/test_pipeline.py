@@ -88,6 +88,11 @@ def test_exit_task_runs_however_the_run_ended() -> None:
     assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
 
 
+def test_the_evaluation_shows_its_own_figures_in_kubeflow() -> None:
+    (evaluate, _) = [component for name, component in _compiled()["components"].items() if name.startswith("comp-evaluate")]
+    assert evaluate["outputDefinitions"]["artifacts"]["figures"]["artifactType"]["schemaTitle"] == "system.Metrics"
+
+
 def test_every_step_mounts_the_workspace() -> None:
     tree, platforms = yaml.safe_load_all(COMPILED.read_text())
     executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -273,6 +278,11 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     assert parent.data.tags["canvastune.verdict"] in ("better", "worse", "undecided")
     assert "exact match" in parent.data.tags["mlflow.note.content"]
     assert not (_folder(runs.lora) / "unsent").exists()
+    (evaluated,) = [run.data.metrics for run in children if run.info.run_name == "evaluate"]
+    assert evaluated["eval/exact_match_after"] == summary["exact_match_after"]
+    for side, moment in (("before", "first"), ("after", "last")):
+        expected = pytest.approx(summary[f"validation_loss_{moment}"], rel=1e-3)
+        assert evaluated[f"eval/validation_loss_{side}"] == expected, f"the loss {side} is not the one that training saw {moment}"
 
 
 def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 
+from canvastune.config import TrainConfig
 from canvastune.errors import UserError
 from canvastune.noise import Draws, dropout_row_keys, epoch_order, self_conditioning_coin, training_draws, validation_draws
 
@@ -248,12 +249,22 @@ class PreparedData:
             self._order = (epoch, torch.from_numpy(epoch_order(self._seed, epoch, len(self._train))))
         return int(self._order[1][offset])
 
-    def _example(self, row: dict) -> Example:
-        tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
-        if row["complete"]:
-            fill = -(len(tokens) - row["prefix_length"]) % self._canvas_length
-            tokens = torch.cat([tokens, tokens.new_full((fill,), self._eos)])
-        return Example(tokens=tokens, prefix_length=row["prefix_length"], canvas_length=self._canvas_length, id=row["id"])
+    def _example(self, row: dict[str, Any]) -> Example:
+        return example_of(row, self._canvas_length, self._eos)
+
+
+def example_of(row: dict[str, Any], canvas_length: int, eos_token_id: int) -> Example:
+    """A row of a prepared data set with its fill."""
+    tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
+    if row["complete"]:
+        fill = -(len(tokens) - row["prefix_length"]) % canvas_length
+        tokens = torch.cat([tokens, tokens.new_full((fill,), eos_token_id)])
+    return Example(tokens=tokens, prefix_length=row["prefix_length"], canvas_length=canvas_length, id=row["id"])
+
+
+def rows_to_validate(rows: int, train: TrainConfig) -> int:
+    """How many of so many held-out rows, the first ones, a validation takes."""
+    return rows if train.validation_batches is None else min(rows, train.validation_batches * train.global_batch_size)
 
 
 def _open(folder: Path) -> Dataset:

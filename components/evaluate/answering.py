@@ -22,14 +22,15 @@ def answer(config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out:
 
     Args:
         tuned: the tuned model, on the workspace.
-        out: gets evaluation.json and answers.jsonl.
+        run_folder: keeps what an attempt that is killed has done, for the next one.
+        out: gets evaluation.json, answers.jsonl and film.json.
         record: the step's run in MLflow, which is told the job.
 
     Raises:
         UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run`.
     """
     if config.cluster.backend == "local":
-        return evaluate(config, dataset, resolve_model(config.model), tuned, out)
+        return evaluate(config, dataset, resolve_model(config.model), tuned, out, run_folder / ".evaluation.unfinished.jsonl")
     alone = config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),

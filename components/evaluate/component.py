@@ -1,23 +1,33 @@
 """The step `evaluate`: answers to held-out rows by the base and by the tuned model."""
 
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
 from components.definition import component
 
 
 @component
 def evaluate(
-    config: str, run_folder: str, mlflow_run_id: str, dataset: Input[Dataset], tuned: Input[Model], evaluation: Output[Artifact]
+    config: str,
+    run_folder: str,
+    mlflow_run_id: str,
+    dataset: Input[Dataset],
+    tuned: Input[Model],
+    evaluation: Output[Artifact],
+    figures: Output[Metrics],
 ) -> None:
-    """Answer held-out rows before and after, and count what is right."""
-    import json
+    """Answer held-out rows before and after, count what is right, and measure the validation loss of both models."""
     from pathlib import Path
 
+    from canvastune.evaluate import measured
     from components.evaluate.answering import answer
+    from components.evaluate.publication import publish
     from components.step import step
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
-        record.metrics(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out, record))
-        record.table([json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()])
-        record.outputs(out)
+        record.dataset(Path(dataset.path), "evaluation")
+        record.judged_model()
+        found = measured(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out, record))
+        for name, value in found.items():
+            figures.log_metric(name, value)
+        publish(found, out, record)
