@@ -124,8 +124,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             scale = (weights[rows] / total)[:, None]
             scaled = (part * scale).to(table.dtype)
             sums = each.new_zeros(part.shape)
-            for columns, _, terms in tiles:
-                logits_grad = terms.to(table.dtype)
+            for columns in [columns for columns, _, _ in tiles]:
+                logits_grad = whole[columns].to(table.dtype)
                 if need_hidden:
                     _add_product(sums, logits_grad.T, table[columns])
                 if table_grad is not None:
