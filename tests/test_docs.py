@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import types
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,9 +158,19 @@ def _check_recipe(options: Namespace, page: Path) -> None:
 
 
 def _options_of(command: str) -> set[str]:
+    known = _subcommands()
+    assert command in known, f"canvastune {command}: no such command"
+    return {option for action in known[command]._actions for option in action.option_strings}
+
+
+def _subcommands() -> dict[str, ArgumentParser]:
     (choices,) = [action.choices for action in cli._parser()._actions if isinstance(action.choices, dict)]
-    assert command in choices, f"canvastune {command}: no such command"
-    return {option for action in choices[command]._actions for option in action.option_strings}
+    return choices
+
+
+def test_the_readme_has_every_command() -> None:
+    told = re.findall(r"^\| `canvastune ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(told) == sorted(_subcommands())
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
