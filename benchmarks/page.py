@@ -49,8 +49,8 @@ decodes the scored one alone. Same weights, batch and draws. Our gradient differ
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
 *Ours* keeps what the backward pass needs, as the plain step does (`train.activation_checkpointing: false`); *selective* recomputes every
-second layer there, *checkpointed* each of them, a recipe's default. A side's runs are timed in its own steady state: at its turn it runs once before it counts. Timed runs of a side, whose
-median is shown: {_rounds(step)}.
+second layer there, *checkpointed* each of them, a recipe's default. A side's runs are timed in its own steady state: at its turn it runs
+once before it counts. Timed runs of a side, whose median is shown: {_rounds(step)}.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
 |---|---|---|---|---|---|---|

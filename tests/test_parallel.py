@@ -148,8 +148,9 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
     dense.register_forward_hook(lambda *_: events.append("dense"))
     dense.register_full_backward_hook(lambda *_: events.append("dense"))
     with mock.patch.multiple(experts, _exchange=exchanged, _wait=waited):
-        given, draws = (part[dist.get_rank() :: 2] for part in examples_and_draws())
-        loss, _, _ = model.inside(losses, pack(given, draws), (0.1, 0.1), any_coin=False, checkpointing=False)
+        examples, draws = examples_and_draws()
+        mine = slice(dist.get_rank(), None, 2)
+        loss, _, _ = model.inside(losses, pack(examples[mine], draws[mine]), (0.1, 0.1), any_coin=False, checkpointing=False)
         at = len(events)
         loss.backward()
     if dist.get_rank() == 0:
