@@ -152,7 +152,7 @@ class EvaluateConfig(Section):
     """Answers before and after, on held-out rows."""
 
     rows: int = Field(64, ge=1, description="held-out rows that are answered")
-    batch_size: int = Field(16, ge=1, description="rows that are answered at once")
+    batch_size: int = Field(8, ge=1, description="rows that are answered at once")
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
     max_denoising_steps: int = Field(48, ge=1, description="denoising steps of a block, at most")
     answer_pattern: str = Field(
