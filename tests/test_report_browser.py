@@ -64,7 +64,7 @@ class _Tab:
         self.page.mouse.up()
 
     def until(self, condition: str, seconds: float = 20) -> None:
-        """Wait for a JavaScript condition; the page's policy forbids Playwright's own way, which evaluates it in the page again and again."""
+        """Wait for a JavaScript condition; Playwright's own way is to evaluate it within the page, which the page's policy forbids."""
         deadline = time.monotonic() + seconds
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, f"after {seconds} seconds not yet: {condition}"
