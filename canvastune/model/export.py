@@ -53,7 +53,8 @@ def export_adapter(model: SharedModel, config: RunConfig, base: Path, out: Path)
 def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     """The parameter in `dtype` on the first rank's CPU; on others, nothing but its shape (the meta device).
 
-    Part by part, not `full_tensor()`: that takes room for the whole, and for the collective's own copies of it, on every rank.
+    Part by part, from rank to rank, not `full_tensor()`: that takes room for the whole, and for the collective's own copies of it, on
+    every rank.
     """
     data = parameter.detach()
     if not isinstance(data, DTensor):
@@ -66,8 +67,12 @@ def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
         shape, offset = _compute_local_shape_and_global_offset(data.shape, mesh.shape, coordinate, data.placements)
         if not math.prod(shape):
             continue
-        part = data.to_local().to(dtype).contiguous() if rank == own else torch.empty(shape, dtype=dtype, device=data.device)
-        dist.broadcast(part, rank)
         if own == 0:
+            part = data.to_local()
+            if rank != 0:
+                part = torch.empty(shape, dtype=dtype, device=data.device)
+                dist.recv(part, rank)
             whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))] = part.cpu()
+        elif rank == own:
+            dist.send(data.to_local().to(dtype).contiguous(), 0)
     return whole
