@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import alternate, say, write_result
 from benchmarks.planner import Flops
-from benchmarks.scaling import Traffic
 from benchmarks.synthetic_checkpoint import described, write_synthetic
+from benchmarks.traffic import Traffic
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.batches import Example, PackedBatch, pack
 from canvastune.model.attention import Packing

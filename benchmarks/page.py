@@ -36,15 +36,16 @@ def page(
     return f"""# How fast, and how lean
 
 Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]}, {here["threads"]} threads,
-torch {here["torch"]}, {here["date"]}, commit {here["commit"]}). **Nothing here was run on a GPU.**
+torch {here["torch"]}). **Nothing here was run on a GPU.** Each part says at which commit it was measured.
 `python -m benchmarks.page` draws this page from `benchmarks/results/`. What ranks send each other: [scaling](scaling.md); predicted
 against counted FLOPs and memory: [the planner](planner.md).
 
 ## The step
 
-`python -m benchmarks.step`, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's modules called twice, on a
-right-padded batch with dense masks and whole float32 logits: *all blocks* decodes every response block and scores one, *chosen block*
-decodes the scored one alone. Same weights, batch and draws. Our gradient differs from the plain one by at most {worst:.0e} of its norm
+`python -m benchmarks.step`{_at(step)}, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's
+modules called twice, on a right-padded batch with dense masks and whole float32 logits: *all blocks* decodes every response block and
+scores one, *chosen block* decodes the scored one alone. Same weights, batch and draws. Our gradient differs from the plain one by at most
+{worst:.0e} of its norm
 (goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, nothing twice) over the seconds
 times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
 weights and gradients.
@@ -95,9 +96,10 @@ both kinds of attention beside the plain step, utilisation of the card's measure
 
 ## Pass 1, three ways
 
-`python -m benchmarks.first_pass`: a step whose examples are all denoised twice, its pass 1 *before* (on the clean tokens before the block,
-as the engine does) or with keys *reused* (the prefix's keys of pass 2, which then takes clean tokens and canvas apart), over a pass 1
-on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}. Four ranks share two cores: their
+`python -m benchmarks.first_pass`{_at(first_pass)}: a step whose examples are all denoised twice, its pass 1 *before* (on the
+clean tokens before the block, as the engine does) or with keys *reused* (the prefix's keys of pass 2, which then takes clean tokens and
+canvas apart), over a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
+Four ranks share two cores: their
 seconds tell little.
 
 | S, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
@@ -109,7 +111,7 @@ show pass 1 what dropout left of the keys.
 
 ## From 1 to {growth["rows"][-1]["examples"]} examples
 
-`python -m benchmarks.growth`: ragged examples in one forward, checkpointed. Seconds grow as tokens to the power of
+`python -m benchmarks.growth`{_at(growth)}: ragged examples in one forward, checkpointed. Seconds grow as tokens to the power of
 {growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
 between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB anew).
 
@@ -121,13 +123,13 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 
 | what | measured | goal |
 |---|---|---|
-| `benchmarks.data`: rows per second over `datasets.map`, a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
+| `benchmarks.data`{_at(data)}: rows per second over `datasets.map`, a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
 | the same with the chat template on both sides | {_templated(data)} | |
 | two processes over two | {data["two_processes"]["ratio"]:.2f}x | 1x |
 | memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
-| `benchmarks.merge`: speed over a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
+| `benchmarks.merge`{_at(merge)}: speed over a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
-| `benchmarks.pipeline`: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
+| `benchmarks.pipeline`{_at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
 
 `map` renders no chat template and proves nothing; preparation renders each conversation twice, to prove the response's span. The busiest
 rank's work over the mean, GSM8K's lengths, in tokens of both passes:
@@ -136,6 +138,10 @@ rank's work over the mean, GSM8K's lengths, in tokens of both passes:
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
 """
+
+
+def _at(result: dict[str, Any]) -> str:
+    return f" ({result['machine']['commit']}, {result['machine']['date']})"
 
 
 def _step_rows(row: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -22,6 +23,17 @@ class Section(BaseModel):
         if {int, float} & kinds and bool not in kinds and any(isinstance(each, bool) for each in given):
             raise PydanticCustomError("number", "a number, not true or false")
         return value
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of a tree's leaves."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= leaves(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from canvastune.checkpoints import Checkpoints
 from canvastune.config import RunConfig, load_config
-from canvastune.data.batches import PreparedData
+from canvastune.data.batches import PreparedData, filling_token
 from canvastune.data.prepare import prepare_data
 from canvastune.errors import UserError
 from canvastune.layout import check_layout
@@ -93,7 +93,7 @@ def train(
             data,
             canvas_length=model_config.canvas_length,
             vocab_size=text.vocab_size,
-            eos_token_id=_first(text.eos_token_id),
+            eos_token_id=filling_token(text.eos_token_id),
             seed=config.seed,
         )
     )
@@ -225,7 +225,6 @@ def _parser() -> argparse.ArgumentParser:
 def _start_processes() -> RollCall:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    _end_with_the_parent()
     device = _device()
     store, rank, world_size = next(dist.rendezvous("env://"))
     # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
@@ -279,10 +278,6 @@ def _claim(output: Path, export: Path) -> IO[str]:
     if export.exists() and not begun:
         raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
     return lock
-
-
-def _first(value: int | list[int]) -> int:
-    return value[0] if isinstance(value, list) else value
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.tracking import StepRun, step_run
-from canvastune.tracking.runs import Step
+from canvastune.tracking.outbox import Step
 from components.run_folder import tracked
 
 ERROR = "canvastune: error: "  # a failed step's last words begin with this

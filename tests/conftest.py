@@ -11,7 +11,8 @@ import pytest
 from canvastune.tiny import make_tiny_model
 from tests.cluster_stage import Cluster, stage
 from tests.rendered_chart import installed, of_kind
-from tests.small import write_checkpoint
+from tests.small import write_checkpoint, write_middling
+from tests.tracking_server import no_outer_mlflow
 
 _LONGEST = ("test_pipeline", "test_journeys", "test_faults", "test_parallel", "test_checkpoint_files", "test_tracking")
 
@@ -37,12 +38,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a config.json for plans; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("middling")
+    write_middling(folder)
+    return folder
+
+
 @pytest.fixture
 def broken(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to break."""
     for file in checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
+
+
+@pytest.fixture
+def own_mlflow() -> Iterator[None]:
+    """No MLflow but the test's own."""
+    with no_outer_mlflow():
+        yield
 
 
 @pytest.fixture(params=["pytorchjob", "trainjob"])

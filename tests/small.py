@@ -16,6 +16,7 @@ from canvastune.model.shared import SharedModel
 from canvastune.noise import Draws, training_draws
 
 CANVAS, WINDOW, VOCABULARY, EOS = 8, 16, 256, 1
+MIDDLING_CANVAS = 32
 
 
 def model_config() -> DiffusionGemmaConfig:
@@ -123,3 +124,32 @@ def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:5]
     scale = max(float(value.norm()) for value in expected.values())
     return max((float((found[n] - e).norm()) / max(float(e.norm()), 1e-6 * scale), n) for n, e in expected.items())
+
+
+def write_middling(folder: Path) -> None:
+    """A config.json alone, of a model where weights, activations and logits all matter."""
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 64,
+        "num_experts": 16,
+        "top_k_experts": 4,
+        "moe_intermediate_size": 32,
+    }
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=MIDDLING_CANVAS).save_pretrained(folder)

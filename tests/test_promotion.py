@@ -12,11 +12,7 @@ from canvastune.config import parse_config
 from canvastune.tracking.promotion import promote, score_of
 from canvastune.tracking.server import load_mlflow
 
-
-@pytest.fixture(autouse=True)
-def _no_outer_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("own_mlflow")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import KINDS, MODEL, SMALL, Case, collect, lower_bound, make_ground, rank_steps, remote_ranks, weight_share
+from benchmarks.scaling import MODEL, Case, collect, lower_bound, make_ground, rank_steps, remote_ranks, weight_share
+from benchmarks.traffic import KINDS, SMALL
 from canvastune.plan.memory import Step
 from canvastune.plan.sizes import Architecture, LayerShape, Weight, read_architecture
 from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, LAYERS_GATHER, REDUCE, ROOT_GATHER

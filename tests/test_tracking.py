@@ -21,15 +21,11 @@ from components.run_folder import RunRecord, write_record
 from pipelines.cli import main
 from tests.tracking_server import prepared, train_record
 
+pytestmark = pytest.mark.usefixtures("own_mlflow")
+
 
 def config(**branches: Any) -> RunConfig:
     return parse_config({"name": "tiny_lora", "data": {"source": "openai/gsm8k"}, **branches})
-
-
-@pytest.fixture(autouse=True)
-def _no_outer_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

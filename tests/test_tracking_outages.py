@@ -18,17 +18,14 @@ from canvastune.tracking import sending
 from canvastune.tracking import server as server_room
 from canvastune.tracking.promotion import Score
 from canvastune.tracking.server import TrackingError, connect, load_mlflow
-from tests.tracking_server import TrackingServer, prepared, refusing, silent, train_record
+from tests.tracking_server import TrackingServer, no_outer_mlflow, prepared, refusing, silent, train_record
 
-ELSEWHERE = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 STEPS = ("resolve", "prepare_data", "train", "merge_lora", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _impatient(own_mlflow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No MLflow but the test's own, and everything that waits, waits less."""
-    for name in ELSEWHERE:
-        monkeypatch.delenv(name, raising=False)
     load_mlflow()
     connect.cache_clear()  # a problem is said once in a process
     monkeypatch.setattr(server_room, "_AWAY_SECONDS", 0.2)
@@ -145,9 +142,7 @@ def seen(uri: str, name: str) -> dict[str, Any]:
 def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What MLflow holds of a run during which it was there."""
     folder = tmp_path_factory.mktemp("healthy")
-    with pytest.MonkeyPatch.context() as environment:  # what other tests made MLflow write there
-        for name in ELSEWHERE:
-            environment.delenv(name, raising=False)
+    with no_outer_mlflow():
         run = pipeline_run(folder, server.uri, "healthy")
         go_through(run, folder)
         tracking.finish(run, failed=False)

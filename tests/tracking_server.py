@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # MLflow's own application on a small HTTP server: `mlflow server` takes twenty seconds to start on two cores, this takes three.
 _SERVE = """
@@ -85,6 +86,15 @@ class TrackingServer:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+@contextlib.contextmanager
+def no_outer_mlflow() -> Iterator[None]:
+    """No MLflow but a test's own, whatever the environment or an earlier test says; the environment is then as it was."""
+    with mock.patch.dict(os.environ):
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+            os.environ.pop(name, None)
+        yield
 
 
 def train_record(step: int, **values: float) -> dict[str, Any]:

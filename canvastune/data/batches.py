@@ -253,6 +253,11 @@ class PreparedData:
         return example_of(row, self._canvas_length, self._eos)
 
 
+def filling_token(end_tokens: int | list[int]) -> int:
+    """Which of a model's `eos_token_id` fills the last block: the first one."""
+    return end_tokens[0] if isinstance(end_tokens, list) else end_tokens
+
+
 def example_of(row: dict[str, Any], canvas_length: int, eos_token_id: int) -> Example:
     """A row of a prepared data set with its fill."""
     tokens = torch.tensor(row["input_ids"], dtype=torch.int64)

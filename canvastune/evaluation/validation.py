@@ -13,15 +13,14 @@ from datasets import load_from_disk
 from transformers import DiffusionGemmaConfig
 
 from canvastune.config import TrainConfig
-from canvastune.data.batches import Example, example_of, pack, rows_to_validate
+from canvastune.data.batches import Example, example_of, filling_token, pack, rows_to_validate
 from canvastune.noise import validation_draws
 
 
 def held_out_examples(dataset: Path, train: TrainConfig, model: DiffusionGemmaConfig) -> list[Example]:
     """The examples that training validates on, in its order."""
     rows: Any = load_from_disk(str(dataset / "validation"))
-    eos = model.text_config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
+    eos = filling_token(model.text_config.eos_token_id)
     return [example_of(row, model.canvas_length, eos) for row in rows.select(range(rows_to_validate(len(rows), train)))]
 
 

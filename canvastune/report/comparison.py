@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from canvastune.report.curves import Record, series
-from canvastune.report.facts import exact_match, file_in, leaves, median, read_json
+from canvastune.report.facts import exact_match, file_in, median, read_json
 from canvastune.report.run import Run
+from canvastune.section import leaves
 
 _OF_NO_INTEREST = ("name", "tracking.")  # a setting that changes nothing in a run
 

@@ -19,10 +19,11 @@ from canvastune.report import numbers
 from canvastune.report.comparison import differing, figures, named
 from canvastune.report.curves import Chart, Record, charts_of, draw_png, draw_svg, smoothing_span
 from canvastune.report.differences import marked
-from canvastune.report.facts import cost_of, events_of, exact_match, file_in, leaves, plan_rows, read_json, training, warnings_of
+from canvastune.report.facts import cost_of, events_of, exact_match, file_in, plan_rows, read_json, training, warnings_of
 from canvastune.report.film import film_of
 from canvastune.report.interactive import curves_json, policy, script, summary_rows
 from canvastune.report.run import Run
+from canvastune.section import leaves
 from canvastune.tracking import read_metrics
 
 _MOST_ANSWERS = 200  # on the page; the rest is in answers.jsonl

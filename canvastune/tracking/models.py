@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from canvastune.section import leaves
 from canvastune.tracking.ids import PipelineRun
 from canvastune.tracking.server import load_mlflow, log
 
@@ -95,12 +96,6 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
     return None if version is None else client.get_model_version(name, str(version))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
     """Dotted names and texts of a tree's leaves, cut at the length that MLflow takes."""
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)[:_LONGEST_PARAMETER]
-    return flat
+    return {name: str(value)[:_LONGEST_PARAMETER] for name, value in leaves(tree).items()}

@@ -12,14 +12,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from canvastune.tracking.server import Server, TrackingError, log
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-STEPS = ("resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report", "finish")  # in the order of their entries
+Step = Literal["resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report", "finish"]
+STEPS: tuple[Step, ...] = get_args(Step)  # in the order of their entries
 
 
 class Entry(NamedTuple):

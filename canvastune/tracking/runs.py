@@ -8,7 +8,6 @@ import json
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
@@ -17,11 +16,9 @@ from canvastune.config import RunConfig
 from canvastune.tracking import notes
 from canvastune.tracking.contents import StepRun
 from canvastune.tracking.ids import PIPELINE_RUN, PipelineRun, RunIds
-from canvastune.tracking.outbox import STEPS, Outbox
+from canvastune.tracking.outbox import STEPS, Outbox, Step
 from canvastune.tracking.server import connect
 from canvastune.tracking.telling import Teller
-
-Step = Literal["resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report", "finish"]
 
 
 def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
@@ -103,7 +100,7 @@ def log_data(run: PipelineRun | None, dataset: Path) -> None:
         record.note(f"{card['kept']:,} examples of {card['rows_read']:,} rows: {train} to train on, {held_out} held out.")
 
 
-def _open(run: PipelineRun, step: Step | str, own: bool = True) -> tuple[StepRun, Outbox]:
+def _open(run: PipelineRun, step: Step, own: bool = True) -> tuple[StepRun, Outbox]:
     server = connect(run.uri)
     ids = RunIds(server, run, step if own else None)
     outbox = Outbox(run.folder / "unsent", step, server, Teller(ids))
