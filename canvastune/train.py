@@ -35,7 +35,7 @@ from canvastune.outputs import NO_ROOM, fingerprint, write_provenance
 from canvastune.parallel import build_meshes, shard_model
 from canvastune.progress import FORMAT_HELP, FORMATS, TrainingProgress, speak
 from canvastune.ranks import LostRank, RollCall, Watchdog, on_first_rank, together
-from canvastune.tracking import MetricsWriter
+from canvastune.tracking import FindRun, MetricsWriter, PipelineRun, training_run
 from canvastune.trainer import Trainer, export_path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -53,14 +53,14 @@ saved, 4 a rank hangs, which is named. torchrun itself ends with 1 where a rank'
 
 
 def train(
-    config: RunConfig, data: Path | None, output: Path, metrics_run: str | None = None, roll_call: RollCall | None = None
+    config: RunConfig, data: Path | None, output: Path, metrics_run: FindRun | None = None, roll_call: RollCall | None = None
 ) -> dict[str, Any] | None:
     """Train on the ranks of this process group; every rank makes this call.
 
     Args:
         data: a prepared data set; None: prepared below `output`.
         output: gets checkpoints/, metrics.jsonl, adapter/ or model/, and result.json last.
-        metrics_run: the MLflow run that the numbers go to as well; None: only to metrics.jsonl.
+        metrics_run: finds the MLflow run that the numbers go to as well; None: only to metrics.jsonl.
         roll_call: finds the rank that hangs or is gone; None: a hang ends with the process group's timeout.
 
     Returns:
@@ -97,7 +97,7 @@ def train(
             seed=config.seed,
         )
     )
-    metrics = MetricsWriter(output / "metrics.jsonl", run_id=metrics_run) if rank == 0 else None
+    metrics = MetricsWriter(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
     checkpoints = Checkpoints(output / "checkpoints", config, data_print)
     trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         if finished:
             _say(f"already finished: {options.output / 'result.json'} stands. Give another --output to train again")
             return 0
-        result = train(config, options.data, options.output, options.mlflow_run, roll_call)
+        result = train(config, options.data, options.output, _metrics_run(options, config), roll_call)
     except UserError as error:
         _say(f"error: {error}")
         return 1
@@ -218,8 +218,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder that `canvastune prepare` wrote; default: prepared from the recipe's data.source")
     parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
     parser.add_argument("--mlflow-run", help="id of the MLflow run that gets the metrics as well (MLFLOW_TRACKING_URI says where)")
+    parser.add_argument("--mlflow-job", help="the pipeline's job instead: its run is found, or made, once MLflow is there")
     parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
+
+
+def _metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun | None:
+    if options.mlflow_run:
+        return lambda client: str(options.mlflow_run)
+    if options.mlflow_job:
+        return training_run(PipelineRun(config, options.output.absolute().parent, options.mlflow_job))
+    return None
 
 
 def _start_processes() -> RollCall:

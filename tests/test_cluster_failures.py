@@ -237,7 +237,7 @@ def test_data_is_put_on_the_claim_whole_and_passwords_stay_off_the_manifest(
     monkeypatch.setattr(launching, "Api", lambda client, namespace, kind: api(client, namespace, kind, pytorch.clock))
     assert launching.on_the_claim(data, output.parent) == output / "data"
     assert (output / "data" / "train" / "rows.arrow").read_text() == "rows"
-    facts = RunFacts("run-1", output, ("canvastune.train",), mlflow_run="abc", environment=environment)
+    facts = RunFacts("run-1", output, ("canvastune.train",), mlflow=("--mlflow-run", "abc"), environment=environment)
     launching.run(config_of(mount_path=str(tmp_path)), facts, output / "result.json")
     assert "hunter2" not in json.dumps(pytorch.operator.job)
     assert [entry.name for entry in output.iterdir() if entry.name.startswith(".")] == []

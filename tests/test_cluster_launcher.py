@@ -143,7 +143,9 @@ def test_mlflow_that_was_away_makes_no_other_job(pytorch: Cluster) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         pytorch.launch()
     pytorch.launch(
-        facts=RunFacts(FACTS.run_id, FACTS.output, FACTS.module, mlflow_run="abc", environment={"MLFLOW_TRACKING_URI": "http://m"})
+        facts=RunFacts(
+            FACTS.run_id, FACTS.output, FACTS.module, mlflow=("--mlflow-run", "abc"), environment={"MLFLOW_TRACKING_URI": "http://m"}
+        )
     )
     assert "it is taken up" in pytorch.said
 

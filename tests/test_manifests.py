@@ -18,7 +18,7 @@ FACTS = RunFacts(
     run_id="6c9d5e1e-7a0e-4a3e-9f4e-0a3b7a1f9c11",
     output=PurePosixPath("/workspace/runs/a/train"),
     module=("canvastune.train", "-c", "/workspace/runs/a/train/recipe.yaml", "--output", "/workspace/runs/a/train"),
-    mlflow_run="abc",
+    mlflow=("--mlflow-run", "abc"),
     environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
     owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
 )
@@ -194,7 +194,7 @@ def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
         return job["metadata"]["name"]
 
     first = name(config_of(backend))
-    assert first == name(config_of(backend), mlflow_run=None, environment={}), "MLflow, when it is away, makes another job"
+    assert first == name(config_of(backend), mlflow=(), environment={}), "MLflow, when it is away, makes another job"
     assert len({first, name(config_of(backend), run_id="other"), name(config_of(backend, cpu="4"))}) == 3
     long = config_of(backend).model_copy(update={"name": "a" * 50})
     assert len(name(long)) <= 48

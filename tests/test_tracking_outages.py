@@ -275,7 +275,7 @@ def test_a_disk_that_takes_nothing_and_no_server_are_no_error(tmp_path: Path, ca
     with tracking.step_run(run, "train") as record:
         record.metrics({"a": 1.0})
     assert record.run_id is None
-    assert record.environment() == {}
+    assert record.environment() == {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     assert "MLflow will lack metrics of train" in caplog.text
 
 
@@ -294,7 +294,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     client = load_mlflow().MlflowClient(server.uri)
     run_id = client.create_run("0").info.run_id
     cpu = "system/cpu_utilization_percentage"
-    writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run_id=run_id)
+    writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=lambda client: run_id)
     for step in range(1, 11):
         writer.write(train_record(step))
     _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 11)), "metrics are not sent while training")
@@ -312,13 +312,39 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     assert caplog.text.count("cannot be reached") == 1
 
 
+def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    run = pipeline_run(tmp_path, server.uri, "late")
+    server.kill()
+    with tracking.step_run(run, "train") as record:
+        assert record.arguments() == ("--mlflow-job", run.job)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", record.environment()["MLFLOW_TRACKING_URI"])
+        writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=tracking.training_run(run))
+        writer.write(train_record(1))
+        server.start()
+        client = load_mlflow().MlflowClient(server.uri)
+
+        def there() -> list[Any]:
+            experiment = [one.experiment_id for one in client.search_experiments()]
+            (parent,) = client.search_runs(experiment, "attributes.run_name = 'late'") or [None]
+            return list(client.search_runs(experiment, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")) if parent else []
+
+        _until(lambda: [run.data.metrics.get("train/loss") for run in there()] == [1.0], "no curve before the end of training")
+        _until(lambda: "system/cpu_utilization_percentage" in there()[0].data.metrics, "no system metrics")
+        writer.close()
+    (found,) = there()
+    assert (found.info.status, record.run_id) == ("FINISHED", found.info.run_id)
+
+
 def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
     server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = load_mlflow().MlflowClient(server.uri)
     run_id = client.create_run("0").info.run_id
     path = tmp_path / "metrics.jsonl"
-    writer = tracking.MetricsWriter(path, run_id=run_id, uri=server.uri)
+    writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
     writer.write(train_record(1))
     _until(lambda: steps_in(client, run_id, "train/loss") == [1], "metrics are not sent while training")
     server.freeze()
@@ -353,7 +379,7 @@ def test_a_resumed_training_has_each_step_once_in_mlflow_too(
     run_id = client.create_run("0").info.run_id
     path, system = tmp_path / "metrics.jsonl", tmp_path / "system.jsonl"
     for resume_at, last in ((-1, 6), (3, 8)):
-        writer = tracking.MetricsWriter(path, run_id=run_id, uri=server.uri)
+        writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
         writer.resume(resume_at)
         for step in range(max(resume_at, 0) + 1, last + 1):
             writer.write({**train_record(step), "time": time.time()})

@@ -8,10 +8,12 @@ from canvastune.tracking.contents import StepRun
 from canvastune.tracking.ids import PipelineRun
 from canvastune.tracking.metrics import MetricsWriter
 from canvastune.tracking.records import read_metrics
-from canvastune.tracking.runs import finish, log_data, start, step_run, sync
+from canvastune.tracking.runs import finish, log_data, start, step_run, sync, training_run
+from canvastune.tracking.sending import FindRun
 from canvastune.tracking.server import tracking_uri
 
 __all__ = [
+    "FindRun",
     "MetricsWriter",
     "PipelineRun",
     "StepRun",
@@ -22,4 +24,5 @@ __all__ = [
     "step_run",
     "sync",
     "tracking_uri",
+    "training_run",
 ]

@@ -50,8 +50,15 @@ class StepRun:
         return self._ids.known.get("") if self._ids else None
 
     def environment(self) -> dict[str, str]:
-        """Variables for a process that is to log into this run: MLFLOW_TRACKING_URI and MLFLOW_RUN_ID."""
-        return {"MLFLOW_TRACKING_URI": self._ids.server.uri, "MLFLOW_RUN_ID": self.run_id} if self._ids and self.run_id else {}
+        """Variables for a process that is to log into this run: MLFLOW_TRACKING_URI, and MLFLOW_RUN_ID unless MLflow is away."""
+        here = {"MLFLOW_TRACKING_URI": self._ids.server.uri} if self._ids else {}
+        return here | ({"MLFLOW_RUN_ID": self.run_id} if self.run_id else {})
+
+    def arguments(self) -> tuple[str, ...]:
+        """What the trainer is told to log into this run; while MLflow is away, by what it is found there later."""
+        if self.run_id:
+            return "--mlflow-run", self.run_id
+        return ("--mlflow-job", self._ids.run.job) if self._ids else ()
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Log parameters, branches flattened to dotted names. They are immutable: the same values again are no error."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +57,11 @@ class RunIds:
         if step not in self.known:
             self.known[step] = self._nested(client, step, began) if step else self._parent(client, began)
         return self.known[step]
+
+    def later(self, step: str) -> Callable[[MlflowClient], str]:
+        """What finds a step's run, which begins now, once MLflow is there."""
+        began = time.time()
+        return lambda client: self.find(client, step, began)
 
     def existing(self, client: MlflowClient, step: str) -> str | None:
         """The id of a step's run, if it has one."""

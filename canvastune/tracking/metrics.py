@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from canvastune.tracking.records import read_metrics
-from canvastune.tracking.sending import MetricsSender
+from canvastune.tracking.sending import FindRun, MetricsSender
 from canvastune.tracking.server import log
 
 _FACTS_OF_AN_ATTEMPT = ("resumed", "restarted", "damaged_checkpoint")  # events that stay when the steps of their attempt are dropped
@@ -23,22 +23,22 @@ class MetricsWriter:
     away did not get is sent later from there. Use it on rank 0 alone.
     """
 
-    def __init__(self, path: Path, *, run_id: str | None = None, uri: str | None = None) -> None:
+    def __init__(self, path: Path, *, run: FindRun | None = None, uri: str | None = None) -> None:
         """
         Args:
             path: metrics.jsonl; may exist from an interrupted attempt.
-            run_id: MLflow run that gets the numbers; None: the file alone.
+            run: finds the MLflow run that gets the numbers, once MLflow is there; None: the file alone.
             uri: tracking server of that run; None: MLFLOW_TRACKING_URI.
         """
         self.path = path
         self._stream: IO[str] | None = None
         self._sender: MetricsSender | None = None
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if run_id and not uri:
-            log.warning("MLflow run %s gets no metrics: MLFLOW_TRACKING_URI does not say where it is", run_id)
-        elif run_id and uri:
+        if run and not uri:
+            log.warning("MLflow gets no metrics of %s: MLFLOW_TRACKING_URI does not say where it is", path)
+        elif run and uri:
             # Here, not in the thread: importing MLflow takes two seconds, and two threads that import can meet half-made modules.
-            self._sender = MetricsSender(uri, run_id, path)
+            self._sender = MetricsSender(uri, run, path)
 
     def resume(self, step: int) -> int:
         """Drop what an interrupted attempt wrote after `step`, atomically; returns how many records went.

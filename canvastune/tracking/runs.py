@@ -17,6 +17,7 @@ from canvastune.tracking import notes
 from canvastune.tracking.contents import StepRun
 from canvastune.tracking.ids import PIPELINE_RUN, PipelineRun, RunIds
 from canvastune.tracking.outbox import STEPS, Outbox, Step
+from canvastune.tracking.sending import FindRun
 from canvastune.tracking.server import connect
 from canvastune.tracking.telling import Teller
 
@@ -98,6 +99,11 @@ def log_data(run: PipelineRun | None, dataset: Path) -> None:
         record.outputs(dataset)
         train, held_out = (f"{card[split]:,}" for split in ("train", "validation"))
         record.note(f"{card['kept']:,} examples of {card['rows_read']:,} rows: {train} to train on, {held_out} held out.")
+
+
+def training_run(run: PipelineRun) -> FindRun:
+    """What finds the run of the step `train`, for the trainer's own process: MLflow was away when the step began."""
+    return RunIds(connect(run.uri), run).later("train")
 
 
 def _open(run: PipelineRun, step: Step, own: bool = True) -> tuple[StepRun, Outbox]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,9 @@ _BATCH = 1000  # metrics in one request: MLflow's limit
 _PERIOD = 1.0  # seconds between two requests: many quick steps go in one
 _LONGEST_PAUSE = 60.0  # seconds between two attempts at a server that is away
 _MEASUREMENTS = {"train": "train", "validation": "val", "system": "system"}  # kind of record -> prefix of the metric's name
+
+
+FindRun = Callable[["MlflowClient"], str]  # the id of a run, which may have to be made
 
 
 class Point(NamedTuple):
@@ -70,7 +73,7 @@ def send_metrics(run_id: str, metrics_file: Path, *, uri: str, machine: bool = T
         TrackingError: the server is away or refuses. A later call sends the rest.
         UserError: a line that is no record.
     """
-    return MetricsSender(uri, run_id, metrics_file, machine).send_waiting()
+    return MetricsSender(uri, lambda client: run_id, metrics_file, machine).send_waiting()
 
 
 class MetricsSender:
@@ -80,9 +83,10 @@ class MetricsSender:
     first: a server that is away lacks none of them afterwards.
     """
 
-    def __init__(self, uri: str, run_id: str, path: Path, machine: bool = True) -> None:
+    def __init__(self, uri: str, find_run: FindRun, path: Path, machine: bool = True) -> None:
         load_mlflow()
-        self.run_id, self.path = run_id, path
+        self.path = path
+        self._find_run = find_run
         self.sent = 0  # points that reached the server
         self._server: Server = connect(uri)
         self._files = [_Tail(path), _Tail(path.with_name(SYSTEM))] if machine else [_Tail(path)]
@@ -153,11 +157,12 @@ class MetricsSender:
             self._closing.wait(pause)
 
     def _log(self, metrics: list[Any], client: MlflowClient) -> None:
-        client.log_batch(self.run_id, metrics=metrics)
+        client.log_batch(self._find_run(client), metrics=metrics)
 
     def _steps_that_arrived(self, client: MlflowClient) -> dict[str, set[int]]:
-        ours = [key for key in client.get_run(self.run_id).data.metrics if key.partition("/")[0] in _MEASUREMENTS.values()]
-        return {key: {metric.step for metric in client.get_metric_history(self.run_id, key)} for key in ours}
+        run_id = self._find_run(client)
+        ours = [key for key in client.get_run(run_id).data.metrics if key.partition("/")[0] in _MEASUREMENTS.values()]
+        return {key: {metric.step for metric in client.get_metric_history(run_id, key)} for key in ours}
 
 
 class _Tail:

@@ -27,7 +27,7 @@ class RunFacts:
     output: PurePath  # the folder that the processes write
     module: tuple[str, ...]  # what every process runs: a module of the engine and its arguments
     role: Literal["train", "evaluate"] = "train"
-    mlflow_run: str | None = None  # where the processes send their metrics
+    mlflow: tuple[str, ...] = ()  # arguments that name the run that gets their metrics
     environment: Mapping[str, str] = field(default_factory=dict)  # where MLflow is; no secrets
     owner: Mapping[str, Any] | None = None  # owner reference of the Argo workflow; None: not known
 
@@ -50,7 +50,7 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
         return (_pytorchjob if cluster.backend == "pytorchjob" else _trainjob)(config, facts, parts)
 
     # MLflow may be away when a step is tried again: that must not make it another job.
-    print_of = hashlib.sha256(json.dumps(spec(replace(facts, mlflow_run=None, environment={}))).encode()).hexdigest()
+    print_of = hashlib.sha256(json.dumps(spec(replace(facts, mlflow=(), environment={}))).encode()).hexdigest()
     labels = {**own_labels, "kueue.x-k8s.io/queue-name": cluster.queue}
     labels["kueue.x-k8s.io/priority-class"] = cluster.priority_class if cluster.queue else None
     metadata: dict[str, Any] = {
@@ -72,7 +72,7 @@ def job_name(config: RunConfig, facts: RunFacts, spec_hash: str) -> str:
 def command(config: RunConfig, facts: RunFacts) -> list[str]:
     """What every pod runs. The number of nodes and processes and the master's address come from the operator, as PET_* variables."""
     line = ["python", "-m", "torch.distributed.run", f"--shutdown-timeout={config.train.stop_grace}", "--tee=3"]
-    return [*line, "-m", *facts.module, *(("--mlflow-run", facts.mlflow_run) if facts.mlflow_run else ())]
+    return [*line, "-m", *facts.module, *facts.mlflow]
 
 
 def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str, Any]:

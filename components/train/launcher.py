@@ -33,7 +33,7 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
         record.dataset(dataset, "training")
     write_config(config, output / "recipe.yaml")
     if config.cluster.backend == "local":
-        local.run(config, dataset, output, record.run_id, record.environment())
+        local.run(config, dataset, output, record.arguments(), record.environment())
     else:
         record.tags(jobs.run(config, _facts(dataset, output, record), output / "result.json", task))
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
@@ -51,6 +51,6 @@ def _facts(dataset: Path | None, output: Path, record: StepRun) -> RunFacts:
         run_id=run_id_of(output.parent),
         output=output,
         module=("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output), *data),
-        mlflow_run=record.run_id,
+        mlflow=record.arguments(),
         environment=record.environment(),
     )

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,12 +22,12 @@ _FAREWELL = 10  # seconds beyond the ranks' grace in which torchrun itself ends
 _FIRST_RANK = "[default0]:"  # torchrun's mark on what the first rank says; the rest is its own
 
 
-def run(config: RunConfig, dataset: Path | None, output: Path, mlflow_run: str | None, environment: Mapping[str, str]) -> None:
+def run(config: RunConfig, dataset: Path | None, output: Path, mlflow: Sequence[str], environment: Mapping[str, str]) -> None:
     """Train in `parallel.nproc_per_node` processes on this machine, and pass on what the first one says.
 
     Args:
         output: the training run's folder, with the config as recipe.yaml.
-        mlflow_run: id of the run that gets the metrics.
+        mlflow: arguments that name the run that gets the metrics.
         environment: variables that say where MLflow is.
 
     Raises:
@@ -40,7 +40,7 @@ def run(config: RunConfig, dataset: Path | None, output: Path, mlflow_run: str |
     command += [f"--log-dir={logs}", "--redirects=3", "--tee=0:3"]  # every rank's words on disk, the first one's shown as well
     command += ["-m", "canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output)]
     command += ["--data", str(dataset)] if dataset else []
-    command += ["--mlflow-run", mlflow_run] if mlflow_run else []
+    command += mlflow
     # torchrun would set one thread, whatever the machine has.
     everything = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ, **environment}
     own_words: list[str] = []
