@@ -16,10 +16,14 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.tracking import PipelineRun
+
+if TYPE_CHECKING:
+    from kfp.dsl import Model
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,21 @@ def tracked(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> Pipeli
         mlflow_run_id: its run in MLflow; "" if it is not known yet.
     """
     return PipelineRun(config, Path(folder), run_id_of(Path(folder)), mlflow_run_id)
+
+
+def point(artifact: Model, folder: Path) -> None:
+    """Let an artifact stand for a model of the workspace: tens of GB that Kubeflow's object store need not hold.
+
+    The artifact is a file with the folder's path. An address of its own, outside of the object store, is refused by the launcher of
+    the next step.
+    """
+    Path(artifact.path).write_text(json.dumps({"folder": str(folder)}) + "\n", encoding="utf-8")
+    artifact.metadata["folder"] = str(folder)
+
+
+def pointed(artifact: Model) -> Path:
+    """The folder that an artifact stands for."""
+    return Path(json.loads(Path(artifact.path).read_text(encoding="utf-8"))["folder"])
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -291,6 +291,14 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def addresses_outside(artifacts: Path) -> list[str]:
+    """Addresses of artifacts that steps have put outside of the store: a launcher ends the next step that is to read one."""
+    outputs = [json.loads(file.read_text()).get("artifacts", {}) for file in artifacts.rglob("executor_output.json")]
+    addresses = [one["uri"] for made in outputs for group in made.values() for one in group["artifacts"]]
+    assert addresses, f"no artifact in {artifacts}"
+    return [address for address in addresses if not Path(address).is_relative_to(artifacts)]
+
+
 def _tell(record: logging.LogRecord) -> bool:
     """Tell what Kubeflow's local runner says of its tasks."""
     message = re.sub("\x1b\\[[0-9]+m", "", record.getMessage())
@@ -310,6 +318,7 @@ def main() -> int:
     logging.getLogger().addFilter(_tell)
     try:
         run_locally(load_component_from_text(given["pipeline"]), given["arguments"], Path(given["artifacts"]))
+        assert not (outside := addresses_outside(Path(given["artifacts"]))), f"Kubeflow's launcher takes no such address: {outside}"
     except UserError as error:
         print(f"{_TELLS}why {' '.join(str(error).split()).partition(' failed: ')[2]}", flush=True)
         return 1

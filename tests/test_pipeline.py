@@ -21,6 +21,7 @@ from canvastune.outputs import fingerprint
 from canvastune.tiny import write_problems
 from canvastune.tracking import read_metrics
 from components.run_folder import read_record
+from tests.fake_cluster import addresses_outside
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,10 @@ def test_a_run_leaves_a_model_a_report_and_its_figures(runs: Runs) -> None:
     assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, "the end does not say where the report is"
     assert f"mlflow ui --backend-store-uri sqlite:///{runs.workspace / 'mlflow.db'}" in runs.lora.said
     assert "Traceback" not in runs.lora.said
+
+
+def test_no_artifact_has_an_address_that_kubeflow_would_refuse(runs: Runs) -> None:
+    assert addresses_outside(runs.workspace / "kfp") == []
 
 
 def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:

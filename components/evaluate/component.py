@@ -21,13 +21,14 @@ def evaluate(
     from canvastune.evaluate import measured
     from components.evaluate.answering import answer
     from components.evaluate.publication import publish
+    from components.run_folder import pointed
     from components.step import step
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
         record.dataset(Path(dataset.path), "evaluation")
         record.judged_model()
-        found = measured(answer(recipe, Path(dataset.path), Path(tuned.path), Path(run_folder), out, record))
+        found = measured(answer(recipe, Path(dataset.path), pointed(tuned), Path(run_folder), out, record))
         for name, value in found.items():
             figures.log_metric(name, value)
         publish(found, out, record)

@@ -12,11 +12,13 @@ def merge_lora(config: str, run_folder: str, mlflow_run_id: str, adapter: Input[
 
     from canvastune.merge import merge_lora
     from canvastune.model.source import resolve_model
+    from components.run_folder import point
     from components.step import step
 
     with step("merge_lora", config, run_folder, mlflow_run_id) as (recipe, record):
-        merged.uri = str(Path(run_folder) / "model")
-        if not Path(merged.uri).exists():  # a retried step finds the whole model, or none
-            merge_lora(recipe, resolve_model(recipe.model), Path(adapter.path), Path(merged.uri))
-        record.outputs(Path(merged.uri))
-        record.model(Path(merged.uri), "merged")
+        folder = Path(run_folder) / "model"
+        if not folder.exists():  # a retried step finds the whole model, or none
+            merge_lora(recipe, resolve_model(recipe.model), Path(adapter.path), folder)
+        point(merged, folder)
+        record.outputs(folder)
+        record.model(folder, "merged")

@@ -25,13 +25,15 @@ def report(
 
     from components.report.publication import publish
     from components.report.runs import compared_folders
-    from components.run_folder import workspace_of
+    from components.run_folder import pointed, workspace_of
     from components.step import step
 
-    made = {"metrics": metrics, "data": dataset, "plan": plan, "evaluation": evaluation, "tuned": tuned}
+    made = {"metrics": metrics, "data": dataset, "plan": plan, "evaluation": evaluation}
     with step("report", config, run_folder, mlflow_run_id) as (recipe, record):
         others = compared_folders(compare, workspace_of(run_folder))
-        summary = publish(recipe, record, Path(run_folder), **{name: Path(each.path) for name, each in made.items()}, compare=others)
+        summary = publish(
+            recipe, record, Path(run_folder), **{name: Path(each.path) for name, each in made.items()}, tuned=pointed(tuned), compare=others
+        )
         shutil.copy(Path(run_folder) / "report" / "report.html", page.path)
         for name, value in summary.items():
             figures.log_metric(name, value)

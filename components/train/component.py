@@ -28,6 +28,7 @@ def train(
     import shutil
     from pathlib import Path
 
+    from components.run_folder import point
     from components.step import step
     from components.train.launcher import train
 
@@ -36,5 +37,5 @@ def train(
         shutil.copy(Path(run_folder) / "train" / "metrics.jsonl", metrics.path)
         if recipe.train.method == "lora":
             shutil.copytree(weights, trained.path)
-        else:  # tens of GB stay on the workspace: the artifact points to them
-            trained.uri = str(weights)
+        else:
+            point(trained, weights)
