@@ -60,7 +60,7 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None, compare
         record = read_record(folder)
         if record is not None:
             print()
-            finish(str(workspace), folder.name, "", record.job_id, succeeded=False)
+            finish(str(workspace), folder.name, "", record.job_id, "FAILED")
         raise
     _say_what_was_achieved(config, workspace, folder, time.monotonic() - started)
     return folder

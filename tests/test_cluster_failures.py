@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from canvastune.config import parse_config
 from components.finish import closing
 from components.jobs import launcher as launching
 from components.jobs.api import Api
 from components.jobs.launcher import launch
 from components.jobs.manifests import RunFacts
-from components.run_folder import RunRecord, write_record
+from components.run_folder import RunRecord, read_record, write_record
 from tests.cluster_stage import FACTS, HOUR, WORKFLOW, Cluster, config_of
 
 # --- pods that do not start --------------------------------------------------------------------------------------------
@@ -211,8 +212,25 @@ def test_the_exit_task_ends_what_a_run_still_trains(cluster: Cluster, tmp_path: 
     folder = tmp_path / "runs" / "mine"
     for job_id, left in (("another", 1), ("run-1", 0)):
         write_record(folder, RunRecord(job_id, config_of(cluster.backend).model_dump_json(), ""))
-        closing.finish(str(tmp_path), "mine", "", job_id, succeeded=False)
+        closing.finish(str(tmp_path), "mine", "", job_id, "FAILED")
         assert len(cluster.api.all(cluster.operator._plural)) == left
+
+
+@pytest.mark.parametrize(
+    ("state", "well"), [("COMPLETE", True), ("SUCCEEDED", True), ("FAILED", False), ("CANCELED", False), ("RUNNING", False)]
+)
+def test_the_exit_task_knows_the_words_of_a_cluster_and_of_the_local_runner(
+    state: str, well: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(closing.tracking, "finish", lambda run, failed: told.append(failed))
+    folder = tmp_path / "runs" / "mine"
+    config = parse_config({"name": "mine", "data": {"source": "rows.jsonl"}})
+    write_record(folder, RunRecord("job", config.model_dump_json(), ""))
+    closing.finish(str(tmp_path), "mine", "", "job", state)
+    record = read_record(folder)
+    assert record is not None
+    assert (record.finished, told) == (well, [not well])
 
 
 def test_a_finished_training_asks_for_no_job(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

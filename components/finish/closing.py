@@ -12,11 +12,16 @@ from canvastune.tracking.server import connect
 from components.jobs.launcher import withdraw
 from components.run_folder import read_record, run_folder, tracked, write_record
 
+_WELL = ("COMPLETE", "SUCCEEDED")  # how Kubeflow's launcher on a cluster, and its local runner, call tasks that ended well
 
-def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded: bool) -> None:
+
+def finish(workspace: str, run_name: str, job_name: str, job_id: str, state: str) -> None:
     """Mark the run of a pipeline job finished or failed, and end what it still trains on a cluster.
 
     A job that did not get as far as a folder of its own leaves nothing to close.
+
+    Args:
+        state: of the job's other tasks, in Kubeflow's words.
 
     Raises:
         UserError: as `run_folder`.
@@ -25,7 +30,7 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, succeeded:
     record = read_record(folder)
     if record is None or record.job_id != job_id:
         return
-    config = parse_config(record.config)
+    config, succeeded = parse_config(record.config), state in _WELL
     withdraw(config, job_id)
     tracking.finish(tracked(config, folder, record.mlflow_run_id), failed=not succeeded)
     write_record(folder, replace(record, finished=succeeded))

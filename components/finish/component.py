@@ -12,4 +12,4 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, status: Pi
     from components.step import last_words
 
     with last_words():
-        finish(workspace, run_name, job_name, job_id, status.state == "SUCCEEDED")
+        finish(workspace, run_name, job_name, job_id, status.state)
