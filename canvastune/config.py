@@ -229,7 +229,12 @@ class ClusterConfig(Section):
     deadline_hours: float = Field(72, gt=0, le=8760, description="the job is ended after this many hours of running")
     queue_hours: float = Field(24, gt=0, le=8760, description="the job is withdrawn if its pods do not run after this many hours")
     restarts: int = Field(3, ge=0, le=100, description="how often failed pods are started again; they go on from the newest checkpoint")
-    ttl_hours: float | None = Field(24, ge=0, le=8760, description="a finished job is kept for this long; null: until somebody deletes it")
+    ttl_hours: float | None = Field(
+        24,
+        ge=0,
+        le=8760,
+        description="a finished PyTorchJob is kept for this long, a TrainJob not at all; null: until somebody deletes it",
+    )
     runtime: Name | None = Field(
         "canvastune", description="TrainingRuntime of a TrainJob; it also sets scheduler, restarts and PriorityClass"
     )

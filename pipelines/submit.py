@@ -136,7 +136,7 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, addre
         time.sleep(pause)
     say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}", "run", state=run.state.lower())
     if run.state != "SUCCEEDED":
-        raise UserError(_why(run, tasks, address))
+        raise UserError(_why(run, tasks, server.namespace or "kubeflow", address))
 
 
 def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
@@ -248,13 +248,16 @@ def _steps(spec: dict[str, Any]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _why(run: Any, tasks: list[Any], address: str) -> str:
+def _why(run: Any, tasks: list[Any], namespace: str, address: str) -> str:
     failed = [task for task in tasks if task.state == "FAILED"]
     if not failed:
         said = " ".join(run.error.message.split()) if run.error and run.error.message else "no step says why"
         return f"the run {run.state.lower()}: {said}. See {address}"
     first = min(failed, key=lambda task: (task.end_time is None, str(task.end_time)))
-    said = " ".join(first.error.message.split()) if first.error and first.error.message else "its log says why"
+    if first.error and first.error.message:
+        said = " ".join(first.error.message.split())
+    else:  # what a real server says of a step whose container failed
+        said = f"the log says why (kubectl logs -n {namespace} -l pipeline/runid={run.run_id} -c main --tail=-1 | grep error:)"
     return f"step {first.display_name} failed: {said}. See {address}"
 
 

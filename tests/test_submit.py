@@ -218,7 +218,8 @@ def test_wait_ends_with_code_1_and_the_steps_name(
 ) -> None:
     kubeflow.script = [_state("FAILED", _task("plan", "FAILED"))]
     assert _submit(kubeflow, "--wait") == 1
-    assert "step plan failed" in _one_line(capsys)
+    said = _one_line(capsys)
+    assert "step plan failed: the log says why (kubectl logs -n kubeflow -l pipeline/runid=run-1 -c main --tail=-1 | grep error:)" in said
 
 
 def test_ctrl_c_leaves_the_run_alone(kubeflow: FakeKubeflow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
