@@ -86,8 +86,8 @@ def examine(question: Question) -> Iterator[Finding]:
         config, finding = _recipe(question)
         yield finding
     if config is not None:
-        yield from _whole("model", lambda: _model(config))
-        yield from _whole("data", lambda: _data(config))
+        yield from _whole("model", lambda: _model(config, question.host is not None))
+        yield from _whole("data", lambda: _data(config, question.host is not None))
     elif question.recipe is None:
         yield Finding("model, data", "skipped", "no recipe was named", "canvastune doctor RECIPE looks for its model and data too")
     uri = question.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (config.tracking.uri if config else None)
@@ -276,16 +276,16 @@ def _recipe(question: Question) -> tuple[RunConfig | None, Finding]:
     )
 
 
-def _model(config: RunConfig) -> Iterator[Finding]:
+def _model(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     from pipelines.doctor_sources import model
 
-    yield from model(config)
+    yield from model(config, submitted)
 
 
-def _data(config: RunConfig) -> Iterator[Finding]:
+def _data(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     from pipelines.doctor_sources import data
 
-    yield from data(config)
+    yield from data(config, submitted)
 
 
 def _tracking(uri: str | None) -> Iterator[Finding]:

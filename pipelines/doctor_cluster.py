@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,11 @@ def _may(reviews: Any, namespace: str, group: str, resource: str, subresource: s
 
 
 def kubeflow(host: str | None, namespace: str | None, token_file: Path | None) -> Iterator[Finding]:
-    """Kubeflow Pipelines, if an address is given."""
+    """Kubeflow Pipelines, if an address is given.
+
+    Args:
+        namespace: a profile's; where Kubeflow has none, it is that of the checks above alone.
+    """
     if host is None:
         yield Finding("kubeflow", "skipped", "no --host was given")
         return
@@ -138,7 +143,8 @@ def kubeflow(host: str | None, namespace: str | None, token_file: Path | None) -
     from pipelines.server import Server
 
     try:
-        Server(host.partition("/#")[0].rstrip("/"), namespace, token_file).connect()
+        server = Server(host.partition("/#")[0].rstrip("/"), None, token_file)
+        replace(server, namespace=namespace if server.has_profiles() else None).connect()
     except UserError as error:
         yield Finding("kubeflow", "problem", str(error), "mend it as the message says")
     else:

@@ -21,10 +21,14 @@ _LOCAL = (".jsonl", ".json", ".parquet", ".gz")
 _CURE = "check the network, HTTPS_PROXY and HF_ENDPOINT; or give a local copy in {key}"
 
 
-def model(config: RunConfig) -> Iterator[Finding]:
-    """Whether the base model can be had, and whether its weights have room."""
+def model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
+    """Whether the base model can be had, and whether its weights have room.
+
+    Args:
+        submitted: the run is meant for Kubeflow, whatever the recipe says of its backend.
+    """
     place = config.model.id
-    if _in_pods(config, place):
+    if _in_pods(config, place, submitted):
         yield Finding("model", "skipped", f"{place} lies on the workspace volume, which only the pods see")
         return
     info = None
@@ -56,10 +60,10 @@ def model(config: RunConfig) -> Iterator[Finding]:
         yield Finding("model", "ok", found)
 
 
-def data(config: RunConfig) -> Iterator[Finding]:
-    """Whether the data set can be had; of a local one the first row is read."""
+def data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
+    """Whether the data set can be had; of a local one the first row is read. `submitted` as for `model`."""
     place = config.data.source
-    if _in_pods(config, place):
+    if _in_pods(config, place, submitted):
         yield Finding("data", "skipped", f"{place} lies on the workspace volume, which only the pods see")
         return
     path = Path(place).expanduser()
@@ -86,8 +90,12 @@ def data(config: RunConfig) -> Iterator[Finding]:
         yield Finding("data", "ok", f"{path}: can be read")
 
 
-def _in_pods(config: RunConfig, place: str) -> bool:
-    return config.cluster.backend != "local" and Path(place).is_relative_to(config.cluster.mount_path) and not Path(place).exists()
+def _in_pods(config: RunConfig, place: str, submitted: bool) -> bool:
+    return (
+        (submitted or config.cluster.backend != "local")
+        and Path(place).is_relative_to(config.cluster.mount_path)
+        and not Path(place).exists()
+    )
 
 
 def _away(name: str, key: str, place: str, error: Any) -> Finding:

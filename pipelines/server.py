@@ -59,9 +59,7 @@ class Server:
         Raises:
             UserError: nobody answers, somebody else answers, no token or not this one, or no namespace where one is needed.
         """
-        if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
-            raise UserError(f"--host {self.host}: expected an http or https address, for example {_EXAMPLE}")
-        several = self._health().get("multi_user") is True
+        several = self.has_profiles()
         if several and self.namespace is None:
             raise UserError(f"{self.host}: this Kubeflow has a namespace for each team. Say which is yours with --namespace")
         if self.namespace is not None and not several:
@@ -80,6 +78,12 @@ class Server:
                 proxy=urllib.request.getproxies().get(scheme) if proxied else None,
                 ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
             )
+
+    def has_profiles(self) -> bool:
+        """Whether each team has a namespace there. Raises: UserError, as `connect`."""
+        if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
+            raise UserError(f"--host {self.host}: expected an http or https address, for example {_EXAMPLE}")
+        return self._health().get("multi_user") is True
 
     def _health(self) -> dict[str, Any]:
         """What the server says of itself; Kubeflow's own client asks for half a minute, and takes a web page for an answer."""

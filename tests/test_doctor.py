@@ -20,6 +20,7 @@ from pipelines import doctor, doctor_cluster, doctor_sources
 from pipelines.cli import main
 from pipelines.doctor import Finding, Question
 from tests.fake_api_server import FakeApiServer
+from tests.fake_kubeflow import FakeKubeflow
 from tests.rendered_chart import named, render
 
 ROOT = Path(__file__).parents[1]
@@ -284,6 +285,18 @@ def test_cluster_that_is_away_is_a_problem(cluster: Cluster, tmp_path: Path) -> 
     found = _only(doctor_cluster.cluster(None, "local"))
     assert (found.name, found.state) == ("cluster", "problem")
     assert "nobody answers there" in found.found
+
+
+@pytest.mark.parametrize("profiles", [(), ("team-a",)])
+def test_a_namespace_matters_to_kubeflow_only_where_it_has_profiles(profiles: tuple[str, ...]) -> None:
+    with FakeKubeflow(namespaces=profiles) as kubeflow:
+        assert _only(doctor_cluster.kubeflow(kubeflow.host, "team-a", None)).state == "ok"
+
+
+def test_what_lies_on_the_workspace_of_a_cluster_is_not_looked_for_here() -> None:
+    config = parse_config({"name": "a", "model": {"id": "/workspace/tiny"}, "data": {"source": "/workspace/rows.jsonl"}})
+    for check in (doctor_sources.model, doctor_sources.data):
+        assert (_only(check(config)).state, _only(check(config, submitted=True)).state) == ("problem", "skipped")
 
 
 def test_kubeflow_that_is_away_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
