@@ -20,7 +20,7 @@ from canvastune.report.curves import charts_of, smooth, thin, tick
 from canvastune.report.differences import marked
 from canvastune.report.facts import cost_of, exact_match, training, warnings_of
 from canvastune.report.interactive import curves_json, policy
-from canvastune.report.numbers import duration, short
+from canvastune.report.numbers import duration, hours, short
 from canvastune.tracking import read_metrics
 from tests.report_sample import HOSTILE, sample_config, sample_run, write_data, write_evaluation, write_metrics
 
@@ -358,6 +358,7 @@ def test_numbers_are_written_for_people() -> None:
     assert [tick(value) for value in (0, 1.5e-4, 0.25, 12_000, 2.5e6)] == ["0", "1.5e-4", "0.25", "12k", "2.5M"]
     assert [duration(value) for value in (0.25, 41, 192, 7500)] == ["0.25 s", "41 s", "3 min 12 s", "2 h 5 min"]
     assert [short(value) for value in (1.5e-5, 0.8123, 1234.5, 1.23e6)] == ["1.5e-5", "0.812", "1,234", "1.23 M"]
+    assert [hours(value) for value in (0.0071, 0.0826, 12.44)] == ["under 0.01", "0.0826", "12.4"]
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])

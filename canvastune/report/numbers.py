@@ -27,6 +27,11 @@ def short(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def hours(value: float) -> str:
+    """Three figures that count: 0.083, 12.4, 1,230; a hundredth of an hour is nobody's cost."""
+    return short(value) if value >= 0.01 else "under 0.01"
+
+
 def loss(value: float | None) -> str:
     """Three decimals."""
     return ABSENT if value is None else f"{value:.3f}"
@@ -80,6 +85,7 @@ def quantity(value: float | None, unit: str) -> str:
 FILTERS: dict[str, Callable[..., Any]] = {
     "whole": whole,
     "short": short,
+    "hours": hours,
     "loss": loss,
     "percent": percent,
     "chance": chance,
