@@ -192,8 +192,9 @@ def install(cluster: Cluster, namespace: str, values: dict[str, Any]) -> None:
 
 
 def recipe(cluster: Cluster, name: str, steps: int, where: dict[str, Any] | None = None) -> RunConfig:
-    """The tiny recipe of the images' test: two processes; where they run is the release's to say."""
+    """The tiny recipe of the images' test: two processes, in one pod or two; where they run is the release's to say."""
     tree = yaml.safe_load(RECIPE) | {"name": name, "tracking": {"experiment": cluster.name}, "cluster": where or {}}
+    tree["parallel"]["nproc_per_node"] //= tree["cluster"].get("nodes", 1)
     tree["train"] |= {"steps": steps, "validate_every": steps // 2}
     return parse_config(tree | {"hardware": {"accelerator": "cpu", "gpu_memory": 12}})
 
@@ -284,8 +285,10 @@ def check(cluster: Cluster, server: Server, images: dict[str, str], report: Repo
         run_job(cluster, job(cluster, "fill", image, ["sh", "-c", FILL]))
     if report.failed:
         return
-    with report.claim("canvastune submit runs the tiny recipe: prepared, trained by two processes, merged, evaluated, reported"):
-        first = submission.submit(recipe(cluster, "first", 20), server, run_name="first", wait=True).rpartition("/")[2]
+    with report.claim("canvastune submit runs the tiny recipe: prepared, trained by two pods, merged, evaluated, reported"):
+        first = submission.submit(
+            recipe(cluster, "first", 20, {"backend": "pytorchjob", "nodes": 2}), server, run_name="first", wait=True
+        ).rpartition("/")[2]
     if report.failed:  # there is no run to look at
         return
     with report.claim("one PyTorchJob for training and one for the answers succeeded; report and summary are there; MLflow has the run"):

@@ -211,7 +211,7 @@ class FakeCluster(FakeApiServer):
         self.node.name({f"{one}:{port}": to for one in (name, home, f"{home}.svc", f"{home}.svc.cluster.local")})
 
     def _pytorchjob(self, job: dict[str, Any]) -> None:
-        """As the training operator 1.9 does it, with the environment that it gives; there, MASTER_ADDR is the first pod's name."""
+        """As the training operator 1.9 does it for a job without a Master; all pods meet on the loopback, not at the first one's name."""
         name, spec, conditions = job["metadata"]["name"], job["spec"], list[dict[str, str]]()
 
         def become(state: str) -> None:
@@ -222,18 +222,14 @@ class FakeCluster(FakeApiServer):
             self._now(job, conditions=conditions)
 
         become("Created")
-        roles = sorted(spec["pytorchReplicaSpecs"].items())  # Master, Worker
-        replicas = [(role, index, replica["template"]) for role, replica in roles for index in range(replica["replicas"])]
-        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        common = {**master, **{f"PET_{key}": value for key, value in master.items()}, "PYTHONUNBUFFERED": "1"}
-        common |= {"PET_NNODES": str(len(replicas)), "PET_NPROC_PER_NODE": spec["nprocPerNode"]}
-        common["WORLD_SIZE"] = str(len(replicas) * int(spec["nprocPerNode"]))
+        (worker,) = spec["pytorchReplicaSpecs"].values()
+        own = {"PYTHONUNBUFFERED": "1", "PET_NNODES": str(worker["replicas"]), "PET_NPROC_PER_NODE": spec["nprocPerNode"]}
+        own |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(_free_port())}
         pods = []
-        for rank, (role, index, template) in enumerate(replicas):
-            labels = {"job-name": name, "replica-type": role.lower(), "replica-index": str(index)}
+        for index in range(worker["replicas"]):
+            labels = {"job-name": name, "replica-type": "worker", "replica-index": str(index)}
             labels = {f"training.kubeflow.org/{key}": value for key, value in labels.items()}
-            pod = self._made_pod(f"{name}-{role.lower()}-{index}", job, template, labels)
-            pods.append((pod, common | {"PET_NODE_RANK": str(rank), "RANK": str(rank)}))
+            pods.append((self._made_pod(f"{name}-worker-{index}", job, worker["template"], labels), own))
         become("Running")
         codes = list(self._pool.map(lambda one: self._contain(*one), pods))
         become("Failed" if any(codes) else "Succeeded")

@@ -370,15 +370,14 @@ class Operator:
     def _pod_names(self) -> list[str]:
         name, spec = self.job["metadata"]["name"], self.job["spec"]
         if self._is_pytorchjob:
-            workers = spec["pytorchReplicaSpecs"].get("Worker", {}).get("replicas", 0)
-            return [f"{name}-master-0", *(f"{name}-worker-{number}" for number in range(workers))]
+            return [f"{name}-worker-{number}" for number in range(spec["pytorchReplicaSpecs"]["Worker"]["replicas"])]
         return [f"{name}-node-0-{number}" for number in range(spec["trainer"]["numNodes"])]
 
     def _pod(self, name: str, **status: Any) -> None:
         metadata, spec = self.job["metadata"], self.job["spec"]
         if self._is_pytorchjob:
-            template = spec["pytorchReplicaSpecs"]["Master"]["template"]
-            role = {"training.kubeflow.org/replica-type": "master" if name.endswith("master-0") else "worker"}
+            template = spec["pytorchReplicaSpecs"]["Worker"]["template"]
+            role = {"training.kubeflow.org/replica-type": "worker", "training.kubeflow.org/replica-index": name.rsplit("-", 1)[1]}
         else:
             (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
             template = replicated["template"]["spec"]["template"]

@@ -94,7 +94,8 @@ class FakeNode:
         name, spec = pod["metadata"]["name"], pod["spec"]
         for container in [*spec.get("initContainers", []), *spec["containers"]]:
             try:
-                environment, places = self._surroundings(spec, container, self.folder / "pods" / name)
+                labels = pod["metadata"].get("labels", {})
+                environment, places = self._surroundings(spec, container, self.folder / "pods" / name, labels)
                 words = [moved.get(word, word) for word in [*container["command"], *container.get("args", [])]]
                 # Where a pod finds its account's token, its client looks without being told: on this machine it is told.
                 words = [word.replace("load_incluster_config()", "load_kube_config()") for word in words]
@@ -149,7 +150,9 @@ class FakeNode:
             environment["KUBECONFIG"] = str(home / "kubeconfig")
         return environment
 
-    def _surroundings(self, spec: Mapping[str, Any], container: Mapping[str, Any], scratch: Path) -> tuple[dict[str, str], dict[str, str]]:
+    def _surroundings(
+        self, spec: Mapping[str, Any], container: Mapping[str, Any], scratch: Path, labels: Mapping[str, str]
+    ) -> tuple[dict[str, str], dict[str, str]]:
         """Environment of a container, and where its mounts are on this machine. Raises: KeyError, AssertionError, it cannot start so."""
         volumes, places = {volume["name"]: volume for volume in spec.get("volumes", ())}, dict[str, str]()
         for mount in container.get("volumeMounts", ()):
@@ -168,7 +171,11 @@ class FakeNode:
         assert account is None or account in self._objects("ServiceAccount"), f"no service account {account}"
         environment = self.environment(scratch.name, account if spec.get("automountServiceAccountToken", True) else None)
         for variable in container.get("env", ()):
-            value = self.secret(**variable["valueFrom"]["secretKeyRef"]) if "valueFrom" in variable else variable.get("value", "")
+            source = variable.get("valueFrom", {})
+            if "fieldRef" in source:
+                value: str | None = labels[source["fieldRef"]["fieldPath"].removeprefix("metadata.labels['").removesuffix("']")]
+            else:
+                value = self.secret(**source["secretKeyRef"]) if source else _expanded(variable.get("value", ""), environment)
             if value is not None:
                 environment[variable["name"]] = placed(value, places)
         return environment, places

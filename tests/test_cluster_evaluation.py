@@ -53,7 +53,7 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     assert "rdma/ib" not in text
     spec = made[0]["spec"]
     if cluster.backend == "pytorchjob":
-        assert (spec["nprocPerNode"], list(spec["pytorchReplicaSpecs"])) == ("1", ["Master"])
+        assert (spec["nprocPerNode"], list(spec["pytorchReplicaSpecs"])) == ("1", ["Worker"])
     else:
         assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (1, 1)
     assert f'"-m", "canvastune.evaluate", "-c", "{tmp_path}/runs/a/train/recipe.yaml"' in text

@@ -97,7 +97,10 @@ def test_a_job_of_any_size_is_accepted(backend: str, nodes: int, gpus: int) -> N
     if backend == "pytorchjob":
         assert spec["nprocPerNode"] == str(gpus)
         replicas = {name: replica["replicas"] for name, replica in spec["pytorchReplicaSpecs"].items()}
-        assert replicas == ({"Master": 1} if nodes == 1 else {"Master": 1, "Worker": nodes - 1})
+        assert replicas == {"Worker": nodes}, "beside a Master, the operator adds a container that is root"
+        given = {entry["name"]: entry for entry in container_of(job)["env"]}
+        assert given["PET_MASTER_ADDR"]["value"] == "$(CANVASTUNE_JOB)-worker-0"
+        assert given["PET_NODE_RANK"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.labels['training.kubeflow.org/replica-index']"}}
     else:
         assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (nodes, gpus)
 

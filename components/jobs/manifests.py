@@ -19,6 +19,16 @@ _HOUR = 3600
 _NODE = "node"  # what a TrainJob's runtime calls its job and its container
 
 
+_LABEL = "metadata.labels['training.kubeflow.org/{}']"  # which the training operator gives every pod
+# What torchrun has to know beside PET_NNODES and PET_NPROC_PER_NODE, which the operator sets.
+_MEETING_POINT: tuple[dict[str, Any], ...] = (
+    {"name": "CANVASTUNE_JOB", "valueFrom": {"fieldRef": {"fieldPath": _LABEL.format("job-name")}}},
+    {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _LABEL.format("replica-index")}}},
+    {"name": "PET_MASTER_ADDR", "value": "$(CANVASTUNE_JOB)-worker-0"},  # the service of the first pod
+    {"name": "PET_MASTER_PORT", "value": "23456"},
+)
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What a job is told beside its config. Paths are those in the pods, and the same in the pipeline's steps."""
@@ -70,7 +80,7 @@ def job_name(config: RunConfig, facts: RunFacts, spec_hash: str) -> str:
 
 
 def command(config: RunConfig, facts: RunFacts) -> list[str]:
-    """What every pod runs. The number of nodes and processes and the master's address come from the operator, as PET_* variables."""
+    """What every pod runs. Nodes, processes and the first pod's address are in its environment, as PET_* variables."""
     line = ["python", "-m", "torch.distributed.run", f"--shutdown-timeout={config.train.stop_grace}", "--tee=3"]
     return [*line, "-m", *facts.module, *facts.mlflow]
 
@@ -88,7 +98,7 @@ def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str
                 "name": "pytorch",
                 "image": cluster.image,
                 "command": command(config, facts),
-                "env": parts.env,
+                "env": [*_MEETING_POINT, *parts.env],
                 "resources": parts.resources,
             }
         ],
@@ -96,9 +106,9 @@ def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str
     pod = {key: value for key, value in pod.items() if value is not None}
     # A container that ends starts again in its pod, a bounded number of times: ExitCode would restart one that is OOMKilled forever.
     replica = {"restartPolicy": "OnFailure", "template": {"metadata": parts.metadata, "spec": pod}}
-    replicas = {"Master": {"replicas": 1, **replica}}
-    if cluster.nodes > 1:
-        replicas["Worker"] = {"replicas": cluster.nodes - 1, **replica}
+    # No Master: beside one, the operator puts a container of its own into each worker, Docker Hub's alpine as root with nothing dropped,
+    # which neither a pod that must not be root starts, nor a namespace that enforces PodSecurity restricted takes.
+    replicas = {"Worker": {"replicas": cluster.nodes, **replica}}
     policy = {
         "cleanPodPolicy": "Running",  # finished pods stay: they have the logs
         "backoffLimit": cluster.restarts * cluster.nodes,  # the operator adds up the restarts of all pods

@@ -31,7 +31,7 @@ PYTORCHJOB = Kind(
     group="kubeflow.org",
     version="v1",
     plural="pytorchjobs",
-    first_pod={"training.kubeflow.org/replica-type": "master"},
+    first_pod={"training.kubeflow.org/replica-index": "0"},
     operator="Kubeflow's training operator (v1.9)",
 )
 TRAINJOB = Kind(
