@@ -203,7 +203,7 @@ def check_run(cluster: FakeCluster, reader: Reader) -> None:
     (said,) = [said for command, said in reader.said.items() if command.startswith("canvastune submit")]
     shown = {(name, state) for name, state in re.findall(r"^[\d:]{8}  (\S+) +(\w+)$", said, re.MULTILINE)}
     assert {(step.replace("_", "-"), "succeeded") for step in (*STEPS, "run")} <= shown
-    made = {pod["spec"]["containers"][0]["image"] for name, pod in cluster.all("Pod").items() if "-master-" in name}
+    made = {pod["spec"]["containers"][0]["image"] for name, pod in cluster.all("Pod").items() if "-worker-" in name}
     assert made == {f"registry.example.com/team/canvastune/trainer:{__version__}"}
     assert job_states(cluster) == dict.fromkeys(("evaluate", "train"), (run["run_id"], {"Created", "Succeeded"}))
     (folder,) = (cluster.node.claim("canvastune-workspace") / "runs").iterdir()
