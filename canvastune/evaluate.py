@@ -34,6 +34,7 @@ from canvastune.model.load import read_model_config
 from canvastune.model.source import resolve_model
 from canvastune.model.stock import load_stock
 from canvastune.outputs import fingerprint, refuse_place, whole_folder, write_provenance
+from canvastune.progress import FORMAT_HELP, FORMATS, speak
 
 Part = TypeVar("Part")
 
@@ -227,6 +228,7 @@ def _say(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate once; 1 and a line of words where that cannot be, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
+    speak(options.log_format)
     try:
         config = load_config(options.config)
         evaluate(config, options.data, resolve_model(config.model), options.tuned, options.output)
@@ -250,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, type=Path, help="prepared data, as `canvastune prepare` leaves it")
     parser.add_argument("--tuned", required=True, type=Path, metavar="MODEL", help="folder of the merged or fully tuned model")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets evaluation.json, answers.jsonl and film.json")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
 
 

@@ -198,6 +198,21 @@ def test_preparing_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: 
     assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
 
 
+def test_evaluating_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
+    write_problems(tmp_path / "rows.jsonl", "change", 20, seed=0)
+    asked = "evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, max_denoising_steps: 1}"
+    data = "data: {source: rows.jsonl, validation_fraction: 0.2}\ntrain: {precision: float32}"
+    (tmp_path / "recipe.yaml").write_text(f"name: x\nmodel: {{id: {tiny_model}}}\n{data}\n{asked}\n")
+    assert _events(["-m", "pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared", "--log-format", "json"], tmp_path)[0] == 0
+    places = ["--data", "prepared", "--tuned", str(tiny_model), "--output", "out", "--log-format", "json"]
+    code, events = _events(["-m", "canvastune.evaluate", "-c", "recipe.yaml", *places], tmp_path)
+    assert code == 0, events
+    assert events[-1]["message"].startswith("evaluate: exact match")
+    code, events = _events(["-m", "canvastune.evaluate", "-c", "recipe.yaml", *places], tmp_path)
+    assert code == 1
+    assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
+
+
 _WORK = """
 import os, signal, subprocess, sys, time
 from canvastune.progress import speak
