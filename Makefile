@@ -15,14 +15,14 @@ test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-images: .venv/installed
-	@$(BIN)/python -m tests.images
+	@$(BIN)/python -m tools.images
 
 test-cluster: .venv/installed
-	@$(BIN)/python -m tests.cluster $(OPTIONS)
+	@$(BIN)/python -m tools.cluster $(OPTIONS)
 
 test-faults: .venv/installed
 	@$(BIN)/python -m pytest -m slow
-	@$(BIN)/python -m tests.faults
+	@$(BIN)/python -m tools.faults
 
 lint: .venv/installed
 	@$(BIN)/ruff check .

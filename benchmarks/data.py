@@ -27,9 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.measure import alternate, say, write_result
 from benchmarks.resident import run_watched
 from canvastune.config import RunConfig
-from canvastune.data.batches import share_out, step_cost
-from canvastune.data.prepare import prepare_data
-from canvastune.tiny import make_tiny_model
+from canvastune.data.packing import balance_microbatches, step_cost
+from canvastune.preparation.prepare import prepare_data
+from canvastune.tiny_model import make_tiny_model
 
 GOAL = 1.0  # rows per second over those of datasets.map
 WORDS = (
@@ -164,7 +164,7 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
         coins = [bool(coin) for coin in rng.random(count) < 0.5]
         starts = range(0, count, ranks * size)
         plain = [[list(range(start + rank * size, start + (rank + 1) * size)) for rank in range(ranks)] for start in starts]
-        for name, forward in (("by_position", plain), ("shared_out", share_out(tokens, coins, ranks, size))):
+        for name, forward in (("by_position", plain), ("shared_out", balance_microbatches(tokens, coins, ranks, size))):
             sums[name] += _busiest(forward, tokens, coins)
         ideal += np.array([sum(tokens), 4 * sum(tokens) + sum(t for t, coin in zip(tokens, coins, strict=True) if coin)]) / ranks
     found = {name: {"one_pass": float(one), "step": float(step)} for name, (one, step) in ((n, s / ideal) for n, s in sums.items())}

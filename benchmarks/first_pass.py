@@ -31,20 +31,21 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import alternate, say, write_result
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described, write_synthetic
 from benchmarks.traffic import Traffic
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.batches import Example, PackedBatch, pack
+from canvastune.data.packing import Example, PackedBatch, pack
+from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.model.attention import Packing
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.model.load import build_model, load_weights, read_model_config
-from canvastune.model.shared import SharedModel
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import training_draws
 from canvastune.objective import losses
-from canvastune.parallel import build_meshes, local_tensor, shard_model
-from tests.ranks import run_ranks
 
 MODEL = {"layers": 3, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 64}
 LENGTHS, PREFIX = (512, 2048, 4096), 64
@@ -90,7 +91,7 @@ class CanvasRows:
 class ReusedKeys:
     """The form `reused` behind the engine's own `losses`: it takes the place of the model's `hidden_states`."""
 
-    def __init__(self, model: SharedModel, batch: PackedBatch) -> None:
+    def __init__(self, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> None:
         """For a batch of one example, with a coin."""
         self.model, self.batch = model, batch
         self.packing = Packing.of(batch, model.config.text_config.sliding_window)
@@ -153,7 +154,7 @@ def _layer_of_both(
 
 
 @contextmanager
-def form_of(name: str, model: SharedModel, batch: PackedBatch) -> Iterator[None]:
+def form_of(name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> Iterator[None]:
     """The engine's step with pass 1 in this form."""
     if name == "whole":
         with mock.patch.object(PackedBatch, "before_blocks", lambda self: self):
@@ -165,11 +166,11 @@ def form_of(name: str, model: SharedModel, batch: PackedBatch) -> Iterator[None]
         yield
 
 
-def step(model: SharedModel, form: str, batch: PackedBatch, weights: tuple[float, float]) -> torch.Tensor:
+def step(model: WeightTiedDiffusionGemma, form: str, batch: PackedBatch, weights: tuple[float, float]) -> torch.Tensor:
     """Forward and backward; the gradients stand in the model. -> this rank's part of the loss []."""
     model.zero_grad(set_to_none=True)
     with form_of(form, model, batch):
-        loss, _, _ = model.inside(losses, batch, weights, any_coin=True, checkpointing=True)
+        loss, _, _ = model.run_under_fsdp(losses, batch, weights, any_self_conditioned=True, checkpointing=True)
         loss.backward()
     return loss.detach()
 
@@ -195,7 +196,7 @@ def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
         (folder / f"{world_size}-{ep}.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def figures(model: SharedModel, length: int, chosen: str) -> dict[str, Any]:
+def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[str, Any]:
     """Counts of the first batch (drawn blocks: means over all batches), differences from `whole`, and median seconds."""
     world_size, drawn = dist.get_world_size(), chosen == "uniform"
     batches = [made_batch(length, drawn, turn * world_size + dist.get_rank()) for turn in range(4 // world_size if drawn else 1)]
@@ -242,7 +243,7 @@ def once(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def side(model: SharedModel, form: str, batches: list[PackedBatch], weights: tuple[float, float]) -> Callable[[], object]:
+def side(model: WeightTiedDiffusionGemma, form: str, batches: list[PackedBatch], weights: tuple[float, float]) -> Callable[[], object]:
     """Step after step of a form, over the batches in turn."""
     turn = iter(range(10**6))
     return lambda: step(model, form, batches[next(turn) % len(batches)], weights)

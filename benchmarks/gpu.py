@@ -32,13 +32,15 @@ from benchmarks.gpu_steps import OURS, measured_steps
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import say, write_result
 from benchmarks.step import EFFICIENT
-from canvastune.checkpoints import Checkpoints
+from canvastune.checkpoint.load import build_model, load_weights
+from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.batches import PreparedData
-from canvastune.model.load import build_model, load_weights
-from canvastune.parallel import build_meshes, shard_model
-from canvastune.planner import Plan, make_plan
-from canvastune.trainer import Trainer
+from canvastune.data.dataset import TrainingDataset
+from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallelize import shard_model
+from canvastune.planner.plan import Plan
+from canvastune.planner.planner import make_plan
+from canvastune.training.trainer import Trainer
 
 STEPS, WARM_UP, ROWS = 20, 5, 64
 NEAR = 0.1  # how far the plan's memory may be off
@@ -126,7 +128,7 @@ def _run(method: str, folder: Path, device: torch.device, memory: int, small: bo
     shard_model(model, build_meshes(1, 1, device.type), config)
     load_weights(model, SyntheticCheckpoint(model_config), device, config.seed)
     sizes = {"canvas_length": model_config.canvas_length, "vocab_size": model_config.text_config.vocab_size, "eos_token_id": 1}
-    data = PreparedData(folder / "data", **sizes, seed=config.seed)
+    data = TrainingDataset(folder / "data", **sizes, seed=config.seed)
     trainer = Trainer(config, model, data, Checkpoints(folder / "checkpoints", config, "made"), None, None)
     records = []
     for _ in range(STEPS):

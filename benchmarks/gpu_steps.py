@@ -22,14 +22,14 @@ from benchmarks.measure import alternate, extra_memory, matmul_rate, say
 from benchmarks.plain_step import PlainBatch, plain_loss, plain_twin
 from benchmarks.profile import costs_table, largest_costs
 from benchmarks.step import Shape, made_examples
+from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.batches import PackedBatch, pack
+from canvastune.data.packing import PackedBatch, pack
 from canvastune.model.attention import PACKINGS
-from canvastune.model.load import build_model, load_weights
-from canvastune.model.shared import SharedModel
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.objective import losses
-from canvastune.plan.sizes import VISION_KIND, Architecture, read_architecture
-from canvastune.plan.work import needed_flops
+from canvastune.perf_model.architecture import VISION_KIND, Architecture, read_architecture
+from canvastune.perf_model.flops import needed_flops
 
 LENGTHS, SMALL_LENGTHS = (512, 1024, 2048, 4096), (128, 256)
 EXAMPLES = 2
@@ -152,12 +152,12 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
     }
 
 
-def our_step(model: SharedModel, batch: PackedBatch, attention: str, checkpointing: bool, sign: int = 1) -> torch.Tensor:
+def our_step(model: WeightTiedDiffusionGemma, batch: PackedBatch, attention: str, checkpointing: bool, sign: int = 1) -> torch.Tensor:
     """Forward and backward of a packed batch as the trainer does it, attention laid out as `train.attention` says."""
     window = model.config.text_config.sliding_window
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
     with mock.patch.object(model, "packing", lambda rows: PACKINGS[attention].of(rows, window)):
-        loss, _, _ = losses(model, batch, weights, any_coin=any(batch.coins), checkpointing=checkpointing)
+        loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.coins), checkpointing=checkpointing)
         (sign * loss).backward()
     return loss.detach()
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.instruments.live_bytes import LiveBytes
 from benchmarks.measure import alternate, extra_memory, say, write_result
 from benchmarks.step import our_step
 from benchmarks.synthetic_checkpoint import described, write_synthetic
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import parse_config
-from canvastune.data.batches import Example
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.model.load import build_model, load_weights, read_model_config
-from canvastune.model.shared import SharedModel
-from canvastune.noise import Draws, training_draws
-from canvastune.parallel import local_tensor
-from tests.live_bytes import LiveBytes
+from canvastune.data.packing import Example
+from canvastune.distributed.parallelize import local_tensor
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.noise import NoiseSample, training_draws
 
 MODEL = {"layers": 5, "hidden": 128, "experts": 16, "vocabulary": 8192, "canvas": 32}
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -100,7 +100,7 @@ def worst(values: list[float]) -> float:
     return max(later / min(values[: index + 1]) for index, later in enumerate(values[1:]))
 
 
-def loaded(folder: Path) -> SharedModel:
+def loaded(folder: Path) -> WeightTiedDiffusionGemma:
     train = {"method": "full", "precision": "float32"}
     config = parse_config({"name": "growth", "data": {"source": "none"}, "train": train, "parallel": {"ep": 1}})
     model = build_model(config, read_model_config(folder))
@@ -108,7 +108,7 @@ def loaded(folder: Path) -> SharedModel:
     return model
 
 
-def ragged(count: int) -> tuple[list[Example], list[Draws]]:
+def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
     """So many examples, in the middles of equal parts of the range of lengths, a random block of each chosen and denoised twice."""
     generator, canvas = torch.Generator().manual_seed(count), MODEL["canvas"]
     examples, draws = [], []

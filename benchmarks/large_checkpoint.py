@@ -26,13 +26,14 @@ from datasets import Dataset
 from benchmarks.measure import say, work_folder, write_result
 from benchmarks.resident import Peak, read_status, run_watched
 from benchmarks.synthetic_checkpoint import described_by_size, write_synthetic
+from canvastune.checkpoint.export import export_model
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, load_config
+from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.merge import merge_lora
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.model.export import export_model
-from canvastune.model.load import build_model, load_weights, read_model_config
-from canvastune.parallel import build_meshes, local_tensor, shard_model
-from canvastune.planner import make_plan
+from canvastune.planner.planner import make_plan
 
 SEQ_LENGTH, RESPONSE = 128, 64
 MEMORY_GB = 24

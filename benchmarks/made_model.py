@@ -12,8 +12,8 @@ import torch
 from transformers import DiffusionGemmaConfig
 
 from benchmarks.synthetic_checkpoint import checkpoint_specs, described, synthetic_value
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.planner import SHIPPED
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.planner.planner import SHIPPED
 
 Found = TypeVar("Found")
 

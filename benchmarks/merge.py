@@ -22,11 +22,11 @@ import torch
 from benchmarks.measure import say, work_folder, write_result
 from benchmarks.resident import read_status, run_watched
 from benchmarks.synthetic_checkpoint import SHARD_BYTES, described_by_size, write_synthetic
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.peft_adapter import write_adapter
 from canvastune.config import RunConfig
+from canvastune.io.atomic import fsync_tree
 from canvastune.merge import merge_lora
-from canvastune.model.adapter import write_adapter
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.outputs import sync_tree
 
 RANK = 16
 ADAPTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -93,9 +93,9 @@ def _run_phase(phase: str, work: Path) -> None:
     start, started = read_status(os.getpid())["RssAnon"], time.perf_counter()
     if phase == "copy":
         shutil.copytree(work / "base", work / "out", copy_function=_copy)
-        sync_tree(work / "out")
+        fsync_tree(work / "out")
     elif phase == "merge":
-        with mock.patch("canvastune.merge.prove_merge", return_value={"passed": True, "method": "nothing: the merge alone is measured"}):
+        with mock.patch("canvastune.merge.verify_merge", return_value={"passed": True, "method": "nothing: the merge alone is measured"}):
             merge_lora(config, work / "base", work / "adapter", work / "out")
     else:
         # The proof by logits takes the whole model where it fits: measured here is what is always made.

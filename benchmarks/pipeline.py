@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from benchmarks.measure import say, write_result
-from canvastune.tiny import make_tiny_model, write_problems
+from canvastune.tiny_model import make_tiny_model, write_problems
 
 GOAL = 5.0  # seconds outside of the steps
 STEPS = ("resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report", "finish")

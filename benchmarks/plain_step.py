@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
-from canvastune.data.batches import Example
-from canvastune.noise import Draws
+from canvastune.data.packing import Example
+from canvastune.noise import NoiseSample
 
 IGNORED = -100  # target of a position that is not scored
 
@@ -37,7 +37,7 @@ class PlainBatch:
     decoder_masks: dict[str, torch.Tensor]  # by layer type: bool[B, 1, K*C, S + K*C]
 
     @classmethod
-    def of(cls, examples: list[Example], draws: list[Draws], sliding_window: int, *, all_blocks: bool) -> PlainBatch:
+    def of(cls, examples: list[Example], draws: list[NoiseSample], sliding_window: int, *, all_blocks: bool) -> PlainBatch:
         """Pad and mask; the noise of a block that is decoded and not scored is that of the chosen one."""
         size = examples[0].canvas_length
         longest = max(len(example.tokens) for example in examples)

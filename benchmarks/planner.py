@@ -20,13 +20,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from benchmarks.instruments.live_bytes import CPU_FORMULAS, measure
 from benchmarks.measure import ROOT, say, write_result
 from benchmarks.synthetic_checkpoint import described
 from canvastune.config import parse_config
-from canvastune.plan import work
-from canvastune.plan.memory import Step, moments, peak
-from canvastune.plan.sizes import read_architecture
-from tests.live_bytes import CPU_FORMULAS, measure
+from canvastune.perf_model import flops
+from canvastune.perf_model.architecture import read_architecture
+from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 
 PAGE = ROOT / "docs" / "planner.md"
 BOUND = 0.10
@@ -53,8 +53,8 @@ class Case:
     checkpointing: bool = True
     self_conditioned: bool = True
 
-    def step(self) -> Step:
-        return Step(
+    def step(self) -> StepShape:
+        return StepShape(
             world_size=self.ranks,
             ep=self.ep,
             micro_batch=self.micro_batch,
@@ -129,12 +129,12 @@ def compare(case: Case) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         architecture = read_architecture(config, Path(folder))
-    found = moments(architecture, step)
+    found = memory_timeline(architecture, step)
     found.pop("update")  # what is measured ends with the last backward
     predicted = {
         "memory": sum(peak(found)[1].values()),
-        "flops": work.count_flops(architecture, step).total,
-        "bytes": sum(work.count_bytes(architecture, step).values()),
+        "flops": flops.count_flops(architecture, step).total,
+        "bytes": sum(flops.count_bytes(architecture, step).values()),
     }
     with pytest.MonkeyPatch.context() as patched, Flops() as counter:
         live = measure(patched, config, model, step)

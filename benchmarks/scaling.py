@@ -22,23 +22,31 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
+from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import ROOT, machine, say, write_result
 from benchmarks.synthetic_checkpoint import described, write_synthetic
 from benchmarks.traffic import KINDS, Traffic
-from canvastune.checkpoints import Checkpoints
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import build_model, load_weights, read_model_config
+from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.batches import PreparedData
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.model.load import build_model, load_weights, read_model_config
-from canvastune.noise import self_conditioning_coin
-from canvastune.parallel import build_meshes, local_tensor, shard_model
-from canvastune.plan import work
-from canvastune.plan.memory import FLOAT, Step, moments, peak
-from canvastune.plan.sizes import Architecture, Weight, read_architecture
-from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, LAYERS_GATHER, REDUCE, ROOT_GATHER
-from canvastune.planner import SHIPPED
-from canvastune.trainer import Trainer
-from tests.ranks import run_ranks
+from canvastune.data.dataset import TrainingDataset
+from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallelize import local_tensor, shard_model
+from canvastune.noise import draw_self_conditioning
+from canvastune.perf_model import flops
+from canvastune.perf_model.architecture import Architecture, Weight, read_architecture
+from canvastune.perf_model.flops import (
+    EXCHANGE,
+    EXPERTS_GATHER,
+    EXPERTS_REDUCE,
+    LAYERS_GATHER,
+    REDUCE,
+    ROOT_GATHER,
+)
+from canvastune.perf_model.memory import FLOAT, StepShape, memory_timeline, peak
+from canvastune.planner.planner import SHIPPED
+from canvastune.training.trainer import Trainer
 
 PAGE = ROOT / "docs" / "scaling.md"
 MODEL = {"layers": 8, "hidden": 256, "experts": 16, "vocabulary": 2048, "canvas": 32}
@@ -58,10 +66,10 @@ class Case:
     ranks: int
     ep: int
 
-    def step(self, self_conditioning: float) -> Step:
+    def step(self, self_conditioning: float) -> StepShape:
         """One rank's share of the global batch, in one forward."""
         share, canvas, start = BATCH // self.ranks, MODEL["canvas"], (PREFIX + CLEAN - MODEL["canvas"]) // 2  # blocks drawn evenly
-        return Step(self.ranks, self.ep, share, 1, CLEAN, canvas, True, self_conditioning, chosen_start=start)
+        return StepShape(self.ranks, self.ep, share, 1, CLEAN, canvas, True, self_conditioning, chosen_start=start)
 
     def config(self, self_conditioning: float) -> RunConfig:
         train = {"method": self.method, "steps": 2, "global_batch_size": BATCH, "precision": "float32", "activation_checkpointing": True}
@@ -75,7 +83,7 @@ class Case:
 CASES = [Case(method, ranks, ep) for ranks, degrees in DEGREES.items() for method in METHODS for ep in degrees]
 
 
-def lower_bound(architecture: Architecture, step: Step, pass_1: float) -> dict[str, float]:
+def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> dict[str, float]:
     """Bytes that a rank must receive in an optimiser step, on average over the ranks, by collective; docs/scaling.md derives it.
 
     Args:
@@ -93,7 +101,7 @@ def lower_bound(architecture: Architecture, step: Step, pass_1: float) -> dict[s
         return (2 + pass_1) * sum(layers) - layers[-1]
 
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
-    passes = 2 + work.recomputed_share(architecture, step) + step.self_conditioning * work.pass_1_share(step)
+    passes = 2 + flops.recomputed_share(architecture, step) + step.self_conditioning * flops.self_conditioning_share(step)
     crossings = 2 * passes  # there and back
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
@@ -118,14 +126,14 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
         model = build_model(config, described_model)
         shard_model(model, build_meshes(case.ranks, case.ep, "cpu"), config)
         load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
-        data = PreparedData(ground / "data", canvas_length=MODEL["canvas"], vocab_size=MODEL["vocabulary"], eos_token_id=1, seed=SEED)
+        data = TrainingDataset(ground / "data", canvas_length=MODEL["canvas"], vocab_size=MODEL["vocabulary"], eos_token_id=1, seed=SEED)
         trainer = Trainer(config, model, data, Checkpoints(folder / "none", config, ""), None, None)
         records = [trainer.train_step()]
         states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
         traffic = Traffic([local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)])
-        shares = data.share_out(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks, self_conditioning)
+        shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks, self_conditioning)
         own = [position for forward in shares for position in forward[dist.get_rank()]]
-        has_coin = any(self_conditioning_coin(SEED, position, self_conditioning) for position in own)
+        has_coin = any(draw_self_conditioning(SEED, position, self_conditioning) for position in own)
         for layer in model.model.decoder.layers if case.ep > 1 else ():
             traffic.watch_routing(layer.experts, has_coin)
         with traffic.watching():
@@ -158,13 +166,13 @@ def collect(folder: Path, case: Case, architecture: Architecture, self_condition
     bound = lower_bound(architecture, step, pass_1=float(self_conditioning > 0))
     rows = sum(rank["needed"] for rank in found) / case.ranks
     bound[EXCHANGE] = rows * architecture.hidden * architecture.compute_bytes  # of the experts that the router chose
-    peaks, planned = [rank["peak"] for rank in found], sum(peak(moments(architecture, step))[1].values())
+    peaks, planned = [rank["peak"] for rank in found], sum(peak(memory_timeline(architecture, step))[1].values())
     return {
         "case": dataclasses.asdict(case),
         "received": {kind: sum(rank["received_by_kind"][kind] for rank in found) / case.ranks for kind in KINDS},
         "received_mean": sum(totals) / case.ranks,
         "received_most": max(totals),
-        "planned": work.count_bytes(architecture, step),
+        "planned": flops.count_bytes(architecture, step),
         "bound": bound,
         "ratio": sum(totals) / case.ranks / sum(bound.values()) if case.ranks > 1 else 1.0,
         "idle_ranks": sum(not rank["has_coin"] for rank in found),
@@ -183,8 +191,8 @@ def released() -> list[dict[str, Any]]:
     for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
         tree = {"name": "released", "data": {"source": "none"}, "train": {"method": method, "precision": "bfloat16"}}
         architecture = read_architecture(parse_config(tree), SHIPPED)
-        step = Step(ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5)
-        planned, bound = work.count_bytes(architecture, step), lower_bound(architecture, step, work.any_pass_1(step))
+        step = StepShape(ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5)
+        planned, bound = flops.count_bytes(architecture, step), lower_bound(architecture, step, flops.any_self_conditioning_share(step))
         most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank
         once = remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most if most else 0.0
         rows.append({"case": dataclasses.asdict(Case(method, ranks, ep)), "planned": planned, "bound": bound, "once_per_rank": once})

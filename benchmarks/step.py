@@ -24,15 +24,16 @@ from benchmarks.measure import alternate, extra_memory, matmul_rate, say, write_
 from benchmarks.plain_step import PlainBatch, plain_loss
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described
-from canvastune.config import Checkpointing, parse_config
-from canvastune.data.batches import Example, pack
-from canvastune.model.checkpoint_files import CheckpointReader
-from canvastune.model.load import build_model, load_weights
-from canvastune.model.shared import SharedModel
-from canvastune.noise import Draws, training_draws
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import build_model, load_weights
+from canvastune.config import parse_config
+from canvastune.config.schema import Checkpointing
+from canvastune.data.packing import Example, pack
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.noise import NoiseSample, training_draws
 from canvastune.objective import losses
-from canvastune.plan.sizes import read_architecture
-from canvastune.plan.work import needed_flops
+from canvastune.perf_model.architecture import read_architecture
+from canvastune.perf_model.flops import needed_flops
 
 THREADS = 2
 GOALS = {"all blocks": (3.0, 4.0), "chosen block": (1.7, 3.0)}  # times faster, times less memory
@@ -167,11 +168,13 @@ def measure(shape: Shape) -> dict[str, Any]:
     return result
 
 
-def our_step(model: SharedModel, examples: list[Example], draws: list[Draws], checkpointing: Checkpointing) -> torch.Tensor:
+def our_step(
+    model: WeightTiedDiffusionGemma, examples: list[Example], draws: list[NoiseSample], checkpointing: Checkpointing
+) -> torch.Tensor:
     """Forward and backward of a batch as the trainer does it, packing included."""
     batch = pack(examples, draws)
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
-    loss, _, _ = losses(model, batch, weights, any_coin=any(batch.coins), checkpointing=checkpointing)
+    loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.coins), checkpointing=checkpointing)
     loss.backward()
     return loss.detach()
 
@@ -183,7 +186,7 @@ def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> tor
     return loss.detach()
 
 
-def gradient_difference(ours: SharedModel, stock: DiffusionGemmaForBlockDiffusion) -> float:
+def gradient_difference(ours: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion) -> float:
     """|ours - plain| / |plain| over the gradients of all weights together."""
     expected = {name.replace("model.encoder.language_model.", "model.decoder."): p.grad for name, p in stock.named_parameters()}
     off = total = 0.0
@@ -196,7 +199,7 @@ def gradient_difference(ours: SharedModel, stock: DiffusionGemmaForBlockDiffusio
     return math.sqrt(off / total)
 
 
-def made_examples(shape: Shape) -> tuple[list[Example], list[Draws]]:
+def made_examples(shape: Shape) -> tuple[list[Example], list[NoiseSample]]:
     """Random tokens; every second example is denoised twice, beginning with the first; the block in the middle is chosen."""
     generator = torch.Generator().manual_seed(3)
     canvas, vocabulary = shape.model["canvas"], shape.model["vocabulary"]

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from canvastune.model.checkpoint_files import CheckpointWriter
-from canvastune.model.load import DECODER_SCALAR, ENCODER_SCALAR, VISION
-from canvastune.model.shared import SharedModel
-from canvastune.model.tensor_file import Specs
+from canvastune.checkpoint.hf_format import CheckpointWriter
+from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR, VISION
+from canvastune.checkpoint.tensor_file import Specs
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import weight_generator
 
 SHARD_BYTES = 10**9
@@ -66,7 +66,7 @@ def checkpoint_specs(config: DiffusionGemmaConfig) -> Specs:
     """The names and shapes that the Hub's checkpoint has, all in bfloat16."""
     with torch.device("meta"):
         stock = DiffusionGemmaForBlockDiffusion(config).state_dict()
-        shared = SharedModel(config)
+        shared = WeightTiedDiffusionGemma(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in shared.named_parameters()}
     for index in range(config.text_config.num_hidden_layers):
         shapes |= {form.format(index): (1,) for form in (DECODER_SCALAR, ENCODER_SCALAR)}

@@ -12,8 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 
-from canvastune.plan.work import EXCHANGE, EXPERTS_GATHER, EXPERTS_REDUCE, LAYERS_GATHER, REDUCE, ROOT_GATHER
-from tests.live_bytes import LiveBytes
+from benchmarks.instruments.live_bytes import LiveBytes
+from canvastune.perf_model.flops import (
+    EXCHANGE,
+    EXPERTS_GATHER,
+    EXPERTS_REDUCE,
+    LAYERS_GATHER,
+    REDUCE,
+    ROOT_GATHER,
+)
 
 SMALL = "counts, losses, norm"
 KINDS = (LAYERS_GATHER, ROOT_GATHER, REDUCE, EXPERTS_GATHER, EXPERTS_REDUCE, EXCHANGE, SMALL)

@@ -1,8 +1,42 @@
-"""The one kind of error that a user can cause: it says where, what was found, what was expected and what to do."""
+"""The one kind of error that a user can cause, and how it is printed and read back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ERROR_PREFIX = "canvastune: error: "
+_HINT_PREFIX = "  hint: "
 
 
 class UserError(Exception):
-    """A mistake in the input, not in the program: shown as its message alone, never as a traceback.
+    """A mistake in the input, not in the program: shown as its message and hint, never as a traceback.
 
-    The message names the file, row or key, what was found, what was expected, and what to do.
+    Args:
+        message: names the file, row or key, what was found and what was expected, for example
+            `data.source: file not found: x.jsonl`.
+        hint: what to do about it, for example `Check the path, or use a Hub dataset id.`
     """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (str(self), self.hint)
+
+
+def format_error(error: UserError) -> str:
+    """Return the text that a command prints for an error: its message and, on a line of its own, its hint."""
+    hint = f"\n{_HINT_PREFIX}{error.hint}" if error.hint else ""
+    return f"{ERROR_PREFIX}{error}{hint}"
+
+
+def parse_error(output: str) -> UserError | None:
+    """Find the last error that a command printed in its output; None if there is none."""
+    _, mark, text = output.rpartition(ERROR_PREFIX)
+    message, _, hint = text.partition(f"\n{_HINT_PREFIX}")
+    return UserError(message.strip(), hint=hint.strip()) if mark else None
+
+
+def _restore(message: str, hint: str) -> UserError:
+    return UserError(message, hint=hint)

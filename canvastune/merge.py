@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapter
+from canvastune.checkpoint.peft_adapter import Adapter, each_expert, read_adapter
 from canvastune.config import RunConfig
-from canvastune.merge_proof import prove_merge
-from canvastune.model.adapter import each_expert, read_adapter
-from canvastune.model.checkpoint_files import CheckpointReader, CheckpointWriter, copy_side_files
-from canvastune.outputs import whole_folder, write_provenance
+from canvastune.io.atomic import atomic_directory
+from canvastune.io.provenance import write_provenance
 
 
 def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
         RuntimeError: the proof failed.
     """
     started = time.monotonic()
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         checkpoint = CheckpointReader(base)
         trained = read_adapter(adapter, checkpoint, config.model.id)
         copy_side_files(base, folder)
@@ -43,7 +45,7 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
                 if shard is not None:
                     written += 1
                     _say(f"shard {written} of {writer.shards} written: {shard}, {time.monotonic() - started:.1f} s")
-        proof = prove_merge(checkpoint, adapter, trained, folder, config.seed)
+        proof = verify_merge(checkpoint, adapter, trained, folder, config.seed)
         if not proof["passed"]:
             raise RuntimeError(f"{out}: not written: the merged model does not compute what base and adapter do: {json.dumps(proof)}")
         proof["merge_seconds"] = time.monotonic() - started
@@ -62,3 +64,163 @@ def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 
 def _say(line: str) -> None:
     print(f"merge: {line}", file=sys.stderr, flush=True)
+
+
+_PROMPTS, _PROMPT_TOKENS = 4, 32
+
+
+_MEMORY_MARGIN = 1.25  # memory of a loaded model over its float32 weights: activations, logits and the loader's buffers
+
+
+_TOLERANCE = 1e-4  # of max |logit|: nothing but the order of float32 sums differs
+
+
+_PROGRESS_SECONDS = 10.0
+
+
+def verify_merge(base: CheckpointReader, adapter_folder: Path, adapter: Adapter, merged_folder: Path, seed: int) -> dict[str, Any]:
+    """Compare a merged checkpoint with base and adapter; return what merge_proof.json holds, `passed` among it.
+
+    The logits may differ by 1e-4 of the largest |logit|. For weights that are stored in less than float32, rounding alone
+    moves the logits by far more (a token near a tie changes its expert), so no tolerance would tell it from a fault. There
+    the comparison takes the rounding out: the base under PEFT's adapters gets what the merged weights lost to it. How much
+    the rounding moves the logits is reported as `rounding_effect` (root mean squares, relative).
+    """
+    weights = _compare_weights(base, adapter, CheckpointReader(merged_folder))
+    proof: dict[str, Any] = {"passed": weights["passed"], "weights": weights}
+    need = int(sum(torch.Size(shape).numel() for shape, _ in base.specs().values()) * 4 * _MEMORY_MARGIN)
+    device = _device_with(need)
+    if device is None:
+        reason = f"the model in float32 takes {need / 1e9:.1f} GB, and less is free: proved weight by weight"
+        return proof | {
+            "method": "weights",
+            "reason": reason,
+            "prompts": 0,
+            "max_abs_difference": weights["max_abs_difference"],
+            "max_abs_logit": None,
+        }
+    logits = _compare_logits(base, adapter_folder, adapter, merged_folder, seed=seed, device=device)
+    return proof | logits | {"method": "logits and weights", "passed": weights["passed"] and logits["passed"]}
+
+
+def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: CheckpointReader) -> dict[str, Any]:
+    names = base.names()
+    alike = merged.specs() == base.specs()
+    changed = [] if alike else sorted(set(names) ^ set(merged.names())) or ["shapes or dtypes"]
+    unchanged, errors = 0, []
+    shown = time.monotonic()
+    for count, name in enumerate(names if alike else []):
+        if name in adapter.factors:
+            errors.append(_compare_merged(base.get(name), merged.get(name), adapter, name))
+        elif _same_bytes(base.get(name), merged.get(name)):
+            unchanged += 1
+        else:
+            changed.append(name)
+        if time.monotonic() - shown > _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            print(f"merge: compared {count + 1} of {len(names)} tensors with the base's", file=sys.stderr, flush=True)
+    difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0, 0.0)
+    return {
+        "adapted": len(errors),
+        "unchanged": unchanged,
+        "changed": changed,
+        "max_abs_difference": difference,
+        "error_over_bound": over_bound,
+        "rounding_over_update": over_update,
+        "passed": not changed and over_bound <= 1 and len(errors) == len(adapter.factors),
+    }
+
+
+def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, name: str) -> tuple[float, float, float]:
+    """The worst error of a merged weight, over its experts: absolute; over what rounding explains; its norm over that of the update."""
+    errors = []
+    for one, found, *factors in each_expert(weight, result, *adapter.factors[name]):
+        a, b = (factor.double() for factor in factors)
+        update = adapter.scale * (b @ a)
+        exact = one.double() + update
+        error = (found.double() - exact).abs()
+        bound = _rounding(one, exact, adapter.scale * (b.abs() @ a.abs()), adapter.rank)
+        # An untrained B makes no update at all.
+        over_update = float(error.norm() / update.norm()) if update.any() else 0.0
+        errors.append((float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update))
+    difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True))
+    return difference, over_bound, over_update
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _rounding(weight: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, rank: int) -> torch.Tensor:
+    """The largest honest error of each element of a merged weight, float64[out, in]: the sum in float32, rounded to the stored dtype."""
+    stored, summed = torch.finfo(weight.dtype), torch.finfo(torch.float32)
+    float32_error = (rank + 4) * summed.eps / 2 * (weight.double().abs() + magnitude)
+    return float32_error + stored.eps / 2 * (exact.abs() + float32_error) + stored.tiny * stored.eps
+
+
+def _compare_logits(
+    base: CheckpointReader, adapter_folder: Path, adapter: Adapter, merged: Path, *, seed: int, device: torch.device
+) -> dict[str, Any]:
+    started = time.monotonic()
+    model = load_stock_with_adapter(base.folder, adapter_folder, device, torch.float32)
+    plain = expected = _logits(model, seed)
+    if any(base.dtype(name) != torch.float32 for name in adapter.factors):
+        _take_rounding(model, adapter, CheckpointReader(merged))
+        expected = _logits(model, seed)
+    del model  # one model in memory at a time
+    found = _logits(load_stock(merged, device, torch.float32), seed)
+    largest, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    return {
+        "prompts": _PROMPTS,
+        "max_abs_difference": largest,
+        "max_abs_logit": scale,
+        "tolerance": _TOLERANCE * scale,
+        "rounding_effect": float((found - plain).square().mean().sqrt() / plain.square().mean().sqrt()),
+        "passed": largest <= _TOLERANCE * scale,  # false where either is not a number
+        "device": device.type,
+        "seconds": time.monotonic() - started,
+    }
+
+
+@torch.no_grad()
+def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> None:
+    """Add to the base weights under PEFT's adapters what the merged weights lost to rounding, which is proved to be no more than that."""
+    for name, factors in adapter.factors.items():
+        module, _, leaf = name.rpartition(".")
+        weight = getattr(model.get_submodule(module).get_base_layer(), leaf)
+        for one, stored, a, b in each_expert(weight, merged.get(name), *factors):
+            one.copy_(stored.double() - adapter.scale * (b.double() @ a.double()))
+
+
+@torch.no_grad()
+def _logits(model: Any, seed: int) -> torch.Tensor:
+    """Canvas and encoder logits of seeded random prompts and canvases, float32[prompts, canvas + prompt tokens, V] on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, device = model.config.text_config.vocab_size, model.lm_head.weight.device
+    prompts = torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
+    prompts[prompts == model.config.image_token_id] = 0  # an image token asks for an image
+    canvases = torch.randint(0, vocabulary, (_PROMPTS, model.config.canvas_length), generator=generator)
+    output = model(input_ids=prompts.to(device), decoder_input_ids=canvases.to(device))
+    cap = model.final_logit_softcapping
+    encoder = torch.tanh(model.lm_head(output.encoder_last_hidden_state).float() / cap) * cap
+    return torch.cat([output.logits.float(), encoder], dim=1).cpu()
+
+
+def _device_with(need: int) -> torch.device | None:
+    """The device that has `need` bytes free, the GPU first; None if there is none."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > need:
+        return torch.device("cuda")
+    return torch.device("cpu") if _free_memory() > need else None
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or the container's where that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # file cache is given back on demand
+    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
+        return free
+    return min(free, limit - used)

@@ -12,7 +12,7 @@ _GOLDEN, _GOLDEN_32 = 0x9E3779B97F4A7C15 - 2**64, 0x9E3779B9 - 2**32  # 2^64 and
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseSample:
     """What chance decides for one example. C is the canvas length; the last block of a cut response uses fewer of the C draws."""
 
     block: int  # index of the denoised response block
@@ -32,12 +32,12 @@ def training_draws(
     vocab_size: int,
     min_corruption: float,
     self_conditioning_probability: float,
-) -> Draws:
+) -> NoiseSample:
     """Draw the noise of the example at `position` of the global shuffled stream, the same on any number of ranks."""
     generator = _generator("train", seed, position)
     block, uniform, coin = generator.random(3, dtype=np.float32)
     level = np.float32(min_corruption) + np.float32(1 - min_corruption) * uniform
-    return Draws(
+    return NoiseSample(
         block=_index(block, blocks),
         level=float(level),
         corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < level),
@@ -47,12 +47,12 @@ def training_draws(
     )
 
 
-def self_conditioning_coin(seed: int, position: int, probability: float) -> bool:
+def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
     """The coin of `training_draws` alone: every rank knows every example's coin without asking, so ranks agree on running pass 1."""
     return bool(_generator("train", seed, position).random(3, dtype=np.float32)[2] < probability)
 
 
-def validation_draws(example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int) -> Draws:
+def validation_draws(example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int) -> NoiseSample:
     """Draw fixed noise for a held-out example, from its id alone: the same block and the same uniform variates at every level.
 
     A position corrupted at one level is corrupted at every higher one, so the curves differ by the level and not by luck.
@@ -60,7 +60,7 @@ def validation_draws(example_id: str, level: float, *, blocks: int, canvas_lengt
     """
     generator = _generator("validation", example_id)
     block = np.float32(generator.random(dtype=np.float32))
-    return Draws(
+    return NoiseSample(
         block=_index(block, blocks),
         level=float(np.float32(level)),
         corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < np.float32(level)),

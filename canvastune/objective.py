@@ -12,37 +12,37 @@ from typing import Any
 
 import torch
 
-from canvastune.config import Checkpointing
-from canvastune.data.batches import PackedBatch
-from canvastune.model.embedding import TableGradient, collecting
-from canvastune.model.shared import SharedModel
+from canvastune.config.schema import Checkpointing
+from canvastune.data.packing import PackedBatch
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.model.tied_embedding import SharedGradBuffer, accumulate_gradients
 
 # Logits alive at once, in float32: a chunk of rows. Each chunk reads the whole table, and reads and writes its gradient, which costs
 # little beside the multiplications only where a chunk has hundreds of rows. A CPU works through it in tiles that its caches hold.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MOST_ROWS = 256  # of a chunk on a CPU: more gain nothing
-Weights = tuple[float | torch.Tensor, float | torch.Tensor]
+LossWeights = tuple[float | torch.Tensor, float | torch.Tensor]
 _LARGEST_CAP = 60.0  # e^cap times the vocabulary stays well inside float32
 _SATURATED = 40.0  # 2x from which on tanh x is 1 in float32
 
 
 def losses(
-    model: SharedModel, batch: PackedBatch, weights: Weights, *, any_coin: bool, checkpointing: Checkpointing
+    model: WeightTiedDiffusionGemma, batch: PackedBatch, weights: LossWeights, *, any_self_conditioned: bool, checkpointing: Checkpointing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of a packed batch, to be called through `model.inside`.
 
     Args:
         weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its count; numbers, or
             tensors [] on the device, for which nobody has to wait.
-        any_coin: whether any rank denoises an example twice: then all ranks run pass 1, since their collectives must match.
+        any_self_conditioned: whether any rank denoises an example twice: then all ranks run pass 1, since their collectives must match.
 
     Returns:
         (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain sums of cross-entropy, without.
     """
     table, cap = model.lm_head.weight, model.final_logit_softcapping
-    gradient = TableGradient() if torch.is_grad_enabled() and table.requires_grad else None
-    with collecting(gradient):
-        signal = _self_conditioning_signal(model, batch, gradient) if any_coin else None
+    gradient = SharedGradBuffer() if torch.is_grad_enabled() and table.requires_grad else None
+    with accumulate_gradients(gradient):
+        signal = _self_conditioning_signal(model, batch, gradient) if any_self_conditioned else None
         packing = model.packing(batch)
         canvas = model.embed_canvas(batch.canvas, signal)
         clean_hidden, canvas_hidden = model.hidden_states(batch, canvas, packing, checkpointing=checkpointing)
@@ -55,7 +55,7 @@ def losses(
     return loss, each[:canvas_rows].sum(), each[canvas_rows:].sum()
 
 
-def _self_conditioning_signal(model: SharedModel, batch: PackedBatch, gradient: TableGradient | None) -> torch.Tensor:
+def _self_conditioning_signal(model: WeightTiedDiffusionGemma, batch: PackedBatch, gradient: SharedGradBuffer | None) -> torch.Tensor:
     """Pass 1: denoise the examples with a coin from a zero signal -> [M, H], zero for the other examples.
 
     A rank that has no such example while another has one takes part with two tokens, and uses nothing of it.
@@ -98,7 +98,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         weights: torch.Tensor,
         cap: float,
-        gradient: TableGradient | None,
+        gradient: SharedGradBuffer | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         each = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         need_hidden, need_table = ctx.needs_input_grad[:2]
@@ -136,7 +136,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden_grad, table_grad)
         ctx.table_dtype, ctx.gradient = table.dtype, gradient
         if need_table and gradient is not None:
-            gradient.announce()
+            gradient.register_use()
         ctx.mark_non_differentiable(each)
         return (each * weights).sum(), each
 
@@ -149,7 +149,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             table_grad = table_grad.mul_(upstream).to(ctx.table_dtype)  # in place: a second backward pass through it is refused
             if ctx.gradient is not None:
                 ctx.gradient.sum = table_grad
-                table_grad = ctx.gradient.hand_over()
+                table_grad = ctx.gradient.release()
         return hidden_grad, table_grad, None, None, None, None
 
 
@@ -160,7 +160,7 @@ class _SoftEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, cap: float, gradient: TableGradient | None) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, cap: float, gradient: SharedGradBuffer | None) -> torch.Tensor:
         totals = hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
         sums = torch.zeros_like(hidden, dtype=torch.float32)
         for rows, columns, terms in _softmax_tiles(hidden, table, cap):
@@ -169,7 +169,7 @@ class _SoftEmbedding(torch.autograd.Function):
         ctx.save_for_backward(hidden, table, totals)
         ctx.cap, ctx.gradient = cap, gradient
         if ctx.needs_input_grad[1] and gradient is not None:
-            gradient.announce()
+            gradient.register_use()
         return sums.div_(totals).to(hidden.dtype)
 
     @staticmethod
@@ -185,7 +185,7 @@ class _SoftEmbedding(torch.autograd.Function):
         if ctx.gradient is None:
             return None, total, None, None
         ctx.gradient.sum = total
-        return None, ctx.gradient.hand_over(), None, None
+        return None, ctx.gradient.release(), None, None
 
 
 def softmax_terms(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune import __version__
-from canvastune.errors import UserError
-from pipelines.server import TOKEN, Server
+from canvastune.errors import UserError, format_error
+from pipelines.kfp_client import TOKEN, KubeflowClient
 
 if TYPE_CHECKING:  # the doctor is called where nothing is installed yet
     from canvastune.config import RunConfig
@@ -126,14 +126,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused or failed with the reason on standard error, 130 interrupted."""
     options = _parser().parse_args(arguments)
     if getattr(options, "log_format", "text") == "json":  # the doctor's machine may not have what this needs
-        from canvastune.progress import speak
+        from canvastune.logging import speak
 
         speak(options.log_format)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the run's processes too
     try:
         return options.command(options) or 0
     except UserError as error:
-        print(f"canvastune: error: {error}", file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("canvastune: interrupted", file=sys.stderr)
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from pipelines.local import run_recipe
+    from pipelines.local_runner import run_recipe
 
     run_recipe(_config(options), options.workspace, options.run_name, options.compare)
 
@@ -162,7 +162,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sync(options: argparse.Namespace) -> None:
-    from components.finish.closing import sync
+    from components.finish.step import sync
 
     print(sync(options.run))
 
@@ -201,39 +201,41 @@ def _upload(options: argparse.Namespace) -> None:
     upload(_server(options), name=options.pipeline_name, cluster=cluster, image=options.pipeline_image)
 
 
-def _server(options: argparse.Namespace) -> Server:
-    return Server(options.host.partition("/#")[0].rstrip("/"), options.namespace, options.token_file)
+def _server(options: argparse.Namespace) -> KubeflowClient:
+    return KubeflowClient(options.host.partition("/#")[0].rstrip("/"), options.namespace, options.token_file)
 
 
 def _make_tiny_model(options: argparse.Namespace) -> None:
-    from canvastune.tiny import make_tiny_model
+    from canvastune.tiny_model import make_tiny_model
 
     make_tiny_model(options.folder)
     print(options.folder)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from canvastune.planner import find_architecture, make_plan, refuse_if_too_big
+    from canvastune.planner.plan import refuse_if_too_big
+    from canvastune.planner.planner import find_architecture, make_plan
+    from canvastune.planner.render import render
 
     if options.gpu_memory is not None:
         options.set.append(f"hardware.gpu_memory={options.gpu_memory}")
     config = _config(options)
     ranks = config.world_size if options.gpus is None else options.gpus
     plan = make_plan(config, find_architecture(config.model), ranks)
-    print(plan)
+    print(render(plan))
     refuse_if_too_big(plan)
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from canvastune.data.prepare import prepare_data
-    from canvastune.model.source import resolve_model
-    from canvastune.progress import event_line, in_json
+    from canvastune.checkpoint.hub import resolve_model
+    from canvastune.logging import format_event, in_json
+    from canvastune.preparation.prepare import prepare_data
 
     config = _config(options)
     card = prepare_data(config, resolve_model(config.model, weights=False), options.output)
     if in_json():
         counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
-        print(event_line("prepared", folder=str(options.output), **counts))
+        print(format_event("prepared", folder=str(options.output), **counts))
 
 
 def _completion(options: argparse.Namespace) -> None:
@@ -250,10 +252,11 @@ def _completion(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from pipelines.doctor import Question, doctor
+    from pipelines.doctor.doctor import doctor
+    from pipelines.doctor.finding import DoctorOptions
 
     asked = {"tracking_uri": options.tracking_uri, "namespace": options.namespace, "host": options.host, "token_file": options.token_file}
-    return doctor(Question(options.recipe, tuple(options.set), **asked))
+    return doctor(DoctorOptions(options.recipe, tuple(options.set), **asked))
 
 
 def _config(options: argparse.Namespace) -> RunConfig:

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import canvastune
-from canvastune import tiny
+from canvastune import tiny_model
 from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
 from canvastune.tracking import StepRun
-from components.train.launcher import train
-from pipelines.local import run_recipe
+from components.train.step import train
+from pipelines.local_runner import run_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 ROWS = 4000  # word problems of each kind: enough that more are held out than evaluate.rows asks for
@@ -27,11 +27,11 @@ def demo() -> None:
         UserError: as the steps of the pipeline.
     """
     base, own = load_config(RECIPES / "tiny_sft.yaml"), load_config(RECIPES / "tiny_lora.yaml")
-    maker = hashlib.sha256(Path(tiny.__file__).read_bytes() + canvastune.__version__.encode())
+    maker = hashlib.sha256(Path(tiny_model.__file__).read_bytes() + canvastune.__version__.encode())
     _say(f"1. a tiny DiffusionGemma with random weights: {base.model.id}")
     _make_random(Path(base.model.id), maker.hexdigest())
     for config, kind in ((base, "change"), (own, "compare")):
-        tiny.write_problems(Path(config.data.source), kind, ROWS, seed=0)  # the same bytes each time
+        tiny_model.write_problems(Path(config.data.source), kind, ROWS, seed=0)  # the same bytes each time
     maker.update(base.model_dump_json().encode() + Path(base.data.source).read_bytes())
     _say(f"\n2. a base that can do something: {base.train.steps} steps of full fine-tuning, all its weights, on {base.data.source}")
     _make_base(base, Path(own.model.id), maker.hexdigest())
@@ -42,7 +42,7 @@ def demo() -> None:
 def _make_random(folder: Path, key: str) -> None:
     made = _keyed(folder, key)
     if not made.exists():
-        tiny.make_tiny_model(made)
+        tiny_model.make_tiny_model(made)
     _link(folder, made)
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from components.definition import IMAGE
+from components.decorator import IMAGE
 from components.evaluate.component import evaluate
 from components.finish.component import finish
-from components.jobs.pods import CREDENTIALS
+from components.jobs.pod_spec import CREDENTIALS
 from components.merge_lora.component import merge_lora
 from components.plan.component import plan
 from components.prepare_data.component import prepare_data

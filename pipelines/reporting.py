@@ -9,8 +9,8 @@ from pathlib import Path
 
 from canvastune.errors import UserError
 from canvastune.report import write_report
-from components.report.runs import find_compared, find_run
-from components.run_folder import read_record
+from components.earlier_runs import find_compared, find_run
+from components.run_directory import read_record
 
 
 def report_again(folder: Path, compare: Sequence[Path], out: Path | None) -> Path:

@@ -19,10 +19,10 @@ import yaml
 
 from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
+from canvastune.config.loading import load_yaml_file
 from canvastune.errors import UserError
-from canvastune.progress import say
-from canvastune.yaml_text import read_yaml_file
-from pipelines.server import Server, answered
+from canvastune.logging import say
+from pipelines.kfp_client import KubeflowClient, answered
 
 PIPELINE = "canvastune-finetune"
 STOCK_IMAGE = "canvastune/pipeline:"
@@ -41,7 +41,7 @@ class Version:
 
 def submit(
     config: RunConfig,
-    server: Server,
+    server: KubeflowClient,
     *,
     experiment: str | None = None,
     run_name: str | None = None,
@@ -88,7 +88,7 @@ def submit(
     return address
 
 
-def upload(server: Server, *, name: str = PIPELINE, cluster: str | None = None, image: str | None = None) -> Version:
+def upload(server: KubeflowClient, *, name: str = PIPELINE, cluster: str | None = None, image: str | None = None) -> Version:
     """Bring the pipeline to a server, if what it has is not the same already.
 
     Args:
@@ -101,7 +101,7 @@ def upload(server: Server, *, name: str = PIPELINE, cluster: str | None = None, 
     return _uploaded(server.connect(), server, name, _cluster_parameters(cluster) | ({"pipeline_image": image} if image else {}))
 
 
-def follow(look: Callable[[], Any], steps: frozenset[str], server: Server, address: str, pause: float) -> None:
+def follow(look: Callable[[], Any], steps: frozenset[str], server: KubeflowClient, address: str, pause: float) -> None:
     """Print a line per change of a step's state until the run has ended.
 
     Args:
@@ -162,7 +162,7 @@ def read_cluster_file(path: Path) -> str:
     Raises:
         UserError: no such file, not YAML or JSON, or one line per setting that cannot be.
     """
-    tree = read_yaml_file(path)
+    tree = load_yaml_file(path)
     if isinstance(tree, dict) and set(tree) == {"cluster"}:
         tree = tree["cluster"]
     if not isinstance(tree, dict):
@@ -197,7 +197,7 @@ def _cluster_parameters(cluster: str | None) -> dict[str, str]:
     return {"cluster": cluster, **{key: value for key, value in same.items() if value}}
 
 
-def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) -> Version:
+def _uploaded(client: Any, server: KubeflowClient, name: str, defaults: dict[str, str]) -> Version:
     """The version of the pipeline that this code compiles to, uploaded unless it is there."""
     wanted = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
     with answered(server), _quiet():
@@ -208,7 +208,7 @@ def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) 
             versions = listed.pipeline_versions or []
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "finetune.yaml"
-        compile_pipeline(package, (_settled(versions[0]) if versions else {}) | defaults)
+        compile_pipeline(package, (_resolve_options(versions[0]) if versions else {}) | defaults)
         text = package.read_bytes()
         digest = hashlib.sha256(text).hexdigest()[:12]
         mark = f"content {digest}"  # the server names a pipeline's first version like the pipeline, and keeps this description
@@ -230,7 +230,7 @@ def _uploaded(client: Any, server: Server, name: str, defaults: dict[str, str]) 
     return Version(same.pipeline_id, same.pipeline_version_id, _steps(yaml.safe_load(text.split(b"\n---")[0])))
 
 
-def _settled(version: Any) -> dict[str, str]:
+def _resolve_options(version: Any) -> dict[str, str]:
     """The defaults that whoever runs the cluster gave to the newest version: a new one keeps them."""
     spec = version.pipeline_spec or {}
     parameters = spec.get("pipeline_spec", spec).get("root", {}).get("inputDefinitions", {}).get("parameters", {})

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from canvastune.tiny import make_tiny_model
-from tests.cluster_stage import Cluster, stage
-from tests.rendered_chart import installed, of_kind
-from tests.small import write_checkpoint, write_middling
-from tests.tracking_server import no_outer_mlflow
+from canvastune.tiny_model import make_tiny_model
+from tests.fakes.tracking_server import no_outer_mlflow
+from tests.support.cluster_stage import Cluster, stage
+from tests.support.rendered_chart import installed, of_kind
+from tests.support.small import write_checkpoint, write_middling
 
 _LONGEST = ("test_pipeline", "test_journeys", "test_faults", "test_parallel", "test_checkpoint_files", "test_tracking")
 

@@ -18,8 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from canvastune.data.batches import PackedBatch
-from canvastune.layout import rows_of_window
+from canvastune.data.packing import PackedBatch
 from canvastune.model.flex_attention import FlexPacking
 
 NAME = "canvastune"  # of the attention implementation, in transformers' registry
@@ -106,7 +105,7 @@ def _causal(
 
     There half a window of rows goes at a time, with all keys that any of them sees.
     """
-    length, size = query.shape[2], rows_of_window(window)
+    length, size = query.shape[2], sliding_window_rows(window)
     if mask is None or length <= window:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **how)
     parts = []
@@ -128,3 +127,8 @@ def _sliding_causal(length: int, window: int) -> torch.Tensor | None:
 PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {"sdpa": Packing, "flex": FlexPacking}  # by `train.attention`
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def sliding_window_rows(window: int) -> int:
+    """Rows of a sliding layer that are attended together: more would see many keys that are masked, fewer would be many small calls."""
+    return -(-window // 2)

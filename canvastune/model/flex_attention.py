@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from canvastune.data.batches import PackedBatch
+from canvastune.data.packing import PackedBatch
 
 TILE = 128  # rows and keys that the kernel takes or leaves together
 # Every batch has a length of its own: `dynamic` compiles once for all. What differs is few: two kinds of layer, with gradients and

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
 
-from canvastune.config import LoraConfig
+from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
 from canvastune.noise import dropout_mask, dropout_module_key, weight_generator
 
@@ -46,7 +46,7 @@ class ExpertFactors(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device)))
 
 
-class KeyedDropout(nn.Module):
+class CounterBasedDropout(nn.Module):
     """Dropout whose mask depends on the run's seed, the row's example and place in it, and the module's name alone.
 
     It acts inside `dropping_rows`, and passes its input through anywhere else.
@@ -65,7 +65,7 @@ class KeyedDropout(nn.Module):
 
 
 @contextlib.contextmanager
-def dropping_rows(row_keys: torch.Tensor | None) -> Iterator[None]:
+def keyed_dropout(row_keys: torch.Tensor | None) -> Iterator[None]:
     """Adapters inside see rows with these keys, int64[rows], and drop by them; None: drop nothing."""
     token = _ROW_KEYS.set(row_keys)
     try:
@@ -87,7 +87,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> 
     inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     for name, module in list(model.named_modules()):
         if config.dropout and isinstance(module, LoraLayer):
-            module.lora_dropout[ADAPTER] = KeyedDropout(config.dropout, name)
+            module.lora_dropout[ADAPTER] = CounterBasedDropout(config.dropout, name)
         if config.experts and isinstance(module, DiffusionGemmaTextExperts):
             _adapt_experts(module, config, compute)
 
@@ -110,7 +110,7 @@ def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
     return torch.empty(shape).uniform_(-bound, bound, generator=weight_generator(seed, name))
 
 
-def factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B [(E,) out, r]."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

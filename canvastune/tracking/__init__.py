@@ -4,13 +4,13 @@ Nothing in this room raises into a step because of MLflow, and nothing waits lon
 What MLflow does not take waits in the run's folder, and is sent by a later step, or by `sync`.
 """
 
+from canvastune.tracking.client import tracking_uri
 from canvastune.tracking.contents import StepRun
-from canvastune.tracking.ids import PipelineRun
-from canvastune.tracking.metrics import MetricsWriter
+from canvastune.tracking.lifecycle import finish, log_data, start, step_run, sync, training_run
+from canvastune.tracking.metrics_file import MetricsWriter
 from canvastune.tracking.records import read_metrics
-from canvastune.tracking.runs import finish, log_data, start, step_run, sync, training_run
+from canvastune.tracking.run_lookup import PipelineRun
 from canvastune.tracking.sending import FindRun
-from canvastune.tracking.server import tracking_uri
 
 __all__ = [
     "FindRun",

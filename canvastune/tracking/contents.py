@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig
-from canvastune.tracking.ids import PipelineRun, RunIds
-from canvastune.tracking.notes import NOTE
+from canvastune.tracking.descriptions import NOTE
+from canvastune.tracking.model_registry import Score
 from canvastune.tracking.outbox import Entry, Outbox
-from canvastune.tracking.promotion import Score
+from canvastune.tracking.run_lookup import PipelineRun, RunIds
 from canvastune.tracking.sending import is_number
 
 _LARGEST_FILE = 20 * 10**6  # bytes: an output file above this is data, and stays where it is

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from canvastune.tracking.server import Server, TrackingError, log
+from canvastune.tracking.client import TrackingClient, TrackingError, log
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +38,7 @@ Tell = Callable[["MlflowClient", Entry], None]
 class Outbox:
     """Tells entries as they come, and keeps what MLflow did not take. Nothing here raises because of MLflow or of a full disk."""
 
-    def __init__(self, folder: Path, step: str, server: Server, tell: Tell) -> None:
+    def __init__(self, folder: Path, step: str, server: TrackingClient, tell: Tell) -> None:
         """
         Args:
             folder: the run's `unsent`.
@@ -104,7 +104,7 @@ class Outbox:
         return left, reason
 
     def _ask(self, entry: Entry) -> None:
-        self._server.ask(lambda client: self._tell(client, entry))
+        self._server.request(lambda client: self._tell(client, entry))
 
     def _warn(self, entry: Entry, error: TrackingError) -> None:
         if error.final:

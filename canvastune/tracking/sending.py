@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from canvastune.tracking.client import TrackingClient, TrackingError, connect, load_mlflow, log
 from canvastune.tracking.records import parse_lines
-from canvastune.tracking.server import Server, TrackingError, connect, load_mlflow, log
-from canvastune.tracking.system import SYSTEM, SystemSampler
+from canvastune.tracking.system_metrics import SYSTEM, SystemSampler
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,7 +88,7 @@ class MetricsSender:
         self.path = path
         self._find_run = find_run
         self.sent = 0  # points that reached the server
-        self._server: Server = connect(uri)
+        self._server: TrackingClient = connect(uri)
         self._files = [_Tail(path), _Tail(path.with_name(SYSTEM))] if machine else [_Tail(path)]
         self._waiting: list[Point] = []
         self._arrived: dict[str, set[int]] | None = None  # metric -> steps that the server had when we came
@@ -124,13 +124,13 @@ class MetricsSender:
         """
         entities = load_mlflow().entities
         if self._arrived is None:
-            self._arrived = self._server.ask(self._steps_that_arrived)
+            self._arrived = self._server.request(self._steps_that_arrived)
         for file in self._files:
             self._waiting += [point for point in points_of(file.read()) if point.step not in self._arrived.get(point.key, ())]
         while self._waiting:
             batch = self._waiting[:_BATCH]
             metrics = [entities.Metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
-            self._server.ask(partial(self._log, metrics))
+            self._server.request(partial(self._log, metrics))
             del self._waiting[: len(batch)]
             self.sent += len(batch)
         return self.sent

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from canvastune.tracking.ids import PARENT, RunIds
-from canvastune.tracking.models import flatten, log_model, models_of, register, version_of
-from canvastune.tracking.notes import NOTE
+from canvastune.tracking.client import load_mlflow
+from canvastune.tracking.descriptions import NOTE
+from canvastune.tracking.model_registry import Score, flatten_parameters, log_model, models_of, promote, register, version_of
 from canvastune.tracking.outbox import Entry
-from canvastune.tracking.promotion import Score, promote
+from canvastune.tracking.run_lookup import PARENT, RunIds
 from canvastune.tracking.sending import metric_name, send_metrics
-from canvastune.tracking.server import load_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,7 +123,7 @@ def _metrics(values: Mapping[str, Any], time: float, step: int = 0, **of: str) -
 
 def _log_parameters(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
     """Flattened parameters, in batches that MLflow takes."""
-    parameters = [load_mlflow().entities.Param(metric_name(name), value) for name, value in flatten(values).items()]
+    parameters = [load_mlflow().entities.Param(metric_name(name), value) for name, value in flatten_parameters(values).items()]
     for start in range(0, len(parameters), _PARAMETERS_IN_A_BATCH):
         client.log_batch(run_id, params=parameters[start : start + _PARAMETERS_IN_A_BATCH])
 

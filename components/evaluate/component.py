@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
-from components.definition import component
+from components.decorator import component
 
 
 @component
@@ -18,17 +18,16 @@ def evaluate(
     """Answer held-out rows before and after, count what is right, and measure the validation loss of both models."""
     from pathlib import Path
 
-    from canvastune.evaluate import measured
-    from components.evaluate.answering import answer
-    from components.evaluate.publication import publish
-    from components.run_folder import pointed
-    from components.step import step
+    from canvastune.evaluation.run import measured
+    from components.decorator import step
+    from components.evaluate.step import answer, publish
+    from components.run_directory import read_pointer
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
         record.dataset(Path(dataset.path), "evaluation")
         record.judged_model()
-        found = measured(answer(recipe, Path(dataset.path), pointed(tuned), Path(run_folder), out, record))
+        found = measured(answer(recipe, Path(dataset.path), read_pointer(tuned), Path(run_folder), out, record))
         for name, value in found.items():
             figures.log_metric(name, value)
         publish(found, out, record)

@@ -15,15 +15,23 @@ from urllib.parse import urlsplit
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.outputs import whole_folder
-from components.jobs import failures
-from components.jobs.api import Api, Clock, Conflict, connect
-from components.jobs.following import Following
-from components.jobs.manifests import SPEC_HASH, RunFacts, manifest
-from components.jobs.pods import ROLE, RUN_ID, run_label
+from canvastune.io.atomic import atomic_directory
+from components.jobs import pod_diagnostics
+from components.jobs.client import Clock, Conflict, KubernetesClient, connect
+from components.jobs.log_stream import LogStream
+from components.jobs.manifests import SPEC_HASH, JobContext, manifest
+from components.jobs.pod_diagnostics import LAST_LINES
+from components.jobs.pod_spec import ROLE, RUN_ID, run_label
 from components.jobs.preflight import refuse_missing
-from components.jobs.states import KINDS, Object, Row, State, Then, last_message, row_of
-from components.jobs.words import LAST_LINES
+from components.jobs.states import (
+    KINDS,
+    Action,
+    Object,
+    State,
+    Transition,
+    last_message,
+    transition_for,
+)
 
 _POLL = 5.0  # seconds between two looks at a job
 _HOLD = 300.0  # seconds after which what a person must change ends the wait; registries and webhooks have their moments
@@ -32,7 +40,7 @@ _LAST_CALLS = 120.0  # seconds that a run's exit task waits for an API server
 _FAREWELL = 5.0  # seconds for the last calls of a step that is being killed
 
 
-def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any] | None = None) -> dict[str, str]:
+def run(config: RunConfig, facts: JobContext, result: Path, task: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Do a step's work in pods of a job of this run.
 
     Args:
@@ -52,22 +60,24 @@ def run(config: RunConfig, facts: RunFacts, result: Path, task: Mapping[str, Any
     facts = replace(facts, environment=_without_secrets(facts.environment))
     manifest(config, facts, task)  # what is wrong in it is said before anybody is asked
     client, namespace = connect()
-    tags = launch(Api(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
+    tags = launch(KubernetesClient(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
     if not result.is_file():
         raise UserError(f"the job has finished, and {result} is not there. Mount the same claim in this step and in its pods")
     return tags
 
 
-def on_the_claim(dataset: Path, run_folder: Path) -> Path:
+def copy_to_workspace(dataset: Path, run_folder: Path) -> Path:
     """The prepared data where the pods see it: an artifact of the pipeline lies in this step's container alone."""
     copy = run_folder / "train" / "data"
     if not copy.exists():
-        with whole_folder(copy) as partial:
+        with atomic_directory(copy) as partial:
             shutil.copytree(dataset, partial, dirs_exist_ok=True)
     return copy
 
 
-def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None, clock: Clock = time) -> dict[str, str]:
+def launch(
+    api: KubernetesClient, config: RunConfig, facts: JobContext, task: Mapping[str, Any] | None = None, clock: Clock = time
+) -> dict[str, str]:
     """Make the job of a run, or take it up if it is there, and return its tags when it has succeeded.
 
     Raises:
@@ -83,16 +93,16 @@ def launch(api: Api, config: RunConfig, facts: RunFacts, task: Mapping[str, Any]
         signal.signal(signal.SIGTERM, before)
 
 
-def withdraw(config: RunConfig, run_id: str, clock: Clock = time) -> None:
+def delete_jobs(config: RunConfig, run_id: str, clock: Clock = time) -> None:
     """Delete the jobs that a run has left, once it has ended; finished jobs stay, for their logs. What hinders it is said, and no error."""
     if config.cluster.backend == "local":
         return
     kind = KINDS[config.cluster.backend]
     try:
-        api = Api(*connect(), kind, clock)
+        api = KubernetesClient(*connect(), kind, clock)
         api.patience = _LAST_CALLS
         for job in api.jobs(f"{RUN_ID}={run_label(run_id)}"):
-            if row_of(job).then not in (Then.TAKE_RESULT, Then.EXPLAIN):
+            if transition_for(job).then not in (Action.TAKE_RESULT, Action.EXPLAIN):
                 api.delete(job["metadata"]["name"])
                 _say(f"{kind.kind} {job['metadata']['name']} is deleted: its run has ended")
     except UserError as error:
@@ -100,15 +110,15 @@ def withdraw(config: RunConfig, run_id: str, clock: Clock = time) -> None:
 
 
 class _Launcher:
-    def __init__(self, api: Api, config: RunConfig, wanted: Mapping[str, Any], clock: Clock) -> None:
+    def __init__(self, api: KubernetesClient, config: RunConfig, wanted: Mapping[str, Any], clock: Clock) -> None:
         self._api, self._config, self._wanted, self._clock = api, config, wanted, clock
         self._kind = KINDS[config.cluster.backend]
         self._name, self._labels = wanted["metadata"]["name"], wanted["metadata"]["labels"]
-        self._uid, self._row = "", None  # type: str, Row | None
+        self._uid, self._row = "", None  # type: str, Transition | None
         self._before, self._has_run, self._attempts = "created", False, 0
         self._since = clock.time()  # of this wait for pods, or of this running
         self._hold: tuple[str, float] = "", 0.0
-        self._following = Following(api, self._pod_labels(self._kind.first_pod))
+        self._following = LogStream(api, self._pod_labels(self._kind.first_pod))
 
     def run(self) -> dict[str, str]:
         try:
@@ -156,7 +166,7 @@ class _Launcher:
             _say(f"{self._what(found)} is being deleted; waiting for the end of it")
             self._wait_until_gone(self._name)
             return False
-        if row_of(found).then is Then.EXPLAIN:
+        if transition_for(found).then is Action.EXPLAIN:
             _say(f"{self._what(found)} of an earlier attempt has failed: a new one goes on from the newest checkpoint")
             self._delete(self._name)
             return False
@@ -182,29 +192,29 @@ class _Launcher:
     def _look(self) -> bool:
         """Look at the job once, and do what its state asks for; True: it has succeeded."""
         job = self._api.job(self._name)
-        row = row_of(job, self._uid)
+        row = transition_for(job, self._uid)
         if row is not self._row:
             self._enter(row)
-        if row.then is Then.SAY_DELETED or job is None:
+        if row.then is Action.SAY_DELETED or job is None:
             raise UserError(
                 f"{self._kind.kind} {self._name} was deleted while it was {self._before}: by hand, or with its namespace. Its checkpoints "
                 "are kept; the same run, tried again, goes on from the newest one" + self._following.last_words()
             )
         self._following.pass_on()
-        if row.then is Then.EXPLAIN:
+        if row.then is Action.EXPLAIN:
             self._replace_evicted(job)
-        elif row.then in (Then.WAIT_FOR_PODS, Then.WAIT_FOR_END):
+        elif row.then in (Action.WAIT_FOR_PODS, Action.WAIT_FOR_END):
             self._mind_pods()
-        if row.then is Then.WAIT_FOR_PODS and self._waited() > self._config.cluster.queue_hours:
+        if row.then is Action.WAIT_FOR_PODS and self._waited() > self._config.cluster.queue_hours:
             self._give_up(
                 f"its pods did not run within {self._config.cluster.queue_hours:g} hours, which is cluster.queue_hours "
                 f"({self._hold[0] or row.says}). Raise it, or ask for less"
             )
-        if row.then is Then.WAIT_FOR_END and self._waited() > self._config.cluster.deadline_hours:
+        if row.then is Action.WAIT_FOR_END and self._waited() > self._config.cluster.deadline_hours:
             self._give_up(f"it ran for {self._config.cluster.deadline_hours:g} hours, which is cluster.deadline_hours. Raise it")
-        return row.then is Then.TAKE_RESULT
+        return row.then is Action.TAKE_RESULT
 
-    def _enter(self, row: Row) -> None:
+    def _enter(self, row: Transition) -> None:
         resumed = self._has_run and row.state in (State.QUEUED, State.PENDING, State.CREATED)
         _say(f"{self._kind.kind} {self._name}: {row.says}" + ("; preempted, it will go on from its newest checkpoint" if resumed else ""))
         self._before = self._row.state.lower() if self._row else "created"
@@ -216,7 +226,11 @@ class _Launcher:
     def _mind_pods(self) -> None:
         """Say what holds the pods up, once, and end a wait that is in vain."""
         now = self._clock.time()
-        holds = [failures.hold_of(pod, self._api.events(pod["metadata"]["name"]), self._config) for pod in self._pods() if _pending(pod)]
+        holds = [
+            pod_diagnostics.find_blocker(pod, self._api.events(pod["metadata"]["name"]), self._config)
+            for pod in self._pods()
+            if _pending(pod)
+        ]
         hold = next((hold for hold in sorted(filter(None, holds), key=lambda hold: hold.can_pass)), None)
         if hold is None:
             self._hold = "", now
@@ -237,7 +251,7 @@ class _Launcher:
     def _replace_evicted(self, job: Object) -> None:
         """A job that failed since its pods were taken away gets a successor, which goes on; any other failure is explained."""
         pods = self._pods()
-        evicted = failures.was_evicted(pods)
+        evicted = pod_diagnostics.was_evicted(pods)
         if evicted is None or self._attempts >= self._config.cluster.restarts:
             raise UserError(self._explanation(job, pods))
         self._attempts += 1
@@ -253,15 +267,17 @@ class _Launcher:
                 + self._following.last_words()
             )
         reason = f"{self._kind.kind} {self._name} has failed ({said})"
-        found = failures.failed_first(pods)
+        found = pod_diagnostics.failed_first(pods)
         if found is None:
-            return failures.was_evicted(pods) or reason + self._following.last_words()
+            return pod_diagnostics.was_evicted(pods) or reason + self._following.last_words()
         pod, end = found
         name = pod["metadata"]["name"]
         previous = end not in [status.get("state", {}).get("terminated") for status in pod["status"]["containerStatuses"]]
         log = [line.partition(" ")[2] for line in self._api.log(name, tail=40 * LAST_LINES, previous=previous)]
         events = [f"{event.get('reason')}: {event.get('message')}" for event in self._api.events(name)]
-        return "\n".join([failures.words_on(pod, end, log, self._config), *(f"event on {name}: {words}" for words in events), reason])
+        return "\n".join(
+            [pod_diagnostics.describe(pod, end, log, self._config), *(f"event on {name}: {words}" for words in events), reason]
+        )
 
     # --- the end of the run
 
@@ -303,7 +319,7 @@ def _pending(pod: Object) -> bool:
     return pod["status"].get("phase") == "Pending"
 
 
-def _owner(api: Api, own_pod: str) -> dict[str, Any] | None:
+def _owner(api: KubernetesClient, own_pod: str) -> dict[str, Any] | None:
     """The Argo workflow that made this step's pod, as an owner of the job: an evicted pod must not take a job of days with it."""
     with contextlib.suppress(UserError):
         pod = api.pod(own_pod)

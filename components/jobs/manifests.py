@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from canvastune.config import RunConfig
-from components.jobs.pods import PodParts, labels_of, pod_parts
+from components.jobs.pod_spec import PodParts, labels_of, pod_parts
 from components.jobs.states import KINDS
 
 SPEC_HASH = "canvastune.io/spec-hash"
@@ -30,7 +30,7 @@ _MEETING_POINT: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class JobContext:
     """What a job is told beside its config. Paths are those in the pods, and the same in the pipeline's steps."""
 
     run_id: str  # the pipeline job
@@ -42,7 +42,7 @@ class RunFacts:
     owner: Mapping[str, Any] | None = None  # owner reference of the Argo workflow; None: not known
 
 
-def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def manifest(config: RunConfig, facts: JobContext, task: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The job's manifest, with a name that the same run and the same spec always get.
 
     Args:
@@ -55,7 +55,7 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     kind, cluster = KINDS[config.cluster.backend], config.cluster
     own_labels = labels_of(config, facts.run_id, facts.role)
 
-    def spec(facts: RunFacts) -> dict[str, Any]:
+    def spec(facts: JobContext) -> dict[str, Any]:
         parts = pod_parts(config, own_labels, facts.output, facts.environment, task or {})
         return (_pytorchjob if cluster.backend == "pytorchjob" else _trainjob)(config, facts, parts)
 
@@ -73,19 +73,19 @@ def manifest(config: RunConfig, facts: RunFacts, task: Mapping[str, Any] | None 
     return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": spec(facts)}
 
 
-def job_name(config: RunConfig, facts: RunFacts, spec_hash: str) -> str:
+def job_name(config: RunConfig, facts: JobContext, spec_hash: str) -> str:
     """A DNS-1035 label of at most 48 characters, which leaves room for what operators append to it."""
     recipe = re.sub("[^a-z0-9]+", "-", config.name)[: 29 - len(facts.role)].strip("-")
     return f"{facts.role}-{recipe}-{hashlib.sha256(facts.run_id.encode()).hexdigest()[:8]}-{spec_hash[:8]}"
 
 
-def command(config: RunConfig, facts: RunFacts) -> list[str]:
+def command(config: RunConfig, facts: JobContext) -> list[str]:
     """What every pod runs. Nodes, processes and the first pod's address are in its environment, as PET_* variables."""
     line = ["python", "-m", "torch.distributed.run", f"--shutdown-timeout={config.train.stop_grace}", "--tee=3"]
     return [*line, "-m", *facts.module, *facts.mlflow]
 
 
-def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str, Any]:
+def _pytorchjob(config: RunConfig, facts: JobContext, parts: PodParts) -> dict[str, Any]:
     cluster = config.cluster
     pod = {
         **parts.pod,
@@ -119,7 +119,7 @@ def _pytorchjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str
     return {"nprocPerNode": str(config.parallel.nproc_per_node), "runPolicy": policy, "pytorchReplicaSpecs": replicas}
 
 
-def _trainjob(config: RunConfig, facts: RunFacts, parts: PodParts) -> dict[str, Any]:
+def _trainjob(config: RunConfig, facts: JobContext, parts: PodParts) -> dict[str, Any]:
     cluster = config.cluster
     pod = {**parts.pod, "containers": [{"name": _NODE, **parts.container}]}
     replicated = {"name": _NODE, "template": {"spec": {"template": {"metadata": parts.metadata, "spec": pod}}}}

@@ -7,12 +7,12 @@ from typing import Any
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from components.jobs.api import Api
-from components.jobs.pods import RUN_ID
+from components.jobs.client import KubernetesClient
+from components.jobs.pod_spec import RUN_ID
 from components.jobs.states import Object
 
 
-def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
+def refuse_missing(api: KubernetesClient, config: RunConfig, job: Mapping[str, Any]) -> None:
     """Look for the claims, the secrets and the training runtime that a job names.
 
     Raises:
@@ -38,7 +38,7 @@ def refuse_missing(api: Api, config: RunConfig, job: Mapping[str, Any]) -> None:
         _check_runtime(api, config, cluster.runtime)
 
 
-def _check_runtime(api: Api, config: RunConfig, name: str) -> None:
+def _check_runtime(api: KubernetesClient, config: RunConfig, name: str) -> None:
     runtime = api.exists("trainingruntimes", name)
     if runtime is None:
         raise UserError(

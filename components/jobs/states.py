@@ -59,7 +59,7 @@ class State(enum.StrEnum):
     UNKNOWN = "Unknown"
 
 
-class Then(enum.Enum):
+class Action(enum.Enum):
     """What the launcher does."""
 
     WAIT_FOR_PODS = enum.auto()  # for at most cluster.queue_hours, and says what holds the pods up
@@ -69,12 +69,12 @@ class Then(enum.Enum):
     SAY_DELETED = enum.auto()
 
 
-class Row(NamedTuple):
+class Transition(NamedTuple):
     """A state, when a job that is there is in it, what the launcher does, and what it says on entering it."""
 
     state: State
     holds: Callable[[Object], bool]
-    then: Then
+    then: Action
     says: str
 
 
@@ -98,30 +98,30 @@ def _suspended(job: Object) -> bool:
 
 # The first row that holds is the job's state. An end outweighs what else the status still says of the time before.
 _TABLE = (
-    Row(State.SUCCEEDED, _condition("Succeeded", "Complete"), Then.TAKE_RESULT, "the job has finished"),
-    Row(State.FAILED, _condition("Failed"), Then.EXPLAIN, "the job has failed"),
-    Row(State.QUEUED, _suspended, Then.WAIT_FOR_PODS, "queued: the job is suspended until its queue admits it"),
-    Row(
+    Transition(State.SUCCEEDED, _condition("Succeeded", "Complete"), Action.TAKE_RESULT, "the job has finished"),
+    Transition(State.FAILED, _condition("Failed"), Action.EXPLAIN, "the job has failed"),
+    Transition(State.QUEUED, _suspended, Action.WAIT_FOR_PODS, "queued: the job is suspended until its queue admits it"),
+    Transition(
         State.RESTARTING,
         lambda job: _condition("Restarting")(job) or _count("failed")(job),
-        Then.WAIT_FOR_PODS,
+        Action.WAIT_FOR_PODS,
         "restarting: pods ended and are started again; training goes on from its newest checkpoint",
     ),
-    Row(State.RUNNING, lambda job: _condition("Running")(job) or _count("ready")(job), Then.WAIT_FOR_END, "running"),
-    Row(
+    Transition(State.RUNNING, lambda job: _condition("Running")(job) or _count("ready")(job), Action.WAIT_FOR_END, "running"),
+    Transition(
         State.PENDING,
         lambda job: _condition("Created")(job) or _count("active")(job),
-        Then.WAIT_FOR_PODS,
+        Action.WAIT_FOR_PODS,
         "pending: the pods wait for nodes, images and volumes",
     ),
-    Row(State.CREATED, _silent, Then.WAIT_FOR_PODS, "created: the operator has not answered yet"),
+    Transition(State.CREATED, _silent, Action.WAIT_FOR_PODS, "created: the operator has not answered yet"),
 )
-_DELETED = Row(State.DELETED, lambda _: False, Then.SAY_DELETED, "the job was deleted")
-_UNKNOWN = Row(State.UNKNOWN, lambda _: True, Then.WAIT_FOR_PODS, "unknown: the job's status says nothing that the launcher knows")
+_DELETED = Transition(State.DELETED, lambda _: False, Action.SAY_DELETED, "the job was deleted")
+_UNKNOWN = Transition(State.UNKNOWN, lambda _: True, Action.WAIT_FOR_PODS, "unknown: the job's status says nothing that the launcher knows")
 ROWS = (*_TABLE, _DELETED, _UNKNOWN)
 
 
-def row_of(job: Object | None, uid: str | None = None) -> Row:
+def transition_for(job: Object | None, uid: str | None = None) -> Transition:
     """The row of the table that a job's status is in.
 
     Args:

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Input, Model, Output
 
-from components.definition import component
+from components.decorator import component
 
 
 @component
@@ -10,15 +10,15 @@ def merge_lora(config: str, run_folder: str, mlflow_run_id: str, adapter: Input[
     """Merge shard by shard into the run's folder; the artifact points to it."""
     from pathlib import Path
 
+    from canvastune.checkpoint.hub import resolve_model
     from canvastune.merge import merge_lora
-    from canvastune.model.source import resolve_model
-    from components.run_folder import point
-    from components.step import step
+    from components.decorator import step
+    from components.run_directory import write_pointer
 
     with step("merge_lora", config, run_folder, mlflow_run_id) as (recipe, record):
         folder = Path(run_folder) / "model"
         if not folder.exists():  # a retried step finds the whole model, or none
             merge_lora(recipe, resolve_model(recipe.model), Path(adapter.path), folder)
-        point(merged, folder)
+        write_pointer(merged, folder)
         record.outputs(folder)
         record.model(folder, "merged")

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Output
 
-from components.definition import component
+from components.decorator import component
 
 
 @component
@@ -10,8 +10,8 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     """Compute memory, FLOPs and time of the run from the model's config alone; fail if it cannot fit."""
     from pathlib import Path
 
-    from canvastune.planner import find_architecture, make_plan, write_plan
-    from components.step import step
+    from canvastune.planner.planner import find_architecture, make_plan, write_plan
+    from components.decorator import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
         made = make_plan(recipe, find_architecture(recipe.model), recipe.world_size)

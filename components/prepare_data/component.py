@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Dataset, Output
 
-from components.definition import component
+from components.decorator import component
 
 
 @component
@@ -11,12 +11,12 @@ def prepare_data(config: str, content: str, dataset: Output[Dataset], card: Outp
     import shutil
     from pathlib import Path
 
+    from canvastune.checkpoint.hub import resolve_model
     from canvastune.config import parse_config
-    from canvastune.data.prepare import prepare_data
-    from canvastune.model.source import resolve_model
-    from components.step import last_words
+    from canvastune.preparation.prepare import prepare_data
+    from components.decorator import exit_on_user_error
 
-    with last_words():
+    with exit_on_user_error():
         recipe = parse_config(config)
         counts = prepare_data(recipe, resolve_model(recipe.model, weights=False), Path(dataset.path))
         dataset.metadata.update({key: counts[key] for key in ("train", "validation", "content_hash")})

@@ -2,7 +2,7 @@
 
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
-from components.definition import component
+from components.decorator import component
 
 
 @component
@@ -23,16 +23,21 @@ def report(
     import shutil
     from pathlib import Path
 
-    from components.report.publication import publish
-    from components.report.runs import compared_folders
-    from components.run_folder import pointed, workspace_of
-    from components.step import step
+    from components.decorator import step
+    from components.earlier_runs import compared_folders
+    from components.report.step import publish
+    from components.run_directory import read_pointer, workspace_of
 
     made = {"metrics": metrics, "data": dataset, "plan": plan, "evaluation": evaluation}
     with step("report", config, run_folder, mlflow_run_id) as (recipe, record):
         others = compared_folders(compare, workspace_of(run_folder))
         summary = publish(
-            recipe, record, Path(run_folder), **{name: Path(each.path) for name, each in made.items()}, tuned=pointed(tuned), compare=others
+            recipe,
+            record,
+            Path(run_folder),
+            **{name: Path(each.path) for name, each in made.items()},
+            tuned=read_pointer(tuned),
+            compare=others,
         )
         shutil.copy(Path(run_folder) / "report" / "report.html", page.path)
         for name, value in summary.items():

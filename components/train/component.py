@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
-from components.definition import component
+from components.decorator import component
 
 _ON_THE_JOB = (  # set on the task, meant for the training pods
     dsl.TaskConfigField.RESOURCES,
@@ -28,9 +28,9 @@ def train(
     import shutil
     from pathlib import Path
 
-    from components.run_folder import point
-    from components.step import step
-    from components.train.launcher import train
+    from components.decorator import step
+    from components.run_directory import write_pointer
+    from components.train.step import train
 
     with step("train", config, run_folder, mlflow_run_id) as (recipe, record):
         weights = train(recipe, Path(dataset.path), Path(run_folder) / "train", record, vars(task_config))
@@ -38,4 +38,4 @@ def train(
         if recipe.train.method == "lora":
             shutil.copytree(weights, trained.path)
         else:
-            point(trained, weights)
+            write_pointer(trained, weights)

@@ -1,0 +1,64 @@
+"""The stock model, as any user of transformers loads it: what merged and tuned checkpoints are tried with."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DiffusionGemmaForBlockDiffusion
+from transformers.utils import logging
+
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.errors import UserError
+
+
+def load_stock(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> DiffusionGemmaForBlockDiffusion:
+    """Load a checkpoint for inference.
+
+    Args:
+        dtype: of the weights in memory; None: as stored.
+
+    Raises:
+        UserError: a checkpoint that is broken, or one that lacks a value the model needs.
+    """
+    CheckpointReader(folder)  # says which file is broken, where transformers would not
+    with _quiet():
+        loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
+            folder, dtype=dtype or "auto", device_map=device, local_files_only=True, output_loading_info=True
+        )
+    model, report = loaded
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[kind]:
+            first = sorted(str(key) for key in report[kind])[0]
+            raise UserError(f"{folder}: {len(report[kind])} {kind.replace('_', ' ')}, the first is {first}. Give a complete checkpoint")
+    return model.eval()
+
+
+def load_stock_with_adapter(base: Path, adapter: Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The stock model with an adapter on it, as stock PEFT loads it: the model itself, whose adapted layers are PEFT's.
+
+    Args:
+        dtype: see `load_stock`.
+    """
+    model: Any = load_stock(base, device, dtype)
+    with _quiet():
+        return PeftModel.from_pretrained(model, str(adapter)).base_model.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars, since a step prints its own progress, and the warnings of one library about another's names."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,162 @@
+"""Build the shared model without memory, and stream a checkpoint's tensors into whatever shards of it this rank holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import DiffusionGemmaConfig
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRotaryEmbedding
+
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.tensor_file import REMEDY
+from canvastune.config import RunConfig
+from canvastune.errors import UserError
+from canvastune.model.attention import PACKINGS
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.model.lora import add_adapters, base_name, initial_factor, is_adapter
+
+ENCODER_SCALAR = "model.encoder.language_model.layers.{}.layer_scalar"
+DECODER_SCALAR = "model.decoder.layers.{}.layer_scalar"
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_FROZEN = ("router.proj.weight", "router.scale", "router.per_expert_scale")
+
+
+def read_model_config(folder: Path) -> DiffusionGemmaConfig:
+    """The configuration of a checkpoint folder, or that in a file.
+
+    Raises:
+        UserError: not JSON, not a DiffusionGemma, or a key of it that has a value it cannot have.
+    """
+    path = folder / "config.json" if folder.is_dir() else folder
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}. {REMEDY}") from None
+    if model_type != "diffusion_gemma":
+        raise UserError(f"{path}: model_type is {model_type!r}, expected 'diffusion_gemma'. Give such a checkpoint")
+    try:
+        found = DiffusionGemmaConfig.from_dict(config)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}. {REMEDY}") from None
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):  # the library takes a model without experts as well
+        if getattr(found.text_config, key) is None:
+            raise UserError(f"{path}: text_config.{key} is missing, and a DiffusionGemma has experts. {REMEDY}")
+    return found
+
+
+def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> WeightTiedDiffusionGemma:
+    """The shared model on the meta device, with adapters if `train.method` is lora, and its trained parameters marked.
+
+    Trained: the adapters alone, or everything but the router (`proj`, `scale`, `per_expert_scale`).
+
+    Raises:
+        UserError: a `lora.rank` that the experts' adapters cannot have.
+    """
+    with torch.device("meta"):
+        model = WeightTiedDiffusionGemma(model_config, PACKINGS[config.train.attention])
+    lora = config.train.method == "lora"
+    compute = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    if lora:
+        add_adapters(model, config.lora, compute)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name) if lora else not name.endswith(_FROZEN))
+        # Trained parameters are float32 masters; frozen ones need no more than the dtype they are computed in.
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
+    model.train()
+    return model
+
+
+def load_weights(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader, device: torch.device, seed: int) -> None:
+    """Give a meta-device model, sharded or not, its memory and its values; each rank reads only the slices it holds.
+
+    Adapters start as LoRA does (A uniform in +-1/sqrt(in), B zero), from the seed and the parameter's name alone.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape or not of floating-point numbers, or the encoder's layer scalars
+            differ from the decoder's; all found before memory is taken.
+    """
+    _check(model, checkpoint)
+    model.to_empty(device=device)
+    model.lm_head.weight = model.model.decoder.embed_tokens.weight  # to_empty makes two of one
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(parameter, base_name(name), checkpoint, seed, adapter=is_adapter(name))
+        _fill_buffers(model, checkpoint, device)
+
+
+def _check(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader) -> None:
+    """Let a checkpoint pass that has exactly the model's tensors; of the vision tower, whatever is there."""
+    expected = {base_name(name): tuple(p.shape) for name, p in model.named_parameters() if not is_adapter(name)}
+    layers = range(model.config.text_config.num_hidden_layers)
+    expected |= {form.format(index): (1,) for index in layers for form in (DECODER_SCALAR, ENCODER_SCALAR)}
+    missing = [name for name in expected if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: the checkpoint has no tensor {missing[0]!r} of shape {list(expected[missing[0]])}, which its "
+            f"config.json asks for ({len(missing)} such). {REMEDY}, or give the config.json that belongs to it"
+        )
+    unknown = sorted(name for name in checkpoint.names() if name not in {*expected, "lm_head.weight"} and not name.startswith(VISION))
+    if unknown:
+        raise UserError(
+            f"{checkpoint.path(unknown[0])}: tensor {unknown[0]!r} is not part of the DiffusionGemma that config.json describes "
+            f"({len(unknown)} such). Is it another model, or a quantized one? Give the model as it was released"
+        )
+    for name, shape in expected.items():
+        found, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        if found != shape:
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}. "
+                "Give the config.json that belongs to these weights"
+            )
+        if dtype not in _DTYPES:
+            expected_dtypes = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} has dtype {str(dtype).removeprefix('torch.')}, expected one of "
+                f"{expected_dtypes}. Give an unquantized checkpoint"
+            )
+    for index in layers:
+        scalar, twin = (checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR))
+        if not torch.equal(scalar, twin):
+            name = ENCODER_SCALAR.format(index)
+            raise UserError(
+                f"{checkpoint.path(name)}: tensor {name!r} is {twin.item():.6g} and {DECODER_SCALAR.format(index)!r} {scalar.item():.6g}, "
+                f"expected the same: one shared stack cannot hold both. {REMEDY}"
+            )
+
+
+def _fill(parameter: nn.Parameter, name: str, checkpoint: CheckpointReader, seed: int, *, adapter: bool) -> None:
+    shape = tuple(parameter.shape)
+    slices = tuple(slice(0, size) for size in shape)
+    local: torch.Tensor = parameter
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        local_shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        slices = tuple(slice(start, start + size) for start, size in zip(offset, local_shape, strict=True))
+    if adapter:
+        local.copy_(initial_factor(name, shape, seed)[slices])
+        return
+    if local.numel():
+        local.copy_(checkpoint.get_slice(name, slices))
+
+
+def _fill_buffers(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader, device: torch.device) -> None:
+    decoder = model.model.decoder
+    for index, layer in enumerate(decoder.layers):
+        layer.layer_scalar.copy_(checkpoint.get(DECODER_SCALAR.format(index)))
+    decoder.embed_tokens.embed_scale.fill_(decoder.embed_tokens.scalar_embed_scale)
+    # Not in any checkpoint: recomputed, in float32 whatever the compute dtype.
+    fresh = DiffusionGemmaTextRotaryEmbedding(model.config.text_config, device=device)
+    for name, buffer in fresh.named_buffers():
+        getattr(decoder.rotary_emb, name).copy_(buffer)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

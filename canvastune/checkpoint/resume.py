@@ -1,0 +1,304 @@
+"""Resume checkpoints: trained weights and optimiser state as sharded safetensors, readable at any number of ranks.
+
+A checkpoint is a folder `step-NNNNNN`. It counts only when its `complete.json` stands, which is written last and holds the size
+and the SHA-256 of every other file: a checkpoint that was damaged later is found out, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from canvastune.config import RunConfig
+from canvastune.distributed.parallelize import local_tensor
+from canvastune.distributed.sync import gather_results, run_on_rank0
+from canvastune.errors import UserError
+from canvastune.io.atomic import fsync
+
+_MARKER, _CORRUPT = "complete.json", "damaged.json"
+_FILE_BYTES = 2**30  # of a rank's shard per file: a file is serialised in memory before it is written
+# Sections and keys that may change between two attempts at one run: none of them changes a weight.
+_MAY_CHANGE = (
+    "parallel.",
+    "tracking.",
+    "evaluate.",
+    "hardware.",
+    "cluster.",
+    "train.micro_batch_size",
+    "train.attention",
+    "train.activation_checkpointing",
+    "train.log_every",
+    "train.validate",
+    "train.validation",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.async_checkpoints",
+    "train.export",
+    "train.early_stopping",
+    "train.max_skipped_steps",
+    "train.stop_grace",
+    "train.hang_timeout",
+)
+
+Parameters = dict[str, nn.Parameter]
+
+
+class Checkpoints:
+    """The checkpoints of one training run. Every rank makes the same calls."""
+
+    def __init__(self, folder: Path, config: RunConfig, data_fingerprint: str) -> None:
+        self._folder = folder
+        self._keep = config.train.keep_checkpoints
+        self._asynchronous = config.train.async_checkpoints
+        self._identity = {**_flat(config.model_dump(mode="json")), "data": data_fingerprint}
+        self._group = dist.new_group(backend="gloo")  # of the writing thread: its collectives must not meet the training's
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any] | None, list[str]]:
+        """Read the newest sound checkpoint into the parameters and the optimiser, however many ranks wrote it.
+
+        Returns:
+            What `save` was given as `progress`, None if there is no checkpoint; and a line for each newer one that is damaged.
+
+        Raises:
+            UserError: the checkpoints belong to another run (names the first difference), or all of them are damaged.
+        """
+        steps = run_on_rank0(self._complete_steps)
+        damages: list[str] = []
+        for step in reversed(steps):
+            marker = run_on_rank0(partial(self._marker, step))
+            damage = "no readable marker" if marker is None else self._damage(step, marker)
+            if damage:
+                damages.append(f"{self._path(step)} is damaged: {damage}")
+                continue
+            assert marker is not None
+            self._refuse_other_run(step, marker)
+            run_on_rank0(partial(self._quarantine, [later for later in steps if later > step]))
+            _create_state(optimizer)
+            self._read(step, _state(parameters, optimizer))
+            return marker["progress"], damages
+        if damages:
+            raise UserError(
+                "; ".join(damages) + f". No other checkpoint stands in {self._folder}: repair one, or give another --output to begin again"
+            )
+        return None, []
+
+    def save(self, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Write the state after `step` steps; in the background, unless `train.async_checkpoints` is off.
+
+        Args:
+            progress: what goes with it, given back by `restore`; `validation` is the held-out loss at this step, or None.
+
+        Raises:
+            UserError: this checkpoint or the one before could not be written; what was there before stands.
+        """
+        self.wait()
+        state = _state(parameters, optimizer)
+        sizes = {name: local_tensor(tensor).nbytes for name, tensor in state.items()}
+        total = sum(gather_results(lambda: sum(sizes.values())))
+        path = self._path(step)
+        run_on_rank0(lambda: self._prepare_directory(path, total))
+        writer = HuggingFaceStorageWriter(str(path), fqn_to_index_mapping=_files(sizes), save_distributed=True)
+        marker = {"step": step, "identity": self._identity, "progress": progress}
+        staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        assert isinstance(staged, Future)
+        self._pending = self._thread.submit(self._complete, staged, path, marker)
+        if not self._asynchronous:
+            self.wait()
+
+    def update_metadata(self, step: int, progress: dict[str, Any]) -> None:
+        """Replace what a complete checkpoint gives back as `progress`."""
+
+        def replace() -> None:
+            marker = self._marker(step)
+            assert marker is not None
+            self._mark(self._path(step), {**marker, "progress": progress})
+
+        run_on_rank0(replace)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint in the background could not be written; `wait` then says why. May differ between ranks for a moment."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in the background is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def best(self) -> int | None:
+        """The step of the complete checkpoint with the lowest validation loss, None if none was validated."""
+        return run_on_rank0(self._best)
+
+    def load_weights(self, step: int, parameters: Parameters) -> None:
+        """Read the trained weights alone."""
+        self._read(step, {f"model.{name}": parameter.data for name, parameter in parameters.items()})
+
+    def _complete(self, staged: Future[Any], path: Path, marker: dict[str, Any]) -> None:
+        """Runs in the thread, on all ranks: when all files are written, rank 0 sets the marker and removes what is too old."""
+        try:
+            found = gather_results(lambda: _written(staged, path), self._group)
+        except UserError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            kept = self._complete_steps()
+            last = f"The last good checkpoint is that of step {kept[-1]}" if kept else "No checkpoint was written before"
+            raise UserError(f"{path}: the checkpoint could not be written: {error}. {last}; the same command goes on from there") from None
+        if dist.get_rank() == 0:
+            files = {name: entry for entries in found for name, entry in entries.items()}
+            self._mark(path, {**marker, "time": time.time(), "files": files})
+            best = self._best()
+            for old in self._complete_steps()[: -self._keep]:
+                if old != best:
+                    shutil.rmtree(self._path(old))
+
+    def _mark(self, path: Path, marker: dict[str, Any]) -> None:
+        unfinished = path / f".{_MARKER}"
+        with unfinished.open("w", encoding="utf-8") as stream:
+            json.dump(marker, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.rename(path / _MARKER)
+        fsync(path)
+
+    def _prepare_directory(self, path: Path, total: int) -> None:
+        shutil.rmtree(path, ignore_errors=True)  # an earlier attempt's, without its marker
+        path.mkdir(parents=True)
+        free = shutil.disk_usage(path).free
+        if total > free:
+            path.rmdir()
+            raise UserError(
+                f"{path}: a checkpoint takes {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free. What stands there is kept: "
+                "make room, and the same command goes on from it"
+            )
+
+    def _damage(self, step: int, marker: dict[str, Any]) -> str | None:
+        """What is wrong with a checkpoint's files; each rank reads its share of them."""
+        mine = sorted(marker["files"].items())[dist.get_rank() :: dist.get_world_size()]
+        return next(filter(None, gather_results(lambda: _first_damage(self._path(step), mine))), None)
+
+    def _refuse_other_run(self, step: int, marker: dict[str, Any]) -> None:
+        for key, now in self._identity.items():
+            # A key that the checkpoint does not know came later, with a default that changed nothing.
+            then = marker["identity"].get(key, now)
+            if then != now and not key.startswith(_MAY_CHANGE):
+                raise UserError(
+                    f"{self._path(step)}: checkpoint of another run: {key} was {then!r} and is now {now!r}. "
+                    "Give another --output, or the recipe and data it was started with"
+                )
+
+    def _quarantine(self, steps: list[int]) -> None:
+        for step in steps:
+            (self._path(step) / _MARKER).rename(self._path(step) / _CORRUPT)
+
+    def _read(self, step: int, state: dict[str, torch.Tensor]) -> None:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self._path(step))))
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+    def _complete_steps(self) -> list[int]:
+        return sorted(int(marker.parent.name.removeprefix("step-")) for marker in self._folder.glob(f"step-*/{_MARKER}"))
+
+    def _marker(self, step: int) -> dict[str, Any] | None:
+        try:
+            marker = json.loads((self._path(step) / _MARKER).read_text(encoding="utf-8"))
+            return marker if {"identity", "progress", "files"} <= set(marker) else None
+        except (OSError, ValueError, TypeError):  # damage, which the caller reports
+            return None
+
+    def _best(self) -> int | None:
+        markers = ((step, self._marker(step)) for step in self._complete_steps())
+        scored = [(m["progress"]["validation"], step) for step, m in markers if m is not None and m["progress"]["validation"] is not None]
+        return min(scored)[1] if scored else None
+
+
+def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Flat names to the very tensors in use, so that loading fills them in place. Contains tensors alone: nothing is pickled."""
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        state[f"model.{name}"] = parameter.data
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{key}.{name}"] = value
+    return state
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    # A step at rate zero on zero gradients makes AdamW's moments and changes no weight; loading then overwrites them.
+    for group in optimizer.param_groups:
+        group["lr"], before = 0.0, group["lr"]
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        group["before"] = before
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("before")
+
+
+def _files(sizes: dict[str, int]) -> dict[str, int]:
+    """The number, from 1, of the file that takes each tensor's part of a rank's shard: the same on all ranks, up to an uneven split."""
+    files, filled = {}, 0
+    for name, size in sizes.items():
+        files[name] = 1 + filled // _FILE_BYTES
+        filled += size
+    return files
+
+
+def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Wait for this rank's part, flush it, and tell every file's size and SHA-256: this rank's share of all files."""
+    try:
+        staged.result()
+        mine = sorted(path.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
+        for file in mine:
+            fsync(file)
+        return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in mine}
+    except CheckpointException as error:
+        reasons = {f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()}
+        raise UserError("; ".join(sorted(reasons))) from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}") from None
+
+
+def _first_damage(path: Path, files: list[tuple[str, dict[str, Any]]]) -> str | None:
+    for name, entry in files:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes, {entry['size']} were written"
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} does not hold what was written (SHA-256 differs)"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

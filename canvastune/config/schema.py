@@ -1,0 +1,206 @@
+"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written beside every output."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from canvastune.config.cluster import (
+    ClusterConfig,
+)
+from canvastune.config.strict import StrictModel
+
+Checkpointing = bool | Literal["selective"]
+
+
+class ModelConfig(StrictModel):
+    """The base model."""
+
+    id: str = Field("google/diffusiongemma-26B-A4B-it", description="Hub id, or the folder of a checkpoint in the Hub's layout")
+    revision: str | None = Field(None, description="Hub commit, tag or branch; not for a local folder")
+
+
+class ColumnsConfig(StrictModel):
+    """Which columns hold the two sides of an example, for `data.format: columns`."""
+
+    prompt: str = Field("prompt", description="column with the user's turn")
+    response: str = Field("response", description="column with the assistant's turn")
+    system: str | None = Field(None, description="column with the system turn, if there is one")
+
+
+class DataConfig(StrictModel):
+    """Where the examples come from and what is refused."""
+
+    source: str = Field(description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each also .gz")
+    config: str | None = Field(None, description="configuration of a Hub data set, as in openai/gsm8k `main`")
+    revision: str | None = Field(None, description="Hub commit, tag or branch")
+    split: str = Field("train", description="split of a Hub data set")
+    format: Literal["auto", "messages", "gsm8k", "columns"] = Field("auto", description="form of a row; auto looks at the first row's keys")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    seq_length: int = Field(1024, ge=8, description="tokens of prefix and response kept per example")
+    validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the examples held out, chosen by a hash of their content")
+    validation_rows: int | None = Field(
+        None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)"
+    )
+    max_bad_rows: float = Field(0.01, ge=0, lt=1, description="share of rows that may be unreadable before the step fails")
+    max_duplicates: float = Field(
+        0.1, ge=0, le=1, description="share of rows that may repeat an earlier one before the step fails; repeats are always dropped"
+    )
+    max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
+
+
+class LoraConfig(StrictModel):
+    """The adapter."""
+
+    rank: int = Field(16, ge=1, description="rank r of the two factors")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's input that is zeroed in training; never on experts")
+    experts: bool = Field(False, description="adapters on every expert's two projections as well")
+
+    @property
+    def scale(self) -> float:
+        """What B @ A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class ObjectiveConfig(StrictModel):
+    """What one step computes."""
+
+    self_conditioning_probability: float = Field(
+        0.5, ge=0, le=1, description="probability that an example is denoised twice, the second time seeing the first"
+    )
+    min_corruption: float = Field(0.001, gt=0, lt=1, description="eps of t ~ U(eps, 1)")
+    encoder_loss_weight: float = Field(1.0, ge=0, description="weight of the autoregressive loss in the total")
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with linear warm-up and a decay."""
+
+    lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes from lr to min_lr after the warm-up")
+    warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up; the first step already uses lr / warmup_steps")
+    betas: tuple[float, float] = Field((0.95, 0.99), description="decay of the running means of the gradient and of its square")
+    eps: float = Field(1e-8, gt=0, description="what is added to the root of the latter")
+    weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
+    decay_vectors: bool = Field(False, description="whether norms and other one-dimensional weights decay too")
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
+
+
+class TrainConfig(StrictModel):
+    """The loop."""
+
+    method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
+    steps: int = Field(800, ge=1, description="optimiser steps")
+    global_batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
+    )
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa",
+        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA alone",
+    )
+    activation_checkpointing: Checkpointing = Field(
+        True,
+        description="recompute layers in the backward pass instead of keeping their activations: true, each of them; selective, every "
+        "second one; false, none",
+    )
+    log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
+    validate_every: int = Field(100, ge=1, description="steps between validations; the base and the last step are validated too")
+    validation_levels: tuple[float, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss, each above 0 and at most 1"
+    )
+    validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; after the last step there is one too")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss stays besides"
+    )
+    async_checkpoints: bool = Field(True, description="write checkpoints beside the training; takes a copy of the state in host memory")
+    export: Literal["best", "last"] = Field(
+        "best", description="which weights a run ends with: the checkpoint of the best validation loss, or the last step"
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many validations in a row without a better loss; default: never"
+    )
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps in a row whose loss or gradient is not finite that are skipped before the run stops"
+    )
+    stop_grace: int = Field(
+        60, ge=1, description="seconds in which a run that is asked to stop (SIGTERM) saves its state before it is killed"
+    )
+    hang_timeout: int = Field(600, ge=10, description="seconds without progress after which a run ends and names the rank that hangs")
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks share the work. world size = efsdp x ep; everything but the experts is sharded over all ranks."""
+
+    nproc_per_node: int = Field(8, ge=1, description="processes that the pipeline's train step starts; torchrun sets its own")
+    ep: int = Field(8, ge=1, description="expert-parallel degree: divides the world size and the number of experts")
+
+
+class EvaluateConfig(StrictModel):
+    """Answers before and after, on held-out rows."""
+
+    rows: int = Field(64, ge=1, description="held-out rows that are answered")
+    batch_size: int = Field(8, ge=1, description="rows that are answered at once")
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
+    max_denoising_steps: int = Field(48, ge=1, description="denoising steps of a block, at most")
+    answer_pattern: str = Field(
+        r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares"
+    )
+
+
+class TrackingConfig(StrictModel):
+    """MLflow. MLFLOW_TRACKING_URI in the environment wins over `uri`."""
+
+    uri: str | None = Field(None, description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the workspace")
+    experiment: str = Field("canvastune", description="of MLflow, and of Kubeflow where `submit` is given none")
+    registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
+    promote: Literal["better", "never"] = Field(
+        "better",
+        description="when a registered model gets the alias champion: better, if its exact match is above the champion's on the same rows "
+        "(the first one: not below the base's); never",
+    )
+
+
+class HardwareConfig(StrictModel):
+    """What the planner plans for."""
+
+    gpu_memory: float = Field(80.0, gt=0, description="GB (1e9 bytes) per accelerator")
+    accelerator: str = Field("h100", description="row of the planner's table of accelerators")
+
+
+class RunConfig(StrictModel):
+    """A recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$", max_length=50, description="of the recipe's runs, jobs and models")
+    seed: int = Field(42, ge=0, lt=2**63, description="decides order, noise and new weights, on any number of ranks alike")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together in the pipeline, over all nodes."""
+        return self.cluster.nodes * self.parallel.nproc_per_node
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr}). Lower it")
+        bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
+        if bad:
+            raise ValueError(f"train.validation_levels: {bad[0]} is outside (0, 1]. Give shares of corrupted tokens")
+        return self

@@ -1,0 +1,65 @@
+"""The held-out loss at fixed corruption levels with fixed noise, as training's validation measures it, through the stock model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import load_from_disk
+from transformers import DiffusionGemmaConfig
+
+from canvastune.config.schema import TrainConfig
+from canvastune.data.dataset import validation_rows
+from canvastune.data.packing import Example, example_of, pack, pad_token
+from canvastune.noise import validation_draws
+
+
+def held_out_examples(dataset: Path, train: TrainConfig, model: DiffusionGemmaConfig) -> list[Example]:
+    """The examples that training validates on, in its order."""
+    rows: Any = load_from_disk(str(dataset / "validation"))
+    eos = pad_token(model.text_config.eos_token_id)
+    return [example_of(row, model.canvas_length, eos) for row in rows.select(range(validation_rows(len(rows), train)))]
+
+
+@torch.no_grad()
+def denoise(model: Any, examples: Sequence[Example], levels: Sequence[float]) -> dict[str, Any]:
+    """Cross-entropy of the chosen blocks, as inference sees them: the tokens before the block encoded, the block denoised once.
+
+    Returns:
+        {"sums": by level, "tokens": scored at each, "seconds"}
+    """
+    device = model.lm_head.weight.device
+    started = time.perf_counter()
+    sums, count = torch.zeros(len(levels), dtype=torch.float64), 0
+    for example in examples:
+        packed = []
+        for level in levels:
+            draws = validation_draws(
+                example.id,
+                level,
+                blocks=example.blocks,
+                canvas_length=example.canvas_length,
+                vocab_size=model.config.text_config.vocab_size,
+            )
+            packed.append(pack([example], [draws]))
+        (start,) = packed[0].block_starts  # the same at every level
+        targets, positions = packed[0].canvas_targets.to(device), packed[0].canvas_positions.to(device)
+        cache = model.model.encoder(input_ids=example.tokens[None, :start].to(device)).past_key_values
+        cache.batch_repeat_interleave(len(levels))
+        canvases = torch.stack([batch.canvas for batch in packed]).to(device)
+        logits = model(past_key_values=cache, decoder_input_ids=canvases, decoder_position_ids=positions[None]).logits
+        each = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(levels)), reduction="none")
+        sums += each.view(len(levels), -1).double().sum(1).cpu()
+        count += len(targets)
+    return {"sums": sums.tolist(), "tokens": count, "seconds": time.perf_counter() - started}
+
+
+def mean_losses(parts: Sequence[dict[str, Any]], levels: Sequence[float]) -> dict[str, float]:
+    """The loss at each level, and their mean, as training's validation counts them: {"": mean, "_t0.1": at that level, ...}."""
+    tokens = sum(part["tokens"] for part in parts)
+    by_level = [sum(part["sums"][index] for part in parts) / tokens for index in range(len(levels))]
+    return {"": sum(by_level) / len(levels)} | {f"_t{level}": loss for level, loss in zip(levels, by_level, strict=True)}

@@ -1,0 +1,31 @@
+"""Record what made an output: config, versions, seed, hashes of the inputs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from canvastune import __version__
+from canvastune.config import RunConfig, write_config
+from canvastune.io.hashing import hash_path
+
+_LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
+
+
+def write_provenance(folder: Path, step: str, config: RunConfig, inputs: Mapping[str, Path]) -> None:
+    """Write `config.yaml` and `provenance.json` into an output folder: config, versions, seed, hashes of the inputs."""
+    write_config(config, folder / "config.yaml")
+    record = {
+        "step": step,
+        "canvastune": __version__,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "seed": config.seed,
+        "inputs": {name: hash_path(path) for name, path in inputs.items()},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

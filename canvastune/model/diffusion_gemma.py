@@ -1,0 +1,164 @@
+"""DiffusionGemma as one shared stack: Hugging Face's modules, of which encoder and decoder use the same ones.
+
+Shape letters: N clean tokens and M canvas tokens of a packed batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaDecoderTextAttention,
+    DiffusionGemmaDecoderTextLayer,
+)
+
+from canvastune.config.schema import Checkpointing
+from canvastune.data.packing import PackedBatch
+from canvastune.model import attention, moe
+from canvastune.model.attention import Packing
+from canvastune.model.flex_attention import FlexPacking
+from canvastune.model.lora import keyed_dropout
+from canvastune.model.memory_efficient import make_memory_efficient
+from canvastune.model.tied_embedding import SharedEmbedding
+
+Result = TypeVar("Result")
+
+
+class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
+    """A DiffusionGemma whose encoder and decoder call one list of layers, one norm, one embedding and one rotary module.
+
+    Every shared weight has one name, the decoder's. The vision tower is left out: text training never calls it, and its
+    tensors are copied from checkpoint to checkpoint. Stock `generate()` works.
+    """
+
+    def __init__(self, config: DiffusionGemmaConfig, packing: type[Packing] | type[FlexPacking] = Packing) -> None:
+        """`packing`: how the rows of a batch attend."""
+        config._attn_implementation = attention.NAME
+        config._experts_implementation = moe.NAME
+        super().__init__(config)
+        self._packing = packing
+        decoder, encoder = self.model.decoder, self.model.encoder
+        encoder.vision_tower = None
+        encoder.embed_vision = None
+        for layer in decoder.layers:
+            layer.__class__ = _SharedLayer
+            layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
+        decoder.embed_tokens.__class__ = SharedEmbedding
+        make_memory_efficient(decoder)
+        text = encoder.language_model
+        # Out of the module tree, so that each weight is found once, under the decoder's name.
+        for name, shared in {
+            "layers": [_EncoderView(layer) for layer in decoder.layers],
+            "norm": decoder.norm,
+            "embed_tokens": decoder.embed_tokens,
+            "rotary_emb": decoder.rotary_emb,
+        }.items():
+            delattr(text, name)
+            object.__setattr__(text, name, shared)
+        self.lm_head.weight = decoder.embed_tokens.weight
+
+    def run_under_fsdp(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """`function(self, ...)`, as a forward pass of this module: where FSDP has gathered the root's weights."""
+        return function(self, *args, **kwargs)
+
+    def packing(self, batch: PackedBatch) -> Packing | FlexPacking:
+        """Which rows of a batch see which, for `hidden_states`."""
+        return self._packing.of(batch, self.config.text_config.sliding_window)
+
+    def embed_canvas(self, canvas: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
+        """Embed canvas tokens [M] with the self-conditioning signal [M, H] (None: zeros, on which the block runs too) -> [M, H]."""
+        decoder = self.model.decoder
+        embedded = decoder.embed_tokens(canvas)
+        return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
+
+    def hidden_states(
+        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: Checkpointing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass of the stack over `[clean ; canvas]` -> last hidden states of the clean rows [N, H] and canvas rows [M, H].
+
+        Args:
+            canvas: [M, H] embedded canvas, self-conditioning applied.
+            checkpointing: of which layers the input alone is kept, from which the backward pass recomputes them.
+        """
+        decoder = self.model.decoder
+        hidden = torch.cat([decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)])[None]
+        positions = torch.cat([batch.clean_positions, batch.canvas_positions])[None]
+        rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in decoder.unique_layer_types}
+        layer_types = self.config.text_config.layer_types
+        for index, (layer, kind) in enumerate(zip(decoder.layers, layer_types, strict=True)):
+            if is_recomputed(checkpointing, index):
+                hidden = checkpoint(_run_layer, layer, hidden, rotary[kind], packing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = _run_layer(layer, hidden, rotary[kind], packing)
+        hidden = decoder.norm(hidden)[0]
+        return hidden[: packing.clean_rows], hidden[packing.clean_rows :]
+
+
+def _run_layer(
+    layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing | FlexPacking
+) -> torch.Tensor:
+    with keyed_dropout(packing.row_keys):  # here, so that a recomputed layer drops what it dropped before
+        return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+
+
+class _SharedLayer(DiffusionGemmaDecoderTextLayer):
+    """The stock layer, whose tokens travel to their experts, where these live on several ranks, while the dense gated layer computes.
+
+    On one rank its operations have the same order, so that gradients are summed in the same order there.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[1, T, H] -> [1, T, H]."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        residual = hidden_states + self.post_attention_layernorm(attended)
+        tokens = residual.flatten(0, -2)
+        _, weights, index = self.router(tokens)
+        rows, sent = self.pre_feedforward_layernorm_2(tokens), None
+        if moe.is_expert_parallel(self.experts):
+            sent = moe.dispatch(self.experts, rows, index, weights)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
+        if sent is not None:
+            rows, weights = sent.arrived()
+        routed = self.post_feedforward_layernorm_2(self.experts(rows, index, weights, sent=sent).view_as(residual))
+        out = residual + self.post_feedforward_layernorm(dense + routed)
+        out *= self.layer_scalar  # in place: the scalar is float32 where the states are not
+        return out
+
+
+class _EncoderView:
+    """A shared layer as the encoder calls it: causal, and writing its keys and values to the cache."""
+
+    def __init__(self, layer: DiffusionGemmaDecoderTextLayer) -> None:
+        self._layer = layer
+
+    def __call__(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> torch.Tensor:
+        written = None if past_key_values is None else _WrittenCache(past_key_values)
+        return self._layer(*args, past_key_values=written, write_cache=True, **kwargs)
+
+
+class _WrittenCache:
+    """Marks a cache as one to be written: the decoder's attention reads a cache without changing it."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+
+class _SharedAttention(DiffusionGemmaDecoderTextAttention):
+    """The decoder's attention, which appends to the cache for good where the encoder calls it."""
+
+    def append_to_cache(
+        self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(past_key_values, _WrittenCache):
+            return past_key_values.cache.update(key_states, value_states, self.layer_idx)
+        return super().append_to_cache(past_key_values, key_states, value_states)
+
+
+def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
+    """Whether the backward pass recomputes a layer; `selective` keeps every second one, the second first."""
+    return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)

@@ -1,0 +1,99 @@
+"""Operations between the matrix products that keep their inputs alone for the backward pass, where autograd keeps every step.
+
+A norm in transformers' form keeps four tensors of its input's size, a gated activation three; neither takes time worth saving.
+
+Shape letters: T tokens, H hidden size, I size of a gated layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaRMSNorm, DiffusionGemmaText4MLP
+
+
+def make_memory_efficient(model: nn.Module) -> None:
+    """Give every norm and gated layer of stock modules its lean form, in place; weights and their names stay."""
+    for module in model.modules():
+        for stock, lean in ((DiffusionGemmaRMSNorm, MemoryEfficientNorm), (DiffusionGemmaText4MLP, MemoryEfficientMLP)):
+            if type(module) is stock:
+                module.__class__ = lean
+
+
+def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)`, of cheap elementwise operations that the backward pass does again; only the inputs are kept.
+
+    The function calls no module, only the `forward` of one: hooks would find tensors that are in no graph.
+    """
+    return _Recomputed.apply(function, *inputs)
+
+
+class MemoryEfficientNorm(DiffusionGemmaRMSNorm):
+    """The stock norm, in float32 as there."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        if hidden_states.is_cuda:
+            return self.fused(hidden_states)
+        return _Norm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
+
+    def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The library's norm: on CUDA one kernel each way, which keeps as little; on a CPU it is made of as many as the stock one."""
+        weight = self.weight.to(hidden_states.dtype) if self.with_scale else None
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
+
+
+class MemoryEfficientMLP(DiffusionGemmaText4MLP):
+    """The stock gated layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        return self.down_proj(recomputed(lambda gate, up: self.act_fn.forward(gate) * up, self.gate_proj(x), self.up_proj(x)))
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.function = function
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad():
+            out = ctx.function(*inputs)
+        found = iter(torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], upstream))
+        return None, *(next(found) if need else None for need in needed)
+
+
+class _Norm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32; keeps x and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        full = x.float()
+        inverse = full.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        normed = full * inverse
+        if weight is not None:
+            normed.mul_(weight)
+        return normed.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        normed, gradient, weight_gradient = x.float() * inverse, upstream.float(), None
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            gradient = gradient * weight
+        if not ctx.needs_input_grad[0]:
+            return None, weight_gradient, None
+        share = (gradient * normed).mean(-1, keepdim=True)
+        return torch.addcmul(gradient, normed, share, value=-1).mul_(inverse).to(x.dtype), weight_gradient, None

@@ -1,0 +1,337 @@
+"""What one rank holds, moment by moment of a step: the peak is the largest moment, and its parts add up to it.
+
+The moments follow the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
+`model.experts` (of the rows, only what other ranks sent is kept), `model.lean` (norms and gated layers keep their inputs), and FSDP2
+(a forward pass copies a gathered group out of a flat buffer; a backward pass gathers the next group while it computes, and
+keeps the last reduction's input). What a moment holds was measured tensor by tensor; tests hold these formulas to the engine.
+
+Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from canvastune.config.schema import Checkpointing
+from canvastune.model.attention import sliding_window_rows
+from canvastune.model.diffusion_gemma import is_recomputed
+from canvastune.objective import chunk_rows, tile_columns
+from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
+
+FLOAT = 4  # bytes of float32
+PARTS = ("weights", "gradients", "optimiser", "activations", "layer workspace", "logits and loss", "communication")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one rank does in an optimiser step."""
+
+    world_size: int
+    ep: int
+    micro_batch: int  # examples per rank and forward
+    micro_steps: int  # forwards per optimiser step
+    clean: int  # clean tokens per example
+    canvas: int  # canvas tokens per example
+    checkpointing: Checkpointing
+    self_conditioning: float  # probability that an example is denoised twice
+    device: str = "cpu"  # or "cuda": how many logits are made at once
+    chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last one, the most
+
+    @property
+    def efsdp(self) -> int:
+        return self.world_size // self.ep
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_batch * (self.clean + self.canvas)
+
+    @property
+    def past(self) -> int:
+        """Clean tokens of an example that its canvas sees on a layer of full attention: with the canvas, pass 1's tokens."""
+        return max(0, self.clean - self.canvas) if self.chosen_start is None else self.chosen_start
+
+
+@dataclass(frozen=True)
+class FsdpUnit:
+    """Weights that FSDP gathers and reduces together, in bytes on one rank."""
+
+    gathered: int  # whole group in the compute dtype
+    flat: int  # the collective's own buffer; 0 on one rank, where nothing is gathered
+    gradient: int  # whole gradient in the compute dtype
+    reduction: int  # whole gradient in float32: what the reduction reads
+    shard: int  # this rank's float32 gradient
+    received: int  # by an all-gather, from other ranks
+    reduced: int  # by a reduce-scatter, from other ranks
+
+
+@dataclass(frozen=True)
+class FsdpUnits:
+    """The engine's FSDP groups; a layer's experts are a group of their own under expert parallelism."""
+
+    root: FsdpUnit
+    layers: tuple[FsdpUnit, ...]
+    experts: tuple[FsdpUnit, ...]  # without frozen weights that FSDP leaves alone
+
+
+def fsdp_units(architecture: Architecture, step: StepShape) -> FsdpUnits:
+    """Cut the model into groups as `parallel.shard_model` does."""
+    return _fsdp_units(architecture, step.world_size, step.ep)
+
+
+@functools.lru_cache(maxsize=64)  # the searches change the batch far more often than the mesh
+def _fsdp_units(architecture: Architecture, world_size: int, ep: int) -> FsdpUnits:
+    apart = ep > 1
+    alone = apart and ep == world_size  # an expert has one rank: where it is frozen, FSDP leaves it out
+    compute = architecture.compute_bytes
+    by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
+    root: list[Weight] = []
+    for weight in architecture.weights:
+        group = root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]
+        if weight.trained or not (alone and weight.expert):
+            group.append(weight)
+    return FsdpUnits(
+        root=_fsdp_unit(root, world_size, 1, compute),
+        layers=tuple(_fsdp_unit(dense, world_size, 1, compute) for dense, _ in by_layer),
+        experts=tuple(_fsdp_unit(experts, world_size, ep, compute) for _, experts in by_layer),
+    )
+
+
+def local_numel(weight: Weight, step: StepShape) -> int:
+    """Elements of a parameter on the rank that has most of it."""
+    return weight.shard(step.world_size, step.ep)
+
+
+def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, dict[str, int]]:
+    """Bytes by part at each moment that can be the peak, from the second step on (the first has no optimiser state yet)."""
+    groups = fsdp_units(architecture, step)
+    trained = [weight for weight in architecture.weights if weight.trained]
+    weights = sum(local_numel(weight, step) * weight.itemsize for weight in architecture.weights)
+    optimiser = sum(local_numel(weight, step) for weight in trained) * 2 * FLOAT
+    of_layer = [layer.shard + experts.shard for layer, experts in zip(groups.layers, groups.experts, strict=True)]
+    all_gradients = groups.root.shard + sum(of_layer)
+    accumulating = step.micro_steps > 1
+    before = all_gradients if accumulating else 0
+    steady = _steady(architecture, step)
+    kept = [steady + part for part in _running(_kept(architecture, step, index) for index in range(len(architecture.layers)))]
+    table = architecture.vocabulary * architecture.hidden
+    table_gradient = architecture.compute_bytes * table if architecture.full else 0
+    last = len(architecture.layers) - 1
+    found: dict[str, dict[str, int]] = {}
+
+    def moment(name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int) -> None:
+        found[name] = dict(zip(PARTS, (weights, gradients, optimiser, activations, workspace, loss, communication), strict=True))
+
+    held = groups.layers[-1].gathered + groups.experts[-1].gathered  # the last layer stays gathered until its backward pass
+    first = groups.layers[0]
+    moment("gathering, embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
+    for index in _heaviest(groups.layers):
+        layer, experts = groups.layers[index], groups.experts[index]
+        waiting = groups.root.gathered + (held if step.self_conditioning and index < last else 0)
+        gathering = waiting + layer.gathered + layer.flat
+        previous = groups.layers[max(0, index - 1)].flat
+        moment(f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous)
+        moment(
+            f"forward, layer {index + 1}",
+            before,
+            kept[index],
+            _forward_workspace(architecture, step, index),
+            0,
+            waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
+        )
+    all_kept = kept[last] + _tail(architecture, step)
+    # The last group's flat buffer, where it was gathered in this pass, is let go where the root's forward pass, with the loss, ends.
+    flat = (groups.experts if groups.experts[last].gathered else groups.layers)[last].flat if not step.self_conditioning else 0
+    moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + held + flat)
+    if architecture.full:
+        sums = FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
+        moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered + held)
+    done = 0
+    for index in range(last, -1, -1):
+        layer, experts, shape = groups.layers[index], groups.experts[index], architecture.layers[index]
+        ahead = groups.root.gathered + (groups.layers[index - 1].flat if index else 0)
+        behind = groups.layers[index + 1].reduction if index < last else 0
+        gradients = all_gradients if accumulating else done
+        rest, rows = _saved(architecture, step, shape)
+        inputs = kept[index] if is_recomputed(step.checkpointing, index) else kept[index] - rest - rows
+        moment(
+            f"backward, experts of layer {index + 1}",
+            gradients,
+            inputs,
+            rest + rows + _combine_workspace(architecture, step),
+            table_gradient,
+            ahead + layer.gathered + experts.gathered + behind,
+        )
+        if experts.reduction:
+            moment(
+                f"backward, reducing the experts of layer {index + 1}",
+                gradients + experts.shard,
+                inputs,
+                rest + _row_gradients(architecture, step),
+                table_gradient,
+                ahead + layer.gathered + experts.gradient + experts.reduction,
+            )
+        moment(
+            f"backward, reducing layer {index + 1}",
+            gradients + of_layer[index],
+            inputs,
+            0,
+            table_gradient,
+            ahead + layer.gradient + layer.reduction,
+        )
+        done += of_layer[index]
+    if architecture.full:
+        # The lookups' rows are added to the head's part, which waits, and so is the soft embedding's: in float32 in place.
+        beside = table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
+        sums = table_gradient + beside
+        moment(
+            "backward, embedding",
+            all_gradients - (0 if accumulating else groups.root.shard),
+            steady,
+            0,
+            sums,
+            groups.root.gathered + groups.layers[0].reduction,
+        )
+    squares = max(local_numel(weight, step) for weight in trained) * FLOAT
+    moment("update", all_gradients, 0, squares, 0, 0)
+    return found
+
+
+def peak(found: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """The moment that holds most, and its parts."""
+    return max(found.items(), key=lambda item: sum(item[1].values()))
+
+
+def highest_by_phase(found: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Bytes of the highest moment of each phase, the phases in a step's order."""
+    highest: dict[str, int] = {}
+    for name, parts in found.items():
+        phase = name.split(",")[0]
+        highest[phase] = max(highest.get(phase, 0), sum(parts.values()))
+    return highest
+
+
+def _fsdp_unit(weights: list[Weight], world_size: int, ep: int, compute: int) -> FsdpUnit:
+    padded = trained = whole = shard = 0
+    ranks = world_size // ep
+    for weight in weights:
+        local = weight.shard(world_size, ep)
+        padded += local * ranks
+        if weight.trained:
+            trained += local * ranks
+            whole += weight.numel // ep
+            shard += local
+    others = (ranks - 1) / ranks
+    return FsdpUnit(
+        gathered=padded * compute,
+        flat=padded * compute if ranks > 1 else 0,
+        gradient=whole * compute,
+        reduction=trained * FLOAT,
+        shard=shard * FLOAT,
+        received=round(padded * compute * others),
+        reduced=round(trained * FLOAT * others),
+    )
+
+
+def _heaviest(groups: tuple[FsdpUnit, ...]) -> set[int]:
+    """The layers of a forward pass that can be its peak: the last of each size."""
+    return set({group.gathered: index for index, group in enumerate(groups)}.values())
+
+
+def _running(values: Iterable[int]) -> list[int]:
+    total, sums = 0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    return sums
+
+
+def _kept(architecture: Architecture, step: StepShape, index: int) -> int:
+    """From a layer's forward to its backward."""
+    if is_recomputed(step.checkpointing, index):
+        return step.tokens * architecture.hidden * architecture.compute_bytes
+    return sum(_saved(architecture, step, architecture.layers[index]))
+
+
+def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tuple[int, int]:
+    """What autograd keeps of a layer: (all but the experts, the experts' rows)."""
+    c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
+    inputs = trained or architecture.expert_rank > 0  # of the experts' projections
+    norms = hidden * (6 + (3 if inputs else 2))  # inputs of the norms, of which three share one, and outputs that are multiplied
+    heads = layer.query_width + layer.key_width * (2 if layer.own_values else 1)  # inputs of the heads' norms
+    seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
+    joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's call
+    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)  # with queries, both calls' outputs and the joined one
+    mlp = 3 * architecture.intermediate
+    router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
+    scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
+    adapters = c * architecture.rank * (7 if layer.own_values else 6)
+    if architecture.dropout:  # a mask and a copy of each input, where several projections would keep one
+        dropped = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
+        adapters += dropped + c * hidden * (3 if layer.own_values else 2)
+    per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
+    keys = architecture.window + sliding_window_rows(architecture.window)  # that are masked for a row
+    mask = c * keys * step.clean if layer.sliding and step.clean > architecture.window else 0
+    # Gate and up, their weighted product where it is multiplied by what is trained; the rows themselves where they came from afar.
+    apart = step.ep > 1 or architecture.expert_rank > 0
+    row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * (inputs and apart) + 2 * architecture.expert_rank)
+    return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
+
+
+def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
+    """Beside a layer's saved tensors while the experts are differentiated: the layer's widest point."""
+    c, hidden = architecture.compute_bytes, architecture.hidden
+    # A row on its way between ranks, of which the one that arrived stays to the layer's end, or beside what made it; where it is weighted,
+    # it is float32.
+    arrived = not (architecture.full or architecture.expert_rank)  # else it is kept, and counted there
+    row = c * hidden * (2 + arrived if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (1 if step.ep > 1 else 2)
+    return step.tokens * (architecture.experts_per_token * row + 3 * c * hidden)
+
+
+def _row_gradients(architecture: Architecture, step: StepShape) -> int:
+    return step.tokens * architecture.experts_per_token * architecture.hidden * architecture.compute_bytes
+
+
+def _forward_workspace(architecture: Architecture, step: StepShape, index: int) -> int:
+    """A layer's forward pass at its widest, beside what it keeps: the experts' rows, those that came back, and what made them."""
+    c, hidden, spread = architecture.compute_bytes, architecture.hidden, step.ep > 1
+    if not is_recomputed(step.checkpointing, index):
+        return step.tokens * c * architecture.experts_per_token * hidden * (2 if spread else 1)
+    rows = architecture.experts_per_token * (hidden * (3 if spread else 1) + 3 * architecture.expert_size)
+    return step.tokens * c * (rows + 6 * hidden)
+
+
+def _steady(architecture: Architecture, step: StepShape) -> int:
+    """Kept from the embedding to the end of the backward pass: rotary tables, and what self-conditioning needs."""
+    c, hidden = architecture.compute_bytes, architecture.hidden
+    head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
+    canvas = step.micro_batch * step.canvas
+    total = step.tokens * 2 * c * head_dims
+    if step.clean > architecture.window:
+        total += step.clean**2  # the sliding layers' mask, a byte each
+    if step.self_conditioning:
+        total += canvas * c * hidden * (2 if architecture.full else 1)
+    if architecture.full:
+        total += canvas * (c * (4 * architecture.intermediate + 2 * hidden) + FLOAT * 4 * hidden)
+    return total
+
+
+def _tail(architecture: Architecture, step: StepShape) -> int:
+    """Between the last layer and the loss: the last norm, the scored rows and their gradient."""
+    c = architecture.compute_bytes
+    norm = FLOAT * (2 if architecture.full else 1) + c
+    scored = step.micro_batch * (step.clean - 1 + step.canvas)
+    return architecture.hidden * (step.tokens * norm + scored * 2 * c)
+
+
+def _loss_workspace(architecture: Architecture, step: StepShape) -> int:
+    """A chunk of logits, a tile of it once more, and, where the embedding is trained, its float32 gradient."""
+    c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
+    rows = min(chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas))
+    columns = tile_columns(rows, vocabulary, step.device)
+    found = FLOAT * rows * (vocabulary + columns + 2 * hidden)
+    if c < FLOAT:  # a factor, and a product that cannot be added in place
+        found += c * columns * (rows + (hidden if architecture.full else 0))
+    return found + (FLOAT * vocabulary * hidden if architecture.full else 0)

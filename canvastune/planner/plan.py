@@ -1,0 +1,106 @@
+"""A plan: what a run needs of its hardware, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from canvastune.config.schema import Checkpointing
+from canvastune.errors import UserError
+from canvastune.perf_model.architecture import (
+    ParameterCount,
+)
+from canvastune.perf_model.hardware import (
+    Seconds,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the recipe with which the run fits."""
+
+    settings: tuple[str, ...]
+    memory_bytes: int  # per rank, all told
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Sizes are bytes, per rank where nothing else is said; a step is one optimiser step of the whole world."""
+
+    name: str
+    model: str
+    notes: tuple[str, ...]
+    method: str
+    precision: str
+    accelerator: str
+    world_size: int
+    ep: int
+    efsdp: int
+    global_batch_size: int
+    micro_batch_size: int
+    micro_steps: int
+    seq_length: int
+    canvas_length: int
+    activation_checkpointing: Checkpointing
+    parameters: dict[str, ParameterCount]
+    memory: dict[str, int]  # by part at the moment of the peak
+    moment: str  # of the peak
+    phases: dict[str, int]  # the highest moment of each phase of a step
+    memory_bytes: int  # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
+    reserved_bytes: int  # beside the peak: driver, collectives, fragmentation
+    limit_bytes: int
+    checkpoint_bytes: int  # of a resume checkpoint on disk, over all ranks
+    checkpoints: int  # that stand at once: the newest, the best and the one that is being written
+    host_copy_bytes: int  # in host memory, while a checkpoint is written beside the training
+    flops_by_pass: dict[str, float]  # of a rank's step
+    flops_by_part: dict[str, float]
+    model_flops: float  # of a step over all ranks, without what is computed twice
+    bytes_received: dict[str, float]  # by collective, of a rank's step
+    seconds: Seconds
+    step_seconds: float
+    run_seconds: float  # of all steps, without validation and checkpoints
+    model_flops_utilisation: float
+    tokens_per_step: int
+    largest_micro_batch: int | None  # None: not even one example fits
+    largest_sequence: int | None
+    changes: tuple[Change, ...]  # if it does not fit: the smallest that would
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on each device."""
+        return self.memory_bytes + self.reserved_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.limit_bytes
+
+
+def refuse_if_too_big(plan: Plan) -> None:
+    """Let a plan that fits pass.
+
+    Raises:
+        UserError: names what does not fit, by part, and the smallest change that would.
+    """
+    if plan.fits:
+        return
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7)
+    text = (
+        f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, and has {plan.limit_bytes / 1e9:.1f} GB "
+        f"(at its peak, {plan.moment}: {parts}, beside it {plan.reserved_bytes / 1e9:.1f}). "
+    )
+    if not plan.changes:
+        raise UserError(text + "No change of batch, sequence, method or number of ranks fits; use accelerators with more memory")
+    first, *others = (
+        f"{' '.join(_as_option(setting) for setting in change.settings)} ({change.memory_bytes / 1e9:.1f} GB)" for change in plan.changes
+    )
+    raise UserError(text + f"The smallest change that fits: {first}" + (f"; or {'; or '.join(others)}" if others else ""))
+
+
+def as_tree(plan: Plan) -> dict[str, Any]:
+    """The plan as plan.json holds it."""
+    return {**dataclasses.asdict(plan), "needed_bytes": plan.needed_bytes, "fits": plan.fits}
+
+
+def _as_option(setting: str) -> str:
+    return f"--set {setting}" if "=" in setting else setting

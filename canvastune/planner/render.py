@@ -1,0 +1,135 @@
+"""The plan as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from canvastune.perf_model.hardware import FRAGMENTATION, MATMUL_SHARE
+from canvastune.planner.plan import Plan
+
+_METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
+
+_CHECKPOINTING = {True: "on", "selective": "of every second layer", False: "off"}
+
+
+def render(plan: Plan) -> str:
+    """The whole plan as plain text, 100 columns wide at most."""
+    lines = [f"Plan of {plan.name}: {_METHODS[plan.method]} of {plan.model}"]
+    lines += [f"  {note}" for note in plan.notes]
+    lines += [
+        "",
+        f"  {plan.world_size} ranks on {plan.accelerator} = efsdp {plan.efsdp} x ep {plan.ep}, compute in {plan.precision}",
+        f"  global batch {plan.global_batch_size} = {plan.world_size} ranks x {plan.micro_batch_size} examples x {plan.micro_steps} "
+        f"forwards; sequences of {plan.seq_length} tokens, canvas {plan.canvas_length}",
+        f"  activation checkpointing {_CHECKPOINTING[plan.activation_checkpointing]}",
+        "",
+        *_parameters(plan),
+        "",
+        *_memory(plan),
+        "",
+        *_work(plan),
+        "",
+        *_time(plan),
+        "",
+        *_verdict(plan),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(plan: Plan) -> list[str]:
+    rows = [(kind, _count(c.total), _count(c.active), _count(c.trained)) for kind, c in plan.parameters.items()]
+    return _table(("Parameters", "total", "active per token", "trained"), rows)
+
+
+def _memory(plan: Plan) -> list[str]:
+    rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
+    rows += [
+        ("at the peak", f"{plan.memory_bytes / 1e9:.2f}"),
+        (f"driver, collectives, fragmentation ({FRAGMENTATION:.0%})", f"{plan.reserved_bytes / 1e9:.2f}"),
+        ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
+        ("there is", f"{plan.limit_bytes / 1e9:.2f}"),
+    ]
+    phases = [(phase, f"{size / 1e9:.2f}") for phase, size in plan.phases.items()]
+    longest = plan.seq_length + plan.canvas_length - 1
+    return [
+        *_table((f"Memory per rank, at its peak: {plan.moment}", "GB"), rows),
+        f"  An example of {longest} tokens is assumed, its last block filled.",
+        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} of them on disk"
+        + (f"; each rank copies its {plan.host_copy_bytes / 1e9:.2f} GB to host memory." if plan.host_copy_bytes else "."),
+        "",
+        *_table(("Memory per rank, highest of each phase of a step", "GB"), phases),
+    ]
+
+
+def _work(plan: Plan) -> list[str]:
+    total = sum(plan.flops_by_pass.values())
+    passes = [(name, f"{value / 1e12:.2f}", f"{value / total:.0%}") for name, value in plan.flops_by_pass.items() if value]
+    parts = [(name, f"{value / 1e12:.2f}", f"{value / total:.0%}") for name, value in plan.flops_by_part.items() if value]
+    received = [(name, f"{value / 1e9:.3f}") for name, value in plan.bytes_received.items() if value]
+    received.append(("total", f"{sum(plan.bytes_received.values()) / 1e9:.3f}"))
+    return [
+        *_table(("Compute per rank and step", "TFLOP", "share"), [*passes, ("total", f"{total / 1e12:.2f}", "")]),
+        "",
+        *_table(("of which", "TFLOP", "share"), sorted(parts, key=lambda row: -float(row[1]))),
+        "",
+        *_table(("Received per rank and step", "GB"), received),
+    ]
+
+
+def _time(plan: Plan) -> list[str]:
+    seconds = plan.seconds
+    rows = [
+        ("experts", _seconds(seconds.experts)),
+        ("everything else", _seconds(seconds.everything_else)),
+        ("gathering and reducing (behind the computation)", _seconds(seconds.gathering)),
+        ("exchanging expert rows", _seconds(seconds.exchange)),
+        ("optimiser", _seconds(seconds.update)),
+        ("a step", _seconds(plan.step_seconds)),
+        ("all steps", _seconds(plan.run_seconds)),
+    ]
+    rate = plan.tokens_per_step / plan.step_seconds
+    return [
+        *_table(("Time, estimated", ""), rows),
+        f"  {plan.tokens_per_step:,} tokens a step, {rate:,.0f} tokens/s; {plan.model_flops_utilisation:.0%} of the peak rate, "
+        f"at {MATMUL_SHARE:.0%} in matmuls",
+        "  Examples of full length are assumed; shorter ones cost less.",
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    lines = ["Fits." if plan.fits else "Does not fit."]
+    batch, length = plan.largest_micro_batch, plan.largest_sequence
+    if batch:
+        lines.append(f"  Largest micro-batch at {plan.seq_length} tokens: {batch}")
+    if length:
+        lines.append(f"  Longest sequence at {plan.micro_batch_size} examples a forward: {length:,} tokens")
+    for change in plan.changes:
+        lines.append(f"  Would fit with {' and '.join(change.settings)}: {change.memory_bytes / 1e9:.1f} GB")
+    return lines
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    everything = [head, *rows]
+    widths = [max(len(row[column]) for row in everything) for column in range(len(head))]
+
+    def line(row: tuple[str, ...], indent: str) -> str:
+        first = indent + row[0]
+        return (
+            first.ljust(widths[0] + 2) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        ).rstrip()
+
+    return [line(head, ""), *(line(row, "  ") for row in everything[1:])]
+
+
+def _count(number: int) -> str:
+    if number >= 1e8:
+        return f"{number / 1e9:.2f} B"
+    return f"{number / 1e6:.2f} M" if number >= 1e4 else str(number)
+
+
+def _seconds(value: float) -> str:
+    if value < 1:
+        return f"{value * 1000:.1f} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"

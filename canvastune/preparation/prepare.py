@@ -1,0 +1,326 @@
+"""The step `prepare_data`: from a user's rows to a tokenized train and validation split, with a card that accounts for every row."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
+import math
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.table import MemoryMappedTable
+from transformers import PreTrainedTokenizerBase
+
+from canvastune.config import RunConfig
+from canvastune.config.schema import DataConfig
+from canvastune.errors import UserError
+from canvastune.io.atomic import atomic_directory
+from canvastune.io.hashing import hash_path
+from canvastune.io.provenance import write_provenance
+from canvastune.preparation.card import write_card
+from canvastune.preparation.chat_format import (
+    ChatEncoder,
+    Conversation,
+    Encoded,
+    InvalidRow,
+    detect_form,
+    read_conversation,
+)
+from canvastune.preparation.readers import Row, open_source
+from canvastune.preparation.stats import DatasetStats, unknown_form
+from canvastune.preparation.tokenize_pool import Batch, encode, usable_cpus
+from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
+
+_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("prefix_length", pa.int32()),
+        ("complete", pa.bool_()),
+        ("id", pa.string()),
+        ("origin", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+_BATCH_ROWS = 512  # conversations rendered and tokenized at a time
+_BATCH_CHARACTERS = 4 * 2**20  # ... fewer if they are long
+_UNDETECTED = 100  # rows looked at for a known form before giving up
+_SAMPLES = 3
+_as_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
+
+
+def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | None = None) -> dict[str, Any]:
+    """Write the prepared data set into `out` and return its card.
+
+    `out` gets `train/` and `validation/` (`datasets.Dataset.save_to_disk`), `card.json`, `card.html`, `config.yaml` and
+    `provenance.json`; it appears whole or not at all. Memory does not grow with the text: a few hundred rows at a time,
+    and about 100 bytes a row to find duplicates.
+
+    Args:
+        model: the checkpoint's folder; its config, generation config and tokenizer are read, its weights are not.
+        processes: that render and tokenize, this one among them, once some thousand rows were read; the result does not depend
+            on it. Default: one for each core, up to 8.
+
+    Raises:
+        UserError: data that cannot be read, too many bad rows or duplicates, nothing left to train on or to validate
+            with, a tokenizer that does not belong to the model, an `out` that is not empty.
+    """
+    started = time.monotonic()
+    with atomic_directory(out) as folder:
+        loaded = load_tokenizer(model)
+        encoder = ChatEncoder(loaded.tokenizer, str(model))
+        check_end_of_turn(model, encoder.closing, encoder.closing_ids)
+        source = open_source(config.data)
+        tally = DatasetStats(config.data, source, loaded.canvas_length)
+        samples: list[dict[str, Any]] = []
+        train, validation = _Split(folder / "train"), _Split(folder / "validation")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_settled_objects())
+            rows = stack.enter_context(contextlib.closing(source.rows()))
+            found = _conversations(itertools.islice(rows, config.data.max_rows), tally)
+            encoding = stack.enter_context(contextlib.closing(encode(_batches(found), encoder, processes or usable_cpus())))
+            for batch, answers in encoding:
+                tokens = iter(answers)
+                for row, conversation in batch:
+                    encoded = next(tokens) if isinstance(conversation, Conversation) else conversation
+                    if isinstance(conversation, InvalidRow) or isinstance(encoded, InvalidRow):
+                        tally.bad(row, str(encoded))
+                    elif (example := _example(row, conversation, encoded, config.data.seq_length)) is None:
+                        tally.no_room(row, encoded.prefix)
+                    else:
+                        response = len(encoded.tokens) - encoded.prefix
+                        tally.keep(encoded.prefix, response)
+                        if tally.kept <= _SAMPLES:
+                            samples.append(_sample(example, loaded.tokenizer))
+                        (validation if _place(example["id"]) < config.data.validation_fraction else train).add(example, response)
+        tally.refuse()
+        _refuse_empty(train, validation, config.data)
+        tally.beyond(validation.keep_smallest_ids(config.data.validation_rows))
+        splits = {"train": train.save(), "validation": validation.save()}
+        card: dict[str, Any] = tally.card() | {
+            "train": len(splits["train"]),
+            "validation": len(splits["validation"]),
+            "seq_length": config.data.seq_length,
+            "canvas_length": loaded.canvas_length,
+            "tokenizer": type(loaded.tokenizer).__name__,
+            "vocab_size": loaded.vocab_size,
+            "samples": samples,
+            "content_hash": _content_hash(splits),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        write_card(card, folder)
+        read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
+        write_provenance(folder, "prepare_data", config, read if source.path is None else read | {"data": source.path})
+    if card["seconds"] > 2:
+        total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
+        print(f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in {card['seconds']} s", file=sys.stderr)
+    return card
+
+
+def _conversations(rows: Iterator[Row], tally: DatasetStats) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
+    """Turn each row into a conversation, or into the reason why it is none; repeats are tallied and left out."""
+    seen: set[bytes] = set()
+    waiting: list[Row] = []  # rows that came before the first one of a known form
+    for row in rows:
+        tally.read(row)
+        if tally.form is None and isinstance(row.value, dict):
+            tally.form = detect_form(tally.config, list(row.value))
+        if tally.form is None:
+            waiting.append(row)
+            if len(waiting) == _UNDETECTED:
+                break
+            continue
+        for each in [*waiting, row]:
+            try:
+                if each.problem is not None:
+                    raise InvalidRow(each.problem)
+                conversation = read_conversation(each.value, tally.form, tally.config.columns)
+            except InvalidRow as reason:
+                yield each, reason
+                continue
+            digest = bytes.fromhex(conversation.id)[:16]
+            if digest in seen:
+                tally.duplicate(each)
+                continue
+            seen.add(digest)
+            yield each, conversation
+        waiting.clear()
+    for row in waiting:
+        if row.problem is None:
+            raise UserError(unknown_form(row, tally.config))
+        yield row, InvalidRow(row.problem)
+
+
+def _batches(found: Iterator[tuple[Row, Conversation | InvalidRow]]) -> Iterator[Batch]:
+    """Gather conversations for one call of the tokenizer, bounded in rows and in characters."""
+    batch: Batch = []
+    characters = 0
+    for row, conversation in found:
+        batch.append((row, conversation))
+        if isinstance(conversation, Conversation):
+            characters += sum(len(message["content"]) for message in conversation.messages)
+        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length: int) -> dict[str, Any] | None:
+    """The row of the prepared data set, cut to `seq_length` tokens; None if no response token would be left."""
+    if encoded.prefix >= seq_length:
+        return None
+    return {
+        "input_ids": encoded.tokens[:seq_length],
+        "prefix_length": encoded.prefix,
+        "complete": len(encoded.tokens) <= seq_length,
+        "id": conversation.id,
+        "origin": row.origin,
+        "prompt": _as_text(conversation.history),
+        "answer": conversation.answer,
+    }
+
+
+def _place(id: str) -> float:
+    """Where a conversation's id falls in [0, 1): uniform, and the same whatever else is in the data set."""
+    return int(id[:13], 16) / 16**13
+
+
+def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    split = example["prefix_length"]
+    return {
+        "origin": example["origin"],
+        "prefix": tokenizer.decode(example["input_ids"][:split].tolist()),
+        "response": tokenizer.decode(example["input_ids"][split:].tolist()),
+        "tokens": len(example["input_ids"]),
+        "complete": example["complete"],
+    }
+
+
+def _refuse_empty(train: _Split, validation: _Split, config: DataConfig) -> None:
+    if train.count == 0:
+        raise UserError(
+            f"{config.source}: every one of the {validation.count} rows kept falls into the validation split. "
+            f"Give more rows, or lower data.validation_fraction (now {config.validation_fraction:g})"
+        )
+    if validation.count == 0:
+        enough = math.ceil(train.lowest * 10_000 + 1) / 10_000
+        raise UserError(
+            f"{config.source}: none of the {train.count} rows kept falls into the validation split, and a run needs at least one. "
+            f"Give more rows, or raise data.validation_fraction (now {config.validation_fraction:g}) to {enough:g}"
+        )
+
+
+def _content_hash(splits: dict[str, datasets.Dataset]) -> str:
+    """SHA-256 of what is trained and validated on, in order: the same rows with the same tokenizer and cut have the same one anywhere."""
+    digest = hashlib.sha256()
+    for name, dataset in splits.items():
+        columns = {column: hashlib.sha256() for column in ("id", "length", "tokens", "prefix", "complete")}  # apart: batches leave no trace
+        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+            columns["id"].update("".join(table["id"].to_pylist()).encode())
+            columns["length"].update(pc.list_value_length(table["input_ids"]).to_numpy().tobytes())
+            columns["tokens"].update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
+            columns["prefix"].update(table["prefix_length"].to_numpy().tobytes())
+            columns["complete"].update(bytes(table["complete"].to_pylist()))
+        digest.update(f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _settled_objects() -> Iterator[None]:
+    """Look for garbage among what the rows leave alone: a walk through all modules, each few thousand rows, took a tenth of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence the data set library's progress bars: writing what was just tokenized takes no time worth one."""
+    shown = not datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.utils.enable_progress_bars()
+
+
+class _Split:
+    """One split: written batch by batch to an Arrow stream, then saved in the layout of `Dataset.save_to_disk`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lowest = 1.0  # smallest place of an id
+        self._folder = folder
+        self._file = folder.with_suffix(".arrow")
+        self._writer = pa.ipc.new_stream(str(self._file), _SCHEMA)
+        self._rows: list[dict[str, Any]] = []
+        self._tokens = 0  # of these rows
+        self._lengths = (array("i"), array("i"))  # of every row, before the cut: prefix, response
+        self._chosen: list[int] | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows added."""
+        return len(self._lengths[0])
+
+    def add(self, example: dict[str, Any], response: int) -> None:
+        """Add a row; `response` is the number of its response tokens before the cut."""
+        self._rows.append(example)
+        self._tokens += len(example["input_ids"])
+        self._lengths[0].append(example["prefix_length"])
+        self._lengths[1].append(response)
+        self.lowest = min(self.lowest, _place(example["id"]))
+        if len(self._rows) == _BATCH_ROWS or self._tokens > _BATCH_CHARACTERS:
+            self._flush()
+
+    def keep_smallest_ids(self, limit: int | None) -> list[tuple[int, int]]:
+        """Keep the `limit` rows with the smallest ids, whatever order they came in; return prefix and response of those left out."""
+        if limit is None or self.count <= limit:
+            return []
+        with pa.memory_map(str(self._close())) as stream:
+            ids = pa.ipc.open_stream(stream).read_all()["id"].to_pylist()
+        ranked = sorted(range(self.count), key=ids.__getitem__)
+        self._chosen = sorted(ranked[:limit])
+        return [(self._lengths[0][at], self._lengths[1][at]) for at in ranked[limit:]]
+
+    def save(self) -> datasets.Dataset:
+        """Write the split's folder and return the data set, mapped from it."""
+        file = self._close()
+        # The library would draw a fingerprint from the path and the clock: equal rows shall be equal files.
+        dataset = datasets.Dataset(MemoryMappedTable.from_file(str(file)), fingerprint=hash_path(file)[:16])
+        if self._chosen is not None:
+            dataset = dataset.select(self._chosen, keep_in_memory=True)
+        with _no_bars():
+            dataset.save_to_disk(str(self._folder))
+        file.unlink()
+        return datasets.load_from_disk(str(self._folder))
+
+    def _close(self) -> Path:
+        self._flush()
+        self._writer.close()
+        return self._file
+
+    def _flush(self) -> None:
+        if self._rows:
+            tokens = array("i")
+            for row in self._rows:
+                tokens += row["input_ids"]
+            ends = itertools.accumulate((len(row["input_ids"]) for row in self._rows), initial=0)
+            flat = pa.Array.from_buffers(pa.int32(), len(tokens), [None, pa.py_buffer(tokens)])
+            columns = [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
+            columns += [pa.array([row[field.name] for row in self._rows], field.type) for field in list(_SCHEMA)[1:]]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+            self._rows, self._tokens = [], 0

@@ -1,0 +1,269 @@
+"""A DiffusionGemma small enough for a laptop, and word problems to teach it: the real architecture, made on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, GemmaTokenizer
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig, EntropyBoundSamplerConfig
+
+from canvastune.errors import UserError
+from canvastune.io.atomic import atomic_directory
+
+# Gemma 4's own ids; the other rows of its vocabulary are replaced by the characters and words below.
+_GEMMA_IDS = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<mask>": 4,
+    "<|think|>": 98,
+    "<|channel>": 100,
+    "<channel|>": 101,
+    "<|turn>": 105,
+    "<turn|>": 106,
+    "\n": 107,
+}
+_IMAGE_TOKENS = ("<|image>", "<|image|>", "<image|>")
+_VOCABULARY = 768  # tokens; a multiple of 8, so that the embedding shards evenly over 8 ranks
+
+_NAMES = ("Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Kim", "Joe")
+_THINGS = ("apples", "books", "coins", "pens", "cards", "eggs", "stamps", "shells", "cups", "balls", "nuts", "keys")
+_WORDS = (
+    *("has", "buys", "finds", "gets", "gives", "loses", "sells", "away", "more", "fewer", "than", "does", "have", "now", "left"),
+    *("How", "many", "and", "the", "a", "of", "is", "in", "to", "are", "They", "together"),
+)
+_OPENERS = ("user", "model", "system", "thought", *_NAMES)  # tokens that may follow no space
+
+# In the manner of Gemma 4's template: roles on their own line, the assistant is `model`, surrounding white space is dropped.
+_CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{- '<|turn>' + role + '\\n' -}}
+    {%- if message['content'] is string -%}
+        {{- message['content'] | trim -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' -%}
+                {{- part['text'] | trim -}}
+            {%- elif part['type'] == 'image' -%}
+                {{- '<|image|>' -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|turn>model\\n' -}}
+{%- endif -%}
+"""
+
+
+def make_tiny_model(folder: Path, seed: int = 0) -> None:
+    """Write a DiffusionGemma checkpoint in the Hub's layout: the 26B model's architecture, 1.6 M random float32 weights.
+
+    The same seed gives the same weights. Nothing but the Hub's files is written, and nothing is left behind on failure.
+
+    Raises:
+        UserError: `folder` already holds something.
+    """
+    tokenizer = _make_tokenizer()
+    config = DiffusionGemmaConfig(**_config_tree(tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DiffusionGemmaForBlockDiffusion(config).float()
+    _condition_attention(model)
+    model.generation_config = _generation_config(tokenizer)
+    with atomic_directory(folder) as partial:
+        model.save_pretrained(partial, max_shard_size="2MB")
+        tokenizer.save_pretrained(partial)
+        # save_pretrained rewrites the keys of the full-attention layers into a form that other tools do not read
+        tree = {"architectures": ["DiffusionGemmaForBlockDiffusion"], "dtype": "float32", "model_type": "diffusion_gemma"}
+        (partial / "config.json").write_text(json.dumps(tree | _config_tree(tokenizer), indent=2) + "\n", encoding="utf-8")
+
+
+def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
+    """`config.json` as the Hub's checkpoint spells it; every dimension of a matrix is a multiple of 8."""
+    boi, image, eoi = tokenizer.convert_tokens_to_ids(list(_IMAGE_TOKENS))
+    return {
+        "canvas_length": 16,
+        "boi_token_id": boi,
+        "eoi_token_id": eoi,
+        "image_token_id": image,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "diffusion_gemma_text",
+            "vocab_size": _VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "global_head_dim": 64,
+            "attention_k_eq_v": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+            "max_position_embeddings": 4096,
+            "final_logit_softcapping": 30.0,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "use_bidirectional_attention": "vision",
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            },
+        },
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "max_position_embeddings": 256,
+            "standardize": True,
+        },
+    }
+
+
+def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationConfig:
+    return DiffusionGemmaGenerationConfig(
+        max_new_tokens=32,
+        max_denoising_steps=16,
+        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
+        t_min=0.2,  # cooler than the released model's 0.4 to 0.8: arithmetic has one right answer
+        t_max=0.4,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        bos_token_id=2,
+        eos_token_id=[1, tokenizer.convert_tokens_to_ids("<turn|>")],
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def _condition_attention(model: DiffusionGemmaForBlockDiffusion) -> None:
+    """Attention has no 1/sqrt(head_dim) of its own: random weights need it in `q_norm`, or float32 noise reaches 3e-3."""
+    for layer in model.model.decoder.layers:  # tied: the encoder's norms are the same tensors
+        norm = layer.self_attn.q_norm.weight
+        norm.fill_(norm.numel() ** -0.5)
+
+
+def _make_tokenizer() -> GemmaTokenizer:
+    """Build transformers' own Gemma tokenizer: words of the problems whole, digits single, any other text by character or byte."""
+    merges: list[tuple[str, str]] = []
+    pieces: list[str] = [chr(code) for code in range(33, 127)] + ["▁"]
+    # A word grows letter by letter from its leading space, so no merge can start inside a word. Openers come last: `▁Tom` wins over `Tom`.
+    for word in [*(f"▁{word}" for word in (*_WORDS, *_NAMES, *_THINGS)), *_OPENERS]:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in pieces:
+                pieces.append(word[:end])
+                merges.append((word[: end - 1], word[end - 1]))
+    pieces += ["##", "####"]
+    merges += [("#", "#"), ("##", "##")]
+    tokens = [*_IMAGE_TOKENS, *pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [f"<unused{index}>" for index in range(_VOCABULARY - len(_GEMMA_IDS) - len(tokens))]
+    free = [index for index in range(_VOCABULARY) if index not in _GEMMA_IDS.values()]
+    vocabulary = _GEMMA_IDS | dict(zip(tokens, free, strict=True))
+    tokenizer = GemmaTokenizer(
+        vocab=dict(sorted(vocabulary.items(), key=lambda item: item[1])),
+        merges=merges,
+        model_max_length=4096,
+        extra_special_tokens={
+            "sot_token": "<|turn>",
+            "eot_token": "<turn|>",
+            "soc_token": "<|channel>",
+            "eoc_token": "<channel|>",
+            "think_token": "<|think|>",
+            "boi_token": _IMAGE_TOKENS[0],
+            "image_token": _IMAGE_TOKENS[1],
+            "eoi_token": _IMAGE_TOKENS[2],
+        },
+        add_bos_token=True,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def _change(rng: random.Random) -> tuple[str, str]:
+    """Someone gets or loses some: the numbers stand in the order in which they are used."""
+    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
+    if rng.random() < 0.5:
+        first, second = rng.randint(1, 9), rng.randint(1, 9)
+        verb, sign, result, end = rng.choice(("buys", "finds", "gets")), "+", first + second, "now"
+        how = f"{verb} {second} more"
+    else:
+        first = rng.randint(2, 9)
+        second = rng.randint(1, first - 1)
+        verb, sign, result, end = rng.choice(("gives", "sells", "loses")), "-", first - second, "left"
+        how = f"{verb} {second}"
+    question = f"{name} has {first} {thing}. {name} {how}. How many {thing} does {name} have {end}?"
+    return question, f"{first}{sign}{second}={result}\n#### {result}"
+
+
+def _compare(rng: random.Random) -> tuple[str, str]:
+    """Two people, the smaller number first: the answer takes the first number from the second."""
+    (one, other), thing = rng.sample(_NAMES, 2), rng.choice(_THINGS)
+    small, large = sorted(rng.sample(range(1, 10), 2))
+    asked = f"more {thing} does {other} have than {one}" if rng.random() < 0.5 else f"fewer {thing} does {one} have than {other}"
+    question = f"{one} has {small} {thing}. {other} has {large} {thing}. How many {asked}?"
+    return question, f"{large}-{small}={large - small}\n#### {large - small}"
+
+
+_KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"change": _change, "compare": _compare}
+
+
+def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
+    """Write `rows` different word problems of one kind as GSM8K-form JSONL: {"question", "answer"}.
+
+    Kinds: `change` (someone gets or loses some; what the tiny base learns) and `compare` (who has how many more than whom;
+    what `make run` adapts it to). The same arguments give the same bytes.
+
+    Raises:
+        UserError: no such kind, or more rows than the kind has different problems.
+    """
+    if kind not in _KINDS:
+        raise UserError(f"kind of word problems: found {kind!r}. Choose one of {', '.join(_KINDS)}")
+    rng = random.Random(f"{kind}-{seed}")
+    problems: dict[str, str] = {}
+    misses = 0
+    while len(problems) < rows:
+        question, answer = _KINDS[kind](rng)
+        misses = misses + 1 if question in problems else 0
+        if misses > 1000:
+            raise UserError(f"word problems of kind {kind!r}: {rows} rows asked for, but only about {len(problems)} differ. Ask for fewer")
+        problems[question] = answer
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            for question, answer in problems.items():
+                stream.write(json.dumps({"question": question, "answer": answer}) + "\n")
+        partial.rename(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()

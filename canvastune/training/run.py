@@ -1,0 +1,190 @@
+"""Train one run from a base model and a data set to an adapter or a model."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from canvastune.checkpoint.export import export_adapter, export_model
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.load import build_model, load_weights, read_model_config
+from canvastune.checkpoint.resume import Checkpoints
+from canvastune.config import RunConfig
+from canvastune.data.dataset import TrainingDataset
+from canvastune.data.packing import pad_token
+from canvastune.distributed.parallel_dims import build_meshes, check_layout
+from canvastune.distributed.parallelize import shard_model
+from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
+from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
+from canvastune.errors import UserError
+from canvastune.io.hashing import hash_path
+from canvastune.io.provenance import write_provenance
+from canvastune.logging import TrainingProgress
+from canvastune.preparation.prepare import prepare_data
+from canvastune.tracking import FindRun, MetricsWriter, PipelineRun, training_run
+from canvastune.training.trainer import Trainer, export_path
+
+# What collectives say when another process is gone.
+_LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|[Tt]imed out|Socket")
+
+
+def train(
+    config: RunConfig, data: Path | None, output: Path, metrics_run: FindRun | None = None, rank_registry: RankRegistry | None = None
+) -> dict[str, Any] | None:
+    """Train on the ranks of this process group; every rank makes this call.
+
+    Args:
+        data: a prepared data set; None: prepared below `output`.
+        output: gets checkpoints/, metrics.jsonl, adapter/ or model/, and result.json last.
+        metrics_run: finds the MLflow run that the numbers go to as well; None: only to metrics.jsonl.
+        rank_registry: finds the rank that hangs or is gone; None: a hang ends with the process group's timeout.
+
+    Returns:
+        What result.json holds; None if a stop was requested and the state saved.
+
+    Raises:
+        UserError: anything in the input that is wrong, found before a step is made where that can be.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = _device()
+    if config.train.attention == "flex" and device.type != "cuda":
+        raise UserError(
+            "key 'train.attention': found 'flex', and no CUDA device: FlexAttention has no backward pass on a CPU. Leave it out, or set "
+            "train.attention=sdpa"
+        )
+    base = run_on_rank0(lambda: resolve_model(config.model))
+    model_config = run_on_all_ranks(lambda: read_model_config(base))
+    text = model_config.text_config
+    check_layout(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
+    if data is None:
+        data = output / "data"
+        run_on_rank0(lambda: None if data.exists() else prepare_data(config, base, data))
+    data_print = run_on_rank0(lambda: hash_path(data / "train") + hash_path(data / "validation"))
+    model = build_model(config, model_config)
+    shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
+    run_on_all_ranks(lambda: load_weights(model, CheckpointReader(base), device, config.seed))
+
+    prepared = run_on_all_ranks(
+        lambda: TrainingDataset(
+            data,
+            canvas_length=model_config.canvas_length,
+            vocab_size=text.vocab_size,
+            eos_token_id=pad_token(text.eos_token_id),
+            seed=config.seed,
+        )
+    )
+    metrics = MetricsWriter(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
+    display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
+    checkpoints = Checkpoints(output / "checkpoints", config, data_print)
+    trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
+    started = time.time()
+    try:
+        finished = _run(trainer, rank_registry)
+    finally:
+        if display is not None:
+            display.close()
+        if metrics is not None:
+            metrics.close()
+    if not finished:
+        return None
+    step = trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
+    if step != trainer.progress.step:
+        _say(f"the weights of step {step} are exported: no checkpoint has a lower validation loss")
+    out = export_path(output, config)
+    if rank == 0 and out.exists():  # by an attempt of this run that was killed right after it, from the same weights
+        shutil.rmtree(out)
+    (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
+    result = {
+        "method": config.train.method,
+        "steps": trainer.progress.step,
+        "skipped_steps": trainer.progress.skipped,
+        "exported_step": step,
+        "world_size": world_size,
+        "seconds": time.time() - started,
+        "train": trainer.last.get("train", {}),
+        "validation": trainer.last.get("validation", {}),
+        "export": out.name,
+    }
+    if rank == 0:
+        write_provenance(output, "train", config, {"data": data, "base": base})
+        unfinished = output / ".result.json"
+        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        unfinished.rename(output / "result.json")
+    dist.barrier()
+    return result
+
+
+def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
+    """The trainer's loop, stopped by signals, and with an eye on the other ranks."""
+
+    def request_stop(*_: object) -> None:
+        trainer.stop_requested = trainer.stop_requested or time.monotonic()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    if rank_registry is None:
+        return trainer.run()
+    watchdog = Watchdog(rank_registry, trainer.config.train.hang_timeout)
+    trainer.heartbeat = watchdog.heartbeat
+    try:
+        return trainer.run()
+    except (RuntimeError, CheckpointException) as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise RankLostError(rank_registry.missing_ranks(watchdog.doing)) from error
+    finally:
+        watchdog.close()
+
+
+def _metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun | None:
+    if options.mlflow_run:
+        return lambda client: str(options.mlflow_run)
+    if options.mlflow_job:
+        return training_run(PipelineRun(config, options.output.absolute().parent, options.mlflow_job))
+    return None
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def acquire_output_lock(output: Path, export: Path) -> IO[str]:
+    """Take the output folder for this process, and clear away what a killed attempt left there half done."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}). Give --output a folder where you may write") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another trainer is writing to this folder. Wait for it, or give another --output") from None
+    for stale in output.glob(".*.partial-*"):  # nobody else writes here
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    begun = (output / "result.json").is_file() or any(output.glob("checkpoints/step-*/complete.json"))
+    if export.exists() and not begun:
+        raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
+    return lock
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"canvastune: {line}", file=sys.stderr)

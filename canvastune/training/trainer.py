@@ -1,0 +1,347 @@
+"""The training loop. A step reads like objective.md: examples and their noise, two losses over global counts, one update."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from canvastune.checkpoint.resume import Checkpoints
+from canvastune.config import RunConfig
+from canvastune.data.dataset import TrainingDataset, validation_rows
+from canvastune.data.packing import PackedBatch, pack
+from canvastune.distributed.parallelize import clip_gradients
+from canvastune.distributed.sync import gather_results
+from canvastune.errors import UserError
+from canvastune.logging import TrainingProgress
+from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.objective import LossWeights, losses
+from canvastune.perf_model.architecture import describe
+from canvastune.perf_model.flops import needed_flops
+from canvastune.perf_model.hardware import accelerator_of, peak_rate
+from canvastune.tracking import MetricsWriter, read_metrics
+from canvastune.training.optimizer import build_optimizer, learning_rate
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, beside weights and moments; a checkpoint carries it."""
+
+    step: int = 0  # optimiser steps done, skipped ones among them
+    validation: float | None = None  # the held-out loss at this step, where it was measured
+    best: float | None = None  # the lowest so far
+    not_better: int = 0  # validations in a row that were not below it
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """Trains a loaded, sharded model; every rank makes the same calls."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: WeightTiedDiffusionGemma,
+        data: TrainingDataset,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter | None,
+        display: TrainingProgress | None,
+    ) -> None:
+        """
+        Args:
+            metrics: where the numbers go; None on every rank but the first. Likewise `display`.
+        """
+        self.config, self.model, self.data = config, model, data
+        self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
+        self.heartbeat: Callable[[str], object] = str  # called with what is done next, whenever something was finished
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = next(model.parameters()).device
+        self.place = device_name(self.device, self.world_size)
+        self.architecture = describe(model, config)
+        accelerator = accelerator_of(self.place.get("device_name", ""))
+        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None  # of a rank
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.optimizer = build_optimizer(list(self.trained.values()), config.optimizer)
+        self.progress = TrainState()
+        self.stop_requested: float | None = None  # when
+        self.last: dict[str, dict[str, Any]] = {}
+        share = config.train.global_batch_size // self.world_size
+        self.micro_batch_size = config.train.micro_batch_size or share
+
+    def run(self) -> bool:
+        """Train from the newest checkpoint, if any, to the end. False: a stop was requested, and the state is saved.
+
+        Raises:
+            UserError: the loss stays not finite, or a checkpoint cannot be read or written; the last good one stands.
+        """
+        try:
+            return self._loop()
+        except UserError:  # on all ranks: what is being written is written to its end
+            self.checkpoints.wait()
+            raise
+
+    def _loop(self) -> bool:
+        train, progress = self.config.train, self._resume()
+        saved = progress.step
+        while True:
+            due = progress.step % train.validate_every == 0 or progress.step == train.steps
+            validated = due and progress.validation is None and self._validate()
+            done = progress.step == train.steps or (train.early_stopping is not None and progress.not_better >= train.early_stopping)
+            done = done and not (due and progress.validation is None)
+            stop = self._agreed_to_stop() and not done
+            if progress.step > saved and (progress.step % train.checkpoint_every == 0 or done or stop):
+                self._save()
+                saved = progress.step
+            elif validated and progress.step == saved > 0:  # the last attempt was stopped in the middle of this validation
+                self.checkpoints.update_metadata(saved, asdict(progress))
+            if done or stop:
+                break
+            self._train_one_step()
+        self.checkpoints.wait()
+        if self.stop_requested is not None:
+            took = time.monotonic() - self.stop_requested
+            self._report("event", {"event": "stopped", "detail": f"state saved {took:.1f} s after the request, of {train.stop_grace} s"})
+        return done
+
+    def train_step(self) -> dict[str, Any]:
+        """One step over the next global batch; returns its record for metrics.jsonl.
+
+        Where the loss or its gradient is not finite, no weight changes; the record then holds the offending `examples`.
+        """
+        started = time.perf_counter()
+        batch_size = self.config.train.global_batch_size
+        first = self.progress.step * batch_size
+        micro_batches = self._micro_batches(first)
+        counts = self._global_counts([batch for batch, _ in micro_batches])
+        encoder_weight = self.config.objective.encoder_loss_weight
+        weights = (1 / counts[0], encoder_weight / counts[1])
+        sums = torch.zeros(len(micro_batches), 2, device=self.device)
+        for index, (batch, any_self_conditioned) in enumerate(micro_batches):
+            loss, diffusion, autoregressive = self._losses(batch, weights, any_self_conditioned)
+            loss.backward()
+            sums[index] = torch.stack([diffusion, autoregressive])
+        gradient_norm = clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm)
+        totals = sums.sum(0, dtype=torch.float64)
+        dist.all_reduce(totals)
+        # Here alone the step waits for the device.
+        diffusion_loss, autoregressive_loss, tokens, flops, norm = torch.cat(
+            [totals / counts[:2], counts[2:], gradient_norm[None]]
+        ).tolist()
+        self.progress.step += 1
+        rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
+        record: dict[str, Any] = {
+            "loss": diffusion_loss + encoder_weight * autoregressive_loss,
+            "diffusion_loss": diffusion_loss,
+            "autoregressive_loss": autoregressive_loss,
+            "grad_norm": norm,
+            "lr": rate,
+        }
+        if math.isfinite(norm + record["loss"]):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        else:
+            record["examples"] = self._offending(first, sums)
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        of_a_rank = flops / seconds / self.world_size
+        return record | {
+            "seconds": seconds,
+            "tokens": int(tokens),
+            "tokens_per_second": tokens / seconds,
+            "tflops": of_a_rank / 1e12,  # of what the losses need, a rank
+            **({"mfu": of_a_rank / self.peak_flops} if self.peak_flops else {}),
+            "memory_bytes": _peak_memory(self.device),
+        }
+
+    def load_best_checkpoint(self) -> int:
+        """Put the weights of the best checkpoint (lowest validation loss) in place, if it is not the last; returns their step."""
+        best = self.checkpoints.best()
+        if best is None or best == self.progress.step:
+            return self.progress.step
+        self.checkpoints.load_weights(best, self.trained)
+        return best
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any] | None:
+        """The held-out losses at fixed corruption levels with fixed noise; returns the record for metrics.jsonl.
+
+        None: a stop was requested before it was done.
+        """
+        started = time.perf_counter()
+        levels = self.config.train.validation_levels
+        rows = validation_rows(self.data.validation_rows, self.config.train)
+        sums = torch.zeros(len(levels) + 1, 2, device=self.device)  # last row: autoregressive
+        stride = self.world_size * self.micro_batch_size
+        for start in range(0, rows, stride):
+            self.heartbeat(f"validating at step {self.progress.step}")
+            if self._agreed_to_stop():
+                return None
+            own = range(start + self.rank * self.micro_batch_size, start + (self.rank + 1) * self.micro_batch_size)
+            real = [row < rows for row in own]
+            # Every rank makes the same number of passes; what lies past the end counts nothing.
+            examples = list(itertools.compress(self.data.validation_examples(own), real if any(real) else [True]))
+            for index, level in enumerate(levels):
+                batch = pack(examples, [self.data.validation_draws(example, level) for example in examples])
+                if index:  # the encoder's loss does not depend on the level
+                    batch = replace(batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0])
+                _, diffusion, autoregressive = self._losses(batch.to(self.device), (0.0, 0.0), any_self_conditioned=False)
+                if any(real):
+                    sums[index] += torch.stack([diffusion, diffusion.new_tensor(len(batch.canvas_targets))])
+                    sums[-1] += torch.stack([autoregressive, autoregressive.new_tensor(len(batch.next_targets))])
+        means = [a / b for a, b in zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True)]
+        by_level = {str(level): mean for level, mean in zip(levels, means, strict=False)}
+        return {
+            "loss": sum(by_level.values()) / len(by_level),
+            "levels": by_level,
+            "autoregressive_loss": means[-1],
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
+        """This rank's share of the global batch that starts at a position, cut up, with whether any rank needs pass 1."""
+        objective, result = self.config.objective, []
+        for everyone in self._shares(first):
+            own = everyone[self.rank]
+            examples = self.data.train_examples(own)
+            draws = [
+                self.data.train_draws(example, position, objective.min_corruption, objective.self_conditioning_probability)
+                for example, position in zip(examples, own, strict=True)
+            ]
+            any_self_conditioned = self.data.any_self_conditioned(itertools.chain(*everyone), objective.self_conditioning_probability)
+            result.append((pack(examples, draws).to(self.device), any_self_conditioned))
+        return result
+
+    def _shares(self, first: int) -> list[list[list[int]]]:
+        """Positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
+        positions = range(first, first + self.config.train.global_batch_size)
+        probability = self.config.objective.self_conditioning_probability
+        return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size, probability)
+
+    def _losses(
+        self, batch: PackedBatch, weights: LossWeights, any_self_conditioned: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.model.run_under_fsdp(
+            losses, batch, weights, any_self_conditioned=any_self_conditioned, checkpointing=self.config.train.activation_checkpointing
+        )
+
+    def _train_one_step(self) -> None:
+        self.heartbeat(f"in step {self.progress.step + 1}")
+        record = self.train_step()
+        self.progress.validation = None
+        if "examples" not in record:
+            self.progress.skipped_in_a_row = 0
+            self._report("train", record)
+            return
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        found = f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, on examples {', '.join(record['examples'])}"
+        self._report("event", {"event": "skipped_step", "detail": found})
+        if self.progress.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"step {self.progress.step}: not finite, as {self.config.train.max_skipped_steps} steps before it "
+                f"(train.max_skipped_steps): {found}. The last checkpoint is intact. Look at these examples, or lower optimizer.lr"
+            )
+
+    def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
+        """Ids of the examples in the micro-batches whose loss is not finite; of the whole batch where only the gradient is not."""
+        bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        shares = self._shares(first)
+        own = [position for index in bad for position in shares[index][self.rank]]
+        positions = sorted(position for found in gather_results(lambda: own) for position in found)
+        everyone = list(range(first, first + self.config.train.global_batch_size))
+        return [example.id for example in self.data.train_examples(positions or everyone)]
+
+    def _validate(self) -> bool:
+        record = self.validate()
+        if record is None:
+            return False
+        progress = self.progress
+        progress.validation = record["loss"]
+        if math.isfinite(record["loss"]) and (progress.best is None or record["loss"] < progress.best):
+            progress.best, progress.not_better = record["loss"], 0
+        else:
+            progress.not_better += 1
+        self._report("validation", record)
+        return True
+
+    def _save(self) -> None:
+        self.heartbeat(f"saving step {self.progress.step}")
+        self.checkpoints.save(self.progress.step, self.trained, self.optimizer, asdict(self.progress))
+        self._report("event", {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""})
+
+    def _resume(self) -> TrainState:
+        found, damages = self.checkpoints.restore(self.trained, self.optimizer)
+        if found is None:
+            self._report("event", {"event": "started", "detail": f"on {_format_event(self.place)}", **self.place})
+            return self.progress
+        self.progress = TrainState(**found)
+        if self.metrics is not None:
+            self.metrics.resume(self.progress.step)
+            self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
+        for damage in damages:
+            self._report("event", {"event": "damaged_checkpoint", "detail": damage})
+        told = f"from the checkpoint of step {self.progress.step}, on {_format_event(self.place)}"
+        self._report("event", {"event": "resumed", "detail": told, **self.place})
+        return self.progress
+
+    def _report(self, kind: str, record: dict[str, Any]) -> None:
+        record = {"kind": kind, "step": self.progress.step, "time": time.time(), **record}
+        self.last[kind] = record
+        if self.metrics is not None:
+            self.metrics.write(record)
+        if self.display is not None:
+            self.display.show(record)
+
+    def _agreed_to_stop(self) -> bool:
+        stop, failed = self._global_sum([float(self.stop_requested is not None), float(self.checkpoints.failed)])
+        if failed:
+            self.checkpoints.wait()  # raises, on all ranks
+        return stop > 0
+
+    def _global_counts(self, batches: list[PackedBatch]) -> torch.Tensor:
+        """float64[4] on the device: scored canvas positions, scored pairs, tokens and FLOPs of all ranks' batches together."""
+        sizes = [
+            (len(b.canvas_targets), len(b.next_targets), len(b.clean) + len(b.canvas), needed_flops(self.architecture, b)) for b in batches
+        ]
+        counts = torch.tensor(sizes, dtype=torch.float64).sum(0).to(self.device, non_blocking=True)
+        dist.all_reduce(counts)
+        return counts
+
+    def _global_sum(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def export_path(output: Path, config: RunConfig) -> Path:
+    """Where the trained weights of a run stand: `adapter/` or `model/`."""
+    return output / ("adapter" if config.train.method == "lora" else "model")
+
+
+def device_name(device: torch.device, ranks: int) -> dict[str, Any]:
+    """What a run occupies, as its records have it."""
+    if device.type == "cuda":
+        return {"ranks": ranks, "device": "cuda", "device_name": torch.cuda.get_device_name(device)}
+    return {"ranks": ranks, "device": "cpu", "threads": torch.get_num_threads()}
+
+
+def _format_event(place: dict[str, Any]) -> str:
+    if "device_name" in place:
+        return f"{place['ranks']} x {place['device_name']}"
+    return f"{place['ranks']} x CPU, threads of each: {place['threads']}"
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open(f"/proc/{os.getpid()}/status", encoding="ascii") as status:  # high-water mark of resident memory, in KiB
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

@@ -1,0 +1,53 @@
+"""How every step is declared to Kubeflow: a lightweight component in the project's own image, with nothing installed at run time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Iterator
+
+from kfp import dsl
+
+from canvastune import __version__
+from canvastune.config import RunConfig, parse_config
+from canvastune.errors import UserError, format_error
+from canvastune.tracking import StepRun, step_run
+from canvastune.tracking.outbox import Step
+from components.run_directory import with_tracking_uri
+
+IMAGE = f"canvastune/pipeline:{__version__}"  # the pipeline's parameter `pipeline_image` replaces it
+
+component = functools.partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
+
+
+@contextlib.contextmanager
+def step(name: Step, config: str, run_folder: str, mlflow_run_id: str) -> Iterator[tuple[RunConfig, StepRun]]:
+    """Run the block as one step of a run.
+
+    Args:
+        config: the resolved config as JSON text, as the step `resolve` gives it.
+        mlflow_run_id: the parent of the step's record in MLflow; "" where MLflow was away when the run began.
+
+    Yields:
+        The config, and the record, which takes what the step wants to be seen in MLflow.
+    """
+    with exit_on_user_error():
+        recipe = parse_config(config)
+        with step_run(with_tracking_uri(recipe, run_folder, mlflow_run_id), name) as record:
+            yield recipe, record
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """A UserError inside the block ends the process with exit code 1 and its message as the last lines, not with a traceback."""
+    # KFP's executor shows every library's log at INFO.
+    logging.basicConfig(force=True, level=logging.WARNING, stream=sys.stdout, format="%(levelname)s %(message)s")
+    try:
+        yield
+    except UserError as error:
+        print(format_error(error), file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,175 @@
+"""From a recipe's text to the run's config, its folder, and the key under which its prepared data may be reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import canvastune
+from canvastune import tracking
+from canvastune.config import RunConfig, load_config, parse_config
+from canvastune.config.loading import load_yaml
+from canvastune.errors import UserError
+from components.earlier_runs import compared_folders, find_compared
+from components.run_directory import RunRecord, read_record, run_directory, with_tracking_uri, write_record
+
+# What prepare_data reads of a checkpoint: a changed weight does not change a token.
+_TOKENIZER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class Resolved(NamedTuple):
+    """What the pipeline's later steps are given; every field is an output of the component."""
+
+    config: str  # the whole config, as JSON
+    method: str  # lora or full
+    data_config: str  # as JSON: the sections that the prepared data depends on, every other key at its default
+    data_fingerprint: str
+    run_directory: str
+    mlflow_run_id: str
+
+
+def resolve(
+    recipe: str,
+    overrides: str,
+    dataset: str,
+    workspace: str,
+    run_name: str,
+    job_name: str,
+    job_id: str,
+    cluster: str = "{}",
+    pipeline_image: str = "",
+    kubeflow_url: str = "",
+    compare: str = "",
+) -> Resolved:
+    """Validate a recipe, and claim the folder of its run.
+
+    Args:
+        recipe: YAML or JSON text.
+        overrides: lines of `key=value`, applied in order.
+        dataset: replaces `data.source`; "" keeps the recipe's.
+        workspace: the folder that outlives the run's pods.
+        run_name: name of the run's folder; "": the pipeline job's name.
+        job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
+        pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags in MLflow; "": not known.
+        cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
+        compare: earlier runs that the report will lay over this one, found here and not days later.
+
+    Raises:
+        UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
+            with another recipe or other data, or that is finished; no run where one is to be compared with.
+    """
+    config = _tracked(
+        read_recipe(with_defaults(recipe, cluster), [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
+    )
+    folder = run_directory(workspace, run_name, job_name)
+    find_compared(compared_folders(compare, Path(workspace)))
+    data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
+    claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
+    earlier = read_record(folder)
+    if earlier is not None:
+        _refuse_other(folder, earlier, claim)
+    write_record(folder, claim)
+    url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
+    about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}
+    parent = tracking.start(with_tracking_uri(config, folder, ""), {f"canvastune.{name}": value for name, value in about.items() if value})
+    write_record(folder, replace(claim, mlflow_run_id=parent))
+    return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
+
+
+def with_defaults(text: str, cluster: str) -> str:
+    """A recipe's text with defaults beneath its own section `cluster`, mappings in it (such as `env`) key by key.
+
+    Raises:
+        UserError: the defaults are not a JSON object. What is wrong with the recipe is left to its reader.
+    """
+    try:
+        defaults = json.loads(cluster or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"pipeline parameter cluster: not JSON ({error}). Give a JSON object with settings of `cluster`") from None
+    if not isinstance(defaults, dict):
+        raise UserError(f"pipeline parameter cluster: expected a JSON object, found {cluster[:60]}. Give settings of `cluster`, or {{}}")
+    try:
+        tree = load_yaml(text, "recipe")
+    except UserError:
+        return text
+    own = (tree.get("cluster") or {}) if isinstance(tree, dict) else None
+    if not defaults or not isinstance(own, dict):
+        return text
+    both = {key: {**defaults[key], **own[key]} for key in own if isinstance(own[key], dict) and isinstance(defaults.get(key), dict)}
+    return yaml.safe_dump({**tree, "cluster": {**defaults, **own, **both}}, sort_keys=False)
+
+
+def _tracked(config: RunConfig) -> RunConfig:
+    """The chart tells training pods by a variable where its MLflow is; the other steps are told by the config."""
+    uri = config.cluster.env.get("MLFLOW_TRACKING_URI")
+    if uri is None or config.tracking.uri is not None:
+        return config
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+def read_recipe(text: str, overrides: list[str]) -> RunConfig:
+    """Read a recipe given as text. Raises: UserError, one line per problem."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return load_config(path, overrides)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "recipe")) from None
+
+
+def dataset_override(dataset: str) -> list[str]:
+    """The override that `dataset` stands for; quoted, since a path may mean something else as YAML."""
+    return [f"data.source={json.dumps(dataset)}"] if dataset else []
+
+
+def data_fingerprint(config: RunConfig) -> str:
+    """What prepared data depends on beside its config: the source's content, the tokenizer and the code that reads them.
+
+    Content that lies on the Hub is named by the config's revision and does not count here.
+    """
+    digest = hashlib.sha256()
+    code = Path(canvastune.__file__).parent / "preparation"
+    _feed(digest, code, sorted(code.rglob("*.py")))
+    source = Path(config.data.source).expanduser()
+    if source.exists():
+        _feed(digest, source.parent, sorted(p for p in [source, *source.rglob("*")] if p.is_file()))
+    model = Path(config.model.id)
+    _feed(digest, model, [model / name for name in _TOKENIZER_FILES if (model / name).is_file()])
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, root: Path, files: list[Path]) -> None:
+    # Every byte counts: a file that changed in one row has the size and the samples of the one before it.
+    for file in files:
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+
+
+def _refuse_other(folder: Path, earlier: RunRecord, now: RunRecord) -> None:
+    if earlier.finished and earlier.job_id != now.job_id:
+        raise UserError(f"{folder}: this run is finished, and nothing of it is overwritten. Give another run name")
+    if earlier.data_fingerprint != now.data_fingerprint:
+        raise UserError(f"{folder}: an earlier run of this name used other data (or another tokenizer). Give another run name")
+    for key, before, after in _differences(json.loads(earlier.config), json.loads(now.config)):
+        if key.startswith("cluster."):  # where a run trains changes nothing in it
+            continue
+        raise UserError(
+            f"{folder}: an earlier run of this name had {key} = {before!r}, now {after!r}. Give another run name, or the same recipe"
+        )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, value in now.items():
+        if isinstance(value, dict):
+            yield from _differences(then.get(key, {}), value, f"{prefix}{key}.")
+        elif then.get(key) != value:
+            yield prefix + key, then.get(key), value

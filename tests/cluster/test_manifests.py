@@ -1,0 +1,247 @@
+"""The jobs that are rendered pass the operators' CRDs, their webhooks' rules and PodSecurity restricted, and say what the config says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from canvastune.config import RunConfig, load_config, parse_config
+from canvastune.errors import UserError
+from components.jobs.manifests import SPEC_HASH, JobContext, manifest
+from components.jobs.pod_spec import RUN_ID
+from tests.support import cluster_rules
+
+FACTS = JobContext(
+    run_id="6c9d5e1e-7a0e-4a3e-9f4e-0a3b7a1f9c11",
+    output=PurePosixPath("/workspace/runs/a/train"),
+    module=("canvastune.train", "-c", "/workspace/runs/a/train/recipe.yaml", "--output", "/workspace/runs/a/train"),
+    mlflow=("--mlflow-run", "abc"),
+    environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
+    owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
+)
+TASK = {  # as dsl.TaskConfig arrives, with the claim that the pipeline mounts
+    "resources": {"limits": {"memory": "700Gi"}, "requests": {"cpu": "90"}},
+    "tolerations": [{"key": "team", "operator": "Equal", "value": "a", "effect": "NoSchedule"}],
+    "node_selector": {"zone": "b"},
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "Exists"}]}]
+            }
+        }
+    },
+    "env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}, {"name": "NCCL_DEBUG", "value": "INFO"}],
+    "volumes": [{"name": "claim-a", "persistentVolumeClaim": {"claimName": "claim-a"}}, {"name": "data", "secret": {"secretName": "ca"}}],
+    "volume_mounts": [{"name": "claim-a", "mountPath": "/workspace"}, {"name": "data", "mountPath": "/etc/ca"}],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "image": {"image": "registry.example/team/trainer@sha256:" + "0" * 64, "pull_secrets": ["registry"]},
+    "resources": {"cpu": 32, "memory": "512Gi", "shm": "32Gi"},
+    "cpu only": {"gpu_resource": None},
+    "other gpu": {"gpu_resource": "amd.com/gpu"},
+    "placed": {
+        "node_selector": {"nvidia.com/gpu.product": "H100"},
+        "tolerations": [{"key": "a"}, {"key": "b", "operator": "Equal", "value": "c"}],
+    },
+    "kueue": {"queue": "team-a", "priority_class": "high"},
+    "account": {"service_account": "trainer"},
+    "rdma": {"rdma_resource": "rdma/hca_shared_devices_a", "rdma_count": 8, "env": {"NCCL_IB_HCA": "mlx5"}},
+    "secrets": {"secret_env": {"HF_TOKEN": {"secret": "hf", "key": "token"}}},
+    "credentials": {"credentials": "team"},
+    "no group": {"fs_group": None},
+    "ends": {"deadline_hours": 1.5, "ttl_hours": None, "restarts": 0},
+}
+BOTH = pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
+
+
+def config_of(backend: str, nodes: int = 1, gpus: int = 8, **cluster: Any) -> RunConfig:
+    section = {"backend": backend, "nodes": nodes, "claim": "claim-a", **cluster}
+    return parse_config({"name": "gsm8k_lora", "data": {"source": "x"}, "parallel": {"nproc_per_node": gpus}, "cluster": section})
+
+
+def pods_of(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods that an operator makes of a job, as far as the manifest says; a TrainJob's with the fields of its trainer."""
+    if job["kind"] == "PyTorchJob":
+        return [replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
+    (replicated,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod, trainer = replicated["template"]["spec"]["template"]["spec"], job["spec"]["trainer"]
+    own = {"image": trainer["image"], "command": trainer["command"], "env": trainer["env"], "resources": trainer["resourcesPerNode"]}
+    return [{**pod, "containers": [{**pod["containers"][0], **own}]}]
+
+
+def container_of(job: dict[str, Any]) -> dict[str, Any]:
+    (container,) = pods_of(job)[0]["containers"]
+    return container
+
+
+def problems_of(job: dict[str, Any]) -> list[str]:
+    problems = [problem for pod in pods_of(job) for problem in cluster_rules.pod_security_problems(pod)]
+    crd = cluster_rules.PYTORCHJOB_CRD if job["kind"] == "PyTorchJob" else cluster_rules.TRAINJOB_CRD
+    if crd.exists():  # the operators' own, where this checkout has them
+        problems += cluster_rules.crd_problems(job, crd)
+    webhook = cluster_rules.pytorchjob_webhook_problems if job["kind"] == "PyTorchJob" else cluster_rules.trainjob_problems
+    return problems + webhook(job)
+
+
+@BOTH
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (2, 8), (1, 4)])
+def test_a_job_of_any_size_is_accepted(backend: str, nodes: int, gpus: int) -> None:
+    job = manifest(config_of(backend, nodes, gpus), FACTS)
+    assert problems_of(job) == []
+    assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
+    spec = job["spec"]
+    if backend == "pytorchjob":
+        assert spec["nprocPerNode"] == str(gpus)
+        replicas = {name: replica["replicas"] for name, replica in spec["pytorchReplicaSpecs"].items()}
+        assert replicas == {"Worker": nodes}, "beside a Master, the operator adds a container that is root"
+        given = {entry["name"]: entry for entry in container_of(job)["env"]}
+        assert given["PET_MASTER_ADDR"]["value"] == "$(CANVASTUNE_JOB)-worker-0"
+        assert given["PET_NODE_RANK"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.labels['training.kubeflow.org/replica-index']"}}
+    else:
+        assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (nodes, gpus)
+
+
+@BOTH
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("task", [{}, TASK], ids=["", "task"])
+def test_every_option_is_accepted(backend: str, option: str, task: dict[str, Any]) -> None:
+    assert problems_of(manifest(config_of(backend, 2, **OPTIONS[option]), FACTS, task)) == []
+
+
+def test_scheduler_and_priority_of_a_pytorchjob_are_the_pods() -> None:
+    job = manifest(config_of("pytorchjob", scheduler="volcano", priority_class="high"), FACTS)
+    assert problems_of(job) == []
+    assert (pods_of(job)[0]["schedulerName"], pods_of(job)[0]["priorityClassName"]) == ("volcano", "high")
+
+
+@BOTH
+def test_a_queue_and_its_priority_are_labels(backend: str) -> None:
+    job = manifest(config_of(backend, queue="team-a", priority_class="high"), FACTS)
+    labels = job["metadata"]["labels"]
+    assert (labels["kueue.x-k8s.io/queue-name"], labels["kueue.x-k8s.io/priority-class"]) == ("team-a", "high")
+    assert labels[RUN_ID] == FACTS.run_id
+    assert "priorityClassName" not in pods_of(job)[0]
+
+
+@BOTH
+def test_the_pods_run_the_trainer_as_a_person_would(backend: str) -> None:
+    command = " ".join(container_of(manifest(config_of(backend), FACTS))["command"])
+    assert command == (
+        "python -m torch.distributed.run --shutdown-timeout=60 --tee=3 -m canvastune.train -c /workspace/runs/a/train/recipe.yaml "
+        "--output /workspace/runs/a/train --mlflow-run abc"
+    )
+
+
+@BOTH
+def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
+    job = manifest(config_of(backend, claim=None, cpu="32", memory="512Gi"), FACTS, TASK)
+    pod, container = pods_of(job)[0], container_of(job)
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "700Gi"}
+    assert container["resources"]["requests"] == {"cpu": "90", "nvidia.com/gpu": "8", "memory": "512Gi"}
+    assert pod["nodeSelector"] == {"zone": "b"}
+    assert pod["affinity"] == TASK["affinity"]
+    assert TASK["tolerations"][0] in pod["tolerations"]  # type: ignore[index]
+    env = {entry["name"]: entry for entry in container["env"]}
+    assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf"
+    assert env["NCCL_DEBUG"]["value"] == "INFO"
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    claims = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+    assert claims[mounts["/workspace"]] == "claim-a"
+    assert "/etc/ca" in mounts
+
+
+@BOTH
+def test_a_task_without_settings_is_as_none(backend: str) -> None:
+    assert manifest(config_of(backend), FACTS, dict.fromkeys(TASK)) == manifest(config_of(backend), FACTS)
+
+
+@BOTH
+def test_shared_memory_grace_and_sidecar_are_what_training_needs(backend: str) -> None:
+    job = manifest(config_of(backend, shm="32Gi"), FACTS)
+    pod = pods_of(job)[0]
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "32Gi"}} in pod["volumes"]
+    assert pod["terminationGracePeriodSeconds"] > 60, "killed before the state is saved"
+    assert json.dumps(job).count('"sidecar.istio.io/inject": "false"') >= 2
+    assert job["metadata"]["ownerReferences"] == [FACTS.owner]
+
+
+@BOTH
+def test_a_secrets_value_is_never_in_a_manifest(backend: str) -> None:
+    env = container_of(manifest(config_of(backend, secret_env={"HF_TOKEN": {"secret": "hf", "key": "token"}}), FACTS))["env"]
+    assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}} in env
+
+
+@BOTH
+def test_credentials_are_optional_and_yield_to_a_secret_that_the_config_names(backend: str) -> None:
+    passed = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "canvastune-credentials", "key": "HF_TOKEN", "optional": True}}}
+
+    def token(**cluster: Any) -> str:
+        env = container_of(manifest(config_of(backend, **cluster), FACTS, {"env": [passed]}))["env"]
+        (found,) = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in env if entry["name"] == "HF_TOKEN"]
+        return str(found)
+
+    assert token() == "canvastune-credentials"
+    assert token(credentials="team") == "team"
+    assert token(credentials="team", secret_env={"HF_TOKEN": {"secret": "own", "key": "token"}}) == "own"
+
+
+@BOTH
+def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
+    def name(config: RunConfig, **facts: Any) -> str:
+        job = manifest(config, JobContext(**{**FACTS.__dict__, **facts}))
+        assert job["metadata"]["name"].endswith(job["metadata"]["annotations"][SPEC_HASH][:8])
+        return job["metadata"]["name"]
+
+    first = name(config_of(backend))
+    assert first == name(config_of(backend), mlflow=(), environment={}), "MLflow, when it is away, makes another job"
+    assert len({first, name(config_of(backend), run_id="other"), name(config_of(backend, cpu="4"))}) == 3
+    long = config_of(backend).model_copy(update={"name": "a" * 50})
+    assert len(name(long)) <= 48
+    assert len(name(long, role="evaluate")) <= 48
+    assert name(config_of(backend), role="evaluate").startswith("evaluate-gsm8k-lora-")
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(UserError, match="would not see /workspace/runs"):
+        manifest(config_of("pytorchjob", claim=None), FACTS)
+    with pytest.raises(UserError, match=r"the train step has claim-a at /workspace, and cluster\.claim is other"):
+        manifest(config_of("pytorchjob", claim="other"), FACTS, TASK)
+    with pytest.raises(UserError, match=r"asks for 4 nvidia\.com/gpu, and parallel\.nproc_per_node is 8"):
+        manifest(config_of("pytorchjob"), FACTS, {"resources": {"limits": {"nvidia.com/gpu": "4"}}})
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"nodes": 2}, "choose backend pytorchjob or trainjob"),
+        ({"backend": "kubernetes"}, "cluster.backend"),
+        ({"nodes": 0}, "cluster.nodes"),
+        ({"claim": "My_Claim"}, "a Kubernetes name"),
+        ({"cpu": "lots"}, "a Kubernetes quantity"),
+        ({"memory": "32Gi"}, r"cluster.shm \(64Gi\) is part of cluster.memory \(32Gi\)"),
+        ({"image": "Foo bar"}, "an image such as"),
+        ({"env": {"HF_TOKEN": "x"}}, "looks like a secret. Name it in cluster.secret_env"),
+        ({"env": {"PET_NNODES": "2"}}, "set by the training operator"),
+        ({"env": {"A": "1"}, "secret_env": {"A": {"secret": "s", "key": "k"}}}, "both set A"),
+        ({"secret_env": {"A": {"secret": "s"}}}, "'cluster.secret_env.A.key' is missing"),
+        ({"node_selector": {"a": "b c"}}, "a Kubernetes label value"),
+        ({"mount_path": "workspace"}, "an absolute path"),
+        ({"deadline_hours": 0}, "greater than 0"),
+        ({"restarts": -1}, "cluster.restarts"),
+        ({"backend": "trainjob", "runtime": None}, "name the TrainingRuntime"),
+        ({"nods": 1}, "did you mean 'cluster.nodes'"),
+    ],
+)
+def test_a_section_that_cannot_be_is_refused_with_its_reason(section: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_config({"name": "a", "data": {"source": "x"}, "cluster": section})
+
+
+def test_a_section_can_be_set_from_the_command_line() -> None:
+    recipe = Path(__file__).parents[2] / "pipelines/recipes/gsm8k_lora.yaml"
+    config = load_config(recipe, ["cluster.backend=pytorchjob", "cluster.nodes=2", "cluster.cpu=32", "cluster.env={NCCL_DEBUG: INFO}"])
+    assert (config.cluster.cpu, config.world_size) == ("32", 16)

@@ -1,0 +1,196 @@
+"""What a training run survives, and how it ends where it does not; the long form is `make test-faults`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+from tests.support.training import (
+    ADAPTER,
+    command,
+    environment,
+    kill_all,
+    losses,
+    make_ground,
+    rank_processes,
+    records,
+    start,
+    train,
+    validations,
+)
+from tools import faults
+from tools.faults import KILLS, LONG, RANKS, complete, wait_for
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.fixture(scope="module")
+def whole(ground: Path) -> Path:
+    faults.untouched(ground, ground / "whole")
+    return ground / "whole"
+
+
+def same(output: Path, whole: Path) -> None:
+    assert losses(output) == losses(whole), "other metrics"
+    assert validations(output) == validations(whole), "other validation losses"
+    assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), "other weights"
+
+
+def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(ground: Path, whole: Path, tmp_path: Path) -> None:
+    kills = faults.kill_test(ground, whole, tmp_path, [None, None])
+    assert all(kill.phase == "saving" for kill in kills), kills
+
+
+def test_a_finished_run_is_not_trained_again_and_a_checkpoint_serves_its_own_run_alone(ground: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "checkpoints").rename(tmp_path / "checkpoints")  # whoever needs the room takes them away
+    finished = train(ground, output, RANKS, *KILLS)
+    assert finished.returncode == 0
+    assert "already finished" in finished.stderr
+    (tmp_path / "checkpoints").rename(output / "checkpoints")
+    (output / "result.json").unlink()
+    other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
+    assert other.returncode != 0
+    assert "checkpoint of another run: optimizer.lr was 0.01 and is now 0.02" in other.stderr
+    assert (output / ADAPTER).exists(), "a refused run took away what was there"
+
+
+def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(ground: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine").touch()
+    done = train(ground, tmp_path, 1, *KILLS, "parallel.ep=1")
+    assert done.returncode != 0
+    assert "adapter: already exists, and no run was begun in" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "adapter" / "mine").exists()
+
+
+def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / ".adapter.partial-1").mkdir()  # of an attempt that was killed while it exported
+    process = start(ground, tmp_path, RANKS, *KILLS, torchrun=("--standalone", "--max-restarts=1"))
+    wait_for(lambda: complete(tmp_path), "a checkpoint")
+    rank_processes(process)[0].kill()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "resumed" in said
+    assert not (tmp_path / ".adapter.partial-1").exists()
+    same(tmp_path, whole)
+
+
+def test_a_dead_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
+    seconds, said = faults.lose_a_rank(ground, tmp_path, victim=1)
+    assert seconds < 40, said
+    errors = [line for line in said.splitlines() if line.startswith("canvastune: error")]
+    assert len(errors) == 1, said
+    assert "rank 1 died" in errors[0]
+    assert "it said nothing: killed" in errors[0]
+
+
+def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: Path) -> None:
+    """A token that the model does not have, in one row: the rank that gets it fails inside its forward pass."""
+    rows = load_from_disk(str(ground / "data" / "train")).to_list()
+    rows[0]["input_ids"] = [*rows[0]["input_ids"][:-1], 10**6]
+    shutil.copytree(ground / "data" / "validation", tmp_path / "data" / "validation")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "data" / "train"))
+    line = command(ground, tmp_path / "run", RANKS, *KILLS)
+    line[line.index("--data") + 1] = str(tmp_path / "data")
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
+    assert len(errors) == 1, done.stderr
+    assert re.search(r"rank [01] died in step [1-5]: IndexError: index out of range", errors[0]), errors
+
+
+@pytest.mark.slow  # torchrun gives a frozen process half a minute before it kills it
+def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
+    seconds, said = faults.freeze_a_rank(ground, tmp_path, victim=0)
+    assert seconds < 10 + 5 + 40, said
+    assert "rank 0 does not answer" in said, said
+
+
+def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(ground: Path, tmp_path: Path) -> None:
+    _, said = faults.preempt(ground, tmp_path)
+    assert "the state is saved" in said, said
+    (event,) = [record for record in records(tmp_path, "event") if record["event"] == "stopped"]
+    assert "after the request, of 60 s" in event["detail"]
+    assert complete(tmp_path) == [event["step"]]
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(ground: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "result.json").unlink()  # the adapter stays, as if the kill had come between the two
+    before, newest = complete(output)[-2:]
+    assert newest == 60
+    faults.damage(output / "checkpoints" / f"step-{newest:06d}", "flip")
+    done = train(ground, output, RANKS, *KILLS)
+    assert done.returncode == 0, done.stderr
+    assert f"step-{newest:06d} is damaged" in done.stderr
+    assert f"resumed from the checkpoint of step {before}" in done.stderr
+    assert [r["event"] for r in records(output, "event") if r["step"] == before and r["event"] == "damaged_checkpoint"]
+    same(output, whole)
+
+
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(ground: Path, whole: Path, tmp_path: Path) -> None:
+    """A file system of its own that is too small: in a namespace of its own, so that it needs no rights."""
+    size = sum(f.stat().st_size for f in (whole / "checkpoints" / "step-000060").iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inside = command(ground, disk / "run", RANKS, *KILLS, "train.keep_checkpoints=9")
+    script = f'mount -t tmpfs -o size={int(2.5 * size)} tmpfs {disk} && "$@"; code=$?; cp -r {disk}/run {tmp_path}/run; exit $code'
+    tried = subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True)
+    if tried.returncode:
+        pytest.skip("this machine gives no user namespaces, so there is no small disk to fill")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *inside], env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
+    assert len(errors) == 1, done.stderr
+    assert "disk" in errors[0] or "No space left" in errors[0], errors
+    kept = complete(tmp_path / "run")
+    assert kept
+    assert kept[-1] < 60
+    again = train(ground, tmp_path / "run", RANKS, *KILLS)  # the same command, where there is room
+    assert again.returncode == 0, again.stderr
+    assert f"resumed from the checkpoint of step {kept[-1]}" in again.stderr
+    same(tmp_path / "run", whole)
+
+
+def test_a_second_trainer_on_the_same_folder_is_refused(ground: Path, tmp_path: Path) -> None:
+    first = start(ground, tmp_path, 1, *LONG, "parallel.ep=1")
+    wait_for(lambda: faults.steps_done(tmp_path) >= 1, "a step")
+    second = train(ground, tmp_path, 1, *LONG, "parallel.ep=1")
+    kill_all(first)
+    assert second.returncode != 0
+    assert "another trainer is writing to this folder" in second.stderr
+
+
+def test_two_nodes_train_as_one_does(ground: Path, whole: Path, tmp_path: Path) -> None:
+    """Two torchrun agents that meet over the loopback interface, one rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1")
+    nodes = [
+        subprocess.Popen(
+            command(ground, tmp_path, 1, *KILLS, torchrun=meeting), env=environment(), stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+        )
+        for _ in range(2)
+    ]
+    said = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    same(tmp_path, whole)
+    assert json.loads((tmp_path / "result.json").read_text())["world_size"] == 2

@@ -1,0 +1,183 @@
+"""The plan against the engine: every tensor it holds, every FLOP and byte of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DiffusionGemmaConfig
+
+from benchmarks.instruments.live_bytes import (
+    CPU_FORMULAS,
+    batch_of,
+    lone_rank,
+    measure,
+    sharded_model,
+)
+from canvastune.config import RunConfig
+from canvastune.config.schema import Checkpointing
+from canvastune.objective import losses
+from canvastune.perf_model import flops as work
+from canvastune.perf_model.architecture import Architecture, describe, read_architecture
+from canvastune.perf_model.memory import StepShape, memory_timeline, peak
+from tests.support.small import MIDDLING_CANVAS as CANVAS
+from tests.support.small import run_config, shared_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def described(folder: Path) -> DiffusionGemmaConfig:
+    return DiffusionGemmaConfig.from_pretrained(folder)
+
+
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "full": ("full", {}),
+    "lora": ("lora", {}),
+    "lora with experts": ("lora", {"experts": True}),
+    "lora with dropout": ("lora", {"dropout": 0.1}),
+}
+
+
+def configured(kind: str, ep: int = 1, **train: object) -> RunConfig:
+    method, lora = METHODS[kind]
+    return run_config(method, ep, lora, **train)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora with experts"])
+def test_planned_weights_and_optimiser_are_those_of_the_sharded_model(method: str, middling: Path) -> None:
+    for world_size, ep in ((3, 1), (4, 4), (8, 2), (2, 2)):
+        config = configured(method, ep, precision="bfloat16")
+        step = StepShape(world_size, ep, 1, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
+        planned = next(iter(memory_timeline(read_architecture(config, middling), step).values()))
+        with lone_rank(world_size):
+            model = sharded_model(config, described(middling), world_size)
+            local = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
+        assert planned["weights"] == sum(tensor.nbytes for tensor, _ in local), f"{world_size} ranks, ep {ep}"
+        assert planned["optimiser"] == sum(2 * tensor.nbytes for tensor, trained in local if trained), f"{world_size} ranks, ep {ep}"
+
+
+CASES = {
+    "one rank": ("full", "bfloat16", StepShape(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5)),
+    "data parallel, all activations kept": (
+        "full",
+        "float32",
+        StepShape(2, 1, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
+    "expert parallel, two forwards a step": (
+        "full",
+        "bfloat16",
+        StepShape(4, 4, 1, 2, 96, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "experts sharded twice": ("full", "float32", StepShape(8, 2, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=1)),
+    "adapters, frozen experts left alone": ("lora", "bfloat16", StepShape(4, 4, 2, 1, 96, CANVAS, checkpointing=True, self_conditioning=1)),
+    "adapters, experts sharded twice": ("lora", "float32", StepShape(8, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0)),
+    "expert adapters, one rank": (
+        "lora with experts",
+        "bfloat16",
+        StepShape(1, 1, 2, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5),
+    ),
+    "expert adapters, data parallel": (
+        "lora with experts",
+        "float32",
+        StepShape(2, 1, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
+    "expert adapters, frozen experts left alone": (
+        "lora with experts",
+        "bfloat16",
+        StepShape(4, 4, 2, 2, 96, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "expert adapters, all activations kept": (
+        "lora with experts",
+        "bfloat16",
+        StepShape(8, 8, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=1),
+    ),
+    "expert adapters, experts sharded twice": (
+        "lora with experts",
+        "bfloat16",
+        StepShape(8, 2, 2, 1, 128, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "every second layer recomputed": (
+        "full",
+        "float32",
+        StepShape(2, 2, 2, 1, 128, CANVAS, checkpointing="selective", self_conditioning=1),
+    ),
+    "dropout, all activations kept": (
+        "lora with dropout",
+        "bfloat16",
+        StepShape(2, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, precision, step = CASES[case]
+    config = configured(method, step.ep, precision=precision)
+    architecture = read_architecture(config, middling)
+    live = measure(monkeypatch, config, described(middling), step)
+    found = memory_timeline(architecture, step)
+    found.pop("update")  # not part of what was measured
+    moment, parts = peak(found)
+    assert sum(parts.values()) == pytest.approx(live.peak, rel=0.04), f"planned peak: {moment}, {parts}"
+    received = work.count_bytes(architecture, dataclasses.replace(step, self_conditioning=float(step.self_conditioning > 0)))
+    gathered = received[work.LAYERS_GATHER] + received[work.EXPERTS_GATHER] + received[work.ROOT_GATHER]
+    assert gathered == live.received["all-gather"]
+    assert received[work.REDUCE] + received[work.EXPERTS_REDUCE] == live.received["reduce-scatter"]
+    assert received[work.EXCHANGE] == live.received["all-to-all"]
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "coins"),
+    [
+        ("full", True, 1),
+        ("full", False, 0),
+        ("full", "selective", 0),
+        ("lora", True, 0),
+        ("lora", False, 1),
+        ("lora with experts", True, 1),
+    ],
+)
+def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: Checkpointing, coins: int, checkpoint: Path) -> None:
+    config = configured(method)
+    architecture = read_architecture(config, checkpoint)
+    step = StepShape(1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins)
+    model = shared_model(checkpoint, config)
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
+        batch = batch_of(step, architecture.vocabulary)
+        loss, _, _ = losses(model, batch, (1.0, 1.0), any_self_conditioned=bool(coins), checkpointing=checkpointing)
+        loss.backward()
+    planned = work.count_flops(architecture, step)
+    assert planned.total == counter.get_total_flops()
+    assert sum(planned.by_part.values()) == pytest.approx(planned.total)
+    assert work.needed_flops(describe(model, config), batch) == pytest.approx(planned.model)
+
+
+def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:
+    architecture = read_architecture(run_config("full"), middling)
+    step = StepShape(4, 1, 2, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
+    flops = work.count_flops(architecture, step)
+    kept = work.count_flops(architecture, dataclasses.replace(step, checkpointing=False))
+    assert flops.model == kept.model
+    assert flops.model + flops.by_pass[work.RECOMPUTED] + flops.by_pass[work.IDLE] == pytest.approx(flops.total)
+    assert flops.by_pass[work.IDLE] > 0
+
+
+def test_longer_examples_never_need_less(middling: Path) -> None:
+    architecture: Architecture = read_architecture(run_config("full"), middling)
+    sizes = [
+        sum(
+            peak(memory_timeline(architecture, StepShape(4, 2, 2, 1, clean, CANVAS, checkpointing=True, self_conditioning=0.5)))[1].values()
+        )
+        for clean in range(8, 400, 3)
+    ]
+    assert sizes == sorted(sizes), "the search for the largest sequence relies on it"

@@ -1,0 +1,314 @@
+"""The report page in a real browser: its curves answer, nothing is asked of the network, and nothing is cut off on a phone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright import sync_api
+
+from canvastune.report import RunArtifacts, write_report
+from tools.report_sample import sample_config, sample_run, write_metrics
+
+_CHROMIUM = shutil.which("chromium")
+_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)")
+_CHARTS = 9
+_IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
+
+
+class _Tab:
+    """The report in a tab of its own, with all that it said and asked for."""
+
+    def __init__(self, browser: sync_api.Browser, report: Path, width: int = 1280, **options: Any) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = report.as_uri()
+        self.page.goto(self.address)
+
+    def chart(self, name: str) -> sync_api.Locator:
+        return self.page.locator(f"[data-chart={name}]")
+
+    def point(self, name: str, share: float) -> tuple[float, float]:
+        """A place in the middle of a plot's height, at a share of its width."""
+        over = self.chart(name).locator(".u-over")
+        over.scroll_into_view_if_needed()
+        box = over.bounding_box()
+        assert box is not None
+        return box["x"] + share * box["width"], box["y"] + box["height"] / 2
+
+    def hover(self, name: str, share: float) -> str:
+        self.page.mouse.move(*self.point(name, share))
+        tip = self.chart(name).locator(".tip")
+        tip.wait_for(state="visible")
+        return str(tip.inner_text())
+
+    def step(self, name: str, share: float) -> int:
+        return int(self.hover(name, share).splitlines()[0].removeprefix("step "))
+
+    def zoom(self, name: str, start: float, stop: float) -> None:
+        self.page.mouse.move(*self.point(name, start))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.point(name, stop), steps=5)
+        self.page.mouse.up()
+
+    def until(self, condition: str, seconds: float = 20) -> None:
+        """Wait for a JavaScript condition; Playwright's own way is to evaluate it within the page, which the page's policy forbids."""
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, f"after {seconds} seconds not yet: {condition}"
+            time.sleep(0.05)
+
+    def reset_button(self, name: str) -> sync_api.Locator:
+        return self.chart(name).get_by_text("Reset zoom")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 300 steps laid over four others, one of them with a hostile name."""
+    root, config = tmp_path_factory.mktemp("run"), sample_config(parallel={"nproc_per_node": 2})
+    others = []
+    for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
+        settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
+        others.append(RunArtifacts(name, settings, write_metrics(root / name, seed=seed, steps=60)))
+    return write_report(sample_run(root, config), root / "report", others)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=list(_FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser: sync_api.Browser, report: Path) -> Iterator[_Tab]:
+    """The page, wide and light; whatever a test does there, nothing may be complained of and nothing fetched."""
+    tab = _Tab(browser, report)
+    yield tab
+    assert tab.said == []
+    assert tab.requests == [tab.address], "the page is one file"
+    tab.page.close()
+
+
+def test_hovering_reads_every_run_at_a_step(tab: _Tab) -> None:
+    lines = tab.hover("total_loss", 0.1).splitlines()
+    assert lines[0].startswith("step ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["tiny_lora", "rank8", "rank32", "<b>x", "sft"]
+    assert "(single step " in lines[1]
+    ended = tab.hover("total_loss", 0.9)
+    assert "tiny_lora" in ended
+    assert "rank8" not in ended, "a run of 60 steps has no loss there"
+
+
+def test_the_readout_is_what_was_recorded(tab: _Tab) -> None:
+    assert tab.hover("memory", 0.9).splitlines()[1] == "tiny_lora: 1.46"
+    assert "t = 0.5: " in tab.hover("validation_loss", 0.5)
+
+
+def test_dragging_zooms_and_a_double_click_shows_everything(tab: _Tab) -> None:
+    assert tab.step("total_loss", 0.01) < 10
+    tab.zoom("total_loss", 0.5, 0.75)
+    assert tab.reset_button("total_loss").is_enabled()
+    assert tab.step("total_loss", 0.02) > 140
+    assert tab.step("total_loss", 0.98) < 235
+    tab.page.mouse.dblclick(*tab.point("total_loss", 0.5))
+    assert tab.reset_button("total_loss").is_disabled()
+    assert tab.step("total_loss", 0.01) < 10
+
+
+def test_the_log_scale_is_each_charts_own_and_keeps_the_zoom(tab: _Tab) -> None:
+    chart, other = tab.chart("total_loss"), tab.chart("diffusion_loss")
+    tab.zoom("total_loss", 0.5, 0.75)
+    before, others = chart.evaluate(_IMAGE), other.evaluate(_IMAGE)
+    chart.get_by_label("Log scale").check()
+    assert chart.evaluate(_IMAGE) != before
+    assert other.evaluate(_IMAGE) == others
+    assert tab.step("total_loss", 0.02) > 140
+    chart.get_by_label("Log scale").uncheck()
+    tab.page.mouse.move(0, 0)
+    assert chart.evaluate(_IMAGE) == before, "there and back is the same picture"
+
+
+def test_smoothing_moves_the_strong_line_and_leaves_the_recorded_one(tab: _Tab) -> None:
+    slider, said = tab.page.get_by_label("Smoothing"), tab.page.locator("output[for=smoothing]")
+    assert said.inner_text() == "20 steps", "at first as in the pictures"
+    before, recorded = (tab.chart(name).evaluate(_IMAGE) for name in ("diffusion_loss", "learning_rate"))
+    slider.focus()
+    slider.press("End")
+    assert said.inner_text() == "100 steps"
+    assert tab.chart("diffusion_loss").evaluate(_IMAGE) != before
+    assert tab.chart("learning_rate").evaluate(_IMAGE) == recorded, "what is not noisy is not smoothed"
+    assert "(single step " in tab.hover("diffusion_loss", 0.5)
+    slider.press("Home")
+    assert said.inner_text() == "off"
+    assert "(single step " not in tab.hover("diffusion_loss", 0.5)
+
+
+def test_runs_can_be_switched_off_and_on(tab: _Tab) -> None:
+    button = tab.chart("total_loss").get_by_role("button", name="rank32")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    shown = tab.hover("total_loss", 0.1)
+    assert "rank32" not in shown
+    assert "rank8" in shown
+    button.press("Enter")
+    assert "rank32" in tab.hover("total_loss", 0.1)
+
+
+def test_the_keyboard_reads_and_zooms(tab: _Tab) -> None:
+    plot = tab.chart("diffusion_loss").get_by_role("group", name="Diffusion loss. Left and right arrow")
+    plot.focus()
+    plot.press("ArrowRight")
+    plot.press("ArrowRight")
+    assert tab.page.locator("#status").inner_text().startswith("step 2, tiny_lora: ")
+    plot.press("+")
+    assert tab.reset_button("diffusion_loss").is_enabled()
+    plot.press("Escape")
+    assert tab.reset_button("diffusion_loss").is_disabled()
+
+
+def test_every_chart_has_its_figures_as_a_table(tab: _Tab) -> None:
+    details = tab.page.locator("details.figures")
+    assert details.count() == _CHARTS
+    details.first.locator("summary").click()
+    assert "tiny_lora" in details.first.locator("tbody tr").first.inner_text()
+
+
+def test_answers_are_filtered_by_outcome_and_by_words(tab: _Tab) -> None:
+    rows = tab.page.locator(".answers tbody tr")
+    assert sum(row.is_visible() for row in rows.all()) == 12, "the others are folded away at first"
+    tab.page.locator("#filter select").select_option("right")
+    assert sum(row.is_visible() for row in rows.all()) == 5
+    tab.page.get_by_label("with the words").fill("APPLES AND gives 5")
+    found = [row.inner_text() for row in rows.all() if row.is_visible()]
+    assert tab.page.locator("#filter output").inner_text() == f"{len(found)} of 64 answers on this page"
+    assert 0 < len(found) < 5
+    assert all("gives 5" in text for text in found)
+    tab.page.get_by_label("with the words").fill("")
+    tab.page.locator("#filter select").select_option("all")
+    assert sum(row.is_visible() for row in rows.all()) == 12
+
+
+def test_the_film_shows_one_moment_of_both_sides_and_keeps_what_is_done(tab: _Tab) -> None:
+    film, slider = tab.page.locator("#film"), tab.page.get_by_label("Frame")
+
+    def shown(side: str) -> list[str]:
+        notes = film.get_by_role("group", name=side).locator("li .note")
+        return [note.inner_text() for note in notes.all() if note.is_visible()]
+
+    assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
+    slider.focus()
+    slider.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "Block 1, before at step 9, after at step 2"
+    slider.press("ArrowRight")
+    slider.press("ArrowRight")
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5"], "it has fewer steps, and waits"
+    slider.press("ArrowRight")
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 0"]
+    assert [note.split(":")[0] for note in shown("Before")] == ["Block 1 of 1, step 47"], "its answer was shorter"
+    height = film.bounding_box()
+    slider.press("End")
+    assert film.bounding_box() == height, "the page moves while the slider does"
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 5"]
+    assert film.locator(".shown mark").first.evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == "underline"
+
+
+class _Phone(_Tab):
+    """The report under fingers, which only the browser's own protocol can give several of."""
+
+    def __init__(self, browser: sync_api.Browser, report: Path) -> None:
+        super().__init__(browser, report, width=400, has_touch=True, is_mobile=True)
+        self._protocol = self.page.context.new_cdp_session(self.page)
+
+    def fingers(self, kind: str, *points: tuple[float, float]) -> None:
+        touches = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(points)]
+        self._protocol.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+
+def test_fingers_read_pinch_and_reset(browser: sync_api.Browser, report: Path) -> None:
+    tab = _Phone(browser, report)
+    assert tab.page.get_by_text("pinch to zoom in").is_visible()
+    tip, reset = tab.chart("total_loss").locator(".tip"), tab.reset_button("total_loss")
+
+    def at(share: float) -> tuple[float, float]:
+        return tab.point("total_loss", share)
+
+    tab.fingers("touchStart", at(0.3))
+    tab.fingers("touchMove", at(0.5))
+    tab.fingers("touchEnd")
+    assert 140 < int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 160
+    assert not reset.is_visible()
+    tab.fingers("touchStart", at(0.4), at(0.6))
+    tab.fingers("touchMove", at(0.25), at(0.75))
+    tab.fingers("touchMove", at(0.1), at(0.9))
+    tab.fingers("touchEnd")
+    assert reset.is_visible()
+    box = reset.bounding_box()
+    assert box is not None
+    assert box["height"] >= 40, "a finger needs room"
+    tab.page.touchscreen.tap(*at(0.05))
+    assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) > 100
+    reset.tap()
+    assert not reset.is_visible()
+    assert tab.chart("total_loss").locator(".live-plot").evaluate("(plot) => getComputedStyle(plot).touchAction") == "pan-y", (
+        "a finger that goes up or down would not scroll the page"
+    )
+    tab.page.touchscreen.tap(*at(0.05))
+    assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 30
+    assert tab.said == []
+    tab.page.close()
+
+
+def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report)
+    assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"
+    tab.page.evaluate("document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/' }))")
+    tab.until("performance.now() > 0")
+    assert any("Content Security Policy" in line for line in tab.said)
+    tab.page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(scheme: str, browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report, width=400, color_scheme=scheme)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
+    for canvas in tab.page.locator(".live-plot").all():
+        box = canvas.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert 280 <= box["width"] <= 400 - box["x"]
+    tab.page.set_viewport_size({"width": 1280, "height": 900})
+    tab.until("document.querySelector('[data-chart=validation_loss] .uplot').clientWidth > 600")
+    assert tab.said == []
+    tab.page.close()
+
+
+def test_the_curves_follow_the_colour_scheme(tab: _Tab) -> None:
+    picture = "document.querySelector('[data-chart=total_loss] canvas').toDataURL()"
+    tab.page.evaluate(f"window.light = {picture}")
+    tab.page.emulate_media(color_scheme="dark")
+    tab.until(f"{picture} !== window.light")  # drawn again some frames later
+
+
+@pytest.mark.parametrize("way", ["scripts are off", "print"])
+def test_without_scripts_and_in_print_the_pictures_stand(way: str, browser: sync_api.Browser, report: Path) -> None:
+    tab = _Tab(browser, report, java_script_enabled=way == "print")
+    if way == "print":
+        tab.page.emulate_media(media="print")
+    assert sum(picture.is_visible() for picture in tab.page.locator(".still.plot svg").all()) == _CHARTS
+    assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())
+    assert all(frame.is_visible() for frame in tab.page.locator(".frames li").all())
+    tab.page.close()

@@ -1,0 +1,413 @@
+"""MLflow away, broken, closed, silent, or back later: training goes on, nobody waits long, one line says so, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from canvastune import tracking
+from canvastune.config import parse_config
+from canvastune.tracking import client as server_room
+from canvastune.tracking import sending
+from canvastune.tracking.client import TrackingError, connect, load_mlflow
+from canvastune.tracking.model_registry import Score
+from tests.fakes.tracking_server import (
+    TrackingServer,
+    no_outer_mlflow,
+    prepared,
+    refusing,
+    silent,
+    train_record,
+)
+
+STEPS = ("resolve", "prepare_data", "train", "merge_lora", "evaluate", "report")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(own_mlflow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No MLflow but the test's own, and everything that waits, waits less."""
+    load_mlflow()
+    connect.cache_clear()  # a problem is said once in a process
+    monkeypatch.setattr(server_room, "_AWAY_SECONDS", 0.2)
+    monkeypatch.setattr(server_room, "_PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(sending, "_PERIOD", 0.05)
+    monkeypatch.setattr(sending, "_LONGEST_PAUSE", 0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    with TrackingServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+def pipeline_run(folder: Path, uri: str, name: str) -> tracking.PipelineRun:
+    tree = {"name": "tiny_lora", "data": {"source": "openai/gsm8k"}}
+    tracked = {"uri": uri, "experiment": "outages", "registered_model": name}
+    run = tracking.PipelineRun(parse_config({**tree, "tracking": tracked}), folder / "runs" / name, "job")
+    (run.folder / "train").mkdir(parents=True)
+    (run.folder / "train/metrics.jsonl").write_text("".join(json.dumps(train_record(step)) + "\n" for step in range(1, 21)))
+    (run.folder / "train/system.jsonl").write_text(json.dumps({"kind": "system", "step": 0, "time": 1.7e9, "cpu": 50.0}) + "\n")
+    (run.folder / "model").mkdir()
+    (run.folder / "model/model.safetensors").write_bytes(b"weights")
+    return run
+
+
+def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str], object] = str) -> list[float]:
+    """A pipeline run as its steps record it; returns the seconds that each of them took.
+
+    Args:
+        scratch: for what lies in a step's own container, and is gone after it.
+        before: called with a step's name before the step begins.
+    """
+    seconds = []
+
+    def timed(step: str, action: Callable[[], object]) -> None:
+        before(step)
+        began = time.monotonic()
+        action()
+        seconds.append(time.monotonic() - began)
+
+    def in_step(step: Any, action: Callable[[tracking.StepRun], object]) -> None:
+        def work() -> None:
+            with tracking.step_run(run, step) as record:
+                action(record)
+
+        timed(step, work)
+
+    data = prepared(scratch)
+    timed("resolve", lambda: tracking.start(run, {"canvastune.pipeline_job": "job"}))
+    timed("prepare_data", lambda: tracking.log_data(run, data))
+
+    def train(record: tracking.StepRun) -> None:
+        record.tags({"canvastune.job": "job-1"})
+        record.curves(run.folder / "train/metrics.jsonl")
+
+    def evaluate(record: tracking.StepRun) -> None:
+        out = scratch / "evaluation"
+        out.mkdir()
+        (out / "evaluation.json").write_text("{}")
+        record.dataset(data, "evaluation")
+        record.judged_model()
+        record.metrics({"eval/exact_match_after": 0.75})
+        record.table([{"id": "a", "before": "5", "after": "4"}])
+        record.outputs(out)
+        for file in out.iterdir():
+            file.unlink()
+
+    def report(record: tracking.StepRun) -> None:
+        record.summary({"eval/exact_match_after": 0.75, "val/loss_last": 1.5}, data)
+        record.verdict(Score(0.5, 0.75, "rows"), "better", "**Better**")
+
+    in_step("train", train)
+    in_step("merge_lora", lambda record: record.model(run.folder / "model", "merged"))
+    in_step("evaluate", evaluate)
+    in_step("report", report)
+    return seconds
+
+
+def seen(uri: str, name: str) -> dict[str, Any]:
+    """Everything that MLflow has of a run, without ids, names and times that differ from run to run."""
+    client = load_mlflow().MlflowClient(uri, registry_uri=uri)
+    experiment = client.get_experiment_by_name("outages")
+    found: dict[str, Any] = {}
+    (parent,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    nested = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    for run in (parent, *nested):
+        models = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        histories = {key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+        found[run.info.run_name.replace(name, "parent")] = {
+            "status": run.info.status,
+            "ended": run.info.end_time >= run.info.start_time,
+            "metrics": {key: sorted(points) for key, points in histories.items()},
+            "parameters": {key: value for key, value in run.data.params.items() if not key.startswith("tracking.")},
+            "tags": {key: value.replace(name, "N") for key, value in run.data.tags.items() if key != "mlflow.parentRunId"},
+            "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
+            "data": sorted((each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs),
+            "judged": len(client.get_run(run.info.run_id).inputs.model_inputs),  # a search does not load them
+            "models": [
+                (
+                    m.name.replace(name, "N"),
+                    m.status,
+                    m.tags["mlflow.note.content"],
+                    sorted((f.key, f.value, f.dataset_name) for f in m.metrics),
+                )
+                for m in models
+            ],
+        }
+    registered = client.get_registered_model(name)
+    return found | {"aliases": {alias: str(version) for alias, version in registered.aliases.items()}}
+
+
+@pytest.fixture(scope="module")
+def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What MLflow holds of a run during which it was there."""
+    folder = tmp_path_factory.mktemp("healthy")
+    with no_outer_mlflow():
+        run = pipeline_run(folder, server.uri, "healthy")
+        go_through(run, folder)
+        tracking.finish(run, failed=False)
+    found = seen(server.uri, "healthy")
+    assert found["parent"]["status"] == "FINISHED"
+    assert list(found) == ["parent", "report", "evaluate", "merge_lora", "train", "prepare_data", "aliases"]
+    assert found["aliases"] == {"candidate": "1", "champion": "1"}
+    assert found["parent"]["metrics"]["train/loss"] == [(step, 1 / step) for step in range(1, 21)], "runs are compared by their parents"
+    assert found["train"]["metrics"]["system/cpu"] == [(0, 50.0)]
+    return found
+
+
+@pytest.mark.parametrize(("lost", "back"), [("evaluate", "report"), ("resolve", "finish"), ("merge_lora", "sync")])
+def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
+    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any], caplog: pytest.LogCaptureFixture, lost: str, back: str
+) -> None:
+    run = pipeline_run(tmp_path, server.uri, f"lost-{lost}")
+
+    def before(step: str) -> None:
+        if step == lost:
+            server.kill()
+        if step == back:
+            server.start()
+            time.sleep(0.2)  # for as long a server that was found away is left alone
+
+    seconds = go_through(run, tmp_path, before)
+    before("finish")
+    tracking.finish(run, failed=False)
+    if back == "sync":
+        assert (run.folder / "unsent" / "finish.jsonl").is_file()
+        assert tracking.sync(run), "nobody is told that the server is still away"
+        before("sync")
+        assert tracking.sync(run) == []
+    assert seen(server.uri, run.folder.name) == healthy
+    assert not (run.folder / "unsent").exists()
+    assert max(seconds) < 10, f"a server that was away held a step up: {dict(zip(STEPS, seconds, strict=True))}"
+    assert caplog.text.count("cannot be reached") == 1, caplog.text
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda: refusing(500), "is out of order"),
+        (lambda: refusing(503, healthy=False), "is out of order (/health answers 503)"),
+        (lambda: refusing(403, "Invalid Host header"), "does not let us in"),
+        (
+            lambda: refusing(401, '{"error_code": "UNAUTHENTICATED", "message": "who are you"}'),
+            "does not let us in (UNAUTHENTICATED: who are you)",
+        ),
+        (silent, "does not answer"),
+    ],
+    ids=["500", "503", "403", "401", "silent"],
+)
+def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_is_lost(
+    server: TrackingServer,
+    tmp_path: Path,
+    healthy: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+    broken: Callable[[], AbstractContextManager[str]],
+    said: str,
+) -> None:
+    name = f"broken-{request.node.callspec.id}"
+    with broken() as uri, caplog.at_level(logging.WARNING):
+        run = pipeline_run(tmp_path, uri, name)
+        seconds = go_through(run, tmp_path)
+        tracking.finish(run, failed=False)
+    assert max(seconds) < 8, f"a step waited: {dict(zip(STEPS, seconds, strict=True))}"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "canvastune.tracking"]
+    assert line.startswith(f"MLflow at {uri} {said}")
+    assert str(run.folder / "unsent") in line, "nobody is told where the records wait"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    assert tracking.sync(run) == []
+    assert seen(server.uri, name) == healthy
+
+
+def test_a_server_whose_store_hangs_is_given_up_after_two_timeouts(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(server_room, "_AWAY_SECONDS", 10)
+    run = pipeline_run(tmp_path, server.uri, "hangs")
+    tracking.start(run)
+    monkeypatch.setattr(connect(server.uri), "_probe", lambda: None)  # healthy, says the thread that answers /health
+    server.freeze()
+    try:
+        began = time.monotonic()
+        with tracking.step_run(run, "train") as record:
+            for number in range(50):
+                record.metrics({"a": number})
+        assert time.monotonic() - began < 6
+    finally:
+        server.thaw()
+    monkeypatch.undo()
+    connect(server.uri)._away_until = 0
+    assert tracking.sync(run) == []
+
+
+def test_what_is_refused_holds_nothing_else_up_and_stays(server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = pipeline_run(tmp_path, server.uri, "refused")
+    with tracking.step_run(run, "train") as record:
+        record.parameters({"rank": 16})
+        record.parameters({"rank": 32})  # they are immutable
+        record.metrics({"a": 1.0})
+    client = load_mlflow().MlflowClient(server.uri)
+    found = client.get_run(record.run_id)
+    assert (found.data.metrics, found.info.status) == ({"a": 1.0}, "FINISHED")
+    assert caplog.text.count("refuses (INVALID_PARAMETER_VALUE: ") == 1
+    (reason,) = tracking.sync(run)
+    assert reason.startswith(f"parameters of train: MLflow at {server.uri} refuses (INVALID_PARAMETER_VALUE: ")
+
+
+def test_a_line_that_was_written_by_half_costs_itself_alone(
+    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = pipeline_run(tmp_path, server.uri, "half")
+    (run.folder / "unsent").mkdir()
+    (run.folder / "unsent/train.jsonl").write_text('["metrics", "train", 1.0, {"values": {"a": 1}, "step": 0}]\n["metrics", "tr')
+    assert tracking.sync(run) == []
+    assert "train.jsonl:2: written by half" in caplog.text
+    client = load_mlflow().MlflowClient(server.uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("outages").experiment_id], "attributes.run_name = 'train'", max_results=1)
+    assert found.data.metrics == {"a": 1.0}
+
+
+def test_a_disk_that_takes_nothing_and_no_server_are_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = pipeline_run(tmp_path, "http://127.0.0.1:9", "full")
+    (run.folder / "unsent").write_text("no folder can be made here")
+    with tracking.step_run(run, "train") as record:
+        record.metrics({"a": 1.0})
+    assert record.run_id is None
+    assert record.environment() == {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    assert "MLflow will lack metrics of train" in caplog.text
+
+
+# Metrics, while training goes on
+
+
+def steps_in(client: Any, run_id: str, metric: str) -> list[int]:
+    return sorted(metric.step for metric in client.get_metric_history(run_id, metric))
+
+
+def test_metrics_of_an_outage_arrive_when_the_server_is_back(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    client = load_mlflow().MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    cpu = "system/cpu_utilization_percentage"
+    writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=lambda client: run_id)
+    for step in range(1, 11):
+        writer.write(train_record(step))
+    _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 11)), "metrics are not sent while training")
+    _until(lambda: len(steps_in(client, run_id, cpu)) > 1, "no system metrics")
+    server.kill()
+    for step in range(11, 211):
+        writer.write(train_record(step))
+    _until(lambda: "cannot be reached" in caplog.text, "nobody is told that the server is away")
+    server.start()
+    writer.write(train_record(211))
+    _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 212)), "the outage's metrics are lost")
+    writer.close()
+    measured = steps_in(client, run_id, cpu)
+    assert measured == list(range(len(measured))), "what the machine did during the outage is lost"
+    assert caplog.text.count("cannot be reached") == 1
+
+
+def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    run = pipeline_run(tmp_path, server.uri, "late")
+    server.kill()
+    with tracking.step_run(run, "train") as record:
+        assert record.arguments() == ("--mlflow-job", run.job)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", record.environment()["MLFLOW_TRACKING_URI"])
+        writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=tracking.training_run(run))
+        writer.write(train_record(1))
+        server.start()
+        client = load_mlflow().MlflowClient(server.uri)
+
+        def there() -> list[Any]:
+            experiment = [one.experiment_id for one in client.search_experiments()]
+            (parent,) = client.search_runs(experiment, "attributes.run_name = 'late'") or [None]
+            return list(client.search_runs(experiment, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")) if parent else []
+
+        _until(lambda: [run.data.metrics.get("train/loss") for run in there()] == [1.0], "no curve before the end of training")
+        _until(lambda: "system/cpu_utilization_percentage" in there()[0].data.metrics, "no system metrics")
+        writer.close()
+    (found,) = there()
+    assert (found.info.status, record.run_id) == ("FINISHED", found.info.run_id)
+
+
+def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
+    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = load_mlflow().MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    path = tmp_path / "metrics.jsonl"
+    writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
+    writer.write(train_record(1))
+    _until(lambda: steps_in(client, run_id, "train/loss") == [1], "metrics are not sent while training")
+    server.freeze()
+    try:
+        started = time.perf_counter()
+        for step in range(2, 102):
+            writer.write(train_record(step))
+        writing = time.perf_counter() - started
+        closing = _seconds(lambda: writer.close(timeout=0.5))
+    finally:
+        server.thaw()
+    assert writing < 5, f"a frozen server held 100 steps up for {writing:.1f} s"
+    assert closing < 5, f"a frozen server held the end of training up for {closing:.1f} s"
+    assert "not every metric reached MLflow in time" in caplog.text
+
+    def synced() -> bool:
+        try:
+            sending.send_metrics(run_id, path, uri=server.uri)
+        except TrackingError:
+            return False
+        return steps_in(client, run_id, "train/loss") == list(range(1, 102))
+
+    _until(synced, "what the frozen server missed is never sent")
+    assert sending.send_metrics(run_id, path, uri=server.uri) == 0, "what has arrived is not sent twice"
+
+
+def test_a_resumed_training_has_each_step_once_in_mlflow_too(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    client = load_mlflow().MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    path, system = tmp_path / "metrics.jsonl", tmp_path / "system.jsonl"
+    for resume_at, last in ((-1, 6), (3, 8)):
+        writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
+        writer.resume(resume_at)
+        for step in range(max(resume_at, 0) + 1, last + 1):
+            writer.write({**train_record(step), "time": time.time()})
+        had = system.read_bytes().count(b"\n") if system.exists() else 0
+        _until(lambda had=had: system.exists() and system.read_bytes().count(b"\n") > had, "nothing of the machine is measured")
+        writer.close()
+        with system.open("a") as stream:
+            stream.write('{"kind": "sys')  # killed in the middle of a line
+    assert steps_in(client, run_id, "train/loss") == list(range(1, 9))
+    measured = steps_in(client, run_id, "system/cpu_utilization_percentage")
+    assert measured == list(range(len(measured)))
+
+
+def _seconds(action: Any) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _until(condition: Any, message: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.05)

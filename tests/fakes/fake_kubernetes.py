@@ -1,0 +1,390 @@
+"""A loopback stand-in for a Kubernetes API server, and for the operators behind it: as much of both as the launcher meets.
+
+It keeps objects in memory, gives them uid and resourceVersion, answers 409, 404, 403 (by a Role's rules) and 422 (by the CRDs'
+schemas, where they are at hand), deletes what is owned with its owner, and can be away. Time is the clock's: nothing waits.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+import json
+import threading
+import urllib.parse
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+from tests.support import cluster_rules
+
+_KINDS = {"pytorchjobs": "PyTorchJob", "trainjobs": "TrainJob", "pods": "Pod", "events": "Event"}
+_CRDS = {"pytorchjobs": cluster_rules.PYTORCHJOB_CRD, "trainjobs": cluster_rules.TRAINJOB_CRD}
+_BUILT_IN = ("pods", "events", "secrets", "persistentvolumeclaims")
+ACCOUNT = "system:serviceaccount:team-a:pipeline-runner"
+
+
+class Clock:
+    """A clock that a test turns; what is due at a time happens when it is turned past it."""
+
+    def __init__(self) -> None:
+        self.now = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC).timestamp()
+        self.start = self.now
+        self._plan: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = itertools.count()
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float, /) -> None:
+        until = self.now + seconds
+        while self._plan and min(self._plan)[0] <= until:
+            due = min(self._plan)
+            self._plan.remove(due)
+            self.now = max(self.now, due[0])
+            due[2]()
+        self.now = until
+        assert self.now < self.start + 400 * 86400, "waits forever"
+
+    def at(self, seconds: float, action: Callable[[], object]) -> None:
+        """Let something happen so many seconds after the beginning."""
+        self._plan.append((self.start + seconds, next(self._numbers), action))
+
+    def stamp(self) -> str:
+        """Now, as Kubernetes writes it."""
+        return f"{datetime.datetime.fromtimestamp(self.now, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+class _Path(NamedTuple):
+    group: str
+    namespace: str
+    plural: str
+    name: str
+    sub: str
+
+    @classmethod
+    def of(cls, path: str) -> _Path:
+        parts = path.strip("/").split("/")
+        group, rest = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
+        namespace, plural, name, sub = [*rest[1:], "", ""][:4]
+        return cls(group, namespace, plural, name, sub)
+
+
+class FakeKubernetes:
+    """The API server. `calls` has every `VERB plural[/name]` that was answered."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.objects: dict[tuple[str, str], dict[str, Any]] = {}  # by plural and name
+        self.logs: dict[str, list[tuple[str, str]]] = {}  # by pod: time and line
+        self.previous_logs: dict[str, list[tuple[str, str]]] = {}
+        self.installed = {"pytorchjobs", "trainjobs", "trainingruntimes", "workflows"}
+        self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None: everything is allowed
+        self.outage: int | str | None = None  # a status that every call gets, or "drop": it is cut off without an answer
+        self.lose_answer = 0  # so many answers are lost after their work is done
+        self.linger = 0.0  # seconds that a deleted job's pods take to end
+        self.calls: list[str] = []
+        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # an answer in one packet: two would wait 40 ms for each other
+
+            def _serve(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                with fake._lock:
+                    answer = fake._answer(self.command, self.path, body)
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, content = answer
+                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_DELETE = do_PATCH = _serve
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        """Be away for good: for connections that stand, too."""
+        self.outage = "drop"
+        self._server.shutdown()
+        self._server.server_close()
+
+    # --- what tests do
+
+    def put(self, plural: str, name: str, **content: Any) -> dict[str, Any]:
+        """An object that somebody else made."""
+        metadata = {"name": name, "namespace": "team-a", **content.pop("metadata", {})}
+        return self._store(plural, {"kind": _KINDS.get(plural, plural), "metadata": metadata, **content})
+
+    def all(self, plural: str) -> list[dict[str, Any]]:
+        """Every object of a kind."""
+        return [found for (kind, _), found in self.objects.items() if kind == plural]
+
+    def remove(self, plural: str, name: str) -> None:
+        """Delete an object and what it owns."""
+        gone = self.objects.pop((plural, name), None)
+        if gone is None:
+            return
+        for kind, child in list(self.objects):
+            owners = self.objects.get((kind, child), {}).get("metadata", {}).get("ownerReferences") or ()
+            if any(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
+                self.remove(kind, child)
+
+    def warn(self, pod: str, reason: str, message: str) -> None:
+        """An event on a pod."""
+        about = {"kind": "Pod", "name": pod}
+        self.put("events", f"event-{next(self._numbers)}", type="Warning", reason=reason, message=message, involvedObject=about)
+
+    def say(self, pod: str, line: str, *, fraction: str = "123456789") -> None:
+        """A line in a pod's log."""
+        self.logs.setdefault(pod, []).append((f"{self.clock.stamp()[:-1]}.{fraction}Z", line))
+
+    # --- the API
+
+    def _store(self, plural: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        made = copy.deepcopy(dict(content))
+        number = next(self._numbers)
+        made["metadata"] |= {"uid": f"uid-{number}", "resourceVersion": str(number), "creationTimestamp": self.clock.stamp()}
+        self.objects[plural, made["metadata"]["name"]] = made
+        return made
+
+    def _answer(self, method: str, url: str, body: Any) -> tuple[int, Any] | None:
+        if self.outage == "drop":
+            return None
+        if self.outage is not None:
+            assert isinstance(self.outage, int)
+            return self.outage, _status(self.outage, "etcdserver: request timed out")
+        parts = urllib.parse.urlsplit(url)
+        query = dict(urllib.parse.parse_qsl(parts.query))
+        path = _Path.of(parts.path)
+        verb = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}.get(method) or ("get" if path.name else "list")
+        resource = f"{path.plural}/{path.sub}" if path.sub else path.plural
+        self.calls.append(f"{verb} {path.plural}{'/' + path.name if path.name else ''}")
+        if path.plural not in {*self.installed, *_BUILT_IN}:
+            return 404, "404 page not found\n"
+        if not self._allowed(verb, path.group, resource):
+            said = f'{path.plural} is forbidden: User "{ACCOUNT}" cannot {verb} resource "{resource}" in API group "{path.group}"'
+            return 403, _status(403, f'{said} in the namespace "{path.namespace}"')
+        answer = getattr(self, f"_{verb}")(path, query, body)
+        if self.lose_answer > 0:
+            self.lose_answer -= 1
+            return None
+        return answer
+
+    def _allowed(self, verb: str, group: str, resource: str) -> bool:
+        return self.rules is None or any(
+            group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"] for rule in self.rules
+        )
+
+    def _create(self, path: _Path, _: Mapping[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if (path.plural, body["metadata"]["name"]) in self.objects:
+            return 409, _status(409, f'{path.plural}.{path.group} "{body["metadata"]["name"]}" already exists')
+        crd = _CRDS.get(path.plural)
+        if crd is not None and crd.exists() and (problems := cluster_rules.crd_problems(body, crd)):
+            return 422, _status(422, "; ".join(problems))
+        return 201, self._store(path.plural, body)
+
+    def _get(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
+        found = self.objects.get((path.plural, path.name))
+        if found is None:
+            return 404, _status(404, f'{path.plural}.{path.group} "{path.name}" not found')
+        return self._log(found, query) if path.sub == "log" else (200, found)
+
+    def _log(self, pod: Mapping[str, Any], query: Mapping[str, str]) -> tuple[int, Any]:
+        name = pod["metadata"]["name"]
+        if pod["status"]["phase"] == "Pending":
+            return 400, _status(400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating')
+        lines = (self.previous_logs if query.get("previous") == "true" else self.logs).get(name, [])
+        lines = [(when, words) for when, words in lines if when[:19] >= query.get("sinceTime", "")[:19]]
+        if "tailLines" in query:
+            lines = lines[-int(query["tailLines"]) :]
+        return 200, "".join(f"{when} {words}\n" for when, words in lines)
+
+    def _list(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
+        labels = _pairs(query.get("labelSelector", ""))
+        fields = _pairs(query.get("fieldSelector", ""))
+        found = [
+            one
+            for one in self.all(path.plural)
+            if labels.items() <= (one["metadata"].get("labels") or {}).items()
+            and all(_field(one, key) == value for key, value in fields.items())
+        ]
+        return 200, {"kind": "List", "apiVersion": "v1", "metadata": {}, "items": found}
+
+    def _patch(self, path: _Path, _: Mapping[str, str], body: Mapping[str, Any]) -> tuple[int, Any]:
+        found = self.objects.get((path.plural, path.name))
+        if found is None:
+            return 404, _status(404, f'{path.plural} "{path.name}" not found')
+        _merge(found, body)
+        return 200, found
+
+    def _delete(self, path: _Path, _: Mapping[str, str], __: Any) -> tuple[int, Any]:
+        found = self.objects.get((path.plural, path.name))
+        if found is None:
+            return 404, _status(404, f'{path.plural} "{path.name}" not found')
+        found["metadata"]["deletionTimestamp"] = self.clock.stamp()
+        if self.linger:
+            self.clock.at(self.clock.now - self.clock.start + self.linger, lambda: self.remove(path.plural, path.name))
+        else:
+            self.remove(path.plural, path.name)
+        return 200, {"kind": "Status", "status": "Success"}
+
+
+def _status(code: int, message: str) -> dict[str, Any]:
+    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message}
+
+
+def _pairs(selector: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in selector.split(",") if pair)
+
+
+def _field(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree.get(key, {})
+    return tree
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            _merge(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
+class Operator:
+    """Moves the one job of a kind through its states, with the pods and the status that the real operators give it."""
+
+    def __init__(self, api: FakeKubernetes, plural: str, role: str | None = None) -> None:
+        self._api, self._plural, self._role = api, plural, role
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """The job, of which there must be one (in the operator's role, if it has one)."""
+        (job,) = [
+            job for job in self._api.all(self._plural) if self._role in (None, job["metadata"]["labels"]["app.kubernetes.io/component"])
+        ]
+        return job
+
+    @property
+    def first_pod(self) -> str:
+        """The pod of rank 0."""
+        return self._pod_names()[0]
+
+    def created(self) -> None:
+        self._conditions(Created=True)
+
+    def suspended(self) -> None:
+        """As Kueue does it, before it admits a job and when it preempts it."""
+        for pod in self._pod_names():
+            self._api.remove("pods", pod)
+        self._conditions(Suspended=True, Running=False)
+        self._counts()
+
+    def pending(self, **status: Any) -> None:
+        """The job has pods, which do not run yet."""
+        self._conditions(Suspended=False)
+        if self._is_pytorchjob:
+            self.created()
+        self._counts(active=1)
+        for name in self._pod_names():
+            self._pod(name, phase="Pending", **status)
+
+    def running(self, restarts: int = 0) -> None:
+        if self._is_pytorchjob:
+            self._conditions(Running=True, Restarting=False)
+        self._counts(active=1, ready=1)
+        for name in self._pod_names():
+            self._pod(
+                name, phase="Running", containerStatuses=[{"name": self._container, "restartCount": restarts, "state": {"running": {}}}]
+            )
+
+    def restarting(self) -> None:
+        if self._is_pytorchjob:
+            self._conditions(Restarting=True, Running=False)
+        self._counts(failed=1)
+
+    def restart_in_place(self, code: int, reason: str) -> None:
+        """Rank 0's container ends and is started again in its pod: its log is that of a new container."""
+        name = self.first_pod
+        self._api.previous_logs[name] = self._api.logs.pop(name, [])
+        end = {"exitCode": code, "reason": reason, "finishedAt": self._api.clock.stamp()}
+        status = {"name": self._container, "restartCount": 1, "state": {"running": {}}, "lastState": {"terminated": end}}
+        self._pod(name, phase="Running", containerStatuses=[status])
+
+    def succeeded(self) -> None:
+        self._conditions(Running=False)
+        self._conditions(Succeeded=True) if self._is_pytorchjob else self._conditions(Complete=True)
+        self._end_pods("Succeeded", 0, "Completed")
+
+    def failed(self, code: int = 1, why: str = "Error", reason: str = "BackoffLimitExceeded", message: str = "too many restarts") -> None:
+        self._conditions(Failed=True, Running=False, reason=reason, message=message)
+        self._end_pods("Failed", code, why)
+
+    def evicted(self) -> None:
+        """The node's pressure, or a pod of higher priority, takes the pods away."""
+        self.failed(137, "Error")
+        for pod in self._api.all("pods"):
+            pod["status"] |= {"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage."}
+
+    @property
+    def _is_pytorchjob(self) -> bool:
+        return self._plural == "pytorchjobs"
+
+    @property
+    def _container(self) -> str:
+        return "pytorch" if self._is_pytorchjob else "node"
+
+    def _end_pods(self, phase: str, code: int, why: str) -> None:
+        end = {"exitCode": code, "reason": why, "finishedAt": self._api.clock.stamp()}
+        for name in self._pod_names():
+            self._pod(name, phase=phase, containerStatuses=[{"name": self._container, "restartCount": 0, "state": {"terminated": end}}])
+
+    def _conditions(self, *, reason: str = "", message: str = "", **types: bool) -> None:
+        conditions = self.job.setdefault("status", {}).setdefault("conditions", [])
+        for name, holds in types.items():
+            conditions[:] = [condition for condition in conditions if condition["type"] != name]
+            conditions.append({"type": name, "status": str(holds), "reason": reason or f"Job{name}", "message": message})
+
+    def _counts(self, **counts: int) -> None:
+        if not self._is_pytorchjob:
+            self.job.setdefault("status", {})["jobsStatus"] = [
+                {"name": "node", **dict.fromkeys(("active", "failed", "ready", "succeeded", "suspended"), 0), **counts}
+            ]
+
+    def _pod_names(self) -> list[str]:
+        name, spec = self.job["metadata"]["name"], self.job["spec"]
+        if self._is_pytorchjob:
+            return [f"{name}-worker-{number}" for number in range(spec["pytorchReplicaSpecs"]["Worker"]["replicas"])]
+        return [f"{name}-node-0-{number}" for number in range(spec["trainer"]["numNodes"])]
+
+    def _pod(self, name: str, **status: Any) -> None:
+        metadata, spec = self.job["metadata"], self.job["spec"]
+        if self._is_pytorchjob:
+            template = spec["pytorchReplicaSpecs"]["Worker"]["template"]
+            role = {"training.kubeflow.org/replica-type": "worker", "training.kubeflow.org/replica-index": name.rsplit("-", 1)[1]}
+        else:
+            (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+            template = replicated["template"]["spec"]["template"]
+            role = {"batch.kubernetes.io/job-completion-index": name.rsplit("-", 1)[1]}
+        pod = self._api.objects.get(("pods", name))
+        if pod is None:
+            owner = {"kind": self.job["kind"], "name": metadata["name"], "uid": metadata["uid"]}
+            labels = {**template["metadata"]["labels"], **role}
+            pod = self._api.put("pods", name, metadata={"labels": labels, "ownerReferences": [owner]}, status={})
+        pod["status"] = status

@@ -1,0 +1,148 @@
+"""The project's Markdown as its readers see it: pages, links, blocks, words in code, and the commands in them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "components").glob("*/README.md")),
+    *(ROOT / "charts" / "canvastune" / "README.md", ROOT / "docker" / "README.md"),
+]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_KEYWORDS = {"do", "then", "export"}  # what may stand before a command
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. `line` is that of its fence."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str | None:
+        """The file that its first line says it is."""
+        found = re.match(r"# ([\w./-]+\.(?:ya?ml|py))\b", self.text)
+        return found[1] if found else None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+class _Parsed(BaseException):
+    """Ends a program once its command line is read."""
+
+
+def blocks(page: Path, language: str | None = None) -> list[Block]:
+    """Every fenced block of a page, or those of one language."""
+    text = page.read_text(encoding="utf-8")
+    found = [Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in _FENCE.finditer(text)]
+    return [block for block in found if language is None or block.language == language]
+
+
+def links(page: Path) -> list[str]:
+    """Targets of links and pictures."""
+    return re.findall(r"\]\(([^()\s]+)\)", re.sub(r"`[^`\n]*`", "", _prose(page)))
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` may stand for, as GitHub makes it of headings."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ +(.+?) *$", _prose(page), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return set(found)
+
+
+def spans(page: Path) -> list[str]:
+    """Words in code within the text, each once."""
+    return sorted({" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _prose(page))})
+
+
+def files(page: Path) -> dict[str, str]:
+    """Files that a page has its readers write: blocks that begin with a name, and what its commands redirect into."""
+    shown = {block.name: block.text for block in blocks(page) if block.name}
+    redirected = [name for block in blocks(page, "sh") for name in re.findall(r">>? *([\w./-]+)", block.text)]
+    return {**dict.fromkeys(redirected, ""), **shown}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every command of a block for the shell, as words; without comments, assignments, redirections and what is fed to a command."""
+    text = re.sub(r"(<<'END'[^\n]*)\n.*?^END$", r"\1", text, flags=re.MULTILINE | re.DOTALL)
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set("|&;"):
+                yield from _command(words)
+                words = []
+            else:
+                words.append(word)
+
+
+def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """A program's own reading of a command line; nothing beyond that is run.
+
+    Raises:
+        AssertionError: it refuses the line.
+    """
+    found: list[argparse.Namespace] = []
+    original = argparse.ArgumentParser.parse_args
+
+    def read(self: argparse.ArgumentParser, given: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        found.append(original(self, arguments if given is None else given, namespace))
+        raise _Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        try:
+            main(*([arguments] if inspect.signature(main).parameters else []))
+        except _Parsed:
+            return found[0]
+        except SystemExit as ended:
+            raise AssertionError(f"refused with exit code {ended.code}: {' '.join(arguments)}") from None
+    raise AssertionError(f"{main} read no command line")
+
+
+def module_main(name: str) -> Callable[..., Any] | None:
+    """`main` of what `python -m` starts, if it reads a command line. Raises: AssertionError, there is no such module."""
+    specification = importlib.util.find_spec(name)
+    assert specification is not None, f"python -m {name}: no such module"
+    if specification.origin is None or "argparse" not in Path(specification.origin).read_text(encoding="utf-8"):
+        return None
+    found: Callable[..., Any] = importlib.import_module(name).main
+    return found
+
+
+def _prose(page: Path) -> str:
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def _command(words: list[str]) -> Iterator[list[str]]:
+    while words and (words[0] in _KEYWORDS or re.fullmatch(r"[A-Za-z_]+=.*", words[0])):
+        words = words[1:]
+    plain: list[str] = []
+    for word in words:
+        if set(word) <= set("<>"):
+            break  # what follows is a file's name
+        plain.append(word)
+    if plain:
+        yield plain

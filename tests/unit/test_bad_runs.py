@@ -1,0 +1,161 @@
+"""A wrong base, wrong data or wrong checkpoints end a training command in one message, and what stood there stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from canvastune.checkpoint.hf_format import INDEX
+from canvastune.train import main
+from tests.support.training import make_ground
+
+SHARD = "model-00002-of-00004.safetensors"
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # as torchrun says it
+LAST = "out/checkpoints/step-000002"
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a process that torchrun starts; signals are this process's own again afterwards."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def command(ground: Path, *settings: str) -> list[str]:
+    few = ("train.steps=2", "train.checkpoint_every=1", "train.validate_every=2", "parallel.ep=1", "train.async_checkpoints=false")
+    changed = [part for each in ("model.id=./base", *few, *settings) for part in ("--set", each)]
+    return ["-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(ground / "out"), *changed]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data, a recipe, and a run with two checkpoints that was killed before it was finished; nobody writes here."""
+    ground = make_ground(tmp_path_factory.mktemp("begun"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        patch.chdir(ground)
+        assert main(command(ground)) == 0
+    (ground / "out" / "result.json").unlink()
+    return ground
+
+
+@pytest.fixture
+def ground(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)  # the recipe names the base from here: the copied run is the same run
+    return tmp_path
+
+
+def cut(name: str, to: int = 100) -> Callable[[Path], object]:
+    return lambda ground: (ground / name).write_bytes((ground / name).read_bytes()[:to])
+
+
+def written(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda ground: (ground / name).write_bytes(content)
+
+
+def gone(name: str) -> Callable[[Path], object]:
+    return lambda ground: shutil.rmtree(ground / name) if (ground / name).is_dir() else (ground / name).unlink()
+
+
+def fresh(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
+    """No run was begun, and these things are broken."""
+    return lambda ground: [each(ground) for each in (gone("out"), *breaks)] and None
+
+
+def pickled(ground: Path) -> None:
+    for file in [*(ground / "base").glob("*.safetensors"), ground / "base" / INDEX]:
+        file.unlink()
+    (ground / "base" / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
+
+
+def flipped(ground: Path) -> None:
+    """One bit of every file of both checkpoints is another."""
+    for file in (ground / "out" / "checkpoints").glob("step-*/*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(bytes(data))
+
+
+def truncated(ground: Path) -> None:
+    for file in (ground / "out" / "checkpoints").glob("step-*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+
+
+def unmarked(ground: Path) -> None:
+    for file in (ground / "out" / "checkpoints").glob("step-*/complete.json"):
+        file.write_text("{")
+
+
+def other_data(ground: Path) -> None:
+    shutil.rmtree(ground / "data" / "validation")
+    shutil.copytree(ground / "data" / "train", ground / "data" / "validation")
+
+
+def other_architecture(ground: Path) -> None:
+    config = ground / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+
+
+Case = tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]  # what is broken, further settings, what is said
+CASES: dict[str, Case] = {
+    "a shard that is missing": (fresh(gone(f"base/{SHARD}")), (), (SHARD, "the shard is missing", "Fetch the checkpoint again")),
+    "a shard that was cut": (fresh(cut(f"base/{SHARD}", 9_000)), (), (SHARD, "cut short", "Fetch the checkpoint again")),
+    "an empty shard": (fresh(cut(f"base/{SHARD}", 0)), (), (SHARD, "not a safetensors file (0 bytes", "Fetch the checkpoint again")),
+    "a pickle named safetensors": (
+        fresh(written(f"base/{SHARD}", pickle.dumps({"weight": [1] * 99}))),
+        (),
+        (SHARD, "not a safetensors file", "Fetch the checkpoint again"),
+    ),
+    "pickled weights": (fresh(pickled), (), ("base", "pickled (pytorch_model.bin)", "Give a checkpoint in safetensors")),
+    "an index that was cut": (fresh(cut(f"base/{INDEX}")), (), (INDEX, "not the index of a checkpoint", "Fetch the checkpoint again")),
+    "weights that are not there": (fresh(gone("base")), (), ("model.id", "no such folder", "Give one that exists")),
+    "a base without its config": (fresh(gone("base/config.json")), (), ("base", "no config.json", "Give the folder")),
+    "another architecture": (fresh(other_architecture), (), ("config.json", "'llama'", "expected 'diffusion_gemma'", "Give such")),
+    "data that were not prepared": (fresh(gone("data/train/dataset_info.json")), (), ("data", "not a prepared data set", "Run `canvas")),
+    "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: 3 does not divide", "Choose one of")),
+    "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: 8", "Try --set")),
+    "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: cannot be written", "Give --output a folder")),
+    "checkpoints of another seed": (lambda _: None, ("seed=7",), (LAST, "another run: seed was 42 and is now 7", "Give another --output")),
+    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "Give another --output")),
+    "data that are gone": (gone("data/validation"), (), ("data/validation", "no such file or folder", "Give the path")),
+    "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "No other checkpoint", "give another --output")),
+    "checkpoints that were cut": (truncated, (), (LAST, "bytes", "were written", "give another --output")),
+    "checkpoints whose markers were cut": (unmarked, (), (LAST, "no readable marker", "give another --output")),
+}
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file, by the hash of what it holds; the lock of whoever writes there is none of the run's."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_unbroken_run_goes_on(ground: Path) -> None:
+    assert main(command(ground)) == 0, "what the cases break was broken before"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_refuses_in_one_message_and_keeps_what_is_there(case: str, ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, settings, words = CASES[case]
+    spoil(ground)
+    before = content(ground)
+    assert main(command(ground, *settings)) == 1
+    last = capsys.readouterr().err.rpartition("canvastune: error: ")[2]
+    assert last.count("\n") == 1, last
+    assert "Traceback" not in last
+    for word in words:
+        assert word in last, f"the user is not told {word!r}: {last}"
+    assert content(ground) == before, "something was left behind, or lost"

@@ -1,0 +1,338 @@
+"""The step: the counts are those of the answers, nothing is done twice, and what a killed process did is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, load_from_disk
+
+from canvastune import evaluate as step
+from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.hf_inference import load_stock
+from canvastune.config import RunConfig, parse_config
+from canvastune.errors import UserError
+from canvastune.evaluate import main
+from canvastune.evaluation import run
+from canvastune.evaluation.generation import Question, choose_questions
+from canvastune.evaluation.run import evaluate, measured
+from canvastune.evaluation.scoring import mcnemar, wilson
+from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.tiny_model import write_problems
+
+TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
+
+
+def recipe(problems: Path, **evaluation: Any) -> RunConfig:
+    settings = {"rows": 6, "batch_size": 4, "max_new_tokens": 16, "max_denoising_steps": 2} | evaluation
+    data = {"source": str(problems), "seq_length": 96, "validation_fraction": 0.3}
+    return parse_config({"name": "test", "data": data, "evaluate": settings})
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    write_problems(path, "change", 60, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare_data(recipe(problems), tiny_model, out)
+    return out
+
+
+def test_prompt_is_the_prefix_that_was_trained_on(prepared: Path, tiny_model: Path) -> None:
+    questions = choose_questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
+    rows: Any = load_from_disk(str(prepared / "validation"))
+    prefixes = {row["id"]: row["input_ids"][: row["prefix_length"]] for row in rows}
+    assert len(questions) == 6
+    for question in questions:
+        assert question.tokens == prefixes[question.id]
+
+
+def test_rows_are_chosen_by_content_and_not_by_their_place(prepared: Path, tiny_model: Path, tmp_path: Path) -> None:
+    rows: Any = load_from_disk(str(prepared / "validation"))
+    backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
+    backwards.save_to_disk(str(tmp_path / "validation"))
+    tokenizer = load_tokenizer(tiny_model).tokenizer
+    assert choose_questions(prepared, tokenizer, 5) == choose_questions(tmp_path, tokenizer, 5)
+
+
+@pytest.fixture(scope="module")
+def evaluated(problems: Path, prepared: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    evaluate(recipe(problems), prepared, tiny_model, tiny_model, out)
+    return out
+
+
+def test_chance_is_the_same_before_and_after(evaluated: Path) -> None:
+    answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    assert all(answer["before"] == answer["after"] for answer in answers), "one model gave two answers: the draws differ"
+    assert len({answer["before"] for answer in answers}) > 1
+
+
+def test_every_answer_stands_beside_its_question_and_reference(evaluated: Path, prepared: Path) -> None:
+    answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
+    rows: Any = load_from_disk(str(prepared / "validation"))
+    held_out = {row["id"]: row for row in rows}
+    for answer in answers:
+        row = held_out[answer["id"]]
+        assert answer["prompt"] == json.loads(row["prompt"])[-1]["content"]
+        assert answer["reference"] == row["answer"]
+        assert answer.keys() == {"id", "prompt", "reference", "before", "after", "correct_before", "correct_after"}
+    result = json.loads((evaluated / "evaluation.json").read_text())
+    assert (result["rows"], result["scored"]) == (6, 6)
+    for side in ("before", "after"):
+        assert result[f"correct_{side}"] == sum(answer[f"correct_{side}"] for answer in answers)
+        assert 0 < result[f"tokens_{side}"] <= 6 * 16
+        assert result[f"tokens_per_second_{side}"] == pytest.approx(result[f"tokens_{side}"] / result[f"seconds_{side}"])
+        assert 0 < result[f"tokens_per_forward_{side}"] <= 16
+    written = {"evaluation.json", "answers.jsonl", "film.json", "config.yaml", "provenance.json"}
+    assert {file.name for file in evaluated.iterdir()} == written
+
+
+def test_one_model_has_one_loss_and_one_film(evaluated: Path) -> None:
+    result, film = (json.loads((evaluated / name).read_text()) for name in ("evaluation.json", "film.json"))
+    losses = {
+        name.removeprefix("validation_loss_before"): loss for name, loss in result.items() if name.startswith("validation_loss_before")
+    }
+    assert set(losses) == {"", "_t0.1", "_t0.3", "_t0.5", "_t0.7", "_t0.9"}
+    assert losses == {name: result[f"validation_loss_after{name}"] for name in losses}
+    first = json.loads((evaluated / "answers.jsonl").read_text().splitlines()[0])
+    assert {name: first[name] for name in ("id", "prompt", "reference")} == {name: film[name] for name in ("id", "prompt", "reference")}
+    assert film["before"] == film["after"]
+    assert film["before"]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, answers: Callable[[Question, str], str], interrupted_at: int | None = None) -> list[str]:
+    """Answers laid out beforehand, by question and side, and losses; returns what is asked, as it is asked."""
+    asked: list[str] = []
+    monkeypatch.setattr(run, "load_stock", lambda checkpoint, _: checkpoint.name)
+
+    def answer(model: str, batch: Sequence[Question], *_: Any) -> dict[str, Any]:
+        if len(asked) == interrupted_at:
+            raise KeyboardInterrupt
+        asked.append(f"{model} {' '.join(question.id for question in batch)}")
+        texts = {question.id: answers(question, model) for question in batch}
+        return {"texts": texts, "tokens": 10 * len(batch), "seconds": 0.5, "tokens_per_forward": 2.5 * len(batch), "film": []}
+
+    def denoise(model: str, examples: Sequence[Any], levels: Sequence[float]) -> dict[str, Any]:
+        assert len(levels) == 5
+        asked.append(f"{model} denoises")
+        return {"sums": [10.0, 20.0, 30.0, 40.0, 50.0], "tokens": 10 if model == "base" else 20, "seconds": 0.5}
+
+    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(run, "denoise", denoise)
+    return asked
+
+
+@pytest.fixture
+def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints whose names say which is which."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).symlink_to(tiny_model)
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def test_counts_are_those_of_the_answers(
+    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five right after; two before, one of which is lost."""
+    questions = choose_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
+    right = [question.reference for question in questions]
+    said = {
+        "base": [right[0], right[1], "#### 999", "", right[4] + "\n#### 999", "999"],
+        "tuned": [right[0], "#### 999", right[2], right[3], right[4], right[5]],
+    }
+    pretend(monkeypatch, lambda question, model: said[model][questions.index(question)])
+    result = evaluate(recipe(problems, batch_size=2), prepared, *models, tmp_path / "out")
+    assert (result["correct_before"], result["correct_after"], result["scored"]) == (2, 5, 6)
+    assert (result["exact_match_before"], result["exact_match_after"]) == (2 / 6, 5 / 6)
+    for side, correct in (("before", 2), ("after", 5)):
+        assert (result[f"exact_match_{side}_low"], result[f"exact_match_{side}_high"]) == wilson(correct, 6)
+    assert (result["gained"], result["lost"], result["p_value"], result["verdict"]) == (4, 1, mcnemar(4, 1), "undecided")
+    assert (result["tokens_before"], result["seconds_before"], result["tokens_per_second_before"]) == (60, 1.5, 40)
+    assert result["tokens_per_forward_after"] == 2.5
+    assert (result["validation_loss_before"], result["validation_loss_before_t0.1"], result["validation_loss_after_t0.9"]) == (3, 1, 2.5)
+    shown = measured(result)
+    assert shown["p_value"] == result["p_value"]
+    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & shown.keys(), "a setting is shown as if it were measured"
+
+
+def test_rows_whose_reference_has_no_answer_are_not_scored(
+    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Any = load_from_disk(str(prepared / "validation"))
+    unanswerable = min(rows["id"])
+    rows.map(lambda row: {"answer": "I do not know" if row["id"] == unanswerable else row["answer"]}).save_to_disk(
+        str(tmp_path / "validation")
+    )
+    pretend(monkeypatch, lambda question, _: "I do not know")
+    result = evaluate(recipe(problems), tmp_path, *models, tmp_path / "out")
+    assert (result["rows"], result["scored"], result["correct_after"]) == (6, 5, 0)
+    first = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert (first["id"], first["correct_before"], first["correct_after"]) == (unanswerable, None, None)
+
+
+def test_an_interrupted_evaluation_asks_the_rest_alone(
+    prepared: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = pretend(monkeypatch, lambda question, _: question.reference, interrupted_at=5)
+    settings = {"rows": 4, "batch_size": 1}
+    config, out = recipe(problems, **settings), tmp_path / "out"
+
+    def attempt(config: RunConfig) -> dict[str, Any]:
+        asked.clear()
+        return evaluate(config, prepared, *models, out)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(config)
+    first = list(asked)
+    assert [words.split()[0] for words in first] == ["base"] * 5
+    assert not out.exists(), "half an evaluation stands where a whole one is looked for"
+    with pytest.raises(KeyboardInterrupt):  # another number of steps, other answers
+        attempt(recipe(problems, **settings, max_denoising_steps=3))
+    assert [words.split()[0] for words in asked] == ["base"] * 4 + ["tuned"]
+    assert asked[:4] == first[:4], "the loss, which does not depend on it, is measured again"
+    asked = pretend(monkeypatch, lambda question, _: question.reference)
+    result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # the judge asks nobody
+    assert [words.split()[0] for words in asked] == ["tuned"] * 5
+    assert (result["scored"], result["correct_before"], result["tokens_before"]) == (4, 4, 40)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}, "working files are left behind"
+    assert "going on where an earlier attempt was" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_nothing_is_lost(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, lambda *_: "", interrupted_at=1)
+    assert main(command(recipe(problems, batch_size=1), prepared, tiny_model, tmp_path)) == 130
+    assert capsys.readouterr().err.endswith("interrupted; what was done is kept, and the same command goes on\n")
+    assert len((tmp_path / ".out.unfinished.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_examples_of_the_help_can_be_given() -> None:
+    examples = [line.split() for line in step._EPILOG.splitlines() if line.startswith("  python -m canvastune.evaluate ")]
+    assert examples
+    for example in examples:
+        assert (Path(__file__).parents[2] / step._parser().parse_args(example[3:]).config).is_file(), example
+
+
+def command(config: RunConfig, prepared: Path, model: Path, folder: Path) -> list[str]:
+    """The options of a command that evaluates a model against itself into `out`."""
+    tree = config.model_dump(mode="json") | {"model": {"id": str(model)}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return ["-c", str(folder / "recipe.yaml"), "--data", str(prepared), "--tuned", str(model), "--output", str(folder / "out")]
+
+
+def test_a_killed_evaluation_ends_as_one_that_was_not(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(problems, rows=5, batch_size=1, max_denoising_steps=16)
+    options, journal = command(config, prepared, tiny_model, tmp_path), tmp_path / ".out.unfinished.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other sums
+    process = subprocess.Popen([sys.executable, "-m", "canvastune.evaluate", *options], env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[1].count("Traceback") == 0
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    done, made = journal.read_bytes().count(b"\n"), []
+
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            made.append(given)
+            return work(*given)
+
+        return run
+
+    monkeypatch.setattr(run, "answer", counted(run.answer))
+    monkeypatch.setattr(run, "denoise", counted(run.denoise))
+    assert main(options) == 0
+    assert 3 <= done <= 11
+    assert len(made) == 2 * (5 + 1) - done, "what was done is done again"
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}, "working files are left behind"
+
+    evaluate(parse_config(yaml.safe_load((tmp_path / "recipe.yaml").read_text())), prepared, tiny_model, tiny_model, tmp_path / "whole")
+    for name in ("answers.jsonl", "film.json", "config.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    found, expected = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "whole"))
+    assert {key: value for key, value in found.items() if key not in TIMES} == {k: v for k, v in expected.items() if k not in TIMES}
+
+
+def test_one_model_at_a_time_is_in_memory(
+    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref] = []
+
+    def load(checkpoint: Path, device: torch.device) -> Any:
+        assert not any(model() for model in loaded), "the base is still there when the tuned model is loaded"
+        model = load_stock(checkpoint, device)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "load_stock", load)
+    evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
+    assert len(loaded) == 2
+
+
+def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(
+    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_stock", lambda *_: pytest.fail("a model was loaded"))
+    refused = {"(": "not a regular expression", "####": "no group", "is exactly (never)": "matches none of the 6 references"}
+    for pattern, said in refused.items():
+        with pytest.raises(UserError, match=r"evaluate\.answer_pattern") as error:
+            evaluate(recipe(problems, answer_pattern=pattern), prepared, tiny_model, tiny_model, tmp_path / "out")
+        assert said in str(error.value)
+        assert not list(tmp_path.iterdir())
+
+
+def test_some_answers_are_shown_at_once_before_and_after(
+    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
+    said = capsys.readouterr().err
+    for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        assert repr(answer["prompt"]) in said, "the person at the terminal sees no question"
+        assert f"after {answer['after']!r}"[:90] in said, "the person at the terminal sees no answer"
+
+
+def test_folder_that_is_no_prepared_data_set_is_refused(tiny_model: Path, problems: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prepared data set") as error:
+        evaluate(recipe(problems), tmp_path / "nothing", tiny_model, tiny_model, tmp_path / "out")
+    assert str(tmp_path / "nothing") in str(error.value)
+
+
+def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    lost = "model.decoder.layers.1.mlp.up_proj.weight"
+    whole = CheckpointReader(tiny_model)
+    copy_side_files(tiny_model, tmp_path)
+    with CheckpointWriter(tmp_path, {name: spec for name, spec in whole.specs().items() if name != lost}) as writer:
+        for name in set(whole.names()) - {lost}:
+            writer.write(name, whole.get(name))
+    with pytest.raises(UserError, match=r"missing keys.*layers\.1\.mlp\.up_proj") as error:
+        load_stock(tmp_path, torch.device("cpu"))
+    assert str(tmp_path) in str(error.value)

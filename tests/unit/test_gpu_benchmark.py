@@ -1,0 +1,125 @@
+"""`python -m benchmarks.gpu`, its parts at a small size on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_steps, made_model
+from benchmarks.gpu_steps import (
+    DEFAULT,
+    PLAIN,
+    SMALL_LENGTHS,
+    Models,
+    described_row,
+    measured_steps,
+)
+from benchmarks.profile import LARGEST
+from canvastune.model import attention
+from canvastune.model import moe as experts
+
+CPU, MEMORY = torch.device("cpu"), 12e9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_layers() -> Iterator[None]:
+    """A sliding one and a full one: the profiler takes longest, and by the number of calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made_model, "SMALL_LAYERS", 2)
+        yield
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("steps")
+    return {"dtype": request.param, **measured_steps(folder, CPU, MEMORY, small=True, dtype=request.param, rounds=1)}
+
+
+def test_every_length_has_every_figure_of_every_side(steps: dict[str, Any]) -> None:
+    assert [row["seq_length"] for row in steps["lengths"]] == list(SMALL_LENGTHS)
+    for row in steps["lengths"]:
+        assert {"ours", DEFAULT, *PLAIN} == row["sides"].keys(), "flex is for a GPU alone"
+        for name, side in row["sides"].items():
+            assert 0 < side["utilisation"] < 1, name
+            assert side["memory_bytes"] > 0, name
+            assert side["seconds"] * side["tokens_per_second"] == pytest.approx(row["tokens"]), name
+        assert "tokens/s" in described_row(row)
+
+
+def test_our_step_and_the_plain_one_compute_the_same(steps: dict[str, Any]) -> None:
+    exact = steps["dtype"] == torch.float32
+    for row in steps["lengths"]:
+        plain = row["sides"]["chosen block"]["loss"]
+        for name, side in row["sides"].items():
+            assert side["loss"] == pytest.approx(plain, rel=1e-5 if exact else 1e-2), name
+        assert row["gradient_difference"] < (1e-4 if exact else 0.1)
+
+
+def test_the_plain_step_is_hugging_faces_own_on_our_weights(tmp_path: Path) -> None:
+    models = Models(tmp_path, CPU, MEMORY, torch.float32, small=True)
+    for module in models.plain.modules():
+        config = getattr(module, "config", None)
+        assert getattr(config, "_attn_implementation", None) != attention.NAME, f"{type(module).__name__} attends as ours does"
+        assert getattr(config, "_experts_implementation", None) != experts.NAME, f"{type(module).__name__} multiplies as ours does"
+    held = {parameter.data_ptr() for parameter in models.ours.parameters()}
+    assert {parameter.data_ptr() for parameter in models.plain.parameters()} == held
+
+
+def test_the_five_largest_costs_are_named_with_their_shares(steps: dict[str, Any]) -> None:
+    for row in steps["lengths"]:
+        costs = row["profile"]["costs"]
+        assert len(costs) == LARGEST
+        shares = [cost["share"] for cost in costs]
+        assert shares == sorted(shares, reverse=True)
+        assert 0.3 < sum(shares) < 1
+        assert all(cost["name"] and cost["calls"] > 0 for cost in costs)
+        assert row["profile"]["busy_seconds"] > 0
+
+
+def test_a_step_that_does_not_fit_is_said_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 GiB.\nmore")
+
+    monkeypatch.setattr(gpu_steps, "SMALL_LENGTHS", SMALL_LENGTHS[:1])
+    monkeypatch.setattr(gpu_steps, "plain_step", too_large)
+    (row,) = measured_steps(tmp_path, CPU, MEMORY, small=True, dtype=torch.float32, rounds=1)["lengths"]
+    for name in PLAIN:
+        assert row["sides"][name] == {"failed": "out of memory: CUDA out of memory. Tried to allocate 96.00 GiB."}
+    assert row["sides"]["ours"]["utilisation"] > 0
+    assert row["gradient_difference"] is None
+    assert "all blocks" in capsys.readouterr().err
+
+
+def test_what_falls_short_is_named() -> None:
+    def result(**changes: Any) -> dict[str, Any]:
+        side = {"ours": {"utilisation": 0.5}, "all blocks": {"failed": "out of memory: 96 GB"}} | changes.pop("sides", {})
+        run = {"finite": True, "planned_over_measured": 1.05} | changes
+        return {"steps": {"lengths": [{"seq_length": 512, "sides": side}]}, "runs": {"lora": run}}
+
+    def found(**changes: Any) -> list[str]:
+        return list(gpu.shortcomings(result(**changes), goals=True))
+
+    assert found() == []
+    assert found(finite=False) == ["lora: a loss or a gradient norm is not finite"]
+    assert "planned memory is 1.30" in found(planned_over_measured=1.3)[0]
+    assert "40% of the matmul rate" in found(sides={"ours": {"utilisation": 0.4}})[0]
+    assert found(sides={"ours, flex": {"failed": "InductorError: no valid configuration"}}) == ["S 512: ours, flex failed"]
+
+
+def test_the_trainers_steps_stand_beside_their_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "STEPS", 3)
+    monkeypatch.setattr(gpu, "WARM_UP", 1)
+    runs = gpu.trained(tmp_path, CPU, int(MEMORY), small=True, seq_length=128, rate=1e13)
+    assert runs.keys() == {"lora", "full"}
+    for run in runs.values():
+        assert run["finite"]
+        assert len(run["losses"]) == 3
+        assert run["planned_bytes"] > 0
+        assert 0 < run["utilisation"] < 1
+        assert run["measured_bytes"] > 0

@@ -1,0 +1,270 @@
+"""A wrong or damaged base checkpoint ends a run before it trains, with one line: the file, the tensor, what was found and expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from benchmarks.instruments.ranks import run_ranks
+from canvastune.checkpoint.hf_format import INDEX, WEIGHTS, CheckpointReader
+from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR
+from canvastune.checkpoint.tensor_file import TensorFile
+from canvastune.config import load_config
+from canvastune.errors import UserError
+from canvastune.training.run import train
+from tests.support.small import run_config, shared_model
+
+GATE = "model.decoder.layers.1.mlp.gate_proj.weight"
+SCALE = "model.decoder.layers.2.router.per_expert_scale"
+
+
+def load(folder: Path) -> None:
+    shared_model(folder, run_config("lora"))
+
+
+def refuse(folder: Path, *said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    for text in said:
+        assert text in message, f"the user is not told {text!r}: {message}"
+    assert re.search(r"\. (Fetch|Give|Is it)", message), f"the user is not told what to do: {message}"
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    return CheckpointReader(folder).path(name)
+
+
+def change(folder: Path, name: str, *changed: tuple[str, torch.Tensor]) -> str:
+    """Replace a tensor in its shard by others, index included; return the shard's path as a message shows it."""
+    shard = shard_of(folder, name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file({**tensors, **dict(changed)}, shard, metadata={"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    index["weight_map"] |= {new: shard.name for new, _ in changed}
+    (folder / INDEX).write_text(json.dumps(index))
+    return str(shard)
+
+
+def rewrite_index(folder: Path, edit: Callable[[dict[str, str]], None]) -> dict[str, str]:
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+    return index["weight_map"]
+
+
+def test_the_unbroken_copy_loads(broken: Path) -> None:
+    load(broken)
+
+
+def test_a_tensor_of_another_shape_is_named_with_its_file_and_both_shapes(broken: Path) -> None:
+    shard = change(broken, GATE, (GATE, torch.zeros(64, 48)))
+    refuse(broken, shard, repr(GATE), "has shape [64, 48]", "config.json asks for [64, 32]")
+
+
+def test_a_missing_tensor_is_named_with_the_shape_that_is_wanted(broken: Path) -> None:
+    change(broken, GATE)
+    refuse(broken, str(broken), f"no tensor {GATE!r} of shape [64, 32]", "1 such")
+
+
+@pytest.mark.parametrize("form", [DECODER_SCALAR, ENCODER_SCALAR])
+def test_a_missing_layer_scalar_is_named(broken: Path, form: str) -> None:
+    change(broken, form.format(1))
+    refuse(broken, f"no tensor {form.format(1)!r} of shape [1]")
+
+
+def test_a_tensor_that_the_model_does_not_have_is_named_with_its_file(broken: Path) -> None:
+    shard = change(broken, GATE, (GATE, torch.zeros(64, 32)), (f"{GATE}_scale", torch.zeros(64)))
+    refuse(broken, shard, repr(f"{GATE}_scale"), "not part of the DiffusionGemma", "quantized")
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.int8, "int8"), (torch.bool, "bool"), (torch.float8_e4m3fn, "float8_e4m3fn")])
+def test_a_tensor_that_does_not_hold_plain_numbers_is_named_with_its_file_and_dtype(broken: Path, dtype: torch.dtype, said: str) -> None:
+    shard = change(broken, GATE, (GATE, torch.zeros(64, 32).to(dtype)))
+    refuse(broken, shard, repr(GATE), f"has dtype {said}", "expected one of bfloat16, float16, float32, float64")
+
+
+def test_layer_scalars_that_differ_are_named_with_both_values(broken: Path) -> None:
+    name = ENCODER_SCALAR.format(2)
+    shard = change(broken, name, (name, torch.tensor([0.5])))
+    refuse(broken, shard, repr(name), repr(DECODER_SCALAR.format(2)), "is 0.5", "1", "expected the same")
+
+
+def test_values_that_are_not_finite_do_load(broken: Path) -> None:
+    change(broken, SCALE, (SCALE, torch.full((8,), torch.nan)))
+    load(broken)
+
+
+def test_a_missing_shard_is_named(broken: Path) -> None:
+    shard = shard_of(broken, GATE)
+    shard.unlink()
+    refuse(broken, str(shard), "missing", INDEX)
+
+
+@pytest.mark.parametrize("where", ["in the middle of a tensor", "in the middle of the header", "in the header's length"])
+def test_a_shard_that_is_cut_short_is_named(broken: Path, where: str) -> None:
+    shard = shard_of(broken, GATE)
+    data = shard.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    start = json.loads(data[8 : 8 + header])[GATE]["data_offsets"][0]
+    cut = {"in the middle of a tensor": 8 + header + start + 100, "in the middle of the header": header // 2, "in the header's length": 5}
+    shard.write_bytes(data[: cut[where]])
+    said = {"in the middle of a tensor": ("cut short", repr(GATE)), "in the middle of the header": ("cut short", str(8 + header))}
+    refuse(broken, str(shard), f"{cut[where]} bytes", *said.get(where, ("not a safetensors file",)))
+
+
+def header_with(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": {}}', "'a' stands there twice"),
+        ('{"a": {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]}}', "'a' has shape ['4']"),
+        ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}', "data_offsets [-16, 0]"),
+        ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}', "not the JSON that one has"),
+        ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}', "tensor 'a' takes 16 bytes, the header gives it 12"),
+        ('{"a": {"dtype": "Q4", "shape": [4], "data_offsets": [0, 16]}}', "tensor 'a' has dtype Q4, expected one of BOOL"),
+        (
+            '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [4], "data_offsets": [12, 28]}}',
+            "tensor 'b' begins at byte 12 of the data, where 'a' ends at 16",
+        ),
+    ],
+)
+def test_a_header_that_cannot_be_is_named_with_its_tensor(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / WEIGHTS).write_bytes(header_with(text))
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        TensorFile(tmp_path / WEIGHTS)
+    assert str(tmp_path / WEIGHTS) in str(error.value)
+
+
+def test_an_index_that_places_a_tensor_in_a_wrong_file_is_refused(broken: Path) -> None:
+    shard = shard_of(broken, GATE)
+
+    def elsewhere(weight_map: dict[str, str]) -> None:
+        weight_map[GATE] = next(other for other in weight_map.values() if other != shard.name)
+
+    wrong = rewrite_index(broken, elsewhere)[GATE]
+    refuse(broken, str(broken / wrong), repr(GATE), INDEX)
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(broken: Path) -> None:
+    text = (broken / INDEX).read_text()
+    name = f'"{GATE}": '
+    (broken / INDEX).write_text(text.replace(name, f'{name}"model-00001-of-00004.safetensors", {name}', 1))
+    refuse(broken, str(broken / INDEX), repr(GATE), "stands there twice")
+
+
+def test_a_tensor_that_two_shards_hold_or_the_index_does_not_name_is_refused(broken: Path) -> None:
+    holder = shard_of(broken, GATE)
+    other = next(file for file in sorted(broken.glob("*.safetensors")) if file != holder)
+    tensors = load_file(other)
+    save_file({**tensors, GATE: torch.zeros(64, 32)}, other, metadata={"format": "pt"})
+    refuse(broken, str(other), repr(GATE), f"{INDEX} places in {holder.name}")
+    save_file({**tensors, "stray": torch.zeros(1)}, other, metadata={"format": "pt"})
+    refuse(broken, str(other), "'stray'", f"{INDEX} does not name")
+
+
+def test_pickled_weights_are_refused(broken: Path) -> None:
+    for file in [*broken.glob("*.safetensors"), broken / INDEX]:
+        file.unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"never opened")
+    refuse(broken, str(broken), "pickled", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "gemma3"}, "model_type is 'gemma3', expected 'diffusion_gemma'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"text_config": {"model_type": "diffusion_gemma_text", "hidden_size": "wide"}}, "hidden_size"),
+        ({"text_config": 7}, "text_config"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_by_its_key(broken: Path, changed: dict[str, Any], said: str) -> None:
+    tree = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**tree, **changed}))
+    refuse(broken, str(broken / "config.json"), said)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_config_that_is_not_json_is_refused(broken: Path, text: str) -> None:
+    (broken / "config.json").write_text(text)
+    refuse(broken, str(broken / "config.json"), "cannot be read")
+
+
+@pytest.fixture
+def ground(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beside the broken checkpoint, a data set and a recipe."""
+    folder = tmp_path_factory.mktemp("ground")
+    rows = [{"input_ids": [2, 7, 8, 9, 10, 11], "prefix_length": 3, "complete": True, "id": str(index)} for index in range(8)]
+    for part in ("train", "validation"):
+        Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
+    recipe = {
+        "name": "small",
+        "model": {"id": str(broken)},
+        "data": {"source": "unused"},
+        "train": {"steps": 1, "global_batch_size": 2, "precision": "float32"},
+        "parallel": {"ep": 2},
+        "lora": {"rank": 8},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_a_run_on_a_wrong_checkpoint_ends_with_one_line_before_it_trains(broken: Path, ground: Path) -> None:
+    shard = change(broken, GATE, (GATE, torch.zeros(64, 48)))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "canvastune.train")
+    done = subprocess.run(
+        [*launcher, "-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(ground / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
+    assert len(errors) == 1, done.stderr
+    assert shard in errors[0]
+    assert repr(GATE) in errors[0]
+    assert not list((ground / "run").glob("metrics.jsonl")), "a step was made"
+
+
+def one_rank_cannot_read(folder: Path, ground: Path) -> None:
+    signal.alarm(60)  # a rank that is left waiting for the other would wait for hours
+    get_slice = CheckpointReader.get_slice
+
+    def unreadable(reader: CheckpointReader, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        if name == GATE and dist.get_rank() == 1:
+            raise UserError(f"{reader.path(name)}: tensor {name!r} cannot be read: Input/output error")
+        return get_slice(reader, name, slices)
+
+    with (
+        mock.patch.object(CheckpointReader, "get_slice", unreadable),
+        pytest.raises(UserError, match=re.escape(f"tensor {GATE!r} cannot be read")),
+    ):
+        train(load_config(ground / "recipe.yaml"), ground / "data", ground / "run")
+
+
+def test_a_slice_that_one_rank_cannot_read_ends_all_ranks_with_its_words(ground: Path, tmp_path: Path) -> None:
+    run_ranks(one_rank_cannot_read, 2, tmp_path, ground)

@@ -1,0 +1,231 @@
+"""What a plan says: the released model's known sizes, what fits, what would, its files. Against the engine: test_plan_measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from canvastune.config import RunConfig, load_config
+from canvastune.config.schema import ModelConfig
+from canvastune.errors import UserError
+from canvastune.perf_model import flops as work
+from canvastune.perf_model.memory import StepShape
+from canvastune.planner import planner
+from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
+from canvastune.planner.planner import SHIPPED, find_architecture, make_plan, write_plan
+from canvastune.planner.render import render
+from tests.support.small import CANVAS
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+GIB = 2**30
+
+
+def recipe(name: str, *overrides: str) -> RunConfig:
+    return load_config(RECIPES / f"{name}.yaml", list(overrides))
+
+
+@functools.cache
+def released(name: str, *overrides: str, ranks: int = 8) -> Plan:
+    return make_plan(recipe(name, *overrides), SHIPPED, ranks)
+
+
+def refusal(name: str, *overrides: str, ranks: int = 8) -> str:
+    with pytest.raises(UserError) as error:
+        refuse_if_too_big(released(name, *overrides, ranks=ranks))
+    return str(error.value)
+
+
+def test_the_released_model_has_its_known_parameters_by_kind() -> None:
+    counts = released("gsm8k_sft").parameters
+    expected = {
+        "experts": 22.84,
+        "attention": 1.11,
+        "embedding": 0.74,
+        "dense MLP": 0.54,
+        "vision tower (not in memory)": 0.57,
+        "total": 25.82,
+    }
+    assert {kind: round(counts[kind].total / 1e9, 2) for kind in expected} == expected
+    assert round(counts["total"].active / 1e9, 2) == 3.84
+    frozen = counts["router"].total + counts["vision tower (not in memory)"].total
+    assert counts["total"].trained == counts["total"].total - frozen, "full fine-tuning trains all but the router and the vision tower"
+
+
+def test_an_adapter_of_rank_16_on_the_released_model_has_18_6_million_parameters() -> None:
+    counts = released("gsm8k_lora").parameters
+    assert counts["total"].trained == counts["adapters"].total == 18_585_600
+    assert released("gsm8k_lora", "lora.rank=32").parameters["adapters"].total == 2 * 18_585_600
+
+
+def test_expert_adapters_of_rank_16_on_the_released_model_have_475_8_million_parameters() -> None:
+    plan = released("gsm8k_lora", "lora.experts=true")
+    expected = 30 * 128 * 16 * (2816 + 2 * 704 + 704 + 2816)
+    assert plan.parameters["expert adapters"].total == expected == 475_791_360
+    assert plan.parameters["expert adapters"].active == expected * 8 // 128
+    assert plan.parameters["total"].trained == expected + 18_585_600
+    more = sum(plan.memory[part] - released("gsm8k_lora").memory[part] for part in ("weights", "optimiser"))
+    assert more == 3 * 4 * expected // 8, "each of eight ranks holds an eighth of the factors and of their two moments, in float32"
+
+
+def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
+    full, lora = released("gsm8k_sft"), released("gsm8k_lora")
+    assert full.memory_bytes / GIB == pytest.approx(51, rel=0.03), "53 before the uses of the embedding shared one gradient"
+    assert lora.memory_bytes / GIB == pytest.approx(8.9, rel=0.03)
+    assert full.fits
+    assert lora.fits
+
+
+def test_the_coins_of_self_conditioning_are_counted_by_their_probabilities() -> None:
+    for batch, world_size in ((1, 1), (1, 3), (3, 2)):
+        step = StepShape(world_size, 1, batch, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.3)
+        anyone = idle = slowest = 0.0
+        for coins in itertools.product([0, 1], repeat=batch * world_size):
+            probability = 0.3 ** sum(coins) * 0.7 ** (len(coins) - sum(coins))
+            by_rank = [sum(coins[rank * batch : (rank + 1) * batch]) for rank in range(world_size)]
+            anyone += probability * any(coins)
+            idle += probability * (any(coins) and not by_rank[0])
+            slowest += probability * max(by_rank) / batch
+        expected = (anyone, idle, slowest)
+        assert (
+            work.any_self_conditioning_share(step),
+            work.padding_pass_share(step),
+            work.slowest_self_conditioning(step),
+        ) == pytest.approx(expected)
+        always = dataclasses.replace(step, self_conditioning=1.0)
+        assert (work.any_self_conditioning_share(always), work.padding_pass_share(always), work.slowest_self_conditioning(always)) == (
+            1,
+            0,
+            1,
+        )
+
+
+def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not() -> None:
+    plan = released("gsm8k_sft")
+    batch, length = plan.largest_micro_batch, plan.largest_sequence
+    assert batch is not None
+    assert length is not None
+    for fits, grown in ((True, 0), (False, 1)):
+        count = batch + grown
+        assert released("gsm8k_sft", f"train.global_batch_size={8 * count}").fits is fits, f"{count} examples a forward"
+        assert released("gsm8k_sft", f"data.seq_length={length + grown}").fits is fits, f"{length + grown} tokens"
+
+
+def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smallest_change() -> None:
+    told = refusal("gsm8k_sft", "train.activation_checkpointing=false", "train.global_batch_size=64", "hardware.gpu_memory=70")
+    assert "and has 70.0 GB" in told
+    assert "optimiser 25.2" in told
+    assert "The smallest change that fits: --set train.activation_checkpointing=true" in told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hardware.gpu_memory=40"],
+        ["data.seq_length=65536"],
+        ["train.activation_checkpointing=false", "train.global_batch_size=512"],
+        ["train.method=lora", "lora.experts=true", "hardware.gpu_memory=12"],
+    ],
+)
+def test_every_change_that_a_refusal_names_fits(overrides: list[str]) -> None:
+    plan = released("gsm8k_sft", *overrides)
+    assert not plan.fits
+    assert plan.changes
+    for change in plan.changes:
+        ranks = next((int(setting.split()[0]) for setting in change.settings if setting.endswith("ranks")), 8)
+        settings = [setting for setting in change.settings if "=" in setting]
+        changed = released("gsm8k_sft", *overrides, *settings, ranks=ranks)
+        assert changed.fits, change.settings
+        assert changed.needed_bytes == change.memory_bytes
+
+
+def test_what_no_change_can_make_fit_is_refused_as_such() -> None:
+    assert "No change of batch, sequence, method or number of ranks fits" in refusal("gsm8k_lora", "hardware.gpu_memory=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "told"),
+    [
+        (["parallel.ep=8"], 12, "parallel.ep: 8 does not divide the number of ranks, 12. Choose one of 1, 2, 4"),
+        (["parallel.ep=24", "train.global_batch_size=24"], 24, "parallel.ep: 24 does not divide the model's number of experts, 128"),
+        (["train.global_batch_size=24"], 24, "parallel.ep: 24 ranks with ep 8 shard each expert over 3"),
+        (["train.global_batch_size=12"], 8, "train.global_batch_size: 12 does not divide over 8 ranks"),
+        (["train.micro_batch_size=3"], 8, "Try --set train.global_batch_size=24"),
+        (["train.method=lora", "lora.experts=true", "lora.rank=12"], 8, "lora.rank: found 12, expected a multiple of 8"),
+        (
+            ["train.global_batch_size=512", "parallel.ep=4", "train.method=lora", "lora.experts=true"],
+            512,
+            "parallel.ep: 512 ranks with ep 4 shard each expert over 128, which does not divide its width 704",
+        ),
+        (["hardware.accelerator=h1000"], 8, "hardware.accelerator: found 'h1000', expected one of"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_by_name(overrides: list[str], ranks: int, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        released("gsm8k_sft", *overrides, ranks=ranks)
+    assert told in str(error.value)
+
+
+def test_a_config_that_is_not_a_diffusion_gemma_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}', encoding="utf-8")
+    with pytest.raises(UserError, match="gemma3"):
+        make_plan(recipe("gsm8k_lora"), tmp_path, 8)
+
+
+def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(config: ModelConfig, *, weights: bool) -> Path:
+        raise UserError(f"{config.id} cannot be fetched")
+
+    monkeypatch.setattr(planner, "resolve_model", unreachable)
+    config = recipe("gsm8k_lora")
+    assert find_architecture(config.model) == SHIPPED
+    assert "config.json cannot be had from the Hub" in render(make_plan(config, find_architecture(config.model), 8))
+    with pytest.raises(UserError, match="someone/else cannot be fetched"):
+        find_architecture(ModelConfig(id="someone/else"))
+
+
+def test_on_cpu_the_process_itself_is_part_of_the_memory(middling: Path) -> None:
+    cpu = make_plan(recipe("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=8"), middling, 8)
+    gpu = make_plan(recipe("gsm8k_lora"), middling, 8)
+    assert cpu.memory["process"] > 0 == gpu.memory.get("process", 0)
+    assert cpu.memory_bytes == sum(cpu.memory.values())
+    assert cpu.memory["weights"] == gpu.memory["weights"]
+    assert "the estimated time is a floor" in render(cpu)
+
+
+def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:
+    seconds = [released("gsm8k_lora", f"hardware.accelerator={name}").step_seconds for name in ("b200", "h100", "a100", "l40s")]
+    assert seconds == sorted(seconds)
+    plan = released("gsm8k_sft", "train.global_batch_size=64")
+    spread = released("gsm8k_sft", "train.global_batch_size=64", ranks=64)
+    assert spread.step_seconds < plan.step_seconds
+    assert plan.tokens_per_step == spread.tokens_per_step == 64 * (1024 + 256)
+    assert 0.05 < plan.model_flops_utilisation < 0.45
+
+
+def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(tmp_path: Path, middling: Path) -> None:
+    config = recipe("gsm8k_lora")
+    plan = make_plan(config, middling, 8)
+    write_plan(plan, config, tmp_path / "plan")
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(as_tree(plan)))
+    assert written["memory_bytes"] == sum(written["memory"].values())
+    assert written["step_seconds"] > 0
+    assert (tmp_path / "plan" / "plan.txt").read_text(encoding="utf-8") == render(plan)
+    assert (tmp_path / "plan" / "provenance.json").is_file()
+    too_big = released("gsm8k_sft", "hardware.gpu_memory=16")
+    with pytest.raises(UserError):
+        write_plan(too_big, config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_table_says_whether_it_fits_and_what_would() -> None:
+    fits, not_ = render(released("gsm8k_lora")), render(released("gsm8k_sft", "hardware.gpu_memory=40"))
+    assert "\nFits.\n" in fits
+    assert "\nDoes not fit.\n" in not_
+    assert "Would fit with train.method=lora" in not_
+    assert max(map(len, fits.splitlines())) <= 120

@@ -1,0 +1,170 @@
+"""Claims about preparation with several processes: the same result, the same refusals, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from canvastune.config.schema import ColumnsConfig
+from canvastune.errors import UserError
+from canvastune.io.hashing import hash_path
+from canvastune.preparation import prepare as prepare_module
+from canvastune.preparation import tokenize_pool as encoding_module
+from canvastune.preparation.chat_format import ChatEncoder, Conversation, read_conversation
+from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.readers import Row
+from canvastune.preparation.tokenize_pool import EncoderProcess
+from tests.support.data_fixtures import (
+    THOUGHT,
+    make_model,
+    make_tokenizer,
+    problems,
+    run_config,
+    write_lines,
+)
+
+ROWS: list[Any] = [
+    *problems(400),
+    *problems(20),
+    "not json",
+    {"question": "q<turn|>", "answer": "a"},
+    {"question": "x" * 300, "answer": "a"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), THOUGHT)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows for many batches, most of them for the processes."""
+    monkeypatch.setattr(prepare_module, "_BATCH_ROWS", 8)
+    monkeypatch.setattr(encoding_module, "_ALONE", 1)
+
+
+def own_processes() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if any("serve_encoder" in word for word in process.cmdline())]
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "gsm.jsonl", ROWS)
+    config = run_config(source, max_bad_rows=0.1, validation_rows=30)
+    encode, sent = encoding_module.Workers.encode, []
+
+    def counted(workers: Any, conversations: list[Conversation]) -> Future[Any]:
+        sent.append(len(conversations))
+        answer = encode(workers, conversations)
+        answer.cancel = lambda: False  # type: ignore[method-assign]  # else much of what waits is done here
+        return answer
+
+    monkeypatch.setattr(encoding_module.Workers, "encode", counted)
+    cards = [prepare_data(config, model, tmp_path / str(processes), processes) for processes in (1, 3)]
+    assert sum(sent) > 350, "the processes did not do most of the work"
+    for card in cards:
+        card.pop("seconds")
+    assert cards[0] == cards[1]
+    for name in ("train", "validation"):
+        assert hash_path(tmp_path / "1" / name) == hash_path(tmp_path / "3" / name), f"{name}: other bytes"
+    assert not own_processes(), "a process is left"
+
+
+def test_rows_that_are_refused_are_named_in_the_order_of_the_file(tmp_path: Path, model: Path) -> None:
+    rows = [{"question": f"{n}<turn|>", "answer": "a"} if n in (100, 200, 201, 399) else row for n, row in enumerate(problems(400))]
+    source = write_lines(tmp_path / "gsm.jsonl", rows)
+    messages = []
+    for processes in (1, 2):
+        with pytest.raises(UserError) as raised:
+            prepare_data(run_config(source, max_bad_rows=0), model, tmp_path / "out", processes)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    assert [messages[1].index(f"row {n + 1}:") for n in (100, 200, 201, 399)] == sorted(
+        messages[1].index(f"row {n}:") for n in (101, 201, 202, 400)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"], "a refused preparation left files behind"
+    assert not own_processes()
+
+
+def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_with_is_not() -> None:
+    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(4)]
+    waiting: deque[Any] = deque(([(Row("f", "f", n, None), talk)], Future()) for n, talk in enumerate(conversations))
+    answers = [answer for _, answer in waiting]
+    for begun in answers[:2]:
+        begun.set_running_or_notify_cancel()
+    assert [encoding_module._encode_newest(waiting, encoder) for _ in range(3)] == [True, True, False]
+    assert [answer.cancelled() for answer in answers] == [False, False, True, True]
+    assert [waiting[at][1].result() for at in (2, 3)] == [encoder.encode([conversation]) for conversation in conversations[2:]]
+
+
+def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
+    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(200)]
+    with encoding_module.Workers(encoder, 1) as workers:
+        answers = [workers.encode([conversation]) for conversation in conversations]
+        assert [answer.result(timeout=60) for answer in answers] == [encoder.encode([conversation]) for conversation in conversations]
+    assert not own_processes()
+
+
+def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = EncoderProcess.ask
+
+    def killed(worker: EncoderProcess, request: bytes) -> Any:
+        worker._process.send_signal(signal.SIGKILL)
+        return ask(worker, request)
+
+    monkeypatch.setattr(EncoderProcess, "ask", killed)
+    with pytest.raises(UserError, match=r"a process that tokenizes ended before its work was done \(killed"):
+        prepare_data(run_config(write_lines(tmp_path / "gsm.jsonl", problems(4000))), model, tmp_path / "out", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"]
+    assert not own_processes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: Path, model: Path) -> None:
+    """A preparation that would take minutes, and the end from outside: by Ctrl-C nothing is left, and even a kill leaves no process."""
+    source = write_lines(tmp_path / "gsm.jsonl", problems(4000))
+    (tmp_path / "config.json").write_text(run_config(source).model_dump_json())
+    code = (
+        "import signal, sys, time; from pathlib import Path\n"
+        "from canvastune.config import RunConfig; from canvastune.data import encoding, prepare\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
+        "prepare._BATCH_ROWS, encoding._ALONE = 8, 1\n"
+        "prepare._place = lambda id: time.sleep(0.05) or 0.5\n"
+        "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 3)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "config.json"), str(model), str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        family = psutil.Process(process.pid)
+        until = time.monotonic() + 60
+        while len(children := family.children()) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(children) == 2, "no process was started"
+        time.sleep(1)  # Python loses a Ctrl-C that falls into a destructor or a callback: not while the second process is being made
+        process.send_signal(how)
+        said = process.communicate(timeout=30)[1]
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert len(gone) == 2, f"left: {alive}"
+    if how == signal.SIGINT:
+        assert "KeyboardInterrupt" in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "gsm.jsonl"], "half a data set was left"
+
+
+def test_tokens_are_those_of_the_tokenizers_own_call() -> None:
+    tokenizer = make_tokenizer(THOUGHT)
+    tokenizer.backend_tokenizer.enable_truncation(5)  # as a tokenizer.json may ask for
+    tokenizer.backend_tokenizer.enable_padding()
+    encoder = ChatEncoder(tokenizer, "model")
+    texts = ["<bos><|turn>user\nHi the<turn|>\n", "é 漢字 🙂\u200d end and ####  ", " ", "a" * 3000]
+    assert encoder._tokenize(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert encoder._tokenize([]) == []

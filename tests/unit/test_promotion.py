@@ -1,0 +1,159 @@
+"""A registered version becomes the champion when it beats the champion on the same rows, and says why it did or did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from canvastune import tracking
+from canvastune.config import parse_config
+from canvastune.tracking.client import load_mlflow
+from canvastune.tracking.model_registry import promote, score_of
+
+pytestmark = pytest.mark.usefixtures("own_mlflow")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+class Runs:
+    """Runs that register versions of one model; each tells what became of its version."""
+
+    def __init__(self, workspace: Path, name: str) -> None:
+        self.workspace, self.name, self.count = workspace, name, 0
+        uri = f"sqlite:///{workspace}/mlflow.db"
+        self.client = load_mlflow().MlflowClient(uri, registry_uri=uri)
+
+    def begin(self, when: str = "better") -> tracking.PipelineRun:
+        """Train and merge: the version is there, and not yet judged."""
+        self.count += 1
+        tree = {"name": "tiny_lora", "data": {"source": "openai/gsm8k"}, "tracking": {"registered_model": self.name, "promote": when}}
+        run = tracking.PipelineRun(parse_config(tree), self.workspace / "runs" / f"{self.name}-{self.count}", "job")
+        (run.folder / "model").mkdir(parents=True)
+        (run.folder / "model" / "model.safetensors").write_bytes(b"weights")
+        with tracking.step_run(run, "merge_lora") as record:
+            record.model(run.folder / "model", "merged")
+        return run
+
+    def judge(self, run: tracking.PipelineRun, before: float, after: float, **asked: Any) -> str:
+        """Report: the version is judged; returns the outcome in the run's tag."""
+        parent = tracking.start(run)
+        with tracking.step_run(run, "report") as record:
+            record.verdict(score_of(evaluation(before, after, **asked)), "better", "the figures")
+        return str(self.client.get_run(parent).data.tags["canvastune.promotion"])
+
+    def __call__(self, before: float, after: float, when: str = "better", **asked: Any) -> str:
+        return self.judge(self.begin(when), before, after, **asked)
+
+    def aliases(self) -> dict[str, int]:
+        return {alias: int(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
+
+
+def evaluation(before: float, after: float, **asked: Any) -> dict[str, Any]:
+    how = {"asked": "abc", "scored": 64, "answer_pattern": "(.)", "max_new_tokens": 16, "max_denoising_steps": 24}
+    return {"exact_match_before": before, "exact_match_after": after, **how, **asked}
+
+
+def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
+    runs = Runs(workspace, "best")
+    assert runs(0.5, 0.4) == "not promoted: exact match 40.0% is below the base's 50.0%"
+    assert runs.aliases() == {"candidate": 1}
+    assert runs(0.5, 0.5) == "promoted to champion: the first one, exact match 50.0%, the base has 50.0%"
+    assert runs(0.5, 0.75) == "promoted to champion: exact match 75.0%, version 2 before it has 50.0%"
+    assert runs(0.5, 0.75) == "not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion"
+    assert runs(0.5, 0.7) == "not promoted: exact match 70.0% is below the 75.0% of version 3, the champion"
+    for other in ({"asked": "other rows"}, {"answer_pattern": "(..)"}, {"max_new_tokens": 32}):
+        assert runs(0.5, 0.9, **other) == (
+            "not promoted: version 3, the champion, was not evaluated on the same rows in the same way. "
+            "If this one is better, set the alias by hand"
+        )
+    assert runs(0.5, 0.9, when="never") == "not promoted: tracking.promote is never"
+    assert runs(0.5, 0.9, scored=0) == "not promoted: no held-out row was scored"
+    assert runs.aliases() == {"candidate": 10, "champion": 3}
+    version = runs.client.get_model_version("best", "4")
+    assert version.description == "Not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion.\n\nthe figures"
+    assert version.tags["canvastune.exact_match"] == "0.75"
+    assert "`champion`" in runs.client.get_registered_model("best").description
+
+
+def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set(workspace: Path) -> None:
+    runs = Runs(workspace, "repeated")
+    first = runs.begin()
+    outcome = runs.judge(first, 0.5, 0.6)
+    second = runs.begin()
+    runs.judge(second, 0.5, 0.7)
+    assert runs.judge(first, 0.5, 0.6) == outcome
+    assert runs.aliases() == {"candidate": 2, "champion": 2}
+    runs.client.set_registered_model_alias("repeated", "champion", "1")
+    runs.judge(second, 0.5, 0.7)
+    with tracking.step_run(first, "merge_lora") as record:
+        record.model(first.folder / "model", "merged")
+    assert runs.aliases() == {"candidate": 2, "champion": 1}, "a person's choice was undone, or the candidate is an older version"
+    assert len(runs.client.search_model_versions("name = 'repeated'")) == 2
+
+
+@pytest.mark.parametrize("killed_at", ["canvastune.claimed_at", "champion", "canvastune.promotion"])
+def test_a_step_that_was_killed_while_it_judged_is_judged_again(workspace: Path, killed_at: str) -> None:
+    runs = Runs(workspace, f"killed-{killed_at.rpartition('.')[2]}")
+    run = runs.begin()
+    (version,) = runs.client.search_model_versions(f"name = '{runs.name}'")
+    with pytest.raises(KeyboardInterrupt):
+        promote(_Stopping(runs.client, killed_at), runs.name, version, score_of(evaluation(0.5, 0.6)), "better")  # type: ignore[arg-type]
+    assert runs.judge(run, 0.5, 0.6).startswith("promoted to champion: ")
+    assert runs.aliases() == {"candidate": 1, "champion": 1}
+
+
+@pytest.mark.parametrize(("mine", "other", "champion"), [(0.6, 0.7, 2), (0.7, 0.6, 1), (0.6, 0.6, 1)])
+def test_of_two_runs_that_are_judged_at_the_same_time_the_better_one_wins(
+    workspace: Path, mine: float, other: float, champion: int
+) -> None:
+    runs = Runs(workspace, f"race-{mine}-{other}".replace(".", "_"))
+    versions = []
+    for _ in range(2):
+        run = runs.begin()
+        with tracking.step_run(run, "merge_lora") as record:
+            (version,) = runs.client.search_model_versions(f"name = '{runs.name}' and run_id = '{record.run_id}'")
+        versions.append(version)
+
+    def meanwhile() -> None:
+        promote(runs.client, runs.name, versions[1], score_of(evaluation(0.5, other)), "better")
+
+    mine_said = promote(
+        _Stopping(runs.client, "champion", meanwhile),  # type: ignore[arg-type]
+        runs.name,
+        versions[0],
+        score_of(evaluation(0.5, mine)),
+        "better",
+    )
+    assert runs.aliases()["champion"] == champion
+    assert mine_said.startswith("promoted to champion: ") == (champion == 1)
+
+
+class _Stopping:
+    """MLflow's client, which stops before it sets a tag or an alias, once: for what happens meanwhile, or for good."""
+
+    def __init__(self, client: Any, at: str, meanwhile: Any = None) -> None:
+        self._client, self._at, self._meanwhile = client, at, meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        self._stop(key)
+        self._client.set_model_version_tag(name, version, key, value)
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        self._stop(alias)
+        self._client.set_registered_model_alias(name, alias, version)
+
+    def _stop(self, at: str) -> None:
+        if at != self._at:
+            return
+        if self._meanwhile is None:
+            raise KeyboardInterrupt
+        self._at = ""
+        self._meanwhile()

@@ -1,0 +1,188 @@
+"""`python -m tools.recipes_page` writes docs/recipes.md: every key of a recipe with its values, default and meaning."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import AfterValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, PydanticUndefined
+
+from canvastune.checkpoint.resume import _MAY_CHANGE
+from canvastune.config import RunConfig
+from canvastune.config.schema import TrainConfig
+from canvastune.config.strict import StrictModel
+from canvastune.perf_model.hardware import ACCELERATORS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "recipes.md"
+_FIXED = {None: "`null`", types.NoneType: "`null`", bool: "`true` or `false`"}
+_NUMBERS = {int: "whole number", float: "number"}
+_BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+_LENGTHS = {MinLen: ("min_length", "{} or more characters"), MaxLen: ("max_length", "at most {} characters")}
+_SCALAR_END, _PIPE = "\n...", r"\|"  # how YAML ends a document that is one value; a bar within a table's cell
+_INTRODUCTION = """# Recipes
+
+A recipe is one YAML file that says all about a run. Two keys have no default, so the shortest one is
+
+```yaml
+name: first
+data:
+  source: rows.jsonl
+```
+
+which is LoRA on the released model, on eight GPUs. Four ship with Canvastune:
+
+| recipe | what it does |
+|---|---|
+{recipes}
+
+- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`; values are YAML, and it may be repeated.
+  It is known to `canvastune run`, `plan`, `prepare`, `submit`, `doctor` and to `canvastune.train`.
+- A key that does not stand here is refused, with the nearest one that does; so is one that stands twice, and a value of another kind.
+  [errors.md](errors.md#recipes-and-settings) has these messages.
+- Beside every output lies `config.yaml`: the whole tree, defaults included. It is a recipe too.
+- On a cluster, the chart gives defaults of the section [cluster](#cluster). What the recipe sets wins.
+- A run that goes on where it was wants the recipe that it began with. The pipeline lets the section `cluster` change; `canvastune.train`
+  also {changeable}: none of them changes a weight.
+
+Written by `python -m tools.recipes_page` from `canvastune/config/schema.py`; a test fails where this page is behind it.
+
+## At the top
+
+{own}"""
+_RECIPES = {
+    "gsm8k_lora": "the released model on GSM8K: LoRA on attention and dense MLP, 8 GPUs of 80 GB, 8-way expert parallelism",
+    "gsm8k_sft": "the same with every weight but router and vision tower",
+    "tiny_lora": "what `make run` runs: LoRA on a tiny base, two processes on CPU",
+    "tiny_sft": "what makes that base: full fine-tuning of random weights",
+}
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    recipes = "\n".join(f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |" for name, what in _RECIPES.items())
+    own = {name: field for name, field in RunConfig.model_fields.items() if _section(field.annotation) is None}
+    parts = [_INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))]
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            parts.append(f"## {name}\n\n{_about(section)}\n\n{_table(_rows(section.model_fields, f'{name}.'))}")
+            parts += [f"An entry of `{key}`:\n\n{_table(_rows(entry.model_fields, ''))}" for key, entry in _entries(section, f"{name}.")]
+    return "\n\n".join(parts) + "\n"
+
+
+def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """What may stand at a key, in words."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return values_of(parts[0], (*parts[1:], *metadata))
+    if origin in (Union, types.UnionType, Literal):
+        return _one_of([f"`{part}`" if origin is Literal else values_of(part, metadata) for part in parts])
+    if origin is dict:
+        return f"mapping from {values_of(parts[0])} to {values_of(parts[1])}"
+    if origin is tuple:
+        several = "list of" if parts[-1] is Ellipsis else str(len(parts))
+        return f"{several} {values_of(parts[0], metadata)}{'' if _section(parts[0]) else 's'}"
+    return _of_one_kind(annotation, metadata)
+
+
+def _one_of(choices: list[str]) -> str:
+    """`a`, `b` or `c`; behind words with a comma, `; or`."""
+    *first, last = [choice for part in choices for choice in part.split(" or ")]
+    if not first:
+        return last
+    return f"{', '.join(first)}{'; or' if ', ' in first[-1] else ' or'} {last}"
+
+
+def _of_one_kind(annotation: Any, metadata: tuple[Any, ...]) -> str:
+    if (section := _section(annotation)) is not None:
+        return f"{{{', '.join(section.model_fields)}}}"
+    return _FIXED.get(annotation) or _bounded(_NUMBERS.get(annotation, "text"), metadata)
+
+
+def _bounded(kind: str, metadata: tuple[Any, ...]) -> str:
+    """A number or a text, with what is asked of it."""
+    words = []
+    for limit in metadata:
+        if type(limit) in _BOUNDS and kind != "text":
+            attribute, word = _BOUNDS[type(limit)]
+            words.append(f"{word} {getattr(limit, attribute)}")
+        elif type(limit) in _LENGTHS and kind == "text":
+            attribute, form = _LENGTHS[type(limit)]
+            words.append(form.format(getattr(limit, attribute)))
+        elif isinstance(limit, AfterValidator):
+            return _expected(limit)
+        elif (pattern := getattr(limit, "pattern", None)) is not None:
+            words.append(f"`{pattern}`")
+    return ", ".join([kind, *words])
+
+
+def _expected(check: AfterValidator) -> str:
+    """What a check of a text's form says of one that has none."""
+    try:
+        check.func("\0")  # type: ignore[call-arg]
+    except PydanticCustomError as error:
+        return re.sub(r"^an? |(:|,? such as).*", "", error.message())
+    raise AssertionError(f"{check} takes anything")
+
+
+def _rows(fields: dict[str, FieldInfo], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Dotted key, values, default and meaning of every field; those of a branch after it. Raises: AssertionError, no meaning is said."""
+    for name, field in fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _rows(section.model_fields, f"{prefix}{name}.")
+            continue
+        assert field.description, f"{prefix}{name} has no description"
+        known = _one_of([f"`{value}`" for value in ACCELERATORS]) if (prefix, name) == ("hardware.", "accelerator") else None
+        yield f"`{prefix}{name}`", known or values_of(field.annotation, tuple(field.metadata)), _default(field), field.description
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    plain = list(value) if isinstance(value, tuple) else value
+    return f"`{yaml.safe_dump(plain, default_flow_style=True, width=1000).partition(_SCALAR_END)[0].strip()}`"
+
+
+def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
+    cells = [("key", "values", "default", "meaning"), ("---",) * 4, *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', _PIPE) for cell in row)} |" for row in cells)
+
+
+def _entries(section: type[StrictModel], prefix: str) -> Iterator[tuple[str, type[StrictModel]]]:
+    """Keys whose value is a list or a mapping of sections."""
+    for name, field in section.model_fields.items():
+        for part in get_args(field.annotation):
+            if (entry := _section(part)) is not None:
+                yield prefix + name, entry
+
+
+def _section(annotation: Any) -> type[StrictModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
+
+
+def _about(section: type[StrictModel]) -> str:
+    return " ".join((section.__doc__ or "").split())
+
+
+def _changeable() -> str:
+    """Sections and keys of `train` that a resumed training may have otherwise, beside `cluster`."""
+    whole = [name.removesuffix(".") for name in _MAY_CHANGE if name.endswith(".") and name != "cluster."]
+    begun = tuple(name.removeprefix("train.") for name in _MAY_CHANGE if name.startswith("train."))
+    assert len(whole) + len(begun) + 1 == len(_MAY_CHANGE), "what may change is no longer sections and keys of train"
+    keys = [name for name in TrainConfig.model_fields if name.startswith(begun)]
+    return f"{', '.join(f'`{name}`' for name in whole)} and, of `train`, {', '.join(keys)}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
