@@ -106,7 +106,7 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "outcomes": _outcomes(answers),
         "card": card,
         "plan_rows": plan_rows(planned, facts) if planned else [],
-        "render": _plan_text(run.plan),
+        "plan_text": _plan_text(run.plan),
         "plan": planned,
         "merge": proof,
         "events": told[:_MOST_EVENTS],
