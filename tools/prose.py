@@ -5,12 +5,16 @@ Markdown outside of code, comments, docstrings and messages of programs, descrip
 the text of the report. Names in code, words in backticks, URLs and strings without a space (keys,
 file names) are never flagged.
 
+The docstring of a function (not of a property, nor in tests) begins with a verb: first words that
+start a noun phrase or a question are flagged; ruff's D401 adds verbs that are not imperative.
+
 To accept a word where it is right, put `prose: ok` and the reason into a comment on its line.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import re
 import subprocess
@@ -370,7 +374,7 @@ def _script(text: str) -> str:
 
 
 def _markup(text: str) -> str:
-    """Keep a Jinja or Go template's text and comments, and its expressions' strings with a space."""
+    """Keep a template's text and comments, and strings with a space in its expressions."""
     prose = _Prose(text)
     prose.keep(0, len(text))
     for code in (
@@ -440,7 +444,32 @@ def check(path: str, text: str) -> list[Hit]:
             continue
         checked = match.end()
         hits.append(Hit(path, first + 1, " ".join(match[0].split()), match.expand(rule.write)))
-    return hits
+    if path.endswith(".py") and not path.startswith("tests/"):
+        hits += _docstring_hits(path, text)
+    return sorted(hits, key=lambda hit: hit.line)
+
+
+_NO_VERB = re.compile(
+    r"(?:the|an?|what|whether|where|how|who|whose|which|why|every|each|all|no|none|this|that|these"
+    r"|those|its|our|one|two|if|of|as|in|on|at|by|for|with|from|to)\b",
+    re.IGNORECASE,
+)
+
+
+def _docstring_hits(path: str, text: str) -> Iterator[Hit]:
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or any(
+            re.search(r"property|\.setter|computed_field", ast.unparse(decorator))
+            for decorator in node.decorator_list
+        ):
+            continue
+        first = _NO_VERB.match(ast.get_docstring(node) or "")
+        line = node.body[0].lineno
+        if first and ALLOW not in lines[line - 1]:
+            yield Hit(
+                path, line, f"{first[0]} ...", "a verb first: Return ..., Check ..., Yield ..."
+            )
 
 
 def files(paths: list[Path]) -> Iterator[Path]:

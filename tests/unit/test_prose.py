@@ -140,6 +140,15 @@ def test_python_is_read_by_comment_docstring_and_message() -> None:
     ]
 
 
+@pytest.mark.parametrize("word", ["The", "A", "What", "Whether", "Where", "Who", "Every"])
+def test_a_functions_docstring_begins_with_a_verb(word: str) -> None:
+    noun = f'    def name(self):\n        """{word} name."""\n'
+    fine = f'class Name:\n    """{word} name."""\n\n    @property\n{noun}'
+    assert found(f"{fine}\n{noun}", "code.py") == [f"{word} ..."]
+    assert found(f"{fine}\n{noun.replace(f'{word} name', 'Return it')}", "code.py") == []
+    assert found(f"{fine}\n{noun}", "tests/test_code.py") == []
+
+
 def test_comments_apart_are_not_one_sentence() -> None:
     assert found("x = 1  # it goes\ny = 2  # on the whole\n", "code.py") == []
 
