@@ -45,7 +45,7 @@ def shard_model(model: WeightTiedDiffusionGemma, meshes: ParallelDims, config: R
             # Losses are already divided by global counts, so gradients are sums, for experts and others alike.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "inside")
+    register_fsdp_forward_method(model, "run_under_fsdp")
     register_fsdp_forward_method(model, "generate")
 
 
