@@ -128,7 +128,7 @@ def _run(method: str, folder: Path, device: torch.device, memory: int, small: bo
     shard_model(model, build_meshes(1, 1, device.type), config)
     load_weights(model, SyntheticCheckpoint(model_config), device, config.seed)
     sizes = {"canvas_length": model_config.canvas_length, "vocab_size": model_config.text_config.vocab_size, "eos_token_id": 1}
-    data = TrainingDataset(folder / "data", **sizes, seed=config.seed)
+    data = TrainingDataset(folder / "data", **sizes, seed=config.seed, objective=config.objective)
     trainer = Trainer(config, model, data, Checkpoints(folder / "checkpoints", config, "made"), None, None)
     records = []
     for _ in range(STEPS):

@@ -157,7 +157,7 @@ def our_step(model: WeightTiedDiffusionGemma, batch: PackedBatch, attention: str
     window = model.config.text_config.sliding_window
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
     with mock.patch.object(model, "packing", lambda rows: PACKINGS[attention].of(rows, window)):
-        loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.coins), checkpointing=checkpointing)
+        loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.self_conditioned), checkpointing=checkpointing)
         (sign * loss).backward()
     return loss.detach()
 

@@ -126,12 +126,13 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
         model = build_model(config, described_model)
         shard_model(model, build_meshes(case.ranks, case.ep, "cpu"), config)
         load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
-        data = TrainingDataset(ground / "data", canvas_length=MODEL["canvas"], vocab_size=MODEL["vocabulary"], eos_token_id=1, seed=SEED)
+        sizes = {"canvas_length": MODEL["canvas"], "vocab_size": MODEL["vocabulary"], "eos_token_id": 1}
+        data = TrainingDataset(ground / "data", **sizes, seed=SEED, objective=config.objective)
         trainer = Trainer(config, model, data, Checkpoints(folder / "none", config, ""), None, None)
         records = [trainer.train_step()]
         states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
         traffic = Traffic([local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)])
-        shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks, self_conditioning)
+        shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks)
         own = [position for forward in shares for position in forward[dist.get_rank()]]
         has_coin = any(draw_self_conditioning(SEED, position, self_conditioning) for position in own)
         for layer in model.model.decoder.layers if case.ep > 1 else ():

@@ -174,7 +174,7 @@ def our_step(
     """Forward and backward of a batch as the trainer does it, packing included."""
     batch = pack(examples, draws)
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
-    loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.coins), checkpointing=checkpointing)
+    loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.self_conditioned), checkpointing=checkpointing)
     loss.backward()
     return loss.detach()
 

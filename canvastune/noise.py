@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_GOLDEN, _GOLDEN_32 = 0x9E3779B97F4A7C15 - 2**64, 0x9E3779B9 - 2**32  # 2^64 and 2^32 over the golden ratio, as signed integers
+_GOLDEN, _GOLDEN_32 = (
+    0x9E3779B97F4A7C15 - 2**64,
+    0x9E3779B9 - 2**32,
+)  # 2^64 and 2^32 over the golden ratio, as signed integers
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ def draw_self_conditioning(seed: int, position: int, probability: float) -> bool
     return bool(_generator("train", seed, position).random(3, dtype=np.float32)[2] < probability)
 
 
-def validation_draws(example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int) -> NoiseSample:
+def validation_draws(
+    example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int
+) -> NoiseSample:
     """Draw fixed noise for a held-out example, from its id alone: the same block and the same uniform variates at every level.
 
     A position corrupted at one level is corrupted at every higher one, so the curves differ by the level and not by luck.
@@ -63,7 +68,9 @@ def validation_draws(example_id: str, level: float, *, blocks: int, canvas_lengt
     return NoiseSample(
         block=_index(block, blocks),
         level=float(np.float32(level)),
-        corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < np.float32(level)),
+        corrupted=torch.from_numpy(
+            generator.random(canvas_length, dtype=np.float32) < np.float32(level)
+        ),
         replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
         self_condition=False,
         dropout_key=None,
@@ -77,13 +84,19 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 def weight_generator(seed: int, name: str) -> torch.Generator:
     """A generator for the initial value of one new weight (an adapter's factor), independent of ranks and of other weights."""
-    return torch.Generator().manual_seed(int.from_bytes(_digest("weight", seed, name)[:4], "little"))
+    return torch.Generator().manual_seed(
+        int.from_bytes(_digest("weight", seed, name)[:4], "little")
+    )
 
 
-def dropout_row_keys(dropout_key: int, clean: int, canvas: int) -> tuple[torch.Tensor, torch.Tensor]:
+def dropout_row_keys(
+    dropout_key: int, clean: int, canvas: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A key for each row of one example: int64[clean] and int64[canvas], all different."""
     clean_places, canvas_places = 2 * torch.arange(clean), 2 * torch.arange(canvas) + 1
-    return _mix64(clean_places * _GOLDEN + dropout_key), _mix64(canvas_places * _GOLDEN + dropout_key)
+    return _mix64(clean_places * _GOLDEN + dropout_key), _mix64(
+        canvas_places * _GOLDEN + dropout_key
+    )
 
 
 def dropout_module_key(name: str) -> int:
@@ -91,7 +104,9 @@ def dropout_module_key(name: str) -> int:
     return _key("dropout", name)
 
 
-def dropout_mask(row_keys: torch.Tensor, features: int, module_key: int, probability: float) -> torch.Tensor:
+def dropout_mask(
+    row_keys: torch.Tensor, features: int, module_key: int, probability: float
+) -> torch.Tensor:
     """bool[rows, features]: what a module drops of rows with these keys, int64[rows]; the same on every device.
 
     A counter-based generator: 32 bits of a hash of (row, module, feature). No state is kept, so it takes no order of calls.

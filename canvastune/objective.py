@@ -60,8 +60,8 @@ def _self_conditioning_signal(model: WeightTiedDiffusionGemma, batch: PackedBatc
 
     A rank that has no such example while another has one takes part with two tokens, and uses nothing of it.
     """
-    used = any(batch.coins)
-    twice, rows = batch.select(list(batch.coins)) if used else (_two_tokens(batch), batch.clean[:0])
+    used = any(batch.self_conditioned)
+    twice, rows = batch.select(list(batch.self_conditioned)) if used else (_two_tokens(batch), batch.clean[:0])
     twice = twice.before_blocks()
     packing = model.packing(twice)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def _two_tokens(batch: PackedBatch) -> PackedBatch:
     one = {name: getattr(batch, name)[:1] for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")}
     none = {name: getattr(batch, name)[:0] for name in ("next_rows", "next_targets")}
     lengths: dict[str, Any] = dict.fromkeys(("clean_lengths", "canvas_lengths", "block_starts"), (1,))
-    return replace(batch, **one, **none, **lengths, self_condition=batch.self_condition[:1], coins=(False,), row_keys=None)
+    return replace(batch, **one, **none, **lengths, self_condition=batch.self_condition[:1], self_conditioned=(False,), row_keys=None)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from canvastune.config import parse_config
-from canvastune.config.schema import TrainConfig
+from canvastune.config.schema import ObjectiveConfig, TrainConfig
 from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model.attention import Packing
@@ -72,10 +72,10 @@ def shown(folder: Path) -> Shown:
     prepare_data(parse_config(recipe), folder / "model", folder / "data", processes=1)
     tokenizer = load_tokenizer(folder / "model").tokenizer
     sizes = {"canvas_length": CANVAS, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    data = TrainingDataset(folder / "data", seed=SEED, **sizes)
+    data = TrainingDataset(folder / "data", seed=SEED, objective=ObjectiveConfig(), **sizes)
     for position in count():
         (example,) = data.train_examples([position])
-        draws = data.train_draws(example, position, min_corruption=0.001, self_conditioning_probability=0.5)
+        draws = data.train_draws(example, position)
         if example.blocks == 3 and draws.block == 1 and draws.self_condition and int(draws.corrupted.sum()) == CANVAS // 2:
             break
     fixed = {level: replace(data.validation_draws(example, level), block=draws.block) for level in LEVELS}

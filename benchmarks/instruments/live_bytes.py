@@ -147,7 +147,7 @@ def batch_of(step: StepShape, vocabulary: int) -> PackedBatch:
         clean_lengths=(clean,) * examples,
         canvas_lengths=(canvas,) * examples,
         block_starts=(clean - canvas,) * examples,
-        coins=(step.self_conditioning > 0,) * examples,
+        self_conditioned=(step.self_conditioning > 0,) * examples,
         row_keys=torch.arange(examples * (clean + canvas)),
     )
 

@@ -1,8 +1,4 @@
-"""Examples of a prepared data set as packed, ragged batches: no padding token ever reaches the model.
-
-Shape letters: B examples, S clean tokens of one example, C canvas tokens of one example, N clean tokens of the batch
-(sum of S), M canvas tokens of the batch (sum of C).
-"""
+"""The prepared data set as a trainer sees it: examples in a seeded global order, and the noise of each."""
 
 from __future__ import annotations
 
@@ -15,8 +11,8 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 
-from canvastune.config.schema import TrainConfig
-from canvastune.data.packing import Example, balance_microbatches, example_of
+from canvastune.config.schema import ObjectiveConfig, TrainConfig
+from canvastune.data.packing import Example, balance_microbatches, make_example
 from canvastune.errors import UserError
 from canvastune.noise import (
     NoiseSample,
@@ -28,17 +24,39 @@ from canvastune.noise import (
 
 
 class TrainingDataset:
-    """A prepared data set on disk: the rows of `train/` in a seeded global order, those of `validation/` in their own."""
+    """A prepared data set on disk: the rows of `train/` in a seeded global order, those of `validation/` in file order."""
 
-    def __init__(self, folder: Path, *, canvas_length: int, vocab_size: int, eos_token_id: int, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        canvas_length: int,
+        vocab_size: int,
+        eos_token_id: int,
+        seed: int,
+        objective: ObjectiveConfig,
+    ) -> None:
+        """Open both splits.
+
+        Args:
+            folder: what `prepare_data` wrote.
+            canvas_length: tokens of a response block.
+            eos_token_id: fills the last block of a response.
+            seed: decides the order and the noise, on any number of ranks alike.
+            objective: the smallest corruption, and the probability of self-conditioning.
+
+        Raises:
+            UserError: a split that is missing, damaged or empty.
+        """
         self._train = _open(folder / "train")
         self._validation = _open(folder / "validation")
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
-        self._eos = eos_token_id
+        self._eos_token_id = eos_token_id
         self._seed = seed
+        self._objective = objective
         self._order: tuple[int, torch.Tensor] | None = None
-        self._tokens = _tokens_of_each(self._train, canvas_length)
+        self._tokens = _count_tokens(self._train, canvas_length)
 
     def __len__(self) -> int:
         return len(self._train)
@@ -48,55 +66,83 @@ class TrainingDataset:
         return len(self._validation)
 
     def train_examples(self, positions: Iterable[int]) -> list[Example]:
-        """The examples at these positions of the global shuffled stream, which never ends: epoch after epoch, each in a new order."""
+        """Return the examples at these positions of the endless shuffled stream: epoch after epoch, each in a new order."""
         return [self._example(self._train[self._row(position)]) for position in positions]
 
-    def train_draws(self, example: Example, position: int, min_corruption: float, self_conditioning_probability: float) -> NoiseSample:
-        """The noise of an example at a position of the stream."""
+    def token_counts(self, positions: Iterable[int]) -> list[int]:
+        """Return the number of tokens of the example at each position, fill included, without reading them."""
+        return [int(self._tokens[self._row(position)]) for position in positions]
+
+    def train_draws(self, example: Example, position: int) -> NoiseSample:
+        """Draw the noise of an example at a position of the stream."""
         return training_draws(
             self._seed,
             position,
             blocks=example.blocks,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
-            min_corruption=min_corruption,
-            self_conditioning_probability=self_conditioning_probability,
+            min_corruption=self._objective.min_corruption,
+            self_conditioning_probability=self._objective.self_conditioning_probability,
         )
 
-    def any_self_conditioned(self, positions: Iterable[int], probability: float) -> bool:
-        """Whether any of these positions, other ranks' among them, is denoised twice."""
-        return any(draw_self_conditioning(self._seed, position, probability) for position in positions)
+    def any_self_conditioned(self, positions: Iterable[int]) -> bool:
+        """Return whether any of these positions, those of other ranks included, is self-conditioned."""
+        return any(map(self._is_self_conditioned, positions))
 
-    def balance_microbatches(self, positions: range, ranks: int, size: int, probability: float) -> list[list[list[int]]]:
-        """The global batch at these positions, shared out evenly: [forward][rank] -> `size` positions (see `packing.balance_microbatches`).
+    def balance_microbatches(
+        self, positions: range, ranks: int, size: int
+    ) -> list[list[list[int]]]:
+        """Divide the global batch at these positions evenly: [forward][rank] -> `size` positions.
 
-        Which examples make up a step, and their noise, follow from the positions; how many ranks there are only decides who takes which.
+        Which examples make up a step, and their noise, follow from the positions only; the number of ranks decides
+        which rank computes which example. See `packing.balance_microbatches`.
         """
-        tokens = [int(self._tokens[self._row(position)]) + self._canvas_length for position in positions]
-        coins = [draw_self_conditioning(self._seed, position, probability) for position in positions]
-        return [[[positions[at] for at in own] for own in forward] for forward in balance_microbatches(tokens, coins, ranks, size)]
+        tokens = [count + self._canvas_length for count in self.token_counts(positions)]
+        self_conditioned = [self._is_self_conditioned(position) for position in positions]
+        forwards = balance_microbatches(tokens, self_conditioned, ranks, size)
+        return [[[positions[index] for index in own] for own in forward] for forward in forwards]
 
     def validation_examples(self, rows: range) -> list[Example]:
-        """Held-out examples by their row; rows past the end repeat the last one (their weight is zero)."""
-        return [self._example(self._validation[min(row, len(self._validation) - 1)]) for row in rows]
+        """Return held-out examples by their row; rows past the end repeat the last one (their weight is zero)."""
+        return [
+            self._example(self._validation[min(row, len(self._validation) - 1)]) for row in rows
+        ]
 
     def validation_draws(self, example: Example, level: float) -> NoiseSample:
-        """The fixed noise of a held-out example at a level."""
-        return validation_draws(example.id, level, blocks=example.blocks, canvas_length=self._canvas_length, vocab_size=self._vocab_size)
+        """Return the fixed noise of a held-out example at a level."""
+        return validation_draws(
+            example.id,
+            level,
+            blocks=example.blocks,
+            canvas_length=self._canvas_length,
+            vocab_size=self._vocab_size,
+        )
+
+    def _is_self_conditioned(self, position: int) -> bool:
+        return draw_self_conditioning(
+            self._seed, position, self._objective.self_conditioning_probability
+        )
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._train))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, torch.from_numpy(epoch_order(self._seed, epoch, len(self._train))))
+            self._order = (
+                epoch,
+                torch.from_numpy(epoch_order(self._seed, epoch, len(self._train))),
+            )
         return int(self._order[1][offset])
 
     def _example(self, row: dict[str, Any]) -> Example:
-        return example_of(row, self._canvas_length, self._eos)
+        return make_example(row, self._canvas_length, self._eos_token_id)
 
 
 def validation_rows(rows: int, train: TrainConfig) -> int:
-    """How many of so many held-out rows, the first ones, a validation takes."""
-    return rows if train.validation_batches is None else min(rows, train.validation_batches * train.global_batch_size)
+    """Return how many of the held-out rows a validation takes; it takes the first ones."""
+    return (
+        rows
+        if train.validation_batches is None
+        else min(rows, train.validation_batches * train.global_batch_size)
+    )
 
 
 def _open(folder: Path) -> Dataset:
@@ -104,16 +150,23 @@ def _open(folder: Path) -> Dataset:
         data = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(
-            f"{folder}: not a prepared data set ({error}). Run `canvastune prepare`, or give the folder that it wrote"
+            f"{folder}: not a prepared data set ({error})",
+            hint="Run `canvastune prepare`, or give the directory that it wrote.",
         ) from None
     if not len(data):
-        raise UserError(f"{folder}: the prepared data set has no row here. Prepare more rows, or change data.validation_fraction")
+        raise UserError(
+            f"{folder}: the prepared data set has no rows, expected at least one",
+            hint="Prepare more rows, or change data.validation_fraction.",
+        )
     return data
 
 
-def _tokens_of_each(data: Dataset, canvas_length: int) -> np.ndarray:
-    """int32[rows]: tokens of each row with its fill, as `Example` has them; of the tokens themselves, none is read."""
+def _count_tokens(data: Dataset, canvas_length: int) -> np.ndarray:
+    """Return int32[rows]: the tokens of each row with its fill, as `Example` has them; the tokens are not read."""
     table = data.with_format("arrow")[:]
-    length, prefix = pc.list_value_length(table["input_ids"]).to_numpy(), table["prefix_length"].to_numpy()
+    length, prefix = (
+        pc.list_value_length(table["input_ids"]).to_numpy(),
+        table["prefix_length"].to_numpy(),
+    )
     fill = -(length - prefix) % canvas_length
     return (length + np.where(table["complete"].to_numpy(), fill, 0)).astype(np.int32)

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 
-from canvastune.noise import (
-    NoiseSample,
-    dropout_row_keys,
-)
+from canvastune.noise import NoiseSample, dropout_row_keys
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a prepared data set, the last response block filled to the canvas length with EOS where the response is whole."""
+    """One row of a prepared data set; EOS fills the last response block to the canvas length if the response is complete."""
 
     tokens: torch.Tensor  # int64[S]: prefix, response and fill
     prefix_length: int  # tokens before the response
@@ -36,24 +33,26 @@ class Example:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Ragged examples laid end to end: first the clean tokens of all examples, then the canvases of all examples."""
+    """Ragged examples, concatenated: the clean tokens of all examples, then the canvases of all examples."""
 
     clean: torch.Tensor  # int64[N]
     clean_positions: torch.Tensor  # int64[N]: position in the example's own sequence
     canvas: torch.Tensor  # int64[M]: corrupted tokens of the chosen blocks
-    canvas_positions: torch.Tensor  # int64[M]: absolute, so that rotary embeddings agree with the encoder's
+    canvas_positions: (
+        torch.Tensor
+    )  # int64[M]: absolute, so that rotary embeddings agree with the encoder's
     canvas_targets: torch.Tensor  # int64[M]: clean tokens of the chosen blocks; every one is scored
     next_rows: torch.Tensor  # int64[N - B]: rows of `clean` that predict their successor
     next_targets: torch.Tensor  # int64[N - B]
-    self_condition: torch.Tensor  # bool[M]: canvas rows that see pass 1's signal
+    self_condition: torch.Tensor  # bool[M]: canvas rows that see the self-conditioning signal
     clean_lengths: tuple[int, ...]  # [B]
     canvas_lengths: tuple[int, ...]  # [B]
     block_starts: tuple[int, ...]  # [B]: first position of the chosen block
-    coins: tuple[bool, ...]  # [B]: examples that are denoised twice
-    row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: nothing is dropped
+    self_conditioned: tuple[bool, ...]  # [B]: examples that are denoised twice
+    row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: no dropout
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):
@@ -61,13 +60,13 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def select(self, keep: list[bool]) -> tuple[PackedBatch, torch.Tensor]:
-        """The examples where `keep` is true as a batch of their own, and the rows of this batch's canvas they came from, int64[M'].
+        """Return the examples where `keep` is true as a batch, and their rows in this batch's canvas, int64[M'].
 
-        It is what pass 1 sees: nothing of it is scored, and adapters drop nothing.
+        The result is the input of the self-conditioning pass: no row is scored, and adapters apply no dropout.
         """
         device = self.clean.device
-        clean_rows = _rows(self.clean_lengths, keep).to(device)
-        canvas_rows = _rows(self.canvas_lengths, keep).to(device)
+        clean_rows = _row_indices(self.clean_lengths, keep).to(device)
+        canvas_rows = _row_indices(self.canvas_lengths, keep).to(device)
 
         def kept(values: tuple) -> tuple:
             return tuple(value for value, k in zip(values, keep, strict=True) if k)
@@ -84,15 +83,22 @@ class PackedBatch:
             clean_lengths=kept(self.clean_lengths),
             canvas_lengths=kept(self.canvas_lengths),
             block_starts=kept(self.block_starts),
-            coins=kept(self.coins),
+            self_conditioned=kept(self.self_conditioned),
         )
         return batch, canvas_rows
 
     def before_blocks(self) -> PackedBatch:
-        """The same canvases with the clean tokens that they see alone: those before their blocks. Of these, none is scored."""
-        before = [torch.arange(length) < start for length, start in zip(self.clean_lengths, self.block_starts, strict=True)]
+        """Return the same canvases with only the clean tokens that they see, those before their blocks; no clean token is scored."""
+        before = [
+            torch.arange(length) < start
+            for length, start in zip(self.clean_lengths, self.block_starts, strict=True)
+        ]
         seen = torch.cat(before).nonzero().flatten().to(self.clean.device)
-        keys = None if self.row_keys is None else torch.cat([self.row_keys[seen], self.row_keys[len(self.clean) :]])
+        keys = (
+            None
+            if self.row_keys is None
+            else torch.cat([self.row_keys[seen], self.row_keys[len(self.clean) :]])
+        )
         return replace(
             self,
             clean=self.clean[seen],
@@ -105,7 +111,7 @@ class PackedBatch:
 
 
 def pack(examples: list[Example], draws: list[NoiseSample]) -> PackedBatch:
-    """Lay examples end to end with their noise applied to the chosen block."""
+    """Concatenate examples, with their noise applied to the chosen block."""
     canvases, targets, canvas_positions, flags, starts = [], [], [], [], []
     for example, draw in zip(examples, draws, strict=True):
         start = example.prefix_length + draw.block * example.canvas_length
@@ -134,44 +140,53 @@ def pack(examples: list[Example], draws: list[NoiseSample]) -> PackedBatch:
         clean_lengths=tuple(lengths),
         canvas_lengths=tuple(len(target) for target in targets),
         block_starts=tuple(starts),
-        coins=tuple(draw.self_condition for draw in draws),
+        self_conditioned=tuple(draw.self_condition for draw in draws),
         row_keys=_row_keys(draws, lengths, [len(target) for target in targets]),
     )
 
 
-def balance_microbatches(tokens: Sequence[int], coins: Sequence[bool], ranks: int, size: int) -> list[list[list[int]]]:
-    """Share a global batch out so that ranks finish each forward together: [forward][rank] -> `size` of its examples, ascending.
+def balance_microbatches(
+    tokens: Sequence[int], self_conditioned: Sequence[bool], ranks: int, size: int
+) -> list[list[list[int]]]:
+    """Divide a global batch so that ranks finish each forward together: [forward][rank] -> `size` examples, ascending.
 
-    Ranks meet in every layer of both passes, so the tokens of both should be even. Largest first, each to the share with the
-    fewest tokens that has room; once in the order of the tokens alone, once with those that are denoised twice before the
-    others; the cheaper is taken. It follows from the arguments alone, so every rank finds the same.
+    Ranks synchronize in every layer of both passes, so the tokens of both should be even. Greedy assignment, the largest
+    example first, to the share with the fewest tokens that has room: once ordered by tokens only, once with the
+    self-conditioned examples before the others; the cheaper result wins. The result depends on the arguments only, so all
+    ranks compute the same one.
 
     Args:
         tokens: of each example, in one pass.
-        coins: the examples that are denoised twice.
-        ranks: times `size`, they divide the number of examples.
+        self_conditioned: whether each example is denoised twice.
+        ranks: `ranks * size` must divide the number of examples.
         size: examples of a rank and forward.
     """
     by_size = sorted(range(len(tokens)), key=lambda at: (-tokens[at], at))
-    orders = by_size, sorted(by_size, key=lambda at: not coins[at])
-    return min((_greedy_assign(order, tokens, ranks, size) for order in orders), key=lambda shares: step_cost(shares, tokens, coins))
+    orders = by_size, sorted(by_size, key=lambda at: not self_conditioned[at])
+    candidates = [_greedy_assign(order, tokens, ranks, size) for order in orders]
+    return min(candidates, key=lambda shares: step_cost(shares, tokens, self_conditioned))
 
 
-def step_cost(shares: list[list[list[int]]], tokens: Sequence[int], coins: Sequence[bool]) -> int:
-    """What the busiest rank of each forward computes, in tokens of pass 1; pass 2 with recomputation and backward is four of it.
+def step_cost(
+    shares: list[list[list[int]]], tokens: Sequence[int], self_conditioned: Sequence[bool]
+) -> int:
+    """Return the cost of the busiest rank of each forward, in tokens of the self-conditioning pass.
 
-    A rank without a coin, where another has one, takes next to nothing through pass 1.
+    The second pass with recomputation and backward costs four times as much. A rank without a self-conditioned example,
+    where another rank has one, has almost nothing to compute in the self-conditioning pass.
     """
     total = 0
     for forward in shares:
         total += 4 * max(sum(tokens[at] for at in own) for own in forward)
-        if any(coins[at] for own in forward for at in own):
-            total += max(sum(tokens[at] for at in own if coins[at]) for own in forward)
+        if any(self_conditioned[at] for own in forward for at in own):
+            total += max(sum(tokens[at] for at in own if self_conditioned[at]) for own in forward)
     return total
 
 
-def _greedy_assign(order: list[int], tokens: Sequence[int], ranks: int, size: int) -> list[list[list[int]]]:
-    """Examples dealt in this order to the share with the fewest tokens that has room; shares of like size run at the same time."""
+def _greedy_assign(
+    order: list[int], tokens: Sequence[int], ranks: int, size: int
+) -> list[list[list[int]]]:
+    """Assign examples in this order to the share with the fewest tokens that has room; similar shares run at the same time."""
     shares: list[list[int]] = [[] for _ in range(len(order) // size)]
     open_shares = [(0, index) for index in range(len(shares))]  # a heap
     for example in order:
@@ -180,24 +195,31 @@ def _greedy_assign(order: list[int], tokens: Sequence[int], ranks: int, size: in
         if len(shares[index]) < size:
             heapq.heappush(open_shares, (load + tokens[example], index))
     shares.sort(key=lambda share: (-sum(tokens[at] for at in share), share))
-    return [[sorted(share) for share in shares[start : start + ranks]] for start in range(0, len(shares), ranks)]
+    return [
+        [sorted(share) for share in shares[start : start + ranks]]
+        for start in range(0, len(shares), ranks)
+    ]
 
 
 def pad_token(end_tokens: int | list[int]) -> int:
-    """Which of a model's `eos_token_id` fills the last block: the first one."""
+    """Return the token of a model's `eos_token_id` that fills the last block: the first one."""
     return end_tokens[0] if isinstance(end_tokens, list) else end_tokens
 
 
-def example_of(row: dict[str, Any], canvas_length: int, eos_token_id: int) -> Example:
-    """A row of a prepared data set with its fill."""
+def make_example(row: dict[str, Any], canvas_length: int, eos_token_id: int) -> Example:
+    """Turn a row of a prepared data set into an example, with its fill."""
     tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
     if row["complete"]:
         fill = -(len(tokens) - row["prefix_length"]) % canvas_length
         tokens = torch.cat([tokens, tokens.new_full((fill,), eos_token_id)])
-    return Example(tokens=tokens, prefix_length=row["prefix_length"], canvas_length=canvas_length, id=row["id"])
+    return Example(
+        tokens=tokens, prefix_length=row["prefix_length"], canvas_length=canvas_length, id=row["id"]
+    )
 
 
-def _row_keys(draws: list[NoiseSample], clean_lengths: list[int], canvas_lengths: list[int]) -> torch.Tensor | None:
+def _row_keys(
+    draws: list[NoiseSample], clean_lengths: list[int], canvas_lengths: list[int]
+) -> torch.Tensor | None:
     clean, canvas = [], []
     for draw, clean_length, canvas_length in zip(draws, clean_lengths, canvas_lengths, strict=True):
         if draw.dropout_key is None:
@@ -208,5 +230,5 @@ def _row_keys(draws: list[NoiseSample], clean_lengths: list[int], canvas_lengths
     return torch.cat([*clean, *canvas])
 
 
-def _rows(lengths: tuple[int, ...], keep: list[bool]) -> torch.Tensor:
+def _row_indices(lengths: tuple[int, ...], keep: list[bool]) -> torch.Tensor:
     return torch.repeat_interleave(torch.tensor(keep), torch.tensor(lengths)).nonzero().flatten()

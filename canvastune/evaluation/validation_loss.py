@@ -14,7 +14,7 @@ from transformers import DiffusionGemmaConfig
 
 from canvastune.config.schema import TrainConfig
 from canvastune.data.dataset import validation_rows
-from canvastune.data.packing import Example, example_of, pack, pad_token
+from canvastune.data.packing import Example, make_example, pack, pad_token
 from canvastune.noise import validation_draws
 
 
@@ -22,7 +22,7 @@ def held_out_examples(dataset: Path, train: TrainConfig, model: DiffusionGemmaCo
     """The examples that training validates on, in its order."""
     rows: Any = load_from_disk(str(dataset / "validation"))
     eos = pad_token(model.text_config.eos_token_id)
-    return [example_of(row, model.canvas_length, eos) for row in rows.select(range(validation_rows(len(rows), train)))]
+    return [make_example(row, model.canvas_length, eos) for row in rows.select(range(validation_rows(len(rows), train)))]
 
 
 @torch.no_grad()

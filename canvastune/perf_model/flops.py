@@ -85,7 +85,7 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
 
 def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
     """What the loss and the gradients of a batch need: its own tokens and scored rows, nothing computed twice or for nothing."""
-    examples = zip(batch.clean_lengths, batch.canvas_lengths, batch.block_starts, batch.coins, strict=True)
+    examples = zip(batch.clean_lengths, batch.canvas_lengths, batch.block_starts, batch.self_conditioned, strict=True)
     steps = (
         StepShape(1, 1, 1, 1, clean, canvas, checkpointing=False, self_conditioning=float(coin), chosen_start=start)
         for clean, canvas, start, coin in examples

@@ -85,6 +85,7 @@ def train(
             vocab_size=text.vocab_size,
             eos_token_id=pad_token(text.eos_token_id),
             seed=config.seed,
+            objective=config.objective,
         )
     )
     metrics = MetricsWriter(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None

@@ -208,23 +208,19 @@ class Trainer:
 
     def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
         """This rank's share of the global batch that starts at a position, cut up, with whether any rank needs pass 1."""
-        objective, result = self.config.objective, []
+        result = []
         for everyone in self._shares(first):
             own = everyone[self.rank]
             examples = self.data.train_examples(own)
-            draws = [
-                self.data.train_draws(example, position, objective.min_corruption, objective.self_conditioning_probability)
-                for example, position in zip(examples, own, strict=True)
-            ]
-            any_self_conditioned = self.data.any_self_conditioned(itertools.chain(*everyone), objective.self_conditioning_probability)
+            draws = [self.data.train_draws(example, position) for example, position in zip(examples, own, strict=True)]
+            any_self_conditioned = self.data.any_self_conditioned(itertools.chain(*everyone))
             result.append((pack(examples, draws).to(self.device), any_self_conditioned))
         return result
 
     def _shares(self, first: int) -> list[list[list[int]]]:
         """Positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
         positions = range(first, first + self.config.train.global_batch_size)
-        probability = self.config.objective.self_conditioning_probability
-        return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size, probability)
+        return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size)
 
     def _losses(
         self, batch: PackedBatch, weights: LossWeights, any_self_conditioned: bool

@@ -14,6 +14,7 @@ from benchmarks.instruments.ranks import run_ranks
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig
+from canvastune.config.schema import ObjectiveConfig
 from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import pack
 from canvastune.distributed.parallel_dims import build_meshes
@@ -38,7 +39,6 @@ from tests.support.small import (
 )
 
 BATCH = 8
-COIN = 0.5
 SEED = 4  # whose coins leave one rank without a self-conditioned example beside one that has some
 CUTS = {1: (1, 2, 4, 8), 2: (1, 2, 4)}  # ranks -> examples per forward
 METHODS = ("full", "lora")
@@ -68,7 +68,8 @@ def recipe(method: str, **train: Any) -> RunConfig:
 
 
 def prepared(ground: Path) -> TrainingDataset:
-    return TrainingDataset(ground / "data", canvas_length=CANVAS, vocab_size=VOCABULARY, eos_token_id=EOS, seed=SEED)
+    sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
+    return TrainingDataset(ground / "data", **sizes, seed=SEED, objective=ObjectiveConfig())
 
 
 def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def plain(ground: Path) -> dict[str, dict[str, Any]]:
     """The plain step of stock modules, one example at a time. An adapter's gradient follows from its merged weight's, W + s B A."""
     data = prepared(ground)
     examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position, 0.001, COIN) for position, example in enumerate(examples)]
+    draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
     results = {}
     for method in METHODS:
         config = recipe(method)
@@ -154,7 +155,7 @@ def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
 def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(cuts: dict[int, dict], ground: Path, method: str) -> None:
     data, config = prepared(ground), recipe(method)
     examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position, 0.001, COIN) for position, example in enumerate(examples)]
+    draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
     needed = needed_flops(read_architecture(config, ground / "base"), pack(examples, draws))
     found = {(ranks, size): cuts[ranks][method, size]["flops"] for ranks, sizes in CUTS.items() for size in sizes}
     assert found == pytest.approx(dict.fromkeys(found, needed), rel=1e-9), "ranks that wait or compute twice are not worth more"
@@ -163,7 +164,7 @@ def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(cuts: dict[int, 
 def test_the_cuts_hold_every_case_of_ragged_work(ground: Path) -> None:
     data = prepared(ground)
     examples = data.train_examples(range(BATCH))
-    coins = [data.any_self_conditioned([position], COIN) for position in range(BATCH)]
+    coins = [data.any_self_conditioned([position]) for position in range(BATCH)]
     pairs = {(coins[step], coins[step + 1]) for step in range(0, BATCH, 2)}  # of two ranks, an example each
     assert (True, False) in pairs or (False, True) in pairs, "no cut leaves one rank alone with a self-conditioned example"
     assert (False, False) in pairs, "no forward of all ranks goes without pass 1"

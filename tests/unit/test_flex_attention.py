@@ -68,7 +68,7 @@ def loss_and_gradients(model: WeightTiedDiffusionGemma, batch: Batch, checkpoint
     canvas_rows, pairs = counts(examples, draws)
     model.zero_grad(set_to_none=True)
     packed = pack(examples, draws)
-    coin = any(packed.coins)
+    coin = any(packed.self_conditioned)
     loss, _, _ = model.run_under_fsdp(losses, packed, (1 / canvas_rows, 1 / pairs), any_self_conditioned=coin, checkpointing=checkpointing)
     loss.backward()
     return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

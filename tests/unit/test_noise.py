@@ -20,7 +20,13 @@ COUNT, BLOCKS, CANVAS, VOCABULARY = 20_000, 8, 4, 64
 
 def draw(position: int, seed: int = 7, blocks: int = BLOCKS, canvas: int = CANVAS) -> NoiseSample:
     return training_draws(
-        seed, position, blocks=blocks, canvas_length=canvas, vocab_size=VOCABULARY, min_corruption=0.001, self_conditioning_probability=0.5
+        seed,
+        position,
+        blocks=blocks,
+        canvas_length=canvas,
+        vocab_size=VOCABULARY,
+        min_corruption=0.001,
+        self_conditioning_probability=0.5,
     )
 
 
@@ -55,33 +61,52 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 def test_the_coin_alone_is_the_coin_of_the_draws_whatever_the_example() -> None:
     for position in range(200):
         assert (
-            draw_self_conditioning(7, position, 0.5) == draw(position).self_condition == draw(position, blocks=1, canvas=16).self_condition
+            draw_self_conditioning(7, position, 0.5)
+            == draw(position).self_condition
+            == draw(position, blocks=1, canvas=16).self_condition
         )
 
 
 def test_the_four_draws_are_uniform_and_independent_of_each_other_and_between_examples() -> None:
     block, level, coin, corrupted, replacement = sample()
-    assert chi_square_is_plausible(np.bincount(block, minlength=BLOCKS), np.full(BLOCKS, COUNT / BLOCKS)), "blocks are not uniform"
+    assert chi_square_is_plausible(
+        np.bincount(block, minlength=BLOCKS), np.full(BLOCKS, COUNT / BLOCKS)
+    ), "blocks are not uniform"
     deciles = np.floor((level - 0.001) / 0.999 * 10).astype(int).clip(0, 9)
     assert level.min() >= 0.001
     assert level.max() <= 1
-    assert chi_square_is_plausible(np.bincount(deciles, minlength=10), np.full(10, COUNT / 10)), "levels are not uniform on (eps, 1)"
+    assert chi_square_is_plausible(np.bincount(deciles, minlength=10), np.full(10, COUNT / 10)), (
+        "levels are not uniform on (eps, 1)"
+    )
     assert abs(coin.mean() - 0.5) < 5 * 0.5 / np.sqrt(COUNT)
     assert chi_square_is_plausible(
-        np.bincount(replacement.ravel(), minlength=VOCABULARY), np.full(VOCABULARY, replacement.size / VOCABULARY)
+        np.bincount(replacement.ravel(), minlength=VOCABULARY),
+        np.full(VOCABULARY, replacement.size / VOCABULARY),
     )
     # The reference recipe's flaw: the coin decided by the block.
-    for name, factor in {"block": block, "level": deciles, "next example's block": np.roll(block, 1)}.items():
+    for name, factor in {
+        "block": block,
+        "level": deciles,
+        "next example's block": np.roll(block, 1),
+    }.items():
         table = np.zeros((factor.max() + 1, 2))
         np.add.at(table, (factor, coin.astype(int)), 1)
-        assert chi_square_is_plausible(table, np.outer(table.sum(1), table.sum(0)) / COUNT), f"the coin depends on the {name}"
+        assert chi_square_is_plausible(table, np.outer(table.sum(1), table.sum(0)) / COUNT), (
+            f"the coin depends on the {name}"
+        )
     table = np.zeros((BLOCKS, 10))
     np.add.at(table, (block, deciles), 1)
-    assert chi_square_is_plausible(table, np.outer(table.sum(1), table.sum(0)) / COUNT), "the level depends on the block"
+    assert chi_square_is_plausible(table, np.outer(table.sum(1), table.sum(0)) / COUNT), (
+        "the level depends on the block"
+    )
     for name, left, right in [
         ("neighbouring levels", level[1:], level[:-1]),
         ("neighbouring coins", coin[1:], coin[:-1]),
-        ("neighbouring positions' corruption given t", corrupted[:, 0] - level, corrupted[:, 1] - level),
+        (
+            "neighbouring positions' corruption given t",
+            corrupted[:, 0] - level,
+            corrupted[:, 1] - level,
+        ),
     ]:
         assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(COUNT), f"{name} are correlated"
 
@@ -98,12 +123,21 @@ def test_a_replacement_may_equal_any_token_of_the_vocabulary() -> None:
 
 
 def test_validation_noise_depends_on_the_example_alone_and_grows_with_the_level() -> None:
-    low, high = (validation_draws("abc", level, blocks=3, canvas_length=64, vocab_size=VOCABULARY) for level in (0.3, 0.7))
-    assert same(low, validation_draws("abc", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY))
-    assert not same(low, validation_draws("abd", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY))
+    low, high = (
+        validation_draws("abc", level, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
+        for level in (0.3, 0.7)
+    )
+    assert same(
+        low, validation_draws("abc", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
+    )
+    assert not same(
+        low, validation_draws("abd", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
+    )
     assert low.block == high.block
     assert torch.equal(low.replacement, high.replacement)
-    assert bool((high.corrupted | ~low.corrupted).all()), "a position corrupted at t = 0.3 is clean at t = 0.7"
+    assert bool((high.corrupted | ~low.corrupted).all()), (
+        "a position corrupted at t = 0.3 is clean at t = 0.7"
+    )
     assert not low.self_condition
     assert low.dropout_key is None, "validation would drop inputs of the adapters"
 

@@ -45,7 +45,8 @@ def make_trainer(ground: Path, output: Path, *settings: str) -> Trainer:
     model = build_model(config, read_model_config(ground / "base"))
     shard_model(model, build_meshes(dist.get_world_size(), config.parallel.ep, "cpu"), config)
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
-    data = TrainingDataset(ground / "data", canvas_length=CANVAS, vocab_size=VOCABULARY, eos_token_id=EOS, seed=config.seed)
+    sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
+    data = TrainingDataset(ground / "data", **sizes, seed=config.seed, objective=config.objective)
     metrics = MetricsWriter(output / "metrics.jsonl") if dist.get_rank() == 0 else None
     return Trainer(config, model, data, Checkpoints(output / "checkpoints", config, "data"), metrics, None)
 
@@ -110,9 +111,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
     assert [record["step"] for record in told] == [2, 5, 6, 7]
     assert [record["step"] for record in records(tmp_path / "some", "train")] == [1, 3, 4, *range(8, 13)]
     recipe = load_config(ground / "recipe.yaml")
-    data = TrainingDataset(ground / "data", canvas_length=CANVAS, vocab_size=VOCABULARY, eos_token_id=EOS, seed=recipe.seed)
+    sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
+    data = TrainingDataset(ground / "data", **sizes, seed=recipe.seed, objective=recipe.objective)
     # Step 2 is positions 8 to 15, in micro-batches of two: rank 1's second one.
-    shares = data.balance_microbatches(range(8, 16), 2, 2, recipe.objective.self_conditioning_probability)
+    shares = data.balance_microbatches(range(8, 16), 2, 2)
     culprits = [example.id for example in data.train_examples(shares[1][1])]
     assert f"on examples {', '.join(culprits)}" in told[0]["detail"]
 
