@@ -1,33 +1,54 @@
-# make run: everything on a tiny model, from nothing but Python.   make test: what CI runs.
-# make test-faults: what takes minutes: every layout of 8 ranks, and kills, hangs and preemptions at length (writes docs/reliability.md).
-# make test-images: the images, on a Docker engine that it starts where none runs (docs/verification.md).
-# make test-cluster: chart, pipeline and a killed pod on the cluster in KUBECONFIG; OPTIONS='--keep' and others (docs/verification.md).
+# `make` lists the targets. `make run` needs nothing but Python; `make test` is what CI runs.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test test-faults test-images test-cluster lint
-run: .venv/installed
+.PHONY: help run test lint format test-faults test-images test-cluster dev
+
+##@ General
+help: ## Show this help
+	@awk 'BEGIN { FS = ":.*## "; print "Usage: make TARGET" } \
+		/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/installed ## Run the whole pipeline on a tiny model, on this machine
 	@$(BIN)/canvastune demo
 
-test: lint
+##@ Development
+test: lint ## Run the linters and the tests, as CI does
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-images: .venv/installed
-	@$(BIN)/python -m tools.images
+lint: .venv/installed ## Check code style, imports, types, spelling, prose and YAML
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell
+	@$(BIN)/yamllint --strict .
+	@$(BIN)/python -m tools.prose
+	@$(BIN)/mypy
 
-test-cluster: .venv/installed
-	@$(BIN)/python -m tools.cluster $(OPTIONS)
+format: .venv/installed ## Format the code and apply ruff's safe fixes
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
 
-test-faults: .venv/installed
+dev: ## Install the exact versions of requirements-dev.txt into .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch .venv/installed
+
+##@ Slow tests
+test-faults: .venv/installed ## Kill, freeze and preempt runs on up to 8 ranks; write docs/reliability.md
 	@$(BIN)/python -m pytest -m slow
 	@$(BIN)/python -m tools.faults
 
-lint: .venv/installed
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+test-images: .venv/installed ## Build and run the images; start Docker if it is not running
+	@$(BIN)/python -m tools.images
+
+test-cluster: .venv/installed ## Test chart and pipeline on the cluster in KUBECONFIG; OPTIONS=--keep and others
+	@$(BIN)/python -m tools.cluster $(OPTIONS)
 
 # Renewed when pyproject.toml changes.
 .venv/installed: pyproject.toml

@@ -1,19 +1,22 @@
 #!/bin/sh
-# Renew the lock files beside this script, from pyproject.toml:   pip install uv && docker/renew-locks.sh
+# Renew the lock files in this folder and requirements-dev.txt, from pyproject.toml:   pip install uv && docker/renew-locks.sh
 # Packages stay at the version that a lock file holds while it still fits; `docker/renew-locks.sh --upgrade` takes the newest.
 set -eu
 cd "$(dirname "$0")/.."
 
-# lock NAME SOURCE...: every package by version and hash.
+# lock FILE SOURCE...: every package by version and hash.
 lock() {
-    name=$1 && shift
+    file=$1 && shift
     uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-        --no-annotate --custom-compile-command docker/renew-locks.sh "$@" --output-file "docker/requirements-$name.txt"
+        --no-annotate --custom-compile-command docker/renew-locks.sh "$@" --output-file "$file"
 }
 
-lock pipeline pyproject.toml --extra pipeline "$@"
-lock trainer pyproject.toml --constraint docker/requirements-pipeline.txt "$@" # the pods of a job and of the steps agree
-lock mlflow docker/requirements-mlflow.in --constraint docker/requirements-pipeline.txt "$@" # and so do MLflow's server and client
+pipeline=docker/requirements-pipeline.txt
+lock $pipeline pyproject.toml --extra pipeline "$@"
+# What the images and a developer share has one version: the pods of a job and of the steps, MLflow's server and client.
+lock docker/requirements-trainer.txt pyproject.toml --constraint $pipeline "$@"
+lock docker/requirements-mlflow.txt docker/requirements-mlflow.in --constraint $pipeline "$@"
+lock requirements-dev.txt pyproject.toml --extra dev --constraint $pipeline "$@"
 
 # torch and its CUDA libraries are a layer of their own, of gigabytes, which only changes with torch.
 python3 - <<'END'

@@ -24,10 +24,15 @@ def _text(name: str) -> str:
     return (DOCKER / f"{name}.Dockerfile").read_text()
 
 
+def _lock_file(name: str) -> Path:
+    folder = DOCKER.parent if name == "dev" else DOCKER
+    return folder / f"requirements-{name}.txt"
+
+
 def _locked(name: str) -> dict[str, set[str]]:
     """Versions of each package in a lock file: more than one where they depend on Python's."""
     versions: dict[str, set[str]] = {}
-    for package, version in re.findall(r"^([a-z0-9-]+)==(\S+)", (DOCKER / f"requirements-{name}.txt").read_text(), re.MULTILINE):
+    for package, version in re.findall(r"^([a-z0-9-]+)==(\S+)", _lock_file(name).read_text(), re.MULTILINE):
         versions.setdefault(package, set()).add(version)
     return versions
 
@@ -68,9 +73,9 @@ def test_training_pods_have_no_kubeflow() -> None:
     assert {"psycopg2-binary", "boto3", "flask-wtf"} <= set(_locked("mlflow"))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "torch-cuda"])
+@pytest.mark.parametrize("name", [*NAMES, "torch-cuda", "dev"])
 def test_every_locked_package_has_its_hashes_and_any_index_will_do(name: str) -> None:
-    text = (DOCKER / f"requirements-{name}.txt").read_text()
+    text = _lock_file(name).read_text()
     assert "://" not in text, "the index of the machine that wrote it"
     entries = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
     assert entries
@@ -81,12 +86,14 @@ def _project() -> Any:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize(("name", "extras"), [("trainer", ()), ("pipeline", ("pipeline",))])
+@pytest.mark.parametrize(("name", "extras"), [("trainer", ()), ("pipeline", ("pipeline",)), ("dev", ("pipeline", "dev"))])
 def test_lock_file_holds_what_the_project_asks_for(name: str, extras: tuple[str, ...]) -> None:
     project = _project()
     wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     locked = _locked(name) | _locked("torch-cuda")
     for requirement in map(Requirement, wanted):
+        if requirement.name == project["name"]:
+            continue  # an extra that contains another one
         versions = locked.get(requirement.name.lower(), set())
         assert versions, f"{requirement.name} is in no lock file: run docker/renew-locks.sh"
         assert all(requirement.specifier.contains(v) for v in versions), f"{requirement} but {versions}: run docker/renew-locks.sh"
@@ -94,7 +101,7 @@ def test_lock_file_holds_what_the_project_asks_for(name: str, extras: tuple[str,
 
 def test_images_agree_on_the_versions_that_they_share() -> None:
     pipeline = _locked("pipeline")
-    for name in ("trainer", "mlflow"):
+    for name in ("trainer", "mlflow", "dev"):
         other = {package: versions for package, versions in _locked(name).items() if pipeline.get(package, versions) != versions}
         assert not other, f"{name} and pipeline differ in {sorted(other)}"
     (torch,) = _locked("torch-cuda")["torch"]

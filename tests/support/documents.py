@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "findings" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "components").glob("*/README.md")),
     *(ROOT / "charts" / "canvastune" / "README.md", ROOT / "docker" / "README.md"),

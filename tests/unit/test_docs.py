@@ -42,7 +42,7 @@ README, DOCS, EXTENDING = ROOT / "README.md", ROOT / "docs", ROOT / "docs" / "ex
 TINY = ROOT / "pipelines" / "recipes" / "tiny_lora.yaml"
 # Read by programs of others. Those for a cluster are tried by tests/cluster/test_journeys.py, images by `make test-images`.
 _OTHERS = {"cat", "cd", "docker", "done", "echo", "for", "head", "helm", "kfp", "kind", "kubectl", "renew-locks.sh", "xdg-open"}
-_ROOMS = ("benchmarks", "canvastune", "charts", "components", "docker", "docs", "pipelines", "tests")
+_ROOMS = ("benchmarks", "canvastune", "charts", "components", "docker", "docs", "findings", "pipelines", "tests", "tools")
 _VALUES = {key: default for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))}
 _FILE = re.compile(r".*\.(py|md|ya?ml|json|jsonl|db|txt|html|png|safetensors|env|Dockerfile|example\.com.*)")
 
@@ -204,7 +204,7 @@ def test_python_is_python(block: Block) -> None:
 
 
 def test_blocks_say_what_they_are() -> None:
-    unknown = {str(block): block.language for page in PAGES for block in blocks(page) if block.language not in ("", "sh", "yaml", "python")}
+    unknown = {str(block): block.language for page in PAGES for block in blocks(page) if block.language not in ("", "sh", "yaml", "python", "mermaid")}
     assert not unknown
 
 
