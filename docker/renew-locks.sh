@@ -18,7 +18,7 @@ lock docker/requirements-trainer.txt pyproject.toml --constraint $pipeline "$@"
 lock docker/requirements-mlflow.txt docker/requirements-mlflow.in --constraint $pipeline "$@"
 lock requirements-dev.txt pyproject.toml --extra dev --constraint $pipeline "$@"
 
-# torch and its CUDA libraries are a layer of their own, of gigabytes, which only changes with torch.
+# torch and its CUDA libraries are a separate layer of gigabytes, which only changes with torch.
 python3 - <<'END'
 import re
 from pathlib import Path

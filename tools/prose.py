@@ -148,7 +148,7 @@ PHRASES = (
         r"(?:tells?|telling|told)",
         "report / send / log / print / show",
         "programs do not tell",
-        unless=r"\btell(?:s|ing)?(?: \S+){0,4} (?:apart|from)\b",
+        unless=r"\btell(?:s|ing)?(?: \S+){0,4} (?:apart|from)\b|\btell (?:us|me|you)\b",
     ),
     Rule(rf"{_BE} said", "is reported / logged / printed", "programs do not say"),
     Rule(r"beside", "next to / with", "see the next rule"),
