@@ -46,7 +46,7 @@ which is LoRA on the released model, on eight GPUs. Four ship with Canvastune:
 - `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`; values are YAML, and it may be repeated.
   It is known to `canvastune run`, `plan`, `prepare`, `submit`, `doctor` and to `canvastune.train`.
 - A key that does not stand here is refused, with the nearest one that does; so is one that stands twice, and a value of another kind.
-  [errors.md](errors.md#recipes-and-settings) has these messages.
+  More in [troubleshooting](troubleshooting.md#recipe).
 - Beside every output lies `config.yaml`: the whole tree, defaults included. It is a recipe too.
 - On a cluster, the chart gives defaults of the section [cluster](#cluster). What the recipe sets wins.
 - A run that goes on where it was wants the recipe that it began with. The pipeline lets the section `cluster` change; `canvastune.train`
