@@ -40,7 +40,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example, PackedBatch, pack
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.model.attention import Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
@@ -83,7 +83,7 @@ class CanvasRows:
 
     def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """As `Packing.attend`."""
-        (seen,) = self.packing.past[kind]
+        (seen,) = self.packing.prefix_slices[kind]
         keys, values = (torch.cat([old[:, :, seen], new], dim=2) for old, new in zip(self.kept, (key, value), strict=True))
         return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
@@ -180,7 +180,7 @@ def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
     torch.set_num_threads(2 if world_size == 1 else 1)
     config = run_config(ep)
     model = build_model(config, read_model_config(ground))
-    shard_model(model, build_meshes(world_size, ep, "cpu"), config)
+    shard_model(model, ParallelDims(world_size // ep, ep).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(ground), torch.device("cpu"), SEED)
     for layer in model.model.decoder.layers:
         layer.both = functools.partial(_layer_of_both, layer)

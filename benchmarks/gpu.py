@@ -36,7 +36,7 @@ from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.planner.plan import Plan
 from canvastune.planner.planner import make_plan
@@ -125,7 +125,7 @@ def _run(method: str, folder: Path, device: torch.device, memory: int, small: bo
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = build_model(config, model_config)
-    shard_model(model, build_meshes(1, 1, device.type), config)
+    shard_model(model, ParallelDims(1, 1).build_meshes(device.type), config)
     load_weights(model, SyntheticCheckpoint(model_config), device, config.seed)
     sizes = {"canvas_length": model_config.canvas_length, "vocab_size": model_config.text_config.vocab_size, "eos_token_id": 1}
     data = TrainingDataset(folder / "data", **sizes, seed=config.seed, objective=config.objective)

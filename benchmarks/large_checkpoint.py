@@ -30,7 +30,7 @@ from canvastune.checkpoint.export import export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, load_config
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.merge import merge_lora
 from canvastune.planner.planner import make_plan
@@ -138,7 +138,7 @@ def _worker(phase: str, work: Path) -> None:
         return
     dist.init_process_group("gloo")
     model = build_model(config, read_model_config(work / "base"))
-    shard_model(model, build_meshes(dist.get_world_size(), config.parallel.ep, "cpu"), config)
+    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     start = read_status(os.getpid())["RssAnon"]
     load_weights(model, CheckpointReader(work / "base"), torch.device("cpu"), config.seed)
     shard = sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())

@@ -31,7 +31,7 @@ from canvastune.checkpoint.load import build_model, load_weights, read_model_con
 from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.noise import draw_self_conditioning
 from canvastune.perf_model import flops
@@ -124,7 +124,7 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
         started = time.monotonic()
         config, described_model = case.config(self_conditioning), read_model_config(ground / "model")
         model = build_model(config, described_model)
-        shard_model(model, build_meshes(case.ranks, case.ep, "cpu"), config)
+        shard_model(model, ParallelDims(case.ranks // case.ep, case.ep).build_meshes("cpu"), config)
         load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
         sizes = {"canvas_length": MODEL["canvas"], "vocab_size": MODEL["vocabulary"], "eos_token_id": 1}
         data = TrainingDataset(ground / "data", **sizes, seed=SEED, objective=config.objective)

@@ -1,6 +1,7 @@
-"""The two losses of a step from hidden states, in chunks: no [rows, V] tensor outlives its chunk (objective.md sections 4, 5).
+"""The two losses of a step from hidden states, in chunks: no [rows, V] tensor outlives its chunk.
 
-Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V vocabulary, r rows of a chunk.
+Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V vocabulary, r rows of a
+chunk.
 """
 
 from __future__ import annotations
@@ -17,27 +18,29 @@ from canvastune.data.packing import PackedBatch
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.tied_embedding import SharedGradBuffer, accumulate_gradients
 
-# Logits alive at once, in float32: a chunk of rows. Each chunk reads the whole table, and reads and writes its gradient, which costs
-# little beside the multiplications only where a chunk has hundreds of rows. A CPU works through it in tiles that its caches hold.
+# Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and updates its gradient, which
+# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in tiles that fit its caches.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
-_MOST_ROWS = 256  # of a chunk on a CPU: more gain nothing
+_MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 LossWeights = tuple[float | torch.Tensor, float | torch.Tensor]
-_LARGEST_CAP = 60.0  # e^cap times the vocabulary stays well inside float32
-_SATURATED = 40.0  # 2x from which on tanh x is 1 in float32
+_MAX_CAP = 60.0  # e^cap times the vocabulary stays well within float32's range
+_SATURATED = 40.0  # 2x above which tanh(x) is 1 in float32
 
 
 def losses(
     model: WeightTiedDiffusionGemma, batch: PackedBatch, weights: LossWeights, *, any_self_conditioned: bool, checkpointing: Checkpointing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of a packed batch, to be called through `model.inside`.
+    """Compute the loss of a packed batch; call it through `model.run_under_fsdp`.
 
     Args:
-        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its count; numbers, or
-            tensors [] on the device, for which nobody has to wait.
-        any_self_conditioned: whether any rank denoises an example twice: then all ranks run pass 1, since their collectives must match.
+        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its
+            count; numbers, or tensors [] on the device, which need no synchronization.
+        any_self_conditioned: whether any rank has a self-conditioned example: then all ranks run the self-conditioning
+            pass, since their collectives must match.
 
     Returns:
-        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain sums of cross-entropy, without.
+        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain sums of
+        cross-entropy, without.
     """
     table, cap = model.lm_head.weight, model.final_logit_softcapping
     gradient = SharedGradBuffer() if torch.is_grad_enabled() and table.requires_grad else None
@@ -56,12 +59,12 @@ def losses(
 
 
 def _self_conditioning_signal(model: WeightTiedDiffusionGemma, batch: PackedBatch, gradient: SharedGradBuffer | None) -> torch.Tensor:
-    """Pass 1: denoise the examples with a coin from a zero signal -> [M, H], zero for the other examples.
+    """Run the self-conditioning pass: denoise the chosen examples from a zero signal -> [M, H], zero for the others.
 
-    A rank that has no such example while another has one takes part with two tokens, and uses nothing of it.
+    A rank without such an example takes part with two padding tokens, for the collectives only.
     """
     used = any(batch.self_conditioned)
-    twice, rows = batch.select(list(batch.self_conditioned)) if used else (_two_tokens(batch), batch.clean[:0])
+    twice, rows = batch.select(list(batch.self_conditioned)) if used else (_padding_batch(batch), batch.clean[:0])
     twice = twice.before_blocks()
     packing = model.packing(twice)
     with torch.no_grad():
@@ -74,8 +77,8 @@ def _self_conditioning_signal(model: WeightTiedDiffusionGemma, batch: PackedBatc
     return signal.index_copy(0, rows, soft)
 
 
-def _two_tokens(batch: PackedBatch) -> PackedBatch:
-    """A clean token and a canvas of one."""
+def _padding_batch(batch: PackedBatch) -> PackedBatch:
+    """Return a batch of one clean token and one canvas token."""
     one = {name: getattr(batch, name)[:1] for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")}
     none = {name: getattr(batch, name)[:0] for name in ("next_rows", "next_targets")}
     lengths: dict[str, Any] = dict.fromkeys(("clean_lengths", "canvas_lengths", "block_starts"), (1,))
@@ -85,9 +88,10 @@ def _two_tokens(batch: PackedBatch) -> PackedBatch:
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum_r weight_r * CE(softcap(hidden_r . E^T), target_r), and each row's CE without gradient.
 
-    The gradients are formed beside the logits in the forward pass, chunk by chunk, so no logit is computed twice or kept. With
-    t = tanh(logit / cap), the softmax's terms are e^(cap t), which need no maximum taken off: they are bounded. The gradient by a
-    logit is weight * (softmax - onehot) * (1 - t^2); what of it belongs to a whole row is multiplied to the row's other factor.
+    The gradients are computed together with the logits in the forward pass, chunk by chunk, so that no logit is computed
+    twice or kept. With t = tanh(logit / cap), the softmax's terms are e^(cap t): they are bounded, so no maximum needs
+    to be subtracted. The gradient of a logit is weight * (softmax - onehot) * (1 - t^2); factors that are constant over
+    a row are applied to the row's other operand.
     """
 
     @staticmethod
@@ -105,7 +109,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
         rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
-        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)  # a chunk's gradients by the logits
+        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)  # gradients of a chunk's logits
         for start in range(0, len(hidden), rows_at_once):
             part = hidden[start : start + rows_at_once]
             rows = slice(start, start + len(part))
@@ -113,8 +117,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             tiles = list(_tiles(len(part), table, kept))
             for columns, tanh, terms in tiles:
                 total = total + softmax_terms(part, table[columns], cap, (tanh, terms))[2]
-                inside, place = _place(targets[None, rows], columns)
-                at_target = torch.where(inside, tanh.gather(0, place), at_target)[0]
+                inside, index = _index_in_tile(targets[None, rows], columns)
+                at_target = torch.where(inside, tanh.gather(0, index), at_target)[0]
                 terms.addcmul_(terms, tanh.square_(), value=-1)
             each[rows] = total.log() - cap * at_target
             if not (need_hidden or need_table):
@@ -146,7 +150,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = hidden_grad * upstream
         if table_grad is not None:
-            table_grad = table_grad.mul_(upstream).to(ctx.table_dtype)  # in place: a second backward pass through it is refused
+            table_grad = table_grad.mul_(upstream).to(ctx.table_dtype)  # in place: a second backward pass is refused
             if ctx.gradient is not None:
                 ctx.gradient.sum = table_grad
                 table_grad = ctx.gradient.release()
@@ -156,7 +160,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 class _SoftEmbedding(torch.autograd.Function):
     """softmax(softcap(hidden . E^T)) @ E without keeping probabilities: [R, H], [V, H] -> [R, H].
 
-    The probabilities are detached (no gradient reaches `hidden`); E receives its gradient through the product alone.
+    The probabilities are detached (no gradient reaches `hidden`); E receives its gradient through the product only.
     """
 
     @staticmethod
@@ -191,30 +195,35 @@ class _SoftEmbedding(torch.autograd.Function):
 def softmax_terms(
     hidden: torch.Tensor, table: torch.Tensor, cap: float, into: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden [r, H], table [v, H] -> tanh(logits / cap) [v, r], e^(cap * tanh) [v, r] and its sum [r], in float32.
+    """Compute the softmax's terms in float32.
 
     Args:
-        into: where the first two are written; None: to new tensors.
+        hidden: [r, H].
+        table: [v, H].
+        into: buffers for the first two results; None: allocate them.
+
+    Returns:
+        tanh(logits / cap) [v, r], e^(cap * tanh) [v, r] and its sum over v [r].
     """
-    if cap > _LARGEST_CAP:
-        raise ValueError(f"final_logit_softcapping is {cap}: expected at most {_LARGEST_CAP}, so that e^cap can be summed in float32")
+    if cap > _MAX_CAP:
+        raise ValueError(f"final_logit_softcapping is {cap}: expected at most {_MAX_CAP}, so that e^cap can be summed in float32")
     empty = hidden.new_empty(0, dtype=torch.float32)
     tanh, terms = into or (empty.new_empty(len(table), len(hidden)), empty.new_empty(len(table), len(hidden)))
     if hidden.dtype == torch.float32:
         torch.mm(table, hidden.T, out=tanh)
     else:
         tanh.copy_(table @ hidden.T)
-    if hidden.device.type == "cpu":  # tanh x = (e^2x - 1) / (e^2x + 1): as exact as the library's, in half of its time
+    if hidden.device.type == "cpu":  # tanh x = (e^2x - 1) / (e^2x + 1): as accurate as the library's, in half the time
         tanh.mul_(2 / cap).clamp_(max=_SATURATED).expm1_()
         tanh.div_(torch.add(tanh, 2, out=terms))
     else:
         tanh.div_(cap).tanh_()
-    torch.mul(tanh, cap * math.log2(math.e), out=terms).exp2_()  # a power of two is computed in a third of the time
+    torch.mul(tanh, cap * math.log2(math.e), out=terms).exp2_()  # exp2 takes a third of exp's time
     return tanh, terms, terms.sum(dim=0)
 
 
 def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Rows, columns, and the softmax's terms there."""
+    """Yield rows, columns, and the softmax's terms [columns, rows] there."""
     rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
     for start in range(0, len(hidden), rows_at_once):
         part = hidden[start : start + rows_at_once]
@@ -223,30 +232,30 @@ def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Ite
 
 
 def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Tiles of a chunk's logits: columns, and two float32 buffers [columns, rows], of which the second is in `kept`, if given.
+    """Yield tiles of a chunk's logits: columns and two float32 buffers [columns, rows], the second within `kept` if given.
 
-    A CPU's caches hold a tile through everything that is done with it, and its matmuls with the table are faster with a tile's rows
-    in its last dimension. A GPU takes the chunk as one.
+    A tile stays in a CPU's caches while it is processed, and matmuls with the table are faster with the tile's rows in
+    the last dimension. On a GPU the chunk is one tile.
     """
     vocabulary = len(table)
     width = tile_columns(rows, vocabulary, table.device.type)
-    beside = table.new_empty(rows * width * (1 if kept is not None else 2), dtype=torch.float32)
+    scratch = table.new_empty(rows * width * (1 if kept is not None else 2), dtype=torch.float32)
     for start in range(0, vocabulary, width):
         columns = slice(start, min(vocabulary, start + width))
         size = rows * (columns.stop - start)
-        second = beside[rows * width : rows * width + size] if kept is None else kept[rows * start : rows * start + size]
-        yield columns, beside[:size].view(-1, rows), second.view(-1, rows)
+        second = scratch[rows * width : rows * width + size] if kept is None else kept[rows * start : rows * start + size]
+        yield columns, scratch[:size].view(-1, rows), second.view(-1, rows)
 
 
-def _place(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets [1, r] are in a tile, and where there (somewhere, for the others)."""
-    place = targets - columns.start
-    inside = (place >= 0) & (place < columns.stop - columns.start)
-    return inside, place.clamp_(0, columns.stop - columns.start - 1)
+def _index_in_tile(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which targets [1, r] are in a tile, and their index in it (clamped for the others)."""
+    index = targets - columns.start
+    inside = (index >= 0) & (index < columns.stop - columns.start)
+    return inside, index.clamp_(0, columns.stop - columns.start - 1)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right; where the dtypes agree, without a product beside it."""
+    """Add left @ right to total, in place; without a temporary product if the dtypes agree."""
     if total.dtype == left.dtype == right.dtype:
         total.addmm_(left, right)
     else:
@@ -254,11 +263,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows whose logits are alive at once."""
-    rows = min(_MOST_ROWS, CHUNK_ELEMENTS // vocabulary) if device == "cpu" else GPU_CHUNK_ELEMENTS // vocabulary
+    """Return how many rows have their logits alive at once."""
+    rows = min(_MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary) if device == "cpu" else GPU_CHUNK_ELEMENTS // vocabulary
     return max(1, rows)
 
 
 def tile_columns(rows: int, vocabulary: int, device: str) -> int:
-    """Columns of a tile of these rows."""
+    """Return the number of columns of a tile with this many rows."""
     return min(vocabulary, max(1, TILE_ELEMENTS // rows)) if device == "cpu" else vocabulary

@@ -21,7 +21,7 @@ from transformers import DiffusionGemmaConfig
 from canvastune.checkpoint.load import build_model
 from canvastune.config import RunConfig
 from canvastune.data.packing import PackedBatch
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.objective import losses
@@ -83,7 +83,7 @@ def lone_rank(world_size: int) -> Iterator[None]:
 def sharded_model(config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int) -> WeightTiedDiffusionGemma:
     """The engine's model on the meta device, sharded over a lone rank's world."""
     model = build_model(config, model_config)
-    shard_model(model, build_meshes(world_size, config.parallel.ep, "cpu"), config)
+    shard_model(model, ParallelDims(world_size // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other beside tensors: one rank's result for all, what each found, and who hangs."""
+"""Share Python results, and the errors of one rank, with all ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ Result = TypeVar("Result")
 
 
 def run_on_rank0(function: Callable[[], Result]) -> Result:
-    """Call on rank 0 and give every rank its result, or its UserError: no rank waits for one that has failed."""
-    outcome: Result | None = None
-    problem: UserError | None = None
+    """Call a function on rank 0 and return its result, or raise its UserError, on every rank.
+
+    No rank waits for a rank that has failed.
+    """
+    result: Result | None = None
+    error: UserError | None = None
     if dist.get_rank() == 0:
         try:
-            outcome = function()
-        except UserError as error:
-            problem = error
-    shared: list[Any] = [outcome, problem]
+            result = function()
+        except UserError as raised:
+            error = raised
+    shared: list[Any] = [result, error]
     dist.broadcast_object_list(shared)
     if shared[1] is not None:
         raise shared[1]
@@ -29,23 +32,33 @@ def run_on_rank0(function: Callable[[], Result]) -> Result:
 
 
 def gather_results(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Call on every rank and give all of them all results, or the first rank's UserError."""
-    outcome: Result | None = None
-    problem: UserError | None = None
+    """Call a function on every rank and return all results, by rank, on every rank.
+
+    Raises:
+        UserError: that of the lowest rank that raised one, on every rank.
+    """
+    result: Result | None = None
+    error: UserError | None = None
     try:
-        outcome = function()
-    except UserError as error:
-        problem = error
+        result = function()
+    except UserError as raised:
+        error = raised
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (outcome, problem), group=group)
-    for _, found in gathered:
-        if found is not None:
-            raise found
-    return [result for result, _ in gathered]
+    dist.all_gather_object(gathered, (result, error), group=group)
+    for _, raised in gathered:
+        if raised is not None:
+            raise raised
+    return [each for each, _ in gathered]
 
 
 def run_on_all_ranks(function: Callable[[], Result]) -> Result:
-    """Call on every rank and give each its own result; where one is refused, all of them get the first rank's UserError."""
+    """Call a function on every rank and return each rank's own result.
+
+    Unlike `gather_results`, the result need not be serializable.
+
+    Raises:
+        UserError: that of the lowest rank that raised one, on every rank.
+    """
     results: list[Result] = []
     gather_results(lambda: results.append(function()))
     return results[0]

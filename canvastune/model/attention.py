@@ -1,7 +1,7 @@
-"""Attention over a packed batch: each clean row sees its past, each canvas row its prefix, earlier blocks and its own block.
+"""Attention over a packed batch: clean rows are causal; canvas rows see the prefix, earlier blocks and their own block.
 
-Every example attends by itself, so no row is padded, and what a canvas sees is one stretch of its example's keys: no mask either.
-`canvastune.model.flex_attention` is the other form, for `train.attention: flex`.
+Each example attends by itself, so nothing is padded, and the keys that a canvas sees are contiguous, so it needs no mask.
+`canvastune.model.flex_attention` is the alternative for `train.attention: flex`.
 
 Shape letters: S and C clean and canvas length of an example, N and M their sums over the batch, A query heads, G key and value
 heads, D head size.
@@ -21,58 +21,58 @@ from transformers.masking_utils import sdpa_mask
 from canvastune.data.packing import PackedBatch
 from canvastune.model.flex_attention import FlexPacking
 
-NAME = "canvastune"  # of the attention implementation, in transformers' registry
+NAME = "canvastune"  # the attention implementation in transformers' registry
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which rows of a packed batch belong together, and what they see; made once per batch."""
+    """Which rows of a packed batch belong together, and which keys they see; built once per batch."""
 
     clean_lengths: tuple[int, ...]  # S of each example
     canvas_lengths: tuple[int, ...]  # C of each example
-    past: dict[str, tuple[slice, ...]]  # layer type -> clean positions of each example that all rows of its canvas see
-    clean_sees: dict[str, torch.Tensor | None]  # layer type -> bool[S, S] of the longest example, or None: plain causal
-    window: int  # positions that a row of a sliding layer sees, where `clean_sees` has a mask
-    row_keys: torch.Tensor | None = None  # int64[N+M]: by which adapters drop their inputs; None: they drop nothing
+    prefix_slices: dict[str, tuple[slice, ...]]  # layer type -> clean positions of each example that its canvas sees
+    clean_masks: dict[str, torch.Tensor | None]  # layer type -> bool[S, S] for the longest example; None: causal
+    window: int  # positions that a row of a sliding layer sees, where `clean_masks` has a mask
+    row_keys: torch.Tensor | None = None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
 
     @property
     def clean_rows(self) -> int:
-        """N."""
+        """Number of clean rows, N."""
         return sum(self.clean_lengths)
 
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
-        # The block's past alone, never its own clean tokens. On sliding layers, the last window - 1 positions before the
-        # block's start, the same for each of its rows: what block-by-block inference keeps in its cache.
+        # Only what precedes the block, never its own clean tokens. On sliding layers, the last window - 1 positions
+        # before the block's start, the same for each of its rows: what block-by-block inference keeps in its cache.
         full = tuple(slice(0, start) for start in batch.block_starts)
         sliding = tuple(slice(max(0, start - (sliding_window - 1)), start) for start in batch.block_starts)
         mask = _sliding_causal(max(batch.clean_lengths), sliding_window)
         return cls(
             clean_lengths=batch.clean_lengths,
             canvas_lengths=batch.canvas_lengths,
-            past={"full_attention": full, "sliding_attention": sliding},
-            clean_sees={"full_attention": None, "sliding_attention": None if mask is None else mask.to(batch.clean.device)},
+            prefix_slices={"full_attention": full, "sliding_attention": sliding},
+            clean_masks={"full_attention": None, "sliding_attention": None if mask is None else mask.to(batch.clean.device)},
             window=sliding_window,
             row_keys=batch.row_keys,
         )
 
     def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """query [1, A, N+M, D], key and value [1, G, N+M, D] of a layer of this type -> [1, A, N+M, D]."""
-        how: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-        mask, past = self.clean_sees[kind], self.past[kind]
+        """Attend in a layer of this type: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1, A, N+M, D]."""
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        mask, prefixes = self.clean_masks[kind], self.prefix_slices[kind]
         lengths = [*self.clean_lengths, *self.canvas_lengths]
         queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
-        examples = len(past)
-        clean = [_causal(*rows, mask, self.window, how) for rows in zip(queries[:examples], keys, values, strict=False)]
+        examples = len(prefixes)
+        clean = [_causal(*rows, mask, self.window, options) for rows in zip(queries[:examples], keys, values, strict=False)]
         canvas = [
             F.scaled_dot_product_attention(
                 queries[examples + index],
-                torch.cat([keys[index][:, :, seen], keys[examples + index]], dim=2),
-                torch.cat([values[index][:, :, seen], values[examples + index]], dim=2),
-                **how,
+                torch.cat([keys[index][:, :, prefix], keys[examples + index]], dim=2),
+                torch.cat([values[index][:, :, prefix], values[examples + index]], dim=2),
+                **options,
             )
-            for index, seen in enumerate(past)
+            for index, prefix in enumerate(prefixes)
         ]
         return torch.cat([*clean, *canvas], dim=2)
 
@@ -89,9 +89,9 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1, N+M, A, D].
+    """Implement transformers' attention interface: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1, N+M, A, D].
 
-    Without `packing` this is stock SDPA, as `generate()` needs it; the encoder's calls (`write_cache`) are causal.
+    Without `packing` this is stock SDPA, which `generate()` needs; the encoder's calls (`write_cache`) are causal.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=write_cache, **kwargs)
@@ -99,21 +99,23 @@ def packed_attention(
 
 
 def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, window: int, how: dict[str, Any]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, window: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """One example's clean rows: each sees its past, on a sliding layer of a long example its window alone.
+    """Attend over one example's clean rows: causally, and on a sliding layer of a long example within its window.
 
-    There half a window of rows goes at a time, with all keys that any of them sees.
+    The latter takes half a window of rows at a time, with all keys that any of them sees.
     """
     length, size = query.shape[2], sliding_window_rows(window)
     if mask is None or length <= window:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **how)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     parts = []
     for start, rows in zip(range(0, length, size), query.split(size, dim=2), strict=True):
         stop = start + rows.shape[2]
         seen = slice(max(0, start - window + 1), stop)
-        sees = mask[start:stop, seen]
-        parts.append(F.scaled_dot_product_attention(rows, key[:, :, seen], value[:, :, seen], attn_mask=sees, **how))
+        part_mask = mask[start:stop, seen]
+        parts.append(
+            F.scaled_dot_product_attention(rows, key[:, :, seen], value[:, :, seen], attn_mask=part_mask, **options)
+        )
     return torch.cat(parts, dim=2)
 
 
@@ -130,5 +132,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def sliding_window_rows(window: int) -> int:
-    """Rows of a sliding layer that are attended together: more would see many keys that are masked, fewer would be many small calls."""
+    """Return how many rows of a sliding layer attend in one call.
+
+    More rows would see many masked keys, fewer would be many small calls.
+    """
     return -(-window // 2)

@@ -1,4 +1,4 @@
-"""DiffusionGemma as one shared stack: Hugging Face's modules, of which encoder and decoder use the same ones.
+"""DiffusionGemma as one shared stack: encoder and decoder use the same Hugging Face modules.
 
 Shape letters: N clean tokens and M canvas tokens of a packed batch, H hidden size.
 """
@@ -37,7 +37,10 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
     """
 
     def __init__(self, config: DiffusionGemmaConfig, packing: type[Packing] | type[FlexPacking] = Packing) -> None:
-        """`packing`: how the rows of a batch attend."""
+        """
+        Args:
+            packing: how the rows of a batch attend.
+        """
         config._attn_implementation = attention.NAME
         config._experts_implementation = moe.NAME
         super().__init__(config)
@@ -51,7 +54,7 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
         decoder.embed_tokens.__class__ = SharedEmbedding
         make_memory_efficient(decoder)
         text = encoder.language_model
-        # Out of the module tree, so that each weight is found once, under the decoder's name.
+        # Outside the module tree, so that each weight is registered once, under the decoder's name.
         for name, shared in {
             "layers": [_EncoderView(layer) for layer in decoder.layers],
             "norm": decoder.norm,
@@ -63,15 +66,19 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
         self.lm_head.weight = decoder.embed_tokens.weight
 
     def run_under_fsdp(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """`function(self, ...)`, as a forward pass of this module: where FSDP has gathered the root's weights."""
+        """Call `function(self, ...)` as a forward pass of this module, with FSDP's root gathered."""
         return function(self, *args, **kwargs)
 
     def packing(self, batch: PackedBatch) -> Packing | FlexPacking:
-        """Which rows of a batch see which, for `hidden_states`."""
+        """Lay out which rows of a batch attend to which, for `hidden_states`."""
         return self._packing.of(batch, self.config.text_config.sliding_window)
 
     def embed_canvas(self, canvas: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
-        """Embed canvas tokens [M] with the self-conditioning signal [M, H] (None: zeros, on which the block runs too) -> [M, H]."""
+        """Embed canvas tokens [M] with the self-conditioning signal [M, H] -> [M, H].
+
+        Args:
+            signal: None stands for zeros; the self-conditioning block runs on them too.
+        """
         decoder = self.model.decoder
         embedded = decoder.embed_tokens(canvas)
         return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
@@ -79,11 +86,14 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
     def hidden_states(
         self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: Checkpointing
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass of the stack over `[clean ; canvas]` -> last hidden states of the clean rows [N, H] and canvas rows [M, H].
+        """Run the stack once over `[clean ; canvas]`.
 
         Args:
             canvas: [M, H] embedded canvas, self-conditioning applied.
-            checkpointing: of which layers the input alone is kept, from which the backward pass recomputes them.
+            checkpointing: which layers keep only their input and are recomputed in the backward pass.
+
+        Returns:
+            The last hidden states of the clean rows [N, H] and of the canvas rows [M, H].
         """
         decoder = self.model.decoder
         hidden = torch.cat([decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)])[None]
@@ -102,14 +112,14 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
 def _run_layer(
     layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing | FlexPacking
 ) -> torch.Tensor:
-    with keyed_dropout(packing.row_keys):  # here, so that a recomputed layer drops what it dropped before
+    with keyed_dropout(packing.row_keys):  # inside, so that a recomputed layer drops the same inputs
         return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
 
 
 class _SharedLayer(DiffusionGemmaDecoderTextLayer):
-    """The stock layer, whose tokens travel to their experts, where these live on several ranks, while the dense gated layer computes.
+    """The stock layer with expert dispatch overlapped with the dense MLP under expert parallelism.
 
-    On one rank its operations have the same order, so that gradients are summed in the same order there.
+    On one rank the operations run in the same order, so that gradients are summed in that order too.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -123,15 +133,15 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
             sent = moe.dispatch(self.experts, rows, index, weights)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
         if sent is not None:
-            rows, weights = sent.arrived()
+            rows, weights = sent.wait()
         routed = self.post_feedforward_layernorm_2(self.experts(rows, index, weights, sent=sent).view_as(residual))
         out = residual + self.post_feedforward_layernorm(dense + routed)
-        out *= self.layer_scalar  # in place: the scalar is float32 where the states are not
+        out *= self.layer_scalar  # in place, to keep the dtype: the scalar is float32
         return out
 
 
 class _EncoderView:
-    """A shared layer as the encoder calls it: causal, and writing its keys and values to the cache."""
+    """A shared layer as the encoder calls it: causal, and it writes its keys and values to the cache."""
 
     def __init__(self, layer: DiffusionGemmaDecoderTextLayer) -> None:
         self._layer = layer
@@ -142,14 +152,14 @@ class _EncoderView:
 
 
 class _WrittenCache:
-    """Marks a cache as one to be written: the decoder's attention reads a cache without changing it."""
+    """Mark a cache as writable: the decoder's attention reads a cache without changing it."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
 
 
 class _SharedAttention(DiffusionGemmaDecoderTextAttention):
-    """The decoder's attention, which appends to the cache for good where the encoder calls it."""
+    """The decoder's attention, which updates the cache when the encoder calls it."""
 
     def append_to_cache(
         self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor
@@ -160,5 +170,5 @@ class _SharedAttention(DiffusionGemmaDecoderTextAttention):
 
 
 def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
-    """Whether the backward pass recomputes a layer; `selective` keeps every second one, the second first."""
+    """Return whether the backward pass recomputes a layer; `selective` recomputes every second one, from the first on."""
     return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)

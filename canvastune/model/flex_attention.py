@@ -1,6 +1,6 @@
-"""FlexAttention over a packed batch: one call per layer for all examples, where `canvastune.model.attention` makes two per example.
+"""FlexAttention over a packed batch: one call per layer, where `canvastune.model.attention` makes two per example.
 
-What a row sees is the same, laid out as a mask: each row sees one stretch of the clean rows, and a canvas row its own canvas besides.
+A row sees the same keys, as a mask: each row sees one range of the clean rows, and a canvas row also sees its own canvas.
 
 Shape letters: N and M clean and canvas rows of a packed batch, L = N + M, T tiles of `TILE` rows, A query heads, G key and value
 heads, D head size.
@@ -17,34 +17,35 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from canvastune.data.packing import PackedBatch
 
-TILE = 128  # rows and keys that the kernel takes or leaves together
-# Every batch has a length of its own: `dynamic` compiles once for all. What differs is few: two kinds of layer, with gradients and
-# without, more than a tile of rows or not. Past the limit it raises; without `fullgraph` it would go on unfused, slowly, and say nothing.
+TILE = 128  # rows and keys that the kernel computes or skips together
+# Batches differ in length, so `dynamic` compiles once for all of them. Few things remain to recompile for: two kinds of
+# layer, with and without gradients, more than a tile of rows or not. Past the limit it raises an error; without
+# `fullgraph` it would silently fall back to the slow unfused path.
 COMPILATION: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
 _COMPILED = torch.compile(flex_attention, **COMPILATION)
-_WIDE = 256  # head size above which the kernel's usual three stages of keys and values may not fit a GPU's shared memory
+_WIDE = 256  # head size above which three stages of keys and values, the default, may exceed a GPU's shared memory
 
 
 @dataclass(frozen=True)
 class FlexPacking:
-    """Which rows of a packed batch each row sees, as a mask per layer type; made once per batch."""
+    """Which rows of a packed batch each row sees, as a mask per layer type; built once per batch."""
 
     clean_rows: int  # N
     masks: dict[str, BlockMask]  # layer type -> [1, 1, L, L]
-    row_keys: torch.Tensor | None = None  # int64[N+M]: by which adapters drop their inputs; None: they drop nothing
+    row_keys: torch.Tensor | None = None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
 
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> FlexPacking:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
         clean, canvas = torch.tensor(batch.clean_lengths), torch.tensor(batch.canvas_lengths)
         rows = int(clean.sum())
-        begins = clean.cumsum(0) - clean  # of each example's clean rows
+        starts = clean.cumsum(0) - clean  # first clean row of each example
         own = (rows + canvas.cumsum(0) - canvas).repeat_interleave(canvas)
         none = torch.zeros(rows, dtype=torch.int64)
-        # A clean row sees its example's rows up to itself, a canvas row those before its block. On sliding layers that is a clean row's
-        # last `window`, itself among them, and the last window - 1 before the block: what block-by-block inference keeps in its cache.
-        stop = torch.cat([torch.arange(rows) + 1, (begins + torch.tensor(batch.block_starts)).repeat_interleave(canvas)])
-        first = torch.cat([begins.repeat_interleave(clean), begins.repeat_interleave(canvas)])
+        # A clean row sees its example's rows up to and including itself, a canvas row those before its block. On sliding
+        # layers these are the last `window` rows and the last window - 1 rows: what block-by-block inference caches.
+        stop = torch.cat([torch.arange(rows) + 1, (starts + torch.tensor(batch.block_starts)).repeat_interleave(canvas)])
+        first = torch.cat([starts.repeat_interleave(clean), starts.repeat_interleave(canvas)])
         window = torch.full_like(stop, sliding_window)
         window[rows:] -= 1
         canvases = torch.cat([none, own]), torch.cat([none, own + canvas.repeat_interleave(canvas)])
@@ -56,7 +57,7 @@ class FlexPacking:
         return cls(rows, masks, batch.row_keys)
 
     def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """query [1, A, L, D], key and value [1, G, L, D] of a layer of this type -> [1, A, L, D]."""
+        """Attend in a layer of this type: query [1, A, L, D], key and value [1, G, L, D] -> [1, A, L, D]."""
         attention = _COMPILED if query.is_cuda else flex_attention
         options: Any = {"fwd_num_stages": 2} if query.shape[-1] > _WIDE else None
         gqa = query.shape[1] != key.shape[1]
@@ -64,23 +65,23 @@ class FlexPacking:
 
 
 def _block_mask(first: torch.Tensor, stop: torch.Tensor, own_first: torch.Tensor, own_stop: torch.Tensor) -> BlockMask:
-    """Row q sees rows first[q] to stop[q] and own_first[q] to own_stop[q] (int32[L] each, ends exclusive, apart from each other).
+    """Build the mask in which row q sees rows first[q]:stop[q] and own_first[q]:own_stop[q] (int32[L] each, disjoint).
 
-    What `create_block_mask` gives, from L * T numbers; it would make all L * L of the mask.
+    The result equals that of `create_block_mask`, from L * T numbers; that function materializes all L * L of the mask.
     """
     rows = len(first)
     tiles = -(-rows // TILE)
     edges = torch.arange(tiles, device=first.device, dtype=torch.int32) * TILE
 
     def seen(first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """[L, T]: rows of each tile in the stretch."""
+        """Count the rows of each tile in a range -> [L, T]."""
         return (torch.minimum(stop[:, None], edges + TILE) - torch.maximum(first[:, None], edges)).clamp_(min=0)
 
     pairs = F.pad(seen(first, stop) + seen(own_first, own_stop), (0, 0, 0, tiles * TILE - rows)).view(tiles, TILE, tiles).sum(1)
     whole = pairs == TILE * TILE
 
     def ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """bool[T, T] -> int32[1, 1, T] tiles of each row of tiles, int32[1, 1, T, T] which, those first."""
+        """Order chosen tiles first: bool[T, T] -> their counts int32[1, 1, T] and indices int32[1, 1, T, T]."""
         order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         return chosen.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 

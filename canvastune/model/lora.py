@@ -1,7 +1,7 @@
-"""Adapters on the shared stack, one per shared weight, seen by the encoder's and the decoder's rows alike.
+"""Adapters on the shared stack, one per shared weight, used for the encoder's and the decoder's rows alike.
 
-Linear layers carry PEFT's LoRA layers. A layer's experts carry factors of their own (`model.experts` multiplies with them):
-PEFT would add the update to every expert's weight in each forward pass.
+Linear layers carry PEFT's LoRA layers. Experts carry separate factors, which `model.moe` multiplies with: PEFT would add
+the update to every expert's weight in each forward pass.
 
 Shape letters: r rank, E experts.
 """
@@ -25,11 +25,11 @@ from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
 from canvastune.noise import dropout_mask, dropout_module_key, weight_generator
 
-ADAPTER = "default"  # PEFT's name of the only adapter
-# Full names: bare ones would also hit the vision tower and the self-conditioning block.
+ADAPTER = "default"  # PEFT's name for the only adapter
+# Full names: bare ones would also match the vision tower and the self-conditioning block.
 TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # [E, out, in] each, in the order of the stock module
-_STRIDE = 16  # bytes: the grouped matmul takes strides that are multiples of it, and a row of B is r long
+_STRIDE = 16  # bytes: the grouped matmul needs strides that are multiples of it, and a row of B has r elements
 
 _ROW_KEYS: ContextVar[torch.Tensor | None] = ContextVar("row_keys", default=None)
 
@@ -47,9 +47,9 @@ class ExpertFactors(nn.Module):
 
 
 class CounterBasedDropout(nn.Module):
-    """Dropout whose mask depends on the run's seed, the row's example and place in it, and the module's name alone.
+    """Dropout whose mask depends only on the run's seed, the row's example and position, and the module's name.
 
-    It acts inside `dropping_rows`, and passes its input through anywhere else.
+    It is active inside `keyed_dropout`, and the identity elsewhere.
     """
 
     def __init__(self, probability: float, name: str) -> None:
@@ -57,7 +57,7 @@ class CounterBasedDropout(nn.Module):
         self.probability, self.key = probability, dropout_module_key(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., rows, features] -> the same shape: zero with `probability`, else divided by 1 - probability."""
+        """Zero entries of x [..., rows, features] with `probability`, and divide the others by 1 - probability."""
         rows = _ROW_KEYS.get()
         if rows is None or not self.training:
             return x
@@ -66,7 +66,7 @@ class CounterBasedDropout(nn.Module):
 
 @contextlib.contextmanager
 def keyed_dropout(row_keys: torch.Tensor | None) -> Iterator[None]:
-    """Adapters inside see rows with these keys, int64[rows], and drop by them; None: drop nothing."""
+    """Make adapters inside the block apply dropout by these keys, int64[rows]; None: no dropout."""
     token = _ROW_KEYS.set(row_keys)
     try:
         yield
@@ -75,13 +75,14 @@ def keyed_dropout(row_keys: torch.Tensor | None) -> Iterator[None]:
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> None:
-    """Put an adapter on every targeted linear layer, and on the experts if the recipe says so, in place, on the meta device.
+    """Add an adapter to every targeted linear layer, and to the experts if the recipe says so, in place.
 
     Args:
-        compute: the dtype that the factors are multiplied in.
+        model: on the meta device.
+        compute: dtype in which the factors are multiplied.
 
     Raises:
-        UserError: a rank that the grouped matmul cannot take.
+        UserError: a LoRA rank that the grouped matmul does not support.
     """
     peft_config = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS, bias="none", use_rslora=config.rslora)
     inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
@@ -93,17 +94,20 @@ def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> 
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter factor's."""
+    """Return whether a parameter's name is that of an adapter factor."""
     return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
 
 
 def base_name(name: str) -> str:
-    """A parameter's name in the checkpoint, where PEFT's wrappers do not exist."""
+    """Return a parameter's name in the checkpoint, without PEFT's wrappers."""
     return name.replace(".base_layer.", ".")
 
 
 def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The whole initial factor, float32: A uniform in +-1/sqrt(in) (LoRA's Kaiming initialisation with a = sqrt 5), B zero."""
+    """Return the whole initial factor in float32.
+
+    A is uniform in +-1/sqrt(in) (LoRA's Kaiming initialization with a = sqrt 5), B is zero.
+    """
     if ".lora_B." in name:
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[-1])
@@ -111,7 +115,7 @@ def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
 
 
 def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B [(E,) out, r]."""
+    """Yield each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B [(E,) out, r]."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         module, found, weight = name.partition(f".lora_A.{ADAPTER}.")
@@ -124,10 +128,11 @@ def _adapt_experts(experts: Any, config: LoraConfig, compute: torch.dtype) -> No
     if config.rank % multiple:
         dtype, next_rank = str(compute).removeprefix("torch."), -(-config.rank // multiple) * multiple
         raise UserError(
-            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts in {dtype}: experts are multiplied "
-            f"in groups, whose rows must be aligned. Try --set lora.rank={next_rank}"
+            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts in {dtype}, "
+            "since the grouped matmul of the experts needs aligned rows",
+            hint=f"Try --set lora.rank={next_rank}.",
         )
-    # Named as PEFT names its layers' factors.
+    # The names that PEFT gives its layers' factors.
     experts.lora_A = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "A", config.rank)})
     experts.lora_B = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "B", config.rank)})
     experts.lora_scale = config.scale

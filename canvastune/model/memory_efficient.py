@@ -1,6 +1,7 @@
-"""Operations between the matrix products that keep their inputs alone for the backward pass, where autograd keeps every step.
+"""Norms and gated MLPs that keep only their inputs for the backward pass, where autograd keeps every intermediate.
 
-A norm in transformers' form keeps four tensors of its input's size, a gated activation three; neither takes time worth saving.
+A norm as transformers writes it keeps four tensors of its input's size, a gated activation three; both are cheap to
+recompute.
 
 Shape letters: T tokens, H hidden size, I size of a gated layer.
 """
@@ -17,41 +18,41 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 
 
 def make_memory_efficient(model: nn.Module) -> None:
-    """Give every norm and gated layer of stock modules its lean form, in place; weights and their names stay."""
+    """Replace every stock norm and gated MLP by its memory-efficient form, in place; weights keep their names."""
     for module in model.modules():
-        for stock, lean in ((DiffusionGemmaRMSNorm, MemoryEfficientNorm), (DiffusionGemmaText4MLP, MemoryEfficientMLP)):
+        for stock, efficient in ((DiffusionGemmaRMSNorm, MemoryEfficientNorm), (DiffusionGemmaText4MLP, MemoryEfficientMLP)):
             if type(module) is stock:
-                module.__class__ = lean
+                module.__class__ = efficient
 
 
 def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function(*inputs)`, of cheap elementwise operations that the backward pass does again; only the inputs are kept.
+    """Return `function(*inputs)`, recomputing its cheap elementwise operations in the backward pass.
 
-    The function calls no module, only the `forward` of one: hooks would find tensors that are in no graph.
+    The function may call the `forward` of a module but not the module: hooks would see tensors outside the graph.
     """
     return _Recomputed.apply(function, *inputs)
 
 
 class MemoryEfficientNorm(DiffusionGemmaRMSNorm):
-    """The stock norm, in float32 as there."""
+    """The stock norm, computed in float32 as there."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H]."""
+        """Normalize [..., H] -> [..., H]."""
         if hidden_states.is_cuda:
             return self.fused(hidden_states)
         return _Norm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The library's norm: on CUDA one kernel each way, which keeps as little; on a CPU it is made of as many as the stock one."""
+        """Normalize with torch's fused norm, which on CUDA is one kernel each way and keeps as little."""
         weight = self.weight.to(hidden_states.dtype) if self.with_scale else None
         return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
 
 
 class MemoryEfficientMLP(DiffusionGemmaText4MLP):
-    """The stock gated layer."""
+    """The stock gated MLP."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H]."""
+        """Apply the MLP: [..., H] -> [..., H]."""
         return self.down_proj(recomputed(lambda gate, up: self.act_fn.forward(gate) * up, self.gate_proj(x), self.up_proj(x)))
 
 
@@ -73,7 +74,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32; keeps x and a number for each row."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The embedding table, which a step uses in three ways, and its gradient, summed in one buffer.
+"""The embedding table, which a step uses in three ways, with its gradient summed in one buffer.
 
-Left to autograd, each use (the lookups, the soft embedding, the head) makes a whole [V, H] gradient of its own, of which a lookup
-fills a few rows, and all are kept until they are added. Here each use adds to one buffer, and the last one to come hands it over.
+With plain autograd, each use (lookups, soft embedding, head) allocates a full [V, H] gradient, of which a lookup fills a
+few rows, and all of them are kept until they are added. Here each use adds to one buffer, and the last use returns it.
 
 Shape letters: V vocabulary, H hidden size, R rows.
 """
@@ -20,31 +20,36 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 
 
 class SharedGradBuffer:
-    """The buffer of one forward and backward pass: every use is announced in the forward pass and comes back in the backward pass."""
+    """The gradient buffer of one forward and backward pass.
+
+    Each use is registered in the forward pass and released in the backward pass.
+    """
 
     def __init__(self) -> None:
         self.sum: torch.Tensor | None = None  # [V, H] in the table's dtype
-        self._awaited = 0
+        self._pending = 0
 
     def register_use(self) -> None:
-        """One use more will come back."""
-        self._awaited += 1
+        """Expect one more release."""
+        self._pending += 1
 
     def release(self) -> torch.Tensor | None:
-        """A use has come back and added its part -> its gradient for autograd: the sum for the last one, nothing for the others."""
-        if not self._awaited:
-            raise RuntimeError("the table's gradient was handed over before: a second backward pass through one step")
+        """Return the gradient that a use, having added its part, gives autograd: the sum for the last use, else None."""
+        if not self._pending:
+            raise RuntimeError("the table's gradient was already returned: a second backward pass through one step")
         Variable._execution_engine.queue_callback(self._check)
-        self._awaited -= 1
-        if self._awaited:
+        self._pending -= 1
+        if self._pending:
             return None
-        whole, self.sum = self.sum, None
-        return whole
+        total, self.sum = self.sum, None
+        return total
 
     def _check(self) -> None:
-        """At the end of the backward pass: a use that never came back would have kept the others' gradient."""
-        if self._awaited:
-            raise RuntimeError(f"{self._awaited} uses of the embedding table took no part in the backward pass: its gradient is lost")
+        """Check at the end of the backward pass that no use withheld the others' gradient."""
+        if self._pending:
+            raise RuntimeError(
+                f"{self._pending} uses of the embedding table took no part in the backward pass: its gradient is lost"
+            )
 
 
 _CURRENT: ContextVar[SharedGradBuffer | None] = ContextVar("table_gradient", default=None)
@@ -52,7 +57,7 @@ _CURRENT: ContextVar[SharedGradBuffer | None] = ContextVar("table_gradient", def
 
 @contextlib.contextmanager
 def accumulate_gradients(gradient: SharedGradBuffer | None) -> Iterator[None]:
-    """Lookups inside add to this buffer; None: autograd's own way."""
+    """Make lookups inside the block add their gradient to this buffer; None: leave it to autograd."""
     token = _CURRENT.set(gradient)
     try:
         yield
@@ -61,10 +66,10 @@ def accumulate_gradients(gradient: SharedGradBuffer | None) -> Iterator[None]:
 
 
 class SharedEmbedding(DiffusionGemmaTextScaledWordEmbedding):
-    """The stock table with its stock lookup; inside `collecting`, the lookup's gradient goes to the buffer."""
+    """The stock table and lookup; inside `accumulate_gradients`, the lookup's gradient goes to the buffer."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64[...] -> [..., H]."""
+        """Embed token ids int64[...] -> [..., H]."""
         gradient = _CURRENT.get()
         if gradient is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(input_ids)
@@ -90,14 +95,14 @@ class _Lookup(torch.autograd.Function):
 
 
 def _add_rows(table: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, padding: int | None) -> None:
-    """table[ids] += rows, but for the padding id; deterministic on every device, and without waiting for it.
+    """Add rows to table[ids], except for the padding id; deterministic on every device, without synchronization.
 
-    Rows of one id are summed first, so that no id is written twice by the addition to the table.
+    Rows of the same id are summed first, so that the addition to the table writes no row twice.
     """
     ids, order = ids.sort(stable=True)
-    number = torch.zeros_like(ids)  # of each row's id among the different ones
+    number = torch.zeros_like(ids)  # index of each row's id among the distinct ids
     number[1:] = (ids[1:] != ids[:-1]).cumsum(0)
-    # [R, H]: as many sums as there are different ids, then zeros.
+    # [R, H]: one sum per distinct id, then zeros.
     sums = torch.ops.aten.embedding_dense_backward(rows[order], number, len(ids), -1, False)
     targets = torch.zeros_like(ids).scatter_(0, number, ids)
     if padding is not None:

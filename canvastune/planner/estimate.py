@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from canvastune.config import RunConfig
-from canvastune.distributed.parallel_dims import check_layout
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.errors import UserError
 from canvastune.perf_model.architecture import (
     Architecture,
@@ -78,4 +78,4 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
 def _check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
     if world_size < 1:
         raise UserError(f"--gpus: found {world_size}, expected at least 1. Give the number of GPUs of all nodes")
-    check_layout(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)
+    ParallelDims.of(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)

@@ -26,7 +26,7 @@ from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig
 from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import pad_token
-from canvastune.distributed.parallel_dims import build_meshes, check_layout
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
@@ -69,13 +69,13 @@ def train(
     base = run_on_rank0(lambda: resolve_model(config.model))
     model_config = run_on_all_ranks(lambda: read_model_config(base))
     text = model_config.text_config
-    check_layout(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
+    dims = ParallelDims.of(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
     if data is None:
         data = output / "data"
         run_on_rank0(lambda: None if data.exists() else prepare_data(config, base, data))
     data_print = run_on_rank0(lambda: hash_path(data / "train") + hash_path(data / "validation"))
     model = build_model(config, model_config)
-    shard_model(model, build_meshes(world_size, config.parallel.ep, device.type), config)
+    shard_model(model, dims.build_meshes(device.type), config)
     run_on_all_ranks(lambda: load_weights(model, CheckpointReader(base), device, config.seed))
 
     prepared = run_on_all_ranks(
@@ -146,7 +146,7 @@ def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
     except (RuntimeError, CheckpointException) as error:
         if not _LOST.search(str(error)):
             raise
-        raise RankLostError(rank_registry.missing_ranks(watchdog.doing)) from error
+        raise RankLostError(rank_registry.missing_ranks(watchdog.activity)) from error
     finally:
         watchdog.close()
 

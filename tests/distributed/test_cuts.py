@@ -17,7 +17,7 @@ from canvastune.config import RunConfig
 from canvastune.config.schema import ObjectiveConfig
 from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import pack
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.model.lora import lora_factors
 from canvastune.perf_model.architecture import read_architecture
@@ -75,7 +75,7 @@ def prepared(ground: Path) -> TrainingDataset:
 def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     """One step of the trainer: its record, and the gradients as the optimiser saw them, whole."""
     model = build_model(config, read_model_config(ground / "base"))
-    shard_model(model, build_meshes(dist.get_world_size(), config.parallel.ep, "cpu"), config)
+    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     adapters_that_act(model)
     unused: Any = None

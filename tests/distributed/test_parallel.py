@@ -18,7 +18,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import parse_config
 from canvastune.data.packing import pack
-from canvastune.distributed.parallel_dims import build_meshes, check_layout
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import clip_gradients, local_tensor, shard_model
 from canvastune.errors import UserError
 from canvastune.model import moe as experts
@@ -94,7 +94,7 @@ def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...], step
         for ep in degrees:
             config = run_config(method, ep, lora)
             model = build_model(config, read_model_config(checkpoint))
-            shard_model(model, build_meshes(dist.get_world_size(), ep, "cpu"), config)
+            shard_model(model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config)
             load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
             result = some_steps(model, dist.get_rank(), dist.get_world_size(), steps)
             parts = dict(model.model.decoder.layers[0].experts.named_parameters())
@@ -139,7 +139,7 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
     """Two ranks, one pass: what the last layer's dense part and its rows' travel did, in their order."""
     config = run_config(ep=2)
     model = build_model(config, read_model_config(checkpoint))
-    shard_model(model, build_meshes(2, 2, "cpu"), config)
+    shard_model(model, ParallelDims(1, 2).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
     events: list[str] = []
     exchange, wait = experts._exchange, experts._wait
@@ -185,15 +185,16 @@ def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> Non
 
 
 def test_an_expert_parallel_degree_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"parallel.ep: 3 does not divide the number of ranks, 4"):
-        check_layout(run_config(ep=3), 4, **SIZES)
-    with pytest.raises(UserError, match=r"parallel.ep: 16 does not divide the model's number of experts, 8"):
-        check_layout(run_config(ep=16), 16, **SIZES)
+    with pytest.raises(UserError, match=r"parallel\.ep: found 3, .* 4$"):
+        ParallelDims.of(run_config(ep=3), 4, **SIZES)
+    with pytest.raises(UserError, match=r"parallel\.ep: found 16, .* 8$"):
+        ParallelDims.of(run_config(ep=16), 16, **SIZES)
 
 
 def test_a_global_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
-    with pytest.raises(UserError, match=r"train.global_batch_size: 6 does not divide over 4 ranks x 1 .* train.global_batch_size=8"):
-        check_layout(run_config(global_batch_size=6), 4, **SIZES)
+    with pytest.raises(UserError, match=r"train\.global_batch_size: found 6, .* 4 ranks x 1 ") as error:
+        ParallelDims.of(run_config(global_batch_size=6), 4, **SIZES)
+    assert "train.global_batch_size=8" in error.value.hint
 
 
 def test_the_first_step_uses_the_first_non_zero_rate_and_the_last_one_the_least() -> None:

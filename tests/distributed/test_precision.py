@@ -18,7 +18,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.data.packing import pack
 from canvastune.distributed import parallelize as parallel
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.lora import is_adapter
@@ -95,7 +95,7 @@ def sharded_step(checkpoint: Path, method: str, ep: int) -> dict[str, Any]:
     canvas_rows, pairs = counts(examples, draws)
     config = run_config(method, ep, precision="bfloat16")
     model = build_model(config, read_model_config(checkpoint))
-    shard_model(model, build_meshes(world_size, ep, "cpu"), config)
+    shard_model(model, ParallelDims(world_size // ep, ep).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
     adapters_that_act(model)
     total = torch.zeros([], dtype=torch.float64)

@@ -18,7 +18,7 @@ from benchmarks.synthetic_checkpoint import described, write_synthetic
 from canvastune.checkpoint.export import export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from tests.support.small import run_config
 
@@ -57,7 +57,7 @@ def grown(function: Callable[[], object]) -> int:
 def load_and_export(folder: Path, checkpoint: Path, method: str, ep: int) -> dict[str, int]:
     config = run_config(method, ep, precision="bfloat16")
     model = build_model(config, read_model_config(checkpoint))
-    shard_model(model, build_meshes(dist.get_world_size(), ep, "cpu"), config)
+    shard_model(model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config)
     loading = grown(lambda: load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed))
     found = {"loading": loading, "shard": sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())}
     if method == "full":

@@ -213,10 +213,10 @@ def test_sliding_layers_see_exactly_window_minus_one_positions_before_the_block(
     packing = Packing.of(pack([example], [dataclasses.replace(noise(0, 3), block=1)]), WINDOW)
     start = 60 + CANVAS
     positions = list(range(80))
-    visible = positions[packing.past["sliding_attention"][0]]
+    visible = positions[packing.prefix_slices["sliding_attention"][0]]
     assert visible == list(range(start - (WINDOW - 1), start))
-    assert positions[packing.past["full_attention"][0]] == list(range(start))
-    clean = packing.clean_sees["sliding_attention"]
+    assert positions[packing.prefix_slices["full_attention"][0]] == list(range(start))
+    clean = packing.clean_masks["sliding_attention"]
     assert clean is not None
     assert clean[50].nonzero().flatten().tolist() == list(range(50 - (WINDOW - 1), 51)), (
         "a clean row sees the last `window` tokens, itself included"

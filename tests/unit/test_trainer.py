@@ -21,7 +21,7 @@ from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.config.schema import OptimizerConfig
 from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import build_meshes
+from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.errors import UserError
 from canvastune.objective import LossWeights
@@ -43,7 +43,7 @@ def make_trainer(ground: Path, output: Path, *settings: str) -> Trainer:
     """A trainer of the small run, on every rank of this process group."""
     config = load_config(ground / "recipe.yaml", list(settings))
     model = build_model(config, read_model_config(ground / "base"))
-    shard_model(model, build_meshes(dist.get_world_size(), config.parallel.ep, "cpu"), config)
+    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
     data = TrainingDataset(ground / "data", **sizes, seed=config.seed, objective=config.objective)
