@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Any
 
 ERROR_PREFIX = "canvastune: error: "
@@ -26,16 +28,23 @@ class UserError(Exception):
 
 
 def format_error(error: UserError) -> str:
-    """Return the text that a command prints for an error: its message and, on a line of its own, its hint."""
+    """Return the text that a command prints for an error: its message and, on a separate line, its hint."""
     hint = f"\n{_HINT_PREFIX}{error.hint}" if error.hint else ""
     return f"{ERROR_PREFIX}{error}{hint}"
 
 
 def parse_error(output: str) -> UserError | None:
-    """Find the last error that a command printed in its output; None if there is none."""
+    """Find the last error that a command logged in its output, as text or as a JSON event; None if there is none."""
     _, mark, text = output.rpartition(ERROR_PREFIX)
-    message, _, hint = text.partition(f"\n{_HINT_PREFIX}")
-    return UserError(message.strip(), hint=hint.strip()) if mark else None
+    if mark:
+        message, _, hint = text.partition(f"\n{_HINT_PREFIX}")
+        return UserError(message.strip(), hint=hint.strip())
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            event = json.loads(line)
+            if event["event"] == "error":
+                return UserError(event["message"], hint=event.get("hint", ""))
+    return None
 
 
 def _restore(message: str, hint: str) -> UserError:

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import load_config
-from canvastune.errors import UserError, format_error
-from canvastune.evaluation.run import _say, evaluate
-from canvastune.logging import FORMAT_HELP, FORMATS, speak
+from canvastune.errors import UserError
+from canvastune.evaluation.run import evaluate
+from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error
+
+logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
 _EPILOG = """examples:
   python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data --tuned runs/merged --output runs/evaluation
@@ -26,15 +29,15 @@ exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate once; 1 and a line of words where that cannot be, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
-    speak(options.log_format)
+    configure_logging(options.log_format)
     try:
         config = load_config(options.config)
         evaluate(config, options.data, resolve_model(config.model), options.tuned, options.output)
     except UserError as error:
-        print(format_error(error), file=sys.stderr, flush=True)
+        log_error(error)
         return 1
     except KeyboardInterrupt:
-        _say("interrupted; what was done is kept, and the same command goes on")
+        logger.info("evaluate: interrupted; what was done is kept, and the same command goes on")
         return 130
     return 0
 

@@ -1,44 +1,152 @@
-"""What a person sees while something long runs: lines, and a bar on a terminal; or, on request, one JSON object per line."""
+"""Configure log output: plain lines for people, or one JSON object per event; and show the training progress bar.
+
+Modules log with `logger = logging.getLogger(__name__)`. Programs call `configure_logging` once, at their start.
+Only the standard library is imported here: `canvastune doctor` runs before anything is installed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
+import logging
 import os
-import re
-import signal
 import sys
 import time
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from canvastune.errors import UserError, format_error
 
-LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json" in a process whose lines become objects: its own events are written as such
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json": child processes of a program with --log-format json log JSON as well
 FORMATS = ("text", "json")
-FORMAT_HELP = "json: every line is an object with time, level and event (default: text)"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_TROUBLE = ("skipped_step", "damaged_checkpoint", "restarted")  # events of a run that went on
-_ERROR = re.compile(r"canvastune: error: |Traceback \(")
-_WARNING = re.compile(r"WARN(ING)?\b|\S*\bwarnings?\b:|\S+: \w*Warning: ", re.IGNORECASE)
+FORMAT_HELP = "json: log each event as an object with time, level and event (default: text)"
+WARNING_EVENTS = ("skipped_step", "damaged_checkpoint", "restarted")  # events of metrics.jsonl after which training continues
+
+# __main__: a module that was started with `python -m`.
+_OUR_PACKAGES = ("canvastune", "components", "pipelines", "__main__")
+# The progress of the pipeline is its programs' output; the engine keeps standard output free.
+_STDOUT_PACKAGES = ("components", "pipelines")
+
+logger = logging.getLogger(__name__)
 
 
-def in_json() -> bool:
-    """Whether this process's lines become JSON objects."""
+def configure_logging(log_format: str = "text") -> None:
+    """Send the log records of this process to the standard streams.
+
+    Our packages log from level INFO on rank 0 and from WARNING on the other ranks; libraries log from WARNING. Text
+    goes to standard error, except for what `components` and `pipelines` report; JSON all goes to standard output.
+
+    Args:
+        log_format: "json", also for processes that this one starts; "text", unless the parent process logs JSON.
+    """
+    if log_format == "json":
+        # Progress bars of libraries are no log lines.
+        os.environ |= {LOG_FORMAT: "json", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    handler = StandardStreamHandler()
+    handler.setFormatter(JsonFormatter() if json_requested() else TextFormatter())
+    root = logging.getLogger()
+    for other in list(root.handlers):
+        if type(other) in (logging.StreamHandler, StandardStreamHandler):  # Kubeflow's executor shows every library's INFO
+            root.removeHandler(other)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for package in _OUR_PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.captureWarnings(True)
+    if json_requested():
+        sys.excepthook = _log_uncaught
+
+
+def json_requested() -> bool:
+    """Return True if this process or the one that started it was asked for JSON."""
     return os.environ.get(LOG_FORMAT) == "json"
 
 
+def event(name: str, **fields: Any) -> dict[str, Any]:
+    """Return the `extra` of a log call whose JSON object has its own event name and fields.
+
+    A record with an empty message appears in JSON only: `logger.info("", extra=event("prepared", rows_read=7))`.
+    """
+    return {"event": name, "fields": fields}
+
+
+def log_error(error: UserError) -> None:
+    """Log a user's mistake: its message and hint, without a traceback."""
+    logger.error("%s", error, extra={"hint": error.hint})
+
+
+def log_exception(error: BaseException) -> None:
+    """Log a failure of the program itself: its traceback and, in JSON, the exception as the message."""
+    logger.error("%s: %s", type(error).__name__, error, exc_info=error, extra=event("exception"))
+
+
+class TextFormatter(logging.Formatter):
+    """Format a record as the plain line that a person reads."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info and getattr(record, "event", "") == "exception":
+            return self.formatException(record.exc_info)
+        if hasattr(record, "event"):
+            text = message
+        elif record.levelno >= logging.ERROR and _is_ours(record):
+            text = format_error(UserError(message, hint=getattr(record, "hint", "")))
+        else:
+            text = message if record.levelno < logging.WARNING else f"{record.levelname} {message.rstrip()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class JsonFormatter(logging.Formatter):
+    """Format a record as one JSON object: time (UTC), level, event, message and the event's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        failed = record.levelno >= logging.ERROR and _is_ours(record)
+        fields = {"message": message} if (message := record.getMessage().strip()) else {}
+        if hint := getattr(record, "hint", ""):
+            fields["hint"] = hint
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        fields |= getattr(record, "fields", {})
+        name = getattr(record, "event", "error" if failed else "log")
+        return format_event(name, level=record.levelname.lower(), **fields)
+
+
+class StandardStreamHandler(logging.Handler):
+    """Write records to the standard streams as they are now: tests and Kubeflow's runner replace them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _is_ours(record) and record.levelno < logging.WARNING:
+            return
+        try:
+            if isinstance(self.formatter, JsonFormatter):
+                stream = sys.stdout
+            elif record.getMessage():
+                stdout = record.name.partition(".")[0] in _STDOUT_PACKAGES and record.levelno < logging.ERROR
+                stream = sys.stdout if stdout else sys.stderr
+            else:
+                return
+            stream.write(self.format(record) + "\n")
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def format_event(event: str, *, level: str = "info", **fields: Any) -> str:
-    """One object: time (UTC), level, event, and what else is known. Numbers that are not finite become null, as JSON has none."""
+    """Return an event as one JSON object on one line: its time (UTC; a field `time` replaces it), level, rank and fields.
+
+    Numbers that are not finite become null, since JSON has none.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     rank = {"rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}
-    text = json.dumps({"time": now, "level": level, "event": event, **rank, **fields}, ensure_ascii=False)
+    text = json.dumps({"time": now, "level": level, "event": event, **rank, **fields}, ensure_ascii=False, default=str)
     return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
 
 def read_event(line: str) -> dict[str, Any] | None:
-    """The object in a line that `format_event` wrote; None for any other line."""
+    """Return the object in a line that `format_event` wrote; None for any other line."""
     if not line.startswith('{"time": '):
         return None
     try:
@@ -48,91 +156,39 @@ def read_event(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"level", "event"} <= found.keys() else None
 
 
-def level_of(line: str) -> str:
-    """The level of a line that somebody wrote for people."""
-    return "error" if _ERROR.match(line) else "warning" if _WARNING.match(line) else "info"
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in _OUR_PACKAGES
 
 
-def say(line: str, event: str = "log", **fields: Any) -> None:
-    """A line for people on standard output, or the event that it tells of."""
-    print(format_event(event, message=line, **fields) if in_json() else line, flush=True)
-
-
-def speak(form: str) -> None:
-    """With `json`, every line of this process and of those that it starts is from here on one JSON object on standard output.
-
-    The process is split in two. The child comes back from this call and does the work; the parent never does: it turns each line that the
-    work writes, libraries' and other processes' own included, into an object, hands signals on, and ends with the work's exit code.
-    Call it before threads and devices are in use.
-    """
-    if form != "json":
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none is lost between the split and the handlers
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    worker = os.fork()
-    if worker == 0:
-        os.setpgid(0, 0)  # a terminal's Ctrl-C goes to the parent alone, which hands it on once
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
-        os.close(reading)
-        os.close(writing)
-        for stream in (sys.stdout, sys.stderr):
-            getattr(stream, "reconfigure")(line_buffering=True)  # noqa: B009
-        os.environ |= {LOG_FORMAT: "json", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return
-    os.close(writing)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads any more: end as `cat` would
-    for number in _SIGNALS:
-        signal.signal(number, lambda number, _: _hand_on(worker, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    _translate(reading)
-    _, status = os.waitpid(worker, 0)
-    code = os.waitstatus_to_exitcode(status)
-    os._exit(code if code >= 0 else 128 - code)  # what the work has to put away, the work puts away
-
-
-def _hand_on(worker: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(worker, number)
-
-
-def _translate(reading: int) -> None:
-    """Write every line that comes as one object, until the last process that could write one has ended."""
-    failing = False
-    with open(reading, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for text in lines:
-            line = text.rstrip().rpartition("\r")[2]  # of a bar, the last state
-            if not line.strip():
-                continue
-            known = read_event(line) is not None
-            if not known:
-                level = "error" if failing else level_of(line)
-                failing = level == "error"
-                event = "error" if line.startswith("canvastune: error: ") else "log"
-                line = format_event(event, level=level, message=line.strip().removeprefix("canvastune: error: "))
-            failing = failing and not known  # what follows the first line of an error belongs to it
-            os.write(1, f"{line}\n".encode())
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        log_exception(error)
 
 
 class TrainingProgress:
-    """Lines on standard error, with a bar below them where that is a terminal. On the first rank only."""
+    """Log the records of metrics.jsonl where they are due, with a bar below them if standard error is a terminal.
+
+    Used on rank 0 only.
+    """
 
     def __init__(self, steps: int, log_every: int) -> None:
         self._steps, self._log_every = steps, log_every
         self._started, self._first_step = time.monotonic(), None
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not json_requested():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=self._console, transient=True)
+            # While it runs it replaces sys.stderr, and so puts log lines above the bar.
+            self._bar = Progress(*columns, console=Console(stderr=True, highlight=False, soft_wrap=True), transient=True)
             self._task = self._bar.add_task("training", total=steps)
             self._bar.start()
 
     def show(self, record: dict[str, Any]) -> None:
-        """Print a record of metrics.jsonl where it is due."""
+        """Log a record of metrics.jsonl if it is due."""
         step = record["step"]
         if record["kind"] == "train":
             if self._first_step is None:
@@ -140,35 +196,30 @@ class TrainingProgress:
             if self._bar is not None:
                 self._bar.update(self._task, completed=step)
             if step == 1 or step % self._log_every == 0 or step == self._steps:
-                self._print(
+                left = self._seconds_left(step)
+                self._log(
                     f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
                     f"diffusion {record['diffusion_loss']:.4f}  autoregressive {record['autoregressive_loss']:.4f}  "
                     f"grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
-                    f"{record['tokens_per_second']:,.0f} tokens/s  {self._left(step)}",
-                    {**record, "steps": self._steps, "seconds_left": round(self._seconds_left(step))},
+                    f"{record['tokens_per_second']:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left",
+                    {**record, "steps": self._steps, "seconds_left": round(left)},
                 )
         elif record["kind"] == "validation":
             levels = "  ".join(f"t={level} {loss:.4f}" for level, loss in record["levels"].items())
-            self._print(f"step {step}: validation loss {record['loss']:.4f}  ({levels})", record)
+            self._log(f"step {step}: validation loss {record['loss']:.4f}  ({levels})", record)
         elif record["event"] != "checkpoint" or record["detail"]:
-            self._print(f"step {step}: {record['event']} {record['detail']}".rstrip(), record)
+            self._log(f"step {step}: {record['event']} {record['detail']}".rstrip(), record)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
     def _seconds_left(self, step: int) -> float:
         return (time.monotonic() - self._started) / (step - (self._first_step or 0)) * (self._steps - step)
 
-    def _left(self, step: int) -> str:
-        seconds = self._seconds_left(step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
-
-    def _print(self, line: str, record: dict[str, Any]) -> None:
-        if in_json():
-            fields = {key: value for key, value in record.items() if key not in ("kind", "time", "event")}
-            event = record.get("event", record["kind"])
-            print(format_event(event, level="warning" if event in _TROUBLE else "info", **fields), file=sys.stderr, flush=True)
-        else:
-            self._console.print(line, markup=False)
+    def _log(self, line: str, record: dict[str, Any]) -> None:
+        fields = {key: value for key, value in record.items() if key not in ("kind", "time", "event")}
+        name = record.get("event", record["kind"])
+        level = logging.WARNING if name in WARNING_EVENTS else logging.INFO
+        logger.log(level, "%s", line, extra={"event": name, "fields": fields})

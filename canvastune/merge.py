@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from canvastune.checkpoint.peft_adapter import Adapter, each_expert, read_adapte
 from canvastune.config import RunConfig
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import write_provenance
+
+logger = logging.getLogger(__name__)
 
 
 def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
@@ -44,14 +46,14 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
                 shard = writer.write(name, _merged(checkpoint.get(name), *factors, trained.scale) if factors else checkpoint.get(name))
                 if shard is not None:
                     written += 1
-                    _say(f"shard {written} of {writer.shards} written: {shard}, {time.monotonic() - started:.1f} s")
+                    logger.info(f"merge: shard {written} of {writer.shards} written: {shard}, {time.monotonic() - started:.1f} s")
         proof = verify_merge(checkpoint, adapter, trained, folder, config.seed)
         if not proof["passed"]:
             raise RuntimeError(f"{out}: not written: the merged model does not compute what base and adapter do: {json.dumps(proof)}")
         proof["merge_seconds"] = time.monotonic() - started
         (folder / "merge_proof.json").write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
         write_provenance(folder, "merge_lora", config, {"base": base, "adapter": adapter})
-    _say(f"{len(trained.factors)} weights merged and proved by {proof['method']} in {proof['merge_seconds']:.1f} s: {out}")
+    logger.info(f"merge: {len(trained.factors)} weights merged and proved by {proof['method']} in {proof['merge_seconds']:.1f} s: {out}")
     return proof
 
 
@@ -60,10 +62,6 @@ def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
     for one, one_a, one_b in each_expert(weight, a, b):
         one.copy_(torch.addmm(one.float(), one_b.float(), one_a.float(), alpha=scale))
     return weight
-
-
-def _say(line: str) -> None:
-    print(f"merge: {line}", file=sys.stderr, flush=True)
 
 
 _PROMPTS, _PROMPT_TOKENS = 4, 32
@@ -118,7 +116,7 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
             changed.append(name)
         if time.monotonic() - shown > _PROGRESS_SECONDS:
             shown = time.monotonic()
-            print(f"merge: compared {count + 1} of {len(names)} tensors with the base's", file=sys.stderr, flush=True)
+            logger.info(f"merge: compared {count + 1} of {len(names)} tensors with the base's")
     difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0, 0.0)
     return {
         "adapted": len(errors),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import logging
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -17,11 +17,13 @@ import torch.distributed as dist
 from canvastune.config import load_config
 from canvastune.distributed.sync import run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry
-from canvastune.errors import UserError, format_error
+from canvastune.errors import UserError
 from canvastune.io.atomic import DISK_FULL_ERRNOS
-from canvastune.logging import FORMAT_HELP, FORMATS, speak
-from canvastune.training.run import _device, _metrics_run, _say, acquire_output_lock, train
+from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
+from canvastune.training.run import _device, _metrics_run, acquire_output_lock, train
 from canvastune.training.trainer import export_path
+
+logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EPILOG = """examples:
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
     options = _parser().parse_args(arguments)
     die_with_parent()
-    speak(options.log_format)
+    configure_logging(options.log_format)
     locks: list[IO[str]] = []  # the first rank's
     rank_registry: RankRegistry | None = None
     try:
@@ -48,29 +50,28 @@ def main(arguments: list[str] | None = None) -> int:
         run_on_rank0(lambda: locks.append(acquire_output_lock(options.output, export_path(options.output, config))))
         finished = run_on_rank0((options.output / "result.json").is_file)
         if finished:
-            _say(f"already finished: {options.output / 'result.json'} stands. Give another --output to train again")
+            logger.info(f"canvastune: already finished: {options.output / 'result.json'} stands. Give another --output to train again")
             return 0
         result = train(config, options.data, options.output, _metrics_run(options, config), rank_registry)
     except UserError as error:
-        _say(format_error(error).removeprefix("canvastune: "))
+        _log_on_rank0(error)
         return 1
     except RankLostError as error:
         if error.args[0] is not None:  # the first of those that are left speaks
-            print(f"canvastune: error: {error}", file=sys.stderr)
+            log_error(UserError(str(error)))
         exit_without_cleanup(1)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        print(
-            f"canvastune: error: {error.filename or options.output}: {error.strerror}. Make room, and the same command goes on",
-            file=sys.stderr,
+        log_error(
+            UserError(f"{error.filename or options.output}: {error.strerror}", hint="Free some space, and run the same command again.")
         )
         return 1
     except Exception as error:
         if rank_registry is None:
             raise
         rank_registry.report_exit(error)
-        traceback.print_exc()
+        log_exception(error)
         exit_without_cleanup(1)
     finally:
         if dist.is_initialized():
@@ -78,9 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         for lock in locks:
             lock.close()
     if result is None:
-        _say(f"stopped on request; the state is saved. The same command goes on: {options.output}")
+        logger.info(f"canvastune: stopped on request; the state is saved. The same command goes on: {options.output}")
         return 3
-    _say(f"trained {result['steps']} steps in {result['seconds']:.0f} s; {result['method']} weights: {options.output / result['export']}")
+    done = f"trained {result['steps']} steps in {result['seconds']:.0f} s"
+    logger.info(f"canvastune: {done}; {result['method']} weights: {options.output / result['export']}")
     return 0
 
 
@@ -115,6 +117,11 @@ def _start_processes() -> RankRegistry:
         timeout=datetime.timedelta(hours=2),
     )
     return RankRegistry(dist.PrefixStore("roll-call", store), rank, world_size)
+
+
+def _log_on_rank0(error: UserError) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every rank raises the same one
+        log_error(error)
 
 
 def die_with_parent() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import sys
 from collections.abc import Iterator
 
 from kfp import dsl
 
 from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
-from canvastune.errors import UserError, format_error
+from canvastune.errors import UserError
+from canvastune.logging import configure_logging, log_error
 from canvastune.tracking import StepRun, step_run
 from canvastune.tracking.outbox import Step
 from components.run_directory import with_tracking_uri
@@ -42,12 +41,11 @@ def step(name: Step, config: str, run_folder: str, mlflow_run_id: str) -> Iterat
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """A UserError inside the block ends the process with exit code 1 and its message as the last lines, not with a traceback."""
-    # KFP's executor shows every library's log at INFO.
-    logging.basicConfig(force=True, level=logging.WARNING, stream=sys.stdout, format="%(levelname)s %(message)s")
+    configure_logging()
     try:
         yield
     except UserError as error:
-        print(format_error(error), file=sys.stderr, flush=True)
+        log_error(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

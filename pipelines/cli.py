@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune import __version__
-from canvastune.errors import UserError, format_error
+from canvastune.errors import UserError
+from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, event, log_error
 from pipelines.kfp_client import TOKEN, KubeflowClient
 
 if TYPE_CHECKING:  # the doctor is called where nothing is installed yet
     from canvastune.config import RunConfig
+
+logger = logging.getLogger("canvastune")  # the program's name; __name__ may be __main__
 
 _DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
 _EXIT_CODES = """exit codes:
@@ -125,18 +129,15 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0 done, 1 refused or failed with the reason on standard error, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    if getattr(options, "log_format", "text") == "json":  # the doctor's machine may not have what this needs
-        from canvastune.logging import speak
-
-        speak(options.log_format)
+    configure_logging(getattr(options, "log_format", "text"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the run's processes too
     try:
         return options.command(options) or 0
     except UserError as error:
-        print(format_error(error), file=sys.stderr)
+        log_error(error)
         return 1
     except KeyboardInterrupt:
-        print("canvastune: interrupted", file=sys.stderr)
+        logger.info("canvastune: interrupted")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -228,14 +229,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from canvastune.checkpoint.hub import resolve_model
-    from canvastune.logging import format_event, in_json
     from canvastune.preparation.prepare import prepare_data
 
     config = _config(options)
     card = prepare_data(config, resolve_model(config.model, weights=False), options.output)
-    if in_json():
-        counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
-        print(format_event("prepared", folder=str(options.output), **counts))
+    counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
+    logger.info("", extra=event("prepared", folder=str(options.output), **counts))
 
 
 def _completion(options: argparse.Namespace) -> None:
@@ -317,12 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as pipelines/recipes/tiny_lora.yaml")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
     logs = argparse.ArgumentParser(add_help=False)
-    logs.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="json: each line an object with time, level and event (default: text)",
-    )
+    logs.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     workspace = argparse.ArgumentParser(add_help=False)
     workspace.add_argument(
         "--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="where runs are kept (default: %(default)s)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from canvastune.errors import UserError
 from canvastune.tracking import StepRun
 from components.train.step import train
 from pipelines.local_runner import run_recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 ROWS = 4000  # word problems of each kind: enough that more are held out than evaluate.rows asks for
@@ -28,14 +31,14 @@ def demo() -> None:
     """
     base, own = load_config(RECIPES / "tiny_sft.yaml"), load_config(RECIPES / "tiny_lora.yaml")
     maker = hashlib.sha256(Path(tiny_model.__file__).read_bytes() + canvastune.__version__.encode())
-    _say(f"1. a tiny DiffusionGemma with random weights: {base.model.id}")
+    logger.info(f"1. a tiny DiffusionGemma with random weights: {base.model.id}")
     _make_random(Path(base.model.id), maker.hexdigest())
     for config, kind in ((base, "change"), (own, "compare")):
         tiny_model.write_problems(Path(config.data.source), kind, ROWS, seed=0)  # the same bytes each time
     maker.update(base.model_dump_json().encode() + Path(base.data.source).read_bytes())
-    _say(f"\n2. a base that can do something: {base.train.steps} steps of full fine-tuning, all its weights, on {base.data.source}")
+    logger.info(f"\n2. a base that can do something: {base.train.steps} steps of full fine-tuning, all its weights, on {base.data.source}")
     _make_base(base, Path(own.model.id), maker.hexdigest())
-    _say(f"\n3. the pipeline: LoRA on problems of a kind that the base has not seen, {own.data.source}")
+    logger.info(f"\n3. the pipeline: LoRA on problems of a kind that the base has not seen, {own.data.source}")
     run_recipe(own, Path("workspace"), None)
 
 
@@ -49,7 +52,7 @@ def _make_random(folder: Path, key: str) -> None:
 def _make_base(config: RunConfig, folder: Path, key: str) -> None:
     run = _keyed(folder, key)
     if (run / "result.json").exists():
-        _say(f"    made by an earlier demo: {run}")
+        logger.info(f"    made by an earlier demo: {run}")
     else:
         train(config, None, run, StepRun())
     _link(folder, run / "model")
@@ -67,7 +70,3 @@ def _link(folder: Path, target: Path) -> None:
     link = folder.with_name(f".{folder.name}-{os.getpid()}")
     link.symlink_to(target.relative_to(folder.parent))
     link.replace(folder)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

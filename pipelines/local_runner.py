@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,12 +20,15 @@ import yaml
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.logging import json_requested
 from canvastune.tracking import tracking_uri
 from canvastune.tracking.client import connect
 from components.earlier_runs import find_compared
 from components.finish.step import finish
 from components.run_directory import read_record
 from pipelines.local_output import LocalOutput
+
+logger = logging.getLogger(__name__)
 
 _FAREWELL = 90  # seconds that a step gets to end in after Ctrl-C: the ranks save a checkpoint first
 
@@ -51,7 +55,7 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None, compare
     except OSError as error:
         raise UserError(f"--workspace {workspace}: cannot be made ({error.strerror}). Give a folder where you may write") from None
     folder = workspace / "runs" / run_name if run_name else _new_folder(workspace / "runs", config.name)
-    print(f"run {folder.name}: {_shown(folder)}", flush=True)
+    logger.info(f"run {folder.name}: {_shown(folder)}")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     given = {"recipe": text, "run_name": folder.name, "compare": "\n".join(str(other.absolute()) for other in compare)}
     try:
@@ -59,7 +63,8 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None, compare
     except KeyboardInterrupt:
         record = read_record(folder)
         if record is not None:
-            print()
+            if not json_requested():
+                print()  # below the terminal's ^C
             finish(str(workspace), folder.name, "", record.job_id, "FAILED")
         raise
     _say_what_was_achieved(config, workspace, folder, time.monotonic() - started)
@@ -77,8 +82,8 @@ def run_locally(pipeline: Callable[..., object], arguments: dict[str, str], work
     """
     from kfp import local
 
-    narrator = LocalOutput(sys.stdout)
-    with _surroundings() as scratch, narrator.listening():
+    output = LocalOutput(sys.stdout, json=json_requested())
+    with _surroundings() as scratch, output.listening():
         runner = local.SubprocessRunner(use_venv=False)
         local.init(runner, pipeline_root=str(workspace / "kfp"), workspace_root=str(scratch / "kfp"), enable_caching=True)
         try:
@@ -87,9 +92,9 @@ def run_locally(pipeline: Callable[..., object], arguments: dict[str, str], work
             _end_children()
             raise
         except RuntimeError:  # KFP's own: it says which step failed, but not why
-            if narrator.failure is None:
+            if output.failure is None:
                 raise
-            step, words = narrator.failure
+            step, words = output.failure
             raise UserError(f"step {step} failed: {words}") from None
 
 
@@ -160,8 +165,9 @@ def _say_what_was_achieved(config: RunConfig, workspace: Path, folder: Path, sec
         lines["MLflow"] = f"lacks a part of this run; when {connect(uri)} is back: canvastune sync {_shown(folder)}"
     if "exact_match_after" in summary:
         lines["exact match"] = f"{summary['exact_match_before']:.1%} -> {summary['exact_match_after']:.1%} of held-out rows"
-    print(f"\n{folder.name} finished in {int(seconds // 60)}:{int(seconds % 60):02d}")
-    print("\n".join(f"    {name:<17}{value}" for name, value in lines.items()), flush=True)
+    logger.info(f"\n{folder.name} finished in {int(seconds // 60)}:{int(seconds % 60):02d}")
+    for name, value in lines.items():
+        logger.info(f"    {name:<17}{value}")
 
 
 def _shown(path: Path) -> str:

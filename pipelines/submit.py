@@ -21,8 +21,10 @@ from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.loading import load_yaml_file
 from canvastune.errors import UserError
-from canvastune.logging import say
+from canvastune.logging import event
 from pipelines.kfp_client import KubeflowClient, answered
+
+logger = logging.getLogger(__name__)
 
 PIPELINE = "canvastune-finetune"
 STOCK_IMAGE = "canvastune/pipeline:"
@@ -78,12 +80,12 @@ def submit(
             home.experiment_id, run_name or config.name, params=parameters, pipeline_id=version.pipeline_id, version_id=version.version_id
         )
     address = f"{server.host}/#/runs/details/{run.run_id}"
-    say(f"run {run.display_name}: {address}", "run", state="submitted", address=address)
+    logger.info(f"run {run.display_name}: {address}", extra=event("run", state="submitted", address=address))
     if wait:
         try:
             follow(lambda: client.get_run(run.run_id), version.steps, server, address, pause)
         except KeyboardInterrupt:
-            say(f"the run goes on: {address}")
+            logger.info(f"the run goes on: {address}")
             raise
     return address
 
@@ -121,7 +123,7 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: KubeflowClien
             if time.monotonic() - last_answer > _PATIENCE:
                 raise UserError(f"{error} (the run goes on: {address})") from None
             if not away:
-                say(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
+                logger.info(f"{time.strftime('%H:%M:%S')}  no answer, asking again: {error}")
             away = True
             time.sleep(pause)
             continue
@@ -130,11 +132,13 @@ def follow(look: Callable[[], Any], steps: frozenset[str], server: KubeflowClien
             if seen.get(task.display_name) != task.state:
                 seen[task.display_name] = task.state
                 state = task.state.lower()
-                say(f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}", "task", task=task.display_name, state=state)
+                logger.info(
+                    f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}", extra=event("task", task=task.display_name, state=state)
+                )
         if run.state in _ENDED:
             break
         time.sleep(pause)
-    say(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}", "run", state=run.state.lower())
+    logger.info(f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}", extra=event("run", state=run.state.lower()))
     if run.state != "SUCCEEDED":
         raise UserError(_why(run, tasks, server.namespace or "kubeflow", address))
 
@@ -224,9 +228,9 @@ def _uploaded(client: Any, server: KubeflowClient, name: str, defaults: dict[str
                     made = client.upload_pipeline(str(package), name, description=about, namespace=server.namespace)
                     listed = client.list_pipeline_versions(made.pipeline_id, page_size=1)
                     same = listed.pipeline_versions[0]
-            say(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
+            logger.info(f"pipeline {name}: {'new version' if found else 'uploaded,'} {__version__}-{digest}")
         else:
-            say(f"pipeline {name}: {__version__}-{digest} is there already")
+            logger.info(f"pipeline {name}: {__version__}-{digest} is there already")
     return Version(same.pipeline_id, same.pipeline_version_id, _steps(yaml.safe_load(text.split(b"\n---")[0])))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from canvastune.logging import configure_logging
 from canvastune.tiny_model import make_tiny_model
 from tests.fakes.tracking_server import no_outer_mlflow
 from tests.support.cluster_stage import Cluster, stage
@@ -20,6 +21,12 @@ _LONGEST = ("test_pipeline", "test_journeys", "test_faults", "test_parallel", "t
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes come first, so that the processes of `make test` end together."""
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def text_logs() -> None:
+    """Log to the standard streams, as programs do, so that `capsys` sees what a person would."""
+    configure_logging()
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from canvastune.errors import ERROR_PREFIX
-
 EXIT_HUNG = 4  # exit code of a rank that ended a run because some rank hangs
 _ANSWER_SECONDS = 5.0
 _OWN_CODE = str(Path(__file__).parents[1])
@@ -122,11 +120,7 @@ class Watchdog:
             if silent > self._timeout:
                 frame = sys._current_frames().get(main_thread)
                 hung = self._rank_registry.hung_ranks(self.activity, frame)
-                print(
-                    f"{ERROR_PREFIX}no progress for {silent:.0f} s (train.hang_timeout): {hung}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                logger.error("no progress for %.0f s (train.hang_timeout): %s", silent, hung)
                 os._exit(EXIT_HUNG)
 
 

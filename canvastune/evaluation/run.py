@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -108,7 +110,7 @@ def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Pat
     task = _Task(config, tokenizer, questions, examples, {"base": hash_path(base), "device": device.type, **versions}, device)
     with AnswerCache(journal or out.with_name(f".{out.name}.unfinished.jsonl")) as done:
         if len(done):
-            _say(f"going on where an earlier attempt was: {done.path}")
+            logger.info(f"evaluate: going on where an earlier attempt was: {done.path}")
         sides = {side: _measure(task, side, checkpoint, done) for side, checkpoint in zip(SIDES, (base, tuned), strict=True)}
         answers = [_row(question, sides, pattern, references[question.id]) for question in questions]
         result = score(answers) | {name: value for said in sides.values() for name, value in said.figures.items()}
@@ -124,8 +126,8 @@ def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Pat
             write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
         done.remove()
     for row in answers[:_SHOWN]:
-        _say(f"asked {_short(row['prompt'])}, before {_short(row['before'])}, after {_short(row['after'])}")
-    _say(f"{_in_words(result)}: {out}")
+        logger.info(f"evaluate: asked {_short(row['prompt'])}, before {_short(row['before'])}, after {_short(row['after'])}")
+    logger.info(f"evaluate: {_in_words(result)}: {out}")
     return result
 
 
@@ -143,7 +145,7 @@ def _measure(task: _Task, side: str, checkpoint: Path, journal: AnswerCache) -> 
 
     @functools.cache
     def model() -> Any:
-        _say(f"{side}: loading {checkpoint}")
+        logger.info(f"evaluate: {side}: loading {checkpoint}")
         return load_stock(checkpoint, task.device)
 
     answered = _each(
@@ -191,7 +193,7 @@ def _each(
         done, seconds, now = done + len(part), seconds + found["seconds"], time.monotonic()
         if now - shown > _PROGRESS_SECONDS or done == total:
             shown, left = now, round(seconds / done * (total - done))
-            _say(f"{said.format(done, total)}, {left // 60}:{left % 60:02d} left")
+            logger.info(f"evaluate: {said.format(done, total)}, {left // 60}:{left % 60:02d} left")
     return results
 
 
@@ -215,7 +217,3 @@ def _in_words(result: Mapping[str, Any]) -> str:
 def _short(text: str) -> str:
     quoted = repr(text)
     return quoted if len(quoted) <= 100 else f"{quoted[:97]}..."
-
-
-def _say(line: str) -> None:
-    print(f"evaluate: {line}", file=sys.stderr, flush=True)

@@ -7,8 +7,8 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
 import math
-import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -40,6 +40,8 @@ from canvastune.preparation.readers import Row, open_source
 from canvastune.preparation.stats import DatasetStats, unknown_form
 from canvastune.preparation.tokenize_pool import Batch, encode, usable_cpus
 from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SCHEMA = pa.schema(
     [
@@ -123,7 +125,7 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
         write_provenance(folder, "prepare_data", config, read if source.path is None else read | {"data": source.path})
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
-        print(f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in {card['seconds']} s", file=sys.stderr)
+        logger.info(f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in {card['seconds']} s")
     return card
 
 

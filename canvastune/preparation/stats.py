@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import logging
 import time
 from collections import Counter
 from typing import Any
@@ -14,6 +14,8 @@ from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.preparation.chat_format import Form, needed_columns
 from canvastune.preparation.readers import Row, Source
+
+logger = logging.getLogger(__name__)
 
 BAD = "bad row"
 DUPLICATE = "duplicate of an earlier row"
@@ -60,7 +62,7 @@ class DatasetStats:
             self._shown = now
             limit = f" of at most {self.config.max_rows:,}" if self.config.max_rows else ""
             rate = self.rows_read / (now - self._started)
-            print(f"prepare_data: {self.rows_read:,} rows read{limit}, {self.kept:,} kept, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+            logger.info(f"prepare_data: {self.rows_read:,} rows read{limit}, {self.kept:,} kept, {rate:,.0f} rows/s")
 
     def bad(self, row: Row, reason: str) -> None:
         """Count a row that cannot be trained on."""

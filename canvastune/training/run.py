@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +37,8 @@ from canvastune.logging import TrainingProgress
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tracking import FindRun, MetricsWriter, PipelineRun, training_run
 from canvastune.training.trainer import Trainer, export_path
+
+logger = logging.getLogger(__name__)
 
 # What collectives say when another process is gone.
 _LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|[Tt]imed out|Socket")
@@ -104,7 +106,7 @@ def train(
         return None
     step = trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
     if step != trainer.progress.step:
-        _say(f"the weights of step {step} are exported: no checkpoint has a lower validation loss")
+        logger.info(f"canvastune: the weights of step {step} are exported: no checkpoint has a lower validation loss")
     out = export_path(output, config)
     if rank == 0 and out.exists():  # by an attempt of this run that was killed right after it, from the same weights
         shutil.rmtree(out)
@@ -184,8 +186,3 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
     if export.exists() and not begun:
         raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
     return lock
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"canvastune: {line}", file=sys.stderr)

@@ -84,6 +84,9 @@ def _running(command: list[str], environment: dict[str, str], grace: float) -> I
 
 
 def _why(code: int, torchrun: str, logs: Path) -> str:
-    said = {int(file.parent.name): file.read_text(encoding="utf-8", errors="replace") for file in logs.rglob("attempt_0/*/stderr.log")}
+    said: dict[int, str] = {}
+    for file in sorted(logs.rglob("attempt_0/*/std*.log"), reverse=True):  # JSON events are on standard output, text on standard error
+        rank = int(file.parent.name)
+        said[rank] = said.get(rank, "") + file.read_text(encoding="utf-8", errors="replace")
     reason = failure_reason(code, torchrun, said)
     return f"{reason}\nEvery rank's output: {logs}" if reason.startswith("rank ") else reason
