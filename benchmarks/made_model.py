@@ -13,7 +13,7 @@ from transformers import DiffusionGemmaConfig
 
 from benchmarks.synthetic_checkpoint import checkpoint_specs, described, synthetic_value
 from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.planner.planner import SHIPPED
+from canvastune.planner.planner import SHIPPED_CONFIG
 
 Found = TypeVar("Found")
 
@@ -59,7 +59,7 @@ def largest_model(folder: Path, small: bool, fits: Callable[[Path], Found | None
         small: layers of a small model instead, for a CPU.
         fits: is given the folder; None: that is too large.
     """
-    released = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    released = json.loads(SHIPPED_CONFIG.read_text(encoding="utf-8"))
     text = released["text_config"]
     folder.mkdir(parents=True, exist_ok=True)
     for layers in range(SMALL_LAYERS if small else text["num_hidden_layers"], 0, -1):

@@ -45,7 +45,7 @@ from canvastune.perf_model.flops import (
     ROOT_GATHER,
 )
 from canvastune.perf_model.memory import FLOAT, StepShape, memory_timeline, peak
-from canvastune.planner.planner import SHIPPED
+from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training.trainer import Trainer
 
 PAGE = ROOT / "docs" / "scaling.md"
@@ -191,7 +191,7 @@ def released() -> list[dict[str, Any]]:
     rows = []
     for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
         tree = {"name": "released", "data": {"source": "none"}, "train": {"method": method, "precision": "bfloat16"}}
-        architecture = read_architecture(parse_config(tree), SHIPPED)
+        architecture = read_architecture(parse_config(tree), SHIPPED_CONFIG)
         step = StepShape(ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5)
         planned, bound = flops.count_bytes(architecture, step), lower_bound(architecture, step, flops.any_self_conditioning_share(step))
         most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank

@@ -59,7 +59,7 @@ class RankRegistry:
         locations = self._answers(f"{activity}: {_stack_location(frame)}")
         absent = sorted(set(range(self._world_size)) - set(locations))
         if absent:
-            return f"rank {', '.join(map(str, absent))} does not answer: its process is stopped, or its node is down"
+            return f"rank {', '.join(map(str, absent))} does not respond: its process is stopped, or its node is down"
         (usual, count), *_ = Counter(locations.values()).most_common(1)
         suspects = [rank for rank in sorted(locations) if _WAITING not in locations[rank]]
         if len(suspects) in (0, self._world_size):
@@ -78,7 +78,7 @@ class RankRegistry:
                         answers[rank] = self._store.get(f"standing/{rank}").decode()
                 time.sleep(0.1)
         except RuntimeError as error:
-            logger.warning("rank %d: the rendezvous store does not answer either: %s", self._rank, error)
+            logger.warning("rank %d: the rendezvous store does not respond either: %s", self._rank, error)
         return answers
 
     def _last_error(self, rank: int) -> str:
@@ -89,7 +89,7 @@ class RankRegistry:
 
 
 class Watchdog:
-    """End this process when its main thread makes no progress, and name the rank that hangs.
+    """End this process when its main thread hangs, and name the rank that hangs.
 
     A collective waits for its last rank, so one rank that hangs stops all of them, and none can tell
     from inside a collective which one is missing. A thread on each rank can.

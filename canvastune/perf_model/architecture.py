@@ -1,4 +1,4 @@
-"""What the planner counts with: every weight of the model as the engine will hold it, read off the meta device.
+"""The model as the planner counts it: every weight as the engine will hold it, read from the meta device.
 
 Letters: H hidden size, V vocabulary, E experts, K experts per token, A query heads, G key and value heads, D head size.
 """
@@ -37,7 +37,7 @@ class Weight:
     shape: tuple[int, ...]
     itemsize: int  # bytes per element as held between steps
     trained: bool
-    layer: int | None  # None: the root's (embedding, last norm, self-conditioning)
+    layer: int | None  # None: the root's weights (embedding, last norm, self-conditioning)
 
     @property
     def expert(self) -> bool:
@@ -48,25 +48,28 @@ class Weight:
         return math.prod(self.shape)
 
     def shard(self, ranks: int, ep: int) -> int:
-        """Elements of the largest shard: FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer; experts go over ep first."""
-        spread = self.expert and ep > 1
-        dim = expert_shard_dim(self.name) if spread else 0
-        slices = -(-self.shape[dim] // (ranks // ep if spread else ranks))
-        return self.numel // self.shape[dim] * slices // (ep if spread else 1)
+        """Return the number of elements of the largest shard.
+
+        FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer; experts are divided over ep first.
+        """
+        divided = self.expert and ep > 1
+        dim = expert_shard_dim(self.name) if divided else 0
+        slices = -(-self.shape[dim] // (ranks // ep if divided else ranks))
+        return self.numel // self.shape[dim] * slices // (ep if divided else 1)
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's attention looks like."""
+    """Sizes of a layer's attention."""
 
     sliding: bool
     query_width: int  # A * D
     key_width: int  # G * D
     head_dim: int  # D
-    own_values: bool  # False: the keys serve as values (full layers have no v_proj)
+    own_values: bool  # False: keys are used as values (full layers have no v_proj)
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as itself: a thousand weights are no key
+@dataclass(frozen=True, eq=False)  # hashed by identity: a thousand weights make a slow key
 class Architecture:
     """A model under one training method."""
 
@@ -81,7 +84,7 @@ class Architecture:
     window: int
     canvas: int
     longest: int  # tokens, from max_position_embeddings
-    full: bool  # every weight trained but the frozen ones; else adapters alone
+    full: bool  # all weights but the frozen ones are trained; otherwise only adapters
     rank: int  # of the adapters; 0 without
     expert_rank: int  # of the experts' adapters; 0 without
     dropout: bool  # of the adapters' inputs
@@ -95,7 +98,7 @@ class ParameterCount:
     """Parameters of one kind."""
 
     total: int
-    active: int  # that a text token meets
+    active: int  # used for one text token
     trained: int
 
 
@@ -103,14 +106,14 @@ def read_architecture(config: RunConfig, model: Path) -> Architecture:
     """Build the engine's model on the meta device from `config.json` (a folder's, or the file itself) and list its weights.
 
     Raises:
-        UserError: the file cannot be read, or is not a DiffusionGemma's.
+        UserError: the file cannot be read, or is not that of a DiffusionGemma.
     """
     text = read_model_config(model).to_json_string()
     return _architecture(text, config.train.method, config.lora, config.train.precision)
 
 
 def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
-    """Parameters by kind, in the order of KINDS, and last their `total`; kinds that the model has none of are left out."""
+    """Count parameters by kind, in the order of KINDS, and their `total`; kinds without parameters are left out."""
     counts = {}
     for kind in KINDS:
         weights = [weight for weight in architecture.weights if weight.kind == kind]
@@ -127,7 +130,7 @@ def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
     return counts
 
 
-@functools.lru_cache(maxsize=8)  # the search for what would fit asks for the same few again and again
+@functools.lru_cache(maxsize=8)  # the search for a change that fits asks for the same few repeatedly
 def _architecture(model_config: str, method: str, lora: LoraConfig, precision: str) -> Architecture:
     described = DiffusionGemmaConfig.from_dict(json.loads(model_config))
     run = parse_config(
@@ -137,7 +140,7 @@ def _architecture(model_config: str, method: str, lora: LoraConfig, precision: s
 
 
 def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0) -> Architecture:
-    """The engine's model, sharded or not, as the planner counts with it.
+    """Describe the engine's model, sharded or not, for the planner.
 
     Args:
         vision: parameters of the vision tower, which the engine leaves out.
@@ -191,7 +194,7 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
 
 
 def _vision_parameters(described: DiffusionGemmaConfig) -> int:
-    """The engine leaves the tower out of its model; the checkpoint has it."""
+    """Count the parameters of the vision tower, which is in the checkpoint but not in the engine's model."""
     with torch.device("meta"):
         stock = DiffusionGemmaForBlockDiffusion(described)
     return sum(parameter.numel() for name, parameter in stock.named_parameters() if name.startswith(VISION))
@@ -211,4 +214,4 @@ def _kind(name: str) -> str:
     ):
         if part in name:
             return kind
-    raise ValueError(f"{name}: a weight of no known kind: the planner does not know this model")
+    raise ValueError(f"{name}: unknown kind of weight: the planner does not support this model")

@@ -1,7 +1,7 @@
-"""What one rank computes and sends in an optimiser step: FLOPs by part, bytes by collective.
+"""What one rank computes and sends in an optimizer step: FLOPs by part, bytes by collective.
 
-A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the whole rectangle of queries and keys, as a
-masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are left out.
+A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the full rectangle of queries and keys,
+as a masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are left out.
 
 Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V vocabulary, E experts, K experts per token.
 """
@@ -22,7 +22,7 @@ from canvastune.perf_model.memory import FLOAT, StepShape, fsdp_units
 Parts = dict[str, float]  # by part of the model
 
 PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = "pass 1 (self-conditioning)", "forward", "backward", "recomputed", "idle pass 1"
-_IDLE_TOKENS = 2  # a clean one and a canvas of one
+_PADDING_TOKENS = 2  # one clean and one canvas token
 LAYERS_GATHER, ROOT_GATHER = "all-gather of layers", "all-gather of the embedding"
 REDUCE, EXPERTS_GATHER = "reduce-scatter of gradients", "all-gather of experts"
 EXPERTS_REDUCE, EXCHANGE = "reduce-scatter of experts' gradients", "all-to-all of expert rows"
@@ -30,11 +30,11 @@ EXPERTS_REDUCE, EXCHANGE = "reduce-scatter of experts' gradients", "all-to-all o
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one rank's optimiser step, by pass and by part of the model."""
+    """FLOPs of one rank's optimizer step, by pass and by part of the model."""
 
-    by_pass: dict[str, float]  # expected over the coins of self-conditioning
+    by_pass: dict[str, float]  # expected value over the self-conditioning draws
     by_part: dict[str, float]  # all passes
-    model: float  # without what is computed twice or for nothing
+    model: float  # without recomputation and padding passes
 
     @property
     def total(self) -> float:
@@ -42,7 +42,7 @@ class Flops:
 
 
 def count_flops(architecture: Architecture, step: StepShape) -> Flops:
-    """Count one rank's step, with its share of the global batch."""
+    """Count the FLOPs of one rank's step, with its share of the global batch."""
     tokens = step.clean + step.canvas
     products = _products(architecture, step.checkpointing)
     forward, backward, recomputed = ({kind: product * tokens for kind, product in parts.items()} for parts in products)
@@ -50,7 +50,7 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
     for index, layer in enumerate(architecture.layers):
         own, again_here = _scores(step, step.clean, layer, architecture.window), is_recomputed(step.checkpointing, index)
         scores += own
-        _add(recomputed, {"attention": own * (again_here + 0.5)})  # fused kernels form the scores again in the backward pass
+        _add(recomputed, {"attention": own * (again_here + 0.5)})  # fused kernels recompute the scores
         scores_again += _scores(step, step.past, layer, architecture.window)
     again = {kind: product * self_conditioning_share(step) for kind, product in forward.items()}
     _add(forward, {"attention": scores})
@@ -58,7 +58,7 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
 
     block = 6 * architecture.hidden * architecture.intermediate * step.canvas
     row = 2 * architecture.hidden * architecture.vocabulary
-    soft = row * step.canvas  # canvas logits to the embedding, or back
+    soft = row * step.canvas  # canvas logits to the embedding, or their gradient
     idle = _sum(forward, {"self-conditioning": block})
     pass_1 = _sum(again, {"attention": scores_again, "head": soft, "self-conditioning": block + soft})
     scored = row * (step.clean - 1 + step.canvas)
@@ -74,7 +74,7 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
         FORWARD: (forward, examples),
         BACKWARD: (backward, examples),
         RECOMPUTED: (recomputed, examples),
-        IDLE: (idle, padding_pass_share(step) * step.micro_steps * _IDLE_TOKENS / (step.clean + step.canvas)),
+        IDLE: (idle, padding_pass_share(step) * step.micro_steps * _PADDING_TOKENS / (step.clean + step.canvas)),
     }
     by_part: Parts = {}
     for parts, times in passes.values():
@@ -84,7 +84,7 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
 
 
 def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
-    """What the loss and the gradients of a batch need: its own tokens and scored rows, nothing computed twice or for nothing."""
+    """Count the FLOPs that a batch's loss and gradients need, without recomputation and padding passes."""
     examples = zip(batch.clean_lengths, batch.canvas_lengths, batch.block_starts, batch.self_conditioned, strict=True)
     steps = (
         StepShape(1, 1, 1, 1, clean, canvas, checkpointing=False, self_conditioning=float(coin), chosen_start=start)
@@ -94,11 +94,12 @@ def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
 
 
 def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]:
-    """Bytes that one rank receives from others in an optimiser step, by collective; it sends as many."""
+    """Count the bytes that one rank receives from others in an optimizer step, by collective; it sends as many."""
     groups = fsdp_units(architecture, step)
     anyone = any_self_conditioning_share(step)
-    passes = 2 + anyone  # pass 1, the forward pass, and once more for the backward pass; the last layer stays in between
-    exchanged, idle = _exchanged(architecture, step), padding_pass_share(step) * _IDLE_TOKENS / step.tokens
+    # Self-conditioning, forward and backward pass; the last layer stays gathered between the latter two.
+    passes = 2 + anyone
+    exchanged, idle = _exchanged(architecture, step), padding_pass_share(step) * _PADDING_TOKENS / step.tokens
 
     def gathered(received: list[int]) -> float:
         return float(step.micro_steps * (passes * sum(received[:-1]) + received[-1]))
@@ -114,29 +115,35 @@ def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]
 
 
 def recomputed_share(architecture: Architecture, step: StepShape) -> float:
-    """Of the layers, those that the backward pass recomputes."""
+    """Return the share of layers that the backward pass recomputes."""
     layers = len(architecture.layers)
     return sum(is_recomputed(step.checkpointing, index) for index in range(layers)) / layers
 
 
 def any_self_conditioning_share(step: StepShape) -> float:
-    """Probability that some rank denoises an example of a micro-batch twice: then all of them gather the layers for it."""
+    """Return the probability that any rank self-conditions an example of a micro-batch.
+
+    All ranks then gather the layers for it.
+    """
     return 1 - (1 - step.self_conditioning) ** (step.micro_batch * step.world_size)
 
 
 def padding_pass_share(step: StepShape) -> float:
-    """Probability that a rank has no such example in a micro-batch while another has: it runs pass 1 on two tokens for nothing."""
+    """Return the probability that a rank has no self-conditioned example in a micro-batch while another has one.
+
+    It then runs the self-conditioning pass on two padding tokens.
+    """
     none = (1 - step.self_conditioning) ** step.micro_batch
     return none * (1 - none ** (step.world_size - 1))
 
 
 def self_conditioning_share(step: StepShape) -> float:
-    """Of an example's tokens, those that pass 1 takes through the layers: the canvas, and the clean ones before its block."""
+    """Return the share of an example's tokens that the self-conditioning pass computes: canvas and prefix."""
     return (step.past + step.canvas) / (step.clean + step.canvas)
 
 
 def slowest_self_conditioning(step: StepShape) -> float:
-    """Expected share of a micro-batch that the rank with most coins denoises twice; the others wait for it."""
+    """Return the expected self-conditioned share of a micro-batch on the rank with the most; the others wait for it."""
     probability, batch = step.self_conditioning, step.micro_batch
     cumulative, expected, term = 0.0, 0.0, (1 - probability) ** batch
     for coins in range(batch):  # E[max] = sum over k of P(max > k)
@@ -148,16 +155,16 @@ def slowest_self_conditioning(step: StepShape) -> float:
 
 
 def _exchanged(architecture: Architecture, step: StepShape) -> float:
-    """Bytes of a dispatch and a combine, over all layers and examples of the step."""
+    """Count the bytes of one dispatch and one combine, over all layers and examples of the step."""
     rows = step.tokens * step.micro_steps * architecture.experts_per_token
     away = (step.ep - 1) / step.ep  # with balanced experts
-    row = 2 * architecture.hidden * architecture.compute_bytes + FLOAT  # there and back, and its weight there
+    row = 2 * architecture.hidden * architecture.compute_bytes + FLOAT  # both ways, and its weight one way
     return len(architecture.layers) * rows * row * away
 
 
-@functools.lru_cache(maxsize=8)  # a thousand weights, and the trainer asks for every example
+@functools.lru_cache(maxsize=8)  # there are a thousand weights, and the trainer asks for each example
 def _products(architecture: Architecture, checkpointing: Checkpointing) -> tuple[Parts, Parts, Parts]:
-    """One token's products with the layers' weights, by kind: forward, backward and recomputed."""
+    """Count one token's products with the layers' weights, by kind: forward, backward and recomputed."""
     forward: Parts = {}
     backward: Parts = {}
     recomputed: Parts = {}
@@ -171,20 +178,23 @@ def _products(architecture: Architecture, checkpointing: Checkpointing) -> tuple
 
 
 def _matmul(architecture: Architecture, weight: Weight) -> float:
-    """One token's product with a weight; norms and scales have none."""
+    """Count one token's product with a weight; norms and scales have none."""
     if weight.expert:
         return 2 * weight.numel * architecture.experts_per_token / architecture.experts
     return 2.0 * weight.numel if len(weight.shape) == 2 else 0.0
 
 
 def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
-    """Where the embedding is frozen, nothing before the first layer's projections of queries, keys and values needs one."""
+    """Return whether a product's input needs a gradient.
+
+    With a frozen embedding, the inputs of the first layer's query, key and value projections do not.
+    """
     first = weight.layer == 0 and re.search(r"\.[qkv]_proj\.", weight.name) is not None
     return architecture.full or not first or ".lora_B." in weight.name
 
 
 def _scores(step: StepShape, rows: int, layer: LayerShape, window: int) -> float:
-    """One example's scores and their product with the values: clean `rows` on each other, its canvas on its past and itself."""
+    """Count one example's attention: clean `rows` over each other, its canvas over its prefix and itself."""
     past, clean = step.past, float(rows**2)
     if layer.sliding:
         past = min(past, window - 1)

@@ -1,7 +1,8 @@
-"""The table of accelerators, from their makers' public datasheets, and a step's time on one.
+"""The table of accelerators, from the vendors' public datasheets, and the time of a step on one.
 
-Dense bfloat16 and float32 TFLOP/s (no sparsity, no TF32), memory in GB, memory bandwidth and links in GB/s. `link` is what one
-GPU sends to others of its node, one way (half of the datasheets' two-way figure); `network` is its share of the node's adapters.
+Dense bfloat16 and float32 TFLOP/s (no sparsity, no TF32), memory in GB, memory bandwidth and links in GB/s. `link` is
+what one GPU sends to others of its node, one way (half of the datasheets' bidirectional figure); `network` is its share
+of the node's adapters.
 
 - h100, h200: NVIDIA H100 and H200 Tensor Core GPU datasheets, SXM: 989 TFLOP/s (1,979 with sparsity), 67 in float32, NVLink
   900 GB/s both ways; 80 GB at 3.35 TB/s, 141 GB at 4.8 TB/s. One 400 Gb/s adapter per GPU (DGX H100 datasheet).
@@ -9,8 +10,8 @@ GPU sends to others of its node, one way (half of the datasheets' two-way figure
 - b200: NVIDIA HGX B200 and DGX B200 datasheets, per GPU: 2.25 PFLOP/s (4.5 with sparsity), 75 TFLOP/s in float32, 180 GB at
   8 TB/s, NVLink 1.8 TB/s.
 - l40s: NVIDIA L40S datasheet: 362 TFLOP/s (733 with sparsity), 91.6 in float32, 48 GB at 864 GB/s, PCIe 4.0 x16 at 64 GB/s.
-- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo over loopback. Small models
-  are bound by the cost of calls, which this table does not know.
+- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo over loopback. Call
+  overhead dominates the time of small models; this table does not include it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from canvastune.perf_model.flops import (
 )
 from canvastune.perf_model.memory import StepShape, fsdp_units, local_numel
 
-MATMUL_SHARE = 0.45  # of the peak, over a whole step: the engine's goal, and what well-tuned mixture-of-experts training reaches
+MATMUL_SHARE = 0.45  # of the peak, over a whole step: what well-tuned mixture-of-experts training reaches
 BANDWIDTH_SHARE = 0.8  # of memory bandwidth
 LINK_SHARE = 0.7  # of a link
 UPDATE_BYTES = 40  # per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors
@@ -53,8 +54,8 @@ class Accelerator:
     link: float  # GB/s
     network: float  # GB/s
     per_node: int
-    outside: float  # GB that the allocator's peak does not show: driver context, buffers of collectives
-    process: float = 0.0  # GB of interpreter and libraries, where memory is measured as that of the process
+    outside: float  # GB outside the allocator: driver context, buffers of collectives
+    process: float = 0.0  # GB of interpreter and libraries, if memory is measured as that of the process
 
 
 ACCELERATORS = {
@@ -69,12 +70,12 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where an optimiser step's time goes."""
+    """The time of an optimizer step, by part."""
 
     experts: float
-    everything_else: float  # of the computation
-    gathering: float  # FSDP's collectives, hidden behind the computation where it is longer
-    exchange: float  # all-to-all of expert rows, which nothing hides
+    everything_else: float  # the rest of the computation
+    gathering: float  # FSDP's collectives, overlapped with the computation
+    exchange: float  # all-to-all of expert rows, not overlapped
     update: float
 
     @property
@@ -87,43 +88,49 @@ class Seconds:
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """A row of the table.
+    """Look up an accelerator by its key.
 
     Raises:
-        UserError: no such row.
+        UserError: unknown key.
     """
     found = ACCELERATORS.get(name.lower())
     if found is None:
         close = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"hardware.accelerator: found {name!r}, expected one of {', '.join(ACCELERATORS)}. Choose one{hint}")
+        raise UserError(
+            f"hardware.accelerator: found {name!r}, expected one of {', '.join(ACCELERATORS)}",
+            hint=f"Did you mean {close[0]!r}?" if close else "Choose one of these.",
+        )
     return found
 
 
 def accelerator_of(device: str) -> Accelerator | None:
-    """The row of a CUDA device, by the name that its driver gives; None for a part of one (MIG), a slower make (PCIe, NVL) or another."""
+    """Look up a CUDA device by the name that its driver reports.
+
+    Returns None for a part of a GPU (MIG), a slower variant (PCIe, NVL) or any other device.
+    """
     if re.search(r"\b(MIG|PCIe|NVL)\b", device, re.IGNORECASE):
         return None
     return next((row for name, row in ACCELERATORS.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
 
 
 def peak_rate(architecture: Architecture, accelerator: Accelerator) -> float:
-    """FLOP/s of a matmul in the compute dtype."""
+    """Return the FLOP/s of a matmul in the compute dtype."""
     return (accelerator.bfloat16 if architecture.compute_bytes == 2 else accelerator.float32) * 1e12
 
 
 def step_time(architecture: Architecture, step: StepShape, flops: Flops, received: dict[str, float], accelerator: Accelerator) -> Seconds:
-    """An estimate: each part takes as long as its arithmetic or as reading its weights, whichever is longer.
+    """Estimate the time of a step: each part takes the longer of its arithmetic and reading its weights.
 
-    The rank with most self-conditioned examples sets the pace of pass 1, since the others wait in its collectives.
+    The rank with the most self-conditioned examples determines the time of the self-conditioning pass, since the others
+    wait in its collectives.
     """
     rate = peak_rate(architecture, accelerator) * MATMUL_SHARE
     bandwidth = accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE
     computed = flops.total
-    if step.self_conditioning:  # idle passes are made while the slowest rank makes its own
+    if step.self_conditioning:  # padding passes run while the slowest rank runs its own pass
         computed += flops.by_pass[PASS_1] * (slowest_self_conditioning(step) / step.self_conditioning - 1) - flops.by_pass[IDLE]
     in_experts = computed * sum(flops.by_part.get(kind, 0.0) for kind in EXPERT_KINDS) / flops.total
-    # Each pass reads the weights once, the backward pass for the inputs' and for the weights' gradients.
+    # Each pass reads the weights once; the backward pass does for the gradients of inputs and of weights.
     passes = step.micro_steps * (3 + recomputed_share(architecture, step) + any_self_conditioning_share(step))
     compute_bytes = architecture.compute_bytes
     expert_bytes = sum(weight.numel for weight in architecture.weights if weight.expert) // step.ep * compute_bytes
@@ -143,10 +150,10 @@ def step_time(architecture: Architecture, step: StepShape, flops: Flops, receive
 
 
 def _rate(accelerator: Accelerator, stride: int, ranks: int) -> float:
-    """Bytes/s at which each rank of a ring receives, whose members are `stride` ranks apart.
+    """Return the bytes/s that each rank receives in a ring whose members are `stride` ranks apart.
 
-    Across nodes a ring goes through the adapters of all its members of a node: a world-wide one through every adapter, one of
-    experts' shards, with one member per node, through that member's own.
+    Across nodes a ring uses the adapters of all its members on a node: a ring of all ranks uses every adapter, a ring of
+    experts' shards, with one member per node, only that member's.
     """
     rate = accelerator.link
     if stride * ranks > accelerator.per_node:

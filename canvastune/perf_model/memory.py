@@ -1,9 +1,10 @@
-"""What one rank holds, moment by moment of a step: the peak is the largest moment, and its parts add up to it.
+"""The memory of one rank over a step: the peak is the largest moment of the timeline, and its parts add up to it.
 
-The moments follow the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
-`model.experts` (of the rows, only what other ranks sent is kept), `model.lean` (norms and gated layers keep their inputs), and FSDP2
-(a forward pass copies a gathered group out of a flat buffer; a backward pass gathers the next group while it computes, and
-keeps the last reduction's input). What a moment holds was measured tensor by tensor; tests hold these formulas to the engine.
+The timeline follows the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
+`model.moe` (of the rows, only those that other ranks sent are kept), `model.memory_efficient` (norms and gated MLPs keep
+only their inputs), and FSDP2 (a forward pass copies a gathered unit out of a flat buffer; a backward pass gathers the
+next unit while it computes, and keeps the last reduction's input). What each moment holds was measured tensor by tensor;
+tests hold these formulas to the engine.
 
 Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the compute dtype.
 """
@@ -21,23 +22,24 @@ from canvastune.objective import chunk_rows, tile_columns
 from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
 
 FLOAT = 4  # bytes of float32
-PARTS = ("weights", "gradients", "optimiser", "activations", "layer workspace", "logits and loss", "communication")
+# Keys of plan.json, whose spelling is kept. prose: ok
+PARTS = ("weights", "gradients", "optimiser", "activations", "layer workspace", "logits and loss", "communication")  # prose: ok
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one rank does in an optimiser step."""
+    """Sizes of what one rank does in an optimizer step."""
 
     world_size: int
     ep: int
     micro_batch: int  # examples per rank and forward
-    micro_steps: int  # forwards per optimiser step
+    micro_steps: int  # forwards per optimizer step
     clean: int  # clean tokens per example
     canvas: int  # canvas tokens per example
     checkpointing: Checkpointing
-    self_conditioning: float  # probability that an example is denoised twice
-    device: str = "cpu"  # or "cuda": how many logits are made at once
-    chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last one, the most
+    self_conditioning: float  # probability that an example is self-conditioned
+    device: str = "cpu"  # or "cuda"; decides the size of a chunk of logits
+    chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last block
 
     @property
     def efsdp(self) -> int:
@@ -45,12 +47,12 @@ class StepShape:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens of a micro-batch, T."""
         return self.micro_batch * (self.clean + self.canvas)
 
     @property
     def past(self) -> int:
-        """Clean tokens of an example that its canvas sees on a layer of full attention: with the canvas, pass 1's tokens."""
+        """Clean tokens that an example's canvas sees in full attention."""
         return max(0, self.clean - self.canvas) if self.chosen_start is None else self.chosen_start
 
 
@@ -58,10 +60,10 @@ class StepShape:
 class FsdpUnit:
     """Weights that FSDP gathers and reduces together, in bytes on one rank."""
 
-    gathered: int  # whole group in the compute dtype
-    flat: int  # the collective's own buffer; 0 on one rank, where nothing is gathered
+    gathered: int  # whole unit in the compute dtype
+    flat: int  # the collective's buffer; 0 on one rank, where nothing is gathered
     gradient: int  # whole gradient in the compute dtype
-    reduction: int  # whole gradient in float32: what the reduction reads
+    reduction: int  # whole gradient in float32: the input of the reduction
     shard: int  # this rank's float32 gradient
     received: int  # by an all-gather, from other ranks
     reduced: int  # by a reduce-scatter, from other ranks
@@ -69,28 +71,28 @@ class FsdpUnit:
 
 @dataclass(frozen=True)
 class FsdpUnits:
-    """The engine's FSDP groups; a layer's experts are a group of their own under expert parallelism."""
+    """The engine's FSDP units; under expert parallelism a layer's experts are a separate unit."""
 
     root: FsdpUnit
     layers: tuple[FsdpUnit, ...]
-    experts: tuple[FsdpUnit, ...]  # without frozen weights that FSDP leaves alone
+    experts: tuple[FsdpUnit, ...]  # without frozen weights that FSDP ignores
 
 
 def fsdp_units(architecture: Architecture, step: StepShape) -> FsdpUnits:
-    """Cut the model into groups as `parallel.shard_model` does."""
+    """Divide the model into units as `parallelize.shard_model` does."""
     return _fsdp_units(architecture, step.world_size, step.ep)
 
 
-@functools.lru_cache(maxsize=64)  # the searches change the batch far more often than the mesh
+@functools.lru_cache(maxsize=64)  # the searches change the batch more often than the mesh
 def _fsdp_units(architecture: Architecture, world_size: int, ep: int) -> FsdpUnits:
-    apart = ep > 1
-    alone = apart and ep == world_size  # an expert has one rank: where it is frozen, FSDP leaves it out
+    separate = ep > 1
+    ignored = separate and ep == world_size  # each expert is on one rank: FSDP ignores it if it is frozen
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
     root: list[Weight] = []
     for weight in architecture.weights:
-        group = root if weight.layer is None else by_layer[weight.layer][apart and weight.expert]
-        if weight.trained or not (alone and weight.expert):
+        group = root if weight.layer is None else by_layer[weight.layer][separate and weight.expert]
+        if weight.trained or not (ignored and weight.expert):
             group.append(weight)
     return FsdpUnits(
         root=_fsdp_unit(root, world_size, 1, compute),
@@ -100,16 +102,19 @@ def _fsdp_units(architecture: Architecture, world_size: int, ep: int) -> FsdpUni
 
 
 def local_numel(weight: Weight, step: StepShape) -> int:
-    """Elements of a parameter on the rank that has most of it."""
+    """Return the number of elements of a parameter on the rank that has the most of it."""
     return weight.shard(step.world_size, step.ep)
 
 
 def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, dict[str, int]]:
-    """Bytes by part at each moment that can be the peak, from the second step on (the first has no optimiser state yet)."""
+    """Return the bytes by part at each moment that can be the peak, from the second step on.
+
+    The first step has no optimizer state yet.
+    """
     groups = fsdp_units(architecture, step)
     trained = [weight for weight in architecture.weights if weight.trained]
     weights = sum(local_numel(weight, step) * weight.itemsize for weight in architecture.weights)
-    optimiser = sum(local_numel(weight, step) for weight in trained) * 2 * FLOAT
+    optimizer = sum(local_numel(weight, step) for weight in trained) * 2 * FLOAT
     of_layer = [layer.shard + experts.shard for layer, experts in zip(groups.layers, groups.experts, strict=True)]
     all_gradients = groups.root.shard + sum(of_layer)
     accumulating = step.micro_steps > 1
@@ -122,7 +127,7 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
     found: dict[str, dict[str, int]] = {}
 
     def moment(name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int) -> None:
-        found[name] = dict(zip(PARTS, (weights, gradients, optimiser, activations, workspace, loss, communication), strict=True))
+        found[name] = dict(zip(PARTS, (weights, gradients, optimizer, activations, workspace, loss, communication), strict=True))
 
     held = groups.layers[-1].gathered + groups.experts[-1].gathered  # the last layer stays gathered until its backward pass
     first = groups.layers[0]
@@ -142,7 +147,7 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
             waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
         )
     all_kept = kept[last] + _tail(architecture, step)
-    # The last group's flat buffer, where it was gathered in this pass, is let go where the root's forward pass, with the loss, ends.
+    # The last unit's flat buffer, if it was gathered in this pass, is freed when the root's forward pass ends, after the loss.
     flat = (groups.experts if groups.experts[last].gathered else groups.layers)[last].flat if not step.self_conditioning else 0
     moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + held + flat)
     if architecture.full:
@@ -183,9 +188,9 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
         )
         done += of_layer[index]
     if architecture.full:
-        # The lookups' rows are added to the head's part, which waits, and so is the soft embedding's: in float32 in place.
-        beside = table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
-        sums = table_gradient + beside
+        # The gradients of the lookups and the soft embedding are added to the head's; in float32 in place.
+        temporary = table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
+        sums = table_gradient + temporary
         moment(
             "backward, embedding",
             all_gradients - (0 if accumulating else groups.root.shard),
@@ -199,15 +204,15 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
     return found
 
 
-def peak(found: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
-    """The moment that holds most, and its parts."""
-    return max(found.items(), key=lambda item: sum(item[1].values()))
+def peak(timeline: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """Return the moment that holds the most, and its parts."""
+    return max(timeline.items(), key=lambda item: sum(item[1].values()))
 
 
-def highest_by_phase(found: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Bytes of the highest moment of each phase, the phases in a step's order."""
+def peak_by_phase(timeline: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return the bytes of the peak of each phase, the phases in a step's order."""
     highest: dict[str, int] = {}
-    for name, parts in found.items():
+    for name, parts in timeline.items():
         phase = name.split(",")[0]
         highest[phase] = max(highest.get(phase, 0), sum(parts.values()))
     return highest
@@ -236,7 +241,7 @@ def _fsdp_unit(weights: list[Weight], world_size: int, ep: int, compute: int) ->
 
 
 def _heaviest(groups: tuple[FsdpUnit, ...]) -> set[int]:
-    """The layers of a forward pass that can be its peak: the last of each size."""
+    """Return the layers of a forward pass that can be its peak: the last one of each size."""
     return set({group.gathered: index for index, group in enumerate(groups)}.values())
 
 
@@ -249,44 +254,45 @@ def _running(values: Iterable[int]) -> list[int]:
 
 
 def _kept(architecture: Architecture, step: StepShape, index: int) -> int:
-    """From a layer's forward to its backward."""
+    """Return the bytes kept from a layer's forward to its backward pass."""
     if is_recomputed(step.checkpointing, index):
         return step.tokens * architecture.hidden * architecture.compute_bytes
     return sum(_saved(architecture, step, architecture.layers[index]))
 
 
 def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tuple[int, int]:
-    """What autograd keeps of a layer: (all but the experts, the experts' rows)."""
+    """Return the bytes that autograd keeps of a layer: (all but the experts, the experts' rows)."""
     c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
-    inputs = trained or architecture.expert_rank > 0  # of the experts' projections
-    norms = hidden * (6 + (3 if inputs else 2))  # inputs of the norms, of which three share one, and outputs that are multiplied
+    inputs = trained or architecture.expert_rank > 0  # whether the experts' projections keep their inputs
+    norms = hidden * (6 + (3 if inputs else 2))  # inputs of the norms, three of which share one, and outputs of matmuls
     heads = layer.query_width + layer.key_width * (2 if layer.own_values else 1)  # inputs of the heads' norms
     seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
-    joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's call
-    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)  # with queries, both calls' outputs and the joined one
+    joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's attention call
+    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)  # queries, both calls' outputs, joined output
     mlp = 3 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
     adapters = c * architecture.rank * (7 if layer.own_values else 6)
-    if architecture.dropout:  # a mask and a copy of each input, where several projections would keep one
+    if architecture.dropout:  # a mask and a copy of each input, while projections without dropout share one
         dropped = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
         adapters += dropped + c * hidden * (3 if layer.own_values else 2)
     per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
-    keys = architecture.window + sliding_window_rows(architecture.window)  # that are masked for a row
+    keys = architecture.window + sliding_window_rows(architecture.window)  # width of a row's mask
     mask = c * keys * step.clean if layer.sliding and step.clean > architecture.window else 0
-    # Gate and up, their weighted product where it is multiplied by what is trained; the rows themselves where they came from afar.
-    apart = step.ep > 1 or architecture.expert_rank > 0
-    row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * (inputs and apart) + 2 * architecture.expert_rank)
+    # Gate and up; their weighted product if the next projection is trained; the rows if they came from other ranks.
+    rows_kept = inputs and (step.ep > 1 or architecture.expert_rank > 0)
+    row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * rows_kept + 2 * architecture.expert_rank)
     return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
 
 
 def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
-    """Beside a layer's saved tensors while the experts are differentiated: the layer's widest point."""
+    """Return the bytes in addition to a layer's saved tensors while the experts are differentiated, its widest point."""
     c, hidden = architecture.compute_bytes, architecture.hidden
-    # A row on its way between ranks, of which the one that arrived stays to the layer's end, or beside what made it; where it is weighted,
-    # it is float32.
-    arrived = not (architecture.full or architecture.expert_rank)  # else it is kept, and counted there
-    row = c * hidden * (2 + arrived if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (1 if step.ep > 1 else 2)
+    # A row as sent and as received, of which the latter stays until the layer's end; float32 where it is weighted.
+    received = not (architecture.full or architecture.expert_rank)  # otherwise it is saved, and counted there
+    row = c * hidden * (2 + received if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (
+        1 if step.ep > 1 else 2
+    )
     return step.tokens * (architecture.experts_per_token * row + 3 * c * hidden)
 
 
@@ -295,16 +301,16 @@ def _row_gradients(architecture: Architecture, step: StepShape) -> int:
 
 
 def _forward_workspace(architecture: Architecture, step: StepShape, index: int) -> int:
-    """A layer's forward pass at its widest, beside what it keeps: the experts' rows, those that came back, and what made them."""
-    c, hidden, spread = architecture.compute_bytes, architecture.hidden, step.ep > 1
+    """Return the bytes of a layer's forward pass at its widest, in addition to what it keeps: the experts' rows."""
+    c, hidden, several_ranks = architecture.compute_bytes, architecture.hidden, step.ep > 1
     if not is_recomputed(step.checkpointing, index):
-        return step.tokens * c * architecture.experts_per_token * hidden * (2 if spread else 1)
-    rows = architecture.experts_per_token * (hidden * (3 if spread else 1) + 3 * architecture.expert_size)
+        return step.tokens * c * architecture.experts_per_token * hidden * (2 if several_ranks else 1)
+    rows = architecture.experts_per_token * (hidden * (3 if several_ranks else 1) + 3 * architecture.expert_size)
     return step.tokens * c * (rows + 6 * hidden)
 
 
 def _steady(architecture: Architecture, step: StepShape) -> int:
-    """Kept from the embedding to the end of the backward pass: rotary tables, and what self-conditioning needs."""
+    """Return the bytes kept from the embedding to the end of the backward pass: rotary tables, self-conditioning."""
     c, hidden = architecture.compute_bytes, architecture.hidden
     head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
     canvas = step.micro_batch * step.canvas
@@ -319,7 +325,7 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
 
 
 def _tail(architecture: Architecture, step: StepShape) -> int:
-    """Between the last layer and the loss: the last norm, the scored rows and their gradient."""
+    """Return the bytes between the last layer and the loss: the last norm, the scored rows and their gradient."""
     c = architecture.compute_bytes
     norm = FLOAT * (2 if architecture.full else 1) + c
     scored = step.micro_batch * (step.clean - 1 + step.canvas)
@@ -327,11 +333,11 @@ def _tail(architecture: Architecture, step: StepShape) -> int:
 
 
 def _loss_workspace(architecture: Architecture, step: StepShape) -> int:
-    """A chunk of logits, a tile of it once more, and, where the embedding is trained, its float32 gradient."""
+    """Return the bytes of a chunk of logits, a tile of it, and the float32 gradient of a trained embedding."""
     c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
     rows = min(chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas))
     columns = tile_columns(rows, vocabulary, step.device)
     found = FLOAT * rows * (vocabulary + columns + 2 * hidden)
-    if c < FLOAT:  # a factor, and a product that cannot be added in place
+    if c < FLOAT:  # an operand, and a product that cannot be added in place
         found += c * columns * (rows + (hidden if architecture.full else 0))
     return found + (FLOAT * vocabulary * hidden if architecture.full else 0)

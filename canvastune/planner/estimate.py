@@ -17,11 +17,16 @@ from canvastune.perf_model.hardware import (
 )
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 
-_BFLOAT16_KERNELS = 250_000_000  # bytes that a CPU process holds more with bfloat16: reordered weights, kernels (measured)
+# Bytes that bfloat16 adds to a CPU process: reordered weights, kernels (measured).
+_BFLOAT16_KERNELS = 250_000_000
 
 
-def _step(config: RunConfig, architecture: Architecture, world_size: int, *, longest: bool) -> StepShape:
-    """A rank's step with examples of `seq_length`; for memory, of the longest: the fill of the last block comes after the cut."""
+def step_shape(config: RunConfig, architecture: Architecture, world_size: int, *, longest: bool) -> StepShape:
+    """Return the shape of one rank's step.
+
+    Args:
+        longest: assume the longest examples, as memory has to: the last block is filled after the cut to `seq_length`.
+    """
     train = config.train
     micro = train.micro_batch_size or train.global_batch_size // world_size
     step = StepShape(
@@ -35,37 +40,44 @@ def _step(config: RunConfig, architecture: Architecture, world_size: int, *, lon
         self_conditioning=config.objective.self_conditioning_probability,
         device="cpu" if config.hardware.accelerator == "cpu" else "cuda",
     )
-    return _of_length(step, config.data.seq_length) if longest else step
+    return with_longest_example(step, config.data.seq_length) if longest else step
 
 
-def _of_length(step: StepShape, seq_length: int) -> StepShape:
+def with_longest_example(step: StepShape, seq_length: int) -> StepShape:
+    """Return the shape with examples of `seq_length` tokens and a filled last block."""
     return dataclasses.replace(step, clean=seq_length + step.canvas - 1)
 
 
-def _memory_timeline(architecture: Architecture, step: StepShape, accelerator: Accelerator) -> dict[str, dict[str, int]]:
+def device_memory_timeline(
+    architecture: Architecture, step: StepShape, accelerator: Accelerator
+) -> dict[str, dict[str, int]]:
+    """Return `memory_timeline`, with what the process itself holds on a CPU."""
     process = round(accelerator.process * 1e9)
     if process and architecture.compute_bytes == 2:
         process += _BFLOAT16_KERNELS
-    if process and step.world_size > 1:  # gloo copies what it gathers, the embedding above all
+    if process and step.world_size > 1:  # gloo copies what it gathers, of which the embedding is the largest
         process += architecture.vocabulary * architecture.hidden * architecture.compute_bytes
     return {moment: parts | ({"process": process} if process else {}) for moment, parts in memory_timeline(architecture, step).items()}
 
 
-def _needed(architecture: Architecture, step: StepShape, accelerator: Accelerator) -> int:
-    size = sum(peak(_memory_timeline(architecture, step, accelerator))[1].values())
-    return size + _reserved(size, accelerator)
+def needed_bytes(architecture: Architecture, step: StepShape, accelerator: Accelerator) -> int:
+    """Return the bytes that must be free on each device."""
+    size = sum(peak(device_memory_timeline(architecture, step, accelerator))[1].values())
+    return size + reserved_bytes(size, accelerator)
 
 
-def _reserved(peak_bytes: int, accelerator: Accelerator) -> int:
+def reserved_bytes(peak_bytes: int, accelerator: Accelerator) -> int:
+    """Return the bytes needed in addition to the allocator's peak: driver, collectives, fragmentation."""
     return round(accelerator.outside * 1e9 + FRAGMENTATION * peak_bytes)
 
 
-def _limit(config: RunConfig, accelerator: Accelerator) -> int:
+def available_bytes(config: RunConfig, accelerator: Accelerator) -> int:
+    """Return the bytes that a device has."""
     return round((config.hardware.gpu_memory or accelerator.memory or 0) * 1e9)
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int | None:
-    """The largest number from 1 to `most` that fits, where all smaller ones do; None if 1 does not."""
+def largest_fitting(fits: Callable[[int], bool], most: int) -> int | None:
+    """Return the largest number from 1 to `most` that fits, given that all smaller ones do; None if 1 does not."""
     if not fits(1):
         return None
     low, high = 1, most
@@ -75,7 +87,15 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     return low
 
 
-def _check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+    """Check that experts and global batch divide over the ranks.
+
+    Raises:
+        UserError: as `ParallelDims.of`, and for less than one rank.
+    """
     if world_size < 1:
-        raise UserError(f"--gpus: found {world_size}, expected at least 1. Give the number of GPUs of all nodes")
+        raise UserError(
+            f"--gpus: found {world_size}, expected at least 1",
+            hint="Pass the number of GPUs of all nodes.",
+        )
     ParallelDims.of(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)

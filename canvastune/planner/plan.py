@@ -1,4 +1,4 @@
-"""A plan: what a run needs of its hardware, as data."""
+"""A plan: what a run needs of its hardware, as plain data."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ class Change:
     """A change of the recipe with which the run fits."""
 
     settings: tuple[str, ...]
-    memory_bytes: int  # per rank, all told
+    memory_bytes: int  # per rank, in total
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Sizes are bytes, per rank where nothing else is said; a step is one optimiser step of the whole world."""
+    """What a run needs.
+
+    Sizes are bytes, per rank unless stated otherwise; a step is one optimizer step of all ranks.
+    """
 
     name: str
     model: str
@@ -45,30 +48,30 @@ class Plan:
     activation_checkpointing: Checkpointing
     parameters: dict[str, ParameterCount]
     memory: dict[str, int]  # by part at the moment of the peak
-    moment: str  # of the peak
-    phases: dict[str, int]  # the highest moment of each phase of a step
+    moment: str  # when the peak occurs
+    phases: dict[str, int]  # the peak of each phase of a step
     memory_bytes: int  # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
-    reserved_bytes: int  # beside the peak: driver, collectives, fragmentation
+    reserved_bytes: int  # in addition to the peak: driver, collectives, fragmentation
     limit_bytes: int
     checkpoint_bytes: int  # of a resume checkpoint on disk, over all ranks
-    checkpoints: int  # that stand at once: the newest, the best and the one that is being written
-    host_copy_bytes: int  # in host memory, while a checkpoint is written beside the training
+    checkpoints: int  # on disk at the same time: the newest ones, the best and the one being written
+    host_copy_bytes: int  # in host memory, while a checkpoint is written in the background
     flops_by_pass: dict[str, float]  # of a rank's step
     flops_by_part: dict[str, float]
-    model_flops: float  # of a step over all ranks, without what is computed twice
+    model_flops: float  # of a step over all ranks, without recomputation
     bytes_received: dict[str, float]  # by collective, of a rank's step
     seconds: Seconds
     step_seconds: float
     run_seconds: float  # of all steps, without validation and checkpoints
-    model_flops_utilisation: float
+    model_flops_utilisation: float  # prose: ok (a key of plan.json)
     tokens_per_step: int
     largest_micro_batch: int | None  # None: not even one example fits
     largest_sequence: int | None
-    changes: tuple[Change, ...]  # if it does not fit: the smallest that would
+    changes: tuple[Change, ...]  # if it does not fit: the smallest changes that would
 
     @property
     def needed_bytes(self) -> int:
-        """What must be free on each device."""
+        """Bytes that must be free on each device."""
         return self.memory_bytes + self.reserved_bytes
 
     @property
@@ -77,28 +80,32 @@ class Plan:
 
 
 def refuse_if_too_big(plan: Plan) -> None:
-    """Let a plan that fits pass.
+    """Refuse a plan that does not fit.
 
     Raises:
-        UserError: names what does not fit, by part, and the smallest change that would.
+        UserError: names what does not fit, by part; the hint, the smallest change that would.
     """
     if plan.fits:
         return
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7)
-    text = (
+    message = (
         f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, and has {plan.limit_bytes / 1e9:.1f} GB "
-        f"(at its peak, {plan.moment}: {parts}, beside it {plan.reserved_bytes / 1e9:.1f}). "
+        f"(peak in {plan.moment}: {parts}; reserved {plan.reserved_bytes / 1e9:.1f})"
     )
     if not plan.changes:
-        raise UserError(text + "No change of batch, sequence, method or number of ranks fits; use accelerators with more memory")
-    first, *others = (
-        f"{' '.join(_as_option(setting) for setting in change.settings)} ({change.memory_bytes / 1e9:.1f} GB)" for change in plan.changes
+        raise UserError(
+            message,
+            hint="No change of batch, sequence, method or number of ranks fits; use accelerators with more memory.",
+        )
+    changes = (
+        f"{' '.join(_as_option(setting) for setting in change.settings)} ({change.memory_bytes / 1e9:.1f} GB)"
+        for change in plan.changes
     )
-    raise UserError(text + f"The smallest change that fits: {first}" + (f"; or {'; or '.join(others)}" if others else ""))
+    raise UserError(message, hint=f"The smallest change that fits: {'; or '.join(changes)}.")
 
 
 def as_tree(plan: Plan) -> dict[str, Any]:
-    """The plan as plan.json holds it."""
+    """Return the plan as plan.json holds it."""
     return {**dataclasses.asdict(plan), "needed_bytes": plan.needed_bytes, "fits": plan.fits}
 
 

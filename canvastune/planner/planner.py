@@ -1,4 +1,4 @@
-"""`canvastune plan`: what a run will need of its hardware, from the model's config.json alone, and a refusal of what cannot fit."""
+"""`canvastune plan`: plan what a run needs of its hardware from the model's config.json, and refuse what cannot fit."""
 
 from __future__ import annotations
 
@@ -25,19 +25,32 @@ from canvastune.perf_model.hardware import (
     peak_rate,
     step_time,
 )
-from canvastune.perf_model.memory import highest_by_phase, peak
-from canvastune.planner.estimate import _check_layout, _largest, _limit, _memory_timeline, _needed, _of_length, _reserved, _step
+from canvastune.perf_model.memory import peak, peak_by_phase
+from canvastune.planner.estimate import (
+    available_bytes,
+    check_layout,
+    device_memory_timeline,
+    largest_fitting,
+    needed_bytes,
+    reserved_bytes,
+    step_shape,
+    with_longest_example,
+)
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
 from canvastune.planner.render import render
-from canvastune.planner.suggestions import _CHANGES_NAMED, _MOST_EXAMPLES, _smallest_changes
+from canvastune.planner.suggestions import smallest_changes
 
 RELEASED = "google/diffusiongemma-26B-A4B-it"
-SHIPPED = Path(__file__).parents[1] / "perf_model" / "diffusiongemma-26b-a4b.json"
+SHIPPED_CONFIG = Path(__file__).parents[1] / "perf_model" / "diffusiongemma-26b-a4b.json"
 _CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments in float32
+_MAX_EXAMPLES = 4096  # of a micro-batch
+_CHANGES_SHOWN = 3
 
 
 def find_architecture(config: ModelConfig) -> Path:
-    """The folder with the model's config.json; for the released model, where the Hub cannot be reached, the copy that is shipped.
+    """Return the folder with the model's config.json.
+
+    For the released model a shipped copy is used if the Hub cannot be reached.
 
     Raises:
         UserError: another model that cannot be found.
@@ -47,29 +60,29 @@ def find_architecture(config: ModelConfig) -> Path:
     except UserError:
         if config.id != RELEASED:
             raise
-        return SHIPPED
+        return SHIPPED_CONFIG
 
 
 def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
     """Plan a run on `world_size` ranks, without weights and without a GPU.
 
     Args:
-        model: a checkpoint's folder, of which config.json alone is read, or a config.json.
+        model: a checkpoint's folder, of which only config.json is read, or a config.json.
 
     Raises:
-        UserError: the ranks, experts and batch do not divide, or the model or the accelerator is not known. A plan that does not
-            fit the memory is made all the same; `refuse_if_too_big` and `write_plan` refuse it.
+        UserError: ranks, experts and batch do not divide, or the model or the accelerator is unknown. A plan that does
+            not fit the memory is returned; `refuse_if_too_big` and `write_plan` refuse it.
     """
     architecture = read_architecture(config, model)
     accelerator = find_accelerator(config.hardware.accelerator)
-    _check_layout(config, architecture, world_size)
-    longest = _step(config, architecture, world_size, longest=True)
-    step = _step(config, architecture, world_size, longest=False)
-    found = _memory_timeline(architecture, longest, accelerator)
-    moment, parts = peak(found)
+    check_layout(config, architecture, world_size)
+    longest = step_shape(config, architecture, world_size, longest=True)
+    step = step_shape(config, architecture, world_size, longest=False)
+    timeline = device_memory_timeline(architecture, longest, accelerator)
+    moment, parts = peak(timeline)
     flops, received = count_flops(architecture, step), count_bytes(architecture, step)
     seconds = step_time(architecture, step, flops, received, accelerator)
-    limit = _limit(config, accelerator)
+    limit = available_bytes(config, accelerator)
     memory_bytes = sum(parts.values())
     parameters = count_parameters(architecture)
     checkpoint = parameters["total"].trained * _CHECKPOINT_BYTES
@@ -92,9 +105,9 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         parameters=parameters,
         memory=parts,
         moment=moment,
-        phases=highest_by_phase(found),
+        phases=peak_by_phase(timeline),
         memory_bytes=memory_bytes,
-        reserved_bytes=_reserved(memory_bytes, accelerator),
+        reserved_bytes=reserved_bytes(memory_bytes, accelerator),
         limit_bytes=limit,
         checkpoint_bytes=checkpoint,
         checkpoints=config.train.keep_checkpoints + 2,
@@ -108,26 +121,28 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         run_seconds=seconds.total * config.train.steps,
         model_flops_utilisation=flops.model / (seconds.total * peak_rate(architecture, accelerator)),
         tokens_per_step=config.train.global_batch_size * (step.clean + step.canvas),
-        largest_micro_batch=_largest(
-            lambda size: _needed(architecture, dataclasses.replace(longest, micro_batch=size), accelerator) <= limit, _MOST_EXAMPLES
+        largest_micro_batch=largest_fitting(
+            lambda size: needed_bytes(architecture, dataclasses.replace(longest, micro_batch=size), accelerator)
+            <= limit,
+            _MAX_EXAMPLES,
         ),
-        largest_sequence=_largest(
-            lambda length: _needed(architecture, _of_length(longest, length), accelerator) <= limit, architecture.longest
+        largest_sequence=largest_fitting(
+            lambda length: needed_bytes(architecture, with_longest_example(longest, length), accelerator) <= limit,
+            architecture.longest,
         ),
         changes=(),
     )
     if plan.fits:
         return plan
-    return dataclasses.replace(
-        plan, changes=tuple(itertools.islice(_smallest_changes(config, model, world_size, accelerator, limit), _CHANGES_NAMED))
-    )
+    changes = smallest_changes(config, model, world_size, accelerator, limit)
+    return dataclasses.replace(plan, changes=tuple(itertools.islice(changes, _CHANGES_SHOWN)))
 
 
 def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
     """Write `plan.json` and `plan.txt` to a new folder.
 
     Raises:
-        UserError: the plan does not fit, or the folder already holds something.
+        UserError: the plan does not fit, or the folder is not empty.
     """
     refuse_if_too_big(plan)
     with atomic_directory(out) as partial:
@@ -137,10 +152,10 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
 
 
 def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
-    if model == SHIPPED:
-        yield "config.json cannot be had from the Hub: planned from the copy of this model's architecture that canvastune ships."
+    if model == SHIPPED_CONFIG:
+        yield "config.json is not available from the Hub: planned from the copy of it that canvastune ships."
     if accelerator.process:
-        yield "On CPU, small models are bound by the cost of calls: the estimated time is a floor."
+        yield "On CPU, call overhead dominates the time of small models: the estimated time is a lower bound."
     memory = config.hardware.gpu_memory
     if accelerator.memory and memory and abs(memory - accelerator.memory) > 0.01 * accelerator.memory:
         yield f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has {accelerator.memory:g} GB."

@@ -1,4 +1,4 @@
-"""The plan as a person reads it."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHECKPOINTING = {True: "on", "selective": "of every second layer", False: "off"
 
 
 def render(plan: Plan) -> str:
-    """The whole plan as plain text, 100 columns wide at most."""
+    """Return the whole plan as plain text, at most 100 columns wide."""
     lines = [f"Plan of {plan.name}: {_METHODS[plan.method]} of {plan.model}"]
     lines += [f"  {note}" for note in plan.notes]
     lines += [
@@ -44,20 +44,20 @@ def _parameters(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
     rows += [
-        ("at the peak", f"{plan.memory_bytes / 1e9:.2f}"),
+        ("peak", f"{plan.memory_bytes / 1e9:.2f}"),
         (f"driver, collectives, fragmentation ({FRAGMENTATION:.0%})", f"{plan.reserved_bytes / 1e9:.2f}"),
         ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
-        ("there is", f"{plan.limit_bytes / 1e9:.2f}"),
+        ("available", f"{plan.limit_bytes / 1e9:.2f}"),
     ]
     phases = [(phase, f"{size / 1e9:.2f}") for phase, size in plan.phases.items()]
     longest = plan.seq_length + plan.canvas_length - 1
     return [
-        *_table((f"Memory per rank, at its peak: {plan.moment}", "GB"), rows),
-        f"  An example of {longest} tokens is assumed, its last block filled.",
-        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} of them on disk"
-        + (f"; each rank copies its {plan.host_copy_bytes / 1e9:.2f} GB to host memory." if plan.host_copy_bytes else "."),
+        *_table((f"Memory per rank, at the peak: {plan.moment}", "GB"), rows),
+        f"  Assumes examples of {longest} tokens, with the last block filled.",
+        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} on disk at once"
+        + (f"; each rank copies {plan.host_copy_bytes / 1e9:.2f} GB to host memory." if plan.host_copy_bytes else "."),
         "",
-        *_table(("Memory per rank, highest of each phase of a step", "GB"), phases),
+        *_table(("Memory per rank, peak of each phase of a step", "GB"), phases),
     ]
 
 
@@ -81,18 +81,18 @@ def _time(plan: Plan) -> list[str]:
     rows = [
         ("experts", _seconds(seconds.experts)),
         ("everything else", _seconds(seconds.everything_else)),
-        ("gathering and reducing (behind the computation)", _seconds(seconds.gathering)),
-        ("exchanging expert rows", _seconds(seconds.exchange)),
-        ("optimiser", _seconds(seconds.update)),
-        ("a step", _seconds(plan.step_seconds)),
+        ("all-gather and reduce-scatter (overlapped)", _seconds(seconds.gathering)),
+        ("all-to-all of expert rows", _seconds(seconds.exchange)),
+        ("optimizer", _seconds(seconds.update)),
+        ("one step", _seconds(plan.step_seconds)),
         ("all steps", _seconds(plan.run_seconds)),
     ]
     rate = plan.tokens_per_step / plan.step_seconds
     return [
         *_table(("Time, estimated", ""), rows),
-        f"  {plan.tokens_per_step:,} tokens a step, {rate:,.0f} tokens/s; {plan.model_flops_utilisation:.0%} of the peak rate, "
-        f"at {MATMUL_SHARE:.0%} in matmuls",
-        "  Examples of full length are assumed; shorter ones cost less.",
+        f"  {plan.tokens_per_step:,} tokens per step, {rate:,.0f} tokens/s; {plan.model_flops_utilisation:.0%} of the "
+        f"peak rate, assuming {MATMUL_SHARE:.0%} of it in matmuls",
+        "  Assumes examples of full length; shorter ones take less time.",
     ]
 
 
@@ -102,7 +102,7 @@ def _verdict(plan: Plan) -> list[str]:
     if batch:
         lines.append(f"  Largest micro-batch at {plan.seq_length} tokens: {batch}")
     if length:
-        lines.append(f"  Longest sequence at {plan.micro_batch_size} examples a forward: {length:,} tokens")
+        lines.append(f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens")
     for change in plan.changes:
         lines.append(f"  Would fit with {' and '.join(change.settings)}: {change.memory_bytes / 1e9:.1f} GB")
     return lines

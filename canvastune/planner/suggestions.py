@@ -17,47 +17,42 @@ from canvastune.perf_model.architecture import (
 from canvastune.perf_model.hardware import (
     Accelerator,
 )
-from canvastune.planner.estimate import _check_layout, _needed, _step
+from canvastune.planner.estimate import check_layout, needed_bytes, step_shape
 from canvastune.planner.plan import Change
 
-_MOST_GPUS = 4096
+_MAX_RANKS = 4096
+# A changed recipe, its number of ranks, and the settings that changed.
+Candidates = Iterator[tuple[RunConfig, int, tuple[str, ...]]]
 
 
-_MOST_EXAMPLES = 4096
-
-
-_CHANGES_NAMED = 3
-
-
-Tried = Iterator[tuple[RunConfig, int, tuple[str, ...]]]  # a changed recipe, its number of ranks, and what was changed
-
-
-def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerator: Accelerator, limit: int) -> Iterator[Change]:
-    """Changes that fit, at most three levers together, the mildest first; none that holds a smaller one."""
+def smallest_changes(config: RunConfig, model: Path, world_size: int, accelerator: Accelerator, limit: int) -> Iterator[Change]:
+    """Yield changes that fit, the mildest first, of at most three levers; none that contains a smaller one."""
 
     @functools.cache
-    def under(method: Literal["lora", "full"], experts: bool) -> Architecture:
+    def architecture_with(method: Literal["lora", "full"], experts: bool) -> Architecture:
         return read_architecture(_with(_with(config, "train", method=method), "lora", experts=experts), model)
 
     def needed(changed: RunConfig, ranks: int) -> int | None:
         try:
-            architecture = under(changed.train.method, changed.lora.experts)
-            _check_layout(changed, architecture, ranks)
+            architecture = architecture_with(changed.train.method, changed.lora.experts)
+            check_layout(changed, architecture, ranks)
         except UserError:
             return None
-        return _needed(architecture, _step(changed, architecture, ranks, longest=True), accelerator)
+        return needed_bytes(architecture, step_shape(changed, architecture, ranks, longest=True), accelerator)
 
-    together = [levers for count in (1, 2, 3) for levers in itertools.combinations(_LEVERS, count)]
-    found: list[set[Callable[..., Tried]]] = []
-    for levers in sorted(together, key=lambda levers: sum(_LEVERS[lever] for lever in levers)):
+    combinations = [levers for count in (1, 2, 3) for levers in itertools.combinations(_LEVERS, count)]
+    found: list[set[Callable[..., Candidates]]] = []
+    for levers in sorted(combinations, key=lambda levers: sum(_LEVERS[lever] for lever in levers)):
         if any(smaller <= set(levers) for smaller in found):
             continue
-        tried: list[tuple[RunConfig, int, tuple[str, ...]]] = [(config, world_size, ())]
+        candidates: list[tuple[RunConfig, int, tuple[str, ...]]] = [(config, world_size, ())]
         for lever in levers:
-            tried = [
-                (changed, ranks, (*settings, *more)) for start, count, settings in tried for changed, ranks, more in lever(start, count)
+            candidates = [
+                (changed, ranks, (*settings, *more))
+                for start, count, settings in candidates
+                for changed, ranks, more in lever(start, count)
             ]
-        for changed, ranks, settings in tried:
+        for changed, ranks, settings in candidates:
             size = needed(changed, ranks)
             if size is not None and size <= limit:
                 yield Change(settings, size)
@@ -65,28 +60,28 @@ def _smallest_changes(config: RunConfig, model: Path, world_size: int, accelerat
                 break
 
 
-def _checkpoint(config: RunConfig, ranks: int) -> Tried:
+def _checkpoint(config: RunConfig, ranks: int) -> Candidates:
     if config.train.activation_checkpointing is not True:
         yield _with(config, "train", activation_checkpointing=True), ranks, ("train.activation_checkpointing=true",)
 
 
-def _fewer_examples(config: RunConfig, ranks: int) -> Tried:
+def _fewer_examples(config: RunConfig, ranks: int) -> Candidates:
     size = (config.train.micro_batch_size or config.train.global_batch_size // ranks) // 2
     while size >= 1:
         yield _with(config, "train", micro_batch_size=size), ranks, (f"train.micro_batch_size={size}",)
         size //= 2
 
 
-def _shorten(config: RunConfig, ranks: int) -> Tried:
+def _shorten(config: RunConfig, ranks: int) -> Candidates:
     length = config.data.seq_length * 3 // 4 // 64 * 64
     while length >= 256:
         yield _with(config, "data", seq_length=length), ranks, (f"data.seq_length={length}",)
         length = length * 3 // 4 // 64 * 64
 
 
-def _more_ranks(config: RunConfig, ranks: int) -> Tried:
+def _more_ranks(config: RunConfig, ranks: int) -> Candidates:
     more = ranks * 2
-    while more <= _MOST_GPUS:
+    while more <= _MAX_RANKS:
         batch = config.train.global_batch_size
         each = config.train.micro_batch_size or 1
         grown = -(-batch // (more * each)) * more * each
@@ -95,18 +90,18 @@ def _more_ranks(config: RunConfig, ranks: int) -> Tried:
         more *= 2
 
 
-def _adapters(config: RunConfig, ranks: int) -> Tried:
+def _adapters(config: RunConfig, ranks: int) -> Candidates:
     if config.train.method == "full":
         yield _with(config, "train", method="lora"), ranks, ("train.method=lora",)
 
 
-def _fewer_adapters(config: RunConfig, ranks: int) -> Tried:
+def _fewer_adapters(config: RunConfig, ranks: int) -> Candidates:
     if config.train.method == "lora" and config.lora.experts:
         yield _with(config, "lora", experts=False), ranks, ("lora.experts=false",)
 
 
-# What a change costs its user: time, then data, then another kind of training or other machines.
-_LEVERS: dict[Callable[[RunConfig, int], Tried], int] = {
+# What a change costs its user: time, then data, then a different kind of training or more machines.
+_LEVERS: dict[Callable[[RunConfig, int], Candidates], int] = {
     _checkpoint: 1,
     _fewer_examples: 1,
     _shorten: 2,

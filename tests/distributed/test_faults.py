@@ -117,7 +117,7 @@ def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: 
 def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
     seconds, said = faults.freeze_a_rank(ground, tmp_path, victim=0)
     assert seconds < 10 + 5 + 40, said
-    assert "rank 0 does not answer" in said, said
+    assert "rank 0 does not respond" in said, said
 
 
 def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(ground: Path, tmp_path: Path) -> None:
