@@ -22,6 +22,8 @@ from canvastune.tiny_model import write_problems
 from canvastune.tracking import read_metrics
 from components.run_directory import read_record
 from tests.fakes.fake_cluster import addresses_outside
+from tests.support.golden import golden
+from tools import snapshot
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine
 ROOT = Path(__file__).parents[2]
@@ -259,6 +261,18 @@ def test_a_run_leaves_a_model_a_report_and_its_figures(runs: Runs) -> None:
     assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, "the end does not say where the report is"
     assert f"mlflow ui --backend-store-uri sqlite:///{runs.workspace / 'mlflow.db'}" in runs.lora.said
     assert "Traceback" not in runs.lora.said
+
+
+def test_files_of_a_run_their_keys_and_its_names_in_mlflow_stay(runs: Runs) -> None:
+    folder = _folder(runs.lora)
+    names = snapshot.mlflow_names(runs.workspace / "mlflow.db")
+    del names["runs"]  # one of them contains the time
+    found = {
+        "files": snapshot.file_names(folder),
+        "keys": snapshot.artifact_keys(folder),
+        "mlflow": names,
+    }
+    assert found == golden("run", found), "see tests/golden/README.md for when this may change"
 
 
 def test_no_artifact_has_an_address_that_kubeflow_would_refuse(runs: Runs) -> None:
