@@ -63,7 +63,7 @@ became of them.
 
 examples:
   canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared
-  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared --set data.source=my.jsonl --set data.max_bad_rows=0.05"""
+  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared --set data.source=my.jsonl --set data.max_bad_row_fraction=0.05"""
 _REPORT = """RUN is a folder below workspace/runs, or the --output of canvastune.train. Without --output the page comes in the place of the
 one in RUN/report. At most five runs can be compared with: their curves are laid over, their figures and settings become tables.
 

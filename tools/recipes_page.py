@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from pydantic import AfterValidator
+from pydantic import AfterValidator, AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
@@ -142,7 +142,7 @@ def _rows(fields: dict[str, FieldInfo], prefix: str) -> Iterator[tuple[str, str,
             continue
         assert field.description, f"{prefix}{name} has no description"
         known = _one_of([f"`{value}`" for value in ACCELERATORS]) if (prefix, name) == ("hardware.", "accelerator") else None
-        yield f"`{prefix}{name}`", known or values_of(field.annotation, tuple(field.metadata)), _default(field), field.description
+        yield f"`{prefix}{name}`", known or values_of(field.annotation, tuple(field.metadata)), _default(field), _meaning(field)
 
 
 def _default(field: FieldInfo) -> str:
@@ -151,6 +151,15 @@ def _default(field: FieldInfo) -> str:
         return "required"
     plain = list(value) if isinstance(value, tuple) else value
     return f"`{yaml.safe_dump(plain, default_flow_style=True, width=1000).partition(_SCALAR_END)[0].strip()}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """Return a field's description, with the older names that a recipe may use for it."""
+    assert field.description is not None
+    if not isinstance(field.validation_alias, AliasChoices):
+        return field.description
+    older = ", ".join(f"`{name}`" for name in field.validation_alias.choices[1:])
+    return f"{field.description}; older name, also accepted and written by the steps: {older}"
 
 
 def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:

@@ -1,86 +1,130 @@
-"""YAML that people write: read strictly, with every fault in words that name its line."""
+"""Read a recipe: YAML, defaults and `--set`, with an error text that names the line or the key."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import AliasChoices, ValidationError
+from pydantic.fields import FieldInfo
 
 from canvastune.config.schema import RunConfig
 from canvastune.config.strict import StrictModel
 from canvastune.errors import UserError
 
+_EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own reader keeps the last of two equal keys without a word; this one refuses them."""
+    """A YAML reader that refuses duplicate keys; the library's own silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+                    problem = f"duplicate key {key.value!r}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
 def load_yaml_file(path: Path) -> Any:
-    """The value that a YAML file holds.
+    """Return the value that a YAML file holds.
 
     Raises:
-        UserError: a file that cannot be read, that is not UTF-8, or that `read_yaml` refuses.
+        UserError: a file that cannot be read, that is not UTF-8, or that `load_yaml` refuses.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start}). Save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file that you may read") from None
-    return load_yaml(text, str(path))
+    return load_yaml(_read_text(path), str(path))
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text holds.
+    """Return the value that a YAML text holds.
 
     Args:
         where: the file or option, for messages.
 
     Raises:
-        UserError: not YAML (a tab, an open bracket, ...), a key that stands twice in one mapping, or a value that cannot be made.
+        UserError: not YAML (a tab, an open bracket, ...), a duplicate key in a mapping, or a value
+            that is invalid for its YAML type.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         problem = " ".join(filter(None, (error.problem, error.context)))
-        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: " if error.problem_mark else ""
-        raise UserError(f"{where}: {place}not YAML that can be read: {problem}. Repair it there, or just above") from None
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(
+            f"{where}: {place}invalid YAML: {problem}",
+            hint="Correct this line, or the one above it.",
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML that can be read: {' '.join(str(error).split())}. Save it as plain UTF-8 text") from None
+        raise UserError(
+            f"{where}: invalid YAML: {' '.join(str(error).split())}",
+            hint="Save it as plain UTF-8 text.",
+        ) from None
     except RecursionError:
-        raise UserError(f"{where}: not YAML that can be read: nested too deeply. Write sections and keys, no more") from None
-    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:  # of a tag's constructor: `2001-13-45`
+        raise UserError(
+            f"{where}: invalid YAML: nested too deeply",
+            hint="Write only sections and keys.",
+        ) from None
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # Raised by the constructor of a type: the date `2001-13-45`.
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{where}: a value is not what its form says ({reason}). Put it in quotes, or correct it") from None
+        raise UserError(
+            f"{where}: invalid value for its YAML type: {reason}",
+            hint="Put the value in quotes, or correct it.",
+        ) from None
 
 
-def load_config(recipe: Path | str, overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe from a YAML file and apply `key=value` overrides (values are YAML: `lora.rank=32`, `train.method=full`).
+def load_config(recipe: Path | str, overrides: Sequence[str] | None = None) -> RunConfig:
+    """Read a recipe from a YAML file and apply `key=value` overrides.
+
+    Args:
+        overrides: values are YAML: `lora.rank=32`, `train.method=full`.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest known one) or an ill-typed value.
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), or an
+            invalid value.
     """
     path = Path(recipe)
     if not path.is_file():
-        raise UserError(f"{path}: no such recipe file. Give the path of a YAML file, for example pipelines/recipes/tiny_lora.yaml")
-    tree = _mapping(load_yaml_file(path), str(path))
-    for override in overrides or []:
+        raise UserError(
+            f"{path}: no such recipe file",
+            hint=f"Check the path; an example is {_EXAMPLE}.",
+        )
+    return loads(_read_text(path), overrides=overrides or (), source=str(path))
+
+
+def loads(
+    text: str,
+    *,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    source: str = "recipe",
+) -> RunConfig:
+    """Read a recipe from YAML text, fill in defaults of `cluster` and apply `key=value` overrides.
+
+    Args:
+        overrides: applied in order; they win over the text.
+        defaults: settings of the section `cluster`, which the text wins over; mappings such as
+            `env` are merged key by key.
+        source: what the text is, for messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree = _mapping(load_yaml(text, source), source)
+    if defaults:
+        tree = _with_cluster_defaults(tree, defaults)
+    for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(tree, source)
 
 
 def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig:
@@ -93,79 +137,150 @@ def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig
         try:
             tree = json.loads(tree)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}. Give what the step `resolve` wrote") from None
+            raise UserError(
+                f"{where}: not JSON: {error}",
+                hint="Pass the output of the step `resolve`.",
+            ) from None
     try:
         return RunConfig.model_validate(_mapping(tree, where))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(where, problem) for problem in error.errors())) from None
+        found = [_explain(problem) for problem in error.errors()]
+    message = "\n".join(f"{where}: {problem}" for problem, _ in found)
+    raise UserError(message, hint=" ".join(dict.fromkeys(hint for _, hint in found if hint)))
 
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the whole tree, defaults included, as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
-def known_keys(section: type[StrictModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the tree with its pydantic field, branches before their leaves."""
-    keys: dict[str, Any] = {}
+def known_keys(section: type[StrictModel] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return every dotted key with its field, sections before their keys, names before aliases."""
+    keys: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
-        keys[prefix + name] = field
+        keys |= {prefix + spelling: field for spelling in _spellings(name, field)}
         if isinstance(field.annotation, type) and issubclass(field.annotation, StrictModel):
             keys |= known_keys(field.annotation, f"{prefix}{name}.")
     return keys
 
 
+def _spellings(name: str, field: FieldInfo) -> list[str]:
+    """Return the names that a recipe may use for a field, the current one first."""
+    choices = field.validation_alias
+    return list(map(str, choices.choices)) if isinstance(choices, AliasChoices) else [name]
+
+
+def _current_name(key: str) -> str:
+    """Return the current spelling of a known dotted key."""
+    field = known_keys()[key]
+    prefix, dot, name = key.rpartition(".")
+    return f"{prefix}{dot}{_spellings(name, field)[0]}"
+
+
+def _with_cluster_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    own = tree.get("cluster") or {}
+    if not isinstance(own, dict):  # the validation names the problem
+        return tree
+    merged = {
+        key: {**defaults[key], **value}
+        for key, value in own.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    }
+    return {**tree, "cluster": {**defaults, **own, **merged}}
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise UserError(f"--set {override}: expected key=value, for example --set lora.rank=32")
+        raise UserError(
+            f"--set {override}: expected key=value",
+            hint="Write for example --set lora.rank=32.",
+        )
     if key not in known_keys():
-        raise UserError(f"--set {override}: unknown key {key!r}{_nearest(key)}")
+        raise UserError(f"--set {override}: unknown key {key!r}", hint=_suggest(key))
     value = load_yaml(text, f"--set {override}")
-    *branches, leaf = key.split(".")
+    *branches, leaf = _current_name(key).split(".")
     for branch in branches:
         if not isinstance(tree.get(branch), dict):
             tree[branch] = {}
         tree = tree[branch]
+    for spelling in _spellings(leaf, known_keys()[key]):  # the text may use the other one
+        tree.pop(spelling, None)
     tree[leaf] = value
 
 
-def _explain(where: str, problem: Any) -> str:
+def _explain(problem: Any) -> tuple[str, str]:
+    """Return a validation problem as a message (key, found, expected) and a hint."""
     key = ".".join(str(part) for part in problem["loc"])
-    value = problem["input"]
+    value = _shorten(problem["input"])
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r} (value {_short(value)}){_nearest(key)}"
+        if key in known_keys():
+            name = _current_name(key)
+            return f"{key}: another name of {name}, which is set too", f"Keep only {name}."
+        return f"unknown key {key!r} (value {value})", _suggest(key)
     if problem["type"] == "missing":
-        return f"{where}: key {key!r} is missing: {_describe(key)}. Set it in the recipe, or with --set {key}=VALUE"
+        meaning = f" ({description})" if (description := _description(key)) else ""
+        return (
+            f"key {key!r} is missing{meaning}",
+            f"Set {key} in the recipe, or with --set {key}=VALUE.",
+        )
     if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}: key {key!r}: found {_short(value)}, expected: {message}. Correct it: {_describe(key)}".rstrip(": ")
+        error = problem["ctx"]["error"]
+        return str(error), getattr(error, "hint", "")
+    message = problem["msg"].removeprefix("Input should be ")
+    is_sentence = " should " in message  # "String should match pattern ..."
+    message = message[0].lower() + message[1:]
+    hint = f"{key}: {description}." if (description := _description(key)) else ""
+    return f"{key}: found {value}{':' if is_sentence else ', expected'} {message}", hint
 
 
-def _describe(key: str) -> str:
+def _description(key: str) -> str:
     field = known_keys().get(key)
     return field.description or "" if field is not None else ""
 
 
-def _nearest(key: str) -> str:
+def _suggest(key: str) -> str:
+    """Return a hint with the known key that is nearest to an unknown one."""
     keys = list(known_keys())
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not close:  # the last part alone may be right, in another branch
+    if not close:  # the last part may be right, in another section
         leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys begin with {', '.join(RunConfig.model_fields)}. Use one of those"
+        leaf = key.rsplit(".", 1)[-1]
+        close = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    if close:
+        return f"Did you mean {_current_name(close[0])!r}?"
+    return f"Use one of the known keys; they begin with {', '.join(RunConfig.model_fields)}."
 
 
-def _short(value: Any) -> str:
-    brief = reprlib.Repr()  # bounded work as well: aliases can make a small file a vast value
+def _shorten(value: Any) -> str:
+    brief = reprlib.Repr()  # limits the work too: aliases can make a small file a huge value
     brief.maxstring = brief.maxother = 60
     text = brief.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{path}: not UTF-8 text (byte 0x{byte:02x} at {error.start})",
+            hint="Save the file as UTF-8.",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror})",
+            hint="Check the path and that you may read the file.",
+        ) from None
 
 
 def _mapping(tree: Any, where: str) -> dict[str, Any]:
     if isinstance(tree, dict):
         return tree
     found = "nothing" if tree is None else f"a {type(tree).__name__}"
-    raise UserError(f"{where}: a recipe is a mapping of keys, found {found}. Begin with pipelines/recipes/tiny_lora.yaml, and change it")
+    raise UserError(
+        f"{where}: a recipe is a mapping of keys, found {found}",
+        hint=f"Start from {_EXAMPLE}.",
+    )

@@ -1,16 +1,15 @@
-"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written beside every output."""
+"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written next to every output."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from canvastune.config.cluster import (
-    ClusterConfig,
-)
-from canvastune.config.strict import StrictModel
+from canvastune.config.cluster import ClusterConfig
+from canvastune.config.strict import InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
 
@@ -44,11 +43,32 @@ class DataConfig(StrictModel):
     validation_rows: int | None = Field(
         None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)"
     )
-    max_bad_rows: float = Field(0.01, ge=0, lt=1, description="share of rows that may be unreadable before the step fails")
-    max_duplicates: float = Field(
-        0.1, ge=0, le=1, description="share of rows that may repeat an earlier one before the step fails; repeats are always dropped"
+    # The old names of the next two sound like counts. Files keep them, so that a run that was
+    # started before the change still compares equal.
+    max_bad_row_fraction: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("max_bad_row_fraction", "max_bad_rows"),
+        serialization_alias="max_bad_rows",
+        description="fraction of the rows, such as 0.05 for 5%, that may be invalid before the step fails",
+    )
+    max_duplicate_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        validation_alias=AliasChoices("max_duplicate_fraction", "max_duplicates"),
+        serialization_alias="max_duplicates",
+        description="fraction of the rows that may repeat an earlier one before the step fails; duplicates are always dropped",
     )
     max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
+
+    @field_validator("max_bad_row_fraction", "max_duplicate_fraction", mode="before")
+    @classmethod
+    def _refuse_count(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and value > 1:
+            raise PydanticCustomError("fraction", "a fraction of the rows, such as 0.05 for 5%, not a count")
+        return value
 
 
 class LoraConfig(StrictModel):
@@ -56,13 +76,13 @@ class LoraConfig(StrictModel):
 
     rank: int = Field(16, ge=1, description="rank r of the two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's input that is zeroed in training; never on experts")
     experts: bool = Field(False, description="adapters on every expert's two projections as well")
 
     @property
     def scale(self) -> float:
-        """What B @ A is multiplied by."""
+        """Factor that B @ A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -94,15 +114,15 @@ class TrainConfig(StrictModel):
     """The loop."""
 
     method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
-    steps: int = Field(800, ge=1, description="optimiser steps")
-    global_batch_size: int = Field(8, ge=1, description="examples per optimiser step, over all ranks")
+    steps: int = Field(800, ge=1, description="optimizer steps")
+    global_batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
     )
     attention: Literal["sdpa", "flex"] = Field(
         "sdpa",
-        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA alone",
+        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA only",
     )
     activation_checkpointing: Checkpointing = Field(
         True,
@@ -117,9 +137,9 @@ class TrainConfig(StrictModel):
     validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; after the last step there is one too")
     keep_checkpoints: int = Field(
-        2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss stays besides"
+        2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss is kept too"
     )
-    async_checkpoints: bool = Field(True, description="write checkpoints beside the training; takes a copy of the state in host memory")
+    async_checkpoints: bool = Field(True, description="write checkpoints in the background; takes a copy of the state in host memory")
     export: Literal["best", "last"] = Field(
         "best", description="which weights a run ends with: the checkpoint of the best validation loss, or the last step"
     )
@@ -168,7 +188,7 @@ class TrackingConfig(StrictModel):
 
 
 class HardwareConfig(StrictModel):
-    """What the planner plans for."""
+    """The accelerators that the planner plans for."""
 
     gpu_memory: float = Field(80.0, gt=0, description="GB (1e9 bytes) per accelerator")
     accelerator: str = Field("h100", description="row of the planner's table of accelerators")
@@ -199,8 +219,14 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr}). Lower it")
+            raise InvalidSetting(
+                f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr})",
+                hint="Lower optimizer.min_lr.",
+            )
         bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
         if bad:
-            raise ValueError(f"train.validation_levels: {bad[0]} is outside (0, 1]. Give shares of corrupted tokens")
+            raise InvalidSetting(
+                f"train.validation_levels: found {bad[0]}, expected fractions of corrupted tokens in (0, 1]",
+                hint="Correct the level.",
+            )
         return self

@@ -1,4 +1,4 @@
-"""A branch of a recipe's tree, as all of them are."""
+"""What all sections of a recipe share: unknown keys are refused, and a value keeps its kind."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
-class StrictModel(BaseModel):
-    """Unknown keys are refused; values are never coerced across kinds."""
+class InvalidSetting(ValueError):
+    """A rule between several keys that is broken; the message names the keys, `hint` is what to do."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StrictModel(BaseModel):
+    """A section of the recipe: it refuses unknown keys and coerces no value into another kind."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic alone would read `true` as 1."""
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` where a number is expected: pydantic reads it as 1."""
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
         given = value if isinstance(value, list | tuple) else [value]
-        if {int, float} & kinds and bool not in kinds and any(isinstance(each, bool) for each in given):
+        if {int, float} & kinds and bool not in kinds and any(isinstance(v, bool) for v in given):
             raise PydanticCustomError("number", "a number, not true or false")
         return value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names of a tree's leaves."""
+    """Return the leaves of a tree by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -37,5 +47,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """A type, and those that it is made of."""
-    return {annotation}.union(*map(_kinds, get_args(annotation))) if get_args(annotation) else {annotation}
+    """Return a type and the types that it is composed of."""
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_kinds, parts)) if parts else {annotation}

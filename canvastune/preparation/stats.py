@@ -109,18 +109,18 @@ class DatasetStats:
             UserError: too many bad rows or duplicates (the first few are named), or nothing left.
         """
         label, read = self._source.label, self.rows_read
-        if self.dropped[BAD] > self.config.max_bad_rows * read:
+        if self.dropped[BAD] > self.config.max_bad_row_fraction * read:
             raise UserError(
                 f"{label}: {self.dropped[BAD]:,} of {read:,} rows cannot be trained on ({self.dropped[BAD] / read:.1%}); "
-                f"data.max_bad_rows allows {self.config.max_bad_rows:.1%}:\n{self._named()}\n"
-                "Repair or remove these rows, or raise data.max_bad_rows: bad rows are then left out and listed in the data card"
+                f"data.max_bad_row_fraction allows {self.config.max_bad_row_fraction:.1%}:\n{self._named()}\n"
+                "Repair or remove these rows, or raise data.max_bad_row_fraction: bad rows are then left out and listed in the data card"
             )
-        if self.dropped[DUPLICATE] > self.config.max_duplicates * read:
+        if self.dropped[DUPLICATE] > self.config.max_duplicate_fraction * read:
             named = "\n".join(f"  {row.file}: row {row.number}" for row in self._repeats)
             raise UserError(
                 f"{label}: {self.dropped[DUPLICATE]:,} of {read:,} rows repeat an earlier one ({self.dropped[DUPLICATE] / read:.1%}); "
-                f"data.max_duplicates allows {self.config.max_duplicates:.1%}. The first that do:\n{named}\n"
-                "Was a file given twice? Remove the repeats, or raise data.max_duplicates: each conversation is then kept once"
+                f"data.max_duplicate_fraction allows {self.config.max_duplicate_fraction:.1%}. The first that do:\n{named}\n"
+                "Was a file given twice? Remove the repeats, or raise data.max_duplicate_fraction: each conversation is then kept once"
             )
         if self.kept == 0:
             reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items() if count)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 import canvastune
 from canvastune import tracking
-from canvastune.config import RunConfig, load_config, parse_config
-from canvastune.config.loading import load_yaml
+from canvastune.config import RunConfig, loads, parse_config
 from canvastune.errors import UserError
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import RunRecord, read_record, run_directory, with_tracking_uri, write_record
@@ -65,9 +61,8 @@ def resolve(
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
             with another recipe or other data, or that is finished; no run where one is to be compared with.
     """
-    config = _tracked(
-        read_recipe(with_defaults(recipe, cluster), [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)])
-    )
+    settings = [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)]
+    config = _tracked(loads(recipe, overrides=settings, defaults=_cluster_defaults(cluster)))
     folder = run_directory(workspace, run_name, job_name)
     find_compared(compared_folders(compare, Path(workspace)))
     data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
@@ -83,57 +78,44 @@ def resolve(
     return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
 
 
-def with_defaults(text: str, cluster: str) -> str:
-    """A recipe's text with defaults beneath its own section `cluster`, mappings in it (such as `env`) key by key.
+def _cluster_defaults(text: str) -> dict[str, Any]:
+    """Return the chart's defaults of the section `cluster` from their JSON text.
 
     Raises:
-        UserError: the defaults are not a JSON object. What is wrong with the recipe is left to its reader.
+        UserError: not a JSON object.
     """
     try:
-        defaults = json.loads(cluster or "{}")
+        defaults = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise UserError(f"pipeline parameter cluster: not JSON ({error}). Give a JSON object with settings of `cluster`") from None
+        raise UserError(
+            f"pipeline parameter cluster: not JSON ({error})",
+            hint="Pass a JSON object with settings of the section `cluster`.",
+        ) from None
     if not isinstance(defaults, dict):
-        raise UserError(f"pipeline parameter cluster: expected a JSON object, found {cluster[:60]}. Give settings of `cluster`, or {{}}")
-    try:
-        tree = load_yaml(text, "recipe")
-    except UserError:
-        return text
-    own = (tree.get("cluster") or {}) if isinstance(tree, dict) else None
-    if not defaults or not isinstance(own, dict):
-        return text
-    both = {key: {**defaults[key], **own[key]} for key in own if isinstance(own[key], dict) and isinstance(defaults.get(key), dict)}
-    return yaml.safe_dump({**tree, "cluster": {**defaults, **own, **both}}, sort_keys=False)
+        raise UserError(
+            f"pipeline parameter cluster: expected a JSON object, found {text[:60]}",
+            hint="Pass settings of the section `cluster`, or {}.",
+        )
+    return defaults
 
 
 def _tracked(config: RunConfig) -> RunConfig:
-    """The chart tells training pods by a variable where its MLflow is; the other steps are told by the config."""
+    """Copy the chart's MLflow address from the training pods' environment into the config, which every step reads."""
     uri = config.cluster.env.get("MLFLOW_TRACKING_URI")
     if uri is None or config.tracking.uri is not None:
         return config
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
-def read_recipe(text: str, overrides: list[str]) -> RunConfig:
-    """Read a recipe given as text. Raises: UserError, one line per problem."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(text, encoding="utf-8")
-        try:
-            return load_config(path, overrides)
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), "recipe")) from None
-
-
 def dataset_override(dataset: str) -> list[str]:
-    """The override that `dataset` stands for; quoted, since a path may mean something else as YAML."""
+    """Return the override for `dataset`; quoted, since a path may be parsed as another YAML type."""
     return [f"data.source={json.dumps(dataset)}"] if dataset else []
 
 
 def data_fingerprint(config: RunConfig) -> str:
-    """What prepared data depends on beside its config: the source's content, the tokenizer and the code that reads them.
+    """Hash what prepared data depends on in addition to its config: the source's content, the tokenizer and the code.
 
-    Content that lies on the Hub is named by the config's revision and does not count here.
+    Content on the Hub is identified by the config's revision and is not included.
     """
     digest = hashlib.sha256()
     code = Path(canvastune.__file__).parent / "preparation"

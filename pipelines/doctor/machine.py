@@ -189,7 +189,7 @@ def _recipe(question: DoctorOptions) -> tuple[RunConfig | None, Finding]:
     except ImportError as error:
         return None, Finding("recipe", "skipped", f"needs the package {error.name}", "install the packages above first")
     except UserError as error:
-        return None, Finding("recipe", "problem", str(error), f"correct {question.recipe}, as the message says")
+        return None, Finding("recipe", "problem", f"{error}. {error.hint}".strip(), f"correct {question.recipe}, as the message says")
     return config, Finding(
         "recipe", "ok", f"{config.name}: {config.train.method}, {config.train.steps} steps, cluster.backend={config.cluster.backend}"
     )

@@ -55,31 +55,31 @@ def ground(sound_model: Path, tmp_path: Path) -> Ground:
 
 
 RECIPES: dict[str, Case] = {
-    "an unknown key is answered with the nearest": (added("lorra:\n  rank: 8\n"), ("unknown key 'lorra'", "did you mean 'lora'?")),
-    "an unknown key of a section too": (added("lora:\n  rnak: 8\n"), ("unknown key 'lora.rnak'", "did you mean 'lora.rank'?")),
-    "a word where a number goes": (setting("train.steps=many"), ("'train.steps'", "found 'many'", "valid integer")),
-    "a fraction where a whole number goes": (setting("train.steps=2.5"), ("'train.steps'", "found 2.5", "valid integer")),
-    "true where a whole number goes": (setting("train.steps=true"), ("'train.steps'", "found True", "a number, not true or false")),
+    "an unknown key is answered with the nearest": (added("lorra:\n  rank: 8\n"), ("unknown key 'lorra'", "Did you mean 'lora'?")),
+    "an unknown key of a section too": (added("lora:\n  rnak: 8\n"), ("unknown key 'lora.rnak'", "Did you mean 'lora.rank'?")),
+    "a word where a number goes": (setting("train.steps=many"), ("train.steps: ", "found 'many'", "valid integer")),
+    "a fraction where a whole number goes": (setting("train.steps=2.5"), ("train.steps: ", "found 2.5", "valid integer")),
+    "true where a whole number goes": (setting("train.steps=true"), ("train.steps: ", "found True", "a number, not true or false")),
     "false where a number may be missing": (setting("train.micro_batch_size=off"), ("micro_batch_size", "found False", "a number, not")),
-    "true where a fraction goes": (setting("optimizer.lr=yes"), ("'optimizer.lr'", "found True", "a number, not true or false")),
-    "true among numbers": (setting("optimizer.betas=[true, 0.9]"), ("'optimizer.betas'", "[True, 0.9]", "a number, not true or false")),
-    "a list where a section goes": (added("train: [1, 2]\n"), ("'train'", "found [1, 2]", "expected")),
-    "nothing where a section goes": (added("train:\n"), ("'train'", "found None", "expected")),
-    "a number below its range": (setting("train.steps=0"), ("'train.steps'", "found 0", "greater than or equal to 1")),
+    "true where a fraction goes": (setting("optimizer.lr=yes"), ("optimizer.lr: ", "found True", "a number, not true or false")),
+    "true among numbers": (setting("optimizer.betas=[true, 0.9]"), ("optimizer.betas: ","[True, 0.9]", "a number, not true or false")),
+    "a list where a section goes": (added("train: [1, 2]\n"), ("train: ","found [1, 2]", "expected")),
+    "nothing where a section goes": (added("train:\n"), ("train: ","found None", "expected")),
+    "a number below its range": (setting("train.steps=0"), ("train.steps: ", "found 0", "greater than or equal to 1")),
     "a number above its range": (setting("data.validation_fraction=1"), ("validation_fraction", "found 1", "less than 1")),
-    "an infinite learning rate": (setting("optimizer.lr=.inf"), ("'optimizer.lr'", "found inf", "finite number")),
-    "a learning rate that is no number": (setting("optimizer.lr=.nan"), ("'optimizer.lr'", "found nan", "expected")),
-    "a word that is not among the choices": (setting("train.method=qlora"), ("'train.method'", "'qlora'", "'lora' or 'full'")),
+    "an infinite learning rate": (setting("optimizer.lr=.inf"), ("optimizer.lr: ", "found inf", "finite number")),
+    "a learning rate that is no number": (setting("optimizer.lr=.nan"), ("optimizer.lr: ", "found nan", "expected")),
+    "a word that is not among the choices": (setting("train.method=qlora"), ("train.method: ", "'qlora'", "'lora' or 'full'")),
     "two keys that contradict": (setting("optimizer.min_lr=1"), ("optimizer.min_lr (1.0)", "above optimizer.lr")),
     "a corruption level outside its range": (setting("train.validation_levels=[0.5, 2]"), ("validation_levels", "2.0", "(0, 1]")),
-    "nodes without a cluster": (setting("cluster.nodes=2"), ("cluster.nodes = 2", "choose backend pytorchjob or trainjob")),
-    "a name that no folder can have": (setting("name=My Run"), ("'name'", "'My Run'", "expected")),
-    "a key that stands twice": (added("name: again\n"), ("'name' stands there twice", "line ", "Repair it")),
-    "a key that stands twice in a section": (added("lora: {rank: 8, rank: 16}\n"), ("'rank' stands there twice", "Repair it")),
-    "a tab as indentation": (recipe("name: x\ndata:\n\tsource: y\n"), ("line 3, column 1", "\\t", "Repair it")),
-    "a bracket that is not closed": (added("lora: {rank: 8\n"), ("line ", "not YAML", "Repair it")),
-    "a date that is none": (setting("name=2001-13-45"), ("--set name=2001-13-45", "month must be in 1..12", "Put it in quotes")),
-    "two documents in one file": (added("---\nname: b\n"), ("single document", "another document", "Repair it")),
+    "nodes without a cluster": (setting("cluster.nodes=2"), ("cluster.nodes: found 2", "to pytorchjob or trainjob")),
+    "a name that no folder can have": (setting("name=My Run"), ("name: ", "'My Run'", "should match pattern")),
+    "a key that stands twice": (added("name: again\n"), ("duplicate key 'name'", "line ", "Correct this line")),
+    "a key that stands twice in a section": (added("lora: {rank: 8, rank: 16}\n"), ("duplicate key 'rank'", "Correct this line")),
+    "a tab as indentation": (recipe("name: x\ndata:\n\tsource: y\n"), ("line 3, column 1", "\\t", "Correct this line")),
+    "a bracket that is not closed": (added("lora: {rank: 8\n"), ("line ", "invalid YAML", "Correct this line")),
+    "a date that is none": (setting("name=2001-13-45"), ("--set name=2001-13-45", "month must be in 1..12", "Put the value in quotes")),
+    "two documents in one file": (added("---\nname: b\n"), ("single document", "another document", "Correct this line")),
     "brackets nested ten thousand deep": (recipe("[" * 10_000), ("nested too deeply", "sections and keys")),
     "a list instead of a mapping": (recipe("- name: x\n"), ("mapping of keys", "found a list", "tiny_lora.yaml")),
     "a recipe that is one word": (recipe("recipe"), ("mapping of keys", "found a str", "tiny_lora.yaml")),
@@ -87,16 +87,16 @@ RECIPES: dict[str, Case] = {
     "a recipe of comments alone": (recipe("# later\n"), ("mapping of keys", "found nothing", "tiny_lora.yaml")),
     "a recipe without data": (recipe("name: x\n"), ("key 'data' is missing",)),
     "a recipe with NUL bytes": (recipe(b"name: x\0\n"), ("recipe.yaml", "#x0000", "Save it as plain UTF-8")),
-    "a binary file as a recipe": (recipe(b"\x7fELF\x02\x01\xff\xfe"), ("recipe.yaml", "not UTF-8 text", "Save it as UTF-8")),
-    "a recipe in UTF-16": (recipe("name: x\n".encode("utf-16")), ("not UTF-8 text (byte 0xff at 0)", "Save it as UTF-8")),
-    "a recipe in Latin-1": (recipe("name: café\n".encode("latin-1")), ("byte 0xe9 at 9", "Save it as UTF-8")),
-    "a recipe that is not there": (lambda ground: ground.recipe.unlink(), ("no such recipe file", "Give the path of a YAML file")),
-    "a folder as a recipe": (folder_as_recipe, ("no such recipe file", "Give the path of a YAML file")),
+    "a binary file as a recipe": (recipe(b"\x7fELF\x02\x01\xff\xfe"), ("recipe.yaml", "not UTF-8 text", "Save the file as UTF-8")),
+    "a recipe in UTF-16": (recipe("name: x\n".encode("utf-16")), ("not UTF-8 text (byte 0xff at 0)", "Save the file as UTF-8")),
+    "a recipe in Latin-1": (recipe("name: café\n".encode("latin-1")), ("byte 0xe9 at 9", "Save the file as UTF-8")),
+    "a recipe that is not there": (lambda ground: ground.recipe.unlink(), ("no such recipe file", "Check the path")),
+    "a folder as a recipe": (folder_as_recipe, ("no such recipe file", "Check the path")),
     "--set without a value": (setting("lora.rank"), ("--set lora.rank", "expected key=value", "--set lora.rank=32")),
     "--set without a key": (setting("=3"), ("--set =3", "expected key=value")),
-    "--set with an open bracket": (setting("lora.rank=[8"), ("--set lora.rank=[8", "not YAML", "Repair it")),
+    "--set with an open bracket": (setting("lora.rank=[8"), ("--set lora.rank=[8", "invalid YAML", "Correct this line")),
     "--set of a key that is not there": (setting("lora.dropuot=0.1"), ("unknown key 'lora.dropuot'", "'lora.dropout'")),
-    "--set of a section to a word": (setting("lora=big"), ("'lora'", "found 'big'", "expected")),
+    "--set of a section to a word": (setting("lora=big"), ("lora: ", "found 'big'", "expected")),
 }
 
 PAIR = {"question": "q", "answer": "a"}
@@ -112,7 +112,7 @@ DATA: dict[str, Case] = {
     "Latin-1 in an array": (data("rows.json", '["é"]'.encode("latin-1")), ("rows.json: ", "not UTF-8", "Convert the file")),
     "NUL bytes": (data("rows.jsonl", b'{"question": "q\0", "answer": "a"}'), ("row 1", "control character", "Repair or remove")),
     "zeros of a torn copy": (data("rows.jsonl", LINES + b"\0" * 200), ("row 41", "not JSON", "Repair or remove")),
-    "a line that was cut": (data("rows.jsonl", LINES[:-20]), ("row 40", "not JSON", "data.max_bad_rows")),
+    "a line that was cut": (data("rows.jsonl", LINES[:-20]), ("row 40", "not JSON", "data.max_bad_row_fraction")),
     "quotes that are not escaped": (
         data("rows.jsonl", b'{"question": "he said "hi"", "answer": "a"}'),
         ("row 1", "not JSON: Expecting ','"),
@@ -152,7 +152,7 @@ DATA: dict[str, Case] = {
         lines({"messages": json.dumps([said("user", "x")])}),
         ("row 1", "'messages' is a str", "Repair or remove"),
     ),
-    "repeats above the threshold": (lines(*GOOD[:4] * 5), ("16 of 20 rows repeat", "row 5", "data.max_duplicates")),
+    "repeats above the threshold": (lines(*GOOD[:4] * 5), ("16 of 20 rows repeat", "row 5", "data.max_duplicate_fraction")),
     "prompts longer than the cut": (
         lines({"question": "q " * 900, "answer": "a"}, seq_length=64),
         ("none of the 1 rows", "raise data.seq_length"),
@@ -287,7 +287,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "cluster settings that are not there": (
         ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--cluster-file", "none.yaml"],
-        ("none.yaml", "No such file", "Give the path of a YAML file"),
+        ("none.yaml", "No such file", "Check the path"),
     ),
     "cluster settings with an unknown key": (
         ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--cluster-file", "hub.yaml"],
@@ -316,7 +316,7 @@ def test_a_user_sees_the_same_from_a_shell(ground: Ground) -> None:
     (ground.folder / "data.jsonl").write_bytes(LINES[:-20])
     done = subprocess.run([sys.executable, "-m", "pipelines.cli", *ground.command()], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("Repair or remove these rows, or raise data.max_bad_rows")
+    assert done.stderr.splitlines()[-1].startswith("Repair or remove these rows, or raise data.max_bad_row_fraction")
     assert "Traceback" not in done.stderr + done.stdout
     assert not (ground.folder / "out").exists()
 

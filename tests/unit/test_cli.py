@@ -92,18 +92,18 @@ def test_command_that_is_mistyped_ends_with_code_2(capsys: pytest.CaptureFixture
     [
         ("lora.rnak=32", "lora.rank"),
         ("train.epochs=3", "train.steps"),
-        ("zzzz=1", "known keys begin with"),
+        ("zzzz=1", "they begin with name"),
         ("optimiser.lr=1", "optimizer.lr"),
         ("train.steps=many", "train.steps"),
     ],
 )
-def test_mistyped_key_is_one_line_and_nothing_runs(key: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistyped_key_is_one_message_and_nothing_runs(key: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = tmp_path / "workspace"
     code = main(["run", str(RECIPES / "gsm8k_lora.yaml"), "--set", key, "--workspace", str(workspace)])
     error = capsys.readouterr().err
     assert code == 1
     assert error.startswith("canvastune: error: ")
-    assert error.count("\n") == 1, f"more than one line: {error}"
+    assert error.count("\n") == 2, f"more than a message and a hint: {error}"
     assert hint in error
     assert not workspace.exists(), "a refused recipe left a workspace behind"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from canvastune.errors import UserError
 from components.resolve import step as resolution
@@ -38,8 +37,8 @@ def test_a_retried_step_finds_its_own_folder(resolve: Any) -> None:
 
 
 def test_another_job_goes_on_with_an_unfinished_run_only(resolve: Any) -> None:
-    folder = Path(resolve("job-1").run_folder)
-    assert resolve("job-2").run_folder == str(folder)
+    folder = Path(resolve("job-1").run_directory)
+    assert resolve("job-2").run_directory == str(folder)
     record = read_record(folder)
     assert record is not None
     assert record.job_id == "job-2"
@@ -60,9 +59,6 @@ def test_a_run_folder_is_refused_to_another_recipe_or_other_data(resolve: Any, t
 
 def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: Any) -> None:
     chart = {"backend": "pytorchjob", "nodes": 2, "cpu": "32", "env": {"NCCL_DEBUG": "WARN", "HTTPS_PROXY": "proxy"}}
-    recipe = {"cluster": {"nodes": 1, "env": {"NCCL_DEBUG": "INFO"}}}
-    both = yaml.safe_load(resolution.with_defaults(yaml.safe_dump(recipe), json.dumps(chart)))["cluster"]
-    assert both == {"backend": "pytorchjob", "nodes": 1, "cpu": "32", "env": {"NCCL_DEBUG": "INFO", "HTTPS_PROXY": "proxy"}}
     config = json.loads(resolve(overrides="cluster.cpu=8", cluster=json.dumps(chart)).config)
     assert (config["cluster"]["cpu"], config["cluster"]["nodes"]) == ("8", 2)
 
@@ -70,7 +66,7 @@ def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: A
 def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(resolve: Any) -> None:
     chart = json.dumps({"env": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}})
     assert json.loads(resolve("job-1", cluster=chart).config)["tracking"]["uri"] == "http://mlflow:5000"
-    shutil.rmtree(resolve("job-1", cluster=chart).run_folder)
+    shutil.rmtree(resolve("job-1", cluster=chart).run_directory)
     named = resolve("job-1", overrides="tracking.uri=http://other", cluster=chart)
     assert json.loads(named.config)["tracking"]["uri"] == "http://other"
 
@@ -80,10 +76,11 @@ def test_another_job_may_train_elsewhere(resolve: Any) -> None:
     assert json.loads(resolve("job-2", cluster='{"backend": "trainjob"}').config)["cluster"]["backend"] == "trainjob"
 
 
-@pytest.mark.parametrize(("cluster", "words"), [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "did you mean")])
+@pytest.mark.parametrize(("cluster", "words"), [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "'cluster.nodes'?")])
 def test_wrong_defaults_of_the_chart_are_refused(resolve: Any, cluster: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError) as error:
         resolve(cluster=cluster)
+    assert words in f"{error.value} {error.value.hint}"
 
 
 def test_prepared_data_depends_on_content_and_on_data_settings_alone(resolve: Any, tmp_path: Path) -> None:
