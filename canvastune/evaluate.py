@@ -1,6 +1,8 @@
-"""The step `evaluate`: answers to held-out prompts by the base and by the tuned model with stock `generate()`, and their validation loss.
+"""Evaluate the base and the tuned model from the command line.
 
-`python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` does it alone.
+`python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` runs the step
+`evaluate` without Kubeflow: answers to held-out prompts with stock `generate()`, and the validation
+loss of both models.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 _EPILOG = """examples:
   python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data --tuned runs/merged --output runs/evaluation
 
-The same command again goes on where an interrupted one was.
+The same command again resumes an interrupted evaluation.
 
-exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong command line, 130 interrupted, what was done is kept."""
+exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 invalid command line, 130 interrupted (results are kept)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate once; 1 and a line of words where that cannot be, 130 on Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Evaluate once; return 0, 1 after an error with its message printed, 130 after Ctrl-C."""
+    options = build_parser().parse_args(arguments)
     configure_logging(options.log_format)
     try:
         config = load_config(options.config)
@@ -37,23 +39,39 @@ def main(arguments: list[str] | None = None) -> int:
         log_error(error)
         return 1
     except KeyboardInterrupt:
-        logger.info("evaluate: interrupted; what was done is kept, and the same command goes on")
+        logger.info("evaluate: interrupted; results are kept, and the same command resumes")
         return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         "canvastune.evaluate",
         description="Answer held-out rows before and after tuning.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-c", "--config", required=True, type=Path, metavar="RECIPE", help="the run's recipe")
-    parser.add_argument("--data", required=True, type=Path, help="prepared data, as `canvastune prepare` leaves it")
-    parser.add_argument("--tuned", required=True, type=Path, metavar="MODEL", help="folder of the merged or fully tuned model")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets evaluation.json, answers.jsonl and film.json")
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
+    add = parser.add_argument
+    add("-c", "--config", required=True, type=Path, metavar="RECIPE", help="the run's recipe")
+    add(
+        "--data", required=True, type=Path, help="prepared data: the output of `canvastune prepare`"
+    )
+    add(
+        "--tuned",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="folder of the merged or fully tuned model",
+    )
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for evaluation.json, answers.jsonl and film.json",
+    )
+    add("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Find the runs that a report compares its own with."""
+"""Find the runs that a report compares with its own."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from pathlib import Path
 
 from canvastune.config import load_config, parse_config
 from canvastune.errors import UserError
-from canvastune.report import RunArtifacts
+from canvastune.report.summary import RunArtifacts
 from components.run_directory import read_record
 
-MOST_COMPARED = 5  # curves that can be told apart, beside the run's own
+MAX_COMPARED = 5  # runs whose lines can be told apart, in addition to the run itself
 
 
 def find_run(folder: Path) -> RunArtifacts:
-    """The run whose folder this is.
+    """Return the run in a folder: a pipeline's, or the output of `canvastune.train`.
 
     Raises:
-        UserError: no run's folder, or one of a run that has not begun to train.
+        UserError: there is no run, or it has not started training.
     """
     record = read_record(folder)
     train = folder / "train" if record else folder
-    recipe = next((file for file in (train / "config.yaml", train / "recipe.yaml") if file.is_file()), None)
+    recipes = (train / "config.yaml", train / "recipe.yaml")
+    recipe = next((file for file in recipes if file.is_file()), None)
     if record is None and recipe is None:
         raise UserError(
-            f"{folder}: no folder of a run: expected run.json in it, or metrics.jsonl and config.yaml of a training that is finished. "
-            "Give one such as workspace/runs/RUN, or the --output of canvastune.train"
+            f"{folder}: no run found, expected run.json, or metrics.jsonl and config.yaml of a finished training",
+            hint="Use a folder such as WORKSPACE/runs/RUN, or the --output of canvastune.train.",
         )
     if not (train / "metrics.jsonl").is_file():
-        raise UserError(f"{train}: no metrics.jsonl: this run has not begun to train. Wait for its first step")
-    made = {
+        raise UserError(
+            f"{train}: no metrics.jsonl: this run has not started training",
+            hint="Wait for its first step.",
+        )
+    files = {
         "data": "data/card.json",
         "plan": "plan/plan.json",
         "evaluation": "evaluation/evaluation.json",
         "merge": "model/merge_proof.json",
     }
-    config = parse_config(record.config, f"{folder}/run.json") if record else load_config(str(recipe))
-    found = {step: folder / file for step, file in made.items()}
+    config = (
+        parse_config(record.config, f"{folder}/run.json") if record else load_config(str(recipe))
+    )
+    found = {step: folder / file for step, file in files.items()}
     return RunArtifacts(
         name=folder.absolute().name,
         config=config,
@@ -47,16 +53,23 @@ def find_run(folder: Path) -> RunArtifacts:
 
 
 def find_compared(folders: Sequence[Path]) -> list[RunArtifacts]:
-    """The runs that a report lays over its own.
+    """Return the runs that a report overlays on its own.
 
     Raises:
-        UserError: one of the folders is no run's, or there are more than can be told apart.
+        UserError: a folder has no run, or there are more runs than can be told apart.
     """
-    if len(folders) > MOST_COMPARED:
-        raise UserError(f"compare: found {len(folders)} runs, expected at most {MOST_COMPARED}. Leave some out")
+    if len(folders) > MAX_COMPARED:
+        raise UserError(
+            f"compare: found {len(folders)} runs, expected at most {MAX_COMPARED}",
+            hint="Leave out some of them.",
+        )
     return [find_run(folder) for folder in folders]
 
 
 def compared_folders(names: str, workspace: Path) -> list[Path]:
-    """Folders that the pipeline's parameter `compare` names: runs of the workspace, or paths, with commas or line breaks between."""
-    return [workspace / "runs" / name for name in filter(None, map(str.strip, re.split(r"[,\n]", names)))]  # a whole path stays as it is
+    """Return the folders that the pipeline's parameter `compare` names.
+
+    It lists names of the workspace's runs or paths, separated by commas or line breaks.
+    """
+    parts = filter(None, map(str.strip, re.split(r"[,\n]", names)))
+    return [workspace / "runs" / name for name in parts]  # an absolute path stays as it is

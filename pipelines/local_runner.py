@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,8 @@ import yaml
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.logging import json_requested
+from canvastune.report.formatting import loss
+from canvastune.report.summary import RunSummary
 from canvastune.tracking import tracking_uri
 from canvastune.tracking.client import connect
 from components.earlier_runs import find_compared
@@ -67,7 +68,7 @@ def run_recipe(config: RunConfig, workspace: Path, run_name: str | None, compare
                 print()  # below the terminal's ^C
             finish(str(workspace), folder.name, "", record.job_id, "FAILED")
         raise
-    _say_what_was_achieved(config, workspace, folder, time.monotonic() - started)
+    _print_result(config, workspace, folder, time.monotonic() - started)
     return folder
 
 
@@ -150,12 +151,13 @@ def _new_folder(runs: Path, name: str) -> Path:
             return folder
 
 
-def _say_what_was_achieved(config: RunConfig, workspace: Path, folder: Path, seconds: float) -> None:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[str, str]:
+    """Return the lines printed at the end of a run: its figures, and where its outputs are."""
+    summary = RunSummary.read(folder)
     uri = tracking_uri(config, workspace)
     lines = {
-        "training loss": f"{summary['train_loss_first']:.3f} -> {summary['train_loss_last']:.3f}",
-        "validation loss": f"{summary['validation_loss_first']:.3f} -> {summary['validation_loss_last']:.3f}",
+        "training loss": f"{loss(summary.train_loss_first)} -> {loss(summary.train_loss_last)}",
+        "validation loss": f"{loss(summary.validation_loss_first)} -> {loss(summary.validation_loss_last)}",
         "exact match": "no held-out row has an answer that evaluate.answer_pattern finds",
         "report": _shown(folder / "report" / "report.html"),
         "tuned model": _shown(folder / ("model" if config.train.method == "lora" else "train/model")),
@@ -163,8 +165,13 @@ def _say_what_was_achieved(config: RunConfig, workspace: Path, folder: Path, sec
     }
     if (folder / "unsent").exists():
         lines["MLflow"] = f"lacks a part of this run; when {connect(uri)} is back: canvastune sync {_shown(folder)}"
-    if "exact_match_after" in summary:
-        lines["exact match"] = f"{summary['exact_match_before']:.1%} -> {summary['exact_match_after']:.1%} of held-out rows"
+    if summary.exact_match_after is not None:
+        lines["exact match"] = f"{summary.exact_match_before:.1%} -> {summary.exact_match_after:.1%} of held-out rows"
+    return lines
+
+
+def _print_result(config: RunConfig, workspace: Path, folder: Path, seconds: float) -> None:
+    lines = describe_result(config, workspace, folder)
     logger.info(f"\n{folder.name} finished in {int(seconds // 60)}:{int(seconds % 60):02d}")
     for name, value in lines.items():
         logger.info(f"    {name:<17}{value}")

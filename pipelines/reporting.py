@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from canvastune.errors import UserError
-from canvastune.report import write_report
+from canvastune.report.build import write_report
 from components.earlier_runs import find_compared, find_run
 from components.run_directory import read_record
 

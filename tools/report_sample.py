@@ -1,4 +1,4 @@
-"""What the steps of a run would have left behind, as the report reads it: a noisy training of 300 steps with its loss falling."""
+"""Write the outputs of a sample run: a noisy training of 300 steps with a falling loss."""
 
 from __future__ import annotations
 
@@ -10,50 +10,111 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig, parse_config
+from canvastune.evaluation.result import EvaluationResult, ModelFigures
+from canvastune.evaluation.scoring import compare, mcnemar, wilson
 from canvastune.io.provenance import write_provenance
-from canvastune.report import RunArtifacts
+from canvastune.report.summary import RunArtifacts
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NOISE = (" the", "7", " of", "<eos>", " apples", "</", "<b>", "ing", " left", "=")
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="alert(1)">'
 
 
-def sample_config(**branches: Any) -> RunConfig:
-    return parse_config({"name": "tiny_lora", "data": {"source": "problems.jsonl"}, "train": {"steps": 300}, **branches})
+def sample_config(**sections: Any) -> RunConfig:
+    """Return the recipe of the sample run; `sections` replace its own."""
+    recipe = {"name": "tiny_lora", "data": {"source": "problems.jsonl"}, "train": {"steps": 300}}
+    return parse_config({**recipe, **sections})
 
 
-def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float = 0.55, events: bool = True) -> Path:
-    """metrics.jsonl as the trainer writes it; returns its path."""
+def sample_result(
+    rows: int = 64, before: int = 6, after: int = 52, lost: int = 1, **fields: Any
+) -> EvaluationResult:
+    """Return the result of an evaluation; `before` and `after` are numbers of correct rows."""
+
+    def model(correct: int, loss: float, speed: float, per_forward: float) -> ModelFigures:
+        low, high = wilson(correct, rows) if rows else (0.0, 0.0)
+        return ModelFigures(
+            correct=correct,
+            exact_match=correct / rows if rows else 0.0,
+            exact_match_low=low,
+            exact_match_high=high,
+            tokens=1500,
+            seconds=1500 / speed,
+            tokens_per_second=speed,
+            tokens_per_forward=per_forward,
+            validation_loss=loss,
+            validation_loss_by_level={str(level): loss * (0.5 + level) for level in LEVELS},
+        )
+
+    gained = after - before + lost
+    values: dict[str, Any] = {
+        "rows": rows,
+        "scored": rows,
+        "before": model(before, 5.6, 611.2, 2.11),
+        "after": model(after, 0.6, 842.7, 3.87),
+        "gained": gained,
+        "lost": lost,
+        "p_value": mcnemar(gained, lost),
+        "verdict": compare(gained, lost),
+        "validation_rows": 64,
+        "answer_pattern": r"#### (\S+)",
+        "asked": "a1" * 32,
+        "batch_size": 16,
+        "max_new_tokens": 256,
+        "max_denoising_steps": 48,
+        "seed": 42,
+        "device": "cpu",
+    }
+    return EvaluationResult(**values | fields)
+
+
+def write_metrics(
+    folder: Path, *, seed: int = 0, steps: int = 300, floor: float = 0.55, events: bool = True
+) -> Path:
+    """Write metrics.jsonl as the trainer does; return its path."""
     draw = random.Random(seed)
     records: list[dict[str, Any]] = []
     now = 1_795_500_000.0
 
     def validate(step: int) -> None:
-        gone = math.exp(-step / (steps / 4))
-        levels = {str(t): floor * (0.3 + 1.3 * t) + 6.0 * gone * (0.6 + 0.5 * t) + draw.gauss(0, 0.01) for t in LEVELS}
+        decay = math.exp(-step / (steps / 4))
+        levels = {
+            str(t): floor * (0.3 + 1.3 * t) + 6.0 * decay * (0.6 + 0.5 * t) + draw.gauss(0, 0.01)
+            for t in LEVELS
+        }
         mean = sum(levels.values()) / len(levels)
-        validation = {"loss": mean, "levels": levels, "autoregressive_loss": 0.9 + 6.5 * gone, "seconds": 1.1}
+        validation = {
+            "loss": mean,
+            "levels": levels,
+            "autoregressive_loss": 0.9 + 6.5 * decay,
+            "seconds": 1.1,
+        }
         records.append({"kind": "validation", "step": step, "time": now, **validation})
 
-    def tell(step: int, event: str, detail: str, **more: Any) -> None:
-        records.append({"kind": "event", "step": step, "time": now, "event": event, "detail": detail, **more})
+    def log_event(step: int, event: str, detail: str, **more: Any) -> None:
+        records.append(
+            {"kind": "event", "step": step, "time": now, "event": event, "detail": detail, **more}
+        )
 
-    place = {"ranks": 2, "device": "cpu", "threads": 1}
-    tell(0, "started", "on 2 x CPU, threads of each: 1", **place)
+    devices = {"ranks": 2, "device": "cpu", "threads": 1}
+    log_event(0, "started", "on 2 x CPU, threads of each: 1", **devices)
     validate(0)
     for step in range(1, steps + 1):
         seconds = 0.42 + abs(draw.gauss(0, 0.03)) + (0.5 if step in (1, 148) else 0)
         now += seconds
-        gone = math.exp(-step / (steps / 4))
+        decay = math.exp(-step / (steps / 4))
         level = draw.random()
-        diffusion = max(0.05, floor * (0.3 + 1.3 * level) + 6.0 * gone * (0.6 + 0.5 * level) + draw.gauss(0, 0.15))
-        autoregressive = 0.9 + 6.5 * gone + draw.gauss(0, 0.05)
+        diffusion = max(
+            0.05,
+            floor * (0.3 + 1.3 * level) + 6.0 * decay * (0.6 + 0.5 * level) + draw.gauss(0, 0.15),
+        )
+        autoregressive = 0.9 + 6.5 * decay + draw.gauss(0, 0.05)
         warm = min(1.0, step / 25)
         train = {
             "loss": diffusion + autoregressive,
             "diffusion_loss": diffusion,
             "autoregressive_loss": autoregressive,
-            "grad_norm": (0.3 + 5 * gone) * math.exp(draw.gauss(0, 0.3)),
+            "grad_norm": (0.3 + 5 * decay) * math.exp(draw.gauss(0, 0.3)),
             "lr": warm * (1.5e-5 + 1.35e-4 * 0.5 * (1 + math.cos(math.pi * step / steps))),
             "seconds": seconds,
             "tokens": (tokens := draw.randint(3800, 4300)),
@@ -65,10 +126,15 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
         if step % 25 == 0 or step == steps:
             validate(step)
         if step % 50 == 0:
-            tell(step, "checkpoint", "")
+            log_event(step, "checkpoint", "")
         if events and step == 147:
             now += 95
-            tell(step, "resumed", "from the checkpoint of step 147, after the node was lost", **place)
+            log_event(
+                step,
+                "resumed",
+                "from the checkpoint of step 147, after the node was lost",
+                **devices,
+            )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -76,7 +142,7 @@ def write_metrics(folder: Path, *, seed: int = 0, steps: int = 300, floor: float
 
 
 def write_data(folder: Path, config: RunConfig) -> Path:
-    """The card of a prepared data set; returns its folder."""
+    """Write the card of a prepared dataset; return its folder."""
     folder.mkdir(parents=True)
     spread = {"min": 21, "mean": 48.2, "median": 47, "p95": 71, "max": 96, "sum": 87_000}
     card = {
@@ -108,8 +174,16 @@ def write_data(folder: Path, config: RunConfig) -> Path:
     return folder
 
 
-def write_evaluation(folder: Path, config: RunConfig, *, rows: int = 64, before: int = 6, after: int = 52, lost: int = 1) -> Path:
-    """Answers of both models, some of them hostile; returns the folder."""
+def write_evaluation(
+    folder: Path,
+    config: RunConfig,
+    *,
+    rows: int = 64,
+    before: int = 6,
+    after: int = 52,
+    lost: int = 1,
+) -> Path:
+    """Write the answers of both models, some of them hostile; return the folder."""
     folder.mkdir(parents=True)
     answers: list[dict[str, Any]] = []
     for row in range(rows):
@@ -123,39 +197,33 @@ def write_evaluation(folder: Path, config: RunConfig, *, rows: int = 64, before:
                 "id": f"{row:016x}",
                 "prompt": f"Mia has {apples} apples and gives {given} of them to her neighbour. How many apples does she have left?",
                 "reference": truth,
-                "before": truth if right_before else (HOSTILE if row % 9 == 8 else "#### 4 4 4 the apples apples " + "of " * (row % 5)),
+                "before": truth
+                if right_before
+                else (
+                    HOSTILE if row % 9 == 8 else "#### 4 4 4 the apples apples " + "of " * (row % 5)
+                ),
                 "after": truth if right_after else wrong,
                 "correct_before": right_before,
                 "correct_after": right_after,
             }
         )
-    result = {
-        "rows": rows,
-        "scored": rows,
-        "correct_before": before,
-        "correct_after": after,
-        "exact_match_before": before / rows,
-        "exact_match_after": after / rows,
-        "gained": sum(answer["correct_after"] and not answer["correct_before"] for answer in answers),
-        "lost": lost,
-        "device": "cpu",
-        "tokens_per_second_before": 611.2,
-        "tokens_per_second_after": 842.7,
-        "tokens_per_forward_before": 2.11,
-        "tokens_per_forward_after": 3.87,
+    sample_result(rows, before, after, lost).write(folder)
+    (folder / "answers.jsonl").write_text(
+        "".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8"
+    )
+    traced = answers[rows // 3]
+    film = {key: traced[key] for key in ("id", "prompt", "reference")}
+    film |= {
+        side: _frames(traced[side], steps)
+        for side, steps in (("before", (0, 9, 23, 47)), ("after", (0, 2, 5)))
     }
-    (folder / "evaluation.json").write_text(json.dumps(result), encoding="utf-8")
-    (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
-    filmed = answers[rows // 3]
-    film = {key: filmed[key] for key in ("id", "prompt", "reference")}
-    film |= {side: _frames(filmed[side], steps) for side, steps in (("before", (0, 9, 23, 47)), ("after", (0, 2, 5)))}
     (folder / "film.json").write_text(json.dumps(film), encoding="utf-8")
     write_provenance(folder, "evaluate", config, {})
     return folder
 
 
 def _frames(answer: str, steps: tuple[int, ...], canvas: int = 16) -> list[dict[str, Any]]:
-    """An answer forming in blocks: of the first frame nothing is settled, of the last everything, and behind it stand ends."""
+    """Return the frames of an answer: random tokens at first, the answer and end tokens at last."""
     draw = random.Random(answer)
     tokens = [*re.findall(r" ?\w+|\s|[^\w\s]", answer), "<turn|>"]
     tokens += ["<eos>"] * (-len(tokens) % canvas)
@@ -165,29 +233,53 @@ def _frames(answer: str, steps: tuple[int, ...], canvas: int = 16) -> list[dict[
         shown: list[str] = []
         for index, step in enumerate(steps):
             settled = index / (len(steps) - 1)
-            now = [token if draw.random() < settled else draw.choice([*_NOISE, *wanted]) for token in wanted]
-            changed = [int(not shown or token != before) for token, before in zip(now, shown or now, strict=True)]
-            frames.append({"block": block, "step": step, "tokens": [list(each) for each in zip(now, changed, strict=True)]})
+            now = [
+                token if draw.random() < settled else draw.choice([*_NOISE, *wanted])
+                for token in wanted
+            ]
+            changed = [
+                int(not shown or token != before)
+                for token, before in zip(now, shown or now, strict=True)
+            ]
+            frames.append(
+                {
+                    "block": block,
+                    "step": step,
+                    "tokens": [list(each) for each in zip(now, changed, strict=True)],
+                }
+            )
             shown = now
     return frames
 
 
 def write_plan(folder: Path) -> Path:
+    """Write a plan; return its folder."""
     folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps({"step_seconds": 0.4, "memory_bytes": 1.5e9}), encoding="utf-8")
-    (folder / "plan.txt").write_text("parameters   1.5 M in all, 0.1 M trained\nmemory       1.50 GB a rank\n", encoding="utf-8")
+    (folder / "plan.json").write_text(
+        json.dumps({"step_seconds": 0.4, "memory_bytes": 1.5e9}), encoding="utf-8"
+    )
+    (folder / "plan.txt").write_text(
+        "parameters   1.5 M in all, 0.1 M trained\nmemory       1.50 GB a rank\n", encoding="utf-8"
+    )
     return folder
 
 
 def write_merge(folder: Path, *, passed: bool = True) -> Path:
+    """Write the proof of a merge; return its folder."""
     folder.mkdir(parents=True)
-    proof = {"passed": passed, "method": "logits and weights", "prompts": 4, "max_abs_difference": 3.1e-6, "max_abs_logit": 27.4}
+    proof = {
+        "passed": passed,
+        "method": "logits and weights",
+        "prompts": 4,
+        "max_abs_difference": 3.1e-6,
+        "max_abs_logit": 27.4,
+    }
     (folder / "merge_proof.json").write_text(json.dumps(proof), encoding="utf-8")
     return folder
 
 
 def sample_run(root: Path, config: RunConfig) -> RunArtifacts:
-    """Every step of a run, below `root`."""
+    """Write the output of every step of a run below `root`."""
     return RunArtifacts(
         config.name,
         config,

@@ -1,1 +1,1 @@
-"""What the evaluation is made of: questions, answers, a judge, the validation loss, the film of an answer, and what is done so far."""
+"""Answers of both models to held-out prompts, their scores, and their validation loss."""

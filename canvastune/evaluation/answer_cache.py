@@ -1,4 +1,4 @@
-"""What an evaluation has done so far, so that one that was killed goes on: a file beside the output, a line per piece of work."""
+"""The answer cache: results of an evaluation saved as it runs, so that a killed one resumes."""
 
 from __future__ import annotations
 
@@ -16,37 +16,47 @@ from canvastune.errors import UserError
 
 
 class AnswerCache:
-    """Results of pieces of work, each kept on the disk before the next is begun.
+    """A file of results, one JSON line each, flushed to the disk before the next one is computed.
 
-    A piece is known by everything that its result depends on: after a change of the weights, the rows or a setting it is another piece,
-    and is done again. One process at a time may hold a journal.
+    A result is found by everything that it depends on: after a change of the weights, the rows or a
+    setting it has another key, and is computed again. One process at a time may open a cache.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: UserError, another process holds it, or a place that cannot be written."""
+        """Open or create the cache.
+
+        Raises:
+            UserError: another process uses it, or the file cannot be written.
+        """
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}). Give a place where you may write") from None
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror})",
+                hint="Choose a directory you can write to.",
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise UserError(f"{path}: another evaluation is at work here. Wait for it, or give another --output") from None
-        self._done = self._read()
+            raise UserError(
+                f"{path}: in use by another evaluation",
+                hint="Wait until it has finished, or choose another --output.",
+            ) from None
+        self._results = self._read()
 
     def __len__(self) -> int:
-        return len(self._done)
+        return len(self._results)
 
-    def find(self, piece: Mapping[str, Any]) -> Any:
-        """The result of a piece of work; None where it is not done."""
-        return self._done.get(_digest(piece))
+    def get(self, key: Mapping[str, Any]) -> Any:
+        """Return the result for a key; None if there is none."""
+        return self._results.get(_hash_key(key))
 
-    def keep(self, piece: Mapping[str, Any], result: Any) -> None:
-        """Write the result of a piece to the disk. Raises: UserError, the disk takes no more."""
-        digest = _digest(piece)
+    def put(self, key: Mapping[str, Any], result: Any) -> None:
+        """Write a result to the disk. Raises: UserError, the disk is full."""
+        digest = _hash_key(key)
         line = json.dumps({"piece": digest, "result": result}).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
@@ -54,24 +64,30 @@ class AnswerCache:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); what was done before is kept. Make room, and the same command goes on"
+                f"{self.path}: cannot be written ({error.strerror}); earlier results are kept",
+                hint="Free some disk space and run the same command again: it resumes.",
             ) from None
-        self._done[digest] = result
+        self._results[digest] = result
 
-    def remove(self) -> None:
-        """The work is done, and stands elsewhere."""
+    def delete(self) -> None:
+        """Delete the file, once the whole result is written elsewhere."""
         self.path.unlink()
 
     def __enter__(self) -> AnswerCache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if not self._done:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._results:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
     def _read(self) -> dict[str, Any]:
-        """The whole lines; what a killed process left of a line is cut off."""
+        """Read the complete lines; cut off the partial line of a killed process."""
         self._file.seek(0)
         text = self._file.read()
         end = text.rfind(b"\n") + 1
@@ -81,8 +97,11 @@ class AnswerCache:
             return {line["piece"]: line["result"] for line in lines}
         except (ValueError, TypeError, KeyError):
             self._file.close()
-            raise UserError(f"{self.path}: damaged. Remove this file, and the evaluation begins again") from None
+            raise UserError(
+                f"{self.path}: corrupt file, expected one JSON object per line",
+                hint="Delete this file; the evaluation then starts from the beginning.",
+            ) from None
 
 
-def _digest(piece: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(piece, sort_keys=True).encode()).hexdigest()
+def _hash_key(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

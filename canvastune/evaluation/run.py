@@ -23,29 +23,35 @@ from canvastune.config import RunConfig
 from canvastune.data.packing import Example
 from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
-from canvastune.evaluation.generation import Question, answer, batches_of, choose_questions, digest_of
-from canvastune.evaluation.scoring import SIDES, compile_pattern, find_answer, is_right, score
-from canvastune.evaluation.validation_loss import denoise, held_out_examples, mean_losses
+from canvastune.evaluation.generation import (
+    Question,
+    batch_questions,
+    generate_answers,
+    hash_questions,
+    select_questions,
+)
+from canvastune.evaluation.result import SIDES, EvaluationResult, ModelFigures
+from canvastune.evaluation.scoring import (
+    compare,
+    compile_pattern,
+    extract_answer,
+    is_correct,
+    mcnemar,
+    wilson,
+)
+from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
-logger = logging.getLogger(__name__)
+_PROGRESS_SECONDS = 2.0
+_LOGGED_ANSWERS = 3  # at the end; the report has all of them
+_EXAMPLES_PER_PART = 32  # held-out examples whose loss is saved at once
 
 Part = TypeVar("Part")
 
-
-_PROGRESS_SECONDS = 2.0
-
-
-_SHOWN = 3  # answers that are shown at once; all of them are in the report
-
-
-_EXAMPLES = 32  # held-out ones that are denoised before the result is written down
-
-
-_SETTINGS = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed")  # numbers that were not measured
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,159 +67,264 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """What became of one model."""
+class _ModelOutput:
+    """What one model produced."""
 
-    texts: dict[str, str]  # its answers, by the question's id
-    film: list[dict[str, Any]]  # of the answer to the first question
-    figures: dict[str, float]  # for evaluation.json
+    texts: dict[str, str]  # answers by question id
+    trace: list[dict[str, Any]]  # of the answer to the first question
+    tokens: int
+    seconds: float
+    tokens_per_forward: float
+    validation_loss: float
+    validation_loss_by_level: dict[str, float]
 
 
-def evaluate(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path, journal: Path | None = None) -> dict[str, Any]:
-    """Ask base and tuned model the same held-out questions, measure both losses on the same held-out examples, and write it into `out`.
+def evaluate(
+    config: RunConfig,
+    dataset: Path,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    cache_path: Path | None = None,
+) -> EvaluationResult:
+    """Ask both models the same held-out questions, measure both losses, and write the result to `out`.
 
-    `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` how the answer to the first question formed.
-    Every batch is denoised from the same seed before and after. Exact match compares what `evaluate.answer_pattern` finds
-    last in the answer and in the reference; rows whose reference holds no such thing are answered and not scored. The validation
-    loss is training's, of the checkpoints as they stand. One model at a time is in memory.
+    `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
+    of the answer to the first question. Every batch is denoised from the same seed before and after.
+    Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
+    reference; rows whose reference has no match are answered but not scored. The validation loss is
+    training's, of the checkpoints as stored. One model at a time is in memory.
 
-    An evaluation that was killed goes on where it was, with the same result.
+    An evaluation that was killed resumes, with the same result.
 
     Args:
-        dataset: a prepared data set; `evaluate.rows` of its validation split are asked, chosen by their content hash.
+        dataset: a prepared dataset; `evaluate.rows` rows of its validation split are asked, chosen
+            by their content hash.
         base: checkpoint folder; its tokenizer and chat template serve both models.
         tuned: checkpoint folder of the merged or fully tuned model.
-        journal: file that keeps what is done, and is removed at the end; None: one beside `out`.
-
-    Returns:
-        What evaluation.json holds.
+        cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
 
     Raises:
-        UserError: no prepared data set, a checkpoint that cannot be loaded, a pattern that is not one or that no reference
-            matches, an `out` that is not empty, a batch that the device cannot hold, another process that does the same.
+        UserError: no prepared dataset, a checkpoint that cannot be loaded, an invalid pattern or one
+            that no reference matches, an `out` that is not empty, a batch too large for the device,
+            another process that evaluates into the same place.
     """
     out = out.absolute()
     pattern = compile_pattern(config.evaluate.answer_pattern)
     check_writable(out)
     tokenizer = load_tokenizer(base).tokenizer
-    questions = choose_questions(dataset, tokenizer, config.evaluate.rows)
-    references = {question.id: find_answer(pattern, question.reference) for question in questions}
+    questions = select_questions(dataset, tokenizer, config.evaluate.rows)
+    references = {
+        question.id: extract_answer(pattern, question.reference) for question in questions
+    }
     if not any(references.values()):
-        example = questions[0].reference[-80:]
         raise UserError(
-            f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} references of {dataset}; "
-            f"one of them ends with {example!r}. Give a pattern whose group 1 is the answer"
+            f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} "
+            f"references of {dataset}; one of them ends with {questions[0].reference[-80:]!r}",
+            hint="Set a pattern whose group 1 is the answer.",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = held_out_examples(dataset, config.train, read_model_config(base))
-    versions = {"canvastune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    task = _Task(config, tokenizer, questions, examples, {"base": hash_path(base), "device": device.type, **versions}, device)
-    with AnswerCache(journal or out.with_name(f".{out.name}.unfinished.jsonl")) as done:
-        if len(done):
-            logger.info(f"evaluate: going on where an earlier attempt was: {done.path}")
-        sides = {side: _measure(task, side, checkpoint, done) for side, checkpoint in zip(SIDES, (base, tuned), strict=True)}
-        answers = [_row(question, sides, pattern, references[question.id]) for question in questions]
-        result = score(answers) | {name: value for said in sides.values() for name, value in said.figures.items()}
-        result |= {"validation_rows": len(examples), "answer_pattern": pattern.pattern, "asked": digest_of(questions)}
-        result |= {name: getattr(config.evaluate, name) for name in _SETTINGS[:-1]} | {"seed": config.seed, "device": device.type}
+    versions = {
+        "canvastune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    common = {"base": hash_path(base), "device": device.type, **versions}
+    task = _Task(config, tokenizer, questions, examples, common, device)
+    with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
+        if len(cache):
+            logger.info(f"evaluate: resuming from {cache.path}")
+        checkpoints = zip(SIDES, (base, tuned), strict=True)
+        outputs = {
+            side: _run_model(task, side, checkpoint, cache) for side, checkpoint in checkpoints
+        }
+        answers = [
+            _answer_row(question, outputs, pattern, references[question.id])
+            for question in questions
+        ]
+        result = _result(task, answers, outputs)
         first = questions[0]
-        film = {"id": first.id, "prompt": first.text, "reference": first.reference} | {side: said.film for side, said in sides.items()}
+        film = {"id": first.id, "prompt": first.text, "reference": first.reference}
+        film |= {side: output.trace for side, output in outputs.items()}
         with atomic_directory(out) as folder:
-            (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            (folder / "film.json").write_text(json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8")
+            result.write(folder)
+            (folder / "film.json").write_text(
+                json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-            write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
-        done.remove()
-    for row in answers[:_SHOWN]:
-        logger.info(f"evaluate: asked {_short(row['prompt'])}, before {_short(row['before'])}, after {_short(row['after'])}")
-    logger.info(f"evaluate: {_in_words(result)}: {out}")
+            write_provenance(
+                folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
+            )
+        cache.delete()
+    for row in answers[:_LOGGED_ANSWERS]:
+        prompt, before, after = (_shorten(row[key]) for key in ("prompt", *SIDES))
+        logger.info(f"evaluate: asked {prompt}, before {before}, after {after}")
+    logger.info(f"evaluate: {_summary(result)}: {out}")
     return result
 
 
-def measured(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of evaluation.json that were measured: what is shown beside other evaluations'."""
-    return {name: value for name, value in result.items() if isinstance(value, int | float) and name not in _SETTINGS}
-
-
-def _measure(task: _Task, side: str, checkpoint: Path, journal: AnswerCache) -> _Side:
-    """Let one model answer the questions and denoise the examples, as far as the journal does not know of it."""
-    config, settings, levels = task.config, task.config.evaluate, task.config.train.validation_levels
+def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> _ModelOutput:
+    """Generate one model's answers and measure its loss, reusing what the cache has."""
+    config, settings, levels = (
+        task.config,
+        task.config.evaluate,
+        task.config.train.validation_levels,
+    )
     common = {**task.common, "side": side, "model": hash_path(checkpoint)}
-    generation = {"seed": config.seed, "tokens": settings.max_new_tokens, "steps": settings.max_denoising_steps}
-    filmed = task.questions[0].id
+    generation = {
+        "seed": config.seed,
+        "tokens": settings.max_new_tokens,
+        "steps": settings.max_denoising_steps,
+    }
+    traced = task.questions[0].id
 
     @functools.cache
     def model() -> Any:
         logger.info(f"evaluate: {side}: loading {checkpoint}")
         return load_stock(checkpoint, task.device)
 
-    answered = _each(
-        batches_of(task.questions, settings.batch_size),
-        lambda batch: {**common, **generation, "filmed": filmed, "asked": [[question.id, question.tokens] for question in batch]},
-        lambda batch: answer(model(), batch, task.tokenizer, settings, config.seed, filmed),
-        journal,
+    def generation_key(batch: list[Question]) -> dict[str, Any]:
+        asked = [[question.id, question.tokens] for question in batch]
+        return {**common, **generation, "traced": traced, "asked": asked}
+
+    def loss_key(part: list[Example]) -> dict[str, Any]:
+        denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
+        return {**common, "levels": levels, "denoised": denoised}
+
+    answered = _compute(
+        batch_questions(task.questions, settings.batch_size),
+        generation_key,
+        lambda batch: generate_answers(
+            model(), batch, task.tokenizer, settings, config.seed, traced
+        ),
+        cache,
         f"{side}: {{}} of {{}} rows answered",
     )
-    denoised = _each(
-        [task.examples[at : at + _EXAMPLES] for at in range(0, len(task.examples), _EXAMPLES)],
-        lambda part: {**common, "levels": levels, "denoised": [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]},
-        lambda part: denoise(model(), part, levels),
-        journal,
+    denoised = _compute(
+        [
+            task.examples[at : at + _EXAMPLES_PER_PART]
+            for at in range(0, len(task.examples), _EXAMPLES_PER_PART)
+        ],
+        loss_key,
+        lambda part: denoising_loss(model(), part, levels),
+        cache,
         f"{side}: {{}} of {{}} rows denoised",
     )
-    tokens, seconds = sum(found["tokens"] for found in answered), sum(found["seconds"] for found in answered)
-    figures = {
-        f"tokens_{side}": tokens,
-        f"seconds_{side}": seconds,
-        f"tokens_per_second_{side}": tokens / seconds,
-        f"tokens_per_forward_{side}": sum(found["tokens_per_forward"] for found in answered) / len(task.questions),
-        **{f"validation_loss_{side}{level}": loss for level, loss in mean_losses(denoised, levels).items()},
-    }
-    texts = {name: text for found in answered for name, text in found["texts"].items()}
-    return _Side(texts, next(found["film"] for found in answered if found["film"] is not None), figures)
+    loss, by_level = mean_losses(denoised, levels)
+    return _ModelOutput(
+        texts={name: text for found in answered for name, text in found["texts"].items()},
+        trace=next(found["trace"] for found in answered if found["trace"] is not None),
+        tokens=sum(found["tokens"] for found in answered),
+        seconds=sum(found["seconds"] for found in answered),
+        tokens_per_forward=sum(found["tokens_per_forward"] for found in answered)
+        / len(task.questions),
+        validation_loss=loss,
+        validation_loss_by_level=by_level,
+    )
 
 
-def _each(
+def _compute(
     parts: Sequence[list[Part]],
-    name: Callable[[list[Part]], dict[str, Any]],
+    key: Callable[[list[Part]], dict[str, Any]],
     work: Callable[[list[Part]], dict[str, Any]],
-    journal: AnswerCache,
-    said: str,
+    cache: AnswerCache,
+    progress: str,
 ) -> list[dict[str, Any]]:
-    """The result of each part of the work, from the journal or made now and written there; says how far it is, with the time left."""
+    """Return the result of each part, from the cache or computed and saved; log the progress."""
     results = []
-    total, done, seconds, shown = sum(map(len, parts)), 0, 0.0, time.monotonic()
+    total, done, seconds, logged = sum(map(len, parts)), 0, 0.0, time.monotonic()
     for part in parts:
-        found = journal.find(name(part))
+        found = cache.get(key(part))
         if found is None:
             found = work(part)
-            journal.keep(name(part), found)
+            cache.put(key(part), found)
         results.append(found)
         done, seconds, now = done + len(part), seconds + found["seconds"], time.monotonic()
-        if now - shown > _PROGRESS_SECONDS or done == total:
-            shown, left = now, round(seconds / done * (total - done))
-            logger.info(f"evaluate: {said.format(done, total)}, {left // 60}:{left % 60:02d} left")
+        if now - logged > _PROGRESS_SECONDS or done == total:
+            logged, left = now, round(seconds / done * (total - done))
+            logger.info(f"evaluate: {progress.format(done, total)}, {left // 60}:{left % 60:02d} left")
     return results
 
 
-def _row(question: Question, sides: Mapping[str, _Side], pattern: re.Pattern[str], reference: str | None) -> dict[str, Any]:
-    """A line of answers.jsonl."""
-    texts = {side: said.texts[question.id] for side, said in sides.items()}
-    right = {f"correct_{side}": is_right(pattern, text, reference) for side, text in texts.items()}
-    return {"id": question.id, "prompt": question.text, "reference": question.reference, **texts, **right}
+def _answer_row(
+    question: Question,
+    outputs: Mapping[str, _ModelOutput],
+    pattern: re.Pattern[str],
+    reference: str | None,
+) -> dict[str, Any]:
+    """Return a line of answers.jsonl."""
+    texts = {side: output.texts[question.id] for side, output in outputs.items()}
+    correct = {
+        f"correct_{side}": is_correct(pattern, text, reference) for side, text in texts.items()
+    }
+    return {
+        "id": question.id,
+        "prompt": question.text,
+        "reference": question.reference,
+        **texts,
+        **correct,
+    }
 
 
-def _in_words(result: Mapping[str, Any]) -> str:
+def _result(
+    task: _Task, answers: Sequence[Mapping[str, Any]], outputs: Mapping[str, _ModelOutput]
+) -> EvaluationResult:
+    scored = [answer for answer in answers if answer["correct_before"] is not None]
+
+    def figures(side: str) -> ModelFigures:
+        output, correct = outputs[side], sum(answer[f"correct_{side}"] for answer in scored)
+        low, high = wilson(correct, len(scored))
+        return ModelFigures(
+            correct=correct,
+            exact_match=correct / len(scored),
+            exact_match_low=low,
+            exact_match_high=high,
+            tokens=output.tokens,
+            seconds=output.seconds,
+            tokens_per_second=output.tokens / output.seconds,
+            tokens_per_forward=output.tokens_per_forward,
+            validation_loss=output.validation_loss,
+            validation_loss_by_level=output.validation_loss_by_level,
+        )
+
+    gained = sum(answer["correct_after"] and not answer["correct_before"] for answer in scored)
+    lost = sum(answer["correct_before"] and not answer["correct_after"] for answer in scored)
+    settings = task.config.evaluate
+    return EvaluationResult(
+        rows=len(answers),
+        scored=len(scored),
+        before=figures("before"),
+        after=figures("after"),
+        gained=gained,
+        lost=lost,
+        p_value=mcnemar(gained, lost),
+        verdict=compare(gained, lost),
+        validation_rows=len(task.examples),
+        answer_pattern=settings.answer_pattern,
+        asked=hash_questions(task.questions),
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        max_denoising_steps=settings.max_denoising_steps,
+        seed=task.config.seed,
+        device=task.device.type,
+    )
+
+
+def _summary(result: EvaluationResult) -> str:
     shares = [
-        f"{result[f'exact_match_{side}']:.1%} [{result[f'exact_match_{side}_low']:.1%}, {result[f'exact_match_{side}_high']:.1%}] {side}"
-        for side in SIDES
+        f"{model.exact_match:.1%} [{model.exact_match_low:.1%}, {model.exact_match_high:.1%}] {side}"
+        for side, model in (("before", result.before), ("after", result.after))
     ]
-    paired = f"{result['gained']} gained, {result['lost']} lost, p = {result['p_value']:.2g}: {result['verdict']}"
-    losses = f"validation loss {result['validation_loss_before']:.3f} before, {result['validation_loss_after']:.3f} after"
-    return f"exact match {', '.join(shares)}, {result['scored']} rows; {paired}; {losses}"
+    change = (
+        f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
+    )
+    before, after = result.before.validation_loss, result.after.validation_loss
+    losses = f"validation loss {before:.3f} before, {after:.3f} after"
+    return f"exact match {', '.join(shares)}, {result.scored} rows; {change}; {losses}"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     quoted = repr(text)
     return quoted if len(quoted) <= 100 else f"{quoted[:97]}..."

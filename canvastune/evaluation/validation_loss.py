@@ -1,4 +1,7 @@
-"""The held-out loss at fixed corruption levels with fixed noise, as training's validation measures it, through the stock model."""
+"""The held-out loss as training's validation measures it, through the stock model.
+
+Corruption levels and noise are fixed.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,23 @@ from canvastune.data.packing import Example, make_example, pack, pad_token
 from canvastune.noise import validation_draws
 
 
-def held_out_examples(dataset: Path, train: TrainConfig, model: DiffusionGemmaConfig) -> list[Example]:
-    """The examples that training validates on, in its order."""
+def held_out_examples(
+    dataset: Path, train: TrainConfig, model: DiffusionGemmaConfig
+) -> list[Example]:
+    """Return the examples that training validates on, in its order."""
     rows: Any = load_from_disk(str(dataset / "validation"))
     eos = pad_token(model.text_config.eos_token_id)
-    return [make_example(row, model.canvas_length, eos) for row in rows.select(range(validation_rows(len(rows), train)))]
+    chosen = rows.select(range(validation_rows(len(rows), train)))
+    return [make_example(row, model.canvas_length, eos) for row in chosen]
 
 
 @torch.no_grad()
-def denoise(model: Any, examples: Sequence[Example], levels: Sequence[float]) -> dict[str, Any]:
-    """Cross-entropy of the chosen blocks, as inference sees them: the tokens before the block encoded, the block denoised once.
+def denoising_loss(
+    model: Any, examples: Sequence[Example], levels: Sequence[float]
+) -> dict[str, Any]:
+    """Compute the cross-entropy of the chosen blocks under the conditions of inference.
+
+    The tokens before a block are encoded, and the block is denoised once.
 
     Returns:
         {"sums": by level, "tokens": scored at each, "seconds"}
@@ -47,19 +57,29 @@ def denoise(model: Any, examples: Sequence[Example], levels: Sequence[float]) ->
             )
             packed.append(pack([example], [draws]))
         (start,) = packed[0].block_starts  # the same at every level
-        targets, positions = packed[0].canvas_targets.to(device), packed[0].canvas_positions.to(device)
-        cache = model.model.encoder(input_ids=example.tokens[None, :start].to(device)).past_key_values
+        targets, positions = (
+            packed[0].canvas_targets.to(device),
+            packed[0].canvas_positions.to(device),
+        )
+        cache = model.model.encoder(
+            input_ids=example.tokens[None, :start].to(device)
+        ).past_key_values
         cache.batch_repeat_interleave(len(levels))
         canvases = torch.stack([batch.canvas for batch in packed]).to(device)
-        logits = model(past_key_values=cache, decoder_input_ids=canvases, decoder_position_ids=positions[None]).logits
+        logits = model(
+            past_key_values=cache, decoder_input_ids=canvases, decoder_position_ids=positions[None]
+        ).logits
         each = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(levels)), reduction="none")
         sums += each.view(len(levels), -1).double().sum(1).cpu()
         count += len(targets)
     return {"sums": sums.tolist(), "tokens": count, "seconds": time.perf_counter() - started}
 
 
-def mean_losses(parts: Sequence[dict[str, Any]], levels: Sequence[float]) -> dict[str, float]:
-    """The loss at each level, and their mean, as training's validation counts them: {"": mean, "_t0.1": at that level, ...}."""
+def mean_losses(
+    parts: Sequence[dict[str, Any]], levels: Sequence[float]
+) -> tuple[float, dict[str, float]]:
+    """Return the mean loss over the levels and the loss by level, as training's validation counts."""
     tokens = sum(part["tokens"] for part in parts)
     by_level = [sum(part["sums"][index] for part in parts) / tokens for index in range(len(levels))]
-    return {"": sum(by_level) / len(levels)} | {f"_t{level}": loss for level, loss in zip(levels, by_level, strict=True)}
+    losses = {str(level): loss for level, loss in zip(levels, by_level, strict=True)}
+    return sum(by_level) / len(levels), losses

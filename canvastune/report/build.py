@@ -1,4 +1,4 @@
-"""Gathers what the steps left behind and writes it as one page."""
+"""Build the report of a run: one self-contained HTML page, and a PNG per chart."""
 
 from __future__ import annotations
 
@@ -15,171 +15,224 @@ from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import write_provenance
 from canvastune.report import formatting
-from canvastune.report.charts import Chart, Record, charts_of, curves_json, draw_png, draw_svg, policy, script, smoothing_span, summary_rows
-from canvastune.report.denoising_trace import denoising_trace
-from canvastune.report.formatting import marked
+from canvastune.report.charts import (
+    Chart,
+    build_charts,
+    charts_json,
+    content_security_policy,
+    draw_chart_file,
+    draw_chart_image,
+    page_script,
+    smoothing_span,
+    summary_rows,
+)
+from canvastune.report.denoising_trace import read_denoising_trace
+from canvastune.report.formatting import mark_differences
 from canvastune.report.summary import (
+    LAST_STEPS,
+    Cost,
+    Record,
     RunArtifacts,
-    cost_of,
-    differing,
-    events_of,
-    exact_match,
-    figures,
+    RunSummary,
+    TrainingStats,
+    count_checkpoints,
+    differing_settings,
+    direction,
     file_in,
-    named,
+    find_warnings,
+    notable_events,
     plan_rows,
     read_json,
-    training,
-    warnings_of,
+    unique_names,
 )
 from canvastune.tracking import read_metrics
 
-_MOST_ANSWERS = 200  # on the page; the rest is in answers.jsonl
-_OPEN_ANSWERS = 12  # of them seen without a click
-_LONGEST_TEXT = 1500  # characters of one cell
-_MOST_EVENTS = 100
-_MOST_BYTES = 2_000_000  # of the page: what Kubeflow's and MLflow's viewers show without trouble
+_MAX_ANSWERS = 200  # on the page; answers.jsonl has all of them
+_OPEN_ANSWERS = 12  # shown without a click
+_MAX_TEXT = 1500  # characters of a cell
+_MAX_EVENTS = 100
+_MAX_PAGE_BYTES = 2_000_000  # what Kubeflow's and MLflow's viewers show without trouble
+_OUTCOMES = ("lost", "wrong", "gained", "right", "unscored")  # in the order of the page
 
 
 def write_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] = ()) -> Path:
-    """Write `report.html` and a PNG per curve into `out`; returns the page's path.
+    """Write `report.html` and a PNG per chart into `out`; return the page's path.
 
-    The page is self-contained (its own script alone, no request), under 2 MB, and says what was not done rather than leaving it out.
+    The page is self-contained (its own script, no request), under 2 MB, and names the steps that did
+    not run instead of leaving them out.
 
     Args:
-        compare: other runs, whose curves are laid over; their figures and what they set otherwise become tables.
+        compare: other runs, overlaid in the charts; their figures and differing settings become
+            tables.
 
     Raises:
-        UserError: an input cannot be read, there is no training step in a run's metrics, or `out` is not empty.
+        UserError: an input cannot be read, a run's metrics have no training step, or `out` is not
+            empty.
     """
     runs = [run, *compare]
-    names, recorded = named(runs), [_records(each.metrics) for each in runs]
+    names, recorded = unique_names(runs), [_read_records(each.metrics) for each in runs]
     with atomic_directory(out) as folder:
-        charts = charts_of(list(zip(names, recorded, strict=True)))
-        marks = [event["step"] for event in events_of(recorded[0])[0]]
+        charts = build_charts(list(zip(names, recorded, strict=True)))
+        marks = [event["step"] for event in notable_events(recorded[0])]
         for chart in charts:
-            draw_png(chart, marks, folder / f"{chart.name}.png")
+            draw_chart_file(chart, marks, folder / f"{chart.name}.png")
         context = _context(run, recorded[0])
         if compare:
-            context["compared"] = [figures(*each) for each in zip(names, runs, recorded, strict=True)]
-            context["differing"] = differing(runs)
-        context["charts"] = [_drawn(chart, marks) for chart in charts]
-        context["curves"] = curves_json(charts, marks, context["facts"]["steps"])
+            rows = zip(names, runs, recorded, strict=True)
+            context["compared"] = [_comparison_row(*each) for each in rows]
+            context["differing"] = differing_settings(runs)
+        context["charts"] = [_chart_context(chart, marks) for chart in charts]
+        context["curves"] = charts_json(charts, marks, context["stats"].steps)
         page = _render(context)
-        if len(page.encode()) > _MOST_BYTES:
+        if len(page.encode()) > _MAX_PAGE_BYTES:
             context["answers"] = context["answers"][:_OPEN_ANSWERS]
             page = _render(context)
         (folder / "report.html").write_text(page, encoding="utf-8")
-        given = {"metrics": run.metrics, "data": run.data, "plan": run.plan, "evaluation": run.evaluation, "merge": run.merge}
-        given |= {f"compared with {name}": each.metrics for name, each in zip(names[1:], compare, strict=True)}
-        write_provenance(folder, "report", run.config, {name: path for name, path in given.items() if path is not None})
+        inputs = {
+            "metrics": run.metrics,
+            "data": run.data,
+            "plan": run.plan,
+            "evaluation": run.evaluation,
+            "merge": run.merge,
+        }
+        inputs |= {
+            f"compared with {name}": each.metrics
+            for name, each in zip(names[1:], compare, strict=True)
+        }
+        found = {name: path for name, path in inputs.items() if path is not None}
+        write_provenance(folder, "report", run.config, found)
     return out / "report.html"
 
 
 def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
     config = run.config
     card = read_json(run.data / "card.json") if run.data else None
-    planned = read_json(file_in(run.plan, "plan.json")) if run.plan else None
-    evaluated = read_json(file_in(run.evaluation, "evaluation.json")) if run.evaluation else None
+    plan = read_json(file_in(run.plan, "plan.json")) if run.plan else None
+    evaluation = EvaluationResult.read(run.evaluation) if run.evaluation else None
     proof = read_json(file_in(run.merge, "merge_proof.json")) if run.merge else None
-    facts = training(records, config)
-    told, checkpoints = events_of(records)
-    answers = _answers(run.evaluation)
+    stats = TrainingStats.from_records(records, config)
+    events = notable_events(records)
+    answers = _read_answers(run.evaluation)
     return {
         "name": run.name,
         "config": config,
-        "changed": _changed(config),
+        "changed": _changed_settings(config),
         "config_yaml": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         "version": __version__,
-        "facts": facts,
-        "match": exact_match(evaluated) if evaluated else None,
-        "cost": cost_of(records, config),
-        "evaluation": evaluated,
-        "answers": [_side_by_side(row) for row in answers[:_MOST_ANSWERS]],
+        "summary": RunSummary.from_records(records, evaluation),
+        "stats": stats,
+        "last_steps": min(LAST_STEPS, stats.steps),
+        "cost": Cost.from_records(records, config),
+        "evaluation": evaluation,
+        "direction": direction(evaluation) if evaluation else None,
+        "answers": [_side_by_side(row) for row in answers[:_MAX_ANSWERS]],
         "answer_count": len(answers),
         "open_answers": _OPEN_ANSWERS,
-        "film": denoising_trace(run.evaluation),
-        "smoothing": smoothing_span(facts["steps"]),
-        "outcomes": _outcomes(answers),
+        "trace": read_denoising_trace(run.evaluation),
+        "smoothing": smoothing_span(stats.steps),
+        "outcomes": _count_outcomes(answers),
         "card": card,
-        "plan_rows": plan_rows(planned, facts) if planned else [],
-        "plan_text": _plan_text(run.plan),
-        "plan": planned,
+        "plan_rows": plan_rows(plan, stats) if plan else [],
+        "plan_text": _read_plan_text(run.plan),
+        "plan": plan,
         "merge": proof,
-        "events": told[:_MOST_EVENTS],
-        "event_count": len(told),
-        "checkpoints": checkpoints,
-        "warnings": warnings_of(config, facts, records, evaluation=evaluated, merge=proof, card=card or {}),
+        "events": events[:_MAX_EVENTS],
+        "event_count": len(events),
+        "checkpoints": count_checkpoints(records),
+        "warnings": find_warnings(
+            config, records, evaluation=evaluation, merge=proof, card=card or {}
+        ),
         "compared": [],
         "differing": [],
         "ended": max((record.get("time", 0) for record in records), default=0),
-        "provenance": _provenance(run),
+        "provenance": _read_provenance(run),
     }
 
 
-def _records(path: Path) -> list[Record]:
+def _read_records(path: Path) -> list[Record]:
     found = read_metrics(file_in(path, "metrics.jsonl"))
     if not any(record["kind"] == "train" for record in found):
-        raise UserError(f"{path}: holds no training step. Give the metrics.jsonl of a run that made at least one")
+        raise UserError(
+            f"{path}: found no training step in metrics.jsonl",
+            hint="Use a run that has finished at least one step.",
+        )
     return found
 
 
-def _drawn(chart: Chart, marks: list[int]) -> dict[str, Any]:
-    # Markup: matplotlib escapes the only texts that are the user's, the names of runs, and the page shows those itself.
+def _comparison_row(name: str, run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
+    evaluation = EvaluationResult.read(run.evaluation) if run.evaluation else None
     return {
-        "chart": chart,
-        "summary": summary_rows(chart),
-        "narrow": Markup(draw_svg(chart, marks, wide=False)),
-        "wide": Markup(draw_svg(chart, marks, wide=True)) if chart.wide else None,
+        "name": name,
+        "summary": RunSummary.from_records(records, evaluation),
+        "stats": TrainingStats.from_records(records, run.config),
+        "evaluation": evaluation,
     }
 
 
-def _answers(evaluation: Path | None) -> list[dict[str, Any]]:
-    """Answers with what became of each, the ones to look at first: lost, still wrong, gained, right on both sides, not scored."""
+def _chart_context(chart: Chart, marks: list[int]) -> dict[str, Any]:
+    return {"chart": chart, "summary": summary_rows(chart), "image": draw_chart_image(chart, marks)}
+
+
+def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
+    """Read the answers with the outcome of each, the ones to look at first coming first."""
     path = evaluation / "answers.jsonl" if evaluation and evaluation.is_dir() else None
     if path is None or not path.is_file():
         return []
-    order = ("lost", "wrong", "gained", "right", "unscored")
+    outcomes = {
+        (True, False): "lost",
+        (False, False): "wrong",
+        (False, True): "gained",
+        (True, True): "right",
+    }
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         sides = (row.get("correct_before"), row.get("correct_after"))
-        row["outcome"] = {(True, False): "lost", (False, False): "wrong", (False, True): "gained", (True, True): "right"}.get(
-            sides, "unscored"
-        )
-        rows.append(row)
-    return sorted(rows, key=lambda row: order.index(row["outcome"]))
+        rows.append(row | {"outcome": outcomes.get(sides, "unscored")})
+    return sorted(rows, key=lambda row: _OUTCOMES.index(row["outcome"]))
 
 
 def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
-    before, after = marked(_cut(row["before"]), _cut(row["after"]))
+    before, after = mark_differences(_shorten(row["before"]), _shorten(row["after"]))
     return row | {"before": before, "after": after}
 
 
-def _outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
-    return {name: sum(row["outcome"] == name for row in answers) for name in ("gained", "lost", "right", "wrong", "unscored")}
+def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
+    order = ("gained", "lost", "right", "wrong", "unscored")
+    return {name: sum(row["outcome"] == name for row in answers) for name in order}
 
 
-def _changed(config: RunConfig) -> list[dict[str, Any]]:
-    """What the recipe sets otherwise than Canvastune would: {"key", "value", "default"} each; a required key has no default."""
+def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:
+    """Return settings that differ from the defaults: {"key", "value", "default"}.
+
+    A required key has no default.
+    """
     required = {"name": config.name, "data": {"source": config.data.source}}
-    usual = flatten(parse_config(required).model_dump(mode="json")) | dict.fromkeys(flatten(required))
+    defaults = flatten(parse_config(required).model_dump(mode="json")) | dict.fromkeys(
+        flatten(required)
+    )
     found = flatten(config.model_dump(mode="json"))
-    keys = sorted({*found, *usual}, key=[*found, *usual].index)
-    return [{"key": key, "value": found.get(key), "default": usual.get(key)} for key in keys if found.get(key) != usual.get(key)]
+    keys = sorted({*found, *defaults}, key=[*found, *defaults].index)
+    return [
+        {"key": key, "value": found.get(key), "default": defaults.get(key)}
+        for key in keys
+        if found.get(key) != defaults.get(key)
+    ]
 
 
-def _plan_text(plan: Path | None) -> str | None:
+def _read_plan_text(plan: Path | None) -> str | None:
     path = plan / "plan.txt" if plan and plan.is_dir() else None
     return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
 
-def _provenance(run: RunArtifacts) -> list[dict[str, Any]]:
-    """provenance.json of every step that has one, in the order of the steps."""
-    folders = (run.data, run.plan, file_in(run.metrics, "metrics.jsonl").parent, run.merge, run.evaluation)
+def _read_provenance(run: RunArtifacts) -> list[dict[str, Any]]:
+    """Read provenance.json of every step that has one, in the order of the steps."""
+    train = file_in(run.metrics, "metrics.jsonl").parent
+    folders = (run.data, run.plan, train, run.merge, run.evaluation)
     files = [folder / "provenance.json" for folder in folders if folder is not None]
     return [read_json(file) for file in files if file.is_file()]
 
@@ -193,12 +246,15 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= formatting.FILTERS
-    environment.filters |= {"cut": _cut, "as_written": json.dumps}
-    # The policy names the hash of the script as it stands in the page, line breaks included.
-    code = Markup(f"\n{script()}\n")
-    return environment.get_template("report.html.jinja").render(context, script=code, policy=policy(code))
+    environment.filters |= {"shorten": _shorten, "as_json": json.dumps}
+    # The policy has the hash of the script exactly as embedded, including line breaks.
+    code = Markup(f"\n{page_script()}\n")
+    template = environment.get_template("report.html.jinja")
+    return template.render(context, script=code, policy=content_security_policy(code))
 
 
-def _cut(text: Any) -> str:
+def _shorten(text: Any) -> str:
     text = str(text)
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} [... {len(text) - _LONGEST_TEXT:,} more characters]"
+    if len(text) <= _MAX_TEXT:
+        return text
+    return f"{text[:_MAX_TEXT]} [... {len(text) - _MAX_TEXT:,} more characters]"

@@ -1,20 +1,20 @@
-// Puts a plot that answers (hover, zoom, log scale, smoothing) in the place of every still picture. Without this script, or where it
-// fails, the pictures stay. Drawn by uPlot; the curves are the JSON of #curves (interactive.py).
+// Replaces every image by an interactive plot (hover, zoom, log scale, smoothing), drawn by uPlot from
+// the JSON of #curves (charts.py). Without this script, or if it fails, the images stay.
 (() => {
   "use strict";
   const HEIGHT = 230;
-  const FEW = 12; // points of a line that are marked, since the line between them is a guess
+  const FEW = 12; // lines with fewer points get markers, since the line between them is a guess
   const content = JSON.parse(document.getElementById("curves").textContent);
   const status = document.getElementById("status");
   const plots = [];
   let span = content.spans[content.start];
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
   const make = (tag, attributes = {}, ...inside) => {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...inside); // strings become text: a run's name is never read as HTML
+    element.append(...inside); // strings become text: a run's name is never parsed as HTML
     return element;
   };
 
@@ -26,7 +26,7 @@
     return String(Number(value.toPrecision(4)));
   };
 
-  // Mean of the points within `span` steps around each, fewer at both ends: as the pictures are smoothed.
+  // Mean of the points within `span` steps around each, fewer at both ends: the smoothing of the images.
   const smooth = ([steps, values], span) => {
     let from = 0, to = 0, sum = 0;
     return [steps, steps.map((step) => {
@@ -38,7 +38,7 @@
 
   const shownOf = (line) => (line.noisy && span > 1 ? smooth(line.means || line.raw, span) : line.raw);
 
-  // The point of a line at a step: the nearest it has; null before its first and after its last.
+  // The point of a line nearest to a step; null before its first and after its last.
   const at = ([steps, values], step) => {
     if (step < steps[0] || step > steps[steps.length - 1]) return null;
     let low = 0, high = steps.length - 1;
@@ -57,7 +57,7 @@
         if (value >= min && value <= max) found.push(value);
       }
     if (found.length > 1) return found;
-    // Less than an octave: evenly, as on a linear scale.
+    // A narrow range: evenly spaced, as on a linear scale.
     const rough = (max - min) / 3, power = 10 ** Math.floor(Math.log10(rough));
     const pace = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
     return Array.from({ length: 4 }, (_, index) => (Math.ceil(min / pace) + index) * pace).filter((value) => value <= max);
@@ -83,9 +83,9 @@
       for (const kind of ["pointerdown", "pointermove", "pointerup", "pointercancel"])
         this.box.addEventListener(kind, (event) => { if (event.pointerType === "touch") this.touch(event); });
       this.box.addEventListener("blur", () => this.plot.setCursor({ left: -10, top: -10 }));
-      const picture = figure.querySelector(".still.plot");
-      picture.before(this.box, make("div", { class: "controls" }, make("label", {}, log, "Log scale"), this.reset));
-      if (chart.lines.length > 1) figure.querySelector(".legend").after(this.legend());
+      const image = figure.querySelector(".still.plot");
+      image.before(this.box, make("div", { class: "controls" }, make("label", {}, log, "Log scale"), this.reset));
+      if (chart.lines.length > 1) figure.querySelector("figcaption").append(this.legend());
       figure.classList.add("live"); // before drawing: a hidden box has no width
       this.draw();
       new ResizeObserver(() => {
@@ -97,7 +97,7 @@
       const group = make("div", { class: "legend toggles", role: "group", "aria-label": `Lines of ${this.chart.title}` });
       this.chart.lines.forEach((line, index) => {
         const swatch = make("i", { class: line.dashed ? "dashed" : "" });
-        swatch.style.borderColor = `var(--${line.colour})`;
+        swatch.style.borderColor = `var(--${line.color})`;
         const button = make("button", { type: "button", "aria-pressed": "true" }, swatch, line.label);
         button.addEventListener("click", () => {
           this.on[index] = !this.on[index];
@@ -109,10 +109,10 @@
       return group;
     }
 
-    // uPlot's series: the single steps of every line, then the strong lines, the run itself last and so on top.
+    // uPlot's series: the single steps of every line, then the bold lines, the run itself last and so on top.
     rawAt(index) { return 1 + index; }
     shownAt(index) { return 2 * this.chart.lines.length - index; }
-    // Single steps stand behind one line alone, the first that is on: behind all they would hide each other.
+    // Single steps are drawn for the first visible line only: for all lines they would hide each other.
     hasRaw(index) { return this.chart.lines[index].noisy && span > 1 && this.on.indexOf(true) === index; }
 
     data() {
@@ -127,7 +127,7 @@
     }
 
     zoomed(plot = this.plot) {
-      const [from, to] = plot.series[0].idxs; // of the steps in view: known before the new height is asked for, unlike scales.x
+      const [from, to] = plot.series[0].idxs; // of the visible steps: known before the new y range is requested, unlike scales.x
       return from > 0 || to < plot.data[0].length - 1;
     }
 
@@ -139,22 +139,22 @@
     series() {
       const { lines } = this.chart;
       const raw = lines.map((line, index) => ({
-        stroke: () => `${colour(line.colour)}59`, width: 1, points: { show: false }, spanGaps: true, show: this.hasRaw(index),
+        stroke: () => `${color(line.color)}59`, width: 1, points: { show: false }, spanGaps: true, show: this.hasRaw(index),
       }));
       const shown = lines.map((line, index) => ({
-        stroke: () => colour(line.colour), width: 2, dash: line.dashed ? [6, 4] : undefined, spanGaps: true, show: this.on[index],
-        points: { show: line.raw[0].length < FEW, size: 6, fill: () => colour(line.colour) },
+        stroke: () => color(line.color), width: 2, dash: line.dashed ? [6, 4] : undefined, spanGaps: true, show: this.on[index],
+        points: { show: line.raw[0].length < FEW, size: 6, fill: () => color(line.color) },
       }));
       return [{}, ...raw, ...shown.reverse()];
     }
 
     axes() {
       const plain = {
-        stroke: () => colour("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", ticks: { show: false },
+        stroke: () => color("soft"), font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", ticks: { show: false },
       };
       const incrs = Array.from({ length: 27 }, (_, index) => [1, 2, 5][index % 3] * 10 ** Math.floor(index / 3));
       const y = {
-        ...plain, size: 50, label: this.chart.unit || undefined, labelSize: 18, grid: { stroke: () => colour("line"), width: 1 },
+        ...plain, size: 50, label: this.chart.unit || undefined, labelSize: 18, grid: { stroke: () => color("line"), width: 1 },
         values: (_, values) => values.map(tick), filter: (_, values) => values, space: 36,
       };
       if (this.log) y.splits = logSplits;
@@ -199,14 +199,14 @@
     smoothed() {
       const { min, max } = this.plot.scales.x;
       this.plot.setData(this.data(), false);
-      this.plot.setScale("x", { min, max }); // fits the height anew
+      this.plot.setScale("x", { min, max }); // fits the y range again
       this.reveal();
     }
 
     mark(plot) {
       const { ctx, bbox } = plot;
       ctx.save();
-      ctx.strokeStyle = colour("soft");
+      ctx.strokeStyle = color("soft");
       ctx.lineWidth = devicePixelRatio;
       ctx.setLineDash([devicePixelRatio, 3 * devicePixelRatio]);
       for (const step of content.events) {
@@ -220,7 +220,7 @@
       ctx.restore();
     }
 
-    // What stands at the cursor: in the box beside it, and as a sentence.
+    // Show the values at the cursor in the tooltip; return them as a sentence.
     read(plot) {
       const { idx, left } = plot.cursor;
       this.tip.hidden = idx == null || left < 0;
@@ -231,7 +231,7 @@
         const value = this.on[index] ? at(this.shown[index], step) : null;
         if (value == null) return;
         const swatch = make("i", { class: line.dashed ? "dashed" : "" });
-        swatch.style.borderColor = `var(--${line.colour})`;
+        swatch.style.borderColor = `var(--${line.color})`;
         const single = this.hasRaw(index) ? ` (single step ${tick(at(line.raw, step))})` : "";
         const label = this.chart.lines.length > 1 ? `${line.label}: ` : "";
         rows.push(make("span", {}, swatch, `${label}${tick(value)}${single}`));
@@ -243,7 +243,8 @@
       return rows.map((row) => row.textContent).join(", ");
     }
 
-    // One finger reads along the curve, two zoom: the step between them stays there. Up and down scrolls the page (touch-action).
+    // One finger reads values, two fingers zoom around the step between them. Vertical moves scroll the page
+    // (touch-action).
     touch(event) {
       const { plot, fingers } = this;
       const place = plot.over.getBoundingClientRect();
@@ -289,19 +290,19 @@
   for (const chart of content.charts) plots.push(new Plot(document.querySelector(`[data-chart="${chart.name}"]`), chart));
 
   const slider = document.getElementById("smoothing");
-  const say = () => {
-    const words = span > 1 ? `${span} steps` : "off";
-    slider.setAttribute("aria-valuetext", words);
-    slider.nextElementSibling.textContent = words;
+  const showSpan = () => {
+    const text = span > 1 ? `${span} steps` : "off";
+    slider.setAttribute("aria-valuetext", text);
+    slider.nextElementSibling.textContent = text;
   };
   slider.max = content.spans.length - 1;
   slider.value = content.start;
   slider.addEventListener("input", () => {
     span = content.spans[slider.value];
-    say();
+    showSpan();
     plots.forEach((plot) => plot.smoothed());
   });
-  say();
+  showSpan();
   slider.closest("[hidden]").hidden = content.spans.length < 2;
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach((plot) => plot.draw()));
 })();

@@ -1,4 +1,8 @@
-"""The curves of a run: which there are, how they are smoothed, and how matplotlib draws them as still pictures (SVG and PNG)."""
+"""The charts of a run: their lines, how they are smoothed, and how they are drawn.
+
+The page draws them itself, from `charts_json` by `charts.js`. Where scripts are off, in print and in
+MLflow they are pictures, which matplotlib draws.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,47 +23,53 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
-Record = dict[str, Any]
+from canvastune.report.summary import Record, is_plottable, loss_ends, series
 
-_MOST_POINTS = 600  # of one line: more than the pixels it has, and a bound on the page's size for any number of steps
-_HEIGHT = 2.15  # inches
-_WIDTHS = {"narrow": 3.8, "wide": 7.85}  # inches at 100 units of the viewBox each: one column of the page, and two with their gap
-# The page's CSS has the same names, in light and in dark. s: one colour per run. l: a ramp, from little corruption to much.
-_PAPER = {
+_MAX_POINTS = 600  # of a line in a picture: more than its pixels
+_PAGE_POINTS = (
+    2400  # of a chart on the page, over all its runs: bounds the page for any number of steps
+)
+_SMOOTHING_SPANS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # steps, of the slider
+_FEW_POINTS = 12  # lines with fewer points get markers, since the line between them is a guess
+_RUN_COLORS, _LEVEL_COLORS = 6, 5  # further lines are dashed in the same colors
+_PALETTE_SIZE = 48  # colors of a picture on the page, which make it a third of the size
+# The light palette of report.css. s: one color per run; l: a ramp over the corruption levels.
+_COLORS = {
     **{"soft": "#566072", "line": "#e3e6ec"},
-    **{"s0": "#1f5fd0", "s1": "#b4540a", "s2": "#0b7a75", "s3": "#8a3ab9", "s4": "#b3261e", "s5": "#5f6b1d"},
+    **{
+        "s0": "#1f5fd0",
+        "s1": "#b4540a",
+        "s2": "#0b7a75",
+        "s3": "#8a3ab9",
+        "s4": "#b3261e",
+        "s5": "#5f6b1d",
+    },
     **{"l0": "#2a9a8b", "l1": "#2a82b8", "l2": "#2563c9", "l3": "#5a45bd", "l4": "#7a2391"},
 }
-_FEW = 12  # points of a line that are marked, since the line between them is a guess
-_RUNS, _LEVELS = 6, 5  # colours; lines beyond that are dashed in the same ones
-# Colours that stand for the page's variables: one drawing serves light and dark.
-_PAGE = {name: f"#0101{index:02x}" for index, name in enumerate(_PAPER)}
-
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: the page's font, small, and read out by a screen reader
-    "svg.hashsalt": "canvastune",  # the same curves give the same file
-    "font.size": 10,
-    "axes.linewidth": 0.8,
-    "path.simplify": True,
-}
+_STYLE: dict[Any, Any] = {"font.size": 10, "axes.linewidth": 0.8, "path.simplify": True}
+_LOSS_UNIT = "nats per token"
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series as recorded, `noisy` if it is shown smoothed. Steps ascend; `colour` is a name of the palette."""
+    """A recorded series; steps ascend, `color` is a name of the palette.
+
+    The page draws a noisy line smoothed.
+    """
 
     label: str
     steps: list[int]
     values: list[float]
     noisy: bool = False
-    colour: str = "s0"
+    color: str = "s0"
     dashed: bool = False
 
     @cached_property
     def shown(self) -> list[float]:
-        """Values of the strong line."""
+        """Values of the bold line."""
         return smooth(self.values) if self.noisy else self.values
 
 
@@ -77,14 +86,23 @@ class Chart:
     note: str = ""
 
     @property
-    def first_and_last(self) -> tuple[float, float] | None:
-        """Values at both ends of the first line."""
-        return (self.lines[0].shown[0], self.lines[0].shown[-1]) if self.lines else None
+    def ends(self) -> tuple[float, float] | None:
+        """First and last value of the first line: of a training loss as `RunSummary` defines them."""
+        if not self.lines:
+            return None
+        line = self.lines[0]
+        if line.noisy and self.unit == _LOSS_UNIT:
+            return loss_ends(line.values)
+        return line.shown[0], line.shown[-1]
 
     @property
     def recorded(self) -> list[float]:
-        """Every value that is drawn: those of the first line as recorded, behind it; of the others what is shown."""
-        return [value for index, line in enumerate(self.lines) for value in (line.shown if index else line.values)]
+        """Every value that is drawn: the first line's as recorded, the other lines' as shown."""
+        return [
+            value
+            for index, line in enumerate(self.lines)
+            for value in (line.shown if index else line.values)
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,86 +117,80 @@ class _Measure:
 
 
 _MEASURES = (
-    _Measure("total_loss", "Total loss", "nats per token", "loss", True, wide=True),
-    _Measure("diffusion_loss", "Diffusion loss", "nats per token", "diffusion_loss", True),
-    _Measure("autoregressive_loss", "Autoregressive loss", "nats per token", "autoregressive_loss", True),
+    _Measure("total_loss", "Total loss", _LOSS_UNIT, "loss", True, wide=True),
+    _Measure("diffusion_loss", "Diffusion loss", _LOSS_UNIT, "diffusion_loss", True),
+    _Measure("autoregressive_loss", "Autoregressive loss", _LOSS_UNIT, "autoregressive_loss", True),
     _Measure("gradient_norm", "Gradient norm", "L2, before clipping", "grad_norm", True),
     _Measure("learning_rate", "Learning rate", "", "lr", False),
     _Measure("memory", "Memory of rank 0", "GB, peak so far", "memory_bytes", False, 1e-9),
     _Measure("utilisation", "Model FLOP/s", "TFLOP/s per process", "tflops", True),
     _Measure("throughput", "Throughput", "tokens per second", "tokens_per_second", True, wide=True),
 )
-_UTILISATION = _Measure("utilisation", "Model FLOPs utilisation", "% of the accelerator's peak", "mfu", True, 100.0)
-_SLOW = _Measure("utilisation", "Model FLOP/s", "GFLOP/s per process", "tflops", True, 1000.0)
+_MFU = _Measure(
+    "utilisation", "Model FLOPs utilization", "% of the accelerator's peak", "mfu", True, 100.0
+)
+_GFLOPS = _Measure("utilisation", "Model FLOP/s", "GFLOP/s per process", "tflops", True, 1000.0)
 
 
-def charts_of(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
-    """The charts of a run and of those it is compared with: (name, records) each, the run itself first."""
-    measures = [_measure_chart(_used(runs) or each if each.name == "utilisation" else each, runs) for each in _MEASURES]
-    charts = [*measures[:3], _validation_chart(runs), *measures[3:]]
+def build_charts(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
+    """Return the charts of a run and of those it is compared with: (name, records), the run itself first."""
+    measures = [
+        _flops_measure(runs) or each if each.name == "utilisation" else each for each in _MEASURES
+    ]
+    charts = [_measure_chart(measure, runs) for measure in measures]
+    charts.insert(3, _validation_chart(runs))
     return [chart for chart in charts if chart.lines]
 
 
-def series(records: list[Record], kind: str, field: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a field; records in which it is missing or null are left out."""
-    found = [(record["step"], float(record[field])) for record in records if record["kind"] == kind and is_number(record.get(field))]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def smoothing_span(points: int) -> int:
-    """Points in the moving average: enough to see the trend of a noisy loss, a fifteenth of the run at most."""
+    """Return the points of the moving average: a fifteenth of the run, at most 50."""
     return max(1, min(50, points // 15))
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Moving average around each point (one that looks back alone would lag behind a falling loss); shorter at both ends."""
+    """Return the centered moving average, shorter at both ends; a trailing one would lag a falling loss."""
     span = smoothing_span(len(values))
     sums = list(itertools.accumulate(values, initial=0.0))
-    bounds = ((max(0, at - span // 2), min(len(values), at + (span + 1) // 2)) for at in range(len(values)))
+    bounds = (
+        (max(0, at - span // 2), min(len(values), at + (span + 1) // 2))
+        for at in range(len(values))
+    )
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in bounds]
 
 
-def draw_svg(chart: Chart, events: Sequence[int], wide: bool) -> str:
-    """The chart as an SVG element in the page's colours; `events` are steps that get a mark."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _draw(chart, events, _PAGE, _WIDTHS["wide" if wide else "narrow"], _HEIGHT)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style type.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<svg [^>]*?viewBox", '<svg aria-hidden="true" viewBox', svg, count=1)
-    svg = re.sub(r'font: ([\d.]+)px [^;"]*', r"font-size: \1px", svg)
-    for name, colour in _PAGE.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    prefix = f"{chart.name}-{'w' if wide else 'n'}-"  # ids are the page's: two drawings may not share one
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    return re.sub(r"\n\s*", "\n", svg)
+def draw_chart_file(chart: Chart, events: Sequence[int], path: Path) -> None:
+    """Write the chart as a PNG that needs no page: on white, with its title and legend.
 
-
-def draw_png(chart: Chart, events: Sequence[int], path: Path) -> None:
-    """The chart as a picture that stands alone: title and legend in it, on white."""
+    Args:
+        events: steps that get a mark.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure = _draw(chart, events, _PAPER, 6.4, 3.6)
-        axes = figure.axes[0]
-        axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, loc="left", fontsize=11)
-        axes.set_ylabel("")
-        if len(chart.lines) > 1:
-            axes.legend(*(found[::-1] for found in axes.get_legend_handles_labels()), frameon=False, fontsize=8, ncols=3)
+        figure = _draw(chart, events, 6.4, 3.6)
+        title = f"{chart.title} ({chart.unit})" if chart.unit else chart.title
+        figure.axes[0].set_title(title, loc="left", fontsize=11)
+        figure.axes[0].set_ylabel("")
         figure.savefig(path, format="png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
-def _used(runs: Sequence[tuple[str, list[Record]]]) -> _Measure | None:
-    """How use of accelerators is drawn, if not in TFLOP/s: as a share where every run's peak is known, in GFLOP/s where all are slow."""
+def draw_chart_image(chart: Chart, events: Sequence[int]) -> str:
+    """Return the chart as the data URI of a PNG for the page, which has the title."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _draw(
+            chart, events, 7.85 if chart.wide else 3.8, 2.15 + 0.2 * (len(chart.lines) > 1)
+        )
+        drawn, packed = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=200, facecolor="white")
+    colors = Image.open(drawn).convert("RGB").quantize(_PALETTE_SIZE, dither=Image.Dither.NONE)
+    colors.save(packed, format="png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"
+
+
+def _flops_measure(runs: Sequence[tuple[str, list[Record]]]) -> _Measure | None:
+    """Return the unit of FLOP/s if not TFLOP/s: a share if every run's peak is known, GFLOP/s if all are slow."""
     if all(series(records, "train", "mfu")[0] for _, records in runs):
-        return _UTILISATION
-    return _SLOW if all(max(series(records, "train", "tflops")[1], default=0) < 1 for _, records in runs) else None
+        return _MFU
+    slow = all(max(series(records, "train", "tflops")[1], default=0) < 1 for _, records in runs)
+    return _GFLOPS if slow else None
 
 
 def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) -> Chart:
@@ -187,64 +199,79 @@ def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) 
         steps, values = series(records, "train", measure.field)
         values = [value * measure.scale for value in values]
         if steps:
-            lines.append(Line(name, steps, values, measure.noisy, f"s{index % _RUNS}", dashed=index >= _RUNS))
+            color, dashed = f"s{index % _RUN_COLORS}", index >= _RUN_COLORS
+            lines.append(Line(name, steps, values, measure.noisy, color, dashed))
     chart = Chart(measure.name, measure.title, measure.unit, lines, wide=measure.wide)
     every = chart.recorded
-    log = measure.field == "grad_norm" and min(every, default=0) > 0 and max(every) > 10 * min(every)
+    log = (
+        measure.field == "grad_norm" and min(every, default=0) > 0 and max(every) > 10 * min(every)
+    )
     return replace(chart, log=log)
 
 
 def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
-    """Every corruption level of the run itself; where runs are compared, the mean of each, dashed in its colour."""
+    """Chart every corruption level of the run itself and, to compare, each run's mean, dashed."""
     records = [record for record in runs[0][1] if record["kind"] == "validation"]
     levels = sorted({level for record in records for level in record.get("levels", {})}, key=float)
     lines = []
     for index, level in enumerate(levels):
-        found = [(record["step"], record["levels"][level]) for record in records if is_number(record.get("levels", {}).get(level))]
+        found = [
+            (record["step"], record["levels"][level])
+            for record in records
+            if is_plottable(record.get("levels", {}).get(level))
+        ]
         if found:
-            shade = round(index * (_LEVELS - 1) / max(1, len(levels) - 1))
-            lines.append(Line(f"t = {level}", [step for step, _ in found], [value for _, value in found], colour=f"l{shade}"))
+            shade = round(index * (_LEVEL_COLORS - 1) / max(1, len(levels) - 1))
+            steps, values = [step for step, _ in found], [value for _, value in found]
+            lines.append(Line(f"t = {level}", steps, values, color=f"l{shade}"))
     for index, (name, other) in enumerate(runs if lines and len(runs) > 1 else []):
         steps, values = series(other, "validation", "loss")
         if steps:
-            lines.append(Line(f"{name}, mean", steps, values, colour=f"s{index % _RUNS}", dashed=True))
-    title = "Validation loss by corruption level"
-    return Chart("validation_loss", title, "nats per token", lines, wide=True, note="t: share of the canvas that is corrupted")
+            lines.append(
+                Line(f"{name}, mean", steps, values, color=f"s{index % _RUN_COLORS}", dashed=True)
+            )
+    title, note = "Validation loss by corruption level", "t: share of the canvas that is corrupted"
+    return Chart("validation_loss", title, _LOSS_UNIT, lines, wide=True, note=note)
 
 
-def _draw(chart: Chart, events: Sequence[int], palette: dict[str, str], width: float, height: float) -> Figure:
+def _draw(chart: Chart, events: Sequence[int], width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     for step in events:
-        axes.axvline(step, color=palette["soft"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    for depth, line in enumerate(reversed(chart.lines), 3):  # the run itself over those it is compared with
-        colour = palette[line.colour]
+        axes.axvline(step, color=_COLORS["soft"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    for depth, line in enumerate(reversed(chart.lines), 3):  # the run itself on top
+        color = _COLORS[line.color]
         if line.noisy and line is chart.lines[0]:
-            axes.plot(*thin(line.steps, line.values), color=colour, linewidth=0.7, alpha=0.35, zorder=2)
+            axes.plot(
+                *thin(line.steps, line.values), color=color, linewidth=0.7, alpha=0.35, zorder=2
+            )
         axes.plot(
             *thin(line.steps, line.shown),
-            color=colour,
+            color=color,
             linewidth=1.7,
             linestyle=(0, (4, 2)) if line.dashed else "solid",
             label=line.label,
-            marker="o" if len(line.steps) < _FEW else None,
+            marker="o" if len(line.steps) < _FEW_POINTS else None,
             markersize=3,
             zorder=depth,
         )
     if chart.log:
         axes.set_yscale("log")
-    _dress(axes, chart, palette)
+    _style_axes(axes, chart)
+    if len(chart.lines) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, ncols=3)
     return figure
 
 
-def _dress(axes: Axes, chart: Chart, palette: dict[str, str]) -> None:
+def _style_axes(axes: Axes, chart: Chart) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(palette["line"])
-    axes.tick_params(colors=palette["soft"], length=0, labelsize=9.5)
-    axes.grid(axis="y", color=palette["line"], linewidth=0.8)
+    axes.spines["bottom"].set_color(_COLORS["line"])
+    axes.tick_params(colors=_COLORS["soft"], length=0, labelsize=9.5)
+    axes.grid(axis="y", color=_COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step", color=palette["soft"], fontsize=9.5)
-    axes.set_ylabel(chart.unit, color=palette["soft"], fontsize=9.5)
+    axes.set_xlabel("step", color=_COLORS["soft"], fontsize=9.5)
+    axes.set_ylabel(chart.unit, color=_COLORS["soft"], fontsize=9.5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02, y=0.08)
     if chart.log:
@@ -259,7 +286,7 @@ def _dress(axes: Axes, chart: Chart, palette: dict[str, str]) -> None:
 
 
 def tick(value: float) -> str:
-    """A number as an axis shows it: 0.5, 12k, 1.5e-4."""
+    """Format a number as an axis shows it: 0.5, 12k, 1.5e-4."""
     if value == 0:
         return "0"
     if abs(value) < 1e-2:
@@ -271,12 +298,14 @@ def tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def thin(steps: list[int], values: list[float], most: int = _MOST_POINTS) -> tuple[list[int], list[float]]:
-    """At most `most` points and both ends: the lowest and the highest of each stretch, so that no peak is lost."""
-    if len(steps) <= most:
+def thin(
+    steps: list[int], values: list[float], limit: int = _MAX_POINTS
+) -> tuple[list[int], list[float]]:
+    """Return at most `limit` points and both ends: minimum and maximum of each stretch, so no peak is lost."""
+    if len(steps) <= limit:
         return steps, values
     chosen = {0, len(steps) - 1}
-    stretch = -(-len(steps) * 2 // most)
+    stretch = -(-len(steps) * 2 // limit)
     for start in range(0, len(steps), stretch):
         part = range(start, min(start + stretch, len(steps)))
         chosen |= {min(part, key=values.__getitem__), max(part, key=values.__getitem__)}
@@ -284,86 +313,95 @@ def thin(steps: list[int], values: list[float], most: int = _MOST_POINTS) -> tup
     return [steps[i] for i in order], [values[i] for i in order]
 
 
-_HERE = Path(__file__).parent
+def charts_json(charts: Sequence[Chart], events: Sequence[int], steps: int) -> Markup:
+    """Return the charts as `charts.js` reads them, safe inside a `<script>` element.
 
+    A line has "raw", the minimum and maximum of each stretch, so that no peak is lost, and "means"
+    of short stretches, from which the page smooths: a mean of extremes would be another one.
 
-_POINTS = 2400  # of one curve, over all runs it shows: bounds the page for any number of steps and runs
-
-
-_SPANS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # steps that the slider averages over
-
-
-def curves_json(charts: Sequence[Chart], events: Sequence[int], steps: int) -> Markup:
-    """The charts as `charts.js` reads them, safe inside a `<script>` element; `events` are steps that get a mark.
-
-    A line is "raw", its lowest and highest points, so that no peak is lost, and "means" of short stretches, from which the page
-    smooths: an average of lowest and highest points alone would be another one.
+    Args:
+        events: steps that get a mark.
+        steps: of the run, which decide the spans of the smoothing slider.
     """
-    usual = smoothing_span(steps)
-    spans = sorted({usual, *(span for span in _SPANS if span == 1 or span <= steps // 3)})
+    default = smoothing_span(steps)
+    spans = sorted(
+        {default, *(span for span in _SMOOTHING_SPANS if span == 1 or span <= steps // 3)}
+    )
     content = {
         "events": sorted(set(events)),
         "spans": spans,
-        "start": spans.index(usual),
+        "start": spans.index(default),
         "charts": [_chart(chart) for chart in charts],
     }
-    # A run's name may hold "</script>": within JSON "<" can be written otherwise.
+    # A run's name may contain "</script>": JSON can write "<" as an escape.
     return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def script() -> Markup:
-    """uPlot with its licence, what drives it, the answers' filter and the film."""
-    library = _HERE / "uplot"
-    licence = (library / "LICENSE").read_text(encoding="utf-8").strip()
-    parts = [f"/*\n{licence}\n*/", (library / "uPlot.iife.min.js").read_text(encoding="utf-8")]
-    return Markup("\n".join([*parts, *((_HERE / name).read_text(encoding="utf-8") for name in ("charts.js", "answers.js", "film.js"))]))
+def page_script() -> Markup:
+    """Return the page's script: uPlot with its license, the charts, the filter of answers and the trace."""
+    library = _FOLDER / "uplot"
+    license_text = (library / "LICENSE").read_text(encoding="utf-8").strip()
+    parts = [f"/*\n{license_text}\n*/", (library / "uPlot.iife.min.js").read_text(encoding="utf-8")]
+    names = ("charts.js", "answers.js", "denoising_trace.js")
+    return Markup(
+        "\n".join([*parts, *((_FOLDER / name).read_text(encoding="utf-8") for name in names)])
+    )
 
 
-def policy(code: str) -> str:
-    """The page's Content-Security-Policy: this very script runs, nothing else does, and nothing is fetched or sent."""
+def content_security_policy(code: str) -> str:
+    """Return the page's Content-Security-Policy: only this script runs, and nothing is fetched or sent."""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
 def summary_rows(chart: Chart) -> list[dict[str, Any]]:
-    """A chart in figures, one row per line: its ends, and its extremes as recorded with their steps."""
+    """Return a row per line: its first, last, lowest and highest value as recorded, with their steps."""
     rows = []
     for line in chart.lines:
-        lowest, highest = (pick(range(len(line.values)), key=line.values.__getitem__) for pick in (min, max))
+        order = range(len(line.values))
+        lowest, highest = (pick(order, key=line.values.__getitem__) for pick in (min, max))
         at = {"first": 0, "last": -1, "lowest": lowest, "highest": highest}
-        rows.append({"label": line.label, **{name: (line.values[index], line.steps[index]) for name, index in at.items()}})
+        ends = {name: (line.values[index], line.steps[index]) for name, index in at.items()}
+        rows.append({"label": line.label, **ends})
     return rows
 
 
 def _chart(chart: Chart) -> dict[str, Any]:
-    most = max(200, _POINTS // len(chart.lines))
-    lines = [_line(line, most) for line in chart.lines]
-    return {"name": chart.name, "title": chart.title, "unit": chart.unit, "log": chart.log, "lines": lines}
-
-
-def _line(line: Line, most: int) -> dict[str, Any]:
-    raw = thin(line.steps, line.values, most)
-    means = _means(line.steps, line.values, most // 2) if line.noisy and len(line.steps) > most else None
+    limit = max(200, _PAGE_POINTS // len(chart.lines))
+    lines = [_line(line, limit) for line in chart.lines]
     return {
-        "label": line.label,
-        "colour": line.colour,
-        "dashed": line.dashed,
-        "noisy": line.noisy,
-        "raw": _rounded(raw),
-        "means": means and _rounded(means),
+        "name": chart.name,
+        "title": chart.title,
+        "unit": chart.unit,
+        "log": chart.log,
+        "lines": lines,
     }
 
 
-def _means(steps: list[int], values: list[float], most: int) -> tuple[list[int], list[float]]:
-    """At most `most` points: the mean of each stretch, at the step in its middle."""
-    stretch = -(-len(steps) // most)
+def _line(line: Line, limit: int) -> dict[str, Any]:
+    raw = thin(line.steps, line.values, limit)
+    long = line.noisy and len(line.steps) > limit
+    return {
+        "label": line.label,
+        "color": line.color,
+        "dashed": line.dashed,
+        "noisy": line.noisy,
+        "raw": _rounded(raw),
+        "means": _rounded(_means(line.steps, line.values, limit // 2)) if long else None,
+    }
+
+
+def _means(steps: list[int], values: list[float], limit: int) -> tuple[list[int], list[float]]:
+    """Return at most `limit` points: the mean of each stretch, at the step in its middle."""
+    stretch = -(-len(steps) // limit)
     starts = range(0, len(steps), stretch)
     middles = [steps[(start + min(start + stretch, len(steps))) // 2] for start in starts]
     return middles, [fmean(values[start : start + stretch]) for start in starts]
 
 
 def _rounded(points: tuple[list[int], list[float]]) -> list[list[Any]]:
-    """Five figures that count: more than a screen or a reader can tell apart."""
+    """Round to five significant digits: more than a screen shows."""
     return [points[0], [float(f"{value:.5g}") for value in points[1]]]

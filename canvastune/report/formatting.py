@@ -1,4 +1,4 @@
-"""How the page writes numbers: a reader compares them, so like is written alike."""
+"""Format numbers for the page, equal quantities alike, and mark how two texts differ."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ABSENT = "not recorded"
 
 
 def whole(value: float | None) -> str:
-    """1,234,567."""
+    """Format an integer: 1,234,567."""
     return ABSENT if value is None else f"{value:,.0f}"
 
 
 def short(value: float | None) -> str:
-    """Three figures that count: 1.5e-4, 0.812, 12.4, 1,230, 1.23 M."""
+    """Format to three significant digits: 1.5e-4, 0.812, 12.4, 1,230, 1.23 M."""
     if value is None:
         return ABSENT
     for size, name in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
@@ -32,39 +32,39 @@ def short(value: float | None) -> str:
 
 
 def hours(value: float) -> str:
-    """Three figures that count: 0.083, 12.4, 1,230; a hundredth of an hour is nobody's cost."""
+    """Format to three significant digits: 0.083, 12.4, 1,230; small values as "under 0.01"."""
     return short(value) if value >= 0.01 else "under 0.01"
 
 
 def loss(value: float | None) -> str:
-    """Three decimals."""
+    """Format a loss to three decimals."""
     return ABSENT if value is None else f"{value:.3f}"
 
 
 def percent(share: float | None) -> str:
-    """One decimal."""
+    """Format a share as a percentage with one decimal."""
     return ABSENT if share is None else f"{100 * share:.1f}%"
 
 
-def chance(p: float) -> str:
-    """p = 0.03, p < 0.001."""
+def p_value(p: float) -> str:
+    """Format a p-value: p = 0.03, p < 0.001."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def size(value: float | None) -> str:
-    """Bytes in GB (1e9) or MB."""
+    """Format bytes in GB (1e9) or MB."""
     if value is None:
         return ABSENT
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def flops(rate: float) -> str:
-    """TFLOP/s, or GFLOP/s below one."""
+    """Format TFLOP/s, below one as GFLOP/s."""
     return f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1000 * rate:.3g} GFLOP/s"
 
 
 def duration(seconds: float | None) -> str:
-    """2 h 5 min, 3 min 12 s, 41 s, 0.25 s."""
+    """Format seconds: 2 h 5 min, 3 min 12 s, 41 s, 0.25 s."""
     if seconds is None:
         return ABSENT
     if seconds < 10:
@@ -76,13 +76,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def moment(unix: float | None) -> str:
-    """A point in time, in UTC."""
+def timestamp(unix: float | None) -> str:
+    """Format seconds since 1970 as date and time, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix)) if unix else ABSENT
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A value in its unit, "s", "bytes" or "share"."""
+    """Format a value in its unit, "s", "bytes" or "share"."""
     return {"s": duration, "bytes": size, "share": percent}[unit](value)
 
 
@@ -92,36 +92,40 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "hours": hours,
     "loss": loss,
     "percent": percent,
-    "chance": chance,
+    "p_value": p_value,
     "size": size,
     "flops": flops,
     "duration": duration,
-    "moment": moment,
+    "timestamp": timestamp,
     "quantity": quantity,
 }
 
 
-_ALIKE = 0.3  # share of words in common below which everything is different and marks would only blur the text
+_MIN_COMMON = 0.3  # share of common words; below it, marks would only clutter the texts
 
 
-def marked(before: str, after: str) -> tuple[Markup, Markup]:
-    """Both texts, escaped, with `<del>` around the words that only the first has and `<ins>` around those that only the second has.
+def mark_differences(before: str, after: str) -> tuple[Markup, Markup]:
+    """Escape both texts and mark the words that only one has, with `<del>` and `<ins>`.
 
     Nothing is marked where the texts have little in common.
     """
-    words, others = re.findall(r"\s+|\w+|[^\w\s]", before), re.findall(r"\s+|\w+|[^\w\s]", after)
-    # In long texts its "autojunk" looks for no word that is on every line: an untrained model's "of of of" would take seconds.
+    pattern = r"\s+|\w+|[^\w\s]"
+    words, others = re.findall(pattern, before), re.findall(pattern, after)
+    # "autojunk" skips very frequent words in long texts: an untrained model's "of of of" would take seconds.
     match = SequenceMatcher(None, words, others)
-    common = sum(not word.isspace() for at, _, size in match.get_matching_blocks() for word in words[at : at + size])
-    if 2 * common < _ALIKE * sum(not word.isspace() for word in words + others):
+    blocks = match.get_matching_blocks()
+    common = sum(not word.isspace() for at, _, size in blocks for word in words[at : at + size])
+    if 2 * common < _MIN_COMMON * sum(not word.isspace() for word in words + others):
         return escape(before), escape(after)
     left, right = Markup(), Markup()
     for kind, start, stop, other_start, other_stop in match.get_opcodes():
         same = kind == "equal"
-        left += _wrapped("del", "".join(words[start:stop]), same)
-        right += _wrapped("ins", "".join(others[other_start:other_stop]), same)
+        left += _wrap("del", "".join(words[start:stop]), same)
+        right += _wrap("ins", "".join(others[other_start:other_stop]), same)
     return left, right
 
 
-def _wrapped(tag: str, text: str, plain: bool) -> Markup:
-    return escape(text) if plain or not text else Markup("<{0}>{1}</{0}>").format(Markup(tag), text)
+def _wrap(tag: str, text: str, plain: bool) -> Markup:
+    if plain or not text:
+        return escape(text)
+    return Markup("<{0}>{1}</{0}>").format(Markup(tag), text)

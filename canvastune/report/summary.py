@@ -1,209 +1,334 @@
-"""What the page says of a run: figures, their uncertainty, and what a reader must not overlook."""
+"""The figures of a run, each defined once, and the warnings that go with them.
+
+No plotting library is imported here: steps that only read or compare runs stay light.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from canvastune.config import RunConfig
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
-from canvastune.evaluation.scoring import SIGNIFICANCE_LEVEL, mcnemar, wilson
-from canvastune.report.charts import Record, is_number, series
+from canvastune.evaluation.result import EvaluationResult
 
+Record = dict[str, Any]  # a line of metrics.jsonl
+
+LAST_STEPS = 10  # every step draws new corruption levels, so the last training loss is a mean
 _RESTARTS = ("resumed", "restarted")
-_ROUTINE = ("checkpoint", "started")  # events that are not listed; of the former the number is told
-_CLEARLY_WORSE = 1.01  # the last validation loss over the lowest: below this is noise
+_ROUTINE_EVENTS = ("checkpoint", "started")  # not listed on the page
+_CLEARLY_WORSE = 1.01  # ratio of the last to the lowest validation loss; smaller ones are noise
+_NOT_COMPARED = ("name", "tracking.")  # settings that change nothing in a run
+
+
+@dataclass(frozen=True)
+class RunArtifacts:
+    """Where the steps of a run left their outputs; None: the step did not run, or its files are missing."""
+
+    name: str
+    config: RunConfig
+    metrics: Path  # metrics.jsonl, or the folder that holds it
+    data: Path | None = None  # the prepared dataset, of which card.json is read
+    plan: Path | None = None
+    evaluation: Path | None = None
+    merge: Path | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The figures that a run is judged by; None where a run has no such figure.
+
+    summary.json, the command line, Kubeflow, MLflow, the report and its comparison table all show
+    these. Losses are in nats per token, exact match is a share of the scored rows (0 to 1).
+    """
+
+    train_loss_first: float | None = None  # of the first step
+    train_loss_last: float | None = None  # mean of the last `LAST_STEPS` steps
+    validation_loss_first: float | None = None
+    validation_loss_last: float | None = None
+    exact_match_before: float | None = None
+    exact_match_after: float | None = None
+
+    @classmethod
+    def from_records(cls, records: list[Record], evaluation: EvaluationResult | None) -> RunSummary:
+        """Summarize the records of metrics.jsonl and, if there is one, an evaluation."""
+        losses = loss_ends(series(records, "train", "loss")[1]) or (None, None)
+        validation = series(records, "validation", "loss")[1] or [None]
+        scored = evaluation if evaluation is not None and evaluation.scored else None
+        return cls(
+            train_loss_first=losses[0],
+            train_loss_last=losses[1],
+            validation_loss_first=validation[0],
+            validation_loss_last=validation[-1],
+            exact_match_before=scored and scored.before.exact_match,
+            exact_match_after=scored and scored.after.exact_match,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> RunSummary:
+        """Read summary.json of a run's folder. Raises: UserError, it is missing or not a JSON object."""
+        found = read_json(folder / "summary.json")
+        return cls(**{field.name: found.get(field.name) for field in fields(cls)})
+
+    def write(self, folder: Path) -> None:
+        """Write summary.json into a run's folder; figures that are not known are left out."""
+        text = json.dumps(self.figures(), indent=2) + "\n"
+        (folder / "summary.json").write_text(text, encoding="utf-8")
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TrainingStats:
+    """Steps, time, tokens and speed of the training; None where it was not recorded."""
+
+    steps: int
+    planned_steps: int
+    seconds: float  # of steps and validations
+    train_seconds: float  # of steps only
+    step_seconds: float | None  # median
+    tokens: int
+    tokens_per_second: float | None  # median
+    mfu: float | None  # median, 0 to 1
+    tflops: float | None  # median, per process
+    memory_bytes: float | None  # peak of rank 0
+    validation_steps: tuple[int, int] | None  # of the first and the last validation
+    best_validation: tuple[float, int] | None  # lowest loss, and its step
+
+    @classmethod
+    def from_records(cls, records: list[Record], config: RunConfig) -> TrainingStats:
+        """Compute the statistics of the records of metrics.jsonl."""
+
+        def values(kind: str, field: str) -> list[float]:
+            return series(records, kind, field)[1]
+
+        validation_steps, validation = series(records, "validation", "loss")
+        train_seconds = values("train", "seconds")
+        return cls(
+            steps=next((each["step"] for each in reversed(records) if each["kind"] == "train"), 0),
+            planned_steps=config.train.steps,
+            seconds=sum(train_seconds) + sum(values("validation", "seconds")),
+            train_seconds=sum(train_seconds),
+            step_seconds=_median(train_seconds),
+            tokens=int(sum(values("train", "tokens"))),
+            tokens_per_second=_median(values("train", "tokens_per_second")),
+            mfu=_median(values("train", "mfu")),
+            tflops=_median(values("train", "tflops")),
+            memory_bytes=max(values("train", "memory_bytes"), default=None),
+            validation_steps=(validation_steps[0], validation_steps[-1]) if validation else None,
+            best_validation=min(zip(validation, validation_steps, strict=True), default=None),
+        )
+
+
+def loss_ends(losses: Sequence[float]) -> tuple[float, float] | None:
+    """Return the first and the last loss of a training: the last is the mean of `LAST_STEPS` steps."""
+    if not losses:
+        return None
+    last = losses[-LAST_STEPS:]
+    return losses[0], sum(last) / len(last)
+
+
+def series(records: list[Record], kind: str, field: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of a field; records in which it is missing or null are left out."""
+    found = [
+        (record["step"], float(record[field]))
+        for record in records
+        if record["kind"] == kind and is_plottable(record.get(field))
+    ]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def is_plottable(value: Any) -> bool:
+    """Return whether a recorded value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def file_in(path: Path, name: str) -> Path:
-    """`path` itself, or the file `name` in it if it is a folder."""
+    """Return `path` itself, or the file `name` in it if it is a folder."""
     return path / name if path.is_dir() else path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A step's JSON file.
+    """Read a step's JSON file.
 
     Raises:
-        UserError: no such file, or not a JSON object.
+        UserError: the file is missing, or is not a JSON object.
     """
+    hint = f"Use the output folder of the step that writes {path.name}."
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}. Give the output folder of the step that writes {path.name}") from None
+        raise UserError(f"{path}: cannot be read: {error}", hint=hint) from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: found a {type(found).__name__}, expected a JSON object")
+        raise UserError(
+            f"{path}: found a {type(found).__name__}, expected a JSON object", hint=hint
+        )
     return found
 
 
-def exact_match(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Exact match on both sides with intervals, and what changed; None if no row was scored.
+@dataclass(frozen=True)
+class Cost:
+    """What steps and validations occupied."""
 
-    "paired" compares row by row where the evaluation says how many were gained and lost: sharper than two intervals side by side.
-    """
-    rows = evaluation.get("scored", evaluation.get("rows"))
-    if not rows:
-        return None
-    sides = {}
-    for side in ("before", "after"):
-        share = evaluation[f"exact_match_{side}"]
-        correct = evaluation.get(f"correct_{side}", round(share * rows))
-        low, high = wilson(correct, rows)
-        sides[side] = {"share": correct / rows, "correct": correct, "low": low, "high": high}
-    before, after = sides["before"], sides["after"]
-    paired = None
-    if "gained" in evaluation and "lost" in evaluation:
-        gained, lost = evaluation["gained"], evaluation["lost"]
-        paired = {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
-    clear = paired["p"] < SIGNIFICANCE_LEVEL if paired else after["low"] > before["high"] or after["high"] < before["low"]
-    direction = "rose" if after["correct"] > before["correct"] else "fell" if after["correct"] < before["correct"] else "stayed"
-    return {"rows": rows, **sides, "paired": paired, "clear": clear, "direction": direction}
+    hours: float
+    unit: str  # "GPU-hours", "CPU-hours" or "process-hours"
+    devices: str  # for example "8 × NVIDIA H200"
 
+    @classmethod
+    def from_records(cls, records: list[Record], config: RunConfig) -> Cost:
+        """Sum the time of each attempt over the ranks and devices that it recorded.
 
-def cost_of(records: list[Record], config: RunConfig) -> dict[str, Any]:
-    """What steps and validations occupied: {"hours", "unit", "place"}, by the ranks and the device that each attempt recorded.
-
-    A GPU-hour is one GPU's, a CPU-hour one thread's. A run that recorded no device is counted over the recipe's processes.
-    """
-    place: Record = {"ranks": config.world_size}
-    hours = 0.0
-    for record in records:
-        if "ranks" in record:
-            place = record
-        elif record["kind"] in ("train", "validation") and is_number(record.get("seconds")):
-            hours += record["seconds"] * place["ranks"] * place.get("threads", 1) / 3600
-    ranks = place["ranks"]
-    if place.get("device") == "cuda":
-        return {"hours": hours, "unit": "GPU-hours", "place": f"{ranks} × {place['device_name']}"}
-    where = _count(ranks, "process", "processes")
-    if "threads" in place:
-        return {"hours": hours, "unit": "CPU-hours", "place": f"{where} of {_count(place['threads'], 'thread', 'threads')}"}
-    return {"hours": hours, "unit": "process-hours", "place": where}
+        A GPU-hour is one GPU's, a CPU-hour one thread's. A run that recorded no device is counted
+        over the recipe's processes.
+        """
+        attempt: Record = {"ranks": config.world_size}
+        hours = 0.0
+        for record in records:
+            if "ranks" in record:
+                attempt = record
+            elif record["kind"] in ("train", "validation") and is_plottable(record.get("seconds")):
+                hours += record["seconds"] * attempt["ranks"] * attempt.get("threads", 1) / 3600
+        ranks = attempt["ranks"]
+        if attempt.get("device") == "cuda":
+            return cls(hours, "GPU-hours", f"{ranks} × {attempt['device_name']}")
+        processes = _count(ranks, "process", "processes")
+        if "threads" in attempt:
+            threads = _count(attempt["threads"], "thread", "threads")
+            return cls(hours, "CPU-hours", f"{processes} of {threads}")
+        return cls(hours, "process-hours", processes)
 
 
-def training(records: list[Record], config: RunConfig) -> dict[str, Any]:
-    """Steps, time, tokens and losses of the training itself."""
-    train = [record for record in records if record["kind"] == "train"]
-    validation_steps, validation = series(records, "validation", "loss")
-    _, losses = series(records, "train", "loss")
-    _, speeds = series(records, "train", "tokens_per_second")
-    _, seconds = series(records, "train", "seconds")
-    _, memory = series(records, "train", "memory_bytes")
-    _, tokens = series(records, "train", "tokens")
-    ends = max(1, len(losses) // 30)  # the loss of one step is noise: its ends are means
-    return {
-        "steps": train[-1]["step"] if train else 0,
-        "planned_steps": config.train.steps,
-        "seconds": sum(seconds) + sum(series(records, "validation", "seconds")[1]),
-        "step_seconds": median(seconds),
-        "tokens": int(sum(tokens)),
-        "tokens_per_second": median(speeds),
-        "mfu": median(series(records, "train", "mfu")[1]),
-        "tflops": median(series(records, "train", "tflops")[1]),
-        "memory_bytes": max(memory, default=None),
-        "loss": (sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends) if losses else None,
-        "validation": (validation[0], validation[-1]) if validation else None,
-        "validation_at": (validation_steps[0], validation_steps[-1]) if validation else None,
-        "best_validation": min(zip(validation, validation_steps, strict=True), default=None),
-    }
+def notable_events(records: list[Record]) -> list[Record]:
+    """Return the events that the page lists: all but checkpoints and the start."""
+    return [
+        record
+        for record in records
+        if record["kind"] == "event" and record.get("event") not in _ROUTINE_EVENTS
+    ]
 
 
-def median(values: list[float]) -> float | None:
-    """The middle value; None of nothing."""
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2 if ordered else None
+def count_checkpoints(records: list[Record]) -> int:
+    """Return the number of checkpoints that were saved."""
+    return sum(
+        record["kind"] == "event" and record.get("event") == "checkpoint" for record in records
+    )
 
 
-def events_of(records: list[Record]) -> tuple[list[Record], int]:
-    """Events that are told one by one, and the number of checkpoints."""
-    events = [record for record in records if record["kind"] == "event"]
-    told = [event for event in events if event.get("event") not in _ROUTINE]
-    return told, sum(event.get("event") == "checkpoint" for event in events)
+def direction(evaluation: EvaluationResult) -> str:
+    """Return how exact match changed: "rose", "fell" or "stayed"."""
+    before, after = evaluation.before.correct, evaluation.after.correct
+    return "rose" if after > before else "fell" if after < before else "stayed"
 
 
-def warnings_of(
+def find_warnings(
     config: RunConfig,
-    facts: Mapping[str, Any],
     records: list[Record],
     *,
-    evaluation: Mapping[str, Any] | None,
+    evaluation: EvaluationResult | None,
     merge: Mapping[str, Any] | None,
     card: Mapping[str, Any],
 ) -> list[str]:
-    """What a reader must not overlook, most serious first."""
+    """Return what a reader must not overlook, most serious first."""
+    summary = RunSummary.from_records(records, evaluation)
+    stats = TrainingStats.from_records(records, config)
     found = []
-    told, _ = events_of(records)
+    events = notable_events(records)
     if merge is not None and not merge.get("passed", False):
-        found.append("The merge proof failed: merged and adapted model disagree. Do not use the merged model.")
-    skipped = [event["step"] for event in told if "skip" in str(event.get("event"))]
+        found.append(
+            "The merge verification failed: merged and adapted model disagree. Do not use the merged model."
+        )
+    skipped = [event["step"] for event in events if "skip" in str(event.get("event"))]
     if skipped:
-        found.append(f"{_count(len(skipped), 'step was', 'steps were')} skipped: {', '.join(map(str, skipped[:10]))}.")
-    lacking = sorted({name for record in records for name, value in record.items() if value is None})
-    if lacking:
-        found.append(f"Some recorded values were not finite and are missing in the curves: {', '.join(lacking)}.")
-    if 0 < facts["steps"] < facts["planned_steps"]:
-        found.append(f"Training reached step {facts['steps']} of {facts['planned_steps']}.")
-    match = exact_match(evaluation) if evaluation else None
-    if match and match["direction"] == "fell":
-        found.append(f"Exact match fell from {match['before']['correct']} to {match['after']['correct']} of {match['rows']} rows.")
-    elif match and not match["clear"] and match["direction"] != "stayed":
-        pair = match["paired"]
-        why = f"{pair['gained']} gained, {pair['lost']} lost, p = {pair['p']:.2f}" if pair else "the 95% intervals overlap"
-        found.append(f"{match['rows']} rows are too few to be sure of the change in exact match: {why}.")
-    if evaluation is None:
-        found.append("Not evaluated: nothing here says whether the tuned model answers better.")
-    elif match is None:
-        found.append("No row could be scored: no reference answer matches the recipe's answer pattern.")
-    best, last = facts["best_validation"], facts["validation"]
-    if best and last[1] > _CLEARLY_WORSE * best[0]:
-        found.append(f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) and ended at {last[1]:.3f}: trained too long.")
-    found += _interruptions(told)
+        steps = ", ".join(map(str, skipped[:10]))
+        found.append(f"{_count(len(skipped), 'step was', 'steps were')} skipped: {steps}.")
+    missing = sorted(
+        {name for record in records for name, value in record.items() if value is None}
+    )
+    if missing:
+        names = ", ".join(missing)
+        found.append(
+            f"Some recorded values were not finite and are missing in the charts: {names}."
+        )
+    if 0 < stats.steps < stats.planned_steps:
+        found.append(f"Training reached step {stats.steps} of {stats.planned_steps}.")
+    found += _evaluation_warnings(evaluation)
+    best, last = stats.best_validation, summary.validation_loss_last
+    if best and last is not None and last > _CLEARLY_WORSE * best[0]:
+        found.append(
+            f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) and ended at {last:.3f}: "
+            "trained too long."
+        )
+    found += _interruptions(events)
     if config.train.method == "lora" and merge is None:
-        found.append("The adapter was not merged, so nothing is proved about a merged model.")
+        found.append("The adapter was not merged, so no merged model was verified.")
     bad = card.get("bad", 0)
     if bad:
-        found.append(f"{_count(bad, 'row', 'rows')} of the data could not be read and {'was' if bad == 1 else 'were'} left out.")
+        verb = "was" if bad == 1 else "were"
+        found.append(
+            f"{_count(bad, 'row', 'rows')} of the data could not be read and {verb} left out."
+        )
     return found
 
 
-def _interruptions(told: list[Record]) -> list[str]:
+def _evaluation_warnings(evaluation: EvaluationResult | None) -> list[str]:
+    if evaluation is None:
+        return ["Not evaluated: it is unknown whether the tuned model answers better."]
+    if not evaluation.scored:
+        return ["No row could be scored: no reference answer matches the recipe's answer pattern."]
+    before, after = evaluation.before.correct, evaluation.after.correct
+    if direction(evaluation) == "fell":
+        return [f"Exact match fell from {before} to {after} of {evaluation.scored} rows."]
+    if evaluation.verdict == "undecided" and direction(evaluation) != "stayed":
+        change = f"{evaluation.gained} gained, {evaluation.lost} lost, p = {evaluation.p_value:.2f}"
+        return [
+            f"{evaluation.scored} rows are too few to be sure of the change in exact match: {change}."
+        ]
+    return []
+
+
+def _interruptions(events: list[Record]) -> list[str]:
     found = []
-    restarts = [event["step"] for event in told if event.get("event") in _RESTARTS]
+    restarts = [event["step"] for event in events if event.get("event") in _RESTARTS]
     if restarts:
         times = "once" if len(restarts) == 1 else f"{len(restarts)} times"
-        found.append(f"Training was interrupted and went on {times}, from step {', '.join(map(str, restarts[:10]))}.")
-    damaged = [event["step"] for event in told if event.get("event") == "damaged_checkpoint"]
+        steps = ", ".join(map(str, restarts[:10]))
+        found.append(f"Training was interrupted and resumed {times}, from step {steps}.")
+    damaged = [event["step"] for event in events if event.get("event") == "damaged_checkpoint"]
     if damaged:
-        found.append(f"{_count(len(damaged), 'checkpoint was', 'checkpoints were')} damaged and passed over; see the events.")
+        checkpoints = _count(len(damaged), "checkpoint was", "checkpoints were")
+        found.append(f"{checkpoints} damaged and skipped; see the events.")
     return found
 
 
-def plan_rows(plan: Mapping[str, Any], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Planned and measured side by side, for what both name; values in the unit given."""
+def plan_rows(plan: Mapping[str, Any], stats: TrainingStats) -> list[dict[str, Any]]:
+    """Return planned and measured values of what both have; `unit` names the format."""
     pairs = (
-        ("Step time", "s", "step_seconds", facts["step_seconds"]),
-        ("Model FLOPs utilisation", "share", "model_flops_utilisation", facts["mfu"]),
-        ("Memory per accelerator, peak", "bytes", "memory_bytes", facts["memory_bytes"]),
+        ("Step time", "s", "step_seconds", stats.step_seconds),
+        ("Model FLOPs utilization", "share", "model_flops_utilisation", stats.mfu),
+        ("Memory per accelerator, peak", "bytes", "memory_bytes", stats.memory_bytes),
     )
     return [
-        {"title": title, "unit": unit, "planned": plan[name], "measured": measured, "ratio": measured / plan[name]}
+        {
+            "title": title,
+            "unit": unit,
+            "planned": plan[name],
+            "measured": measured,
+            "ratio": measured / plan[name],
+        }
         for title, unit, name, measured in pairs
         if measured is not None and plan.get(name)
     ]
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-_OF_NO_INTEREST = ("name", "tracking.")  # a setting that changes nothing in a run
-
-
-def named(runs: Sequence[RunArtifacts]) -> list[str]:
-    """Each run's name, with a number behind it where an earlier one has the same."""
+def unique_names(runs: Sequence[RunArtifacts]) -> list[str]:
+    """Return each run's name, followed by a number if an earlier run has the same name."""
     names: list[str] = []
     for run in runs:
         name, number = run.name, 2
@@ -213,41 +338,20 @@ def named(runs: Sequence[RunArtifacts]) -> list[str]:
     return names
 
 
-def figures(name: str, run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
-    """What a run is compared by; None where it is not known."""
-    losses, validation = series(records, "train", "loss")[1], series(records, "validation", "loss")[1]
-    ends = max(1, len(losses) // 30)
-    match = exact_match(read_json(file_in(run.evaluation, "evaluation.json"))) if run.evaluation else None
-    return {
-        "name": name,
-        "steps": len(losses),
-        "loss": sum(losses[-ends:]) / ends if losses else None,
-        "validation": validation[-1] if validation else None,
-        "match": match["after"] if match else None,
-        "tokens_per_second": median(series(records, "train", "tokens_per_second")[1]),
-        "seconds": sum(series(records, "train", "seconds")[1]),
-    }
-
-
-def differing(runs: Sequence[RunArtifacts]) -> list[dict[str, Any]]:
-    """Settings that are not the same in all runs: {"key", "values"} each, None where a run has no such setting."""
+def differing_settings(runs: Sequence[RunArtifacts]) -> list[dict[str, Any]]:
+    """Return settings that differ between runs: {"key", "values"}, None where a run has no such setting."""
     found = [flatten(run.config.model_dump(mode="json")) for run in runs]
     rows = []
     for key in dict.fromkeys(key for each in found for key in each):
         values = [each.get(key) for each in found]
-        if not key.startswith(_OF_NO_INTEREST) and any(value != values[0] for value in values):
+        if not key.startswith(_NOT_COMPARED) and any(value != values[0] for value in values):
             rows.append({"key": key, "values": values})
     return rows
 
 
-@dataclass(frozen=True)
-class RunArtifacts:
-    """Where the steps of a run left what is told of it; None: the step was not made, or its files are not at hand."""
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
 
-    name: str
-    config: RunConfig
-    metrics: Path  # metrics.jsonl, or the folder that holds it
-    data: Path | None = None  # the prepared data set, of which card.json is read
-    plan: Path | None = None
-    evaluation: Path | None = None
-    merge: Path | None = None
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

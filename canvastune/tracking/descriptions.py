@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from canvastune.config import RunConfig
-from canvastune.evaluation.scoring import compare, wilson
+from canvastune.evaluation.result import EvaluationResult, ModelFigures
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as a run's description
 STEPS = {
@@ -33,17 +32,16 @@ def begun(config: RunConfig, folder: Path) -> str:
     return f"{_what(config)}\n\n{_table(_about(config, folder))}\n\nWhile it trains, the curves are in the nested run `train`.\n\n{_AGAIN}"
 
 
-def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], evaluation: Mapping[str, Any]) -> str:
+def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], evaluation: EvaluationResult) -> str:
     """What a pipeline run did: verdict, figures, where its files are, how to do it again.
 
     Args:
         figures: the run's summary, by MLflow's names.
-        evaluation: what evaluation.json holds.
     """
     rows = [("", "before", "after"), ("---", "---:", "---:")]
-    if evaluation.get("scored"):
-        named = f"exact match on {evaluation['scored']} held-out rows (95% interval)"
-        rows.append((named, _with_interval(evaluation, "before"), _with_interval(evaluation, "after")))
+    if evaluation.scored:
+        named = f"exact match on {evaluation.scored} held-out rows (95% interval)"
+        rows.append((named, _with_interval(evaluation.before), _with_interval(evaluation.after)))
     judged_loss = ("eval/validation_loss_before", "eval/validation_loss_after")  # of the weights as they are used
     losses = judged_loss if judged_loss[0] in figures else ("val/loss_first", "val/loss_last")
     for label, before, after in (("validation loss", *losses), ("training loss, first and last", "train/loss_first", "train/loss_last")):
@@ -59,20 +57,19 @@ def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], eval
     return f"{judged(evaluation)}\n\n{_what(config)}\n\n{table}\n\n**Where**\n\n{_table(_about(config, folder) | places)}\n\n{_AGAIN}"
 
 
-def judged(evaluation: Mapping[str, Any]) -> str:
+def judged(evaluation: EvaluationResult) -> str:
     """The evaluation in a sentence."""
-    if not evaluation.get("scored"):
+    if not evaluation.scored:
         return "**Not judged**: no held-out row was scored."
-    before, after = evaluation["exact_match_before"], evaluation["exact_match_after"]
+    before, after = evaluation.before.exact_match, evaluation.after.exact_match
     words = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
-    word = words[compare(evaluation["gained"], evaluation["lost"])]
-    change = f"{evaluation['gained']} gained, {evaluation['lost']} lost of {evaluation['scored']} rows"
+    word = words[evaluation.verdict]
+    change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
     return f"**{word}**: exact match {before:.1%} before, {after:.1%} after ({change})."
 
 
-def _with_interval(evaluation: Mapping[str, Any], side: str) -> str:
-    low, high = wilson(evaluation[f"correct_{side}"], evaluation["scored"])
-    return f"{evaluation[f'exact_match_{side}']:.1%} ({low:.1%} to {high:.1%})"
+def _with_interval(model: ModelFigures) -> str:
+    return f"{model.exact_match:.1%} ({model.exact_match_low:.1%} to {model.exact_match_high:.1%})"
 
 
 def _what(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune.config.strict import flatten
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.tracking.client import load_mlflow, log
 from canvastune.tracking.run_lookup import PipelineRun
 
@@ -124,13 +125,13 @@ class Score:
     evaluation: str  # hash of what was asked and how: scores compare where these agree
 
 
-def score_of(evaluation: Mapping[str, Any]) -> Score | None:
-    """The score in evaluation.json; None if no row was scored, or if it does not say what was asked."""
-    if not evaluation.get("scored") or "asked" not in evaluation:
+def score_of(result: EvaluationResult) -> Score | None:
+    """Return the score of an evaluation; None if no row was scored."""
+    if not result.scored:
         return None
-    compared = [evaluation[name] for name in ("asked", "scored", "answer_pattern", "max_new_tokens", "max_denoising_steps")]
+    compared = [result.asked, result.scored, result.answer_pattern, result.max_new_tokens, result.max_denoising_steps]
     digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
-    return Score(evaluation["exact_match_before"], evaluation["exact_match_after"], digest)
+    return Score(result.before.exact_match, result.after.exact_match, digest)
 
 
 def promote(client: MlflowClient, name: str, version: ModelVersion, score: Score | None, when: str) -> str:

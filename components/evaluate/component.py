@@ -1,4 +1,4 @@
-"""The step `evaluate`: answers to held-out rows by the base and by the tuned model."""
+"""The step `evaluate`: answers of the base and of the tuned model to held-out rows."""
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
@@ -15,19 +15,20 @@ def evaluate(
     evaluation: Output[Artifact],
     figures: Output[Metrics],
 ) -> None:
-    """Answer held-out rows before and after, count what is right, and measure the validation loss of both models."""
+    """Answer held-out rows before and after, count correct answers, and measure both validation losses."""
     from pathlib import Path
 
-    from canvastune.evaluation.run import measured
     from components.decorator import step
-    from components.evaluate.step import answer, publish
+    from components.evaluate.step import publish, run_evaluation
     from components.run_directory import read_pointer
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
         record.dataset(Path(dataset.path), "evaluation")
         record.judged_model()
-        found = measured(answer(recipe, Path(dataset.path), read_pointer(tuned), Path(run_folder), out, record))
-        for name, value in found.items():
+        result = run_evaluation(
+            recipe, Path(dataset.path), read_pointer(tuned), Path(run_folder), out, record
+        )
+        for name, value in result.figures().items():
             figures.log_metric(name, value)
-        publish(found, out, record)
+        publish(result, out, record)

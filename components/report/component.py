@@ -1,4 +1,4 @@
-"""The step `report`: one page of curves, answers and figures."""
+"""The step `report`: one page of charts, answers and figures."""
 
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
@@ -19,7 +19,7 @@ def report(
     page: Output[HTML],
     figures: Output[Metrics],
 ) -> None:
-    """Write the report into the run's folder, and show it and its main figures in Kubeflow."""
+    """Write the report into the run's folder; show it and the main figures in Kubeflow."""
     import shutil
     from pathlib import Path
 
@@ -40,5 +40,5 @@ def report(
             compare=others,
         )
         shutil.copy(Path(run_folder) / "report" / "report.html", page.path)
-        for name, value in summary.items():
+        for name, value in summary.figures().items():
             figures.log_metric(name, value)

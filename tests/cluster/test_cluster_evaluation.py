@@ -1,4 +1,4 @@
-"""Answers at full size: a job of one pod with one accelerator, beside the training job of the same run."""
+"""Evaluation of a large model: a job of one pod with one accelerator, next to the run's training job."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import pytest
 
 from canvastune.config import parse_config
 from canvastune.errors import UserError
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.tracking import StepRun
-from components.evaluate import step as answering
+from components.evaluate.step import run_evaluation
 from components.jobs import launcher as launching
 from components.jobs.client import KubernetesClient
 from components.jobs.launcher import launch
 from components.run_directory import RunRecord, write_record
 from tests.fakes.fake_kubernetes import Operator
 from tests.support.cluster_stage import Cluster, config_of
+from tools.report_sample import sample_result
+
+RESULT = sample_result(after=32)
 
 
-def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Evaluate a run of two nodes with eight accelerators each; the stand-in of the pod writes its result after 50 seconds."""
+def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluationResult:
+    """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result after 50 seconds."""
     for name in ("artifact/validation", "runs/a/model"):
         (folder / name).mkdir(parents=True)
     write_record(folder / "runs/a", RunRecord("run-1", "", ""))
@@ -34,11 +38,11 @@ def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def write() -> None:
         (folder / "runs/a/evaluation").mkdir()
-        (folder / "runs/a/evaluation/evaluation.json").write_text('{"exact_match_after": 0.5}')
+        RESULT.write(folder / "runs/a/evaluation")
 
     cluster.at(begun + 50, write)
     tree = config_of(cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)).model_dump(mode="json")
-    return answering.answer(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", StepRun())
+    return run_evaluation(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", StepRun())
 
 
 def test_it_is_a_job_of_one_pod_with_one_accelerator(
@@ -47,7 +51,7 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     cluster.goes_well()
     made: list[dict[str, Any]] = []
     cluster.at(5, lambda: made.append(json.loads(json.dumps(cluster.operator.job))))
-    assert _answered(cluster, tmp_path, monkeypatch) == {"exact_match_after": 0.5}
+    assert _answered(cluster, tmp_path, monkeypatch) == RESULT
     text = json.dumps(made[0])
     assert made[0]["metadata"]["name"].startswith("evaluate-gsm8k-lora-")
     assert made[0]["metadata"]["labels"]["app.kubernetes.io/component"] == "evaluate"
@@ -60,7 +64,7 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
         assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (1, 1)
     assert f'"-m", "canvastune.evaluate", "-c", "{tmp_path}/runs/a/train/recipe.yaml"' in text
     assert (tmp_path / "out/evaluation.json").is_file()
-    assert "step 1/800" in capsys.readouterr().out, "the pod's words are not passed on"
+    assert "step 1/800" in capsys.readouterr().out, "the pod's log is not shown"
 
 
 def test_the_training_job_of_the_run_is_left_alone(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +81,7 @@ def test_the_training_job_of_the_run_is_left_alone(pytorch: Cluster, tmp_path: P
     assert len(names) == 2
 
 
-def test_a_failed_evaluation_says_why(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_evaluation_reports_the_reason(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytorch.at(2, pytorch.operator.pending)
     pytorch.at(5, pytorch.operator.running)
     pytorch.say(6, "canvastune: error: evaluate.answer_pattern: matches none")

@@ -1,4 +1,4 @@
-"""The report page in a real browser: its curves answer, nothing is asked of the network, and nothing is cut off on a phone."""
+"""The report page in a real browser: its charts are interactive, nothing is fetched, and a phone shows all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from playwright import sync_api
 
-from canvastune.report import RunArtifacts, write_report
+from canvastune.report.build import write_report
+from canvastune.report.summary import RunArtifacts
 from tools.report_sample import sample_config, sample_run, write_metrics
 
 _CHROMIUM = shutil.which("chromium")
@@ -25,14 +26,14 @@ _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 
 
 class _Tab:
-    """The report in a tab of its own, with all that it said and asked for."""
+    """The report in its own tab, with its console messages and requests."""
 
     def __init__(self, browser: sync_api.Browser, report: Path, width: int = 1280, **options: Any) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.address = report.as_uri()
         self.page.goto(self.address)
@@ -41,7 +42,7 @@ class _Tab:
         return self.page.locator(f"[data-chart={name}]")
 
     def point(self, name: str, share: float) -> tuple[float, float]:
-        """A place in the middle of a plot's height, at a share of its width."""
+        """Return a point at half of a plot's height, at a share of its width."""
         over = self.chart(name).locator(".u-over")
         over.scroll_into_view_if_needed()
         box = over.bounding_box()
@@ -64,10 +65,10 @@ class _Tab:
         self.page.mouse.up()
 
     def until(self, condition: str, seconds: float = 20) -> None:
-        """Wait for a JavaScript condition; Playwright's own way is to evaluate it within the page, which the page's policy forbids."""
+        """Wait for a JavaScript condition. Playwright's `wait_for_function` evaluates text in the page, which its policy forbids."""
         deadline = time.monotonic() + seconds
         while not self.page.evaluate(condition):
-            assert time.monotonic() < deadline, f"after {seconds} seconds not yet: {condition}"
+            assert time.monotonic() < deadline, f"still false after {seconds} seconds: {condition}"
             time.sleep(0.05)
 
     def reset_button(self, name: str) -> sync_api.Locator:
@@ -76,7 +77,7 @@ class _Tab:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 300 steps laid over four others, one of them with a hostile name."""
+    """Write the report of a run of 300 steps and four others, one of them with a hostile name."""
     root, config = tmp_path_factory.mktemp("run"), sample_config(parallel={"nproc_per_node": 2})
     others = []
     for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
@@ -95,10 +96,10 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture
 def tab(browser: sync_api.Browser, report: Path) -> Iterator[_Tab]:
-    """The page, wide and light; whatever a test does there, nothing may be complained of and nothing fetched."""
+    """Open the page, wide and light; whatever a test does there, it logs no message and fetches nothing."""
     tab = _Tab(browser, report)
     yield tab
-    assert tab.said == []
+    assert tab.messages == []
     assert tab.requests == [tab.address], "the page is one file"
     tab.page.close()
 
@@ -143,17 +144,17 @@ def test_the_log_scale_is_each_charts_own_and_keeps_the_zoom(tab: _Tab) -> None:
 
 
 def test_smoothing_moves_the_strong_line_and_leaves_the_recorded_one(tab: _Tab) -> None:
-    slider, said = tab.page.get_by_label("Smoothing"), tab.page.locator("output[for=smoothing]")
-    assert said.inner_text() == "20 steps", "at first as in the pictures"
+    slider, output = tab.page.get_by_label("Smoothing"), tab.page.locator("output[for=smoothing]")
+    assert output.inner_text() == "20 steps", "by default as in the images"
     before, recorded = (tab.chart(name).evaluate(_IMAGE) for name in ("diffusion_loss", "learning_rate"))
     slider.focus()
     slider.press("End")
-    assert said.inner_text() == "100 steps"
+    assert output.inner_text() == "100 steps"
     assert tab.chart("diffusion_loss").evaluate(_IMAGE) != before
     assert tab.chart("learning_rate").evaluate(_IMAGE) == recorded, "what is not noisy is not smoothed"
     assert "(single step " in tab.hover("diffusion_loss", 0.5)
     slider.press("Home")
-    assert said.inner_text() == "off"
+    assert output.inner_text() == "off"
     assert "(single step " not in tab.hover("diffusion_loss", 0.5)
 
 
@@ -187,26 +188,26 @@ def test_every_chart_has_its_figures_as_a_table(tab: _Tab) -> None:
     assert "tiny_lora" in details.first.locator("tbody tr").first.inner_text()
 
 
-def test_answers_are_filtered_by_outcome_and_by_words(tab: _Tab) -> None:
+def test_answers_are_filtered_by_outcome_and_by_text(tab: _Tab) -> None:
     rows = tab.page.locator(".answers tbody tr")
     assert sum(row.is_visible() for row in rows.all()) == 12, "the others are folded away at first"
     tab.page.locator("#filter select").select_option("right")
     assert sum(row.is_visible() for row in rows.all()) == 5
-    tab.page.get_by_label("with the words").fill("APPLES AND gives 5")
+    tab.page.get_by_label("containing").fill("APPLES AND gives 5")
     found = [row.inner_text() for row in rows.all() if row.is_visible()]
     assert tab.page.locator("#filter output").inner_text() == f"{len(found)} of 64 answers on this page"
     assert 0 < len(found) < 5
     assert all("gives 5" in text for text in found)
-    tab.page.get_by_label("with the words").fill("")
+    tab.page.get_by_label("containing").fill("")
     tab.page.locator("#filter select").select_option("all")
     assert sum(row.is_visible() for row in rows.all()) == 12
 
 
-def test_the_film_shows_one_moment_of_both_sides_and_keeps_what_is_done(tab: _Tab) -> None:
-    film, slider = tab.page.locator("#film"), tab.page.get_by_label("Frame")
+def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab: _Tab) -> None:
+    trace, slider = tab.page.locator("#trace"), tab.page.get_by_label("Frame")
 
     def shown(side: str) -> list[str]:
-        notes = film.get_by_role("group", name=side).locator("li .note")
+        notes = trace.get_by_role("group", name=side).locator("li .note")
         return [note.inner_text() for note in notes.all() if note.is_visible()]
 
     assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
@@ -219,15 +220,15 @@ def test_the_film_shows_one_moment_of_both_sides_and_keeps_what_is_done(tab: _Ta
     slider.press("ArrowRight")
     assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 0"]
     assert [note.split(":")[0] for note in shown("Before")] == ["Block 1 of 1, step 47"], "its answer was shorter"
-    height = film.bounding_box()
+    height = trace.bounding_box()
     slider.press("End")
-    assert film.bounding_box() == height, "the page moves while the slider does"
+    assert trace.bounding_box() == height, "the page moves while the slider does"
     assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 5"]
-    assert film.locator(".shown mark").first.evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == "underline"
+    assert trace.locator(".shown mark").first.evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == "underline"
 
 
 class _Phone(_Tab):
-    """The report under fingers, which only the browser's own protocol can give several of."""
+    """The report on a touch screen; several fingers need the browser's own protocol."""
 
     def __init__(self, browser: sync_api.Browser, report: Path) -> None:
         super().__init__(browser, report, width=400, has_touch=True, is_mobile=True)
@@ -268,7 +269,7 @@ def test_fingers_read_pinch_and_reset(browser: sync_api.Browser, report: Path) -
     )
     tab.page.touchscreen.tap(*at(0.05))
     assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 30
-    assert tab.said == []
+    assert tab.messages == []
     tab.page.close()
 
 
@@ -277,7 +278,7 @@ def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api
     assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"
     tab.page.evaluate("document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/' }))")
     tab.until("performance.now() > 0")
-    assert any("Content Security Policy" in line for line in tab.said)
+    assert any("Content Security Policy" in line for line in tab.messages)
     tab.page.close()
 
 
@@ -292,11 +293,11 @@ def test_a_phone_shows_it_without_scrolling_sideways(scheme: str, browser: sync_
         assert 280 <= box["width"] <= 400 - box["x"]
     tab.page.set_viewport_size({"width": 1280, "height": 900})
     tab.until("document.querySelector('[data-chart=validation_loss] .uplot').clientWidth > 600")
-    assert tab.said == []
+    assert tab.messages == []
     tab.page.close()
 
 
-def test_the_curves_follow_the_colour_scheme(tab: _Tab) -> None:
+def test_the_charts_follow_the_color_scheme(tab: _Tab) -> None:
     picture = "document.querySelector('[data-chart=total_loss] canvas').toDataURL()"
     tab.page.evaluate(f"window.light = {picture}")
     tab.page.emulate_media(color_scheme="dark")
@@ -304,11 +305,13 @@ def test_the_curves_follow_the_colour_scheme(tab: _Tab) -> None:
 
 
 @pytest.mark.parametrize("way", ["scripts are off", "print"])
-def test_without_scripts_and_in_print_the_pictures_stand(way: str, browser: sync_api.Browser, report: Path) -> None:
+def test_without_scripts_and_in_print_every_chart_is_an_image(way: str, browser: sync_api.Browser, report: Path) -> None:
     tab = _Tab(browser, report, java_script_enabled=way == "print")
     if way == "print":
         tab.page.emulate_media(media="print")
-    assert sum(picture.is_visible() for picture in tab.page.locator(".still.plot svg").all()) == _CHARTS
+    assert sum(picture.is_visible() for picture in tab.page.locator("img.still").all()) == _CHARTS
+    widths = tab.page.locator("img.still").evaluate_all("(images) => images.map((image) => image.naturalWidth)")
+    assert min(widths) > 0, "an image cannot be decoded"
     assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())
     assert all(frame.is_visible() for frame in tab.page.locator(".frames li").all())
     tab.page.close()

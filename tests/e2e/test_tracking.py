@@ -31,6 +31,7 @@ from canvastune.tracking.client import connect, load_mlflow
 from components.run_directory import RunRecord, write_record
 from pipelines.cli import main
 from tests.fakes.tracking_server import prepared, train_record
+from tools.report_sample import sample_result
 
 pytestmark = pytest.mark.usefixtures("own_mlflow")
 
@@ -121,8 +122,7 @@ def test_a_run_is_described_from_its_start(workspace: Path) -> None:
 def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -> None:
     run = pipeline_run(workspace, "reported")
     figures = {"val/loss_first": 3.0, "val/loss_last": 1.5, "train/loss_first": 5.3, "train/loss_last": 0.8}
-    found: dict[str, Any] = {"scored": 64, "correct_before": 8, "correct_after": 40, "gained": 33, "lost": 1}
-    found |= {"exact_match_before": 0.125, "exact_match_after": 0.625}
+    found = sample_result(64, before=8, after=40, lost=1)
     note = notes.reported(run.config, run.folder, figures, found)
     assert note.startswith("**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows).")
     assert "| exact match on 64 held-out rows (95% interval) | 12.5% (6.5% to 22.8%) | 62.5% (50.3% to 73.3%) |" in note
@@ -131,7 +131,7 @@ def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -
     assert "| validation loss | 2.900 | 1.400 |" in notes.reported(run.config, run.folder, figures | own, found)
     for place in ("report/report.html", "train/adapter", "model", "train/checkpoints"):
         assert f"`{run.folder / place}`" in note
-    assert "no held-out row was scored" in notes.reported(run.config, run.folder, figures, {"scored": 0})
+    assert "no held-out row was scored" in notes.reported(run.config, run.folder, figures, sample_result(0, 0, 0, 0))
 
 
 def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(

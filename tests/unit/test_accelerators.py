@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from canvastune.perf_model.hardware import ACCELERATORS, accelerator_of
-from canvastune.report.charts import charts_of
+from canvastune.report.charts import build_charts
 
 
 @pytest.mark.parametrize(
@@ -39,5 +39,5 @@ def test_utilisation_is_a_share_of_the_peak_where_every_runs_is_known() -> None:
         ([known, unknown], "TFLOP/s per process", 400.0),
         ([slow, slow], "GFLOP/s per process", 20.0),
     ):
-        (chart,) = [chart for chart in charts_of([(str(at), run) for at, run in enumerate(runs)]) if chart.name == "utilisation"]
+        (chart,) = [chart for chart in build_charts([(str(at), run) for at, run in enumerate(runs)]) if chart.name == "utilisation"]
         assert (chart.unit, chart.lines[0].values[0]) == (unit, pytest.approx(value))

@@ -1,9 +1,10 @@
-"""The step: the counts are those of the answers, nothing is done twice, and what a killed process did is kept."""
+"""The step: counts match the answers, nothing is computed twice, and a killed process loses nothing."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,20 +19,31 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 
-from canvastune import evaluate as step
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from canvastune.evaluate import main
+from canvastune.evaluate import build_parser, main
 from canvastune.evaluation import run
-from canvastune.evaluation.generation import Question, choose_questions
-from canvastune.evaluation.run import evaluate, measured
+from canvastune.evaluation.generation import Question, select_questions
+from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.run import evaluate
 from canvastune.evaluation.scoring import mcnemar, wilson
 from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.tokenizer import load_tokenizer
 from canvastune.tiny_model import write_problems
 
+KEYS = [  # of evaluation.json, which other programs read
+    *("rows", "scored"),
+    *("correct_before", "exact_match_before", "exact_match_before_low", "exact_match_before_high"),
+    *("correct_after", "exact_match_after", "exact_match_after_low", "exact_match_after_high"),
+    *("gained", "lost", "p_value", "verdict"),
+    *("tokens_before", "seconds_before", "tokens_per_second_before", "tokens_per_forward_before", "validation_loss_before"),
+    *(f"validation_loss_before_t{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)),
+    *("tokens_after", "seconds_after", "tokens_per_second_after", "tokens_per_forward_after", "validation_loss_after"),
+    *(f"validation_loss_after_t{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)),
+    *("validation_rows", "answer_pattern", "asked", "batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
+]
 TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
 
 
@@ -56,7 +68,7 @@ def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_prompt_is_the_prefix_that_was_trained_on(prepared: Path, tiny_model: Path) -> None:
-    questions = choose_questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
+    questions = select_questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
     rows: Any = load_from_disk(str(prepared / "validation"))
     prefixes = {row["id"]: row["input_ids"][: row["prefix_length"]] for row in rows}
     assert len(questions) == 6
@@ -69,7 +81,7 @@ def test_rows_are_chosen_by_content_and_not_by_their_place(prepared: Path, tiny_
     backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
     backwards.save_to_disk(str(tmp_path / "validation"))
     tokenizer = load_tokenizer(tiny_model).tokenizer
-    assert choose_questions(prepared, tokenizer, 5) == choose_questions(tmp_path, tokenizer, 5)
+    assert select_questions(prepared, tokenizer, 5) == select_questions(tmp_path, tokenizer, 5)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def test_chance_is_the_same_before_and_after(evaluated: Path) -> None:
     assert len({answer["before"] for answer in answers}) > 1
 
 
-def test_every_answer_stands_beside_its_question_and_reference(evaluated: Path, prepared: Path) -> None:
+def test_every_answer_is_listed_with_its_question_and_reference(evaluated: Path, prepared: Path) -> None:
     answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
     rows: Any = load_from_disk(str(prepared / "validation"))
     held_out = {row["id"]: row for row in rows}
@@ -106,7 +118,7 @@ def test_every_answer_stands_beside_its_question_and_reference(evaluated: Path, 
     assert {file.name for file in evaluated.iterdir()} == written
 
 
-def test_one_model_has_one_loss_and_one_film(evaluated: Path) -> None:
+def test_one_model_has_one_loss_and_one_trace(evaluated: Path) -> None:
     result, film = (json.loads((evaluated / name).read_text()) for name in ("evaluation.json", "film.json"))
     losses = {
         name.removeprefix("validation_loss_before"): loss for name, loss in result.items() if name.startswith("validation_loss_before")
@@ -120,24 +132,24 @@ def test_one_model_has_one_loss_and_one_film(evaluated: Path) -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, answers: Callable[[Question, str], str], interrupted_at: int | None = None) -> list[str]:
-    """Answers laid out beforehand, by question and side, and losses; returns what is asked, as it is asked."""
+    """Replace both models by given answers and losses; return the requests, in order."""
     asked: list[str] = []
     monkeypatch.setattr(run, "load_stock", lambda checkpoint, _: checkpoint.name)
 
-    def answer(model: str, batch: Sequence[Question], *_: Any) -> dict[str, Any]:
+    def generate_answers(model: str, batch: Sequence[Question], *_: Any) -> dict[str, Any]:
         if len(asked) == interrupted_at:
             raise KeyboardInterrupt
         asked.append(f"{model} {' '.join(question.id for question in batch)}")
         texts = {question.id: answers(question, model) for question in batch}
-        return {"texts": texts, "tokens": 10 * len(batch), "seconds": 0.5, "tokens_per_forward": 2.5 * len(batch), "film": []}
+        return {"texts": texts, "tokens": 10 * len(batch), "seconds": 0.5, "tokens_per_forward": 2.5 * len(batch), "trace": []}
 
-    def denoise(model: str, examples: Sequence[Any], levels: Sequence[float]) -> dict[str, Any]:
+    def denoising_loss(model: str, examples: Sequence[Any], levels: Sequence[float]) -> dict[str, Any]:
         assert len(levels) == 5
         asked.append(f"{model} denoises")
         return {"sums": [10.0, 20.0, 30.0, 40.0, 50.0], "tokens": 10 if model == "base" else 20, "seconds": 0.5}
 
-    monkeypatch.setattr(run, "answer", answer)
-    monkeypatch.setattr(run, "denoise", denoise)
+    monkeypatch.setattr(run, "generate_answers", generate_answers)
+    monkeypatch.setattr(run, "denoising_loss", denoising_loss)
     return asked
 
 
@@ -153,7 +165,7 @@ def test_counts_are_those_of_the_answers(
     prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five right after; two before, one of which is lost."""
-    questions = choose_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
+    questions = select_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
     right = [question.reference for question in questions]
     said = {
         "base": [right[0], right[1], "#### 999", "", right[4] + "\n#### 999", "999"],
@@ -161,17 +173,21 @@ def test_counts_are_those_of_the_answers(
     }
     pretend(monkeypatch, lambda question, model: said[model][questions.index(question)])
     result = evaluate(recipe(problems, batch_size=2), prepared, *models, tmp_path / "out")
-    assert (result["correct_before"], result["correct_after"], result["scored"]) == (2, 5, 6)
-    assert (result["exact_match_before"], result["exact_match_after"]) == (2 / 6, 5 / 6)
-    for side, correct in (("before", 2), ("after", 5)):
-        assert (result[f"exact_match_{side}_low"], result[f"exact_match_{side}_high"]) == wilson(correct, 6)
-    assert (result["gained"], result["lost"], result["p_value"], result["verdict"]) == (4, 1, mcnemar(4, 1), "undecided")
-    assert (result["tokens_before"], result["seconds_before"], result["tokens_per_second_before"]) == (60, 1.5, 40)
-    assert result["tokens_per_forward_after"] == 2.5
-    assert (result["validation_loss_before"], result["validation_loss_before_t0.1"], result["validation_loss_after_t0.9"]) == (3, 1, 2.5)
-    shown = measured(result)
-    assert shown["p_value"] == result["p_value"]
-    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & shown.keys(), "a setting is shown as if it were measured"
+    before, after = result.before, result.after
+    assert (before.correct, after.correct, result.scored) == (2, 5, 6)
+    assert (before.exact_match, after.exact_match) == (2 / 6, 5 / 6)
+    for model in (before, after):
+        assert (model.exact_match_low, model.exact_match_high) == wilson(model.correct, 6)
+    assert (result.gained, result.lost, result.p_value, result.verdict) == (4, 1, mcnemar(4, 1), "undecided")
+    assert (before.tokens, before.seconds, before.tokens_per_second) == (60, 1.5, 40)
+    assert after.tokens_per_forward == 2.5
+    assert before.validation_loss == 3
+    assert (before.validation_loss_by_level["0.1"], after.validation_loss_by_level["0.9"]) == (1, 2.5)
+    figures = result.figures()
+    assert figures["p_value"] == result.p_value
+    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & figures.keys(), "a setting is logged as a figure"
+    assert EvaluationResult.read(tmp_path / "out") == result
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())) == KEYS
 
 
 def test_rows_whose_reference_has_no_answer_are_not_scored(
@@ -184,12 +200,12 @@ def test_rows_whose_reference_has_no_answer_are_not_scored(
     )
     pretend(monkeypatch, lambda question, _: "I do not know")
     result = evaluate(recipe(problems), tmp_path, *models, tmp_path / "out")
-    assert (result["rows"], result["scored"], result["correct_after"]) == (6, 5, 0)
+    assert (result.rows, result.scored, result.after.correct) == (6, 5, 0)
     first = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
     assert (first["id"], first["correct_before"], first["correct_after"]) == (unanswerable, None, None)
 
 
-def test_an_interrupted_evaluation_asks_the_rest_alone(
+def test_an_interrupted_evaluation_asks_only_the_rest(
     prepared: Path,
     models: tuple[Path, Path],
     problems: Path,
@@ -201,7 +217,7 @@ def test_an_interrupted_evaluation_asks_the_rest_alone(
     settings = {"rows": 4, "batch_size": 1}
     config, out = recipe(problems, **settings), tmp_path / "out"
 
-    def attempt(config: RunConfig) -> dict[str, Any]:
+    def attempt(config: RunConfig) -> EvaluationResult:
         asked.clear()
         return evaluate(config, prepared, *models, out)
 
@@ -209,7 +225,7 @@ def test_an_interrupted_evaluation_asks_the_rest_alone(
         attempt(config)
     first = list(asked)
     assert [words.split()[0] for words in first] == ["base"] * 5
-    assert not out.exists(), "half an evaluation stands where a whole one is looked for"
+    assert not out.exists(), "a partial evaluation is in the place of a complete one"
     with pytest.raises(KeyboardInterrupt):  # another number of steps, other answers
         attempt(recipe(problems, **settings, max_denoising_steps=3))
     assert [words.split()[0] for words in asked] == ["base"] * 4 + ["tuned"]
@@ -217,29 +233,29 @@ def test_an_interrupted_evaluation_asks_the_rest_alone(
     asked = pretend(monkeypatch, lambda question, _: question.reference)
     result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # the judge asks nobody
     assert [words.split()[0] for words in asked] == ["tuned"] * 5
-    assert (result["scored"], result["correct_before"], result["tokens_before"]) == (4, 4, 40)
+    assert (result.scored, result.before.correct, result.before.tokens) == (4, 4, 40)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}, "working files are left behind"
-    assert "going on where an earlier attempt was" in capsys.readouterr().err
+    assert f"resuming from {tmp_path / '.out.unfinished.jsonl'}" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_nothing_is_lost(
+def test_ctrl_c_keeps_the_results(
     prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(monkeypatch, lambda *_: "", interrupted_at=1)
     assert main(command(recipe(problems, batch_size=1), prepared, tiny_model, tmp_path)) == 130
-    assert capsys.readouterr().err.endswith("interrupted; what was done is kept, and the same command goes on\n")
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
     assert len((tmp_path / ".out.unfinished.jsonl").read_text().splitlines()) == 1
 
 
-def test_the_examples_of_the_help_can_be_given() -> None:
-    examples = [line.split() for line in step._EPILOG.splitlines() if line.startswith("  python -m canvastune.evaluate ")]
+def test_the_examples_of_the_help_are_valid_commands() -> None:
+    examples = [line.split() for line in str(build_parser().epilog).splitlines() if line.startswith("  python -m canvastune.evaluate ")]
     assert examples
     for example in examples:
-        assert (Path(__file__).parents[2] / step._parser().parse_args(example[3:]).config).is_file(), example
+        assert (Path(__file__).parents[2] / build_parser().parse_args(example[3:]).config).is_file(), example
 
 
 def command(config: RunConfig, prepared: Path, model: Path, folder: Path) -> list[str]:
-    """The options of a command that evaluates a model against itself into `out`."""
+    """Return the options of a command that evaluates a model against itself into `out`."""
     tree = config.model_dump(mode="json") | {"model": {"id": str(model)}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return ["-c", str(folder / "recipe.yaml"), "--data", str(prepared), "--tuned", str(model), "--output", str(folder / "out")]
@@ -249,16 +265,16 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
     prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = recipe(problems, rows=5, batch_size=1, max_denoising_steps=16)
-    options, journal = command(config, prepared, tiny_model, tmp_path), tmp_path / ".out.unfinished.jsonl"
+    options, cache = command(config, prepared, tiny_model, tmp_path), tmp_path / ".out.unfinished.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other sums
     process = subprocess.Popen([sys.executable, "-m", "canvastune.evaluate", *options], env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+    while process.poll() is None and not (cache.exists() and cache.read_bytes().count(b"\n") >= 3):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.communicate()[1].count("Traceback") == 0
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    done, made = journal.read_bytes().count(b"\n"), []
+    done, made = cache.read_bytes().count(b"\n"), []
 
     def counted(work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -267,8 +283,8 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
 
         return run
 
-    monkeypatch.setattr(run, "answer", counted(run.answer))
-    monkeypatch.setattr(run, "denoise", counted(run.denoise))
+    monkeypatch.setattr(run, "generate_answers", counted(run.generate_answers))
+    monkeypatch.setattr(run, "denoising_loss", counted(run.denoising_loss))
     assert main(options) == 0
     assert 3 <= done <= 11
     assert len(made) == 2 * (5 + 1) - done, "what was done is done again"
@@ -301,29 +317,26 @@ def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(
     prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "load_stock", lambda *_: pytest.fail("a model was loaded"))
-    refused = {"(": "not a regular expression", "####": "no group", "is exactly (never)": "matches none of the 6 references"}
-    for pattern, said in refused.items():
-        with pytest.raises(UserError, match=r"evaluate\.answer_pattern") as error:
+    for pattern in ("(", "####", "is exactly (never)"):
+        with pytest.raises(UserError, match=r"evaluate\.answer_pattern.*" + re.escape(repr(pattern))):
             evaluate(recipe(problems, answer_pattern=pattern), prepared, tiny_model, tiny_model, tmp_path / "out")
-        assert said in str(error.value)
         assert not list(tmp_path.iterdir())
 
 
-def test_some_answers_are_shown_at_once_before_and_after(
+def test_some_answers_are_logged_at_the_end(
     prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
-    said = capsys.readouterr().err
+    logged = capsys.readouterr().err
     for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines():
         answer = json.loads(line)
-        assert repr(answer["prompt"]) in said, "the person at the terminal sees no question"
-        assert f"after {answer['after']!r}"[:90] in said, "the person at the terminal sees no answer"
+        assert repr(answer["prompt"]) in logged, "no question is logged"
+        assert f"after {answer['after']!r}"[:90] in logged, "no answer is logged"
 
 
 def test_folder_that_is_no_prepared_data_set_is_refused(tiny_model: Path, problems: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no prepared data set") as error:
+    with pytest.raises(UserError, match=r"nothing: .*`validation`"):
         evaluate(recipe(problems), tmp_path / "nothing", tiny_model, tiny_model, tmp_path / "out")
-    assert str(tmp_path / "nothing") in str(error.value)
 
 
 def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from canvastune import tracking
 from canvastune.config import parse_config
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.tracking.client import load_mlflow
 from canvastune.tracking.model_registry import promote, score_of
+from tools.report_sample import sample_result
 
 pytestmark = pytest.mark.usefixtures("own_mlflow")
 
@@ -53,9 +56,13 @@ class Runs:
         return {alias: int(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
 
 
-def evaluation(before: float, after: float, **asked: Any) -> dict[str, Any]:
-    how = {"asked": "abc", "scored": 64, "answer_pattern": "(.)", "max_new_tokens": 16, "max_denoising_steps": 24}
-    return {"exact_match_before": before, "exact_match_after": after, **how, **asked}
+def evaluation(before: float, after: float, **asked: Any) -> EvaluationResult:
+    result = sample_result()
+    figures = {
+        "before": replace(result.before, exact_match=before),
+        "after": replace(result.after, exact_match=after),
+    }
+    return replace(result, **figures, **asked)
 
 
 def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:

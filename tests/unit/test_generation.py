@@ -13,8 +13,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Entro
 
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.denoising_trace import DenoisingTrace, frames_of
-from canvastune.evaluation.generation import Question, answer, batches_of
+from canvastune.evaluation.denoising_trace import DenoisingTrace, select_frames
+from canvastune.evaluation.generation import Question, batch_questions, generate_answers
 from tests.support.small import CANVAS, EOS, VOCABULARY, WINDOW, stock_model
 
 
@@ -104,9 +104,9 @@ QUESTIONS = [Question(f"{number}", "", [number, *range(10, 9 + length)], "") for
 
 def test_an_answer_stands_beside_its_question_and_ends_at_the_end_of_its_turn() -> None:
     said = {tuple(question.tokens): [50 + place, 60, 106, 70] for place, question in enumerate(QUESTIONS)}
-    batches = batches_of(QUESTIONS, 2)
+    batches = batch_questions(QUESTIONS, 2)
     assert [[len(question.tokens) for question in batch] for batch in batches] == [[3, 3], [5, 7], [9]], "padding is computed for nothing"
-    found = [answer(Parrot(said, [EOS, 106]), batch, NUMBERS, EvaluateConfig(), 0, None) for batch in batches]
+    found = [generate_answers(Parrot(said, [EOS, 106]), batch, NUMBERS, EvaluateConfig(), 0, None) for batch in batches]
     assert found[0]["texts"] | found[1]["texts"] | found[2]["texts"] == {f"{place}": f"{50 + place} 60" for place in range(5)}
     assert [each["tokens"] for each in found] == [6, 6, 3], "the token that ends an answer is generated too"
     assert [each["tokens_per_forward"] for each in found] == [5, 5, 2.5]
@@ -114,7 +114,7 @@ def test_an_answer_stands_beside_its_question_and_ends_at_the_end_of_its_turn() 
 
 @pytest.mark.parametrize("stops", [EOS, None])  # None: the generation config names none, the model's configuration does
 def test_an_answer_ends_where_the_checkpoint_says(stops: int | None) -> None:
-    found = answer(Parrot({(1, 10, 11): [50, EOS, 60]}, stops), QUESTIONS[1:2], NUMBERS, EvaluateConfig(), 0, None)
+    found = generate_answers(Parrot({(1, 10, 11): [50, EOS, 60]}, stops), QUESTIONS[1:2], NUMBERS, EvaluateConfig(), 0, None)
     assert found["texts"] == {"1": "50"}
 
 
@@ -124,11 +124,11 @@ def test_generation_stops_when_every_answer_has_ended(model: Any, monkeypatch: p
     settings = EvaluateConfig(max_new_tokens=4 * CANVAS, max_denoising_steps=3)
     try:
         monkeypatch.setattr(model.generation_config, "eos_token_id", [VOCABULARY])  # no token has this id
-        whole = answer(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
+        whole = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
         assert (whole["tokens"], len(steps)) == (3 * 4 * CANVAS, 4 * 3)
         steps.clear()
         monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(VOCABULARY)))  # every token ends an answer
-        ended = answer(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
+        ended = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
         assert (ended["tokens"], len(steps)) == (3, 3), "the model goes on after the end of all answers"
     finally:
         handle.remove()
@@ -139,12 +139,12 @@ def test_answers_follow_from_the_seed_and_the_rows_of_the_batch(model: Any) -> N
 
     def texts(batch: Sequence[Question], seed: int = 0) -> dict[str, str]:
         torch.manual_seed(len(batch))  # what came before must not matter
-        return dict(answer(model, batch, NUMBERS, settings, seed, None)["texts"])
+        return dict(generate_answers(model, batch, NUMBERS, settings, seed, None)["texts"])
 
     assert texts(QUESTIONS[:2]) == texts(QUESTIONS[:2])
     assert texts(QUESTIONS[:2]) != texts(QUESTIONS[:2], seed=1)
     before = torch.random.get_rng_state()
-    answer(model, QUESTIONS[:2], NUMBERS, settings, 0, None)
+    generate_answers(model, QUESTIONS[:2], NUMBERS, settings, 0, None)
     assert torch.equal(before, torch.random.get_rng_state()), "an evaluation disturbs the draws of its caller"
 
 
@@ -153,19 +153,19 @@ def test_a_batch_that_does_not_fit_names_the_setting(model: Any, monkeypatch: py
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "generate", full)
-    with pytest.raises(UserError, match=r"evaluate\.batch_size: 2 rows at once do not fit .* Lower evaluate\.batch_size"):
-        answer(model, QUESTIONS[:2], NUMBERS, EvaluateConfig(), 0, None)
+    with pytest.raises(UserError, match=r"evaluate\.batch_size: .* 2 rows"):
+        generate_answers(model, QUESTIONS[:2], NUMBERS, EvaluateConfig(), 0, None)
 
 
-# --- the film ----------------------------------------------------------------------------------------------------------
+# --- the denoising trace ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("blocks", "shown"), [(1, 1), (3, 3), (6, 4)])
 def test_the_last_frame_of_each_block_is_the_answer(model: Any, monkeypatch: pytest.MonkeyPatch, blocks: int, shown: int) -> None:
     monkeypatch.setattr(model.generation_config, "eos_token_id", [VOCABULARY])
     settings = EvaluateConfig(max_new_tokens=blocks * CANVAS, max_denoising_steps=11)
-    found = answer(model, QUESTIONS[:3], NUMBERS, settings, 0, QUESTIONS[1].id)
-    frames, said = found["film"], found["texts"][QUESTIONS[1].id].split()
+    found = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, QUESTIONS[1].id)
+    frames, said = found["trace"], found["texts"][QUESTIONS[1].id].split()
     assert len(said) == blocks * CANVAS
     assert [frame["block"] for frame in frames] == sorted(frame["block"] for frame in frames)
     for block in range(shown):
@@ -182,14 +182,14 @@ def test_the_last_frame_of_each_block_is_the_answer(model: Any, monkeypatch: pyt
     assert max(frame["block"] for frame in frames) == shown - 1
 
 
-def test_the_film_ends_with_the_answer() -> None:
+def test_the_trace_ends_with_the_answer() -> None:
     drafts = DenoisingTrace(1)
     drafts.put(torch.zeros(2, 5))
     for block in ([[1, 2, 3], [1, 5, 3], [4, 5, 3]], [[7, 8, 9], [7, 8, 9], [7, 8, 9]], [[0, 0, 0]]):
         for canvas in block:
             drafts.put_draft(torch.tensor([[9, 9, 9], canvas]))
         drafts.put(torch.zeros(2, 3))
-    assert frames_of(drafts, 5, NUMBERS) == [
+    assert select_frames(drafts, 5, NUMBERS) == [
         {"block": 0, "step": 0, "tokens": [["1", 1], ["2", 1], ["3", 1]]},
         {"block": 0, "step": 1, "tokens": [["1", 0], ["5", 1], ["3", 0]]},
         {"block": 0, "step": 2, "tokens": [["4", 1], ["5", 0], ["3", 0]]},

@@ -1,11 +1,12 @@
-// Shows one moment of the film at a time: of every block before it the last frame, of the block in work the one at hand. Both sides
-// have as many moments in a block as the longer of them has frames there. Without this script all frames stand one below the other.
+// Shows one moment of the denoising trace at a time: the last frame of every earlier block and the
+// current frame of the current block. In a block, both sides have as many moments as the longer of
+// them has frames. Without this script all frames are listed one below the other.
 (() => {
   "use strict";
-  const film = document.getElementById("film");
-  if (!film) return; // none was recorded
-  const [slider, said] = [film.querySelector("input"), film.querySelector("output")];
-  const sides = [...film.querySelectorAll(".frames")].map((list) => {
+  const trace = document.getElementById("trace");
+  if (!trace) return; // none was recorded
+  const [slider, output] = [trace.querySelector("input"), trace.querySelector("output")];
+  const sides = [...trace.querySelectorAll(".frames")].map((list) => {
     const blocks = [];
     for (const frame of list.children) (blocks[frame.dataset.block] ??= []).push(frame);
     return blocks;
@@ -17,22 +18,22 @@
   }
   const show = () => {
     const [block, at] = moments[slider.value];
-    const words = [`Block ${block + 1}`];
+    const labels = [`Block ${block + 1}`];
     for (const blocks of sides) {
       blocks.forEach((frames, index) => frames.forEach((frame, order) => {
         const wanted = index < block ? frames.length - 1 : index === block ? Math.min(at, frames.length - 1) : -1;
         frame.classList.toggle("shown", order === wanted);
-        frame.style.gridRow = index + 1; // frames of a block lie upon each other, so that nothing moves while they change
-        if (index === block && order === wanted) words.push(frame.dataset.words);
+        frame.style.gridRow = index + 1; // frames of a block overlap, so that nothing moves when they change
+        if (index === block && order === wanted) labels.push(frame.dataset.label);
       }));
     }
-    said.textContent = words.join(", ");
-    slider.setAttribute("aria-valuetext", words.join(", "));
+    output.textContent = labels.join(", ");
+    slider.setAttribute("aria-valuetext", labels.join(", "));
   };
   slider.max = moments.length - 1;
   slider.value = 0;
   slider.addEventListener("input", show);
-  film.classList.add("live-film");
+  trace.classList.add("live-trace");
   slider.closest("[hidden]").hidden = false;
   show();
 })();

@@ -1,4 +1,4 @@
-"""The film strip of the report: every frame is there as text, what changed is marked, and nothing recorded is read as HTML."""
+"""The denoising trace of the report: every frame is text, changes are marked, and nothing recorded is parsed as HTML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from canvastune.errors import UserError
-from canvastune.report.denoising_trace import denoising_trace
+from canvastune.report.denoising_trace import read_denoising_trace
 
 
 def recorded(folder: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Path:
@@ -28,9 +28,9 @@ def test_what_changed_is_marked_once_for_neighbours_and_not_where_all_is_new(tmp
         frame(0, 3, (" a", 0), ("<i>", 1), (" c", 1), (" d", 0)),
         frame(1, 0, ("e", 1)),
     ]
-    film = denoising_trace(recorded(tmp_path, frames, frames[:1]))
-    assert film is not None
-    before, after = film["sides"]
+    trace = read_denoising_trace(recorded(tmp_path, frames, frames[:1]))
+    assert trace is not None
+    before, after = trace["sides"]
     assert [each["text"] for each in before["frames"]] == [" a&lt;b&gt;", " a<mark>&lt;i&gt; c</mark> d", "e"]
     assert [(each["block"], each["blocks"], each["step"], each["changed"], each["tokens"]) for each in before["frames"]] == [
         (0, 2, 0, 2, 2),
@@ -42,16 +42,16 @@ def test_what_changed_is_marked_once_for_neighbours_and_not_where_all_is_new(tmp
 
 def test_a_canvas_full_of_ends_is_counted_not_written(tmp_path: Path) -> None:
     tokens = [("6", 0), *[("<eos>", 0)] * 200, *[("<eos>", 1)] * 3, *[(" of", 0)] * 5]
-    film = denoising_trace(recorded(tmp_path, [frame(0, 4, *tokens)], []))
-    assert film is not None
+    trace = read_denoising_trace(recorded(tmp_path, [frame(0, 4, *tokens)], []))
+    assert trace is not None
     ends = "<mark>" + "&lt;eos&gt;" * 3 + "</mark>"
-    assert film["sides"][0]["frames"][0]["text"] == f"6&lt;eos&gt;×200 {ends} of of of of of", "words are what the model said"
+    assert trace["sides"][0]["frames"][0]["text"] == f"6&lt;eos&gt;×200 {ends} of of of of of", "words are what the model said"
 
 
-def test_without_a_film_there_is_none(tmp_path: Path) -> None:
-    assert denoising_trace(None) is None
-    assert denoising_trace(tmp_path) is None
-    assert denoising_trace(recorded(tmp_path, [], [])) is None
+def test_without_a_recorded_trace_there_is_none(tmp_path: Path) -> None:
+    assert read_denoising_trace(None) is None
+    assert read_denoising_trace(tmp_path) is None
+    assert read_denoising_trace(recorded(tmp_path, [], [])) is None
     (tmp_path / "film.json").write_text("{")
-    with pytest.raises(UserError, match=r"film\.json: cannot be read"):
-        denoising_trace(tmp_path)
+    with pytest.raises(UserError, match=r"film\.json"):
+        read_denoising_trace(tmp_path)

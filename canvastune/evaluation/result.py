@@ -1,0 +1,153 @@
+"""The figures of an evaluation: evaluation.json, typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from canvastune.errors import UserError
+
+FILE_NAME = "evaluation.json"
+SIDES = ("before", "after")  # the base and the tuned model
+
+# Keys of evaluation.json by the field of ModelFigures, with the side in the place of {}.
+_SCORE_KEYS = {
+    "correct": "correct_{}",
+    "exact_match": "exact_match_{}",
+    "exact_match_low": "exact_match_{}_low",
+    "exact_match_high": "exact_match_{}_high",
+}
+_MEASURED_KEYS = {
+    "tokens": "tokens_{}",
+    "seconds": "seconds_{}",
+    "tokens_per_second": "tokens_per_second_{}",
+    "tokens_per_forward": "tokens_per_forward_{}",
+    "validation_loss": "validation_loss_{}",
+}
+_COMPARISON = ("gained", "lost", "p_value", "verdict")
+_SETTINGS = (
+    *("validation_rows", "answer_pattern", "asked"),
+    *("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
+)
+_NOT_FIGURES = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed")
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """The figures of one model."""
+
+    correct: int
+    exact_match: float  # share of the scored rows, 0 to 1
+    exact_match_low: float  # ends of Wilson's 95% interval
+    exact_match_high: float
+    tokens: int  # generated, including the one that ends an answer
+    seconds: float  # spent generating
+    tokens_per_second: float
+    tokens_per_forward: float  # mean over the rows, as `generate` counts them
+    validation_loss: float  # nats per token, mean over the corruption levels
+    validation_loss_by_level: Mapping[str, float]  # by corruption level, for example "0.1"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The figures of both models on the same held-out rows."""
+
+    rows: int  # answered
+    scored: int  # of them, those whose reference has an answer that `answer_pattern` finds
+    before: ModelFigures  # the base
+    after: ModelFigures  # the tuned model
+    gained: int  # rows that only the tuned model answers correctly
+    lost: int  # rows that only the base answers correctly
+    p_value: float  # of McNemar's exact test on gained and lost
+    verdict: str  # "better", "worse" or "undecided"
+    validation_rows: int
+    answer_pattern: str
+    asked: str  # hash of the questions and references: results compare where it is the same
+    batch_size: int
+    max_new_tokens: int
+    max_denoising_steps: int
+    seed: int
+    device: str
+
+    @classmethod
+    def read(cls, path: Path) -> EvaluationResult:
+        """Read a result.
+
+        Args:
+            path: evaluation.json, or the folder that holds it.
+
+        Raises:
+            UserError: the file is missing, is not JSON, or lacks a key.
+        """
+        file = path / FILE_NAME if path.is_dir() else path
+        hint = "Use the output folder of the step `evaluate`."
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read: {error}", hint=hint) from None
+        except KeyError as error:
+            raise UserError(
+                f"{file}: found no key {error}, expected the result of an evaluation", hint=hint
+            ) from None
+        except (TypeError, AttributeError):
+            raise UserError(
+                f"{file}: found no JSON object, expected the result of an evaluation", hint=hint
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Write evaluation.json into `folder`."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> EvaluationResult:
+        """Build a result from the object in evaluation.json. Raises: KeyError, a key is missing."""
+        return cls(
+            rows=found["rows"],
+            scored=found["scored"],
+            before=_model_figures(found, "before"),
+            after=_model_figures(found, "after"),
+            **{name: found[name] for name in (*_COMPARISON, *_SETTINGS)},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object in evaluation.json: one level, a key per figure and side."""
+        sides = [(side, getattr(self, side)) for side in SIDES]
+        found: dict[str, Any] = {"rows": self.rows, "scored": self.scored}
+        for side, model in sides:
+            found |= {key.format(side): getattr(model, name) for name, key in _SCORE_KEYS.items()}
+        found |= {name: getattr(self, name) for name in _COMPARISON}
+        for side, model in sides:
+            found |= {
+                key.format(side): getattr(model, name) for name, key in _MEASURED_KEYS.items()
+            }
+            found |= {
+                f"{_level_key(side)}{level}": loss
+                for level, loss in model.validation_loss_by_level.items()
+            }
+        return found | {name: getattr(self, name) for name in _SETTINGS}
+
+    def figures(self) -> dict[str, float]:
+        """Return the numbers that were measured, by their key in evaluation.json; settings are left out."""
+        return {
+            name: value
+            for name, value in self.to_json().items()
+            if isinstance(value, int | float) and name not in _NOT_FIGURES
+        }
+
+
+def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
+    prefix = _level_key(side)
+    return ModelFigures(
+        **{name: found[key.format(side)] for name, key in (_SCORE_KEYS | _MEASURED_KEYS).items()},
+        validation_loss_by_level={
+            key.removeprefix(prefix): loss for key, loss in found.items() if key.startswith(prefix)
+        },
+    )
+
+
+def _level_key(side: str) -> str:
+    return f"validation_loss_{side}_t"

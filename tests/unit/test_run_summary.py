@@ -1,0 +1,152 @@
+"""Every place that shows a figure of a run shows the same number."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from canvastune.config import RunConfig
+from canvastune.report.build import write_report
+from canvastune.report.summary import RunArtifacts, RunSummary
+from components.report.step import publish
+from components.run_directory import RunRecord, write_record
+from pipelines.local_runner import describe_result
+from tools.report_sample import (
+    sample_config,
+    sample_run,
+    write_data,
+    write_evaluation,
+    write_plan,
+)
+
+
+class Recorder:
+    """Stands for a step's run in MLflow: keeps the summary, and ignores everything else."""
+
+    values: dict[str, float]
+
+    def summary(self, values: dict[str, float], *_: Any) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a run whose first step, last step and last thirtieth have different losses."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    (folder / "train").mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    for step in range(1, 301):
+        loss = 1 + 9 * 0.99**step + (step % 7) / 10
+        records.append({"kind": "train", "step": step, "time": 0.0, "loss": loss, "seconds": 1.0, "tokens": 100})
+        if step % 100 == 1:
+            records.append({"kind": "validation", "step": step, "time": 0.0, "loss": loss / 2, "levels": {}})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "train" / "metrics.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return sample_config()
+
+
+@pytest.fixture(scope="module")
+def published(run_folder: Path, config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSummary, Recorder]:
+    outputs, record = tmp_path_factory.mktemp("outputs"), Recorder()
+    write_record(run_folder, RunRecord("job", config.model_dump_json(), "print"))
+    summary = publish(
+        config,
+        cast(Any, record),
+        run_folder,
+        metrics=run_folder / "train" / "metrics.jsonl",
+        data=write_data(outputs / "data", config),
+        plan=write_plan(outputs / "plan"),
+        evaluation=write_evaluation(outputs / "evaluation", config),
+        tuned=outputs,
+    )
+    return summary, record
+
+
+def test_the_definitions_of_the_figures_are_those_of_summary_json(
+    published: tuple[RunSummary, Recorder], run_folder: Path
+) -> None:
+    records = [json.loads(line) for line in (run_folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    validation = [record["loss"] for record in records if record["kind"] == "validation"]
+    assert json.loads((run_folder / "summary.json").read_text()) == {
+        "train_loss_first": losses[0],
+        "train_loss_last": sum(losses[-10:]) / 10,
+        "validation_loss_first": validation[0],
+        "validation_loss_last": validation[-1],
+        "exact_match_before": 6 / 64,
+        "exact_match_after": 52 / 64,
+    }
+    thirtieths = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
+    assert all(abs(mean - loss) > 1e-3 for mean, loss in zip(thirtieths, (losses[0], sum(losses[-10:]) / 10), strict=True))
+    assert RunSummary.read(run_folder) == published[0]
+
+
+def test_kubeflow_and_mlflow_get_these_figures(published: tuple[RunSummary, Recorder]) -> None:
+    summary, record = published
+    figures = summary.figures()
+    assert len(figures) == 6
+    names = {"train/loss": "train_loss", "val/loss": "validation_loss"}
+    for name, field in names.items():
+        for end in ("first", "last"):
+            assert record.values[f"{name}_{end}"] == figures[f"{field}_{end}"]
+    for side in ("before", "after"):
+        assert record.values[f"eval/exact_match_{side}"] == figures[f"exact_match_{side}"]
+
+
+def test_the_page_and_its_comparison_table_show_these_figures(
+    published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    summary, _ = published
+    page = _text(run_folder / "report" / "report.html")
+    first, last = summary.train_loss_first, summary.train_loss_last
+    assert f"Training loss {last:.3f} mean of the last 10 steps; first step: {first:.3f}" in page
+    assert f"Total loss {first:.3g} → {last:.3g}" in page
+    assert f"Validation loss {summary.validation_loss_last:.3f} {summary.validation_loss_first:.3f} at step 1" in page
+    assert f"Exact match {summary.exact_match_after:.1%} 95% interval" in page
+    other = RunArtifacts("other", config, run_folder / "train", evaluation=run_folder / "evaluation")
+    compared = _text(write_report(sample_run(tmp_path, config), tmp_path / "report", [other]))
+    assert f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}" in compared
+
+
+def test_the_command_line_shows_these_figures(
+    published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig
+) -> None:
+    summary, _ = published
+    lines = describe_result(config, run_folder.parents[1], run_folder)
+    assert lines["training loss"] == f"{summary.train_loss_first:.3f} -> {summary.train_loss_last:.3f}"
+    assert lines["validation loss"] == f"{summary.validation_loss_first:.3f} -> {summary.validation_loss_last:.3f}"
+    assert lines["exact match"].startswith(f"{summary.exact_match_before:.1%} -> {summary.exact_match_after:.1%}")
+
+
+def test_a_figure_that_is_not_known_is_left_out(tmp_path: Path) -> None:
+    summary = RunSummary.from_records([{"kind": "train", "step": 1, "loss": 2.0}], None)
+    summary.write(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"train_loss_first": 2.0, "train_loss_last": 2.0}
+    assert RunSummary.read(tmp_path) == summary
+
+
+def test_looking_for_runs_to_compare_imports_no_plotting() -> None:
+    code = "import sys, components.resolve.step; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "jinja2"} & set(loaded)
+
+
+def _text(page: Path) -> str:
+    html = re.sub(r"<(script|style).*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
