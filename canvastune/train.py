@@ -20,7 +20,7 @@ from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
 from canvastune.io.atomic import DISK_FULL_ERRNOS
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
-from canvastune.training.run import _device, _metrics_run, acquire_output_lock, train
+from canvastune.training.run import _device, _metrics_run, acquire_output_lock, find_finished, train
 from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.set)
         rank_registry = _start_processes()
         run_on_rank0(lambda: locks.append(acquire_output_lock(options.output, export_path(options.output, config))))
-        finished = run_on_rank0((options.output / "result.json").is_file)
-        if finished:
-            logger.info(f"canvastune: already finished: {options.output / 'result.json'} stands. Give another --output to train again")
+        finished = run_on_rank0(lambda: find_finished(options.output, config, options.data))
+        if finished is not None:
+            logger.info(f"canvastune: {finished}")
             return 0
         result = train(config, options.data, options.output, _metrics_run(options, config), rank_registry)
     except UserError as error:

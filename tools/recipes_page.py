@@ -14,10 +14,8 @@ from pydantic import AfterValidator, AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
-from canvastune.checkpoint.resume import _MAY_CHANGE
 from canvastune.config import RunConfig
-from canvastune.config.schema import TrainConfig
-from canvastune.config.strict import StrictModel
+from canvastune.config.strict import StrictModel, affects_weights
 from canvastune.perf_model.hardware import ACCELERATORS
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +47,8 @@ which is LoRA on the released model, on eight GPUs. Four ship with Canvastune:
   More in [troubleshooting](troubleshooting.md#recipe).
 - Beside every output lies `config.yaml`: the whole tree, defaults included. It is a recipe too.
 - On a cluster, the chart gives defaults of the section [cluster](#cluster). What the recipe sets wins.
-- A run that goes on where it was wants the recipe that it began with. The pipeline lets the section `cluster` change; `canvastune.train`
-  also {changeable}: none of them changes a weight.
+- An unfinished run resumes only with the recipe and the data that it was started with, in the pipeline and with `canvastune.train`.
+  Settings that change no trained weight may differ: {changeable}.
 
 Written by `python -m tools.recipes_page` from `canvastune/config/schema.py`; a test fails where this page is behind it.
 
@@ -184,12 +182,15 @@ def _about(section: type[StrictModel]) -> str:
 
 
 def _changeable() -> str:
-    """Sections and keys of `train` that a resumed training may have otherwise, beside `cluster`."""
-    whole = [name.removesuffix(".") for name in _MAY_CHANGE if name.endswith(".") and name != "cluster."]
-    begun = tuple(name.removeprefix("train.") for name in _MAY_CHANGE if name.startswith("train."))
-    assert len(whole) + len(begun) + 1 == len(_MAY_CHANGE), "what may change is no longer sections and keys of train"
-    keys = [name for name in TrainConfig.model_fields if name.startswith(begun)]
-    return f"{', '.join(f'`{name}`' for name in whole)} and, of `train`, {', '.join(keys)}"
+    """List what may change between two attempts at one run: whole sections first, then keys."""
+    sections, keys = [], []
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field.annotation)
+        if not affects_weights(field):
+            sections.append(f"`{name}`")
+        elif section is not None:
+            keys += [f"`{name}.{key}`" for key, own in section.model_fields.items() if not affects_weights(own)]
+    return f"the sections {', '.join(sections)}, and the keys {', '.join(keys)}"
 
 
 if __name__ == "__main__":

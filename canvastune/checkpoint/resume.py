@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, changed_settings
+from canvastune.config.strict import flatten
 from canvastune.distributed.parallelize import local_tensor
 from canvastune.distributed.sync import gather_results, run_on_rank0
 from canvastune.errors import UserError
@@ -31,28 +33,6 @@ from canvastune.io.atomic import fsync
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
 _FILE_BYTES = 2**30  # of a rank's shard per file: a file is serialised in memory before it is written
-# Sections and keys that may change between two attempts at one run: none of them changes a weight.
-_MAY_CHANGE = (
-    "parallel.",
-    "tracking.",
-    "evaluate.",
-    "hardware.",
-    "cluster.",
-    "train.micro_batch_size",
-    "train.attention",
-    "train.activation_checkpointing",
-    "train.log_every",
-    "train.validate",
-    "train.validation",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.async_checkpoints",
-    "train.export",
-    "train.early_stopping",
-    "train.max_skipped_steps",
-    "train.stop_grace",
-    "train.hang_timeout",
-)
 
 Parameters = dict[str, nn.Parameter]
 
@@ -64,7 +44,7 @@ class Checkpoints:
         self._folder = folder
         self._keep = config.train.keep_checkpoints
         self._asynchronous = config.train.async_checkpoints
-        self._identity = {**_flat(config.model_dump(mode="json")), "data": data_fingerprint}
+        self._config, self._data_fingerprint = config, data_fingerprint
         self._group = dist.new_group(backend="gloo")  # of the writing thread: its collectives must not meet the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -114,7 +94,8 @@ class Checkpoints:
         path = self._path(step)
         run_on_rank0(lambda: self._prepare_directory(path, total))
         writer = HuggingFaceStorageWriter(str(path), fqn_to_index_mapping=_files(sizes), save_distributed=True)
-        marker = {"step": step, "identity": self._identity, "progress": progress}
+        identity = flatten(self._config.model_dump(mode="json")) | {"data": self._data_fingerprint}
+        marker = {"step": step, "identity": identity, "progress": progress}
         staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         assert isinstance(staged, Future)
         self._pending = self._thread.submit(self._complete, staged, path, marker)
@@ -198,14 +179,12 @@ class Checkpoints:
         return next(filter(None, gather_results(lambda: _first_damage(self._path(step), mine))), None)
 
     def _refuse_other_run(self, step: int, marker: dict[str, Any]) -> None:
-        for key, now in self._identity.items():
-            # A key that the checkpoint does not know came later, with a default that changed nothing.
-            then = marker["identity"].get(key, now)
-            if then != now and not key.startswith(_MAY_CHANGE):
-                raise UserError(
-                    f"{self._path(step)}: checkpoint of another run: {key} was {then!r} and is now {now!r}. "
-                    "Give another --output, or the recipe and data it was started with"
-                )
+        changed = changed_run(marker["identity"], self._config, self._data_fingerprint)
+        if changed:
+            raise UserError(
+                f"{self._path(step)}: checkpoint of another run: {changed}",
+                hint="Choose another --output, or use the recipe and data that this run was started with.",
+            )
 
     def _quarantine(self, steps: list[int]) -> None:
         for step in steps:
@@ -218,19 +197,50 @@ class Checkpoints:
         return self._folder / f"step-{step:06d}"
 
     def _complete_steps(self) -> list[int]:
-        return sorted(int(marker.parent.name.removeprefix("step-")) for marker in self._folder.glob(f"step-*/{_MARKER}"))
+        return [_step(marker) for marker in _markers(self._folder)]
 
     def _marker(self, step: int) -> dict[str, Any] | None:
-        try:
-            marker = json.loads((self._path(step) / _MARKER).read_text(encoding="utf-8"))
-            return marker if {"identity", "progress", "files"} <= set(marker) else None
-        except (OSError, ValueError, TypeError):  # damage, which the caller reports
-            return None
+        return _read_marker(self._path(step) / _MARKER)
 
     def _best(self) -> int | None:
         markers = ((step, self._marker(step)) for step in self._complete_steps())
         scored = [(m["progress"]["validation"], step) for step, m in markers if m is not None and m["progress"]["validation"] is not None]
         return min(scored)[1] if scored else None
+
+
+def newest_identity(folder: Path) -> dict[str, Any] | None:
+    """Return the recipe and data of the run whose checkpoints these are, as dotted keys; None if there is no readable checkpoint."""
+    found = filter(None, map(_read_marker, reversed(_markers(folder))))
+    return next((marker["identity"] for marker in found), None)
+
+
+def changed_run(identity: Mapping[str, Any], config: RunConfig, data_fingerprint: str | None) -> str:
+    """Say what makes a recipe and its data another run than the one that a checkpoint was written by; "" where nothing does.
+
+    Args:
+        identity: the dotted keys of that run's recipe, and its data's fingerprint as `data`.
+        data_fingerprint: of the data now; None: not known, and not compared.
+    """
+    changes = changed_settings(identity, config)
+    if data_fingerprint is not None and identity.get("data", data_fingerprint) != data_fingerprint:
+        changes.append(("data", identity["data"], data_fingerprint))
+    return "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in changes)
+
+
+def _markers(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"step-*/{_MARKER}"), key=_step)
+
+
+def _step(marker: Path) -> int:
+    return int(marker.parent.name.removeprefix("step-"))
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        return marker if {"identity", "progress", "files"} <= set(marker) else None
+    except (OSError, ValueError, TypeError):  # damage, which the caller reports
+        return None
 
 
 def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -295,10 +305,3 @@ def _first_damage(path: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

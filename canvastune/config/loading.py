@@ -13,8 +13,8 @@ import yaml
 from pydantic import AliasChoices, ValidationError
 from pydantic.fields import FieldInfo
 
-from canvastune.config.schema import RunConfig
-from canvastune.config.strict import StrictModel
+from canvastune.config.schema import DataConfig, RunConfig
+from canvastune.config.strict import StrictModel, affects_weights, flatten
 from canvastune.errors import UserError
 
 _EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
@@ -183,11 +183,34 @@ def _with_cluster_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) ->
     if not isinstance(own, dict):  # the validation names the problem
         return tree
     merged = {
-        key: {**defaults[key], **value}
-        for key, value in own.items()
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        key: {**defaults[key], **value} for key, value in own.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)
     }
     return {**tree, "cluster": {**defaults, **own, **merged}}
+
+
+def changed_settings(old: Mapping[str, Any], new: RunConfig, *, affecting_weights: bool = True) -> list[tuple[str, Any, Any]]:
+    """List the settings that differ between two recipes and make them different runs: (key, before, after).
+
+    Args:
+        old: the whole tree of a recipe, nested or with dotted keys, as this version or an earlier one wrote it; a key that an
+            earlier version did not know has its default.
+        affecting_weights: False lists the others instead: those that an unfinished run may change, as they decide no weight.
+    """
+    defaults = RunConfig(name="default", data=DataConfig(source="default")).model_dump(mode="json")
+    before, after = flatten(defaults) | flatten(old), flatten(new.model_dump(mode="json"))
+    return [
+        (key, before.get(key), value)
+        for key, value in after.items()
+        if before.get(key) != value and _affects_weights(key) == affecting_weights
+    ]
+
+
+def _affects_weights(key: str) -> bool:
+    """Follow a dotted key down the tree: a section that affects no weight answers for all its keys."""
+    known = known_keys()
+    names = key.split(".")
+    prefixes = (".".join(names[: end + 1]) for end in range(len(names)))
+    return all(affects_weights(known[prefix]) for prefix in prefixes if prefix in known)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

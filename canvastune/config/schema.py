@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from canvastune.config.cluster import ClusterConfig
-from canvastune.config.strict import InvalidSetting, StrictModel
+from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
 
@@ -45,7 +45,7 @@ class DataConfig(StrictModel):
     )
     # The old names of the next two sound like counts. Files keep them, so that a run that was
     # started before the change still compares equal.
-    max_bad_row_fraction: float = Field(
+    max_bad_row_fraction: ChangeableOnResume[float] = Field(
         0.01,
         ge=0,
         lt=1,
@@ -53,7 +53,7 @@ class DataConfig(StrictModel):
         serialization_alias="max_bad_rows",
         description="fraction of the rows, such as 0.05 for 5%, that may be invalid before the step fails",
     )
-    max_duplicate_fraction: float = Field(
+    max_duplicate_fraction: ChangeableOnResume[float] = Field(
         0.1,
         ge=0,
         le=1,
@@ -116,43 +116,53 @@ class TrainConfig(StrictModel):
     method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
     steps: int = Field(800, ge=1, description="optimizer steps")
     global_batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples per rank and forward; default: the rank's whole share at once")
+    micro_batch_size: ChangeableOnResume[int | None] = Field(
+        None, ge=1, description="examples per rank and forward; default: the rank's whole share at once"
+    )
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
     )
-    attention: Literal["sdpa", "flex"] = Field(
+    attention: ChangeableOnResume[Literal["sdpa", "flex"]] = Field(
         "sdpa",
         description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA only",
     )
-    activation_checkpointing: Checkpointing = Field(
+    activation_checkpointing: ChangeableOnResume[Checkpointing] = Field(
         True,
         description="recompute layers in the backward pass instead of keeping their activations: true, each of them; selective, every "
         "second one; false, none",
     )
-    log_every: int = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
-    validate_every: int = Field(100, ge=1, description="steps between validations; the base and the last step are validated too")
-    validation_levels: tuple[float, ...] = Field(
+    log_every: ChangeableOnResume[int] = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
+    validate_every: ChangeableOnResume[int] = Field(
+        100, ge=1, description="steps between validations; the base and the last step are validated too"
+    )
+    validation_levels: ChangeableOnResume[tuple[float, ...]] = Field(
         (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss, each above 0 and at most 1"
     )
-    validation_batches: int | None = Field(None, ge=1, description="at most this many global batches per validation")
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; after the last step there is one too")
-    keep_checkpoints: int = Field(
+    validation_batches: ChangeableOnResume[int | None] = Field(None, ge=1, description="at most this many global batches per validation")
+    checkpoint_every: ChangeableOnResume[int] = Field(
+        100, ge=1, description="steps between checkpoints; after the last step there is one too"
+    )
+    keep_checkpoints: ChangeableOnResume[int] = Field(
         2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss is kept too"
     )
-    async_checkpoints: bool = Field(True, description="write checkpoints in the background; takes a copy of the state in host memory")
-    export: Literal["best", "last"] = Field(
+    async_checkpoints: ChangeableOnResume[bool] = Field(
+        True, description="write checkpoints in the background; takes a copy of the state in host memory"
+    )
+    export: ChangeableOnResume[Literal["best", "last"]] = Field(
         "best", description="which weights a run ends with: the checkpoint of the best validation loss, or the last step"
     )
-    early_stopping: int | None = Field(
+    early_stopping: ChangeableOnResume[int | None] = Field(
         None, ge=1, description="stop after this many validations in a row without a better loss; default: never"
     )
-    max_skipped_steps: int = Field(
+    max_skipped_steps: ChangeableOnResume[int] = Field(
         3, ge=0, description="steps in a row whose loss or gradient is not finite that are skipped before the run stops"
     )
-    stop_grace: int = Field(
+    stop_grace: ChangeableOnResume[int] = Field(
         60, ge=1, description="seconds in which a run that is asked to stop (SIGTERM) saves its state before it is killed"
     )
-    hang_timeout: int = Field(600, ge=10, description="seconds without progress after which a run ends and names the rank that hangs")
+    hang_timeout: ChangeableOnResume[int] = Field(
+        600, ge=10, description="seconds without progress after which a run ends and names the rank that hangs"
+    )
 
 
 class ParallelConfig(StrictModel):
@@ -205,11 +215,11 @@ class RunConfig(StrictModel):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    parallel: ChangeableOnResume[ParallelConfig] = Field(default_factory=ParallelConfig)
+    evaluate: ChangeableOnResume[EvaluateConfig] = Field(default_factory=EvaluateConfig)
+    tracking: ChangeableOnResume[TrackingConfig] = Field(default_factory=TrackingConfig)
+    hardware: ChangeableOnResume[HardwareConfig] = Field(default_factory=HardwareConfig)
+    cluster: ChangeableOnResume[ClusterConfig] = Field(default_factory=ClusterConfig)
 
     @property
     def world_size(self) -> int:

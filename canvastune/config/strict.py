@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class AffectsWeights:
+    """Field metadata: whether a setting decides a trained weight. A field without it does."""
+
+    value: bool
+
+
+# An unfinished run may resume with another value of such a field; of a section: with another value of any key in it.
+ChangeableOnResume = Annotated[Value, AffectsWeights(False)]
+
+
+def affects_weights(field: FieldInfo) -> bool:
+    """Return whether another value of this field makes another run, by the field's metadata."""
+    return AffectsWeights(False) not in field.metadata
 
 
 class InvalidSetting(ValueError):
@@ -20,9 +40,7 @@ class InvalidSetting(ValueError):
 class StrictModel(BaseModel):
     """A section of the recipe: it refuses unknown keys and coerces no value into another kind."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
     @field_validator("*", mode="before")
     @classmethod

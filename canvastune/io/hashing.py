@@ -10,11 +10,14 @@ from canvastune.errors import UserError
 _WHOLE_FILE = 64 * 2**20  # bytes: files above this are identified by size and three samples, so that 50 GB take no minutes
 
 
-def hash_path(path: Path) -> str:
+def hash_path(path: Path, *, whole: bool = False) -> str:
     """SHA-256 of a file, or of a folder's relative names and contents.
 
     A file above 64 MiB counts with its size and its first, middle and last MiB. `provenance.json` does not count: it
     holds the time of day, and the same input must have the same fingerprint.
+
+    Args:
+        whole: read every byte of large files too, where a change of a single row must be noticed.
 
     Raises:
         UserError: no such file or folder.
@@ -23,19 +26,19 @@ def hash_path(path: Path) -> str:
         raise UserError(f"{path}: no such file or folder. Give the path of one that exists")
     digest = hashlib.sha256()
     if path.is_file():
-        _update(digest, path)
+        _update(digest, path, whole)
         return digest.hexdigest()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "provenance.json"):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        _update(digest, file)
+        _update(digest, file, whole)
     return digest.hexdigest()
 
 
-def _update(digest: hashlib._Hash, file: Path) -> None:
+def _update(digest: hashlib._Hash, file: Path, whole: bool) -> None:
     size = file.stat().st_size
     digest.update(size.to_bytes(8, "little"))
     with file.open("rb") as stream:
-        if size <= _WHOLE_FILE:
+        if whole or size <= _WHOLE_FILE:
             while chunk := stream.read(2**20):
                 digest.update(chunk)
         else:

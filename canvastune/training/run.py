@@ -22,8 +22,10 @@ from canvastune.checkpoint.export import export_adapter, export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.checkpoint.resume import Checkpoints
-from canvastune.config import RunConfig
+from canvastune.checkpoint.resume import Checkpoints, changed_run, newest_identity
+from canvastune.config import RunConfig, changed_settings
+from canvastune.config.loading import load_yaml_file
+from canvastune.config.strict import flatten
 from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import pad_token
 from canvastune.distributed.parallel_dims import ParallelDims
@@ -74,8 +76,8 @@ def train(
     dims = ParallelDims.of(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
     if data is None:
         data = output / "data"
-        run_on_rank0(lambda: None if data.exists() else prepare_data(config, base, data))
-    data_print = run_on_rank0(lambda: hash_path(data / "train") + hash_path(data / "validation"))
+        run_on_rank0(lambda: check_prepared(data, config) if data.exists() else prepare_data(config, base, data))
+    fingerprint = run_on_rank0(lambda: data_fingerprint(data))
     model = build_model(config, model_config)
     shard_model(model, dims.build_meshes(device.type), config)
     run_on_all_ranks(lambda: load_weights(model, CheckpointReader(base), device, config.seed))
@@ -92,7 +94,7 @@ def train(
     )
     metrics = MetricsWriter(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
-    checkpoints = Checkpoints(output / "checkpoints", config, data_print)
+    checkpoints = Checkpoints(output / "checkpoints", config, fingerprint)
     trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
     started = time.time()
     try:
@@ -186,3 +188,68 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
     if export.exists() and not begun:
         raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
     return lock
+
+
+def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | None:
+    """Return what to tell the user where this run is finished already, None where it is not.
+
+    Args:
+        data: as for `train`. Data that an earlier attempt prepared below `output` and that were deleted since are not compared.
+
+    Raises:
+        UserError: `output` holds a finished run of another recipe or other data.
+    """
+    if not (output / "result.json").is_file():
+        return None
+    below = data is None and (output / "data").exists()
+    data = output / "data" if below else data
+    identity = newest_identity(output / "checkpoints")
+    if identity is not None:
+        fingerprint = data_fingerprint(data) if data else None
+    else:  # the checkpoints were deleted to make room
+        identity = flatten(load_yaml_file(output / "config.yaml")) | {"data": _hashed_inputs(output)["data"]}
+        fingerprint = hash_path(data) if data else None
+    changed = changed_run(identity, config, fingerprint)
+    if changed:
+        raise UserError(
+            f"{output}: found a finished run with other settings or data: {changed}",
+            hint="Choose another --output, or use the recipe and data that this run was trained with.",
+        )
+    if below:
+        check_prepared(output / "data", config)
+    unused = [key for key, *_ in changed_settings(identity, config, affecting_weights=False) if key.startswith("train.")]
+    note = f" (changed since, without effect on a finished run: {', '.join(unused)})" if unused else ""
+    return f"already finished: {output / 'result.json'} exists{note}. Choose another --output to train again"
+
+
+def check_prepared(data: Path, config: RunConfig) -> None:
+    """Check that the data set that an earlier attempt prepared below the output is the one that this recipe asks for.
+
+    Raises:
+        UserError: other settings of `data` or `model`, or rows of a local source that changed since.
+    """
+    if not (data / "provenance.json").is_file():  # not prepared by this program
+        return
+    changes = changed_settings(load_yaml_file(data / "config.yaml"), config)
+    found = [f"{key} was {before!r} and is now {after!r}" for key, before, after in changes if key.startswith(("data.", "model."))]
+    source, before = Path(config.data.source).expanduser(), _hashed_inputs(data).get("data")
+    if not found and before is not None and source.exists() and hash_path(source) != before:
+        found.append(f"the content of {source} changed")
+    if found:
+        raise UserError(
+            f"{data}: found data prepared for another run: {'; '.join(found)}",
+            hint=f"Choose another --output, or delete {data} if this run has no checkpoint yet.",
+        )
+
+
+def data_fingerprint(data: Path) -> str:
+    """Return a hash of what is trained and validated on, by which checkpoints know their data."""
+    return hash_path(data / "train") + hash_path(data / "validation")
+
+
+def _hashed_inputs(folder: Path) -> dict[str, str]:
+    path = folder / "provenance.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["inputs"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: expected the record of a finished output, found {error!r}", hint="Choose another --output.") from None

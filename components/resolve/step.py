@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import canvastune
 from canvastune import tracking
-from canvastune.config import RunConfig, loads, parse_config
+from canvastune.config import RunConfig, changed_settings, loads, parse_config
 from canvastune.errors import UserError
+from canvastune.io.hashing import hash_path
+from canvastune.preparation import PREPARATION_VERSION
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import RunRecord, read_record, run_directory, with_tracking_uri, write_record
 
@@ -69,7 +70,8 @@ def resolve(
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
     earlier = read_record(folder)
     if earlier is not None:
-        _refuse_other(folder, earlier, claim)
+        _refuse_other(folder, earlier, claim, config)
+        _remove_outdated(folder, [key for key, *_ in changed_settings(json.loads(earlier.config), config, affecting_weights=False)])
     write_record(folder, claim)
     url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
     about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}
@@ -113,45 +115,37 @@ def dataset_override(dataset: str) -> list[str]:
 
 
 def data_fingerprint(config: RunConfig) -> str:
-    """Hash what prepared data depends on in addition to its config: the source's content, the tokenizer and the code.
+    """Hash what prepared data depends on in addition to its config: content, tokenizer, PREPARATION_VERSION.
 
     Content on the Hub is identified by the config's revision and is not included.
     """
-    digest = hashlib.sha256()
-    code = Path(canvastune.__file__).parent / "preparation"
-    _feed(digest, code, sorted(code.rglob("*.py")))
-    source = Path(config.data.source).expanduser()
+    parts = [f"preparation {PREPARATION_VERSION}"]
+    source, model = Path(config.data.source).expanduser(), Path(config.model.id)
     if source.exists():
-        _feed(digest, source.parent, sorted(p for p in [source, *source.rglob("*")] if p.is_file()))
-    model = Path(config.model.id)
-    _feed(digest, model, [model / name for name in _TOKENIZER_FILES if (model / name).is_file()])
-    return digest.hexdigest()
+        parts.append(f"source {hash_path(source, whole=True)}")
+    parts += [f"{name} {hash_path(model / name)}" for name in _TOKENIZER_FILES if (model / name).is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _feed(digest: hashlib._Hash, root: Path, files: list[Path]) -> None:
-    # Every byte counts: a file that changed in one row has the size and the samples of the one before it.
-    for file in files:
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-
-
-def _refuse_other(folder: Path, earlier: RunRecord, now: RunRecord) -> None:
-    if earlier.finished and earlier.job_id != now.job_id:
-        raise UserError(f"{folder}: this run is finished, and nothing of it is overwritten. Give another run name")
-    if earlier.data_fingerprint != now.data_fingerprint:
-        raise UserError(f"{folder}: an earlier run of this name used other data (or another tokenizer). Give another run name")
-    for key, before, after in _differences(json.loads(earlier.config), json.loads(now.config)):
-        if key.startswith("cluster."):  # where a run trains changes nothing in it
-            continue
+def _refuse_other(folder: Path, earlier: RunRecord, claim: RunRecord, config: RunConfig) -> None:
+    if earlier.finished and earlier.job_id != claim.job_id:
         raise UserError(
-            f"{folder}: an earlier run of this name had {key} = {before!r}, now {after!r}. Give another run name, or the same recipe"
+            f"{folder}: found a finished run, expected a new or an unfinished one; a finished run is never overwritten",
+            hint="Choose another run name.",
         )
+    if earlier.data_fingerprint != claim.data_fingerprint:
+        raise UserError(
+            f"{folder}: an earlier run of this name used other data, another tokenizer, or an earlier version of the data preparation",
+            hint="Choose another run name.",
+        )
+    changed = changed_settings(json.loads(earlier.config), config)
+    if changed:
+        found = "; ".join(f"{key} = {before!r}, now {after!r}" for key, before, after in changed)
+        raise UserError(f"{folder}: an earlier run of this name had {found}", hint="Choose another run name, or use the same recipe.")
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key, value in now.items():
-        if isinstance(value, dict):
-            yield from _differences(then.get(key, {}), value, f"{prefix}{key}.")
-        elif then.get(key) != value:
-            yield prefix + key, then.get(key), value
+def _remove_outdated(folder: Path, changed: list[str]) -> None:
+    """Remove what an earlier attempt's later steps left and would be kept, though these settings changed since."""
+    answers = [key for key in changed if key.startswith(("evaluate.", "train.validation_"))]
+    for name in [*(("plan", "report") if changed else ()), *(("evaluation",) if answers else ())]:
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -14,6 +14,7 @@ import pytest
 
 from canvastune.checkpoint.hf_format import INDEX
 from canvastune.train import main
+from tests.support.data_fixtures import problems, write_lines
 from tests.support.training import make_ground
 
 SHARD = "model-00002-of-00004.safetensors"
@@ -47,7 +48,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(name, value)
         patch.chdir(ground)
         assert main(command(ground)) == 0
-    (ground / "out" / "result.json").unlink()
+    (ground / "out" / "result.json").rename(ground / "result.json")
     return ground
 
 
@@ -104,6 +105,10 @@ def other_data(ground: Path) -> None:
     shutil.copytree(ground / "data" / "train", ground / "data" / "validation")
 
 
+def finished(ground: Path) -> None:
+    (ground / "result.json").rename(ground / "out" / "result.json")
+
+
 def other_architecture(ground: Path) -> None:
     config = ground / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
@@ -128,8 +133,32 @@ CASES: dict[str, Case] = {
     "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: 3 does not divide", "Choose one of")),
     "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: 8", "Try --set")),
     "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: cannot be written", "Give --output a folder")),
-    "checkpoints of another seed": (lambda _: None, ("seed=7",), (LAST, "another run: seed was 42 and is now 7", "Give another --output")),
-    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "Give another --output")),
+    "checkpoints of another seed": (
+        lambda _: None,
+        ("seed=7",),
+        (LAST, "another run: seed was 42 and is now 7", "Choose another --output"),
+    ),
+    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "Choose another --output")),
+    "a finished run of another recipe": (
+        finished,
+        ("optimizer.lr=0.02", "train.log_every=1"),
+        ("out: ", "finished run", "optimizer.lr was 0.01 and is now 0.02", "Choose another --output"),
+    ),
+    "a finished run of other data": (
+        lambda ground: (finished(ground), other_data(ground)),
+        (),
+        ("out: ", "finished run", "data was", "and is now", "Choose another --output"),
+    ),
+    "a finished run without checkpoints of other data": (
+        lambda ground: (finished(ground), gone("out/checkpoints")(ground), other_data(ground)),
+        (),
+        ("out: ", "finished run", "data was", "and is now", "Choose another --output"),
+    ),
+    "a finished run without checkpoints of another method": (
+        lambda ground: (finished(ground), gone("out/checkpoints")(ground)),
+        ("train.method=full",),
+        ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "Choose another --output"),
+    ),
     "data that are gone": (gone("data/validation"), (), ("data/validation", "no such file or folder", "Give the path")),
     "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "No other checkpoint", "give another --output")),
     "checkpoints that were cut": (truncated, (), (LAST, "bytes", "were written", "give another --output")),
@@ -147,6 +176,60 @@ def test_the_unbroken_run_goes_on(ground: Path) -> None:
     assert main(command(ground)) == 0, "what the cases break was broken before"
 
 
+@pytest.mark.parametrize("kept", ["checkpoints", "config.yaml"])
+def test_a_finished_run_answers_the_same_recipe_and_data_only(kept: str, ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(ground)
+    if kept == "config.yaml":
+        shutil.rmtree(ground / "out" / "checkpoints")
+    shutil.copytree(ground / "data", ground / "moved")
+    before = content(ground)
+    moved = [part if part != str(ground / "data") else str(ground / "moved") for part in command(ground)]
+    for line in (command(ground), command(ground, "evaluate.rows=3", "parallel.nproc_per_node=1"), moved):
+        assert main(line) == 0
+        assert "already finished" in capsys.readouterr().err
+    assert main(command(ground, "train.export=last")) == 0
+    assert "without effect on a finished run: train.export" in capsys.readouterr().err
+    assert content(ground) == before
+
+
+def test_data_prepared_below_the_output_belong_to_their_recipe_and_rows(
+    ground: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ground / "tiny").symlink_to(tiny_model)
+    write_lines(ground / "rows.jsonl", problems(40))
+    settings = (
+        "model.id=./tiny",
+        "data.source=rows.jsonl",
+        "data.seq_length=96",
+        "data.validation_fraction=0.2",
+        "train.global_batch_size=2",
+    )
+
+    def run(*more: str) -> tuple[int, str]:
+        line = command(ground, *settings, *more)
+        at = line.index("--data")
+        code = main([*line[:at], *line[at + 2 :]])
+        return code, capsys.readouterr().err
+
+    shutil.rmtree(ground / "out")
+    assert run()[0] == 0
+    before = content(ground / "out")
+    assert "already finished" in run()[1]
+    code, said = run("data.seq_length=64")
+    assert (code, "data.seq_length was 96 and is now 64" in said) == (1, True), said
+    write_lines(ground / "rows.jsonl", problems(41))
+    code, said = run()
+    assert (code, "the content of rows.jsonl changed" in said) == (1, True), said
+    (ground / "out" / "result.json").rename(ground / "result.json")  # the same of an unfinished run
+    code, said = run()
+    assert (code, "the content of rows.jsonl changed" in said) == (1, True), said
+    (ground / "result.json").rename(ground / "out" / "result.json")
+    shutil.rmtree(ground / "out" / "data")  # to make room
+    code, said = run()
+    assert (code, "already finished" in said) == (0, True), said
+    assert {name: digest for name, digest in before.items() if not name.startswith("data/")} == content(ground / "out")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_training_refuses_in_one_message_and_keeps_what_is_there(case: str, ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, settings, words = CASES[case]
@@ -154,7 +237,8 @@ def test_training_refuses_in_one_message_and_keeps_what_is_there(case: str, grou
     before = content(ground)
     assert main(command(ground, *settings)) == 1
     last = capsys.readouterr().err.rpartition("canvastune: error: ")[2]
-    assert last.count("\n") == 1, last
+    message, _, hint = last.partition("\n  hint: ")
+    assert message.count("\n") + hint.count("\n") == 1, last
     assert "Traceback" not in last
     for word in words:
         assert word in last, f"the user is not told {word!r}: {last}"

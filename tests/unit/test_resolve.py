@@ -43,18 +43,26 @@ def test_another_job_goes_on_with_an_unfinished_run_only(resolve: Any) -> None:
     assert record is not None
     assert record.job_id == "job-2"
     write_record(folder, replace(record, finished=True))
-    with pytest.raises(UserError, match="finished, and nothing of it is overwritten"):
+    with pytest.raises(UserError, match="runs/mine: found a finished run"):
         resolve("job-3")
 
 
 def test_a_run_folder_is_refused_to_another_recipe_or_other_data(resolve: Any, tmp_path: Path) -> None:
     resolve("job-1")
-    with pytest.raises(UserError, match=r"optimizer\.lr = 0\.00015, now 0\.01"):
-        resolve("job-2", overrides="optimizer.lr=0.01")
+    with pytest.raises(UserError, match=r"runs/mine: .*train\.method = 'lora', now 'full'; optimizer\.lr = 0\.00015, now 0\.01"):
+        resolve("job-2", overrides="optimizer.lr=0.01\ntrain.method=full")
     with (tmp_path / "rows.jsonl").open("a") as rows:
         rows.write('{"question": "1+2?", "answer": "#### 3"}\n')
     with pytest.raises(UserError, match="other data"):
         resolve("job-3")
+
+
+def test_another_job_may_change_what_affects_no_weight(resolve: Any) -> None:
+    resolve("job-1")
+    changes = ("evaluate.rows=2", "tracking.promote=never", "train.log_every=1", "parallel.nproc_per_node=1", "hardware.gpu_memory=9")
+    config = json.loads(resolve("job-2", overrides="\n".join(changes), cluster='{"backend": "trainjob"}').config)
+    assert (config["evaluate"]["rows"], config["tracking"]["promote"], config["train"]["log_every"]) == (2, "never", 1)
+    assert (config["parallel"]["nproc_per_node"], config["cluster"]["backend"]) == (1, "trainjob")
 
 
 def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: Any) -> None:
@@ -71,9 +79,22 @@ def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(res
     assert json.loads(named.config)["tracking"]["uri"] == "http://other"
 
 
-def test_another_job_may_train_elsewhere(resolve: Any) -> None:
-    resolve("job-1")
-    assert json.loads(resolve("job-2", cluster='{"backend": "trainjob"}').config)["cluster"]["backend"] == "trainjob"
+@pytest.mark.parametrize(
+    ("change", "outdated"),
+    [
+        ("evaluate.rows=2", {"evaluation", "plan", "report"}),
+        ("hardware.gpu_memory=9", {"plan", "report"}),
+        ("seed=42", set()),  # as before
+    ],
+)
+def test_what_an_earlier_attempt_evaluated_and_reported_with_other_settings_is_made_again(
+    resolve: Any, change: str, outdated: set[str]
+) -> None:
+    folder = Path(resolve("job-1").run_directory)
+    for name in ("train", "model", "evaluation", "plan", "report"):
+        (folder / name).mkdir()
+    resolve("job-2", overrides=change)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"train", "model", "evaluation", "plan", "report"} - outdated
 
 
 @pytest.mark.parametrize(("cluster", "words"), [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "'cluster.nodes'?")])
