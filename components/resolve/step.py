@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from canvastune import tracking
 from canvastune.config import RunConfig, changed_settings, loads, parse_config
