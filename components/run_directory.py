@@ -1,9 +1,9 @@
-"""The folder of one run on the workspace: where its steps leave what outlives their pods.
+"""The directory of one run on the workspace, which keeps what outlives the pods of its steps.
 
-WORKSPACE/runs/RUN/run.json     whose folder this is, and whether the run is finished
+WORKSPACE/runs/RUN/run.json     the run's record: its pipeline job, its config, whether it is finished
                    train/       checkpoints, metrics.jsonl, adapter/ or model/
                    model/       the merged checkpoint (LoRA)
-                   data/ plan/ evaluation/    what the report shows of them: card, plan, answers
+                   data/ plan/ evaluation/    for the report: card, plan, answers
                    report/      report.html and PNGs
                    summary.json the run's main figures
                    unsent/      what MLflow did not take; there only while something waits
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `run.json` holds."""
+    """The content of `run.json`."""
 
-    job_id: str  # the pipeline job that works here
+    job_id: str  # the pipeline job that writes here
     config: str  # JSON text
     data_fingerprint: str
     mlflow_run_id: str = ""
@@ -38,69 +38,85 @@ class RunRecord:
 
 
 def run_directory(workspace: str, run_name: str, job_name: str) -> Path:
-    """The folder of a run, by its name or, where it has none, by that of its pipeline job.
+    """Return the directory of a run, by its name or, if that is empty, its pipeline job's.
 
     Raises:
-        UserError: no workspace, or a name that cannot be a folder's.
+        UserError: no workspace, or an invalid name.
     """
     name = run_name or job_name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"run name {name!r}: expected letters, digits, '-', '_' and '.', beginning with one of the first two. Choose such")
+        raise UserError(
+            f"run_name: invalid name {name!r}",
+            hint="Use letters, digits, '-', '_' and '.'; start with a letter or digit.",
+        )
     if not Path(workspace).is_dir():
-        raise UserError(f"workspace {workspace}: no such folder. Mount the volume there, or give the folder where it is mounted")
+        raise UserError(
+            f"workspace: no such directory: {workspace}",
+            hint="Mount the volume there, or set the directory where it is mounted.",
+        )
     return Path(workspace).absolute() / "runs" / name
 
 
 def workspace_of(folder: Path | str) -> Path:
-    """The workspace that a run's folder lies in."""
+    """Return the workspace that contains a run's directory."""
     return Path(folder).parent.parent
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of the run whose folder this is; None where no run has begun. Raises: UserError, another file of that name."""
+    """Read the record of a run's directory; None if no run has started there.
+
+    Raises:
+        UserError: run.json is not a run's record.
+    """
     path = folder / "run.json"
     try:
         return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record ({error}). Give another folder or run name, or move this one away") from None
+        raise UserError(
+            f"{path}: not a run's record ({error})",
+            hint="Use another directory or run name, or move this one.",
+        ) from None
 
 
-def run_id_of(folder: Path) -> str:
-    """What the jobs of a run are found by: its pipeline job."""
+def read_run_id(folder: Path) -> str:
+    """Return the id that labels the run's jobs: that of its pipeline job."""
     record = read_record(folder)
     return record.job_id if record else folder.name
 
 
 def with_tracking_uri(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> PipelineRun:
-    """A run as MLflow's records know it.
+    """Return a run with what identifies it in MLflow.
 
     Args:
         mlflow_run_id: its run in MLflow; "" if it is not known yet.
     """
-    return PipelineRun(config, Path(folder), run_id_of(Path(folder)), mlflow_run_id)
+    return PipelineRun(config, Path(folder), read_run_id(Path(folder)), mlflow_run_id)
 
 
 def write_pointer(artifact: Model, folder: Path) -> None:
-    """Let an artifact stand for a model of the workspace: tens of GB that Kubeflow's object store need not hold.
+    """Write an artifact that points to a model on the workspace.
 
-    The artifact is a file with the folder's path. An address of its own, outside of the object store, is refused by the launcher of
-    the next step.
+    The model's tens of GB stay out of Kubeflow's object store. The artifact is a file with the
+    directory's path: the next step's launcher rejects a URI outside of the object store.
     """
     Path(artifact.path).write_text(json.dumps({"folder": str(folder)}) + "\n", encoding="utf-8")
     artifact.metadata["folder"] = str(folder)
 
 
 def read_pointer(artifact: Model) -> Path:
-    """The folder that an artifact stands for."""
+    """Return the directory that an artifact points to."""
     return Path(json.loads(Path(artifact.path).read_text(encoding="utf-8"))["folder"])
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Write `run.json`, whole or not at all. Raises: UserError, a place that cannot be written."""
+    """Write `run.json` atomically. Raises: UserError, if the directory is not writable."""
     partial = folder / f".run.json-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
         partial.rename(folder / "run.json")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Give a workspace where you may write and that has room") from None
+        raise UserError(
+            f"{folder}: cannot write ({error.strerror})",
+            hint="Use a workspace that you can write to and that has free space.",
+        ) from None

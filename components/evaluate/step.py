@@ -13,9 +13,9 @@ from canvastune.evaluation.run import evaluate
 from canvastune.io.atomic import atomic_directory
 from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import judged
-from components.jobs import launcher as jobs
+from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
-from components.run_directory import run_id_of
+from components.run_directory import read_run_id
 
 
 def run_evaluation(
@@ -30,7 +30,7 @@ def run_evaluation(
         record: the step's run in MLflow, which gets the job's name as tags.
 
     Raises:
-        UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run`.
+        UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run_job`.
     """
     if config.cluster.backend == "local":
         cache = run_folder / ".evaluation.unfinished.jsonl"
@@ -43,15 +43,15 @@ def run_evaluation(
     )
     made = run_folder / "evaluation"
     recipe = run_folder / "train" / "recipe.yaml"  # written by the step `train`
-    data = jobs.copy_to_workspace(dataset, run_folder)
+    data = copy_to_workspace(dataset, run_folder)
     module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(data))
     context = JobContext(
-        run_id=run_id_of(run_folder),
+        run_id=read_run_id(run_folder),
         output=made,
         module=(*module, "--tuned", str(tuned), "--output", str(made)),
         role="evaluate",
     )
-    record.tags(jobs.run(one_pod, context, made / FILE_NAME))
+    record.tags(run_job(one_pod, context, made / FILE_NAME))
     with atomic_directory(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     return EvaluationResult.read(out)

@@ -1,4 +1,4 @@
-"""The Kubernetes API as the launcher needs it: patient with an API server that is away, and plain about what it may not do."""
+"""The Kubernetes API for the launcher: retries while the server is down, names what is missing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_PATIENCE = 1800.0  # seconds: an API server's upgrade does not end a run of days
-_LONGEST_PAUSE = 30.0  # seconds between two attempts
-_TIMEOUT = (10, 60)  # seconds to connect, and to read
+_RETRY_TIMEOUT = 1800.0  # seconds: an API server's upgrade must not end a run of days
+_MAX_PAUSE = 30.0  # seconds between two attempts
+_REQUEST_TIMEOUT = (10, 60)  # seconds to connect, and to read
 _RUNTIMES = "trainingruntimes"
 _WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 
 
 class Clock(Protocol):
-    """Seconds since 1970, and waiting: the module `time`, or a test's."""
+    """Seconds since 1970, and waiting: the module `time`, or a test's clock."""
 
     def time(self) -> float: ...
     def sleep(self, seconds: float, /) -> None: ...
@@ -40,8 +40,8 @@ class Forbidden(UserError):
     """The service account lacks a permission."""
 
 
-def connect() -> tuple[ApiClient, str]:
-    """A client with the rights of the pod that this runs in, or with those of the kubeconfig, and the namespace to work in.
+def connect_to_cluster() -> tuple[ApiClient, str]:
+    """Return a client with this pod's service account or the kubeconfig, and the namespace.
 
     Raises:
         UserError: there is neither, or no `kubernetes` package.
@@ -49,112 +49,146 @@ def connect() -> tuple[ApiClient, str]:
     try:
         from kubernetes import client, config
     except ImportError:
-        raise UserError("cluster.backend needs the package `kubernetes`: run pip install 'canvastune[pipeline]'") from None
+        raise UserError(
+            "cluster.backend: the package `kubernetes` is not installed",
+            hint="Run pip install 'canvastune[pipeline]'.",
+        ) from None
     settings = client.Configuration()
-    settings.retries = False  # Api makes them, and says so
+    settings.retries = False  # KubernetesClient retries, and logs it
     try:
         config.load_incluster_config(settings)
         namespace = _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except config.ConfigException:
         try:
             config.load_kube_config(client_configuration=settings)
-            namespace = config.list_kube_config_contexts()[1]["context"].get("namespace", "default")
+            context = config.list_kube_config_contexts()[1]["context"]
+            namespace = context.get("namespace", "default")
         except config.ConfigException:
             raise UserError(
-                "cluster.backend asks for a job on Kubernetes, and neither a service account nor a KUBECONFIG is here: "
-                "run the pipeline on a cluster, or set cluster.backend=local"
+                "cluster.backend: a job on Kubernetes needs a service account or a KUBECONFIG, "
+                "found neither",
+                hint="Run the pipeline on a cluster, or set cluster.backend=local.",
             ) from None
     return client.ApiClient(settings), namespace
 
 
 class KubernetesClient:
-    """The calls, in one namespace and about jobs of one kind. Objects are dictionaries, as in their JSON.
+    """The calls, in one namespace and for jobs of one kind. Objects are dictionaries, as in JSON.
 
-    Every call that fails because the API server is away or busy is tried again, with growing pauses, for half an hour.
+    A call that fails because the API server is down or busy is retried, with growing pauses, for
+    `timeout` seconds.
 
     Raises (every method):
-        Forbidden: says which permission is missing and how it is granted.
-        UserError: the API server refuses, or stays away.
+        Forbidden: names the missing permission and how to grant it.
+        UserError: the API server refuses, or stays down.
     """
 
     def __init__(self, client: ApiClient, namespace: str, kind: Kind, clock: Clock = time) -> None:
         from kubernetes import client as kubernetes
 
-        self.namespace, self.patience = namespace, _PATIENCE
-        self._client, self._kind, self._clock = client, kind, clock
+        self.namespace, self.clock, self.timeout = namespace, clock, _RETRY_TIMEOUT
+        self._client, self._kind = client, kind
         self._custom = kubernetes.CustomObjectsApi(client)
-        self._of_kind = (kind.group, kind.version, namespace, kind.plural)
+        self._job_path = (kind.group, kind.version, namespace, kind.plural)
+
+    @classmethod
+    def from_environment(cls, kind: Kind) -> KubernetesClient:
+        """Connect as `connect_to_cluster` does."""
+        return cls(*connect_to_cluster(), kind)
 
     # --- jobs
 
     def create(self, manifest: Mapping[str, Any]) -> Object:
-        """Raises: Conflict, if the name is taken."""
-        return self._ask("create", self._kind.plural, partial(self._custom.create_namespaced_custom_object, *self._of_kind, manifest))
+        """Create a job. Raises: Conflict, if the name is taken."""
+        call = partial(self._custom.create_namespaced_custom_object, *self._job_path, manifest)
+        return self._request("create", self._kind.plural, call)
 
     def job(self, name: str) -> Object | None:
-        """The job; None if there is none of that name."""
-        return self._ask("get", self._kind.plural, partial(self._custom.get_namespaced_custom_object, *self._of_kind, name), absent=None)
+        """Return the job; None if there is none of that name."""
+        call = partial(self._custom.get_namespaced_custom_object, *self._job_path, name)
+        return self._request("get", self._kind.plural, call, not_found=None)
 
     def jobs(self, labels: str) -> list[Object]:
-        """The jobs that a label selector finds."""
-        find = partial(self._custom.list_namespaced_custom_object, *self._of_kind, label_selector=labels)
-        return self._ask("list", self._kind.plural, find)["items"]
+        """Return the jobs that a label selector finds."""
+        call = partial(
+            self._custom.list_namespaced_custom_object, *self._job_path, label_selector=labels
+        )
+        return self._request("list", self._kind.plural, call)["items"]
 
     def delete(self, name: str) -> None:
-        """Ask for the end of a job; its name is free when its pods are gone."""
+        """Start deleting a job; its name is free once its pods have exited."""
         policy = {"propagationPolicy": "Foreground"}
-        ask = partial(self._custom.delete_namespaced_custom_object, *self._of_kind, name, body=policy)
-        self._ask("delete", self._kind.plural, ask, absent=None)
+        call = partial(
+            self._custom.delete_namespaced_custom_object, *self._job_path, name, body=policy
+        )
+        self._request("delete", self._kind.plural, call, not_found=None)
 
     # --- what belongs to them
 
     def pods(self, labels: str) -> list[Object]:
-        """The pods that a label selector finds, by name."""
-        found = self._ask("list", "pods", self._core("pods", labelSelector=labels))["items"]
-        return sorted(found, key=lambda pod: pod["metadata"]["name"])
+        """Return the pods that a label selector finds, by name."""
+        pods = self._request("list", "pods", self._core("pods", labelSelector=labels))["items"]
+        return sorted(pods, key=lambda pod: pod["metadata"]["name"])
 
     def pod(self, name: str) -> Object | None:
-        """One pod; None if there is none."""
-        return self._ask("get", "pods", self._core(f"pods/{name}"), absent=None)
+        """Return one pod; None if there is none."""
+        return self._request("get", "pods", self._core(f"pods/{name}"), not_found=None)
 
     def events(self, pod: str) -> list[Object]:
-        """Warnings about a pod, the newest last."""
-        of_it = f"involvedObject.kind=Pod,involvedObject.name={pod},type=Warning"
-        found = self._ask("list", "events", self._core("events", fieldSelector=of_it))["items"]
-        return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+        """Return warnings about a pod, the newest last."""
+        selector = f"involvedObject.kind=Pod,involvedObject.name={pod},type=Warning"
+        call = self._core("events", fieldSelector=selector)
+        events = self._request("list", "events", call)["items"]
+        return sorted(events, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
-    def log(self, pod: str, *, since: str | None = None, tail: int | None = None, previous: bool = False) -> list[str]:
-        """Lines of a pod's log, each after its time of writing and a blank; none where there is no log (yet).
+    def log(
+        self, pod: str, *, since: str | None = None, tail: int | None = None, previous: bool = False
+    ) -> list[str]:
+        """Return lines of a pod's log, each after its timestamp and a space; [] without a log.
 
         Args:
             since: a time in RFC 3339, to the second.
-            tail: at most so many lines, the last ones.
-            previous: of the container before the one that runs.
+            tail: only the last lines, so many at most.
+            previous: of the container before the current one.
         """
-        query = {"timestamps": "true", "sinceTime": since, "tailLines": tail, "previous": "true" if previous else None}
-        text: str = self._ask("get", "pods/log", self._core(f"pods/{pod}/log", "str", **query), absent="", unready="")
+        query = {
+            "timestamps": "true",
+            "sinceTime": since,
+            "tailLines": tail,
+            "previous": "true" if previous else None,
+        }
+        call = self._core(f"pods/{pod}/log", "str", **query)
+        text: str = self._request("get", "pods/log", call, not_found="", not_ready="")
         return text.splitlines()
 
-    def exists(self, resource: str, name: str) -> Object | bool | None:
-        """Whether a claim, a secret or a training runtime exists: the object, None, or True if this pod may not know."""
-        of_kind = (*self._of_kind[:3], resource, name)
-        read = partial(self._custom.get_namespaced_custom_object, *of_kind) if resource == _RUNTIMES else self._core(f"{resource}/{name}")
+    def find(self, resource: str, name: str) -> Object | bool | None:
+        """Return a claim, secret or training runtime; None if missing, True if unreadable."""
+        if resource == _RUNTIMES:
+            path = (*self._job_path[:3], resource, name)
+            call = partial(self._custom.get_namespaced_custom_object, *path)
+        else:
+            call = self._core(f"{resource}/{name}")
         try:
-            return self._ask("get", resource, read, absent=None)
+            return self._request("get", resource, call, not_found=None)
         except Forbidden:
             return True
 
     def workflow(self, name: str) -> Object | None:
-        """An Argo workflow; None if there is none."""
+        """Return an Argo workflow; None if there is none."""
         group, version, plural = _WORKFLOWS
-        ask = partial(self._custom.get_namespaced_custom_object, group, version, self.namespace, plural, name)
-        return self._ask("get", plural, ask, absent=None)
+        path = (group, version, self.namespace, plural, name)
+        call = partial(self._custom.get_namespaced_custom_object, *path)
+        return self._request("get", plural, call, not_found=None)
 
-    # --- asking
+    # --- requests
 
-    def _core(self, path: str, answer: str = "object", **query: str | int | None) -> Callable[..., Any]:
-        """A call that reads one of Kubernetes' own kinds, as JSON: the client's own methods for them refuse what they do not
-        expect of another version, and know no sinceTime."""
+    def _core(
+        self, path: str, response: str = "object", **query: str | int | None
+    ) -> Callable[..., Any]:
+        """Return a call that reads one of Kubernetes' own kinds, as JSON.
+
+        The client's typed methods reject fields of other versions and lack sinceTime.
+        """
         return partial(
             self._client.call_api,
             f"/api/v1/namespaces/{self.namespace}/{path}",
@@ -162,80 +196,90 @@ class KubernetesClient:
             query_params=[(key, value) for key, value in query.items() if value is not None],
             header_params={"Accept": "*/*"},
             auth_settings=["BearerToken"],
-            response_type=answer,
+            response_type=response,
             _return_http_data_only=True,
         )
 
-    def _ask(self, verb: str, resource: str, call: Callable[..., Any], **instead: Any) -> Any:
-        """The answer to a call; `absent` in place of a 404 and `unready` in place of a 400, where those are given."""
+    def _request(self, verb: str, resource: str, call: Callable[..., Any], **defaults: Any) -> Any:
+        """Return a call's response; `not_found` for a 404 and `not_ready` for a 400, if given."""
         from kubernetes.client import ApiException
 
-        pause, away_since = 1.0, None
+        pause, down_since = 1.0, None
         while True:
             try:
-                answer = call(_request_timeout=_TIMEOUT)
-                if away_since is not None:
-                    print("the Kubernetes API server answers again", flush=True)
-                return answer
+                response = call(_request_timeout=_REQUEST_TIMEOUT)
+                if down_since is not None:
+                    print("the Kubernetes API server responds again", flush=True)
+                return response
             except ApiException as error:
                 status = error.status or 0
                 if status and status != 429 and status < 500:
-                    return self._refused(verb, resource, status, error, instead)
+                    return self._handle_refusal(verb, resource, status, error, defaults)
                 reason = f"HTTP {status}" if status else str(error.reason)
             except urllib3.exceptions.HTTPError as error:
                 reason = type(error).__name__
-            away_since = away_since or self._now_and_say(reason)
-            if self._clock.time() - away_since >= self.patience:
-                raise UserError(
-                    f"the Kubernetes API server did not answer for {self.patience / 60:.0f} minutes ({reason}). The job is left as it is: "
-                    "the same step, tried again, takes it up"
+            if down_since is None:
+                print(
+                    f"the Kubernetes API server does not respond ({reason}); retrying", flush=True
                 )
-            self._clock.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+                down_since = self.clock.time()
+            if self.clock.time() - down_since >= self.timeout:
+                raise UserError(
+                    "the Kubernetes API server did not respond for "
+                    f"{self.timeout / 60:.0f} minutes ({reason}); the job was not changed",
+                    hint="Retry the step: it adopts the job.",
+                )
+            self.clock.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE)
 
-    def _now_and_say(self, reason: str) -> float:
-        print(f"the Kubernetes API server does not answer ({reason}); trying again", flush=True)
-        return self._clock.time()
-
-    def _refused(self, verb: str, resource: str, status: int, error: Any, instead: Mapping[str, Any]) -> Any:
-        said = _message(error)
-        if status == 404 and resource in (self._kind.plural, _RUNTIMES) and said is None:  # nobody serves such a path
-            raise UserError(
-                f"this cluster does not know {self._kind.kind} ({self._kind.api_version}): install {self._kind.operator}, "
-                "or choose another cluster.backend"
+    def _handle_refusal(
+        self, verb: str, resource: str, status: int, error: Any, defaults: Mapping[str, Any]
+    ) -> Any:
+        message = _status_message(error)
+        if status == 404 and resource in (self._kind.plural, _RUNTIMES) and message is None:
+            raise UserError(  # without a message, no such resource is served
+                f"cluster.backend: this cluster has no {self._kind.kind} "
+                f"({self._kind.api_version})",
+                hint=f"Install {self._kind.operator}, or choose another cluster.backend.",
             )
-        if status == 404 and "absent" in instead:
-            return instead["absent"]
-        if status == 400 and "unready" in instead:
-            return instead["unready"]
+        if status == 404 and "not_found" in defaults:
+            return defaults["not_found"]
+        if status == 400 and "not_ready" in defaults:
+            return defaults["not_ready"]
         if status == 409 and verb == "create":
             raise Conflict
-        if status == 403 and "forbidden" in (said or "forbidden").lower():
-            raise Forbidden(_how_to_grant(verb, resource, self._kind, self.namespace, said))
+        if status == 403 and "forbidden" in (message or "forbidden").lower():
+            raise self._forbidden(verb, resource, message)
+        message = message or error.reason
         if status == 401:
             raise UserError(
-                f"the Kubernetes API server does not accept this pod's service account: {said or error.reason}. Start the run again"
+                "the Kubernetes API server does not accept this pod's service account (401): "
+                f"{message}",
+                hint="Start the run again.",
             )
         raise UserError(
-            f"the Kubernetes API server refuses to {verb} {resource} (HTTP {status}): {said or error.reason}. "
-            "Correct what it names, or ask who runs the cluster"
+            f"the Kubernetes API server refused to {verb} {resource} (HTTP {status}): {message}",
+            hint="Correct what the message names, or ask the cluster's administrator.",
+        )
+
+    def _forbidden(self, verb: str, resource: str, message: str | None) -> Forbidden:
+        kind = self._kind
+        groups = {kind.plural: kind.group, _RUNTIMES: kind.group, "workflows": _WORKFLOWS[0]}
+        group = groups.get(resource)
+        name = f"{resource}.{group}" if group else resource
+        role = f"canvastune-{verb}-{resource.replace('/', '-')}"
+        return Forbidden(
+            f"the pipeline's service account may not {verb} {name} in namespace {self.namespace}: "
+            f"{message or 'forbidden'}",
+            hint="Grant it with the chart (permissions.create=true; permissions.serviceAccount "
+            f"names the account), or run kubectl create role {role} -n {self.namespace} "
+            f"--verb={verb} --resource={name} and bind it with kubectl create rolebinding.",
         )
 
 
-def _message(error: Any) -> str | None:
-    """The API server's own words; None if the answer is not the API's."""
+def _status_message(error: Any) -> str | None:
+    """Return the message of the API server's Status; None if the response is not the API's."""
     try:
         return str(json.loads(error.body)["message"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _how_to_grant(verb: str, resource: str, kind: Kind, namespace: str, said: str | None) -> str:
-    group = {kind.plural: kind.group, _RUNTIMES: kind.group, "workflows": _WORKFLOWS[0]}.get(resource)
-    name = f"{resource}.{group}" if group else resource
-    return (
-        f"the pipeline's service account may not {verb} {name} in namespace {namespace}. Grant it with the chart (permissions.create=true; "
-        "permissions.serviceAccount names the account), or: "
-        f"kubectl create role canvastune-{verb}-{resource.replace('/', '-')} -n {namespace} --verb={verb} --resource={name}, "
-        f"and bind it with kubectl create rolebinding. The API server said: {said or 'forbidden'}"
-    )

@@ -1,4 +1,4 @@
-"""A step's work as a job on Kubernetes: made once, waited for as the table of its states says, with rank 0's words, and why it failed."""
+"""Run a step's work as one job on Kubernetes: create or adopt it, wait, explain its failure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from components.jobs import pod_diagnostics
-from components.jobs.client import Clock, Conflict, KubernetesClient, connect
+from components.jobs.client import Conflict, KubernetesClient
 from components.jobs.log_stream import LogStream
 from components.jobs.manifests import SPEC_HASH, JobContext, manifest
-from components.jobs.pod_diagnostics import LAST_LINES
+from components.jobs.pod_diagnostics import POD_EVICTED, TAIL_LINES, PodBlocker
 from components.jobs.pod_spec import ROLE, RUN_ID, run_label
-from components.jobs.preflight import refuse_missing
+from components.jobs.preflight import check_prerequisites
 from components.jobs.states import (
     KINDS,
     Action,
@@ -33,42 +32,48 @@ from components.jobs.states import (
     transition_for,
 )
 
-_POLL = 5.0  # seconds between two looks at a job
-_HOLD = 300.0  # seconds after which what a person must change ends the wait; registries and webhooks have their moments
-_GONE = 900.0  # seconds that a deleted job's pods get to end in
-_LAST_CALLS = 120.0  # seconds that a run's exit task waits for an API server
-_FAREWELL = 5.0  # seconds for the last calls of a step that is being killed
+_POLL_SECONDS = 5.0
+_BLOCKED_SECONDS = 300.0  # a permanent blocker ends the wait: registries and webhooks can recover
+_DELETION_SECONDS = 900.0  # for the pods of a deleted job to exit
+_EXIT_TASK_TIMEOUT = 120.0  # seconds for which a run's exit task retries calls
+_SIGTERM_TIMEOUT = 5.0  # seconds for which a step that is being killed retries calls
 
 
-def run(config: RunConfig, facts: JobContext, result: Path, task: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Do a step's work in pods of a job of this run.
+def run_job(
+    config: RunConfig, context: JobContext, result: Path, task: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Do a step's work in the pods of a job.
 
     Args:
-        facts: its `environment` may hold secrets, which are left out.
-        result: what the work leaves last; where it stands, the work is done.
-        task: what was set on the pipeline's task for the pods (the fields of `dsl.TaskConfig`).
+        context: its `environment` may hold secrets, which are removed.
+        result: the last file that the work writes; if it exists, the work is done.
+        task: pod settings of the pipeline's task (the fields of `dsl.TaskConfig`).
 
     Returns:
-        The job's name and image (with its digest, where the pods tell it), as tags; nothing where there was nothing to do.
+        The job's name and image (with its digest, if the pods report it), as tags; {} if the work
+        was done already.
 
     Raises:
-        UserError: the work failed, or could not begin; the message says why, and what to do.
+        UserError: the work failed or could not start.
     """
     if result.is_file():
-        print(f"already finished: {result} stands", flush=True)
+        _log(f"already finished: {result} exists")
         return {}
-    facts = replace(facts, environment=_without_secrets(facts.environment))
-    manifest(config, facts, task)  # what is wrong in it is said before anybody is asked
-    client, namespace = connect()
-    tags = launch(KubernetesClient(client, namespace, KINDS[config.cluster.backend]), config, facts, task)
+    context = replace(context, environment=_without_secrets(context.environment))
+    manifest(config, context, task)  # reports invalid settings before any call
+    api = KubernetesClient.from_environment(KINDS[config.cluster.backend])
+    tags = launch(api, config, context, task)
     if not result.is_file():
-        raise UserError(f"the job has finished, and {result} is not there. Mount the same claim in this step and in its pods")
+        raise UserError(
+            f"{result}: the job has finished, but this step does not see its result",
+            hint="Mount the same claim in this step and in the job's pods.",
+        )
     return tags
 
 
-def copy_to_workspace(dataset: Path, run_folder: Path) -> Path:
-    """The prepared data where the pods see it: an artifact of the pipeline lies in this step's container alone."""
-    copy = run_folder / "train" / "data"
+def copy_to_workspace(dataset: Path, run_directory: Path) -> Path:
+    """Copy the prepared data to where the pods see it: only this step mounts pipeline artifacts."""
+    copy = run_directory / "train" / "data"
     if not copy.exists():
         with atomic_directory(copy) as partial:
             shutil.copytree(dataset, partial, dirs_exist_ok=True)
@@ -76,251 +81,305 @@ def copy_to_workspace(dataset: Path, run_folder: Path) -> Path:
 
 
 def launch(
-    api: KubernetesClient, config: RunConfig, facts: JobContext, task: Mapping[str, Any] | None = None, clock: Clock = time
+    api: KubernetesClient,
+    config: RunConfig,
+    context: JobContext,
+    task: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Make the job of a run, or take it up if it is there, and return its tags when it has succeeded.
+    """Create the run's job, or adopt the existing one, and return its tags once it has succeeded.
 
     Raises:
-        UserError: see `run`. KeyboardInterrupt (also on SIGTERM): the job is deleted if its run is being ended.
+        UserError: see `run_job`.
+        KeyboardInterrupt: (also on SIGTERM) the job is deleted if its run is being ended.
     """
     own_pod = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME")
-    wanted = manifest(config, replace(facts, owner=_owner(api, own_pod) if own_pod else None), task)
-    refuse_missing(api, config, wanted)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    owner = _find_workflow(api, own_pod) if own_pod else None
+    job = manifest(config, replace(context, owner=owner), task)
+    check_prerequisites(api, config, job)
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _Launcher(api, config, wanted, clock).run()
+        return _Launcher(api, config, job).run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def delete_jobs(config: RunConfig, run_id: str, clock: Clock = time) -> None:
-    """Delete the jobs that a run has left, once it has ended; finished jobs stay, for their logs. What hinders it is said, and no error."""
+def delete_jobs(config: RunConfig, run_id: str) -> None:
+    """Delete the unfinished jobs of a run that has ended; errors are only logged.
+
+    Finished jobs are kept, for their logs.
+    """
     if config.cluster.backend == "local":
         return
     kind = KINDS[config.cluster.backend]
     try:
-        api = KubernetesClient(*connect(), kind, clock)
-        api.patience = _LAST_CALLS
+        api = KubernetesClient.from_environment(kind)
+        api.timeout = _EXIT_TASK_TIMEOUT
         for job in api.jobs(f"{RUN_ID}={run_label(run_id)}"):
-            if transition_for(job).then not in (Action.TAKE_RESULT, Action.EXPLAIN):
-                api.delete(job["metadata"]["name"])
-                _say(f"{kind.kind} {job['metadata']['name']} is deleted: its run has ended")
+            finished = Action.COLLECT_RESULT, Action.EXPLAIN_FAILURE
+            if transition_for(job).action not in finished:
+                name = job["metadata"]["name"]
+                api.delete(name)
+                _log(f"{kind.kind} {name}: deleted, because its run has ended")
     except UserError as error:
-        _say(f"whether a job of this run is left is not known: {error}")
+        _log(f"could not look for unfinished jobs of this run: {error}")
 
 
 class _Launcher:
-    def __init__(self, api: KubernetesClient, config: RunConfig, wanted: Mapping[str, Any], clock: Clock) -> None:
-        self._api, self._config, self._wanted, self._clock = api, config, wanted, clock
+    def __init__(self, api: KubernetesClient, config: RunConfig, job: Mapping[str, Any]) -> None:
+        self._api, self._config, self._manifest, self._clock = api, config, job, api.clock
         self._kind = KINDS[config.cluster.backend]
-        self._name, self._labels = wanted["metadata"]["name"], wanted["metadata"]["labels"]
-        self._uid, self._row = "", None  # type: str, Transition | None
-        self._before, self._has_run, self._attempts = "created", False, 0
-        self._since = clock.time()  # of this wait for pods, or of this running
-        self._hold: tuple[str, float] = "", 0.0
-        self._following = LogStream(api, self._pod_labels(self._kind.first_pod))
+        self._name, self._labels = job["metadata"]["name"], job["metadata"]["labels"]
+        self._uid, self._current = "", None  # type: str, Transition | None
+        self._previous_state, self._was_running, self._restarts = State.CREATED, False, 0
+        self._waiting_since = self._clock.time()  # for pods, or for the end
+        self._blocker: PodBlocker | None = None
+        self._blocked_since = 0.0
+        self._log_stream = LogStream(api, self._selector(self._kind.first_pod))
 
     def run(self) -> dict[str, str]:
         try:
-            self._create_or_take_up()
-            while not self._look():
-                self._clock.sleep(_POLL)
+            self._create_or_adopt()
+            while not self._poll():
+                self._clock.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
-            self._cancelled()
+            self._handle_interrupt()
             raise
-        statuses = [status for pod in self._pods() for status in pod["status"].get("containerStatuses") or ()]
-        image = next((status["imageID"] for status in statuses if status.get("imageID")), self._config.cluster.image)
-        if self._config.cluster.backend == "trainjob" and self._config.cluster.ttl_hours is not None:
-            self._api.delete(self._name)  # it has no time to live of its own
-        return {"canvastune.job": f"{self._api.namespace}/{self._name}", "canvastune.image": image}
+        cluster = self._config.cluster
+        pods = self._api.pods(self._selector())
+        statuses = [s for pod in pods for s in pod["status"].get("containerStatuses") or ()]
+        image = next((s["imageID"] for s in statuses if s.get("imageID")), cluster.image)
+        if cluster.backend == "trainjob" and cluster.ttl_hours is not None:
+            self._api.delete(self._name)  # a TrainJob has no TTL
+        return {
+            "canvastune.job": f"{self._api.namespace}/{self._name}",
+            "canvastune.image": image,
+        }
 
     # --- one job, never two
 
-    def _create_or_take_up(self) -> None:
+    def _create_or_adopt(self) -> None:
         for other in self._api.jobs(self._selector()):
-            if other["metadata"]["name"] != self._name:
-                _say(f"{self._what(other)} belongs to this run with other settings: it is deleted")
-                self._delete(other["metadata"]["name"])
+            name = other["metadata"]["name"]
+            if name != self._name:
+                _log(f"{self._kind.kind} {name}: deleting, it is of this run with other settings")
+                self._delete(name)
         while True:
             try:
-                made = self._api.create(self._wanted)
-                _say(f"{self._what(made)} is created in namespace {self._api.namespace}")
+                job = self._api.create(self._manifest)
+                self._log(f"created in namespace {self._api.namespace}")
             except Conflict:
-                found = self._api.job(self._name)
-                if found is None or not self._may_take_up(found):
+                existing = self._api.job(self._name)
+                if existing is None or not self._adopt_or_delete(existing):
                     continue
-                made = found
-            self._uid, self._row, self._since = made["metadata"]["uid"], None, self._clock.time()
+                job = existing
+            self._uid, self._current = job["metadata"]["uid"], None
+            self._waiting_since = self._clock.time()
             return
 
-    def _may_take_up(self, found: Object) -> bool:
-        """Whether a job of our name is to be gone on with; False: it is gone now, and ours can be made."""
-        meta = found["metadata"]
-        ours = (self._labels[RUN_ID], self._wanted["metadata"]["annotations"][SPEC_HASH])
-        if (meta.get("labels", {}).get(RUN_ID), meta.get("annotations", {}).get(SPEC_HASH)) != ours:
+    def _adopt_or_delete(self, job: Object) -> bool:
+        """Return True to adopt the existing job; otherwise delete it and return False."""
+        meta = job["metadata"]
+        run_id, annotations = meta.get("labels", {}).get(RUN_ID), meta.get("annotations", {})
+        spec_hash = self._manifest["metadata"]["annotations"][SPEC_HASH]
+        if (run_id, annotations.get(SPEC_HASH)) != (self._labels[RUN_ID], spec_hash):
+            resource = f"{self._kind.plural}.{self._kind.group}"
             raise UserError(
-                f"{self._what(found)} in namespace {self._api.namespace} is not of this run: it is left alone. Delete it if nobody needs "
-                f"it (kubectl delete {self._kind.plural}.{self._kind.group} {self._name}), or run again"
+                f"{self._kind.kind} {self._name}: exists in namespace {self._api.namespace}, but "
+                "is not of this run; it was not changed",
+                hint="If it is not needed, delete it "
+                f"(kubectl delete {resource} {self._name}); or run again.",
             )
         if meta.get("deletionTimestamp"):
-            _say(f"{self._what(found)} is being deleted; waiting for the end of it")
-            self._wait_until_gone(self._name)
+            self._log("being deleted; waiting for its pods to exit")
+            self._wait_until_deleted(self._name)
             return False
-        if transition_for(found).then is Action.EXPLAIN:
-            _say(f"{self._what(found)} of an earlier attempt has failed: a new one goes on from the newest checkpoint")
+        if transition_for(job).action is Action.EXPLAIN_FAILURE:
+            self._log("failed in an earlier attempt; a new job resumes from the newest checkpoint")
             self._delete(self._name)
             return False
-        _say(f"{self._what(found)} of this run is there already: it is taken up")
-        self._following.begin_at_end()
+        self._log("exists already; adopting it (reason=JobAdopted)")
+        self._log_stream.start_at_end()
         return True
 
     def _delete(self, name: str) -> None:
         self._api.delete(name)
-        self._wait_until_gone(name)
+        self._wait_until_deleted(name)
 
-    def _wait_until_gone(self, name: str) -> None:
-        deadline = self._clock.time() + _GONE
+    def _wait_until_deleted(self, name: str) -> None:
+        deadline = self._clock.time() + _DELETION_SECONDS
         while self._api.job(name) is not None:
             if self._clock.time() > deadline:
                 raise UserError(
-                    f"{self._kind.kind} {name} is deleted, and its pods do not end: look at kubectl get pods -l {self._selector()}"
+                    f"{self._kind.kind} {name}: deleted, but its pods have not exited for "
+                    f"{_DELETION_SECONDS / 60:.0f} minutes",
+                    hint=f"Look at kubectl get pods -l {self._selector()}.",
                 )
-            self._clock.sleep(_POLL)
+            self._clock.sleep(_POLL_SECONDS)
 
-    # --- one look
+    # --- one poll
 
-    def _look(self) -> bool:
-        """Look at the job once, and do what its state asks for; True: it has succeeded."""
+    def _poll(self) -> bool:
+        """Look at the job once and do what its state requires; return True once it succeeded."""
         job = self._api.job(self._name)
         row = transition_for(job, self._uid)
-        if row is not self._row:
+        if row is not self._current:
             self._enter(row)
-        if row.then is Action.SAY_DELETED or job is None:
+        if row.action is Action.REPORT_DELETED or job is None:
             raise UserError(
-                f"{self._kind.kind} {self._name} was deleted while it was {self._before}: by hand, or with its namespace. Its checkpoints "
-                "are kept; the same run, tried again, goes on from the newest one" + self._following.last_words()
+                f"{self._kind.kind} {self._name}: deleted while it was "
+                f"{self._previous_state.lower()}, by hand or with its namespace"
+                f"{self._log_stream.last_lines()}",
+                hint="Start the same run again: its checkpoints are kept, and it resumes from the "
+                "newest one.",
             )
-        self._following.pass_on()
-        if row.then is Action.EXPLAIN:
+        self._log_stream.relay()
+        if row.action is Action.EXPLAIN_FAILURE:
             self._replace_evicted(job)
-        elif row.then in (Action.WAIT_FOR_PODS, Action.WAIT_FOR_END):
-            self._mind_pods()
-        if row.then is Action.WAIT_FOR_PODS and self._waited() > self._config.cluster.queue_hours:
+        elif row.action in (Action.WAIT_FOR_PODS, Action.WAIT_FOR_END):
+            self._check_pods()
+        cluster = self._config.cluster
+        if row.action is Action.WAIT_FOR_PODS and self._waited_hours() > cluster.queue_hours:
+            blocker = self._blocker.message if self._blocker else row.message
             self._give_up(
-                f"its pods did not run within {self._config.cluster.queue_hours:g} hours, which is cluster.queue_hours "
-                f"({self._hold[0] or row.says}). Raise it, or ask for less"
+                f"its pods did not run within {cluster.queue_hours:g} hours "
+                f"(cluster.queue_hours): {blocker}",
+                "Raise cluster.queue_hours, or request less.",
             )
-        if row.then is Action.WAIT_FOR_END and self._waited() > self._config.cluster.deadline_hours:
-            self._give_up(f"it ran for {self._config.cluster.deadline_hours:g} hours, which is cluster.deadline_hours. Raise it")
-        return row.then is Action.TAKE_RESULT
+        if row.action is Action.WAIT_FOR_END and self._waited_hours() > cluster.deadline_hours:
+            self._give_up(
+                f"it ran for {cluster.deadline_hours:g} hours (cluster.deadline_hours)",
+                "Raise cluster.deadline_hours.",
+            )
+        return row.action is Action.COLLECT_RESULT
 
     def _enter(self, row: Transition) -> None:
-        resumed = self._has_run and row.state in (State.QUEUED, State.PENDING, State.CREATED)
-        _say(f"{self._kind.kind} {self._name}: {row.says}" + ("; preempted, it will go on from its newest checkpoint" if resumed else ""))
-        self._before = self._row.state.lower() if self._row else "created"
-        if self._row is None or row.then is not self._row.then:
-            self._since = self._clock.time()
-        self._has_run = self._has_run or row.state is State.RUNNING
-        self._row = row
+        """Log a new state, and restart the wait if another action begins."""
+        before_running = row.state in (State.QUEUED, State.PENDING, State.CREATED)
+        preempted = self._was_running and before_running
+        suffix = "; preempted, it will resume from its newest checkpoint" if preempted else ""
+        self._log(f"{row.message}{suffix} (reason=Job{row.state})")
+        self._previous_state = self._current.state if self._current else State.CREATED
+        if self._current is None or row.action is not self._current.action:
+            self._waiting_since = self._clock.time()
+        self._was_running = self._was_running or row.state is State.RUNNING
+        self._current = row
 
-    def _mind_pods(self) -> None:
-        """Say what holds the pods up, once, and end a wait that is in vain."""
+    def _check_pods(self) -> None:
+        """Log why pods are not running; stop waiting if they never will."""
         now = self._clock.time()
-        holds = [
-            pod_diagnostics.find_blocker(pod, self._api.events(pod["metadata"]["name"]), self._config)
-            for pod in self._pods()
-            if _pending(pod)
+        blockers = [
+            blocker
+            for pod in self._api.pods(self._selector())
+            if pod["status"].get("phase") == "Pending"
+            and (blocker := self._find_blocker(pod)) is not None
         ]
-        hold = next((hold for hold in sorted(filter(None, holds), key=lambda hold: hold.can_pass)), None)
-        if hold is None:
-            self._hold = "", now
-        elif hold.words != self._hold[0]:
-            began = self._hold[1] if self._hold[0] and not hold.can_pass else now  # ErrImagePull and ImagePullBackOff take turns
-            self._hold = hold.words, began
-            _say(hold.words)
-        if hold is not None and not hold.can_pass and now - self._hold[1] >= _HOLD:
-            self._give_up(hold.words)
+        blocker = min(blockers, key=lambda blocker: not blocker.permanent, default=None)
+        if blocker is None:
+            self._blocker, self._blocked_since = None, now
+            return
+        if self._blocker is None or blocker.message != self._blocker.message:
+            # ErrImagePull and ImagePullBackOff alternate: that must not restart the wait
+            if self._blocker is None or not blocker.permanent:
+                self._blocked_since = now
+            self._blocker = blocker
+            _log(f"{blocker.message} (reason={blocker.reason}). {blocker.hint}")
+        if blocker.permanent and now - self._blocked_since >= _BLOCKED_SECONDS:
+            self._give_up(blocker.message, blocker.hint)
 
-    def _give_up(self, why: str) -> None:
+    def _find_blocker(self, pod: Object) -> PodBlocker | None:
+        events = self._api.events(pod["metadata"]["name"])
+        return pod_diagnostics.find_blocker(pod, events, self._config)
+
+    def _give_up(self, message: str, hint: str) -> None:
         self._api.delete(self._name)
-        raise UserError(f"{self._kind.kind} {self._name} is withdrawn: {why}")
+        raise UserError(
+            f"{self._kind.kind} {self._name}: deleted by the launcher: {message}", hint=hint
+        )
 
-    def _waited(self) -> float:
-        return (self._clock.time() - self._since) / 3600
+    def _waited_hours(self) -> float:
+        return (self._clock.time() - self._waiting_since) / 3600
 
     def _replace_evicted(self, job: Object) -> None:
-        """A job that failed since its pods were taken away gets a successor, which goes on; any other failure is explained."""
-        pods = self._pods()
-        evicted = pod_diagnostics.was_evicted(pods)
-        if evicted is None or self._attempts >= self._config.cluster.restarts:
-            raise UserError(self._explanation(job, pods))
-        self._attempts += 1
-        _say(f"{evicted}: a new job goes on from the newest checkpoint (restart {self._attempts} of {self._config.cluster.restarts})")
-        self._delete(self._name)
-        self._create_or_take_up()
-
-    def _explanation(self, job: Object, pods: list[Object]) -> str:
-        said = last_message(job)
-        if "DeadlineExceeded" in said or "active longer than" in said:
-            return (
-                f"{self._kind.kind} {self._name} ran into its deadline ({said}): raise cluster.deadline_hours"
-                + self._following.last_words()
-            )
-        reason = f"{self._kind.kind} {self._name} has failed ({said})"
-        found = pod_diagnostics.failed_first(pods)
-        if found is None:
-            return pod_diagnostics.was_evicted(pods) or reason + self._following.last_words()
-        pod, end = found
-        name = pod["metadata"]["name"]
-        previous = end not in [status.get("state", {}).get("terminated") for status in pod["status"]["containerStatuses"]]
-        log = [line.partition(" ")[2] for line in self._api.log(name, tail=40 * LAST_LINES, previous=previous)]
-        events = [f"{event.get('reason')}: {event.get('message')}" for event in self._api.events(name)]
-        return "\n".join(
-            [pod_diagnostics.describe(pod, end, log, self._config), *(f"event on {name}: {words}" for words in events), reason]
+        """Replace a job whose pods were evicted; explain any other failure."""
+        pods = self._api.pods(self._selector())
+        eviction, limit = pod_diagnostics.find_eviction(pods), self._config.cluster.restarts
+        if eviction is None or self._restarts >= limit:
+            raise self._explain_failure(job, pods)
+        self._restarts += 1
+        _log(
+            f"{eviction}: a new job resumes from the newest checkpoint "
+            f"(restart {self._restarts} of {limit}, reason={POD_EVICTED})"
         )
+        self._delete(self._name)
+        self._create_or_adopt()
+
+    def _explain_failure(self, job: Object, pods: list[Object]) -> UserError:
+        condition, last_lines = last_message(job), self._log_stream.last_lines()
+        if "DeadlineExceeded" in condition or "active longer than" in condition:
+            return UserError(
+                f"{self._kind.kind} {self._name}: deadline exceeded ({condition}){last_lines}",
+                hint="Raise cluster.deadline_hours.",
+            )
+        summary = f"{self._kind.kind} {self._name}: failed ({condition})"
+        failure = pod_diagnostics.first_failure(pods)
+        if failure is None:
+            return UserError(pod_diagnostics.find_eviction(pods) or f"{summary}{last_lines}")
+        pod, end = failure
+        name = pod["metadata"]["name"]
+        states = [status.get("state", {}) for status in pod["status"]["containerStatuses"]]
+        previous = end not in [state.get("terminated") for state in states]
+        lines = self._api.log(name, tail=40 * TAIL_LINES, previous=previous)
+        log = [line.partition(" ")[2] for line in lines]
+        error = pod_diagnostics.describe(pod, end, log, self._config)
+        events = [
+            f"event on {name}: {event.get('reason')}: {event.get('message')}"
+            for event in self._api.events(name)
+        ]
+        return UserError("\n".join([str(error), *events, summary]), hint=error.hint)
 
     # --- the end of the run
 
-    def _cancelled(self) -> None:
-        """Delete the job if its run was ended; keep it if only this step's pod must go, since the step will be tried again."""
-        self._api.patience = _FAREWELL
+    def _handle_interrupt(self) -> None:
+        """Delete the job if its run is ending; keep it if only this step's pod is deleted."""
+        self._api.timeout = _SIGTERM_TIMEOUT
         with contextlib.suppress(UserError):
-            if self._run_goes_on():
-                _say(f"{self._kind.kind} {self._name} is left running: this step's pod is taken away, its run goes on and takes the job up")
+            if self._run_continues():
+                self._log(
+                    "left running: only this step's pod is being deleted, and the run's next "
+                    "attempt adopts the job"
+                )
             else:
                 self._api.delete(self._name)
-                _say(f"{self._kind.kind} {self._name} is deleted: the run was ended. Its checkpoints are kept")
+                self._log("deleted, because the run was ended; its checkpoints are kept")
 
-    def _run_goes_on(self) -> bool:
-        owners = self._wanted["metadata"].get("ownerReferences")
+    def _run_continues(self) -> bool:
+        owners = self._manifest["metadata"].get("ownerReferences")
         workflow = self._api.workflow(owners[0]["name"]) if owners else None
         if workflow is None:
             return False
         spec, status = workflow.get("spec", {}), workflow.get("status", {})
-        ended = spec.get("shutdown") or spec.get("activeDeadlineSeconds") == 0 or workflow["metadata"].get("deletionTimestamp")
-        return not ended and status.get("phase", "Running") in ("Pending", "Running", "")
+        ending = (
+            spec.get("shutdown")
+            or spec.get("activeDeadlineSeconds") == 0
+            or workflow["metadata"].get("deletionTimestamp")
+        )
+        return not ending and status.get("phase", "Running") in ("Pending", "Running", "")
 
     # --- names
 
-    def _pods(self) -> list[Object]:
-        return self._api.pods(self._selector())
+    def _selector(self, labels: Mapping[str, str] | None = None) -> str:
+        selected = {RUN_ID: self._labels[RUN_ID], ROLE: self._labels[ROLE], **(labels or {})}
+        return ",".join(f"{key}={value}" for key, value in selected.items())
 
-    def _selector(self) -> str:
-        return self._pod_labels({})
-
-    def _pod_labels(self, more: Mapping[str, str]) -> str:
-        return ",".join(f"{key}={value}" for key, value in {**{key: self._labels[key] for key in (RUN_ID, ROLE)}, **more}.items())
-
-    def _what(self, job: Object) -> str:
-        return f"{self._kind.kind} {job['metadata']['name']}"
+    def _log(self, message: str) -> None:
+        _log(f"{self._kind.kind} {self._name}: {message}")
 
 
-def _pending(pod: Object) -> bool:
-    return pod["status"].get("phase") == "Pending"
+def _find_workflow(api: KubernetesClient, own_pod: str) -> dict[str, Any] | None:
+    """Return an owner reference to this step's Argo workflow.
 
-
-def _owner(api: KubernetesClient, own_pod: str) -> dict[str, Any] | None:
-    """The Argo workflow that made this step's pod, as an owner of the job: an evicted pod must not take a job of days with it."""
+    Owned by the step's pod, a job of days would be deleted when that pod is evicted.
+    """
     with contextlib.suppress(UserError):
         pod = api.pod(own_pod)
         for reference in (pod or {}).get("metadata", {}).get("ownerReferences") or ():
@@ -330,12 +389,12 @@ def _owner(api: KubernetesClient, own_pod: str) -> dict[str, Any] | None:
 
 
 def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without an address that holds a password: manifests are read by many."""
-    kept = {name: value for name, value in environment.items() if "@" not in urlsplit(value).netloc}
+    """Remove addresses that hold a password: many people can read manifests."""
+    kept = {key: value for key, value in environment.items() if "@" not in urlsplit(value).netloc}
     for name in set(environment) - set(kept):
-        _say(f"{name} holds a password: the training pods get it from cluster.secret_env alone")
+        _log(f"{name}: holds a password; the training pods get it only from cluster.secret_env")
     return kept
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)

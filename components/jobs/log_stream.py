@@ -1,4 +1,4 @@
-"""Rank 0's words, passed on as they come: whatever cuts the log off, no line is lost and none comes twice."""
+"""Relay rank 0's log as it is written: no line is lost or repeated, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -6,62 +6,72 @@ import re
 from collections import deque
 
 from components.jobs.client import KubernetesClient
-from components.jobs.pod_diagnostics import LAST_LINES, ended, restarts
+from components.jobs.pod_diagnostics import TAIL_LINES, restart_count, terminated_state
 from components.jobs.pod_spec import FIRST_RANK
 from components.jobs.states import Object
 
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)$")
+_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)$")
 
 
 class LogStream:
-    """The log of the pod that a selector finds. Every look asks for what came since the last line, so a cut connection costs nothing."""
+    """The log of the pod that a selector finds.
+
+    It polls for lines after the last one it has seen, so a cut connection loses nothing.
+    """
 
     def __init__(self, api: KubernetesClient, selector: str) -> None:
         self._api, self._selector = api, selector
-        self._kept: deque[str] = deque(maxlen=LAST_LINES)
+        self._last_lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._pod, self._restarts = "", 0
-        self._forget_time()
+        self._reset_position()
         self._tail: int | None = None
 
-    def begin_at_end(self) -> None:
-        """Pass on the last lines alone of what was said before."""
-        self._tail = LAST_LINES
+    def start_at_end(self) -> None:
+        """Relay only the last lines of what has been written so far."""
+        self._tail = TAIL_LINES
 
-    def pass_on(self) -> None:
-        """Print what the first rank has said since the last call."""
+    def relay(self) -> None:
+        """Print what rank 0 has written since the last call."""
         for pod in self._api.pods(self._selector):
-            self._turn_to(pod)
-            for line in self._news(pod["metadata"]["name"], previous=False):
+            self._follow(pod)
+            for line in self._new_lines(pod["metadata"]["name"], previous=False):
                 self._print(line)
 
-    def last_words(self) -> str:
-        """The last lines that were passed on, as the end of a message; "" if there were none."""
-        return "; the last lines of rank 0:\n" + "\n".join(self._kept) if self._kept else ""
+    def last_lines(self) -> str:
+        """Return the last relayed lines as the end of a message; "" if there were none."""
+        lines = "\n".join(self._last_lines)
+        return f"; the last lines of rank 0:\n{lines}" if lines else ""
 
-    def _forget_time(self) -> None:
+    def _reset_position(self) -> None:
         self._since: str | None = None
         self._time, self._at_time = "", 0  # of the last line, and how many lines had that time
 
-    def _turn_to(self, pod: Object) -> None:
-        name, uid, again = pod["metadata"]["name"], pod["metadata"]["uid"], restarts(pod)
+    def _follow(self, pod: Object) -> None:
+        """Switch to a new pod; of a restarted container, print the rest of the previous log."""
+        name, uid, restarts = pod["metadata"]["name"], pod["metadata"]["uid"], restart_count(pod)
         if uid != self._pod:
-            self._pod, self._restarts = uid, again
-            self._forget_time()
-        if again > self._restarts:
-            for line in self._news(name, previous=True):
+            self._pod, self._restarts = uid, restarts
+            self._reset_position()
+        if restarts > self._restarts:
+            for line in self._new_lines(name, previous=True):
                 self._print(line)
-            ends = [end for status in pod["status"].get("containerStatuses") or () if (end := ended(status))]
+            statuses = pod["status"].get("containerStatuses") or ()
+            ends = [end for status in statuses if (end := terminated_state(status))]
             how = f" ({ends[0].get('reason')}, exit code {ends[0].get('exitCode')})" if ends else ""
-            print(f"pod {name} ended{how} and is started again: training goes on from the newest checkpoint", flush=True)
-            self._restarts = again
-            self._forget_time()
+            print(
+                f"pod {name} exited{how} and is restarted: training resumes from the newest "
+                "checkpoint (reason=PodRestarted)",
+                flush=True,
+            )
+            self._restarts = restarts
+            self._reset_position()
 
-    def _news(self, pod: str, *, previous: bool) -> list[str]:
+    def _new_lines(self, pod: str, *, previous: bool) -> list[str]:
         tail, self._tail = self._tail, None
-        fresh, seen = [], 0
+        new, seen = [], 0
         for line in self._api.log(pod, since=self._since, tail=tail, previous=previous):
-            stamp, _, words = line.partition(" ")
-            parts = _TIME.match(stamp)
+            stamp, _, text = line.partition(" ")
+            parts = _TIMESTAMP.match(stamp)
             if parts is None:
                 continue
             when = f"{parts[1]}.{parts[2] or ''}"
@@ -69,11 +79,11 @@ class LogStream:
             if when < self._time or (when == self._time and seen <= self._at_time):
                 continue  # the API server's `since` is to the second
             self._time, self._at_time, self._since = when, seen, parts[1] + parts[3]
-            fresh.append(words)
-        return fresh
+            new.append(text)
+        return new
 
     def _print(self, line: str) -> None:
         if line.startswith(FIRST_RANK):
-            words = line.removeprefix(FIRST_RANK).removeprefix(" ")
-            self._kept.append(words)
-            print(words, flush=True)
+            text = line.removeprefix(FIRST_RANK).removeprefix(" ")
+            self._last_lines.append(text)
+            print(text, flush=True)

@@ -1,4 +1,4 @@
-"""The parts of a job's pod that a PyTorchJob and a TrainJob share; PodSecurity `restricted` holds for all of them."""
+"""The parts of a pod that PyTorchJobs and TrainJobs share, within PodSecurity `restricted`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from canvastune.config.cluster import ClusterConfig
 from canvastune.errors import UserError
 
 RUN_ID, ROLE = "canvastune.io/run-id", "app.kubernetes.io/component"
-CREDENTIALS = ("HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # keys of a secret
-_GRACE = 30  # seconds beyond the ranks' own in which torchrun and the container end
-FIRST_RANK, RANK_MARK = "[rank 0]:", "[rank ${rank}]:"  # what torchrun puts before a line that a rank says
+CREDENTIALS = (  # keys of a secret
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+FIRST_RANK, RANK_PREFIX = "[rank 0]:", "[rank ${rank}]:"  # torchrun's prefix of a rank's lines
+_SHUTDOWN_SECONDS = 30  # for torchrun and the container, after the ranks' own grace period
 _SCRATCH = (("shm", "/dev/shm"), ("tmp", "/tmp"))
 
 
@@ -32,7 +37,7 @@ class PodParts:
 
 
 def labels_of(config: RunConfig, run_id: str, role: str) -> dict[str, str]:
-    """Labels of a job of a run, and of its pods."""
+    """Return the labels of a run's job and of its pods."""
     return {
         "app.kubernetes.io/name": "canvastune",
         ROLE: role,
@@ -42,37 +47,48 @@ def labels_of(config: RunConfig, run_id: str, role: str) -> dict[str, str]:
 
 
 def run_label(run_id: str) -> str:
-    """A run's id as a label's value: itself where it can be one."""
+    """Return a run's id as a label value: the id if it is a valid one, else its hash."""
     fits = re.fullmatch("[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", run_id)
     return run_id if fits else hashlib.sha256(run_id.encode()).hexdigest()[:40]
 
 
 def pod_parts(
-    config: RunConfig, labels: Mapping[str, str], output: PurePath, environment: Mapping[str, str], task: Mapping[str, Any]
+    config: RunConfig,
+    labels: Mapping[str, str],
+    output: PurePath,
+    environment: Mapping[str, str],
+    task: Mapping[str, Any],
 ) -> PodParts:
-    """The fragments for one job.
+    """Return the fragments for one job.
 
     Args:
         labels: those of `labels_of`.
-        output: a path that the pods must see: the run's folder.
-        environment: variables with the run's own values.
-        task: what was set on the pipeline's task, see `manifest`.
+        output: a path that the pods must see: the run's directory.
+        environment: variables of this run.
+        task: settings of the pipeline's task, see `manifest`.
 
     Raises:
         UserError: as `manifest`.
     """
     cluster = config.cluster
     volumes, mounts = _claims(cluster, task)
-    home = _mount_of(output, mounts)
-    volumes += [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shm}}, {"name": "tmp", "emptyDir": {}}]
+    workspace = _mount_path(output, mounts)
+    volumes += [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shm}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
     mounts += [{"name": name, "mountPath": path} for name, path in _SCRATCH]
     pod: dict[str, Any] = {
         "securityContext": {
             "runAsNonRoot": True,
-            **({} if cluster.fs_group is None else {"fsGroup": cluster.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}),
+            **(
+                {}
+                if cluster.fs_group is None
+                else {"fsGroup": cluster.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
+            ),
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "terminationGracePeriodSeconds": config.train.stop_grace + _GRACE,
+        "terminationGracePeriodSeconds": config.train.stop_grace + _SHUTDOWN_SECONDS,
         "tolerations": _tolerations(cluster) + list(task.get("tolerations") or ()),
         "volumes": volumes,
     }
@@ -92,47 +108,53 @@ def pod_parts(
             "seccompProfile": {"type": "RuntimeDefault"},
         },
     }
-    no_sidecar = {"sidecar.istio.io/inject": "false"}  # it would keep a finished pod alive
+    no_sidecar = {"sidecar.istio.io/inject": "false"}  # a sidecar would keep a finished pod alive
     return PodParts(
         metadata={"labels": {**labels, **no_sidecar}, "annotations": no_sidecar},
         pod=pod | {key: value for key, value in optional.items() if value},
         container=container,
-        env=_env(config, home, environment, task),
+        env=_env(config, workspace, environment, task),
         resources=_resources(config, task),
     )
 
 
-def _claims(cluster: ClusterConfig, task: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Volumes and mounts of the task, and the claim with the workspace, which the task may have mounted or the config may name."""
+def _claims(
+    cluster: ClusterConfig, task: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return volumes and mounts: the task's, and the workspace claim of the task or the config."""
     volumes, mounts = list(task.get("volumes") or ()), list(task.get("volume_mounts") or ())
     claim = cluster.claim
-    for mount in [mount for mount in mounts if PurePath(mount["mountPath"]) == PurePath(cluster.mount_path)]:
+    for mount in [
+        mount for mount in mounts if PurePath(mount["mountPath"]) == PurePath(cluster.mount_path)
+    ]:
         volume = next(volume for volume in volumes if volume["name"] == mount["name"])
         mounted = volume.get("persistentVolumeClaim", {}).get("claimName")
         if mounted is None or (claim is not None and mounted != claim):
             raise UserError(
-                f"the train step has {mounted or volume} at {cluster.mount_path}, and cluster.claim is {claim}: "
-                "give the same claim in both places, or leave cluster.claim out"
+                f"cluster.claim: found {claim}, but the train step mounts {mounted or volume} at "
+                f"{cluster.mount_path}",
+                hint="Use the same claim in both places, or remove cluster.claim.",
             )
         claim = mounted
         mounts.remove(mount)
         if not any(other["name"] == volume["name"] for other in mounts):
             volumes.remove(volume)
-    if claim is not None:  # under the name that the chart's TrainingRuntime gives it: a TrainJob's patch then replaces that one
+    if claim is not None:  # named as in the chart's TrainingRuntime, so that a TrainJob replaces it
         volumes.append({"name": "workspace", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": "workspace", "mountPath": cluster.mount_path})
     return volumes, mounts
 
 
-def _mount_of(path: PurePath, mounts: list[dict[str, Any]]) -> str:
-    """Where the volume is mounted on which the pods see a path."""
+def _mount_path(path: PurePath, mounts: list[dict[str, Any]]) -> str:
+    """Return the mount path of the volume on which the pods see a path."""
     for mount in mounts:
         if path.is_relative_to(mount["mountPath"]):
             return str(mount["mountPath"])
-    seen = ", ".join(str(mount["mountPath"]) for mount in mounts) or "no volume"
+    paths = ", ".join(str(mount["mountPath"]) for mount in mounts) or "no volume"
     raise UserError(
-        f"the training pods would not see {path}: they mount {seen}. Mount the claim with the workspace in the train step, or give "
-        "cluster.claim and cluster.mount_path"
+        f"the training pods would not see {path}: they mount {paths}",
+        hint="Mount the workspace's claim in the train step, or set cluster.claim and "
+        "cluster.mount_path.",
     )
 
 
@@ -142,38 +164,48 @@ def _tolerations(cluster: ClusterConfig) -> list[dict[str, Any]]:
     return given if not cluster.gpu_resource or own in given else [own, *given]
 
 
-def _env(config: RunConfig, home: str, environment: Mapping[str, str], task: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Later ones win: the task's that may be absent, our defaults, the run's own, the config's, the task's."""
+def _env(
+    config: RunConfig, workspace: str, environment: Mapping[str, str], task: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Merge variables; later ones win: the task's optional ones, defaults, run, config, task."""
     cluster = config.cluster
     values = {
-        "HF_HOME": f"{home}/huggingface",  # one download for all pods and attempts
+        "HF_HOME": f"{workspace}/huggingface",  # one download for all pods and attempts
         "HOME": "/tmp",
         "NCCL_DEBUG": "WARN",
         "PYTHONUNBUFFERED": "1",
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": RANK_MARK + " ",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": RANK_PREFIX + " ",
         "TQDM_DISABLE": "1",
         **environment,
         **cluster.env,
     }
-    passed = {entry["name"]: dict(entry) for entry in task.get("env") or ()}
-    named = {name: entry for name, entry in passed.items() if _may_be_absent(entry)}
-    named |= {name: {"name": name, "value": value} for name, value in values.items()}
+    of_task = {entry["name"]: dict(entry) for entry in task.get("env") or ()}
+    merged = {name: entry for name, entry in of_task.items() if _is_optional(entry)}
+    merged |= {name: {"name": name, "value": value} for name, value in values.items()}
     if cluster.credentials:
         for name in CREDENTIALS:
-            named[name] = {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.credentials, "key": name, "optional": True}}}
+            merged[name] = _secret_env(name, cluster.credentials, name, optional=True)
     for name, source in cluster.secret_env.items():
-        named[name] = {"name": name, "valueFrom": {"secretKeyRef": {"name": source.secret, "key": source.key}}}
-    return list((named | {name: entry for name, entry in passed.items() if not _may_be_absent(entry)}).values())
+        merged[name] = _secret_env(name, source.secret, source.key)
+    merged |= {name: entry for name, entry in of_task.items() if not _is_optional(entry)}
+    return list(merged.values())
 
 
-def _may_be_absent(variable: Mapping[str, Any]) -> bool:
+def _secret_env(name: str, secret: str, key: str, *, optional: bool = False) -> dict[str, Any]:
+    reference = {"name": secret, "key": key, **({"optional": True} if optional else {})}
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+
+
+def _is_optional(variable: Mapping[str, Any]) -> bool:
     return bool(((variable.get("valueFrom") or {}).get("secretKeyRef") or {}).get("optional"))
 
 
 def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Accelerators and devices are limits (and requests); memory is both; CPU is a request, so that idle cores can be used."""
+    """Return devices and memory as limits and requests; CPU as a request, to allow idle cores."""
     cluster = config.cluster
-    devices = {cluster.gpu_resource: str(config.parallel.nproc_per_node)} if cluster.gpu_resource else {}
+    devices = (
+        {cluster.gpu_resource: str(config.parallel.nproc_per_node)} if cluster.gpu_resource else {}
+    )
     if cluster.rdma_resource:
         devices[cluster.rdma_resource] = str(cluster.rdma_count)
     memory = {"memory": cluster.memory} if cluster.memory else {}
@@ -181,8 +213,16 @@ def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
     limits = {**devices, **memory, **(given.get("limits") or {})}
     if cluster.gpu_resource and str(limits[cluster.gpu_resource]) != devices[cluster.gpu_resource]:
         raise UserError(
-            f"the train step asks for {limits[cluster.gpu_resource]} {cluster.gpu_resource}, and parallel.nproc_per_node is "
-            f"{config.parallel.nproc_per_node}: give the same number in both places"
+            f"parallel.nproc_per_node: found {config.parallel.nproc_per_node}, but the train step "
+            f"requests {limits[cluster.gpu_resource]} {cluster.gpu_resource}",
+            hint="Use the same number in both places.",
         )
-    requests = {**({"cpu": cluster.cpu} if cluster.cpu else {}), **devices, **memory, **(given.get("requests") or {})}
-    return {name: value for name, value in {"limits": limits, "requests": requests}.items() if value}
+    requests = {
+        **({"cpu": cluster.cpu} if cluster.cpu else {}),
+        **devices,
+        **memory,
+        **(given.get("requests") or {}),
+    }
+    return {
+        name: value for name, value in {"limits": limits, "requests": requests}.items() if value
+    }

@@ -1,4 +1,4 @@
-"""What a training job's status means, and what the launcher does then: one row per state, for a PyTorchJob and for a TrainJob."""
+"""What a training job's status means, and what the launcher does then: one row per state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Object = Mapping[str, Any]  # a Kubernetes object as its JSON has it
+Object = Mapping[str, Any]  # a Kubernetes object, as in its JSON
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Kind:
     group: str
     version: str
     plural: str
-    first_pod: Mapping[str, str]  # labels that the pod of rank 0 has beside the job's own
-    operator: str  # what has to be installed
+    first_pod: Mapping[str, str]  # labels of rank 0's pod, in addition to the job's own
+    operator: str  # what must be installed
 
     @property
     def api_version(self) -> str:
@@ -46,7 +46,7 @@ KINDS = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
 
 
 class State(enum.StrEnum):
-    """Where a job stands."""
+    """The state of a job; the launcher logs it as `reason=JobSTATE`."""
 
     CREATED = "Created"
     QUEUED = "Queued"
@@ -62,79 +62,114 @@ class State(enum.StrEnum):
 class Action(enum.Enum):
     """What the launcher does."""
 
-    WAIT_FOR_PODS = enum.auto()  # for at most cluster.queue_hours, and says what holds the pods up
-    WAIT_FOR_END = enum.auto()  # for at most cluster.deadline_hours, and passes rank 0's words on
-    TAKE_RESULT = enum.auto()
-    EXPLAIN = enum.auto()  # fails with the reason; pods that were evicted are replaced by a new job
-    SAY_DELETED = enum.auto()
+    WAIT_FOR_PODS = enum.auto()  # at most cluster.queue_hours; logs what blocks the pods
+    WAIT_FOR_END = enum.auto()  # at most cluster.deadline_hours; relays rank 0's log
+    COLLECT_RESULT = enum.auto()
+    EXPLAIN_FAILURE = enum.auto()  # fails with the reason; replaces the job if pods were evicted
+    REPORT_DELETED = enum.auto()
 
 
 class Transition(NamedTuple):
-    """A state, when a job that is there is in it, what the launcher does, and what it says on entering it."""
+    """A state, which jobs are in it, what the launcher does, and what it logs on entering it."""
 
     state: State
-    holds: Callable[[Object], bool]
-    then: Action
-    says: str
+    matches: Callable[[Object], bool]
+    action: Action
+    message: str
 
 
 def _condition(*types: str) -> Callable[[Object], bool]:
-    return lambda job: any(c.get("type") in types and c.get("status") == "True" for c in _conditions(job))
+    return lambda job: any(
+        c.get("type") in types and c.get("status") == "True" for c in _conditions(job)
+    )
 
 
 def _count(*counters: str) -> Callable[[Object], bool]:
-    """Whether a TrainJob's status counts a job of the set as one of these."""
-    return lambda job: any(row.get(name, 0) for row in job.get("status", {}).get("jobsStatus") or () for name in counters)
+    """Return a test for a TrainJob whose status counts a job of its set under a counter."""
+    return lambda job: any(
+        row.get(name, 0)
+        for row in job.get("status", {}).get("jobsStatus") or ()
+        for name in counters
+    )
 
 
-def _silent(job: Object) -> bool:
-    """Nobody has said anything about the job yet, or only that it is no longer suspended."""
-    return all(c.get("type") == "Suspended" and c.get("status") == "False" for c in _conditions(job))
+def _has_no_conditions(job: Object) -> bool:
+    """Return whether the job has no conditions yet, or only that it is no longer suspended."""
+    return all(
+        c.get("type") == "Suspended" and c.get("status") == "False" for c in _conditions(job)
+    )
 
 
-def _suspended(job: Object) -> bool:
-    return _condition("Suspended")(job) or bool((job["spec"].get("runPolicy") or job["spec"]).get("suspend"))
+def _is_suspended(job: Object) -> bool:
+    return _condition("Suspended")(job) or bool(
+        (job["spec"].get("runPolicy") or job["spec"]).get("suspend")
+    )
 
 
-# The first row that holds is the job's state. An end outweighs what else the status still says of the time before.
+# The first row that matches is the job's state: an end outweighs older conditions in the status.
 _TABLE = (
-    Transition(State.SUCCEEDED, _condition("Succeeded", "Complete"), Action.TAKE_RESULT, "the job has finished"),
-    Transition(State.FAILED, _condition("Failed"), Action.EXPLAIN, "the job has failed"),
-    Transition(State.QUEUED, _suspended, Action.WAIT_FOR_PODS, "queued: the job is suspended until its queue admits it"),
+    Transition(
+        State.SUCCEEDED,
+        _condition("Succeeded", "Complete"),
+        Action.COLLECT_RESULT,
+        "the job has finished",
+    ),
+    Transition(State.FAILED, _condition("Failed"), Action.EXPLAIN_FAILURE, "the job has failed"),
+    Transition(
+        State.QUEUED,
+        _is_suspended,
+        Action.WAIT_FOR_PODS,
+        "queued: the job is suspended until its queue admits it",
+    ),
     Transition(
         State.RESTARTING,
         lambda job: _condition("Restarting")(job) or _count("failed")(job),
         Action.WAIT_FOR_PODS,
-        "restarting: pods ended and are started again; training goes on from its newest checkpoint",
+        "restarting: pods exited and are restarted; training resumes from its newest checkpoint",
     ),
-    Transition(State.RUNNING, lambda job: _condition("Running")(job) or _count("ready")(job), Action.WAIT_FOR_END, "running"),
+    Transition(
+        State.RUNNING,
+        lambda job: _condition("Running")(job) or _count("ready")(job),
+        Action.WAIT_FOR_END,
+        "running",
+    ),
     Transition(
         State.PENDING,
         lambda job: _condition("Created")(job) or _count("active")(job),
         Action.WAIT_FOR_PODS,
         "pending: the pods wait for nodes, images and volumes",
     ),
-    Transition(State.CREATED, _silent, Action.WAIT_FOR_PODS, "created: the operator has not answered yet"),
+    Transition(
+        State.CREATED,
+        _has_no_conditions,
+        Action.WAIT_FOR_PODS,
+        "created: the operator has not responded yet",
+    ),
 )
-_DELETED = Transition(State.DELETED, lambda _: False, Action.SAY_DELETED, "the job was deleted")
-_UNKNOWN = Transition(State.UNKNOWN, lambda _: True, Action.WAIT_FOR_PODS, "unknown: the job's status says nothing that the launcher knows")
-ROWS = (*_TABLE, _DELETED, _UNKNOWN)
+_DELETED = Transition(State.DELETED, lambda _: False, Action.REPORT_DELETED, "the job was deleted")
+_UNKNOWN = Transition(
+    State.UNKNOWN,
+    lambda _: True,
+    Action.WAIT_FOR_PODS,
+    "unknown: the launcher knows none of the conditions in the job's status",
+)
+TRANSITIONS = (*_TABLE, _DELETED, _UNKNOWN)
 
 
 def transition_for(job: Object | None, uid: str | None = None) -> Transition:
-    """The row of the table that a job's status is in.
+    """Return the row of the table that a job's status matches.
 
     Args:
-        job: the object as the API server gives it; None: there is none of that name.
-        uid: of the job that is meant; another one under its name means that it was deleted.
+        job: the object from the API server; None: no job has that name.
+        uid: of the expected job; another one under its name means that it was deleted.
     """
     if job is None or (uid is not None and job["metadata"]["uid"] != uid):
         return _DELETED
-    return next((row for row in _TABLE if row.holds(job)), _UNKNOWN)
+    return next((row for row in _TABLE if row.matches(job)), _UNKNOWN)
 
 
 def last_message(job: Object) -> str:
-    """The operator's own words on the newest condition that is true, as `reason: message`; "" if it has none."""
+    """Return the newest true condition as the operator's `reason: message`; "" if it has none."""
     for condition in reversed(_conditions(job)):
         if condition.get("status") == "True":
             return ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))

@@ -1,20 +1,25 @@
-"""The step `train`: from the base model and the prepared data to an adapter or a whole model."""
+"""The step `train`: train an adapter or a full model on the prepared data."""
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
 from components.decorator import component
 
-_ON_THE_JOB = (  # set on the task, meant for the training pods
+_FOR_THE_JOB = (  # set on the task, passed to the training pods
     dsl.TaskConfigField.RESOURCES,
     dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
     dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
     dsl.TaskConfigField.KUBERNETES_AFFINITY,
 )
-_ON_BOTH = (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
+_FOR_BOTH = (dsl.TaskConfigField.ENV, dsl.TaskConfigField.KUBERNETES_VOLUMES)
 
 
-@component(task_config_passthroughs=[*_ON_THE_JOB, *(dsl.TaskConfigPassthrough(field=field, apply_to_task=True) for field in _ON_BOTH)])
+@component(
+    task_config_passthroughs=[
+        *_FOR_THE_JOB,
+        *(dsl.TaskConfigPassthrough(field=field, apply_to_task=True) for field in _FOR_BOTH),
+    ]
+)
 def train(
     config: str,
     run_folder: str,
@@ -24,7 +29,7 @@ def train(
     metrics: Output[Artifact],
     task_config: dsl.TaskConfig,
 ) -> None:
-    """Train; a run that has checkpoints goes on from them, a finished one is not trained again."""
+    """Train; resume from checkpoints if there are any; a finished run is not trained again."""
     import shutil
     from pathlib import Path
 
@@ -33,7 +38,9 @@ def train(
     from components.train.step import train
 
     with step("train", config, run_folder, mlflow_run_id) as (recipe, record):
-        weights = train(recipe, Path(dataset.path), Path(run_folder) / "train", record, vars(task_config))
+        weights = train(
+            recipe, Path(dataset.path), Path(run_folder) / "train", record, vars(task_config)
+        )
         shutil.copy(Path(run_folder) / "train" / "metrics.jsonl", metrics.path)
         if recipe.train.method == "lora":
             shutil.copytree(weights, trained.path)

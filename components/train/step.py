@@ -1,4 +1,4 @@
-"""Trains a run where its config says, here or on a cluster, and hands on what came of it."""
+"""Train a run where its config says, on this machine or on a cluster, and record its outputs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from typing import Any
 
 from canvastune.config import RunConfig, write_config
 from canvastune.tracking import StepRun, log_data
-from components.jobs import launcher as jobs
+from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
-from components.run_directory import run_id_of
-from components.train import torchrun
+from components.run_directory import read_run_id
+from components.train.torchrun import run_torchrun
 
 
-def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun, task: Mapping[str, Any] | None = None) -> Path:
-    """Train as `cluster.backend` says: in processes of this machine, or as a job on Kubernetes; returns the folder of the trained weights.
+def train(
+    config: RunConfig,
+    dataset: Path | None,
+    output: Path,
+    record: StepRun,
+    task: Mapping[str, Any] | None = None,
+) -> Path:
+    """Train as `cluster.backend` says: in local processes, or as a job on Kubernetes.
 
     Args:
         dataset: a prepared data set; None: the trainer prepares its own.
-        output: the training run's folder. Checkpoints that stand there are resumed from, and a finished run is kept as it is.
+        output: the training run's directory. Checkpoints in it are resumed from, and a finished
+            run is kept as it is.
         record: the step's run in MLflow, which gets the metrics and the adapter.
-        task: what was set on the pipeline's task for the training pods (the fields of `dsl.TaskConfig`).
+        task: settings of the pipeline's task for the training pods (the fields of
+            `dsl.TaskConfig`).
+
+    Returns:
+        The directory of the trained weights.
 
     Raises:
-        UserError: training failed; its words are the failing rank's last ones.
+        UserError: training failed; the message ends with the failing rank's last lines.
     """
     output.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
@@ -33,24 +44,28 @@ def train(config: RunConfig, dataset: Path | None, output: Path, record: StepRun
         record.dataset(dataset, "training")
     write_config(config, output / "recipe.yaml")
     if config.cluster.backend == "local":
-        torchrun.run(config, dataset, output, record.arguments(), record.environment())
+        run_torchrun(config, dataset, output, record.arguments(), record.environment())
     else:
-        record.tags(jobs.run(config, _facts(dataset, output, record), output / "result.json", task))
+        context = _job_context(dataset, output, record)
+        record.tags(run_job(config, context, output / "result.json", task))
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
     weights = output / result["export"]
     record.curves(output / "metrics.jsonl")
     record.outputs(output)
     record.model(weights, "adapter" if config.train.method == "lora" else "full")
-    record.note(f"{result['steps']} steps on {result['world_size']} ranks; the weights of step {result['exported_step']} are exported.")
+    record.note(
+        f"{result['steps']} steps on {result['world_size']} ranks; the weights of step {result['exported_step']} are exported."
+    )
     return weights
 
 
-def _facts(dataset: Path | None, output: Path, record: StepRun) -> JobContext:
-    data = ("--data", str(jobs.copy_to_workspace(dataset, output.parent))) if dataset else ()
+def _job_context(dataset: Path | None, output: Path, record: StepRun) -> JobContext:
+    module = ("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output))
+    data = ("--data", str(copy_to_workspace(dataset, output.parent))) if dataset else ()
     return JobContext(
-        run_id=run_id_of(output.parent),
+        run_id=read_run_id(output.parent),
         output=output,
-        module=("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output), *data),
+        module=(*module, *data),
         mlflow=record.arguments(),
         environment=record.environment(),
     )

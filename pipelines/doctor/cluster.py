@@ -40,9 +40,9 @@ def cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
     import urllib3
     from kubernetes import client as kubernetes
 
-    from components.jobs.client import connect
+    from components.jobs.client import connect_to_cluster
 
-    client, own = connect()
+    client, own = connect_to_cluster()
     host, namespace = client.configuration.host, namespace or own
     try:
         version = _get(client, "/version")["gitVersion"]

@@ -13,9 +13,7 @@ from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.tracking import StepRun
 from components.evaluate.step import run_evaluation
-from components.jobs import launcher as launching
 from components.jobs.client import KubernetesClient
-from components.jobs.launcher import launch
 from components.run_directory import RunRecord, write_record
 from tests.fakes.fake_kubernetes import Operator
 from tests.support.cluster_stage import Cluster, config_of
@@ -29,24 +27,23 @@ def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("artifact/validation", "runs/a/model"):
         (folder / name).mkdir(parents=True)
     write_record(folder / "runs/a", RunRecord("run-1", "", ""))
-    monkeypatch.setattr(launching, "connect", lambda: (cluster.client(), "team-a"))
-    monkeypatch.setattr(
-        launching, "KubernetesClient", lambda client, namespace, kind: KubernetesClient(client, namespace, kind, cluster.clock)
-    )
-    monkeypatch.setattr(launching, "launch", lambda api, config, facts, task: launch(api, config, facts, task, cluster.clock))
-    begun = cluster.clock.now - cluster.clock.start
+    monkeypatch.setattr(KubernetesClient, "from_environment", lambda _: cluster.client())
+    elapsed = cluster.clock.now - cluster.clock.start
 
     def write() -> None:
         (folder / "runs/a/evaluation").mkdir()
         RESULT.write(folder / "runs/a/evaluation")
 
-    cluster.at(begun + 50, write)
+    cluster.at(elapsed + 50, write)
     tree = config_of(cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)).model_dump(mode="json")
     return run_evaluation(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", StepRun())
 
 
 def test_it_is_a_job_of_one_pod_with_one_accelerator(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cluster.goes_well()
     made: list[dict[str, Any]] = []
@@ -67,16 +64,18 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     assert "step 1/800" in capsys.readouterr().out, "the pod's log is not shown"
 
 
-def test_the_training_job_of_the_run_is_left_alone(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_job_of_the_run_is_not_changed(
+    pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytorch.goes_well()
     pytorch.launch()
     trained = pytorch.operator.job["metadata"]["name"]
-    begun = pytorch.clock.now - pytorch.clock.start
+    elapsed = pytorch.clock.now - pytorch.clock.start
     operator = Operator(pytorch.api, "pytorchjobs", role="evaluate")
-    pytorch.at(begun + 2, operator.running)
-    pytorch.at(begun + 60, operator.succeeded)
+    pytorch.at(elapsed + 2, operator.running)
+    pytorch.at(elapsed + 60, operator.succeeded)
     _answered(pytorch, tmp_path, monkeypatch)
-    names = [job["metadata"]["name"] for job in pytorch.api.all("pytorchjobs")]
+    names = [job["metadata"]["name"] for job in pytorch.jobs()]
     assert trained in names
     assert len(names) == 2
 
@@ -84,8 +83,8 @@ def test_the_training_job_of_the_run_is_left_alone(pytorch: Cluster, tmp_path: P
 def test_a_failed_evaluation_reports_the_reason(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytorch.at(2, pytorch.operator.pending)
     pytorch.at(5, pytorch.operator.running)
-    pytorch.say(6, "canvastune: error: evaluate.answer_pattern: matches none")
+    pytorch.log(6, "canvastune: error: evaluate.answer_pattern: matches none")
     pytorch.at(20, pytorch.operator.failed)
-    with pytest.raises(UserError, match=r"evaluate\.answer_pattern: matches none"):
+    with pytest.raises(UserError, match=r"evaluate\.answer_pattern"):
         _answered(pytorch, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()

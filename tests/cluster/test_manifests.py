@@ -1,4 +1,4 @@
-"""The jobs that are rendered pass the operators' CRDs, their webhooks' rules and PodSecurity restricted, and say what the config says."""
+"""Rendered jobs pass the operators' CRDs and webhooks and PodSecurity restricted, and follow the config."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from canvastune.config import RunConfig, load_config, parse_config
-from canvastune.errors import UserError
+from canvastune.errors import UserError, format_error
 from components.jobs.manifests import SPEC_HASH, JobContext, manifest
 from components.jobs.pod_spec import RUN_ID
 from tests.support import cluster_rules
 
-FACTS = JobContext(
+CONTEXT = JobContext(
     run_id="6c9d5e1e-7a0e-4a3e-9f4e-0a3b7a1f9c11",
     output=PurePosixPath("/workspace/runs/a/train"),
-    module=("canvastune.train", "-c", "/workspace/runs/a/train/recipe.yaml", "--output", "/workspace/runs/a/train"),
+    module=(
+        "canvastune.train",
+        "-c",
+        "/workspace/runs/a/train/recipe.yaml",
+        "--output",
+        "/workspace/runs/a/train",
+    ),
     mlflow=("--mlflow-run", "abc"),
     environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
     owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
 )
-TASK = {  # as dsl.TaskConfig arrives, with the claim that the pipeline mounts
+TASK = {  # the fields of dsl.TaskConfig, with the claim that the pipeline mounts
     "resources": {"limits": {"memory": "700Gi"}, "requests": {"cpu": "90"}},
     "tolerations": [{"key": "team", "operator": "Equal", "value": "a", "effect": "NoSchedule"}],
     "node_selector": {"zone": "b"},
@@ -34,13 +41,25 @@ TASK = {  # as dsl.TaskConfig arrives, with the claim that the pipeline mounts
             }
         }
     },
-    "env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}, {"name": "NCCL_DEBUG", "value": "INFO"}],
-    "volumes": [{"name": "claim-a", "persistentVolumeClaim": {"claimName": "claim-a"}}, {"name": "data", "secret": {"secretName": "ca"}}],
-    "volume_mounts": [{"name": "claim-a", "mountPath": "/workspace"}, {"name": "data", "mountPath": "/etc/ca"}],
+    "env": [
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}},
+        {"name": "NCCL_DEBUG", "value": "INFO"},
+    ],
+    "volumes": [
+        {"name": "claim-a", "persistentVolumeClaim": {"claimName": "claim-a"}},
+        {"name": "data", "secret": {"secretName": "ca"}},
+    ],
+    "volume_mounts": [
+        {"name": "claim-a", "mountPath": "/workspace"},
+        {"name": "data", "mountPath": "/etc/ca"},
+    ],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "image": {"image": "registry.example/team/trainer@sha256:" + "0" * 64, "pull_secrets": ["registry"]},
+    "image": {
+        "image": "registry.example/team/trainer@sha256:" + "0" * 64,
+        "pull_secrets": ["registry"],
+    },
     "resources": {"cpu": 32, "memory": "512Gi", "shm": "32Gi"},
     "cpu only": {"gpu_resource": None},
     "other gpu": {"gpu_resource": "amd.com/gpu"},
@@ -50,7 +69,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "kueue": {"queue": "team-a", "priority_class": "high"},
     "account": {"service_account": "trainer"},
-    "rdma": {"rdma_resource": "rdma/hca_shared_devices_a", "rdma_count": 8, "env": {"NCCL_IB_HCA": "mlx5"}},
+    "rdma": {
+        "rdma_resource": "rdma/hca_shared_devices_a",
+        "rdma_count": 8,
+        "env": {"NCCL_IB_HCA": "mlx5"},
+    },
     "secrets": {"secret_env": {"HF_TOKEN": {"secret": "hf", "key": "token"}}},
     "credentials": {"credentials": "team"},
     "no group": {"fs_group": None},
@@ -61,16 +84,32 @@ BOTH = pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
 
 def config_of(backend: str, nodes: int = 1, gpus: int = 8, **cluster: Any) -> RunConfig:
     section = {"backend": backend, "nodes": nodes, "claim": "claim-a", **cluster}
-    return parse_config({"name": "gsm8k_lora", "data": {"source": "x"}, "parallel": {"nproc_per_node": gpus}, "cluster": section})
+    return parse_config(
+        {
+            "name": "gsm8k_lora",
+            "data": {"source": "x"},
+            "parallel": {"nproc_per_node": gpus},
+            "cluster": section,
+        }
+    )
 
 
 def pods_of(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pods that an operator makes of a job, as far as the manifest says; a TrainJob's with the fields of its trainer."""
+    """Return the pods that an operator creates for a job; a TrainJob's with the fields of its trainer."""
     if job["kind"] == "PyTorchJob":
-        return [replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
-    (replicated,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        return [
+            replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()
+        ]
+    (replicated,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"][
+        "replicatedJobs"
+    ]
     pod, trainer = replicated["template"]["spec"]["template"]["spec"], job["spec"]["trainer"]
-    own = {"image": trainer["image"], "command": trainer["command"], "env": trainer["env"], "resources": trainer["resourcesPerNode"]}
+    own = {
+        "image": trainer["image"],
+        "command": trainer["command"],
+        "env": trainer["env"],
+        "resources": trainer["resourcesPerNode"],
+    }
     return [{**pod, "containers": [{**pod["containers"][0], **own}]}]
 
 
@@ -80,28 +119,42 @@ def container_of(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def problems_of(job: dict[str, Any]) -> list[str]:
-    problems = [problem for pod in pods_of(job) for problem in cluster_rules.pod_security_problems(pod)]
-    crd = cluster_rules.PYTORCHJOB_CRD if job["kind"] == "PyTorchJob" else cluster_rules.TRAINJOB_CRD
-    if crd.exists():  # the operators' own, where this checkout has them
+    problems = [
+        problem for pod in pods_of(job) for problem in cluster_rules.pod_security_problems(pod)
+    ]
+    crd = (
+        cluster_rules.PYTORCHJOB_CRD if job["kind"] == "PyTorchJob" else cluster_rules.TRAINJOB_CRD
+    )
+    if crd.exists():  # only some checkouts have the operators' CRDs
         problems += cluster_rules.crd_problems(job, crd)
-    webhook = cluster_rules.pytorchjob_webhook_problems if job["kind"] == "PyTorchJob" else cluster_rules.trainjob_problems
+    webhook = (
+        cluster_rules.pytorchjob_webhook_problems
+        if job["kind"] == "PyTorchJob"
+        else cluster_rules.trainjob_problems
+    )
     return problems + webhook(job)
 
 
 @BOTH
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (2, 8), (1, 4)])
 def test_a_job_of_any_size_is_accepted(backend: str, nodes: int, gpus: int) -> None:
-    job = manifest(config_of(backend, nodes, gpus), FACTS)
+    job = manifest(config_of(backend, nodes, gpus), CONTEXT)
     assert problems_of(job) == []
     assert container_of(job)["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
     spec = job["spec"]
     if backend == "pytorchjob":
         assert spec["nprocPerNode"] == str(gpus)
-        replicas = {name: replica["replicas"] for name, replica in spec["pytorchReplicaSpecs"].items()}
-        assert replicas == {"Worker": nodes}, "beside a Master, the operator adds a container that is root"
+        replicas = {
+            name: replica["replicas"] for name, replica in spec["pytorchReplicaSpecs"].items()
+        }
+        assert replicas == {"Worker": nodes}, (
+            "with a Master, the operator adds a container that runs as root"
+        )
         given = {entry["name"]: entry for entry in container_of(job)["env"]}
         assert given["PET_MASTER_ADDR"]["value"] == "$(CANVASTUNE_JOB)-worker-0"
-        assert given["PET_NODE_RANK"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.labels['training.kubeflow.org/replica-index']"}}
+        assert given["PET_NODE_RANK"]["valueFrom"] == {
+            "fieldRef": {"fieldPath": "metadata.labels['training.kubeflow.org/replica-index']"}
+        }
     else:
         assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (nodes, gpus)
 
@@ -110,27 +163,33 @@ def test_a_job_of_any_size_is_accepted(backend: str, nodes: int, gpus: int) -> N
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("task", [{}, TASK], ids=["", "task"])
 def test_every_option_is_accepted(backend: str, option: str, task: dict[str, Any]) -> None:
-    assert problems_of(manifest(config_of(backend, 2, **OPTIONS[option]), FACTS, task)) == []
+    assert problems_of(manifest(config_of(backend, 2, **OPTIONS[option]), CONTEXT, task)) == []
 
 
 def test_scheduler_and_priority_of_a_pytorchjob_are_the_pods() -> None:
-    job = manifest(config_of("pytorchjob", scheduler="volcano", priority_class="high"), FACTS)
+    job = manifest(config_of("pytorchjob", scheduler="volcano", priority_class="high"), CONTEXT)
     assert problems_of(job) == []
-    assert (pods_of(job)[0]["schedulerName"], pods_of(job)[0]["priorityClassName"]) == ("volcano", "high")
+    assert (pods_of(job)[0]["schedulerName"], pods_of(job)[0]["priorityClassName"]) == (
+        "volcano",
+        "high",
+    )
 
 
 @BOTH
 def test_a_queue_and_its_priority_are_labels(backend: str) -> None:
-    job = manifest(config_of(backend, queue="team-a", priority_class="high"), FACTS)
+    job = manifest(config_of(backend, queue="team-a", priority_class="high"), CONTEXT)
     labels = job["metadata"]["labels"]
-    assert (labels["kueue.x-k8s.io/queue-name"], labels["kueue.x-k8s.io/priority-class"]) == ("team-a", "high")
-    assert labels[RUN_ID] == FACTS.run_id
+    assert (labels["kueue.x-k8s.io/queue-name"], labels["kueue.x-k8s.io/priority-class"]) == (
+        "team-a",
+        "high",
+    )
+    assert labels[RUN_ID] == CONTEXT.run_id
     assert "priorityClassName" not in pods_of(job)[0]
 
 
 @BOTH
-def test_the_pods_run_the_trainer_as_a_person_would(backend: str) -> None:
-    command = " ".join(container_of(manifest(config_of(backend), FACTS))["command"])
+def test_the_pods_run_the_command_that_a_user_would(backend: str) -> None:
+    command = " ".join(container_of(manifest(config_of(backend), CONTEXT))["command"])
     assert command == (
         "python -m torch.distributed.run --shutdown-timeout=60 --tee=3 -m canvastune.train -c /workspace/runs/a/train/recipe.yaml "
         "--output /workspace/runs/a/train --mlflow-run abc"
@@ -139,10 +198,14 @@ def test_the_pods_run_the_trainer_as_a_person_would(backend: str) -> None:
 
 @BOTH
 def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
-    job = manifest(config_of(backend, claim=None, cpu="32", memory="512Gi"), FACTS, TASK)
+    job = manifest(config_of(backend, claim=None, cpu="32", memory="512Gi"), CONTEXT, TASK)
     pod, container = pods_of(job)[0], container_of(job)
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "700Gi"}
-    assert container["resources"]["requests"] == {"cpu": "90", "nvidia.com/gpu": "8", "memory": "512Gi"}
+    assert container["resources"]["requests"] == {
+        "cpu": "90",
+        "nvidia.com/gpu": "8",
+        "memory": "512Gi",
+    }
     assert pod["nodeSelector"] == {"zone": "b"}
     assert pod["affinity"] == TASK["affinity"]
     assert TASK["tolerations"][0] in pod["tolerations"]  # type: ignore[index]
@@ -150,56 +213,87 @@ def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
     assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf"
     assert env["NCCL_DEBUG"]["value"] == "INFO"
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    claims = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+    claims = {
+        volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName")
+        for volume in pod["volumes"]
+    }
     assert claims[mounts["/workspace"]] == "claim-a"
     assert "/etc/ca" in mounts
 
 
 @BOTH
-def test_a_task_without_settings_is_as_none(backend: str) -> None:
-    assert manifest(config_of(backend), FACTS, dict.fromkeys(TASK)) == manifest(config_of(backend), FACTS)
+def test_a_task_without_settings_changes_nothing(backend: str) -> None:
+    assert manifest(config_of(backend), CONTEXT, dict.fromkeys(TASK)) == manifest(
+        config_of(backend), CONTEXT
+    )
 
 
 @BOTH
 def test_shared_memory_grace_and_sidecar_are_what_training_needs(backend: str) -> None:
-    job = manifest(config_of(backend, shm="32Gi"), FACTS)
+    job = manifest(config_of(backend, shm="32Gi"), CONTEXT)
     pod = pods_of(job)[0]
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "32Gi"}} in pod["volumes"]
     assert pod["terminationGracePeriodSeconds"] > 60, "killed before the state is saved"
     assert json.dumps(job).count('"sidecar.istio.io/inject": "false"') >= 2
-    assert job["metadata"]["ownerReferences"] == [FACTS.owner]
+    assert job["metadata"]["ownerReferences"] == [CONTEXT.owner]
 
 
 @BOTH
 def test_a_secrets_value_is_never_in_a_manifest(backend: str) -> None:
-    env = container_of(manifest(config_of(backend, secret_env={"HF_TOKEN": {"secret": "hf", "key": "token"}}), FACTS))["env"]
-    assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}} in env
+    env = container_of(
+        manifest(
+            config_of(backend, secret_env={"HF_TOKEN": {"secret": "hf", "key": "token"}}), CONTEXT
+        )
+    )["env"]
+    assert {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}},
+    } in env
 
 
 @BOTH
 def test_credentials_are_optional_and_yield_to_a_secret_that_the_config_names(backend: str) -> None:
-    passed = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "canvastune-credentials", "key": "HF_TOKEN", "optional": True}}}
+    passed = {
+        "name": "HF_TOKEN",
+        "valueFrom": {
+            "secretKeyRef": {"name": "canvastune-credentials", "key": "HF_TOKEN", "optional": True}
+        },
+    }
 
     def token(**cluster: Any) -> str:
-        env = container_of(manifest(config_of(backend, **cluster), FACTS, {"env": [passed]}))["env"]
-        (found,) = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in env if entry["name"] == "HF_TOKEN"]
+        env = container_of(manifest(config_of(backend, **cluster), CONTEXT, {"env": [passed]}))[
+            "env"
+        ]
+        (found,) = [
+            entry["valueFrom"]["secretKeyRef"]["name"]
+            for entry in env
+            if entry["name"] == "HF_TOKEN"
+        ]
         return str(found)
 
     assert token() == "canvastune-credentials"
     assert token(credentials="team") == "team"
-    assert token(credentials="team", secret_env={"HF_TOKEN": {"secret": "own", "key": "token"}}) == "own"
+    assert (
+        token(credentials="team", secret_env={"HF_TOKEN": {"secret": "own", "key": "token"}})
+        == "own"
+    )
 
 
 @BOTH
-def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
-    def name(config: RunConfig, **facts: Any) -> str:
-        job = manifest(config, JobContext(**{**FACTS.__dict__, **facts}))
+def test_a_name_depends_on_the_run_and_on_the_spec(backend: str) -> None:
+    def name(config: RunConfig, **context: Any) -> str:
+        job = manifest(config, JobContext(**{**CONTEXT.__dict__, **context}))
         assert job["metadata"]["name"].endswith(job["metadata"]["annotations"][SPEC_HASH][:8])
         return job["metadata"]["name"]
 
     first = name(config_of(backend))
-    assert first == name(config_of(backend), mlflow=(), environment={}), "MLflow, when it is away, makes another job"
-    assert len({first, name(config_of(backend), run_id="other"), name(config_of(backend, cpu="4"))}) == 3
+    assert first == name(config_of(backend), mlflow=(), environment={}), (
+        "MLflow being down makes another job"
+    )
+    assert (
+        len({first, name(config_of(backend), run_id="other"), name(config_of(backend, cpu="4"))})
+        == 3
+    )
     long = config_of(backend).model_copy(update={"name": "a" * 50})
     assert len(name(long)) <= 48
     assert len(name(long, role="evaluate")) <= 48
@@ -207,12 +301,25 @@ def test_a_name_says_whose_run_and_which_spec(backend: str) -> None:
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(UserError, match="would not see /workspace/runs"):
-        manifest(config_of("pytorchjob", claim=None), FACTS)
-    with pytest.raises(UserError, match=r"the train step has claim-a at /workspace, and cluster\.claim is other"):
-        manifest(config_of("pytorchjob", claim="other"), FACTS, TASK)
-    with pytest.raises(UserError, match=r"asks for 4 nvidia\.com/gpu, and parallel\.nproc_per_node is 8"):
-        manifest(config_of("pytorchjob"), FACTS, {"resources": {"limits": {"nvidia.com/gpu": "4"}}})
+    def refusal(config: RunConfig, task: dict[str, Any] | None = None) -> str:
+        with pytest.raises(UserError) as error:
+            manifest(config, CONTEXT, task)
+        return format_error(error.value)
+
+    assert refusal(config_of("pytorchjob", claim=None)) == snapshot("""\
+canvastune: error: the training pods would not see /workspace/runs/a/train: they mount no volume
+  hint: Mount the workspace's claim in the train step, or set cluster.claim and cluster.mount_path.\
+""")
+    assert refusal(config_of("pytorchjob", claim="other"), TASK) == snapshot("""\
+canvastune: error: cluster.claim: found other, but the train step mounts claim-a at /workspace
+  hint: Use the same claim in both places, or remove cluster.claim.\
+""")
+    assert refusal(
+        config_of("pytorchjob"), {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
+    ) == snapshot("""\
+canvastune: error: parallel.nproc_per_node: found 8, but the train step requests 4 nvidia.com/gpu
+  hint: Use the same number in both places.\
+""")
 
 
 @pytest.mark.parametrize(
@@ -245,5 +352,13 @@ def test_a_section_that_cannot_be_is_refused_with_its_reason(section: dict[str, 
 
 def test_a_section_can_be_set_from_the_command_line() -> None:
     recipe = Path(__file__).parents[2] / "pipelines/recipes/gsm8k_lora.yaml"
-    config = load_config(recipe, ["cluster.backend=pytorchjob", "cluster.nodes=2", "cluster.cpu=32", "cluster.env={NCCL_DEBUG: INFO}"])
+    config = load_config(
+        recipe,
+        [
+            "cluster.backend=pytorchjob",
+            "cluster.nodes=2",
+            "cluster.cpu=32",
+            "cluster.env={NCCL_DEBUG: INFO}",
+        ],
+    )
     assert (config.cluster.cpu, config.world_size) == ("32", 16)

@@ -30,7 +30,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC).timestamp()
         self.start = self.now
-        self._plan: list[tuple[float, int, Callable[[], object]]] = []
+        self.plan: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
 
     def time(self) -> float:
@@ -38,9 +38,9 @@ class Clock:
 
     def sleep(self, seconds: float, /) -> None:
         until = self.now + seconds
-        while self._plan and min(self._plan)[0] <= until:
-            due = min(self._plan)
-            self._plan.remove(due)
+        while self.plan and min(self.plan)[0] <= until:
+            due = min(self.plan)
+            self.plan.remove(due)
             self.now = max(self.now, due[0])
             due[2]()
         self.now = until
@@ -48,7 +48,7 @@ class Clock:
 
     def at(self, seconds: float, action: Callable[[], object]) -> None:
         """Let something happen so many seconds after the beginning."""
-        self._plan.append((self.start + seconds, next(self._numbers), action))
+        self.plan.append((self.start + seconds, next(self._numbers), action))
 
     def stamp(self) -> str:
         """Now, as Kubernetes writes it."""
@@ -79,8 +79,12 @@ class FakeKubernetes:
         self.logs: dict[str, list[tuple[str, str]]] = {}  # by pod: time and line
         self.previous_logs: dict[str, list[tuple[str, str]]] = {}
         self.installed = {"pytorchjobs", "trainjobs", "trainingruntimes", "workflows"}
-        self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None: everything is allowed
-        self.outage: int | str | None = None  # a status that every call gets, or "drop": it is cut off without an answer
+        self.rules: list[Mapping[str, Any]] | None = (
+            None  # of the Role; None: everything is allowed
+        )
+        self.outage: int | str | None = (
+            None  # a status that every call gets, or "drop": it is cut off without an answer
+        )
         self.lose_answer = 0  # so many answers are lost after their work is done
         self.linger = 0.0  # seconds that a deleted job's pods take to end
         self.calls: list[str] = []
@@ -101,9 +105,13 @@ class FakeKubernetes:
                     self.close_connection = True
                     return
                 status, content = answer
-                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                data = (
+                    content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                )
                 self.send_response(status)
-                self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+                self.send_header(
+                    "Content-Type", "text/plain" if isinstance(content, str) else "application/json"
+                )
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -116,7 +124,9 @@ class FakeKubernetes:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def close(self) -> None:
         """Be away for good: for connections that stand, too."""
@@ -129,7 +139,9 @@ class FakeKubernetes:
     def put(self, plural: str, name: str, **content: Any) -> dict[str, Any]:
         """An object that somebody else made."""
         metadata = {"name": name, "namespace": "team-a", **content.pop("metadata", {})}
-        return self._store(plural, {"kind": _KINDS.get(plural, plural), "metadata": metadata, **content})
+        return self._store(
+            plural, {"kind": _KINDS.get(plural, plural), "metadata": metadata, **content}
+        )
 
     def all(self, plural: str) -> list[dict[str, Any]]:
         """Every object of a kind."""
@@ -141,16 +153,25 @@ class FakeKubernetes:
         if gone is None:
             return
         for kind, child in list(self.objects):
-            owners = self.objects.get((kind, child), {}).get("metadata", {}).get("ownerReferences") or ()
+            owners = (
+                self.objects.get((kind, child), {}).get("metadata", {}).get("ownerReferences") or ()
+            )
             if any(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
                 self.remove(kind, child)
 
     def warn(self, pod: str, reason: str, message: str) -> None:
         """An event on a pod."""
         about = {"kind": "Pod", "name": pod}
-        self.put("events", f"event-{next(self._numbers)}", type="Warning", reason=reason, message=message, involvedObject=about)
+        self.put(
+            "events",
+            f"event-{next(self._numbers)}",
+            type="Warning",
+            reason=reason,
+            message=message,
+            involvedObject=about,
+        )
 
-    def say(self, pod: str, line: str, *, fraction: str = "123456789") -> None:
+    def log(self, pod: str, line: str, *, fraction: str = "123456789") -> None:
         """A line in a pod's log."""
         self.logs.setdefault(pod, []).append((f"{self.clock.stamp()[:-1]}.{fraction}Z", line))
 
@@ -159,7 +180,11 @@ class FakeKubernetes:
     def _store(self, plural: str, content: Mapping[str, Any]) -> dict[str, Any]:
         made = copy.deepcopy(dict(content))
         number = next(self._numbers)
-        made["metadata"] |= {"uid": f"uid-{number}", "resourceVersion": str(number), "creationTimestamp": self.clock.stamp()}
+        made["metadata"] |= {
+            "uid": f"uid-{number}",
+            "resourceVersion": str(number),
+            "creationTimestamp": self.clock.stamp(),
+        }
         self.objects[plural, made["metadata"]["name"]] = made
         return made
 
@@ -172,7 +197,9 @@ class FakeKubernetes:
         parts = urllib.parse.urlsplit(url)
         query = dict(urllib.parse.parse_qsl(parts.query))
         path = _Path.of(parts.path)
-        verb = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}.get(method) or ("get" if path.name else "list")
+        verb = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}.get(method) or (
+            "get" if path.name else "list"
+        )
         resource = f"{path.plural}/{path.sub}" if path.sub else path.plural
         self.calls.append(f"{verb} {path.plural}{'/' + path.name if path.name else ''}")
         if path.plural not in {*self.installed, *_BUILT_IN}:
@@ -180,7 +207,7 @@ class FakeKubernetes:
         if not self._allowed(verb, path.group, resource):
             said = f'{path.plural} is forbidden: User "{ACCOUNT}" cannot {verb} resource "{resource}" in API group "{path.group}"'
             return 403, _status(403, f'{said} in the namespace "{path.namespace}"')
-        answer = getattr(self, f"_{verb}")(path, query, body)
+        answer = getattr(self, f"on_{verb}")(path, query, body)
         if self.lose_answer > 0:
             self.lose_answer -= 1
             return None
@@ -188,34 +215,41 @@ class FakeKubernetes:
 
     def _allowed(self, verb: str, group: str, resource: str) -> bool:
         return self.rules is None or any(
-            group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"] for rule in self.rules
+            group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"]
+            for rule in self.rules
         )
 
-    def _create(self, path: _Path, _: Mapping[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+    def on_create(self, path: _Path, _: Mapping[str, str], body: dict[str, Any]) -> tuple[int, Any]:
         if (path.plural, body["metadata"]["name"]) in self.objects:
-            return 409, _status(409, f'{path.plural}.{path.group} "{body["metadata"]["name"]}" already exists')
+            return 409, _status(
+                409, f'{path.plural}.{path.group} "{body["metadata"]["name"]}" already exists'
+            )
         crd = _CRDS.get(path.plural)
         if crd is not None and crd.exists() and (problems := cluster_rules.crd_problems(body, crd)):
             return 422, _status(422, "; ".join(problems))
         return 201, self._store(path.plural, body)
 
-    def _get(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
+    def on_get(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
         found = self.objects.get((path.plural, path.name))
         if found is None:
             return 404, _status(404, f'{path.plural}.{path.group} "{path.name}" not found')
-        return self._log(found, query) if path.sub == "log" else (200, found)
+        return self._pod_log(found, query) if path.sub == "log" else (200, found)
 
-    def _log(self, pod: Mapping[str, Any], query: Mapping[str, str]) -> tuple[int, Any]:
+    def _pod_log(self, pod: Mapping[str, Any], query: Mapping[str, str]) -> tuple[int, Any]:
         name = pod["metadata"]["name"]
         if pod["status"]["phase"] == "Pending":
-            return 400, _status(400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating')
+            return 400, _status(
+                400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating'
+            )
         lines = (self.previous_logs if query.get("previous") == "true" else self.logs).get(name, [])
-        lines = [(when, words) for when, words in lines if when[:19] >= query.get("sinceTime", "")[:19]]
+        lines = [
+            (when, words) for when, words in lines if when[:19] >= query.get("sinceTime", "")[:19]
+        ]
         if "tailLines" in query:
             lines = lines[-int(query["tailLines"]) :]
         return 200, "".join(f"{when} {words}\n" for when, words in lines)
 
-    def _list(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
+    def on_list(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
         labels = _pairs(query.get("labelSelector", ""))
         fields = _pairs(query.get("fieldSelector", ""))
         found = [
@@ -226,27 +260,38 @@ class FakeKubernetes:
         ]
         return 200, {"kind": "List", "apiVersion": "v1", "metadata": {}, "items": found}
 
-    def _patch(self, path: _Path, _: Mapping[str, str], body: Mapping[str, Any]) -> tuple[int, Any]:
+    def on_patch(
+        self, path: _Path, _: Mapping[str, str], body: Mapping[str, Any]
+    ) -> tuple[int, Any]:
         found = self.objects.get((path.plural, path.name))
         if found is None:
             return 404, _status(404, f'{path.plural} "{path.name}" not found')
         _merge(found, body)
         return 200, found
 
-    def _delete(self, path: _Path, _: Mapping[str, str], __: Any) -> tuple[int, Any]:
+    def on_delete(self, path: _Path, _: Mapping[str, str], __: Any) -> tuple[int, Any]:
         found = self.objects.get((path.plural, path.name))
         if found is None:
             return 404, _status(404, f'{path.plural} "{path.name}" not found')
         found["metadata"]["deletionTimestamp"] = self.clock.stamp()
         if self.linger:
-            self.clock.at(self.clock.now - self.clock.start + self.linger, lambda: self.remove(path.plural, path.name))
+            self.clock.at(
+                self.clock.now - self.clock.start + self.linger,
+                lambda: self.remove(path.plural, path.name),
+            )
         else:
             self.remove(path.plural, path.name)
         return 200, {"kind": "Status", "status": "Success"}
 
 
 def _status(code: int, message: str) -> dict[str, Any]:
-    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message}
+    return {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "status": "Failure",
+        "code": code,
+        "message": message,
+    }
 
 
 def _pairs(selector: str) -> dict[str, str]:
@@ -271,13 +316,15 @@ class Operator:
     """Moves the one job of a kind through its states, with the pods and the status that the real operators give it."""
 
     def __init__(self, api: FakeKubernetes, plural: str, role: str | None = None) -> None:
-        self._api, self._plural, self._role = api, plural, role
+        self._api, self.plural, self._role = api, plural, role
 
     @property
     def job(self) -> dict[str, Any]:
         """The job, of which there must be one (in the operator's role, if it has one)."""
         (job,) = [
-            job for job in self._api.all(self._plural) if self._role in (None, job["metadata"]["labels"]["app.kubernetes.io/component"])
+            job
+            for job in self._api.all(self.plural)
+            if self._role in (None, job["metadata"]["labels"]["app.kubernetes.io/component"])
         ]
         return job
 
@@ -311,7 +358,11 @@ class Operator:
         self._counts(active=1, ready=1)
         for name in self._pod_names():
             self._pod(
-                name, phase="Running", containerStatuses=[{"name": self._container, "restartCount": restarts, "state": {"running": {}}}]
+                name,
+                phase="Running",
+                containerStatuses=[
+                    {"name": self._container, "restartCount": restarts, "state": {"running": {}}}
+                ],
             )
 
     def restarting(self) -> None:
@@ -324,7 +375,12 @@ class Operator:
         name = self.first_pod
         self._api.previous_logs[name] = self._api.logs.pop(name, [])
         end = {"exitCode": code, "reason": reason, "finishedAt": self._api.clock.stamp()}
-        status = {"name": self._container, "restartCount": 1, "state": {"running": {}}, "lastState": {"terminated": end}}
+        status = {
+            "name": self._container,
+            "restartCount": 1,
+            "state": {"running": {}},
+            "lastState": {"terminated": end},
+        }
         self._pod(name, phase="Running", containerStatuses=[status])
 
     def succeeded(self) -> None:
@@ -332,7 +388,13 @@ class Operator:
         self._conditions(Succeeded=True) if self._is_pytorchjob else self._conditions(Complete=True)
         self._end_pods("Succeeded", 0, "Completed")
 
-    def failed(self, code: int = 1, why: str = "Error", reason: str = "BackoffLimitExceeded", message: str = "too many restarts") -> None:
+    def failed(
+        self,
+        code: int = 1,
+        why: str = "Error",
+        reason: str = "BackoffLimitExceeded",
+        message: str = "too many restarts",
+    ) -> None:
         self._conditions(Failed=True, Running=False, reason=reason, message=message)
         self._end_pods("Failed", code, why)
 
@@ -340,11 +402,14 @@ class Operator:
         """The node's pressure, or a pod of higher priority, takes the pods away."""
         self.failed(137, "Error")
         for pod in self._api.all("pods"):
-            pod["status"] |= {"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage."}
+            pod["status"] |= {
+                "reason": "Evicted",
+                "message": "The node was low on resource: ephemeral-storage.",
+            }
 
     @property
     def _is_pytorchjob(self) -> bool:
-        return self._plural == "pytorchjobs"
+        return self.plural == "pytorchjobs"
 
     @property
     def _container(self) -> str:
@@ -353,38 +418,65 @@ class Operator:
     def _end_pods(self, phase: str, code: int, why: str) -> None:
         end = {"exitCode": code, "reason": why, "finishedAt": self._api.clock.stamp()}
         for name in self._pod_names():
-            self._pod(name, phase=phase, containerStatuses=[{"name": self._container, "restartCount": 0, "state": {"terminated": end}}])
+            self._pod(
+                name,
+                phase=phase,
+                containerStatuses=[
+                    {"name": self._container, "restartCount": 0, "state": {"terminated": end}}
+                ],
+            )
 
     def _conditions(self, *, reason: str = "", message: str = "", **types: bool) -> None:
         conditions = self.job.setdefault("status", {}).setdefault("conditions", [])
         for name, holds in types.items():
             conditions[:] = [condition for condition in conditions if condition["type"] != name]
-            conditions.append({"type": name, "status": str(holds), "reason": reason or f"Job{name}", "message": message})
+            conditions.append(
+                {
+                    "type": name,
+                    "status": str(holds),
+                    "reason": reason or f"Job{name}",
+                    "message": message,
+                }
+            )
 
     def _counts(self, **counts: int) -> None:
         if not self._is_pytorchjob:
             self.job.setdefault("status", {})["jobsStatus"] = [
-                {"name": "node", **dict.fromkeys(("active", "failed", "ready", "succeeded", "suspended"), 0), **counts}
+                {
+                    "name": "node",
+                    **dict.fromkeys(("active", "failed", "ready", "succeeded", "suspended"), 0),
+                    **counts,
+                }
             ]
 
     def _pod_names(self) -> list[str]:
         name, spec = self.job["metadata"]["name"], self.job["spec"]
         if self._is_pytorchjob:
-            return [f"{name}-worker-{number}" for number in range(spec["pytorchReplicaSpecs"]["Worker"]["replicas"])]
+            return [
+                f"{name}-worker-{number}"
+                for number in range(spec["pytorchReplicaSpecs"]["Worker"]["replicas"])
+            ]
         return [f"{name}-node-0-{number}" for number in range(spec["trainer"]["numNodes"])]
 
     def _pod(self, name: str, **status: Any) -> None:
         metadata, spec = self.job["metadata"], self.job["spec"]
         if self._is_pytorchjob:
             template = spec["pytorchReplicaSpecs"]["Worker"]["template"]
-            role = {"training.kubeflow.org/replica-type": "worker", "training.kubeflow.org/replica-index": name.rsplit("-", 1)[1]}
+            role = {
+                "training.kubeflow.org/replica-type": "worker",
+                "training.kubeflow.org/replica-index": name.rsplit("-", 1)[1],
+            }
         else:
-            (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+            (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"][
+                "replicatedJobs"
+            ]
             template = replicated["template"]["spec"]["template"]
             role = {"batch.kubernetes.io/job-completion-index": name.rsplit("-", 1)[1]}
         pod = self._api.objects.get(("pods", name))
         if pod is None:
             owner = {"kind": self.job["kind"], "name": metadata["name"], "uid": metadata["uid"]}
             labels = {**template["metadata"]["labels"], **role}
-            pod = self._api.put("pods", name, metadata={"labels": labels, "ownerReferences": [owner]}, status={})
+            pod = self._api.put(
+                "pods", name, metadata={"labels": labels, "ownerReferences": [owner]}, status={}
+            )
         pod["status"] = status

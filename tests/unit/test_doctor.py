@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from canvastune.config import parse_config
-from components.jobs.client import connect
+from components.jobs.client import connect_to_cluster
 from pipelines.cli import main
 from pipelines.doctor import cluster as doctor_cluster
 from pipelines.doctor import doctor as doctor_command
@@ -280,7 +280,7 @@ def test_refused_permissions_are_named_with_what_grants_them(cluster: Cluster) -
     assert found.state == "warning", "who submits from a laptop makes no job"
     assert "may not create, patch, delete pytorchjobs.kubeflow.org; list events in team-b" in found.found
     assert "permissions.create=true" in found.cure
-    client, _ = connect()
+    client, _ = connect_to_cluster()
     assert doctor_cluster._permissions(client, "team-a", {"pytorchjobs.kubeflow.org"}, inside=True).state == "problem"
 
 

@@ -1,4 +1,4 @@
-"""The training processes of the step itself: asked to stop before they are killed, and their failure told."""
+"""The training processes of the step itself: they can save before they are killed, and their failure is shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
-from components.train import torchrun as local
+from components.train.torchrun import read_failure, terminating_process
 
 TORCHRUN = """
 Failures:
@@ -22,14 +23,20 @@ Root Cause (first observed failure):
 """
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])  # the latter: whoever listened to us went away first
-def test_training_is_asked_to_stop_before_it_is_killed(error: type[BaseException], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, BrokenPipeError]
+)  # the latter: our output's reader exits first
+def test_training_is_asked_to_stop_before_it_is_killed(
+    error: type[BaseException], tmp_path: Path
+) -> None:
     saving = f"import pathlib, signal, sys; signal.signal(15, lambda *_: (pathlib.Path({str(tmp_path / 'saved')!r}).touch(), sys.exit()))"
     waiting = "print('ready', flush=True); signal.pause()"
     children = []
 
     def interrupted() -> None:
-        with local._running([sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ), grace=60) as child:
+        with terminating_process(
+            [sys.executable, "-c", f"{saving}; {waiting}"], dict(os.environ), grace=60
+        ) as child:
             children.append(child)
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
@@ -41,23 +48,30 @@ def test_training_is_asked_to_stop_before_it_is_killed(error: type[BaseException
     assert (tmp_path / "saved").exists(), "killed before it could save its state"
 
 
-def _said(logs: Path, rank: int, text: str) -> None:
+def _write_log(logs: Path, rank: int, text: str) -> None:
     file = logs / "some-id" / "attempt_0" / str(rank) / "stderr.log"
     file.parent.mkdir(parents=True)
     file.write_text(text)
 
 
-def test_failed_training_tells_the_first_ranks_error(tmp_path: Path) -> None:
-    _said(tmp_path, 0, "warming up\ncanvastune: error: batch 3 does not divide\nby 2\n")
-    _said(tmp_path, 1, "")
-    assert local._why(1, TORCHRUN, tmp_path) == "batch 3 does not divide\nby 2"
+def test_failed_training_shows_the_first_ranks_error(tmp_path: Path) -> None:
+    _write_log(
+        tmp_path,
+        0,
+        "warming up\ncanvastune: error: batch 3 does not divide\nby 2\n  hint: Use 4.\n",
+    )
+    _write_log(tmp_path, 1, "")
+    error = read_failure(1, TORCHRUN, tmp_path)
+    assert (str(error), error.hint) == ("batch 3 does not divide\nby 2", "Use 4.")
 
 
-def test_failed_training_tells_the_last_words_of_the_rank_that_failed_first(tmp_path: Path) -> None:
-    _said(tmp_path, 0, "closed by peer\n")
-    _said(tmp_path, 1, "\n".join(f"line {number}" for number in range(100)) + "\nValueError: here\n")
-    words = local._why(1, TORCHRUN, tmp_path)
-    assert words.startswith("rank 1 ended with exit code -9; its last lines:")
-    assert "ValueError: here" in words
-    assert "closed by peer" not in words
-    assert "line 10\n" not in words, "more than the last lines"
+def test_failed_training_shows_the_last_lines_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    _write_log(tmp_path, 0, "closed by peer\n")
+    _write_log(
+        tmp_path, 1, "\n".join(f"line {number}" for number in range(100)) + "\nValueError: here\n"
+    )
+    error = read_failure(1, TORCHRUN, tmp_path)
+    first, *lines = str(error).splitlines()
+    assert first == snapshot("rank 1 exited with code -9; its last lines:")
+    assert lines == [*(f"line {number}" for number in range(51, 100)), "ValueError: here"]
+    assert str(tmp_path) in error.hint, "the other ranks' output cannot be found"

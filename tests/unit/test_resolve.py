@@ -126,7 +126,7 @@ def test_dataset_replaces_the_recipes_source(resolve: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", "-x"])
 def test_a_run_name_cannot_lead_out_of_the_workspace(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run name"):
+    with pytest.raises(UserError, match="run_name"):
         resolution.run_directory(str(tmp_path), name, "")
 
 
