@@ -1,6 +1,6 @@
 """The directory of one run on the workspace, which keeps what outlives the pods of its steps.
 
-WORKSPACE/runs/RUN/run.json     the run's record: its pipeline job, its config, whether it is finished
+WORKSPACE/runs/RUN/run.json     the record: pipeline job, config, whether the run is finished
                    train/       checkpoints, metrics.jsonl, adapter/ or model/
                    model/       the merged checkpoint (LoRA)
                    data/ plan/ evaluation/    for the report: card, plan, answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +17,8 @@ from components.jobs.states import Kind, Object
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
+
+logger = logging.getLogger(__name__)
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _RETRY_TIMEOUT = 1800.0  # seconds: an API server's upgrade must not end a run of days
@@ -165,7 +168,9 @@ class KubernetesClient:
         """Return a claim, secret or training runtime; None if missing, True if unreadable."""
         if resource == _RUNTIMES:
             path = (*self._job_path[:3], resource, name)
-            call = partial(self._custom.get_namespaced_custom_object, *path)
+            call: Callable[..., Any] = partial(
+                self._custom.get_namespaced_custom_object, *path
+            )
         else:
             call = self._core(f"{resource}/{name}")
         try:
@@ -209,7 +214,7 @@ class KubernetesClient:
             try:
                 response = call(_request_timeout=_REQUEST_TIMEOUT)
                 if down_since is not None:
-                    print("the Kubernetes API server responds again", flush=True)
+                    logger.info("the Kubernetes API server responds again")
                 return response
             except ApiException as error:
                 status = error.status or 0
@@ -219,9 +224,7 @@ class KubernetesClient:
             except urllib3.exceptions.HTTPError as error:
                 reason = type(error).__name__
             if down_since is None:
-                print(
-                    f"the Kubernetes API server does not respond ({reason}); retrying", flush=True
-                )
+                logger.warning(f"the Kubernetes API server does not respond ({reason}); retrying")
                 down_since = self.clock.time()
             if self.clock.time() - down_since >= self.timeout:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,8 @@ from components.jobs.states import (
     transition_for,
 )
 
+logger = logging.getLogger(__name__)
+
 _POLL_SECONDS = 5.0
 _BLOCKED_SECONDS = 300.0  # a permanent blocker ends the wait: registries and webhooks can recover
 _DELETION_SECONDS = 900.0  # for the pods of a deleted job to exit
@@ -57,7 +60,7 @@ def run_job(
         UserError: the work failed or could not start.
     """
     if result.is_file():
-        _log(f"already finished: {result} exists")
+        logger.info(f"already finished: {result} exists")
         return {}
     context = replace(context, environment=_without_secrets(context.environment))
     manifest(config, context, task)  # reports invalid settings before any call
@@ -119,9 +122,9 @@ def delete_jobs(config: RunConfig, run_id: str) -> None:
             if transition_for(job).action not in finished:
                 name = job["metadata"]["name"]
                 api.delete(name)
-                _log(f"{kind.kind} {name}: deleted, because its run has ended")
+                logger.info(f"{kind.kind} {name}: deleted, because its run has ended")
     except UserError as error:
-        _log(f"could not look for unfinished jobs of this run: {error}")
+        logger.warning(f"could not look for unfinished jobs of this run: {error}")
 
 
 class _Launcher:
@@ -161,7 +164,9 @@ class _Launcher:
         for other in self._api.jobs(self._selector()):
             name = other["metadata"]["name"]
             if name != self._name:
-                _log(f"{self._kind.kind} {name}: deleting, it is of this run with other settings")
+                logger.info(
+                    f"{self._kind.kind} {name}: deleting, it is of this run with other settings"
+                )
                 self._delete(name)
         while True:
             try:
@@ -194,7 +199,10 @@ class _Launcher:
             self._wait_until_deleted(self._name)
             return False
         if transition_for(job).action is Action.EXPLAIN_FAILURE:
-            self._log("failed in an earlier attempt; a new job resumes from the newest checkpoint")
+            self._log(
+                "failed in an earlier attempt; a new job resumes from the newest checkpoint",
+                logging.WARNING,
+            )
             self._delete(self._name)
             return False
         self._log("exists already; adopting it (reason=JobAdopted)")
@@ -282,7 +290,7 @@ class _Launcher:
             if self._blocker is None or not blocker.permanent:
                 self._blocked_since = now
             self._blocker = blocker
-            _log(f"{blocker.message} (reason={blocker.reason}). {blocker.hint}")
+            logger.warning(f"{blocker.message} (reason={blocker.reason}). {blocker.hint}")
         if blocker.permanent and now - self._blocked_since >= _BLOCKED_SECONDS:
             self._give_up(blocker.message, blocker.hint)
 
@@ -306,7 +314,7 @@ class _Launcher:
         if eviction is None or self._restarts >= limit:
             raise self._explain_failure(job, pods)
         self._restarts += 1
-        _log(
+        logger.warning(
             f"{eviction}: a new job resumes from the newest checkpoint "
             f"(restart {self._restarts} of {limit}, reason={POD_EVICTED})"
         )
@@ -371,8 +379,8 @@ class _Launcher:
         selected = {RUN_ID: self._labels[RUN_ID], ROLE: self._labels[ROLE], **(labels or {})}
         return ",".join(f"{key}={value}" for key, value in selected.items())
 
-    def _log(self, message: str) -> None:
-        _log(f"{self._kind.kind} {self._name}: {message}")
+    def _log(self, message: str, level: int = logging.INFO) -> None:
+        logger.log(level, f"{self._kind.kind} {self._name}: {message}")
 
 
 def _find_workflow(api: KubernetesClient, own_pod: str) -> dict[str, Any] | None:
@@ -392,9 +400,7 @@ def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Remove addresses that hold a password: many people can read manifests."""
     kept = {key: value for key, value in environment.items() if "@" not in urlsplit(value).netloc}
     for name in set(environment) - set(kept):
-        _log(f"{name}: holds a password; the training pods get it only from cluster.secret_env")
+        logger.warning(
+            f"{name}: holds a password; the training pods get it only from cluster.secret_env"
+        )
     return kept
-
-
-def _log(line: str) -> None:
-    print(line, flush=True)

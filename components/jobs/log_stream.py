@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import deque
 
@@ -9,6 +10,8 @@ from components.jobs.client import KubernetesClient
 from components.jobs.pod_diagnostics import TAIL_LINES, restart_count, terminated_state
 from components.jobs.pod_spec import FIRST_RANK
 from components.jobs.states import Object
+
+logger = logging.getLogger(__name__)
 
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)$")
 
@@ -58,10 +61,9 @@ class LogStream:
             statuses = pod["status"].get("containerStatuses") or ()
             ends = [end for status in statuses if (end := terminated_state(status))]
             how = f" ({ends[0].get('reason')}, exit code {ends[0].get('exitCode')})" if ends else ""
-            print(
+            logger.warning(
                 f"pod {name} exited{how} and is restarted: training resumes from the newest "
-                "checkpoint (reason=PodRestarted)",
-                flush=True,
+                "checkpoint (reason=PodRestarted)"
             )
             self._restarts = restarts
             self._reset_position()
@@ -86,4 +88,4 @@ class LogStream:
         if line.startswith(FIRST_RANK):
             text = line.removeprefix(FIRST_RANK).removeprefix(" ")
             self._last_lines.append(text)
-            print(text, flush=True)
+            print(text, flush=True)  # a formatted line of the pod's own log

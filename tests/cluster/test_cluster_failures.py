@@ -206,8 +206,8 @@ def test_an_evicted_pod_is_replaced_as_often_as_allowed(cluster: Cluster) -> Non
     restarts = [line for line in cluster.output.splitlines() if "reason=PodEvicted" in line]
     assert [cluster.without_names(line) for line in restarts] == snapshot(
         [
-            "pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 1 of 2, reason=PodEvicted)",
-            "pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 2 of 2, reason=PodEvicted)",
+            "WARNING pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 1 of 2, reason=PodEvicted)",
+            "WARNING pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 2 of 2, reason=PodEvicted)",
         ]
     )
     elapsed = cluster.clock.now - cluster.clock.start

@@ -104,10 +104,10 @@ class Cluster:
     def log(self, seconds: float, *lines: str) -> None:
         """Let rank 0 write lines at a time."""
         for line in lines:
-            self.clock.at(
-                seconds,
-                lambda line=line: self.api.log(self.operator.first_pod, f"[rank 0]: {line}"),
-            )  # type: ignore[misc]
+            self.at(seconds, self._log_line, f"[rank 0]: {line}")
+
+    def _log_line(self, line: str) -> None:
+        self.api.log(self.operator.first_pod, line)
 
     def goes_well(self, start: float = 0) -> None:
         """Let the job start at `start`, and succeed after a minute."""
