@@ -148,7 +148,7 @@ def _write_rows(file: Path, count: int) -> Path:
 
 
 def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
-    """The busiest rank's tokens over the mean in each forward, weighted by its tokens: by position, and as they are shared out.
+    """Return the busiest rank's tokens over the mean in each forward, weighted by its tokens: by position and balanced.
 
     `one_pass` counts every token once; `step` weighs what a step costs: forward, recomputation and backward are four times
     the forward of pass 1, in which ranks wait for each other again.

@@ -3,7 +3,7 @@
 - whole: the example is packed again, all of its clean tokens.
 - before: packed again, but of the clean tokens only those before the chosen block, which are all that the canvas sees.
 - reused: nothing is packed again. Clean rows go through the layers once, with gradient; each layer keeps their keys and values, and
-  the canvas of pass 1 goes beside them, without gradient. Pass 2 is the canvas alone, whose gradients flow into what was kept.
+  the canvas of pass 1 is computed with them, without gradient. Pass 2 is only the canvas; its gradients flow into the kept keys.
 
 One example a rank, denoised twice, checkpointed, full fine-tuning in float32; real gloo ranks, FSDP2 as the engine shards. Four ranks
 share two cores, so there FLOPs and bytes say more than seconds. Writes benchmarks/results/first_pass.json.
@@ -50,7 +50,7 @@ from canvastune.objective import losses
 MODEL = {"layers": 3, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 64}
 LENGTHS, PREFIX = (512, 2048, 4096), 64
 LAYOUTS = ((1, 1), (4, 1), (4, 4))  # ranks, and how many of them share a layer's experts
-CHOSEN = ("middle", "uniform")  # the block: in the middle of the response, or drawn anew in every step
+CHOSEN = ("middle", "uniform")  # the block: in the middle of the response, or drawn again in every step
 FORMS = ("whole", "before", "reused")
 ROUNDS = 3  # on one rank; once on four
 SEED, EXACT = 7, 1e-5
@@ -61,28 +61,28 @@ Kept = tuple[torch.Tensor, torch.Tensor]  # keys and values of clean rows, [1, G
 
 @dataclasses.dataclass(frozen=True)
 class CleanRows:
-    """Attention of one example's clean rows alone, which leaves its keys and values in `kept`."""
+    """Attention of one example's clean rows, which leaves its keys and values in `kept`."""
 
     packing: Packing
     kept: list[torch.Tensor]
     row_keys: None = None
 
     def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """As `Packing.attend`."""
+        """Attend as `Packing.attend` does."""
         self.kept[:] = key, value
         return dataclasses.replace(self.packing, canvas_lengths=(0,)).attend(kind, query, key, value, scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class CanvasRows:
-    """Attention of one example's canvas rows alone, against a layer's kept keys and values."""
+    """Attention of one example's canvas rows, against a layer's kept keys and values."""
 
     packing: Packing
     kept: Kept
     row_keys: None = None
 
     def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """As `Packing.attend`."""
+        """Attend as `Packing.attend` does."""
         (seen,) = self.packing.prefix_slices[kind]
         keys, values = (torch.cat([old[:, :, seen], new], dim=2) for old, new in zip(self.kept, (key, value), strict=True))
         return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
@@ -92,7 +92,7 @@ class ReusedKeys:
     """The form `reused` behind the engine's own `losses`: it takes the place of the model's `hidden_states`."""
 
     def __init__(self, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> None:
-        """For a batch of one example, with a coin."""
+        """Lay out a batch of one self-conditioned example."""
         self.model, self.batch = model, batch
         self.packing = Packing.of(batch, model.config.text_config.sliding_window)
         self.clean: torch.Tensor | None = None  # [N, H], after the last norm
@@ -139,7 +139,7 @@ def _both(layer: Any, first: torch.Tensor, done: list[torch.Tensor], packing: Pa
 def _layer_of_both(
     layer: Any, clean: torch.Tensor, rotary: Any, first: torch.Tensor, done: list[torch.Tensor], packing: Packing, rotary_first: Any
 ) -> tuple[torch.Tensor, ...]:
-    """A layer's clean rows with gradient and pass 1's canvas rows without, while FSDP has gathered it once.
+    """Run a layer once gathered on clean rows with gradient and on pass 1's canvas rows without.
 
     Recomputed in the backward pass, it leaves out the canvas: `done` has its rows.
     """
@@ -155,7 +155,7 @@ def _layer_of_both(
 
 @contextmanager
 def form_of(name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> Iterator[None]:
-    """The engine's step with pass 1 in this form."""
+    """Run the engine's step with pass 1 in this form."""
     if name == "whole":
         with mock.patch.object(PackedBatch, "before_blocks", lambda self: self):
             yield
@@ -167,7 +167,7 @@ def form_of(name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> I
 
 
 def step(model: WeightTiedDiffusionGemma, form: str, batch: PackedBatch, weights: tuple[float, float]) -> torch.Tensor:
-    """Forward and backward; the gradients stand in the model. -> this rank's part of the loss []."""
+    """Run forward and backward, leaving the gradients in the model, and return this rank's part of the loss []."""
     model.zero_grad(set_to_none=True)
     with form_of(form, model, batch):
         loss, _, _ = model.run_under_fsdp(losses, batch, weights, any_self_conditioned=True, checkpointing=True)
@@ -176,7 +176,7 @@ def step(model: WeightTiedDiffusionGemma, form: str, batch: PackedBatch, weights
 
 
 def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
-    """All lengths on this rank; rank 0 writes the figures of all ranks."""
+    """Measure all lengths on this rank; rank 0 writes the figures of all ranks."""
     torch.set_num_threads(2 if world_size == 1 else 1)
     config = run_config(ep)
     model = build_model(config, read_model_config(ground))
@@ -250,7 +250,7 @@ def side(model: WeightTiedDiffusionGemma, form: str, batches: list[PackedBatch],
 
 
 def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:
-    """One example of this many tokens, prefix and whole blocks, denoised twice."""
+    """Make a batch of one self-conditioned example of this many tokens, prefix and whole blocks."""
     canvas, vocabulary = MODEL["canvas"], MODEL["vocabulary"]
     tokens = torch.randint(5, vocabulary, (length,), generator=torch.Generator().manual_seed(position))
     example = Example(tokens, PREFIX, canvas, str(position))

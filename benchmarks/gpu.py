@@ -1,10 +1,10 @@
-"""`python -m benchmarks.gpu [--small]`: one device. Training against its plan, our step beside the plain one, and where its time goes.
+"""`python -m benchmarks.gpu [--small]`: one device: training against its plan, our step against the plain one, and where its time goes.
 
 The released model's layers at their real size, as many of them as fit, in bfloat16, with random weights that are made in memory.
 
 - 20 steps of LoRA and of full fine-tuning with the trainer: every loss and gradient norm must be finite, and the peak memory within
   10% of the plan.
-- Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and utilisation of our step, with both kinds
+- Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and utilization of our step, with both kinds
   of attention, and of the plain one; the five largest costs of ours.
 
 Writes benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and writes nothing.
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
-    """What went wrong, and with `goals` what fell short of them."""
+    """List what failed and, with `goals`, what missed them."""
     for row in result["steps"]["lengths"]:
         broken = (name for name, side in row["sides"].items() if not side.get("failed", "out of memory").startswith("out of memory"))
         yield from (f"S {row['seq_length']}: {name} failed" for name in broken)
@@ -91,7 +91,7 @@ def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
 
 
 def trained(folder: Path, device: torch.device, memory: int, *, small: bool, seq_length: int, rate: float) -> dict[str, Any]:
-    """LoRA and full fine-tuning with the trainer, optimiser and all, in a process group of one.
+    """Run LoRA and full fine-tuning with the whole trainer, optimizer included, in a process group of one.
 
     Args:
         memory: bytes of the device.

@@ -1,7 +1,7 @@
-"""Our step beside the plain one on one device, over sequence lengths: part of `python -m benchmarks.gpu`.
+"""Our step against the plain one on one device, over sequence lengths: part of `python -m benchmarks.gpu`.
 
 Forward and backward of full fine-tuning in bfloat16, without an update, on the same weights, batch and draws: of two examples of a
-length, half of it response, one has its coin. Utilisation is the FLOPs that the loss needs over the seconds times the device's rate in
+length, half of it response, one is self-conditioned. Utilization is the FLOPs that the loss needs over the seconds times the device's rate in
 a large matmul.
 """
 
@@ -79,7 +79,7 @@ class Models:
 def measured_steps(
     folder: Path, device: torch.device, memory: float, *, small: bool, dtype: torch.dtype = torch.bfloat16, rounds: int = 3
 ) -> dict[str, Any]:
-    """All lengths; see `Models` for the arguments."""
+    """Measure all lengths; see `Models` for the arguments."""
     rate = matmul_rate(1024 if small else 8192, device=device, dtype=dtype)
     models = Models(folder, device, memory, dtype, small)
     layers = models.config.text_config.num_hidden_layers
@@ -93,20 +93,20 @@ def measured_steps(
 
 
 def described_row(row: dict[str, Any]) -> str:
-    """A length's figures as lines of text."""
+    """Return a length's figures as lines of text."""
     apart = row["gradient_difference"]
     lines = [f"S {row['seq_length']}" + (f", gradients differ by {apart:.1e}" if apart is not None else "")]
     for name, side in row["sides"].items():
         if "failed" in side:
             lines.append(f"  {name:<26} {side['failed']}")
             continue
-        rates = f"{side['seconds']:8.3f} s {side['tokens_per_second']:9.0f} tokens/s {side['utilisation']:6.1%} utilisation"
+        rates = f"{side['seconds']:8.3f} s {side['tokens_per_second']:9.0f} tokens/s {side['utilisation']:6.1%} utilization"
         lines.append(f"  {name:<26} {rates} {side['memory_bytes'] / 1e9:7.2f} GB above weights and gradients")
     return "\n".join([*lines, costs_table(row["profile"])] if row["profile"] else lines)
 
 
 def _fitting(config: RunConfig, folder: Path, memory: float) -> Architecture | None:
-    """The model's sizes, if its weights and gradients of two bytes leave enough memory."""
+    """Return the model's sizes if its weights and gradients of two bytes leave enough memory."""
     architecture = read_architecture(config, folder)
     held = sum(2 * weight.numel * (1 + weight.trained) for weight in architecture.weights if weight.kind != VISION_KIND)
     return architecture if held <= WEIGHTS_SHARE * memory else None
@@ -181,7 +181,7 @@ def _difference(models: Models, packed: PackedBatch, running: Sides) -> float | 
 
 
 def _tried(name: str, run: Callable[[], torch.Tensor], models: Models) -> float | str:
-    """A side's loss, or why it cannot run here. Any reason is one: what is measured of the others shall not be lost."""
+    """Return a side's loss, or why it cannot run here, whatever the error: the others' measurements must not be lost."""
     try:
         return float(run())
     except torch.OutOfMemoryError as error:

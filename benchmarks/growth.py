@@ -2,7 +2,7 @@
 
 The n examples have lengths spread evenly over one range, so that their mean length is the same for every n, and all are denoised twice.
 One process, two threads, float32, full fine-tuning. Memory is what the step takes above weights and gradients. Seconds are taken twice:
-as it is, where glibc maps every tensor above 32 MiB anew and the kernel clears its pages each time, and with memory kept by the process
+as it is, where glibc maps every tensor above 32 MiB again and the kernel clears its pages each time, and with memory kept by the process
 between uses, as CUDA's allocator keeps it. The second is the engine's own growth, and is judged. Writes benchmarks/results/growth.json.
 """
 
@@ -77,14 +77,17 @@ def main() -> int:
 
 
 def keep_memory() -> None:
-    """From now on the C library gives nothing back to the kernel."""
+    """Keep the C library from returning memory to the kernel from now on."""
     libc = ctypes.CDLL(None)
     if not (libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)):
         raise SystemExit("growth: this C library has no mallopt as glibc has")
 
 
 def judged(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The exponents of seconds in tokens (least squares of logarithms), and the worst growth per unit from any count to any larger one."""
+    """Return the exponents of seconds in tokens (least squares of logarithms), and the worst growth per unit.
+
+    The growth is from any count to any larger one.
+    """
     tokens = [math.log(row["tokens"]) for row in rows]
     found = {}
     for name in ("seconds", "seconds_mapped_anew"):
@@ -96,7 +99,7 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def worst(values: list[float]) -> float:
-    """The largest ratio of a value to one before it."""
+    """Return the largest ratio of a value to an earlier one."""
     return max(later / min(values[: index + 1]) for index, later in enumerate(values[1:]))
 
 
@@ -136,7 +139,7 @@ def described_row(row: dict[str, Any]) -> str:
         for name, unit in (("seconds", "tokens"), ("seconds_mapped_anew", "tokens"), ("seconds", "padded_tokens"))
     )
     memory, live = (row[name] / row["examples"] / 1e6 for name in ("extra_memory_bytes", "live_bytes"))
-    time = f"{row['seconds']:.2f} s, {per_token:.0f} us a token ({mapped:.0f} mapped anew, {per_padded:.0f} a padded one)"
+    time = f"{row['seconds']:.2f} s, {per_token:.0f} us per token ({mapped:.0f} with fresh mappings, {per_padded:.0f} per padded token)"
     return f"{row['examples']} examples, {row['tokens']} tokens: {time}, {memory:.1f} MB an example, live tensors {live:.2f} MB"
 
 

@@ -154,7 +154,7 @@ def _report(work: Path, rank: int, start: int, shard: int) -> None:
 
 
 def _write_recipe(work: Path, ranks: int) -> Path:
-    """A data set of random tokens, and a recipe of one step on it."""
+    """Write a data set of random tokens, and a recipe of one step on it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = read_model_config(work / "base").text_config.vocab_size
     rows = [

@@ -53,7 +53,7 @@ class SyntheticCheckpoint(CheckpointReader):
 
 
 def largest_model(folder: Path, small: bool, fits: Callable[[Path], Found | None]) -> tuple[DiffusionGemmaConfig, Found]:
-    """The model of most layers that fits, its config.json in `folder`, and what `fits` found.
+    """Find the model with the most layers that fits; write its config.json to `folder` and return what `fits` found.
 
     Args:
         small: layers of a small model instead, for a CPU.

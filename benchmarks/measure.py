@@ -32,7 +32,7 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5, *, set
     """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows the machine slows all of them.
 
     Args:
-        settle: at its turn a side runs twice and the second run counts, as in a loop of its own: the first finds the caches and the
+        settle: at its turn a side runs twice and the second run counts, as in a separate loop: the first finds the caches and the
             allocator as the other side left them.
     """
     for run in sides.values():
@@ -56,7 +56,10 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def extra_memory(run: Callable[[], object], device: torch.device | None = None) -> int:
-    """Bytes of memory at its highest while `run` runs, above what is held before: of a GPU's tensors, or of this process (Linux alone)."""
+    """Return the peak memory in bytes while `run` runs, above what was held before.
+
+    On a GPU this is the memory of its tensors, else that of this process (Linux only).
+    """
     gc.collect()
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -83,7 +86,7 @@ def _finish() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on."""
+    """Return what a figure depends on: commit, device, threads, versions."""
     model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -101,12 +104,12 @@ def machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def work_folder(name: str, parent: Path | None, gigabytes: float) -> Iterator[Path]:
-    """A new folder below `parent` (None: where temporary files go) with so many GB free on its disk; gone afterwards."""
+    """Yield a temporary folder below `parent` (None: the default) that has so many GB free on its disk."""
     work = Path(tempfile.mkdtemp(prefix=f"benchmark-{name}-", dir=parent))
     try:
         free = shutil.disk_usage(work).free / 1e9
         if free < gigabytes:
-            raise SystemExit(f"{work}: {free:.1f} GB free on the disk, {gigabytes:.1f} are needed. Give --work on another disk")
+            raise SystemExit(f"{work}: {free:.1f} GB free on the disk, {gigabytes:.1f} are needed. Set --work to a folder on another disk")
         yield work
     finally:
         shutil.rmtree(work)
@@ -127,5 +130,5 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
 
 
 def say(name: str, line: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"{name}: {line}", file=sys.stderr, flush=True)

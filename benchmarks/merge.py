@@ -1,7 +1,7 @@
 """`python -m benchmarks.merge [--gb 2] [--work DIR]`: merging an adapter into a sharded checkpoint, against copying the same bytes.
 
 Makes a synthetic checkpoint and an adapter on every attention projection, every dense MLP and every expert. Three runs, each in a
-process of its own: a plain read and write of every file, flushed to the disk; the merge without its proof; and the whole step with the
+separate process: a plain read and write of every file, flushed to the disk; the merge without its proof; and the whole step with the
 proof weight by weight. Writes benchmarks/results/merge.json. Takes twice the checkpoint's size on disk, which is freed at the end.
 """
 
@@ -37,7 +37,7 @@ PHASES = ("copy", "merge", "merge_and_proof")
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, 1e9 bytes")
-    parser.add_argument("--rounds", type=int, default=3, help="the phases take turns; the median round is told")
+    parser.add_argument("--rounds", type=int, default=3, help="the phases take turns; the median round is reported")
     parser.add_argument("--work", type=Path, help="folder on the disk that is measured; default: a temporary one")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,7 +77,7 @@ def _measure(work: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
 
 
 def _one_run(work: Path, phase: str, total: int) -> dict[str, float]:
-    """One phase in a process of its own: seconds of its work, GB/s of the checkpoint, and anonymous memory over its start."""
+    """Run one phase in a separate process: seconds of its work, GB/s of the checkpoint, anonymous memory above its start."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     code, peaks = run_watched([sys.executable, "-m", "benchmarks.merge", "--work", str(work), "--phase", phase], environment)
     if code:
@@ -95,7 +95,7 @@ def _run_phase(phase: str, work: Path) -> None:
         shutil.copytree(work / "base", work / "out", copy_function=_copy)
         fsync_tree(work / "out")
     elif phase == "merge":
-        with mock.patch("canvastune.merge.verify_merge", return_value={"passed": True, "method": "nothing: the merge alone is measured"}):
+        with mock.patch("canvastune.merge.verify_merge", return_value={"passed": True, "method": "nothing: only the merge is measured"}):
             merge_lora(config, work / "base", work / "adapter", work / "out")
     else:
         # The proof by logits takes the whole model where it fits: measured here is what is always made.

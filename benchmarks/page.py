@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page`: docs/performance.md, drawn from benchmarks/results/."""
+"""`python -m benchmarks.page`: write docs/performance.md, scaling.md and planner.md from benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import sys
 from typing import Any
 
+from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
@@ -15,9 +16,16 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in FILES}
-    PAGE.write_text(page(**found), encoding="utf-8")
-    say("page", f"{PAGE.relative_to(ROOT)} written")
+    results = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in (*FILES, "scaling", "planner")}
+    measured = results["scaling"]
+    pages = {
+        PAGE: page(**{name: results[name] for name in FILES}),
+        scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
+        planner.PAGE: planner.page(results["planner"]["cases"]),
+    }
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+        say("page", f"{path.relative_to(ROOT)} written")
     return 0
 
 
@@ -29,29 +37,29 @@ def page(
     merge: dict[str, Any],
     pipeline: dict[str, Any],
 ) -> str:
-    """docs/performance.md."""
+    """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
     goals = "; ".join(f"against {plain}, {faster}x faster and {leaner}x leaner" for plain, (faster, leaner) in GOALS.items())
-    return f"""# How fast, and how lean
+    return f"""# Speed and memory
 
 Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]}, {here["threads"]} threads,
-torch {here["torch"]}). **Nothing here was run on a GPU.** Each part says at which commit it was measured.
-`python -m benchmarks.page` draws this page from `benchmarks/results/`. What ranks send each other: [scaling](scaling.md); predicted
+torch {here["torch"]}). **None of this has been run on a GPU.** Each section names the commit it was measured at.
+`python -m benchmarks.page` writes this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
 against counted FLOPs and memory: [the planner](planner.md).
 
 ## The step
 
 `python -m benchmarks.step`{_at(step)}, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's
 modules called twice, on a right-padded batch with dense masks and whole float32 logits: *all blocks* decodes every response block and
-scores one, *chosen block* decodes the scored one alone. Same weights, batch and draws. Our gradient differs from the plain one by at most
+scores one, *chosen block* decodes only the scored one. Same weights, batch and draws. Our gradient differs from the plain one by at most
 {worst:.0e} of its norm
-(goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, nothing twice) over the seconds
-times this machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step takes above
-weights and gradients.
+(goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, no recomputation) divided by the seconds times this machine's rate
+in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step needs in addition to weights and
+gradients.
 *Ours* keeps what the backward pass needs, as the plain step does (`train.activation_checkpointing: false`); *selective* recomputes every
-second layer there, *checkpointed* each of them, a recipe's default. A side's runs are timed in its own steady state: at its turn it runs
-once before it counts. Timed runs of a side, whose median is shown: {_rounds(step)}.
+second layer, *checkpointed* every layer, the default of a recipe. Each side is timed in its own steady state, after one warm-up run.
+Timed runs per side, of which the median is shown: {_rounds(step)}.
 
 | shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
 |---|---|---|---|---|---|---|
@@ -65,57 +73,56 @@ Geometric means (goals: {goals}):
 
 {_verdict(step)} {_ceiling(step)}
 
-## What made it so
+## What makes the difference
 
-- **No padded token, no mask.** Each example attends by itself; what a canvas sees is one stretch of keys, so neither call has a mask. On
-  sliding layers longer than the window, half a window of rows goes at a time.
-- **The chosen block alone**, in one pass with the clean tokens; pass 1 for the examples with a coin alone.
-- **Logits in chunks, and on a CPU in tiles** that its caches hold from the product to the gradient; gradients are formed beside them, in
-  place. Soft-capped logits are bounded, so no maximum has to be found and taken off; the exponential is a power of two, the hyperbolic
-  tangent one `expm1`; what belongs to a whole row is multiplied to the row's other factor.
-- **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would make a [V, H]
-  tensor for each.
+- **No padding, no mask.** Each example attends by itself; the keys that a canvas sees are contiguous, so neither call needs a mask. On
+  sliding layers longer than the window, half a window of rows attends at a time.
+- **Only the chosen block**, in one pass with the clean tokens; a self-conditioning pass (pass 1) only for self-conditioned examples.
+- **Logits in chunks, on a CPU in tiles** that stay in its caches from the product to the gradient; gradients are computed with them, in
+  place. Soft-capped logits are bounded, so no maximum has to be found and subtracted; the exponential is a power of two, the hyperbolic
+  tangent one `expm1`; factors that are constant over a row are applied to the row's other operand.
+- **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would allocate a
+  [V, H] tensor for each.
 - **Expert rows** are gathered again in the backward pass instead of kept, weighted where they are narrowest (before the last projection),
-  and summed to their token in one pass; deterministic on every device.
-- **Norms and gated layers keep their inputs alone**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is the
-  library's fused one.
-- **Rows travel to the ranks of their experts while the dense gated layer computes**, and their gradients back while its backward pass
-  does; FSDP gathers the next layer meanwhile. The results' way, and that of their gradients, is waited for. What the overlap saves on
-  CUDA was not measured.
-- **Pass 1 takes the clean tokens before the chosen block alone**, which are all that its canvas sees (below).
-- **The last layer stays gathered** between its uses, and a rank without a coin takes part in pass 1 with two tokens.
-- **The host waits for the device once a step**, where the losses and the norm are logged, and twice a layer under expert parallelism, where
-  it must know how many rows go where.
-- **Ranks finish together**: a step's examples are dealt by their tokens and coins (below). The examples of a step, their noise and its
-  gradient stay what they were.
+  and summed per token in one pass; this is deterministic on every device.
+- **Norms and gated MLPs keep only their inputs**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is torch's
+  fused one.
+- **Dispatch overlaps with the dense MLP**: rows are sent to the ranks of their experts while it computes, and their gradients while its
+  backward pass does; FSDP gathers the next layer meanwhile. Returning the results, and their gradients, blocks. How much the overlap
+  saves on CUDA has not been measured.
+- **Pass 1 computes only the clean tokens before the chosen block**, which are all that its canvas sees (below).
+- **The last layer stays gathered** between its uses, and a rank without a self-conditioned example joins pass 1 with two padding tokens.
+- **The host waits for the device once per step**, where the losses and the norm are logged, and, under expert parallelism, where it must
+  know how many rows each rank receives.
+- **Ranks finish together**: a step's examples are balanced by their tokens and self-conditioning draws (below). The examples of a step,
+  their noise and the gradient do not change.
 
-`train.attention: flex` attends a whole batch in one FlexAttention kernel per layer on CUDA; its gradients equal the others on a CPU. No GPU
-has measured it, so it is not the default. `torch.compile` of the layers is not used: nothing here could measure it on its target.
-`python -m benchmarks.gpu` is ready for the day there is one, and tried at small size: S 512 to 4,096 at the released layers' size,
-both kinds of attention beside the plain step, utilisation of the card's measured matmul rate, and the five largest costs by name.
+`train.attention: flex` computes a whole batch in one FlexAttention kernel per layer on CUDA; on a CPU its gradients equal the others. It
+has not been measured on a GPU, so it is not the default. `torch.compile` of the layers is not used: it could not be measured on its
+target. `python -m benchmarks.gpu` is prepared for a GPU, and tested at small size: S 512 to 4,096 at the released layers' size,
+both kinds of attention and the plain step, utilization of the card's measured matmul rate, and the five largest costs by name.
 
 ## Pass 1, three ways
 
-`python -m benchmarks.first_pass`{_at(first_pass)}: a step whose examples are all denoised twice, its pass 1 *before* (on the
-clean tokens before the block, as the engine does) or with keys *reused* (the prefix's keys of pass 2, which then takes clean tokens and
-canvas apart), over a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
-Four ranks share two cores: their
-seconds tell little.
+`python -m benchmarks.first_pass`{_at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
+clean tokens before the block, as in the engine) or with keys *reused* (the prefix's keys of pass 2, which then runs clean tokens and
+canvas separately), relative to a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
+The four ranks share two cores, so their seconds mean little.
 
 | S, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(_first_pass(case) for case in first_pass["cases"] if case["chosen"] == "middle")}
 
-Reuse saves some FLOPs more, but gathers each layer once more under FSDP and reduces its gradients twice, is slower on one rank, and would
-show pass 1 what dropout left of the keys.
+Reuse saves some more FLOPs, but gathers each layer once more under FSDP and reduces its gradients twice, is slower on one rank, and would
+make pass 1 see keys with dropout applied.
 
 ## From 1 to {growth["rows"][-1]["examples"]} examples
 
 `python -m benchmarks.growth`{_at(growth)}: ragged examples in one forward, checkpointed. Seconds grow as tokens to the power of
 {growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
-between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB anew).
+between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB again).
 
-| examples | tokens | ms a token | the same, memory kept | MB an example, live tensors | of the process |
+| examples | tokens | ms per token | the same, memory kept | MB per example, live tensors | of the process |
 |---|---|---|---|---|---|
 {chr(10).join(map(_growth, growth["rows"]))}
 
@@ -165,7 +172,7 @@ def _means(summary: dict[str, Any]) -> list[str]:
 
 
 def _verdict(step: dict[str, Any]) -> str:
-    """Which goals are missed, by which of our steps."""
+    """Describe which goals are missed, by which of our steps."""
     missed = [
         f"{ours}, {quantity} than {plain}"
         for ours, by_plain in step["geometric_mean"].items()
@@ -183,7 +190,7 @@ def _rounds(step: dict[str, Any]) -> str:
 
 
 def _ceiling(step: dict[str, Any]) -> str:
-    """What the ratios would be if a step took its needed FLOPs at the machine's rate in a large matmul, and nothing else."""
+    """Describe the ratios of a step that took only its needed FLOPs at the machine's rate in a large matmul."""
     rate = step["matmul_flops_per_second"]
     means = {
         plain: statistics.geometric_mean(row["seconds"][plain] * rate / row["flops_needed"] for row in step["shapes"].values())

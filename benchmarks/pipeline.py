@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
-    """One run from an empty workspace: seconds in all, of each step, and outside of the steps: before, between and after them."""
+    """Run once from an empty workspace: seconds in total, of each step, and outside of the steps."""
     command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--workspace", str(workspace)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     steps: dict[str, float] = {}

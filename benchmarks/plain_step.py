@@ -2,7 +2,7 @@
 
 A right-padded batch, whole float32 logits, dense boolean masks, and a second full call for self-conditioning that every example
 takes part in. Two variants: all response blocks decoded and one of them scored (as NeMo AutoModel's recipe does), or the
-chosen block alone (as TRL's example does). Unlike either, its masks are right everywhere.
+chosen block only (as TRL's example does). Unlike either, its masks are right everywhere.
 
 Shape letters: B examples, S longest example, K blocks decoded per example, C canvas length, V vocabulary.
 """
@@ -89,7 +89,7 @@ class PlainBatch:
         )
 
     def to(self, device: torch.device) -> PlainBatch:
-        """The same batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
 
         def moved(value: Any) -> Any:
             return {kind: mask.to(device) for kind, mask in value.items()} if isinstance(value, dict) else value.to(device)
@@ -102,7 +102,7 @@ def plain_twin(model: nn.Module, config: DiffusionGemmaConfig) -> DiffusionGemma
 
     Args:
         model: the shared stack, whose names are the decoder's.
-        config: read anew, so that attention and experts are Hugging Face's own, whatever the other model has set in it.
+        config: read again, so that attention and experts are Hugging Face's own, whatever the other model has set in it.
     """
     with torch.device("meta"):
         twin = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config.to_dict()))
@@ -116,7 +116,7 @@ def plain_twin(model: nn.Module, config: DiffusionGemmaConfig) -> DiffusionGemma
 
 
 def plain_loss(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch, encoder_loss_weight: float = 1.0) -> torch.Tensor:
-    """The batch's loss, with gradient."""
+    """Compute the batch's loss, with gradient."""
 
     def call(conditioning: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         out = model(

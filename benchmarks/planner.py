@@ -101,7 +101,7 @@ CASES = [
 
 
 class Flops(TorchDispatchMode):
-    """PyTorch's count of FLOPs alone: its `FlopCounterMode` also follows modules, and thereby keeps what checkpointing lets go."""
+    """Only PyTorch's count of FLOPs: its `FlopCounterMode` also follows modules, and so keeps what checkpointing frees."""
 
     formulas = flop_registry | {operation: shape_wrapper(formula) for operation, formula in CPU_FORMULAS.items()}
 
@@ -118,7 +118,7 @@ class Flops(TorchDispatchMode):
 
 
 def compare(case: Case) -> dict[str, dict[str, float]]:
-    """The predicted and the measured value of each quantity: bytes at the peak, FLOPs and bytes received of a rank's step."""
+    """Return the predicted and measured value of each quantity: peak bytes, FLOPs and bytes received of a rank's step."""
     tree = {
         "name": "bench",
         "data": {"source": "none"},
@@ -165,7 +165,7 @@ def main() -> int:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/planner.md."""
+    """Return docs/planner.md."""
     worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
     models = "\n".join(
         f"- **{name}**: {m['layers']} layers, hidden size {m['hidden']}, {m['experts']} experts of {m['hidden'] // 4} (8 per token), "
@@ -178,24 +178,24 @@ def page(rows: list[dict[str, Any]]) -> str:
     )
     return f"""# The plan against the engine
 
-`canvastune plan` computes what a run needs from `config.json` alone. This table holds its formulas to the engine: predicted /
-measured, and their ratio, for {len(rows)} steps. The worst errors are {worst["memory"]:.1%} of the memory,
-{worst["flops"]:.1%} of the FLOPs and {worst["bytes"]:.1%} of the bytes. `python -m benchmarks.planner` makes the table again.
+`canvastune plan` computes what a run needs from `config.json` only. This table compares its formulas with the engine: predicted /
+measured, and their ratio, for {len(rows)} steps. The largest errors are {worst["memory"]:.1%} of the memory,
+{worst["flops"]:.1%} of the FLOPs and {worst["bytes"]:.1%} of the bytes. `python -m benchmarks.planner` measures the table again.
 
-**How it was measured.** One rank's step runs on a CPU, all its forwards and backwards, with the optimiser's state in memory.
-The other ranks do not exist: collectives take the memory that they would take and bring nothing, and the experts receive as
-many rows as the rank sends. *Memory* is the highest sum of the storages alive, seen after every operation. *FLOPs* are those
-of every matmul and attention that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would bring from other
+**How it was measured.** One rank's step runs on a CPU, all its forwards and backwards, with the optimizer state in memory.
+The other ranks are simulated: collectives allocate the memory that they would need and transfer nothing, and the experts receive as
+many rows as the rank sends. *Memory* is the peak of the sum of live storages, sampled after every operation. *FLOPs* are those
+of every matmul and attention that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would receive from other
 ranks.
 
 **What it does not prove.** No GPU was used: the allocator's fragmentation, the driver's and NCCL's buffers and the kernels'
-own workspace are allowances in the plan, and its times are estimates. Experts are taken to be equally loaded. The models are
-small beside the released one, whose parameter counts and known sizes are tested apart.
+workspace are allowances in the plan, and its times are estimates. Experts are assumed to be equally loaded. The models are
+small compared to the released one, whose parameter counts and known sizes are tested separately.
 
 {models}
 
 The second column is the number of ranks / the expert-parallel degree; the third, forwards x examples x tokens of a rank;
-*one pass* is a step without self-conditioning. All numbers are one rank's: MB are 1e6 bytes, GFLOP are 1e9.
+*one pass* is a step without self-conditioning. All numbers are for one rank: MB are 1e6 bytes, GFLOP are 1e9.
 
 | model, method, dtype | ranks / EP | step | memory, MB | | GFLOP | | received, MB | |
 |---|---|---|---|---|---|---|---|---|

@@ -50,7 +50,7 @@ def largest_costs(run: Callable[[], object], device: torch.device) -> dict[str, 
 
 
 def costs_table(found: dict[str, Any]) -> str:
-    """As text, a line per cost."""
+    """Return the costs as text, one per line."""
     lines = [f"  {'operator':<60} {'ms':>9} {'share':>6} {'calls':>6}  largest inputs"]
     lines += [
         f"  {cost['name'][:60]:<60} {cost['seconds'] * 1e3:>9.2f} {cost['share']:>6.1%} {cost['calls']:>6}  {_shapes(cost['shapes'])}"

@@ -73,7 +73,7 @@ def run_watched(command: list[str], environment: dict[str, str]) -> tuple[int, l
 
 
 def read_status(pid: int) -> dict[str, int]:
-    """The memory lines of /proc/PID/status in bytes; empty once the process is gone."""
+    """Read the memory lines of /proc/PID/status in bytes; empty once the process has exited."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):

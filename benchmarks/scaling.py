@@ -67,7 +67,7 @@ class Case:
     ep: int
 
     def step(self, self_conditioning: float) -> StepShape:
-        """One rank's share of the global batch, in one forward."""
+        """Return one rank's share of the global batch, in one forward."""
         share, canvas, start = BATCH // self.ranks, MODEL["canvas"], (PREFIX + CLEAN - MODEL["canvas"]) // 2  # blocks drawn evenly
         return StepShape(self.ranks, self.ep, share, 1, CLEAN, canvas, True, self_conditioning, chosen_start=start)
 
@@ -84,7 +84,7 @@ CASES = [Case(method, ranks, ep) for ranks, degrees in DEGREES.items() for metho
 
 
 def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> dict[str, float]:
-    """Bytes that a rank must receive in an optimiser step, on average over the ranks, by collective; docs/scaling.md derives it.
+    """Return the bytes that a rank must receive in an optimizer step, on average, by collective (see docs/scaling.md).
 
     Args:
         pass_1: how often the layers are used for self-conditioning in a micro-batch: 1 if any example of it is denoised twice.
@@ -119,7 +119,7 @@ def remote_ranks(experts: int, experts_per_token: int, ep: int) -> float:
 
 
 def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning: float) -> None:
-    """Two optimiser steps of every case on this rank, the second one counted; results go to `folder`."""
+    """Run two optimizer steps of every case on this rank, counting the second; results go to `folder`."""
     for case in cases:
         started = time.monotonic()
         config, described_model = case.config(self_conditioning), read_model_config(ground / "model")
@@ -150,7 +150,7 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
 
 
 def make_ground(folder: Path) -> Path:
-    """A checkpoint and a prepared data set of one global batch, all examples of one length."""
+    """Write a checkpoint and a prepared data set of one global batch, all examples of one length."""
     write_synthetic(folder / "model", described(**MODEL))
     tokens = torch.randint(5, MODEL["vocabulary"], (BATCH, CLEAN), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "prefix_length": PREFIX, "complete": True, "id": str(index)} for index, row in enumerate(tokens)]
@@ -160,7 +160,7 @@ def make_ground(folder: Path) -> Path:
 
 
 def collect(folder: Path, case: Case, architecture: Architecture, self_conditioning: float) -> dict[str, Any]:
-    """A case's row: its ranks' counts together, beside the plan and the bound."""
+    """Return a case's row: its ranks' counts, the plan and the bound."""
     found = [json.loads((folder / f"{case}-{rank}.json".replace(" / ", "-")).read_text(encoding="utf-8")) for rank in range(case.ranks)]
     step = case.step(self_conditioning)
     totals = [sum(rank["received_by_kind"].values()) for rank in found]
@@ -187,7 +187,7 @@ def collect(folder: Path, case: Case, architecture: Architecture, self_condition
 
 
 def released() -> list[dict[str, Any]]:
-    """The released model's steps by the same formulas: bfloat16, one example of 1,024 tokens a rank, half of them denoised twice."""
+    """Return the released model's steps by the same formulas: bfloat16, one example of 1,024 tokens per rank, p = 0.5."""
     rows = []
     for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
         tree = {"name": "released", "data": {"source": "none"}, "train": {"method": method, "precision": "bfloat16"}}
@@ -217,7 +217,7 @@ def main() -> int:
         say("scaling", f"{Case(**row['case'])}: {row['ratio']:.3f} x the bound, loss off by {row['losses_difference']:.0e}")
     of_released = released()
     write_result("scaling", {"model": MODEL, "seed": SEED, "cases": rows, "released": of_released})
-    PAGE.write_text(page(rows, of_released), encoding="utf-8")
+    PAGE.write_text(page(rows, of_released, machine()), encoding="utf-8")
     say("scaling", f"{PAGE.relative_to(ROOT)} written, {time.monotonic() - started:.0f} s")
     return int(not all(row["ratio"] <= BOUND and row["losses_difference"] <= EQUAL and row["off_plan"] <= PLANNED for row in rows))
 
@@ -227,48 +227,53 @@ def weight_share(hidden: int, compute_bytes: int) -> float:
     return FLOAT / (2 * hidden * compute_bytes)
 
 
-def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]]) -> str:
-    """docs/scaling.md."""
-    several, m, here = [row for row in rows if row["case"]["ranks"] > 1], MODEL, machine()
+def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]], here: dict[str, Any]) -> str:
+    """Return docs/scaling.md.
+
+    Args:
+        here: the machine of the results, as `measure.machine` describes it.
+    """
+    several, m = [row for row in rows if row["case"]["ranks"] > 1], MODEL
     over = [f"{Case(**row['case'])} ({row['ratio']:.3f})" for row in several if row["ratio"] > BOUND]
     verdict = f"above {BOUND} in {'; '.join(over)}, for the reasons below" if over else f"within {BOUND} everywhere"
     wide, loss, memory = several[-1], max(row["losses_difference"] for row in rows), max(row["off_plan"] for row in rows)
     first, last = (sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name) for i in (0, m["layers"] - 1))
     along = wide["bound"][EXCHANGE] * weight_share(m["hidden"], FLOAT)
     idle = wide["received"][EXCHANGE] - wide["bound"][EXCHANGE] - along
-    return f"""# What the ranks send each other, and what each holds
+    return f"""# Scaling: communication and memory per rank
 
 One global batch of {BATCH} examples on 1, 2, 4 and 8 ranks: real processes, the engine's trainer with FSDP2 and expert parallelism (EP),
-gloo, float32. What a rank receives is at most {max(row["ratio"] for row in several):.3f} times the least that this page derives:
-{verdict}. The loss is a single rank's to {loss:.0e}, and a rank's memory is within {memory:.0%} of the plan.
-`python -m benchmarks.scaling` makes this page again ({here["cores"]} cores, {here["device"]}, torch {here["torch"]}, {here["date"]}).
+gloo, float32. A rank receives at most {max(row["ratio"] for row in several):.3f} times the lower bound that this page derives:
+{verdict}. The loss equals that of a single rank to {loss:.0e}, and a rank's memory is within {memory:.0%} of the plan.
+`python -m benchmarks.scaling` measures this page again ({here["cores"]} cores, {here["device"]}, torch {here["torch"]}, {here["date"]}).
 
-**How it was measured.** {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8, vocabulary {m["vocabulary"]};
-{CLEAN} clean tokens and a canvas of {m["canvas"]} an example, half of them denoised twice; checkpointed. In the second step, every
-collective that reaches c10d is counted by what it brings a rank from *other* ranks by definition (an all-reduce as a ring's): the mean over
-the ranks, MB of 1e6 bytes. *Plan* is `canvastune plan`'s count, expected over the coins of self-conditioning, experts evenly loaded.
-Nothing here is about time, overlap, or what a backend moves and holds besides.
+**How it was measured.** {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8 are active, vocabulary
+{m["vocabulary"]}; {CLEAN} clean tokens and a canvas of {m["canvas"]} per example, half of them self-conditioned; activation checkpointing
+on. In the second step, every collective that reaches c10d is counted by what a rank receives from *other* ranks by definition (an
+all-reduce as a ring): the mean over the ranks, in MB of 1e6 bytes. *Plan* is `canvastune plan`'s count, the expected value over the
+self-conditioning draws, with experts evenly loaded.
+This page does not cover time, overlap, or what a backend moves and holds in addition.
 
-## The least that FSDP and EP can send
+## The lower bound for FSDP and EP
 
-For this schedule of W ranks, of which P share a layer's experts, D = W / P; L layers, n_l elements in layer l; c bytes an element in the
+For this schedule of W ranks, of which P share a layer's experts, D = W / P; L layers, n_l elements in layer l; c bytes per element in the
 compute dtype, float32 gradients:
 
 1. Weights, gradients and moments are sharded evenly over all ranks. To use N elements, a rank has to receive c N (W - 1) / W.
-2. A rank keeps the root's gathered weights (embedding, last norm, self-conditioning block) through the step, and **one** layer's at a
-   time. So each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is denoised twice),
-   forward, and backward with recomputation. Where the backward pass begins, layer L is at hand: one gather less.
+2. A rank keeps the root's gathered weights (embedding, last norm, self-conditioning block) through the step, and the weights of **one**
+   layer at a time. So each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is
+   self-conditioned), forward, and backward with recomputation. When the backward pass starts, layer L is still gathered: one gather less.
    **Layers: c (W - 1) / W ((2 + pass 1) sum n_l - n_L)**; the root, of n elements: c n (W - 1) / W.
 3. Each trained weight's gradient is summed over the ranks and stays sharded. W - 1 others contribute to each of a rank's N / W elements;
-   sent straight or summed on their way around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
+   sent directly or summed around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
 4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
-5. Each of a token's K experts gets its row of H elements and gives one back, so a row whose expert is elsewhere crosses twice: forward,
-   backward (the gradients), in recomputation (the next norm needs what came back) and in pass 1, which takes the canvas and the
-   clean tokens before its block, where an example is denoised twice.
+5. Each of a token's K experts receives its row of H elements and returns one, so a row whose expert is on another rank crosses twice:
+   forward, backward (the gradients), in recomputation (the next norm needs the result) and in pass 1, which computes the canvas and the
+   clean tokens before its block of a self-conditioned example.
    **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
 
-Tables 1 and 2 take the experts that the router chose. Padding, counts, losses and norms are left out. It binds no other schedule: who
-holds more layers gathers less, and who sends a token once to a *rank*, not once to each expert there, sends less (last table).
+Tables 1 and 2 use the experts that the router chose. Padding, counts, losses and norms are left out. The bound is for this schedule only:
+one that holds more layers gathers less, and one that sends a token once to a *rank*, not once to each expert there, sends less (last table).
 
 | method, ranks / EP | received, MB | plan | bound | ratio | busiest rank | loss off by | gradient norm off by |
 |---|---|---|---|---|---|---|---|
@@ -280,18 +285,19 @@ By collective, received / bound, MB:
 |---|{"---|" * len(KINDS)}
 {chr(10).join(map(_by_kind, several))}
 
-## What our step sends beyond it
+## Differences between our step and the bound
 
-- **The last layer is gathered {last} times, the others {first}.** The bound, of a schedule that holds one layer at a time, has
-  {first - 1} for it: ours keeps it from its first use to its backward pass, so ratios below 1 are no error. At layer 1, FSDP would gather
-  what ran before it, pass 1's last layer, for nothing; it gathers nothing.
-- **A rank without a coin takes part in pass 1 with two tokens**: {idle / 1e6:.2f} MB more than the bound in {Case(**wide["case"])}.
-- **A row takes its routing weight along**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
-- In the bound, but not needed: with checkpointing the rows cross once more. Keeping what came back, c L K H bytes a token, would save it.
+- **The last layer is gathered {last} times, the others {first}.** The bound, for a schedule that holds one layer at a time, counts
+  {first - 1} for it: the engine keeps it from its first use to its backward pass, so ratios below 1 are not an error. At layer 1, FSDP
+  would prefetch what ran before it, pass 1's last layer, which is not needed; the engine turns that off.
+- **A rank without a self-conditioned example joins pass 1 with two padding tokens**: {idle / 1e6:.2f} MB more than the bound in
+  {Case(**wide["case"])}.
+- **A row is sent with its routing weight**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
+- In the bound, but avoidable: with checkpointing the rows cross once more. Keeping the results, c L K H bytes per token, would save it.
 
-## Memory of a rank
+## Memory per rank
 
-Live tensors at the step's highest moment, mean and most over the ranks, as experts' loads differ; *held*: parameters and AdamW's moments.
+Live tensors at the step's peak, mean and maximum over the ranks, since the experts' loads differ; *held*: parameters and AdamW's moments.
 
 | method, ranks / EP | held, MB | of one rank's | peak, MB | highest rank | plan | peak / plan |
 |---|---|---|---|---|---|---|
@@ -299,10 +305,11 @@ Live tensors at the step's highest moment, mean and most over the ranks, as expe
 
 ## The released model, by the same formulas
 
-GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them denoised twice, of which
-the last block is chosen. *Once a rank*: the rows' bound if a token went once to each rank that has experts of its choice, drawn evenly.
+GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them
+self-conditioned, with the last block chosen. *Once per rank*: the rows' bound if a token were sent once to each rank with experts of its
+choice, drawn evenly.
 
-| method, ranks / EP | plan | bound | ratio | rows: plan | bound | once a rank |
+| method, ranks / EP | plan | bound | ratio | rows: plan | bound | once per rank |
 |---|---|---|---|---|---|---|
 {chr(10).join(map(_released, of_released))}
 """

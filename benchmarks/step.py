@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step [SHAPE ...]`: our step beside the plain one, on the same weights, batch and draws.
+"""`python -m benchmarks.step [SHAPE ...]`: our step against the plain one, on the same weights, batch and draws.
 
 Per shape: median seconds, memory above weights and gradients, FLOPs that ran and FLOPs that the loss needs, and how far loss and
 gradients are apart. One process, two threads, float32. Writes benchmarks/results/step.json.
@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def measure(shape: Shape) -> dict[str, Any]:
-    """All figures of a shape."""
+    """Measure all figures of a shape."""
     model_config = shape.config()
     config = parse_config(
         {"name": "bench", "data": {"source": "none"}, "train": {"method": "full", "precision": "float32"}, "parallel": {"ep": 1}}

@@ -35,7 +35,7 @@ _VISION = {
 
 
 def described(layers: int, hidden: int = 1024, experts: int = 128, vocabulary: int = 65536, canvas: int = 64) -> DiffusionGemmaConfig:
-    """The released model's proportions: dense MLP 3/4 and experts 1/4 of the hidden size, five sliding layers to a full one."""
+    """Return a config with the released proportions: dense MLP 3/4, experts 1/4 of hidden, five sliding layers to a full one."""
     head = hidden // 8
     text = {
         "vocab_size": vocabulary,
@@ -57,13 +57,13 @@ def described(layers: int, hidden: int = 1024, experts: int = 128, vocabulary: i
 
 
 def described_by_size(gigabytes: float) -> DiffusionGemmaConfig:
-    """The configuration whose checkpoint just exceeds a size (1e9 bytes)."""
+    """Return the config whose checkpoint just exceeds a size (1e9 bytes)."""
     one, two = (_bytes(checkpoint_specs(described(layers))) for layers in (1, 2))
     return described(1 + max(0, math.ceil((gigabytes * 1e9 - one) / (two - one))))
 
 
 def checkpoint_specs(config: DiffusionGemmaConfig) -> Specs:
-    """The names and shapes that the Hub's checkpoint has, all in bfloat16."""
+    """Return the names and shapes of the Hub's checkpoint, all in bfloat16."""
     with torch.device("meta"):
         stock = DiffusionGemmaForBlockDiffusion(config).state_dict()
         shared = WeightTiedDiffusionGemma(config)
@@ -92,7 +92,7 @@ def write_synthetic(folder: Path, config: DiffusionGemmaConfig, seed: int = 0, s
 
 
 def synthetic_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A tensor of the checkpoint: random weights, norms and scales of one."""
+    """Return a tensor of the checkpoint: random weights, norms and scales of one."""
     if name.endswith("q_norm.weight"):  # attention has scale 1: with unit q_norm its softmax would be one-hot
         return torch.full(shape, shape[0] ** -0.5, dtype=torch.bfloat16)
     if "norm" in name or "scale" in name or name.endswith("layer_scalar"):

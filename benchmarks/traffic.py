@@ -56,7 +56,7 @@ class Traffic(LiveBytes):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count until the end of the block, with the parts of the model told apart."""
+        """Count until the end of the block, by part of the model."""
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
@@ -84,7 +84,7 @@ class Traffic(LiveBytes):
         return told
 
     def _brought(self, operation: str, args: tuple) -> tuple[str, float]:
-        """The kind of a collective, and the bytes that it brings by definition, whatever its algorithm."""
+        """Return the kind of a collective, and the bytes it receives by definition, whatever its algorithm."""
         if operation == "allreduce_":
             return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * (1 - 1 / dist.ProcessGroup.unbox(args[1]).size())
         output, given = args[:2]

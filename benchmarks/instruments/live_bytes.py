@@ -81,18 +81,18 @@ def lone_rank(world_size: int) -> Iterator[None]:
 
 
 def sharded_model(config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int) -> WeightTiedDiffusionGemma:
-    """The engine's model on the meta device, sharded over a lone rank's world."""
+    """Build the engine's model on the meta device, sharded over the world of one simulated rank."""
     model = build_model(config, model_config)
     shard_model(model, ParallelDims(world_size // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     return model
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, config: RunConfig, model_config: DiffusionGemmaConfig, step: StepShape) -> LiveBytes:
-    """Run the forwards and backwards of one optimiser step, the optimiser's state standing by; no value of it means anything."""
+    """Run the forwards and backwards of one optimizer step, with the optimizer state allocated; the values are arbitrary."""
     received: Counter[str] = Counter()
 
     def echo(output: torch.Tensor, rows: torch.Tensor, *_: object, **__: object) -> None:
-        """As if every other rank sent what it gets: the experts then receive as many rows as the rank has."""
+        """Return the rows as if every other rank sent what it receives: the experts get as many rows as the rank has."""
         output.copy_(rows)
         if rows.is_floating_point():
             received["all-to-all"] += rows.nbytes * (step.ep - 1) // step.ep
