@@ -197,7 +197,7 @@ def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
 
 
 def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[str, Any]:
-    """Counts of the first batch (drawn blocks: means over all batches), differences from `whole`, and median seconds."""
+    """Return counts of the first batch (drawn blocks: means over all batches), differences from `whole`, and median seconds."""
     world_size, drawn = dist.get_world_size(), chosen == "uniform"
     batches = [made_batch(length, drawn, turn * world_size + dist.get_rank()) for turn in range(4 // world_size if drawn else 1)]
     weights = 1 / (world_size * MODEL["canvas"]), 1 / (world_size * (length - 1))

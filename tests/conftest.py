@@ -31,7 +31,7 @@ def text_logs() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random DiffusionGemma; nobody writes into it."""
+    """Make a tiny random DiffusionGemma; tests do not write to its folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
@@ -39,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small model for numerics; nobody writes into it."""
+    """Make a small model for numerics; tests do not write to its folder."""
     folder = tmp_path_factory.mktemp("small")
     write_checkpoint(folder)
     return folder
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a config.json for plans; nobody writes into it."""
+    """Make a config.json for plans; tests do not write to its folder."""
     folder = tmp_path_factory.mktemp("middling")
     write_middling(folder)
     return folder

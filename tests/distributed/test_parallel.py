@@ -51,7 +51,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def some_steps(model: WeightTiedDiffusionGemma, rank: int, world_size: int, steps: int = STEPS) -> dict[str, Any]:
-    """Optimiser steps on this rank's share: losses, the first gradients, norms and the final trained weights, whole."""
+    """Run optimizer steps on this rank's share: losses, first gradients, norms and final trained weights, whole."""
     examples, draws = examples_and_draws()
     canvas_rows, pairs = counts(examples, draws)
     share = len(examples) // world_size
@@ -179,7 +179,7 @@ def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> Non
     config = run_config("lora", lora=LORA_WITH_ALL)
     one, two = (dict(shared_model(checkpoint, config).named_parameters()) for _ in range(2))
     for name, parameter in one.items():
-        assert torch.equal(parameter, two[name]), f"{base_name(name)} is not initialised from the seed alone"
+        assert torch.equal(parameter, two[name]), f"{base_name(name)} does not depend on the seed only"
         if ".lora_B." in name:
             assert not parameter.any(), "an adapter must start as the identity"
 

@@ -1,4 +1,4 @@
-"""bfloat16 compute with float32 masters, reduction and optimiser: the ranks compute what one process with the same casts does."""
+"""bfloat16 compute with float32 masters, reduction and optimizer: ranks compute what one process with the same casts does."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def sharded_step(checkpoint: Path, method: str, ep: int) -> dict[str, Any]:
         "gradients": gradients,
         "parameters": {name: str(parameter.dtype) for name, parameter in model.named_parameters()},
         "buffers": {name: str(buffer.dtype) for name, buffer in model.named_buffers()},
-        "optimiser": [str(value.dtype) for state in optimizer.state.values() for value in state.values()],
+        "optimizer": [str(value.dtype) for state in optimizer.state.values() for value in state.values()],
     }
 
 
@@ -181,14 +181,15 @@ def test_a_rounding_that_does_not_belong_there_is_far_outside_the_bound(ranks: R
     assert off["others"] > 100 * FLOAT32_SUMS, f"{fault} would not be noticed: {off}"
 
 
-def test_masters_and_optimiser_are_float32_and_what_is_frozen_is_bfloat16(ranks: Results) -> None:
+def test_masters_and_optimizer_are_float32_and_what_is_frozen_is_bfloat16(ranks: Results) -> None:
     for world_size, (results, _) in ranks.items():
         for (method, ep), found in results.items():
             for name, dtype in found["parameters"].items():
                 learns = is_adapter(name) if method == "lora" else ".router." not in name
                 expected = "torch.float32" if learns else "torch.bfloat16"
                 assert dtype == expected, f"{method}, {world_size} ranks, EP {ep}: {name} is held in {dtype}"
-            assert set(found["optimiser"]) == {"torch.float32"}, f"{method}: the optimiser's state is {set(found['optimiser'])}"
+            state = set(found["optimizer"])
+            assert state == {"torch.float32"}, f"{method}: the optimizer's state is {state}"
             odd = {name: dtype for name, dtype in found["buffers"].items() if dtype != "torch.float32"}
             assert not odd, f"rotary frequencies and scalars stay in float32: {odd}"
 

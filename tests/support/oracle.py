@@ -26,7 +26,7 @@ def plain_loss(
 ) -> tuple[torch.Tensor, float, float]:
     """(total with gradient, diffusion mean, autoregressive mean) of a global batch on a stock model.
 
-    `stage` is told before each pass whose rows it runs, and whether "clean" or "canvas"; None: all of pass 1.
+    `stage` is called before each pass with whose rows it runs, and "clean" or "canvas"; None: all of pass 1.
     """
     diffusion, autoregressive = [], []
     for example, draw in zip(examples, draws, strict=True):

@@ -127,7 +127,7 @@ def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def write_middling(folder: Path) -> None:
-    """A config.json alone, of a model where weights, activations and logits all matter."""
+    """Write the config.json of a model where weights, activations and logits all matter."""
     text = {
         "vocab_size": 2048,
         "hidden_size": 128,

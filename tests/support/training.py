@@ -59,13 +59,13 @@ def command(ground: Path, output: Path, ranks: int, *settings: str, torchrun: tu
 def train(
     ground: Path, output: Path, ranks: int, *settings: str, torchrun: tuple[str, ...] = ("--standalone",)
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run it until it exits."""
     line = command(ground, output, ranks, *settings, torchrun=torchrun)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
 
 
 def start(ground: Path, output: Path, ranks: int, *settings: str, torchrun: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
-    """Start it, in a session of its own."""
+    """Start it in a new session."""
     line = command(ground, output, ranks, *settings, torchrun=torchrun)
     return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -105,7 +105,7 @@ def records(output: Path, kind: str) -> list[dict[str, Any]]:
 def losses(output: Path) -> list[float]:
     """Losses and gradient norm of every step, each step standing once."""
     steps = records(output, "train")
-    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1)), "each step stands once in metrics.jsonl"
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1)), "each step is once in metrics.jsonl"
     return [record[key] for record in steps for key in ("diffusion_loss", "autoregressive_loss", "grad_norm", "lr")]
 
 

@@ -1,4 +1,4 @@
-"""The peak that a utilisation is a share of is that of the very device, or there is none."""
+"""The peak rate behind a utilization is that of the exact device, or None."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_every_length_has_every_figure_of_every_side(steps: dict[str, Any]) -> None:
     assert [row["seq_length"] for row in steps["lengths"]] == list(SMALL_LENGTHS)
     for row in steps["lengths"]:
-        assert {"ours", DEFAULT, *PLAIN} == row["sides"].keys(), "flex is for a GPU alone"
+        assert {"ours", DEFAULT, *PLAIN} == row["sides"].keys(), "flex is only for a GPU"
         for name, side in row["sides"].items():
             assert 0 < side["utilisation"] < 1, name
             assert side["memory_bytes"] > 0, name

@@ -100,10 +100,10 @@ def test_the_four_draws_are_uniform_and_independent_of_each_other_and_between_ex
         "the level depends on the block"
     )
     for name, left, right in [
-        ("neighbouring levels", level[1:], level[:-1]),
-        ("neighbouring coins", coin[1:], coin[:-1]),
+        ("neighboring levels", level[1:], level[:-1]),
+        ("neighboring coins", coin[1:], coin[:-1]),
         (
-            "neighbouring positions' corruption given t",
+            "neighboring positions' corruption given t",
             corrupted[:, 0] - level,
             corrupted[:, 1] - level,
         ),

@@ -145,7 +145,7 @@ def canvas_hidden(
 
 
 def test_canvas_never_sees_clean_tokens_at_or_after_its_block(model: WeightTiedDiffusionGemma) -> None:
-    """No change of the canvas's hidden states, to the last bit, whatever stands there."""
+    """Check that what is there changes no bit of the canvas's hidden states."""
     examples, draws = examples_and_draws()
     before = canvas_hidden(model, examples, draws)
     changed = []
