@@ -214,20 +214,20 @@ def main() -> int:
         lost, lost_words = lose_a_rank(ground, ground / "lost", 1)
         hung, hung_words = freeze_a_rank(ground, ground / "hung", 1)
         saved, _ = preempt(ground, ground / "preempted")
-    table = ["| kill | seconds after the start | while | steps done | newest complete checkpoint |", "|---|---|---|---|---|", *rows]
+    table = ["| kill | seconds after the start | during | steps done | newest complete checkpoint |", "|---|---|---|---|---|", *rows]
     phases = ", ".join(f"{sum(kill.phase == phase for kill in kills)} while {phase}" for phase in sorted({kill.phase for kill in kills}))
     text = [
-        f"{len(kills)} kills of a run of {seconds:.0f} s ({phases}), up to five of one run after another: every run ended with the same",
-        "weights and the same metrics, bit for bit, as the run that nothing happened to. Lost: nothing but the steps since the newest",
+        f"{len(kills)} kills of a run of {seconds:.0f} s ({phases}), up to five in a row on one run: every run ended with the same",
+        "weights and the same metrics, bit for bit, as a run without failures. The only loss was the steps since the newest",
         f"checkpoint, which were computed again. {platform.system()}, {psutil.cpu_count()} cores, {RANKS} ranks, gloo.",
         "",
         *table,
         "",
-        f"One rank killed: all gone {lost:.1f} s later. `{_error(lost_words)}`",
+        f"One rank killed: all processes exited {lost:.1f} s later. `{_error(lost_words)}`",
         "",
-        f"One rank frozen, `train.hang_timeout` 10 s: all gone {hung:.1f} s later. `{_error(hung_words)}`",
+        f"One rank frozen, `train.hang_timeout` 10 s: all processes exited {hung:.1f} s later. `{_error(hung_words)}`",
         "",
-        f"SIGTERM: state saved and all gone {saved:.1f} s later.",
+        f"SIGTERM: state saved and all processes exited {saved:.1f} s later.",
     ]
     before, mark, rest = _PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, after = rest.partition(_END)

@@ -1,6 +1,6 @@
-"""`python -m tools.method_figure` draws docs/method.png: who sees whom in a step on one example, and what noise does to its canvas.
+"""`python -m tools.method_figure` draws docs/method.png: attention masks and noise of one example.
 
-Nothing is drawn by hand: rows, noise and visibility are what the engine makes of a row of data.
+Rows, noise and visibility are computed by the engine from a row of data; nothing is drawn by hand.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ _SOFT, _LINE = "#566072", "#c9cfd8"
 
 @dataclass(frozen=True)
 class Shown:
-    """One example as a step has it."""
+    """One example as a training step receives it."""
 
     example: Example
     draws: NoiseSample
     position: int  # in the stream
     batch: PackedBatch
-    at_levels: dict[float, PackedBatch]  # the same block with validation's noise, which depends on the example alone
+    at_levels: dict[float, PackedBatch]  # the same block with validation's noise
     vocabulary: list[str]
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Names and lengths of what the rows are, in their order."""
+        """The groups of rows in order: name and number of rows."""
         example = self.example
         return [("prefix", example.prefix_length), *((f"block {n + 1}", CANVAS) for n in range(example.blocks)), ("canvas", CANVAS)]
 
     def words(self, tokens: torch.Tensor) -> list[str]:
-        """Tokens as text: blanks and line breaks are made visible."""
+        """Return each token as text, with line breaks made visible."""
         return [self.vocabulary[token].replace("\n", "\\n") for token in tokens.tolist()]
 
 
 def shown(folder: Path) -> Shown:
-    """The first place in the stream where the example's middle block is denoised twice, half of it corrupted.
+    """Find the first position whose middle block is denoised twice with half of it corrupted.
 
     Args:
-        folder: gets a tiny model and a data set of a few rows.
+        folder: receives a tiny model and a dataset of a few rows.
     """
     make_tiny_model(folder / "model")
     write_problems(folder / "rows.jsonl", "compare", rows=20, seed=0)
@@ -85,27 +85,28 @@ def shown(folder: Path) -> Shown:
 
 
 def sees(batch: PackedBatch, kind: str) -> torch.Tensor:
-    """bool[N+M, N+M]: which rows (first) see which keys in a layer of this type, read off the engine's attention.
+    """Return bool[N+M, N+M]: which rows (first axis) see which keys in a layer of this type.
 
-    Where all keys are alike a row's weights are even over what it sees, and values that are one-hot give the weights back.
+    The mask is read from the engine's attention: with equal keys, a row's weights are uniform over
+    the keys it sees, and one-hot values return the weights.
     """
     rows = len(batch.clean) + len(batch.canvas)
-    alike, one_hot = torch.zeros(1, 1, rows, rows), torch.eye(rows)[None, None]
-    return Packing.of(batch, WINDOW).attend(kind, alike, alike, one_hot, 1.0)[0, 0] > 0
+    equal, one_hot = torch.zeros(1, 1, rows, rows), torch.eye(rows)[None, None]
+    return Packing.of(batch, WINDOW).attend(kind, equal, equal, one_hot, 1.0)[0, 0] > 0
 
 
 def caption(what: Shown) -> str:
-    """What the page says of the example, word for word."""
+    """Return the page's sentence about the example."""
     draws, blocks = what.draws, what.example.blocks
     changed = int((what.batch.canvas != what.batch.canvas_targets).sum())
     return (
-        f"Seed {SEED}, place {what.position} of the stream: block {draws.block + 1} of {blocks}, t = {draws.level:.2f} "
-        f"({int(draws.corrupted.sum())} of {CANVAS} tokens drawn anew, {changed} of them others than before), denoised twice."
+        f"Seed {SEED}, position {what.position} of the stream: block {draws.block + 1} of {blocks}, t = {draws.level:.2f} "
+        f"({int(draws.corrupted.sum())} of {CANVAS} tokens redrawn, {changed} of them changed), denoised twice."
     )
 
 
 def draw(what: Shown) -> Figure:
-    """The whole figure."""
+    """Draw the whole figure."""
     figure = Figure(figsize=(10.4, 8.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5.2, 2.6))
     for column, (kind, title) in enumerate(
@@ -119,10 +120,10 @@ def draw(what: Shown) -> Figure:
 def _draw_sight(axes: Axes, what: Shown, kind: str, title: str) -> None:
     seen = sees(what.batch, kind).numpy()
     clean = len(what.batch.clean)
-    colours = seen.astype(int)
-    colours[clean:, :clean] *= 2
-    colours[clean:, clean:] *= 3
-    axes.imshow(colours, cmap=ListedColormap(["white", _CLEAN, _PAST, _OWN]), vmin=0, vmax=3, interpolation="nearest")
+    colors = seen.astype(int)
+    colors[clean:, :clean] *= 2
+    colors[clean:, clean:] *= 3
+    axes.imshow(colors, cmap=ListedColormap(["white", _CLEAN, _PAST, _OWN]), vmin=0, vmax=3, interpolation="nearest")
     edges = np.cumsum([0, *(length for _, length in what.groups)])
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color=_LINE, linewidth=0.8)
@@ -134,18 +135,18 @@ def _draw_sight(axes: Axes, what: Shown, kind: str, title: str) -> None:
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=9, colors=_SOFT)
     axes.set_title(title, fontsize=11, loc="left", pad=12)
-    axes.set_xlabel("keys: what is seen", fontsize=9, color=_SOFT)
-    axes.set_ylabel("rows: who sees", fontsize=9, color=_SOFT)
-    says = {
-        0.11: ("clean rows see their past;\neach is taught the next token", _CLEAN),
-        0.29: ("canvas rows see what stands\nbefore their block, and each other;\neach is taught its own clean token", "#a85b00"),
+    axes.set_xlabel("keys: which positions are seen", fontsize=9, color=_SOFT)
+    axes.set_ylabel("rows: which positions attend", fontsize=9, color=_SOFT)
+    labels = {
+        0.11: ("clean rows see their past;\neach predicts the next token", _CLEAN),
+        0.29: ("canvas rows see everything before\ntheir block, and each other;\neach predicts its own clean token", "#a85b00"),
     }
-    for height, (words, colour) in says.items():
-        axes.text(clean * 0.98, clean * height, words, ha="right", va="center", fontsize=9, color=colour)
+    for height, (words, color) in labels.items():
+        axes.text(clean * 0.98, clean * height, words, ha="right", va="center", fontsize=9, color=color)
 
 
 def _draw_noise(axes: Axes, what: Shown) -> None:
-    lines: list[tuple[str, torch.Tensor]] = [("clean: what is taught", what.batch.canvas_targets)]
+    lines: list[tuple[str, torch.Tensor]] = [("clean: the target", what.batch.canvas_targets)]
     lines += [(f"validation, t = {level}", batch.canvas) for level, batch in what.at_levels.items()]
     lines.append((f"this step, t = {what.draws.level:.2f}", what.batch.canvas))
     for row, (name, tokens) in enumerate(lines):
@@ -157,7 +158,7 @@ def _draw_noise(axes: Axes, what: Shown) -> None:
             axes.text(column + 0.48, -row, word, ha="center", va="center", fontsize=9, family="monospace", weight=weight)
     axes.set_xlim(-1.5, CANVAS)
     axes.set_ylim(-len(lines) + 0.4, 0.6)
-    axes.set_title("A canvas at growing corruption t: tokens in bold were replaced", fontsize=11, loc="left")
+    axes.set_title("A canvas at increasing corruption t: tokens in bold were replaced", fontsize=11, loc="left")
     axes.axis("off")
 
 

@@ -1,4 +1,4 @@
-"""`python -m tools.recipes_page` writes docs/recipes.md: every key of a recipe with its values, default and meaning."""
+"""Write docs/recipes.md, every key of a recipe with its values, default and meaning: `python -m tools.recipes_page`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _FIXED = {None: "`null`", types.NoneType: "`null`", bool: "`true` or `false`"}
 _NUMBERS = {int: "whole number", float: "number"}
 _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 _LENGTHS = {MinLen: ("min_length", "{} or more characters"), MaxLen: ("max_length", "at most {} characters")}
-_SCALAR_END, _PIPE = "\n...", r"\|"  # how YAML ends a document that is one value; a bar within a table's cell
+_SCALAR_END, _PIPE = "\n...", r"\|"  # the end of a YAML document that is one value; a bar in a table cell
 _INTRODUCTION = """# Recipes
 
-A recipe is one YAML file that says all about a run. Two keys have no default, so the shortest one is
+A recipe is one YAML file that describes a run. Only two keys have no default, so the shortest recipe is
 
 ```yaml
 name: first
@@ -35,36 +35,36 @@ data:
   source: rows.jsonl
 ```
 
-which is LoRA on the released model, on eight GPUs. Four ship with Canvastune:
+which runs LoRA on the released model, on eight GPUs. Canvastune ships with four:
 
 | recipe | what it does |
 |---|---|
 {recipes}
 
-- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`; values are YAML, and it may be repeated.
-  It is known to `canvastune run`, `plan`, `prepare`, `submit`, `doctor` and to `canvastune.train`.
-- A key that does not stand here is refused, with the nearest one that does; so is one that stands twice, and a value of another kind.
-  More in [troubleshooting](troubleshooting.md#recipe).
-- Beside every output lies `config.yaml`: the whole tree, defaults included. It is a recipe too.
-- On a cluster, the chart gives defaults of the section [cluster](#cluster). What the recipe sets wins.
-- An unfinished run resumes only with the recipe and the data that it was started with, in the pipeline and with `canvastune.train`.
-  Settings that change no trained weight may differ: {changeable}.
+- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`. Values are YAML, and the option can be
+  repeated. `canvastune run`, `plan`, `prepare`, `submit`, `doctor` and `canvastune.train` accept it.
+- An unknown key is rejected, with the closest known one; so are duplicate keys and values of the wrong type. See
+  [troubleshooting](troubleshooting.md#recipe).
+- Every output has a `config.yaml` next to it: the complete recipe, defaults included. It is itself a valid recipe.
+- On a cluster, the chart provides defaults for the section [cluster](#cluster). Values in the recipe take precedence.
+- An unfinished run can only be resumed with the recipe and the data that it was started with, in the pipeline and with
+  `canvastune.train`. Settings that change no trained weight may differ: {changeable}.
 
-Written by `python -m tools.recipes_page` from `canvastune/config/schema.py`; a test fails where this page is behind it.
+`python -m tools.recipes_page` generates this page from `canvastune/config`; a test fails if it is out of date.
 
-## At the top
+## Top level
 
 {own}"""
 _RECIPES = {
     "gsm8k_lora": "the released model on GSM8K: LoRA on attention and dense MLP, 8 GPUs of 80 GB, 8-way expert parallelism",
-    "gsm8k_sft": "the same with every weight but router and vision tower",
-    "tiny_lora": "what `make run` runs: LoRA on a tiny base, two processes on CPU",
-    "tiny_sft": "what makes that base: full fine-tuning of random weights",
+    "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision tower",
+    "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
+    "tiny_sft": "full fine-tuning of random weights; `make run` creates the tiny base with it",
 }
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     recipes = "\n".join(f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |" for name, what in _RECIPES.items())
     own = {name: field for name, field in RunConfig.model_fields.items() if _section(field.annotation) is None}
     parts = [_INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))]
@@ -77,7 +77,7 @@ def page() -> str:
 
 
 def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """What may stand at a key, in words."""
+    """Describe the values that a key accepts."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return values_of(parts[0], (*parts[1:], *metadata))
@@ -92,7 +92,7 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def _one_of(choices: list[str]) -> str:
-    """`a`, `b` or `c`; behind words with a comma, `; or`."""
+    """Join choices as `a`, `b` or `c`; with `; or` if one of them has a comma."""
     *first, last = [choice for part in choices for choice in part.split(" or ")]
     if not first:
         return last
@@ -106,7 +106,7 @@ def _of_one_kind(annotation: Any, metadata: tuple[Any, ...]) -> str:
 
 
 def _bounded(kind: str, metadata: tuple[Any, ...]) -> str:
-    """A number or a text, with what is asked of it."""
+    """Describe a number or text with its bounds."""
     words = []
     for limit in metadata:
         if type(limit) in _BOUNDS and kind != "text":
@@ -123,7 +123,7 @@ def _bounded(kind: str, metadata: tuple[Any, ...]) -> str:
 
 
 def _expected(check: AfterValidator) -> str:
-    """What a check of a text's form says of one that has none."""
+    """Return what a validator of text expects, from the message that it raises."""
     try:
         check.func("\0")  # type: ignore[call-arg]
     except PydanticCustomError as error:
@@ -132,7 +132,7 @@ def _expected(check: AfterValidator) -> str:
 
 
 def _rows(fields: dict[str, FieldInfo], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Dotted key, values, default and meaning of every field; those of a branch after it. Raises: AssertionError, no meaning is said."""
+    """Yield dotted key, values, default and meaning of every field, depth first. Raises: AssertionError, a field has no description."""
     for name, field in fields.items():
         section = _section(field.annotation)
         if section is not None:
@@ -166,7 +166,7 @@ def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
 
 
 def _entries(section: type[StrictModel], prefix: str) -> Iterator[tuple[str, type[StrictModel]]]:
-    """Keys whose value is a list or a mapping of sections."""
+    """Yield the keys whose value is a list or a mapping of sections."""
     for name, field in section.model_fields.items():
         for part in get_args(field.annotation):
             if (entry := _section(part)) is not None:
