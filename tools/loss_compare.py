@@ -202,7 +202,7 @@ def _compare_pipeline(base: Side, now: Side, comparison: Comparison, say: Callab
 
 def step_artifacts(workspace: Path) -> dict[str, list[str]]:
     """Return the keys of the artifacts of each pipeline step, for a workspace with one job."""
-    (job,) = (workspace / "kfp").iterdir()
+    (job,) = (workspace / "kfp").glob("[!.]*")  # beside the local runner's cache
     return snapshot.artifact_keys(job)
 
 
