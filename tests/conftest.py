@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from tests.support.cluster_stage import Cluster, stage
 from tests.support.rendered_chart import installed, of_kind
 from tests.support.small import write_checkpoint, write_middling
 
-_LONGEST = ("test_pipeline", "test_journeys", "test_faults", "test_parallel", "test_checkpoint_files", "test_tracking")
+_DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first, so that the processes of `make test` end together."""
-    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    """Run the longest files first, so that the processes of `make test` finish together."""
+    seconds = json.loads(_DURATIONS.read_text(encoding="utf-8"))
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
 @pytest.fixture(autouse=True)
