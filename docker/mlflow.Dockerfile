@@ -1,6 +1,6 @@
-# MLflow's tracking server with what the chart can ask of it: basic-auth, PostgreSQL, S3.
+# MLflow's tracking server with what the chart can enable: basic-auth, PostgreSQL, S3.
 #   docker build -f docker/mlflow.Dockerfile -t REGISTRY/canvastune/mlflow:3.17.2 .
-# pip reaches another index or a proxy's certificate through docker/README.md's secrets.
+# For another index or a proxy's certificate, see docker/README.md.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 FROM ${BASE_IMAGE} AS installed
 
@@ -17,15 +17,15 @@ COPY docker/requirements-mlflow.txt ./
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     pip install --no-cache-dir --no-deps -r requirements-mlflow.txt && pip check
 
-FROM installed AS bill
+FROM installed AS sbom
 ARG PIP_CONFIG_FILE=/run/secrets/pip
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
-COPY --from=bill /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
-# Any user id works, and a read-only root with a writable /tmp; SQLite and artifacts go where the server's arguments say.
+COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
+# Any user ID works, and a read-only root with a writable /tmp; the server's arguments set where SQLite and artifacts are stored.
 ENV HOME=/tmp \
     USER=canvastune \
     MLFLOW_DISABLE_TELEMETRY=true \
@@ -34,7 +34,7 @@ ENV HOME=/tmp \
 WORKDIR /tmp
 USER 10001:10001
 EXPOSE 5000
-# Kubernetes has probes of its own. The first start takes about 25 seconds.
+# Kubernetes uses the chart's probes instead. The first start takes about 25 seconds.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:5000/health', timeout=4)"]
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--backend-store-uri", "sqlite:////tmp/mlflow.db"]

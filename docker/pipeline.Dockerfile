@@ -1,7 +1,7 @@
 # The pipeline's steps and the launcher of training jobs: torch for the CPU, the engine, Kubeflow's and Kubernetes' clients.
 #   docker build -f docker/pipeline.Dockerfile -t REGISTRY/canvastune/pipeline:0.1.0 .
 # For steps on a GPU (evaluate):   --build-arg BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04 --build-arg TORCH=cuda --build-arg TORCH_INDEX=
-# pip reaches another index, a proxy's certificate or a CPU build of torch through docker/README.md's arguments and secrets.
+# For another index, a proxy's certificate or a CPU build of torch, see docker/README.md.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 FROM ${BASE_IMAGE} AS installed
 
@@ -12,7 +12,7 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 
-# From what changes least: torch (gigabytes), the other dependencies, the code.
+# What changes least comes first: torch (gigabytes), the other dependencies, the code.
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_CONFIG_FILE=/run/secrets/pip
@@ -29,16 +29,16 @@ COPY components components
 COPY pipelines pipelines
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --no-index . && pip check
 
-FROM installed AS bill
+FROM installed AS sbom
 ARG PIP_CONFIG_FILE=/run/secrets/pip
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
-COPY --from=bill /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
-# Any user id works, and a read-only root with a writable /tmp. Weights from the Hub lie on the workspace, where the training pods
-# look for them too.
+COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
+# Any user ID works, and a read-only root with a writable /tmp. Weights from the Hub are stored on the workspace, where the
+# training pods look for them too.
 ENV HOME=/tmp \
     USER=canvastune \
     XDG_CACHE_HOME=/tmp/cache \

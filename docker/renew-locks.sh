@@ -1,6 +1,6 @@
 #!/bin/sh
 # Renew the lock files in this folder and requirements-dev.txt, from pyproject.toml:   pip install uv && docker/renew-locks.sh
-# Packages stay at the version that a lock file holds while it still fits; `docker/renew-locks.sh --upgrade` takes the newest.
+# Packages keep the version in the lock file as long as it satisfies pyproject.toml; `docker/renew-locks.sh --upgrade` takes the newest.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -13,7 +13,7 @@ lock() {
 
 pipeline=docker/requirements-pipeline.txt
 lock $pipeline pyproject.toml --extra pipeline "$@"
-# What the images and a developer share has one version: the pods of a job and of the steps, MLflow's server and client.
+# Packages that the images and developers share have one version: in pods of jobs and steps, in MLflow's server and client.
 lock docker/requirements-trainer.txt pyproject.toml --constraint $pipeline "$@"
 lock docker/requirements-mlflow.txt docker/requirements-mlflow.in --constraint $pipeline "$@"
 lock requirements-dev.txt pyproject.toml --extra dev --constraint $pipeline "$@"

@@ -1,6 +1,6 @@
 # The training pods: torch and the engine, without Kubeflow's SDK.
 #   docker build -f docker/trainer.Dockerfile -t REGISTRY/canvastune/trainer:0.1.0 .
-# pip reaches another index, a proxy's certificate or a CPU build of torch through docker/README.md's arguments and secrets.
+# For another index, a proxy's certificate or a CPU build of torch, see docker/README.md.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE_IMAGE} AS installed
 
@@ -11,7 +11,7 @@ RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 
-# From what changes least: torch (gigabytes), the other dependencies, the code.
+# What changes least comes first: torch (gigabytes), the other dependencies, the code.
 ARG TORCH=cuda
 ARG TORCH_INDEX=
 ARG PIP_CONFIG_FILE=/run/secrets/pip
@@ -24,18 +24,18 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     pip install --no-cache-dir --no-deps -r requirements-trainer.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY canvastune canvastune
-# The command line needs Kubeflow's SDK; here a run is `torchrun -m canvastune.train`.
+# The command line needs Kubeflow's SDK; this image runs `torchrun -m canvastune.train`.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --no-index . && pip check && rm /opt/venv/bin/canvastune
 
-FROM installed AS bill
+FROM installed AS sbom
 ARG PIP_CONFIG_FILE=/run/secrets/pip
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
-COPY --from=bill /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
-# Any user id works, and a read-only root with a writable /tmp.
+COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
+# Any user ID works, and a read-only root with a writable /tmp.
 ENV HOME=/tmp \
     USER=canvastune \
     XDG_CACHE_HOME=/tmp/cache \

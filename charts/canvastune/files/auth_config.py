@@ -1,4 +1,4 @@
-"""Writes the file from which MLflow reads its users' database, and migrates that database before the new server starts."""
+"""Write MLflow's basic-auth configuration, and migrate the users' database before the server starts."""
 
 import configparser
 import os

@@ -1,4 +1,4 @@
-"""Calls MLflow under each address given; 401 is an answer too, where it asks for a password."""
+"""Call MLflow at each address; 401 is a success too, if it requires a password."""
 
 import sys
 import urllib.error

@@ -1,4 +1,4 @@
-{{/* The names of the objects: RELEASE-canvastune, or the release's alone where it says so already. A service's name has no dot. */}}
+{{/* The names of the objects: RELEASE-canvastune, or only RELEASE if it contains the chart's name. A service's name has no dot. */}}
 {{- define "canvastune.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $release := replace "." "-" .Release.Name -}}
@@ -7,7 +7,7 @@
 
 {{- define "canvastune.mlflow.fullname" -}}{{ include "canvastune.fullname" . }}-mlflow{{- end -}}
 
-{{/* What a selector holds, and never changes: (dict "root" . "component" "mlflow"). */}}
+{{/* The labels of a selector, which must never change: (dict "root" . "component" "mlflow"). */}}
 {{- define "canvastune.selectorLabels" -}}
 app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -25,7 +25,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end -}}
 
-{{/* The reference of an image: (dict "root" . "image" .Values.images.mlflow). A digest wins over the tag. */}}
+{{/* The reference of an image: (dict "root" . "image" .Values.images.mlflow). A digest overrides the tag. */}}
 {{- define "canvastune.image" -}}
 {{- $registry := default .root.Values.images.registry .image.registry -}}
 {{- if $registry }}{{ trimSuffix "/" $registry }}/{{ end }}{{ .image.repository -}}
@@ -69,7 +69,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* "true" where MLflow keeps something in files of its own. */}}
+{{/* "true" if MLflow stores anything in files. */}}
 {{- define "canvastune.mlflow.usesSqlite" -}}
 {{- if or (not .Values.mlflow.database.existingSecret.name) (and .Values.mlflow.auth.enabled (not .Values.mlflow.auth.database.existingSecret.name)) -}}true{{- end -}}
 {{- end -}}
@@ -102,14 +102,14 @@ capabilities:
 {{- default (include "canvastune.fullname" .) .Values.training.runtime -}}
 {{- end -}}
 
-{{/* Every name under which a pod of the cluster can call MLflow, shortest first, as JSON. */}}
+{{/* Every host name by which pods can call MLflow, shortest first, as JSON. */}}
 {{- define "canvastune.mlflow.serviceNames" -}}
 {{- $name := include "canvastune.mlflow.fullname" . -}}
 {{- $inNamespace := printf "%s.%s" $name .Release.Namespace -}}
 {{- list $name $inNamespace (printf "%s.svc" $inNamespace) (printf "%s.svc.%s" $inNamespace .Values.clusterDomain) | toJson -}}
 {{- end -}}
 
-{{/* --allowed-hosts replaces MLflow's own list, so it names everything: services, port-forward, ingress. */}}
+{{/* --allowed-hosts replaces MLflow's default list, so it lists everything: services, port-forward, ingress. */}}
 {{- define "canvastune.mlflow.allowedHosts" -}}
 {{- $hosts := list "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*" -}}
 {{- range include "canvastune.mlflow.serviceNames" . | fromJsonArray -}}
@@ -123,7 +123,7 @@ capabilities:
 {{- concat $hosts .Values.mlflow.extraAllowedHosts | uniq | join "," -}}
 {{- end -}}
 
-{{/* Where MLflow's own pages may be loaded from: their calls carry that origin. */}}
+{{/* The origins from which MLflow's own pages are loaded: their calls carry that origin. */}}
 {{- define "canvastune.mlflow.allowedOrigins" -}}
 {{- $origins := list -}}
 {{- range include "canvastune.mlflow.serviceNames" . | fromJsonArray -}}

@@ -1,4 +1,4 @@
-"""Asks the API server whether this account may do, in a namespace, what the launcher of training jobs does."""
+"""Check with the API server that this service account may run training jobs in a namespace."""
 
 import sys
 
