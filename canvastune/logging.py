@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json": child processes of a program with --log-format json log JSON as well
 FORMATS = ("text", "json")
 FORMAT_HELP = "json: log each event as an object with time, level and event (default: text)"
-WARNING_EVENTS = ("skipped_step", "damaged_checkpoint", "restarted")  # events of metrics.jsonl after which training continues
+WARNING_EVENTS = (
+    "skipped_step",
+    "damaged_checkpoint",
+    "restarted",
+)  # events of metrics.jsonl after which training continues
 
 # __main__: a module that was started with `python -m`.
 _OUR_PACKAGES = ("canvastune", "components", "pipelines", "__main__")
@@ -49,12 +53,17 @@ def configure_logging(log_format: str = "text") -> None:
     handler.setFormatter(JsonFormatter() if json_requested() else TextFormatter())
     root = logging.getLogger()
     for other in list(root.handlers):
-        if type(other) in (logging.StreamHandler, StandardStreamHandler):  # Kubeflow's executor shows every library's INFO
+        if type(other) in (
+            logging.StreamHandler,
+            StandardStreamHandler,
+        ):  # Kubeflow's executor shows every library's INFO
             root.removeHandler(other)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     for package in _OUR_PACKAGES:
-        logging.getLogger(package).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        logging.getLogger(package).setLevel(
+            logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+        )
     logging.captureWarnings(True)
     if json_requested():
         sys.excepthook = _log_uncaught
@@ -95,7 +104,11 @@ class TextFormatter(logging.Formatter):
         elif record.levelno >= logging.ERROR and _is_ours(record):
             text = format_error(UserError(message, hint=getattr(record, "hint", "")))
         else:
-            text = message if record.levelno < logging.WARNING else f"{record.levelname} {message.rstrip()}"
+            text = (
+                message
+                if record.levelno < logging.WARNING
+                else f"{record.levelname} {message.rstrip()}"
+            )
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -124,7 +137,10 @@ class StandardStreamHandler(logging.Handler):
             if isinstance(self.formatter, JsonFormatter):
                 stream = sys.stdout
             elif record.getMessage():
-                stdout = record.name.partition(".")[0] in _STDOUT_PACKAGES and record.levelno < logging.ERROR
+                stdout = (
+                    record.name.partition(".")[0] in _STDOUT_PACKAGES
+                    and record.levelno < logging.ERROR
+                )
                 stream = sys.stdout if stdout else sys.stderr
             else:
                 return
@@ -141,7 +157,11 @@ def format_event(event: str, *, level: str = "info", **fields: Any) -> str:
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     rank = {"rank": int(os.environ["RANK"])} if "RANK" in os.environ else {}
-    text = json.dumps({"time": now, "level": level, "event": event, **rank, **fields}, ensure_ascii=False, default=str)
+    text = json.dumps(
+        {"time": now, "level": level, "event": event, **rank, **fields},
+        ensure_ascii=False,
+        default=str,
+    )
     return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
 
@@ -160,7 +180,9 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.name.partition(".")[0] in _OUR_PACKAGES
 
 
-def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     else:
@@ -179,11 +201,26 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not json_requested():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             # While it runs it replaces sys.stderr, and so puts log lines above the bar.
-            self._bar = Progress(*columns, console=Console(stderr=True, highlight=False, soft_wrap=True), transient=True)
+            self._bar = Progress(
+                *columns,
+                console=Console(stderr=True, highlight=False, soft_wrap=True),
+                transient=True,
+            )
             self._task = self._bar.add_task("training", total=steps)
             self._bar.start()
 
@@ -216,10 +253,16 @@ class TrainingProgress:
             self._bar.stop()
 
     def _seconds_left(self, step: int) -> float:
-        return (time.monotonic() - self._started) / (step - (self._first_step or 0)) * (self._steps - step)
+        return (
+            (time.monotonic() - self._started)
+            / (step - (self._first_step or 0))
+            * (self._steps - step)
+        )
 
     def _log(self, line: str, record: dict[str, Any]) -> None:
-        fields = {key: value for key, value in record.items() if key not in ("kind", "time", "event")}
+        fields = {
+            key: value for key, value in record.items() if key not in ("kind", "time", "event")
+        }
         name = record.get("event", record["kind"])
         level = logging.WARNING if name in WARNING_EVENTS else logging.INFO
         logger.log(level, "%s", line, extra={"event": name, "fields": fields})

@@ -1,4 +1,4 @@
-"""How every step is declared to Kubeflow: a lightweight component in the project's own image, with nothing installed at run time."""
+"""Declare a step to Kubeflow: a lightweight component in the project's image, with nothing installed at run time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from canvastune.tracking import StepRun, step_run
 from canvastune.tracking.outbox import Step
 from components.run_directory import with_tracking_uri
 
-IMAGE = f"canvastune/pipeline:{__version__}"  # the pipeline's parameter `pipeline_image` replaces it
+IMAGE = (
+    f"canvastune/pipeline:{__version__}"  # the pipeline's parameter `pipeline_image` replaces it
+)
 
 component = functools.partial(dsl.component, base_image=IMAGE, install_kfp_package=False)
 
 
 @contextlib.contextmanager
-def step(name: Step, config: str, run_folder: str, mlflow_run_id: str) -> Iterator[tuple[RunConfig, StepRun]]:
+def step(
+    name: Step, config: str, run_folder: str, mlflow_run_id: str
+) -> Iterator[tuple[RunConfig, StepRun]]:
     """Run the block as one step of a run.
 
     Args:
-        config: the resolved config as JSON text, as the step `resolve` gives it.
-        mlflow_run_id: the parent of the step's record in MLflow; "" where MLflow was away when the run began.
+        config: the resolved config as JSON text, from the step `resolve`.
+        mlflow_run_id: the run in MLflow; "" if MLflow was unreachable when the run started.
 
     Yields:
-        The config, and the record, which takes what the step wants to be seen in MLflow.
+        The config, and the step's record in MLflow.
     """
     with exit_on_user_error():
         recipe = parse_config(config)
@@ -40,7 +44,7 @@ def step(name: Step, config: str, run_folder: str, mlflow_run_id: str) -> Iterat
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A UserError inside the block ends the process with exit code 1 and its message as the last lines, not with a traceback."""
+    """Exit with code 1 and the message as the last lines, instead of a traceback, on a UserError in the block."""
     configure_logging()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The product as one graph: prepare data -> plan -> train -> merge the adapter (LoRA alone) -> evaluate -> report."""
+"""The pipeline: prepare data -> plan -> train -> merge the adapter (LoRA only) -> evaluate -> report."""
 
 from typing import Any
 
@@ -15,13 +15,18 @@ from components.report.component import report
 from components.resolve.component import resolve
 from components.train.component import train
 
-# A mount can be given its claim by a parameter, but neither its path, nor can it be left out: an empty name is an error on a cluster.
-WORKSPACE_CLAIM, MOUNT_PATH = "canvastune-workspace", "/workspace"  # the first is what the chart makes in a release `canvastune`
-SECRET = "canvastune-credentials"  # may be absent
+# A parameter can set the claim of a mount, but not its path, and the mount cannot be left out: an empty name is an error
+# on a cluster.
+WORKSPACE_CLAIM = "canvastune-workspace"  # as the chart names it in a release `canvastune`
+MOUNT_PATH = "/workspace"
+SECRET = "canvastune-credentials"  # optional
 JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
-@dsl.pipeline(name="canvastune-finetune", description="Fine-tune DiffusionGemma: full or LoRA, merged, evaluated and reported")
+@dsl.pipeline(
+    name="canvastune-finetune",
+    description="Fine-tune DiffusionGemma: full or LoRA, merged, evaluated and reported",
+)
 def finetune(
     recipe: str,
     overrides: str = "",
@@ -38,35 +43,41 @@ def finetune(
     """
     Args:
         recipe: the recipe as YAML or JSON text.
-        overrides: changes to it, a line of `key=value` each.
+        overrides: changes to it, one `key=value` per line.
         dataset: replaces the recipe's `data.source`; "" keeps it.
-        workspace: the folder that outlives the run's pods: checkpoints, merged model and report go to `runs/RUN` below it.
+        workspace: the folder that outlives the run's pods: checkpoints, merged model and report go to its `runs/RUN`.
         run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.
         pipeline_image: image of every step.
-        volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace in every step; means nothing on a laptop.
-        credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, where they exist.
-        cluster: JSON object beneath the recipe's section `cluster`: where and how training pods run, as the chart gives it.
-        kubeflow_url: address of Kubeflow's page, for a tag in MLflow; `canvastune submit` gives it.
-        compare: earlier runs of the workspace that the report lays over this one: names, by commas or line breaks; at most five.
+        volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace; unused on a laptop.
+        credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, if set.
+        cluster: JSON object with defaults of the recipe's section `cluster`: where and how training pods run.
+        kubeflow_url: address of Kubeflow's page, for a tag in MLflow; `canvastune submit` sets it.
+        compare: names of at most five earlier runs to compare with in the report, separated by commas or line breaks.
     """
 
-    def mounted(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A task in the pipeline's image, with the workspace and the credentials."""
+    def with_workspace(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """Give a task the pipeline's image, the workspace and the credentials."""
         kubernetes.mount_pvc(task, pvc_name=volume_claim, mount_path=MOUNT_PATH)
-        kubernetes.use_secret_as_env(task, credentials, {name: name for name in CREDENTIALS}, optional=True)
+        kubernetes.use_secret_as_env(
+            task, credentials, {name: name for name in CREDENTIALS}, optional=True
+        )
         return task.set_container_image(pipeline_image)
 
-    def fresh(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A task that Kubeflow never answers from its cache. Set on each: the run's own switch does not reach into groups."""
-        return mounted(task).set_caching_options(False)
+    def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """Never reuse a cached result. Set on each task: the run's own switch does not reach into groups."""
+        return with_workspace(task).set_caching_options(False)
 
-    def stays(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """A task that waits for a job, for days: a node that is given back would take its pod along."""
-        return kubernetes.add_pod_annotation(task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
+    def keep_node(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """Keep the node of a task that waits for a job, for days: the autoscaler would evict its pod with it."""
+        return kubernetes.add_pod_annotation(
+            task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false"
+        )
 
-    closing = fresh(finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID))
-    with dsl.ExitHandler(closing):
-        run = fresh(
+    exit_task = uncached(
+        finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID)
+    )
+    with dsl.ExitHandler(exit_task):
+        run = uncached(
             resolve(
                 recipe=recipe,
                 overrides=overrides,
@@ -83,20 +94,22 @@ def finetune(
         ).outputs
         common = {key: run[key] for key in ("config", "run_folder", "mlflow_run_id")}
 
-        data = mounted(prepare_data(config=run["data_config"], content=run["data_fingerprint"]))
-        dataset_made = data.outputs["dataset"]
+        data = with_workspace(
+            prepare_data(config=run["data_config"], content=run["data_fingerprint"])
+        )
+        prepared = data.outputs["dataset"]
 
-        planned = fresh(plan(**common))
-        training = fresh(train(**common, dataset=dataset_made)).after(planned)
-        stays(training)
+        planned = uncached(plan(**common))
+        training = uncached(train(**common, dataset=prepared)).after(planned)
+        keep_node(training)
 
-        def judge(tuned: Any) -> None:
-            answers = stays(fresh(evaluate(**common, dataset=dataset_made, tuned=tuned)))
-            fresh(
+        def evaluate_and_report(tuned: Any) -> None:
+            answers = keep_node(uncached(evaluate(**common, dataset=prepared, tuned=tuned)))
+            uncached(
                 report(
                     **common,
                     metrics=training.outputs["metrics"],
-                    dataset=dataset_made,
+                    dataset=prepared,
                     plan=planned.outputs["plan"],
                     evaluation=answers.outputs["evaluation"],
                     tuned=tuned,
@@ -105,7 +118,7 @@ def finetune(
             )
 
         with dsl.If(run["method"] == "lora", name="lora"):
-            merging = fresh(merge_lora(**common, adapter=training.outputs["trained"]))
-            judge(merging.outputs["merged"])
+            merging = uncached(merge_lora(**common, adapter=training.outputs["trained"]))
+            evaluate_and_report(merging.outputs["merged"])
         with dsl.Else(name="full"):
-            judge(training.outputs["trained"])
+            evaluate_and_report(training.outputs["trained"])

@@ -1,4 +1,4 @@
-"""A Kubeflow Pipelines server: its address, the token for it, and its refusals in words."""
+"""Connect to a Kubeflow Pipelines server: its address, the bearer token, and its errors as UserErrors."""
 
 from __future__ import annotations
 
@@ -19,52 +19,72 @@ from urllib.parse import urlsplit
 from canvastune.errors import UserError
 
 TOKEN = "KF_PIPELINES_TOKEN"
-_PORT_FORWARD_SECONDS = 5.0
-_TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"  # Kubeflow's own: where a pod's token for it is mounted
-_EXAMPLE = "http://localhost:8080 while `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80` runs"
+_TOKEN_PATH = (
+    "KF_PIPELINES_SA_TOKEN_PATH"  # Kubeflow's own: where a pod's service account token is mounted
+)
+_EXAMPLE = (
+    "http://localhost:8080 while `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80` runs"
+)
+_GIVE_ADDRESS = f"Give the address that a browser shows before `/#/`, for example {_EXAMPLE}."
+_GIVE_TOKEN_FILE = "Give a file that holds only the token."
 
 
 @dataclass(frozen=True)
 class KubeflowClient:
-    """Where the pipelines are.
+    """The address of a Kubeflow Pipelines server, and how to authenticate there.
 
     Attributes:
         host: http(s) address without a slash at its end, as a browser shows it before `/#/`.
-        namespace: the team's, on a server that has several; None: the server's only one.
-        token_file: file with a bearer token, read for each request; None: what the environment has, as a token or a file.
+        namespace: the team's, on a server with profiles; None: the server has only one.
+        token_file: file with a bearer token, read for each request; None: the token or file that the environment names.
+        retry_seconds: how long a refused connection is tried again: a port-forward needs a moment to start.
     """
 
     host: str
     namespace: str | None = None
     token_file: Path | None = None
+    retry_seconds: float = 5.0
+
+    @classmethod
+    def from_address(
+        cls, address: str, namespace: str | None = None, token_file: Path | None = None
+    ) -> KubeflowClient:
+        """Take the address as it was copied from a browser, with the page after `/#/`."""
+        return cls(address.partition("/#")[0].rstrip("/"), namespace, token_file)
 
     def token(self) -> str | None:
-        """The bearer token. Raises: UserError, a file without one."""
+        """Return the bearer token. Raises: UserError, a file without one."""
         file = self.token_file or (None if os.environ.get(TOKEN) else os.environ.get(_TOKEN_PATH))
         if file is None:
             return os.environ.get(TOKEN, "").strip() or None
         try:
             text = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"token file {file}: {getattr(error, 'strerror', None) or 'not a text file'}. Give a file with the token alone"
-            ) from None
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise UserError(f"token file {file}: {reason}", hint=_GIVE_TOKEN_FILE) from None
         if len(text.split()) != 1:
-            raise UserError(f"token file {file}: expected one token, found {len(text.split())} words. Give a file with the token alone")
+            found = len(text.split())
+            raise UserError(
+                f"token file {file}: found {found} words, expected one token", hint=_GIVE_TOKEN_FILE
+            )
         return text
 
-    def connect(self) -> Any:
-        """A `kfp.Client` that has been answered.
+    def create_kfp_client(self) -> Any:
+        """Return a `kfp.Client` whose server has responded.
 
         Raises:
-            UserError: nobody answers, somebody else answers, no token or not this one, or no namespace where one is needed.
+            UserError: no response, not Kubeflow, no token or a rejected one, or a namespace that is missing or unknown.
         """
-        several = self.has_profiles()
-        if several and self.namespace is None:
-            raise UserError(f"{self.host}: this Kubeflow has a namespace for each team. Say which is yours with --namespace")
-        if self.namespace is not None and not several:
-            raise UserError(f"{self.host}: this Kubeflow has one namespace for all, not {self.namespace!r}. Leave --namespace out")
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not a person's business
+        profiles = self.has_profiles()
+        if profiles and self.namespace is None:
+            message = (
+                f"{self.host}: this Kubeflow has a namespace for each team, and none was given"
+            )
+            raise UserError(message, hint="Add --namespace NAME.")
+        if self.namespace is not None and not profiles:
+            message = f"{self.host}: found namespace {self.namespace!r}, but this Kubeflow has no namespaces for teams"
+            raise UserError(message, hint="Leave out --namespace.")
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not worth a log line
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import kfp
@@ -80,40 +100,45 @@ class KubeflowClient:
             )
 
     def has_profiles(self) -> bool:
-        """Whether each team has a namespace there. Raises: UserError, as `connect`."""
+        """Return True if each team has a namespace there. Raises: UserError, as `create_kfp_client`."""
         if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
-            raise UserError(f"--host {self.host}: expected an http or https address, for example {_EXAMPLE}")
+            message = f"--host {self.host}: expected an http or https address"
+            raise UserError(message, hint=f"For example {_EXAMPLE}.")
         return self._health().get("multi_user") is True
 
     def _health(self) -> dict[str, Any]:
-        """What the server says of itself; Kubeflow's own client asks for half a minute, and takes a web page for an answer."""
+        """Get the server's health; kfp.Client waits for half a minute, and accepts a web page as a response."""
         headers = {"Authorization": f"Bearer {token}"} if (token := self.token()) else {}
-        opener = urllib.request.build_opener(_NoRedirect)  # a login page elsewhere is not to see the token
+        opener = urllib.request.build_opener(
+            _NoRedirect
+        )  # a login page elsewhere must not get the token
         request = urllib.request.Request(f"{self.host}/apis/v2beta1/healthz", headers=headers)
         try:
-            with _answering(opener, request) as answer:
-                found = json.loads(answer.read())
+            with _open_with_retry(opener, request, self.retry_seconds) as response:
+                found = json.loads(response.read())
         except urllib.error.HTTPError as error:
             if error.code in (301, 302, 303, 307, 308):
-                raise UserError(f"{self.host}: asks for a login ({_site(error)}). {_hint(self)}") from None
-            raise UserError(_refused(self, error.code, error.read())) from None
+                message = f"{self.host}: redirects to a login page ({_redirect_target(error)})"
+                raise UserError(message, hint=_token_hint(self)) from None
+            raise _http_error(self, error.code, error.read()) from None
         except (OSError, ValueError) as error:
             if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-                raise UserError(f"{self.host}: {_stranger('answers with a web page or a login')}") from None
+                raise _not_kubeflow(self, "a web page or a login") from None
             reason = getattr(error, "reason", None) or error
             if "CERTIFICATE" in str(reason):
-                raise UserError(
-                    f"{self.host}: its certificate is not trusted here. Name your authority's bundle in SSL_CERT_FILE"
-                ) from None
-            raise UserError(f"{self.host}: nobody answers there ({reason}). Expected Kubeflow's address, for example {_EXAMPLE}") from None
+                hint = "Set SSL_CERT_FILE to the bundle of your certificate authority."
+                raise UserError(f"{self.host}: certificate not trusted", hint=hint) from None
+            hint = f"Give the address of Kubeflow, for example {_EXAMPLE}."
+            raise UserError(f"{self.host}: no response ({reason})", hint=hint) from None
         if not isinstance(found, dict):
-            raise UserError(f"{self.host}: {_stranger('answers')}")
+            raise _not_kubeflow(self, "JSON of another form")
         return found
 
 
-def _answering(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> Any:
-    """The answer; a port-forward that was started a moment ago refuses connections for a second or two."""
-    deadline = time.monotonic() + _PORT_FORWARD_SECONDS
+def _open_with_retry(
+    opener: urllib.request.OpenerDirector, request: urllib.request.Request, seconds: float
+) -> Any:
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return opener.open(request, timeout=20)
@@ -124,60 +149,69 @@ def _answering(opener: urllib.request.OpenerDirector, request: urllib.request.Re
 
 
 @contextlib.contextmanager
-def answered(server: KubeflowClient) -> Iterator[None]:
-    """Turns what a request to the server can fail with into a UserError of one line."""
+def translate_errors(kubeflow: KubeflowClient) -> Iterator[None]:
+    """Turn the errors of requests to the server into a UserError."""
     import kfp_server_api
     import urllib3
 
     try:
         yield
     except kfp_server_api.ApiException as error:
-        raise UserError(_refused(server, error.status or 0, error.body or str(error.reason))) from None
+        raise _http_error(kubeflow, error.status or 0, error.body or str(error.reason)) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"{server.host}: does not answer any more ({' '.join(str(reason).split())[:200]}). Try again later") from None
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())[:200]
+        raise UserError(
+            f"{kubeflow.host}: no longer responds ({reason})", hint="Try again later."
+        ) from None
 
 
-def _credentials(server: KubeflowClient) -> Any:
+def _credentials(kubeflow: KubeflowClient) -> Any:
     from kfp.client.token_credentials_base import TokenCredentialsBase
 
     class Credentials(TokenCredentialsBase):
-        """Reads the token anew for each request: one that a cluster mounts is replaced every hour."""
+        """Read the token again for each request: a token that a cluster mounts is replaced every hour."""
 
         def refresh_api_key_hook(self, config: Any) -> None:
             config.api_key["authorization"] = self.get_token()
 
         def get_token(self) -> str | None:
-            return server.token()
+            return kubeflow.token()
 
     return Credentials()
 
 
-def _refused(server: KubeflowClient, status: int, body: bytes | str) -> str:
-    said = _message(body)
-    where = f" in namespace {server.namespace!r}" if server.namespace else ""
+def _http_error(kubeflow: KubeflowClient, status: int, body: bytes | str) -> UserError:
+    reason = _server_message(body)
+    where = f" in namespace {kubeflow.namespace!r}" if kubeflow.namespace else ""
     if status == 401:
-        return f"{server.host}: does not know who you are (401). {_hint(server)}"
+        return UserError(
+            f"{kubeflow.host}: authentication failed (401)", hint=_token_hint(kubeflow)
+        )
     if status == 403:
-        return f"{server.host}: not allowed{where} (403: {said}). Check that the namespace exists and is yours. {_hint(server)}"
+        hint = f"Check that the namespace exists and that you have access to it. {_token_hint(kubeflow)}"
+        return UserError(f"{kubeflow.host}: access denied{where} (403: {reason})", hint=hint)
     if status == 404 and "{" not in str(body):
-        return f"{server.host}: {_stranger('answers, and has no pipelines (404)')}"
-    return f"{server.host}: refused{where} ({status}: {said}). Correct what it names, or ask who runs it"
+        return _not_kubeflow(kubeflow, "404, no pipelines there")
+    hint = "Correct what the message names, or ask the administrator of Kubeflow."
+    return UserError(f"{kubeflow.host}: request refused{where} ({status}: {reason})", hint=hint)
 
 
-def _hint(server: KubeflowClient) -> str:
-    if server.token() is None:
-        return f"Give a token with --token-file FILE or in {TOKEN}"
-    source = f"--token-file {server.token_file}" if server.token_file else TOKEN if os.environ.get(TOKEN) else _TOKEN_PATH
-    return f"The token of {source} is not accepted here, or has expired: get a new one"
+def _token_hint(kubeflow: KubeflowClient) -> str:
+    if kubeflow.token() is None:
+        return f"Give a token with --token-file FILE or in {TOKEN}."
+    environment = TOKEN if os.environ.get(TOKEN) else _TOKEN_PATH
+    source = f"--token-file {kubeflow.token_file}" if kubeflow.token_file else environment
+    return f"The token of {source} was rejected or has expired: get a new one."
 
 
-def _stranger(does: str) -> str:
-    return f"{does}, but not as Kubeflow Pipelines. Expected the address that a browser shows before `/#/`, for example {_EXAMPLE}"
+def _not_kubeflow(kubeflow: KubeflowClient, found: str) -> UserError:
+    return UserError(
+        f"{kubeflow.host}: the response is not from Kubeflow Pipelines: {found}", hint=_GIVE_ADDRESS
+    )
 
 
-def _message(body: bytes | str) -> str:
-    """The server's own words in an answer, on one line."""
+def _server_message(body: bytes | str) -> str:
+    """Return the message in a response of the server, on one line."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body
     with contextlib.suppress(json.JSONDecodeError, AttributeError):
         tree = json.loads(text)
@@ -185,8 +219,8 @@ def _message(body: bytes | str) -> str:
     return " ".join(str(text).split())[:300]
 
 
-def _site(error: urllib.error.HTTPError) -> str:
-    """Where a redirection leads, without its query, which may hold secrets."""
+def _redirect_target(error: urllib.error.HTTPError) -> str:
+    """Return the address that a redirection leads to, without its query, which may hold secrets."""
     to = urlsplit(error.headers.get("Location", ""))
     return f"{to.scheme}://{to.netloc}{to.path}" if to.netloc else to.path
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from canvastune.errors import ERROR_PREFIX, format_error, parse_error
+from canvastune.errors import ERROR_PREFIX, UserError, parse_error
 from canvastune.logging import format_event, read_event
 
 _KEPT_LINES = 400  # of the running step's output, for the reason of a failure
@@ -37,7 +37,9 @@ class LocalOutput(io.TextIOBase):
             out: gets the lines.
             json: write one JSON object per line; a step's own events keep their fields and get `task`.
         """
-        self.failure: tuple[str, str] | None = None  # the step that failed first, and why
+        self.failure: tuple[str, UserError] | None = (
+            None  # the step that failed first, and its error
+        )
         self._out, self._json, self._unfinished = out, json, ""
         self._output: list[str] = []  # the last lines of the running step
         self._in_dump = self._in_error = False
@@ -48,11 +50,15 @@ class LocalOutput(io.TextIOBase):
     def listening(self) -> Iterator[None]:
         """Redirect standard output and the runner's log records to this object."""
         root, level = logging.getLogger(), logging.getLogger().level
-        root.setLevel(logging.INFO)  # a cache hit is logged at that level, outside of the runner's own setting
+        root.setLevel(
+            logging.INFO
+        )  # a cache hit is logged at that level, outside of the runner's own setting
         root.addFilter(self._filter_record)
         try:
             with contextlib.redirect_stdout(self), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the runner's, about image names that mean nothing here
+                warnings.simplefilter(
+                    "ignore"
+                )  # the runner's, about image names that mean nothing here
                 yield
         finally:
             root.removeFilter(self._filter_record)
@@ -77,14 +83,19 @@ class LocalOutput(io.TextIOBase):
             self._show(f"    {seconds:.1f} s", "task_finished", seconds=seconds)
         elif found := _TASK_CACHED.match(message):
             self._task = _step_name(found[1])
-            self._show(f"\n{self._task}\n    reused: the same data, model and settings were prepared before", "task_reused")
+            self._show(
+                f"\n{self._task}\n    reused: the same data, model and settings were prepared before",
+                "task_reused",
+            )
         elif record.levelno >= logging.ERROR:
             self._show(message, level="error", message=message)
         return False
 
     def _handle_line(self, line: str) -> None:
         line = line.removeprefix("    ").rstrip()
-        if self._in_dump or line.startswith("[KFP Executor "):  # the executor's log, and the inputs that it prints
+        if self._in_dump or line.startswith(
+            "[KFP Executor "
+        ):  # the executor's log, and the inputs that it prints
             self._in_dump = line.endswith("Got executor_input:") or (self._in_dump and line != "}")
             return
         if not line or set(line) == {"-"}:
@@ -92,21 +103,21 @@ class LocalOutput(io.TextIOBase):
         self._output = [*self._output[-_KEPT_LINES:], line]
         found = read_event(line)
         self._in_error = self._in_error or line.startswith(ERROR_PREFIX)
-        if not self._in_error and (found is None or found["event"] != "error"):  # an error is logged once, at the end of the run
+        if not self._in_error and (
+            found is None or found["event"] != "error"
+        ):  # an error is logged once, at the end of the run
             self._show(f"    {line}", **(found or {"event": "log", "message": line}))
 
     def _fail(self, step: str) -> None:
         self._show("    failed", "task_failed", level="error")
         if self.failure is None:
-            self.failure = step, self._reason()
+            self.failure = step, self._error()
 
-    def _reason(self) -> str:
+    def _error(self) -> UserError:
         if error := parse_error("\n".join(self._output)):
-            return format_error(error).removeprefix(ERROR_PREFIX)
-        if not self._output:
-            return "it printed nothing"
-        last = self._output[-1].strip()
-        return str((read_event(last) or {}).get("message", last))
+            return error
+        last = self._output[-1].strip() if self._output else "no output"
+        return UserError(str((read_event(last) or {}).get("message", last)))
 
     def _show(self, line: str, event: str = "log", **fields: Any) -> None:
         if self._json:

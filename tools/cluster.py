@@ -344,7 +344,7 @@ def main() -> int:
         with reached(options.host, cluster.kubeflow) as host, contextlib.ExitStack() as made:
             made.enter_context(mock.patch.object(submission, "PIPELINE", cluster.name))  # no team's pipeline gets a version of ours
             server = KubeflowClient(host, cluster.home if cluster.home != cluster.kubeflow else None)
-            server.connect()
+            server.create_kfp_client()
             images = {name: getattr(options, f"{name}_image") for name in IMAGES}
             check(cluster, server, images, report, lambda what, undo: made.callback(remove, what, undo, options.keep))
     except (Refused, UserError) as error:

@@ -1,80 +1,133 @@
-"""Run the checks of `canvastune doctor` and print them in the order to fix them."""
+"""Run the checks of `canvastune doctor` and print them in the order to fix them.
+
+Nothing may be installed yet: this module, `finding` and `machine` import only the standard library, and each check
+imports the rest where it needs it.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from canvastune.errors import UserError
+from pipelines.doctor.cluster import check_cluster, check_kubeflow
 from pipelines.doctor.finding import DoctorOptions, Finding
-from pipelines.doctor.machine import _data, _disk, _memory, _model, _packages, _python, _recipe, _torch
-from pipelines.doctor.tracking import _tracking
+from pipelines.doctor.machine import (
+    check_disk,
+    check_memory,
+    check_packages,
+    check_python,
+    check_torch,
+)
+from pipelines.doctor.tracking import check_tracking
+from pipelines.kfp_client import KubeflowClient
 
 if TYPE_CHECKING:
     from canvastune.config import RunConfig
 
 
-def doctor(question: DoctorOptions) -> int:
-    """Print a line per check as it is made, and last what to do next; returns 1 if there is a problem, else 0."""
-    findings = []
-    for finding in examine(question):
-        findings.append(finding)
+def doctor(options: DoctorOptions) -> int:
+    """Run every check and print its findings; return 1 if there is a problem, else 0."""
+    return print_findings(run_checks(options), options)
+
+
+def print_findings(findings: Iterable[Finding], options: DoctorOptions) -> int:
+    """Print each finding as it comes, and last what to do next; return 1 if there is a problem, else 0."""
+    problems = []
+    for finding in findings:
         print(f"{finding.state:<9}{finding.name:<13}{finding.found}", flush=True)
-        if finding.cure:
-            print(f"{'':<22}-> {finding.cure}", flush=True)
-    problems = [finding for finding in findings if finding.state == "problem"]
+        if finding.fix:
+            print(f"{'':<22}-> {finding.fix}", flush=True)
+        if finding.state == "problem":
+            problems.append(finding)
     if problems:
-        print(f"{len(problems)} problem{'s' * (len(problems) > 1)}. Mend {problems[0].name} first: {problems[0].cure}")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"{count} found. Fix {problems[0].name} first: {problems[0].fix}")
         return 1
-    print(f"nothing stands in the way. Next: {_next(question)}")
+    print(f"No problems found. Next: {_next_command(options)}")
     return 0
 
 
-def examine(question: DoctorOptions) -> Iterator[Finding]:
-    """Every check, in the order in which to mend: what stands on something else comes after it."""
-    yield from _whole("python", _python)
-    yield from _whole("packages", _packages)
-    yield from _whole("torch", _torch)
-    yield from _whole("memory", _memory)
-    yield from _whole("disk", _disk)
+def run_checks(options: DoctorOptions) -> Iterator[Finding]:
+    """Yield the findings of every check, in the order to fix them: a check comes after those that it depends on."""
+    yield from run_check("python", check_python)
+    yield from run_check("packages", check_packages)
+    yield from run_check("torch", check_torch)
+    yield from run_check("memory", check_memory)
+    yield from run_check("disk", check_disk)
     config: RunConfig | None = None
-    if question.recipe is not None:
-        config, finding = _recipe(question)
+    if options.recipe is not None:
+        config, finding = _check_recipe(options.recipe, options.overrides)
         yield finding
     if config is not None:
-        yield from _whole("model", lambda: _model(config, question.host is not None))
-        yield from _whole("data", lambda: _data(config, question.host is not None))
-    elif question.recipe is None:
-        yield Finding("model, data", "skipped", "no recipe was named", "canvastune doctor RECIPE looks for its model and data too")
-    uri = question.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or (config.tracking.uri if config else None)
-    yield from _whole("tracking", lambda: _tracking(uri))
-    from pipelines.doctor import cluster
-
+        yield from run_check("model", lambda: _check_model(config, options.host is not None))
+        yield from run_check("data", lambda: _check_data(config, options.host is not None))
+    elif options.recipe is None:
+        fix = "canvastune doctor RECIPE also checks its model and data"
+        yield Finding("model, data", "skipped", "no recipe was given", fix)
+    uri = (
+        options.tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or (config.tracking.uri if config else None)
+    )
+    yield from run_check("tracking", lambda: check_tracking(uri))
     backend = config.cluster.backend if config else "local"
-    yield from _whole("cluster", lambda: cluster.cluster(question.namespace, backend))
-    yield from _whole("kubeflow", lambda: cluster.kubeflow(question.host, question.namespace, question.token_file))
+    kubeflow = None
+    if options.host is not None:
+        kubeflow = KubeflowClient.from_address(options.host, options.namespace, options.token_file)
+    yield from run_check("cluster", lambda: check_cluster(options.namespace, backend))
+    yield from run_check("kubeflow", lambda: check_kubeflow(kubeflow))
 
 
-def _whole(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check's findings; one that breaks is itself a finding, and the others are still made."""
+def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield a check's findings; a check that raises is itself a finding, so that the others still run."""
     try:
         yield from check()
     except UserError as error:
-        yield Finding(name, "problem", str(error), "see the message")
+        yield Finding(name, "problem", str(error), error.hint or "see the message")
     except ImportError as error:
-        yield Finding(name, "skipped", f"needs the package {error.name}", "install the packages above first")
-    except Exception as error:  # a diagnosis goes on where a program would not
         yield Finding(
-            name, "problem", f"could not be examined: {type(error).__name__}: {' '.join(str(error).split())[:200]}", "report this"
+            name, "skipped", f"needs the package {error.name}", "install the packages above first"
         )
+    except Exception as error:
+        found = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield Finding(name, "problem", found, "report this as a bug")
 
 
-def _next(question: DoctorOptions) -> str:
-    if question.recipe is None:
+def _check_recipe(recipe: str, overrides: tuple[str, ...]) -> tuple[RunConfig | None, Finding]:
+    try:
+        from canvastune.config import load_config
+
+        config = load_config(recipe, list(overrides))
+    except ImportError as error:
+        found = f"needs the package {error.name}"
+        return None, Finding("recipe", "skipped", found, "install the packages above first")
+    except UserError as error:
+        return None, Finding(
+            "recipe", "problem", str(error), f"correct {recipe}. {error.hint}".strip()
+        )
+    found = f"{config.name}: {config.train.method}, {config.train.steps} steps, cluster.backend={config.cluster.backend}"
+    return config, Finding("recipe", "ok", found)
+
+
+def _check_model(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    from pipelines.doctor.sources import check_model
+
+    yield from check_model(config, submitted)
+
+
+def _check_data(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    from pipelines.doctor.sources import check_data
+
+    yield from check_data(config, submitted)
+
+
+def _next_command(options: DoctorOptions) -> str:
+    if options.recipe is None:
         return "canvastune demo"
-    settings = "".join(f" --set {shlex.quote(one)}" for one in question.overrides)
-    if question.host is not None:
-        return f"canvastune submit {question.recipe} --host {question.host}{settings} --wait"
-    return f"canvastune run {question.recipe}{settings}"
+    settings = "".join(f" --set {shlex.quote(override)}" for override in options.overrides)
+    if options.host is not None:
+        return f"canvastune submit {options.recipe} --host {options.host}{settings} --wait"
+    return f"canvastune run {options.recipe}{settings}"

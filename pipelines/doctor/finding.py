@@ -1,28 +1,25 @@
-"""What a check of a machine or a cluster found."""
+"""The options of `canvastune doctor`, and what one check found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it ("" where nothing is to be done)."""
+    """What one check found, and how to fix it ("" if there is nothing to fix)."""
 
     name: str
     state: Literal["ok", "warning", "problem", "skipped"]
     found: str
-    cure: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What the person wants examined beyond the machine itself; None: not given."""
+    """What to check in addition to the machine itself; None: not given."""
 
     recipe: str | None = None
     overrides: tuple[str, ...] = ()

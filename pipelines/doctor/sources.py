@@ -1,4 +1,4 @@
-"""The doctor's look for a recipe's model and data set, without downloading either."""
+"""Check that a recipe's model and data set are available, without downloading either."""
 
 from __future__ import annotations
 
@@ -17,64 +17,85 @@ from canvastune.preparation.readers import open_source
 from pipelines.doctor.finding import Finding
 from pipelines.doctor.machine import hub_cache
 
-_SECONDS = 10.0  # that the Hub gets to answer in
-_LOCAL = (".jsonl", ".json", ".parquet", ".gz")
-_CURE = "check the network, HTTPS_PROXY and HF_ENDPOINT; or give a local copy in {key}"
+_TIMEOUT = 10.0  # seconds, for a response of the Hub
+_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+_HUB_FIX = "check the network, HTTPS_PROXY and HF_ENDPOINT; or use a local copy in {key}"
 
 
-def model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
-    """Whether the base model can be had, and whether its weights have room.
+def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
+    """Check that the base model is available, and that there is space for its weights.
 
     Args:
-        submitted: the run is meant for Kubeflow, whatever the recipe says of its backend.
+        submitted: the run is for Kubeflow, whatever backend the recipe names.
     """
     place = config.model.id
     if _in_pods(config, place, submitted):
-        yield Finding("model", "skipped", f"{place} lies on the workspace volume, which only the pods see")
+        yield Finding(
+            "model", "skipped", f"{place} is on the workspace volume, which only the pods can see"
+        )
         return
     info = None
     if not Path(place).is_dir():
         try:
-            info = HfApi().model_info(place, revision=config.model.revision, timeout=_SECONDS, files_metadata=True)
+            info = HfApi().model_info(
+                place, revision=config.model.revision, timeout=_TIMEOUT, files_metadata=True
+            )
         except HFValidationError:
-            pass  # not a Hub id but a path: what resolves it says why it cannot be
-        except Exception as error:  # the Hub's library, the network and proxies each have their own kinds
+            pass  # a path, not a Hub id: resolve_model reports what is wrong with it
+        except (
+            Exception
+        ) as error:  # the Hub's library, the network and proxies each raise other types
             kept = try_to_load_from_cache(place, "config.json", revision=config.model.revision)
-            if isinstance(kept, str) and not isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-                yield Finding("model", "warning", f"the Hub cannot be asked; {place} is in its cache ({Path(kept).parent})")
+            if isinstance(kept, str) and not isinstance(
+                error, RepositoryNotFoundError | RevisionNotFoundError
+            ):
+                found = f"the Hub does not respond; {place} is in its cache ({Path(kept).parent})"
+                yield Finding("model", "warning", found)
             else:
-                yield _away("model", "model.id", place, error)
+                yield _unavailable("model", "model.id", place, error)
             return
     if info is None:
         try:
-            yield Finding("model", "ok", f"{resolve_model(config.model, weights=False)}, a folder here")
+            yield Finding(
+                "model", "ok", f"{resolve_model(config.model, weights=False)}, a local folder"
+            )
         except UserError as error:
-            yield Finding("model", "problem", str(error), "correct model.id, as the message says")
+            yield Finding(
+                "model",
+                "problem",
+                str(error),
+                error.hint or "correct model.id, as the message says",
+            )
         return
-    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
+    size = sum(
+        file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")
+    )
     cache = hub_cache()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     found = f"{place} is on the Hub, {size / 1e9:,.0f} GB of weights"
     if size > free and config.cluster.backend == "local":
-        yield Finding("model", "warning", f"{found}, and {free / 1e9:,.0f} GB are free for them", "point HF_HOME to a larger disk")
+        found = f"{found}, but only {free / 1e9:,.0f} GB are free"
+        yield Finding("model", "warning", found, "point HF_HOME to a larger disk")
     else:
         yield Finding("model", "ok", found)
 
 
-def data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
-    """Whether the data set can be had; of a local one the first row is read. `submitted` as for `model`."""
+def check_data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
+    """Check that the data set is available; of a local one, read the first row. `submitted` as for `check_model`."""
     place = config.data.source
     if _in_pods(config, place, submitted):
-        yield Finding("data", "skipped", f"{place} lies on the workspace volume, which only the pods see")
+        yield Finding(
+            "data", "skipped", f"{place} is on the workspace volume, which only the pods can see"
+        )
         return
     path = Path(place).expanduser()
-    if not path.exists() and path.suffix not in _LOCAL:
+    if not path.exists() and path.suffix not in _DATA_SUFFIXES:
         try:
-            HfApi().dataset_info(place, revision=config.data.revision, timeout=_SECONDS)
+            HfApi().dataset_info(place, revision=config.data.revision, timeout=_TIMEOUT)
         except HFValidationError:
-            pass  # not a Hub id but a path: what opens it says why it cannot be
+            pass  # a path, not a Hub id: open_source reports what is wrong with it
         except Exception as error:  # as above
-            yield _away("data", "data.source", place, error)
+            yield _unavailable("data", "data.source", place, error)
             return
         else:
             yield Finding("data", "ok", f"{place} is on the Hub")
@@ -82,13 +103,15 @@ def data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
     try:
         row = next(open_source(config.data).rows())
     except UserError as error:
-        yield Finding("data", "problem", str(error), "correct data.source, as the message says")
+        yield Finding(
+            "data", "problem", str(error), error.hint or "correct data.source, as the message says"
+        )
         return
     if row.problem:
-        cure = "correct the row; canvastune prepare names every one"
-        yield Finding("data", "warning", f"{row.file}: row {row.number}: {row.problem}", cure)
+        fix = "correct the row; canvastune prepare lists every invalid one"
+        yield Finding("data", "warning", f"{row.file}: row {row.number}: {row.problem}", fix)
     else:
-        yield Finding("data", "ok", f"{path}: can be read")
+        yield Finding("data", "ok", f"{path}: readable")
 
 
 def _in_pods(config: RunConfig, place: str, submitted: bool) -> bool:
@@ -99,9 +122,15 @@ def _in_pods(config: RunConfig, place: str, submitted: bool) -> bool:
     )
 
 
-def _away(name: str, key: str, place: str, error: Any) -> Finding:
+def _unavailable(name: str, key: str, place: str, error: Any) -> Finding:
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-        found = f"{key}: {place}: not on the Hub at that revision, or no right to it"
-        return Finding(name, "problem", found, f"check the name, accept its terms on its page, and set HF_TOKEN; or correct {key}")
+        found = f"{key}: {place}: not found on the Hub at that revision, or access denied"
+        fix = f"check the name, accept the terms on its page, and set HF_TOKEN; or correct {key}"
+        return Finding(name, "problem", found, fix)
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return Finding(name, "problem", f"{key}: {place}: the Hub cannot be asked ({reason})", _CURE.format(key=key))
+    return Finding(
+        name,
+        "problem",
+        f"{key}: {place}: the Hub does not respond ({reason})",
+        _HUB_FIX.format(key=key),
+    )

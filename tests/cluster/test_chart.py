@@ -343,11 +343,11 @@ def test_pipeline_is_uploaded_after_every_install_and_upgrade() -> None:
 
 @pytest.mark.parametrize("ci", ["default", "ingress-tls-auth"])
 def test_the_command_line_takes_what_the_upload_gives_it(ci: str) -> None:
-    from pipelines.cli import _parser
+    from pipelines.parser import build_parser
 
     container = of_kind(installed(ci), "Job")[0]["spec"]["template"]["spec"]["containers"][0]
     assert container["command"] == ["canvastune", "upload"]
-    assert str(_parser().parse_args(["upload", *container["args"]]).cluster_file) == "/etc/canvastune/cluster.json"
+    assert str(build_parser().parse_args(["upload", *container["args"]]).cluster_file) == "/etc/canvastune/cluster.json"
 
 
 def test_multi_user_kubeflow_gets_a_token_for_its_own_audience() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -20,8 +19,9 @@ from canvastune import train as trainer
 from canvastune.config import load_config
 from canvastune.logging import format_event
 from canvastune.tiny_model import write_problems
-from pipelines.cli import _parser, main
+from pipelines.cli import main
 from pipelines.local_output import LocalOutput
+from pipelines.parser import build_parser, parse_gigabytes, subcommands
 from tests.support.training import make_ground
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,7 @@ RECIPES = ROOT / "pipelines" / "recipes"
 
 
 def _commands() -> list[str]:
-    (choices,) = [list(action.choices) for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return choices
+    return list(subcommands(build_parser()))
 
 
 def _help(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,35 +37,52 @@ def _help(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main([*command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 140, "wider than a wide terminal"
+    assert max(map(len, text.splitlines())) <= 120, "wider than a wide terminal"
     return text
 
 
 def _examples(text: str) -> list[list[str]]:
     """The commands of ours in a help text, as a shell would split them."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines if re.match(r"  (canvastune [a-z]|torchrun )", line)]
+    return [
+        shlex.split(line.partition(" > ")[0], comments=True)
+        for line in lines
+        if re.match(r"  (canvastune [a-z]|torchrun )", line)
+    ]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in _commands())])
-def test_help_teaches_by_examples_that_the_command_line_takes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_teaches_by_examples_that_the_command_line_takes(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     text = _help(command, capsys)
     examples = _examples(text.partition("examples:")[2])
     assert examples, f"canvastune {' '.join(command)} --help has no example"
     assert not command or examples[0][1] == command[0], "the first example is of another command"
     for example in examples:
         if example[0] == "torchrun":
-            assert (ROOT / trainer._parser().parse_args(example[example.index("canvastune.train") + 1 :]).config).is_file(), example
+            assert (
+                ROOT
+                / trainer._parser()
+                .parse_args(example[example.index("canvastune.train") + 1 :])
+                .config
+            ).is_file(), example
             continue
-        options = _parser().parse_args(example[1:])
+        options = build_parser().parse_args(example[1:])
         recipe = getattr(options, "recipe", None)
         if recipe is not None and recipe != "my.yaml":
-            assert (ROOT / recipe).is_file(), f"sends people to a recipe that is not there: {example}"
+            assert (ROOT / recipe).is_file(), (
+                f"sends people to a recipe that is not there: {example}"
+            )
             load_config(ROOT / recipe, options.set)
 
 
 def test_help_of_the_trainer_teaches_by_examples_that_it_takes() -> None:
-    examples = [shlex.split(line)[: -2 if " > " in line else None] for line in trainer._EPILOG.splitlines() if line.startswith("  ")]
+    examples = [
+        shlex.split(line)[: -2 if " > " in line else None]
+        for line in trainer._EPILOG.splitlines()
+        if line.startswith("  ")
+    ]
     assert len(examples) == 3
     for example in examples:
         options = trainer._parser().parse_args(example[example.index("canvastune.train") + 1 :])
@@ -74,9 +90,15 @@ def test_help_of_the_trainer_teaches_by_examples_that_it_takes() -> None:
 
 
 def test_exit_codes_are_the_same_in_help_and_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    codes = set(re.findall(r"^  (\d+)  +\w", _help([], capsys).partition("exit codes:")[2], re.MULTILINE))
+    codes = set(
+        re.findall(r"^  (\d+)  +\w", _help([], capsys).partition("exit codes:")[2], re.MULTILINE)
+    )
     assert codes == {"0", "1", "2", "130"}
-    readme = " ".join((ROOT / "README.md").read_text().split()).partition("Exit codes: ")[2].partition(". `canvastune.train`")[0]
+    readme = (
+        " ".join((ROOT / "README.md").read_text().split())
+        .partition("Exit codes: ")[2]
+        .partition(". `canvastune.train`")[0]
+    )
     assert set(re.findall(r"\d+", readme)) == codes
 
 
@@ -97,9 +119,13 @@ def test_command_that_is_mistyped_ends_with_code_2(capsys: pytest.CaptureFixture
         ("train.steps=many", "train.steps"),
     ],
 )
-def test_mistyped_key_is_one_message_and_nothing_runs(key: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistyped_key_is_one_message_and_nothing_runs(
+    key: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workspace = tmp_path / "workspace"
-    code = main(["run", str(RECIPES / "gsm8k_lora.yaml"), "--set", key, "--workspace", str(workspace)])
+    code = main(
+        ["run", str(RECIPES / "gsm8k_lora.yaml"), "--set", key, "--workspace", str(workspace)]
+    )
     error = capsys.readouterr().err
     assert code == 1
     assert error.startswith("canvastune: error: ")
@@ -113,12 +139,16 @@ def test_missing_recipe_is_an_error_with_its_path(capsys: pytest.CaptureFixture[
     assert "no-such.yaml: no such recipe file" in capsys.readouterr().err
 
 
-def test_compile_refuses_a_name_that_kubeflow_would_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compile_refuses_a_name_that_kubeflow_would_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compile", "-o", str(tmp_path / "pipeline.txt")]) == 1
     assert ".yaml" in capsys.readouterr().err
 
 
-def test_make_tiny_model_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_tiny_model_does_not_overwrite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "precious").write_text("mine")
     assert main(["make-tiny-model", str(tmp_path)]) == 1
     assert "not empty" in capsys.readouterr().err
@@ -127,9 +157,7 @@ def test_make_tiny_model_does_not_overwrite(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("text", "gigabytes"), [("80", 80.0), ("80GB", 80.0), ("80gib", 85.899)])
 def test_gpu_memory_is_read_with_its_unit(text: str, gigabytes: float) -> None:
-    from pipelines.cli import _gigabytes
-
-    assert _gigabytes(text) == pytest.approx(gigabytes, rel=1e-4)
+    assert parse_gigabytes(text) == pytest.approx(gigabytes, rel=1e-4)
 
 
 _ASK_BASH = """
@@ -139,12 +167,23 @@ ask() {{ COMP_WORDS=(canvastune "$@"); COMP_CWORD=$#; _shtab_canvastune canvastu
 """
 
 
-@pytest.mark.parametrize(("question", "answer"), [("ask su", "submit"), ("ask run --work", "--workspace"), ("ask run my", "my.yaml")])
-def test_bash_completes_commands_options_and_files(question: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("ask su", "submit"), ("ask run --work", "--workspace"), ("ask run my", "my.yaml")],
+)
+def test_bash_completes_commands_options_and_files(
+    question: str, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["completion", "bash"]) == 0
     (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
     (tmp_path / "my.yaml").touch()
-    done = subprocess.run(["bash", "-c", _ASK_BASH.format(question=question)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", _ASK_BASH.format(question=question)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == [answer]
 
 
@@ -162,7 +201,15 @@ def test_zsh_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) 
 def _events(command: list[str], cwd: Path, **environment: str) -> tuple[int, list[dict[str, Any]]]:
     """Exit code and the objects of a process that says nothing else."""
     everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, *command], cwd=cwd, env=everything, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=everything,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert not done.stderr, f"lines beside the objects: {done.stderr}"
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert all({"time", "level", "event"} <= event.keys() for event in events)
@@ -171,15 +218,35 @@ def _events(command: list[str], cwd: Path, **environment: str) -> tuple[int, lis
 
 def test_training_in_json_says_each_step_with_its_numbers(tmp_path: Path) -> None:
     ground = make_ground(tmp_path)
-    command = ["-m", "canvastune.train", "-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--log-format", "json"]
-    settings = ["--set", "train.steps=2", "--set", "train.log_every=1", "--set", "parallel.ep=1", "--set", "parallel.nproc_per_node=1"]
+    command = [
+        "-m",
+        "canvastune.train",
+        "-c",
+        str(ground / "recipe.yaml"),
+        "--data",
+        str(ground / "data"),
+        "--log-format",
+        "json",
+    ]
+    settings = [
+        "--set",
+        "train.steps=2",
+        "--set",
+        "train.log_every=1",
+        "--set",
+        "parallel.ep=1",
+        "--set",
+        "parallel.nproc_per_node=1",
+    ]
     code, events = _events([*command, "--output", str(tmp_path / "out"), *settings], tmp_path)
     assert code == 0, events[-1].get("traceback", events)
     steps = [event for event in events if event["event"] == "train"]
     assert [(event["step"], event["steps"]) for event in steps] == [(1, 2), (2, 2)]
     assert {"loss", "grad_norm", "tokens_per_second", "seconds_left"} <= steps[0].keys()
     assert [event["step"] for event in events if event["event"] == "validation"] == [0, 2]
-    code, events = _events([*command, "--output", str(tmp_path / "refused"), "--set", "train.steps=none"], tmp_path)
+    code, events = _events(
+        [*command, "--output", str(tmp_path / "refused"), "--set", "train.steps=none"], tmp_path
+    )
     assert code == 1
     assert events[0]["event"] == "error"
     assert "train.steps" in events[0]["message"]
@@ -187,8 +254,19 @@ def test_training_in_json_says_each_step_with_its_numbers(tmp_path: Path) -> Non
 
 def test_preparing_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
     write_problems(tmp_path / "rows.jsonl", "change", 200, seed=0)
-    (tmp_path / "recipe.yaml").write_text(f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction: 0.1}}\n")
-    command = ["-m", "pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared", "--log-format", "json"]
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction: 0.1}}\n"
+    )
+    command = [
+        "-m",
+        "pipelines.cli",
+        "prepare",
+        "recipe.yaml",
+        "--output",
+        "prepared",
+        "--log-format",
+        "json",
+    ]
     code, events = _events(command, tmp_path)
     assert code == 0, events
     assert (events[-1]["event"], events[-1]["rows_read"]) == ("prepared", 200)
@@ -201,9 +279,35 @@ def test_evaluating_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model:
     write_problems(tmp_path / "rows.jsonl", "change", 20, seed=0)
     asked = "evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, max_denoising_steps: 1}"
     data = "data: {source: rows.jsonl, validation_fraction: 0.2}\ntrain: {precision: float32}"
-    (tmp_path / "recipe.yaml").write_text(f"name: x\nmodel: {{id: {tiny_model}}}\n{data}\n{asked}\n")
-    assert _events(["-m", "pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared", "--log-format", "json"], tmp_path)[0] == 0
-    places = ["--data", "prepared", "--tuned", str(tiny_model), "--output", "out", "--log-format", "json"]
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: x\nmodel: {{id: {tiny_model}}}\n{data}\n{asked}\n"
+    )
+    assert (
+        _events(
+            [
+                "-m",
+                "pipelines.cli",
+                "prepare",
+                "recipe.yaml",
+                "--output",
+                "prepared",
+                "--log-format",
+                "json",
+            ],
+            tmp_path,
+        )[0]
+        == 0
+    )
+    places = [
+        "--data",
+        "prepared",
+        "--tuned",
+        str(tiny_model),
+        "--output",
+        "out",
+        "--log-format",
+        "json",
+    ]
     code, events = _events(["-m", "canvastune.evaluate", "-c", "recipe.yaml", *places], tmp_path)
     assert code == 0, events
     assert events[-1]["message"].startswith("evaluate: exact match")

@@ -21,6 +21,7 @@ import yaml
 from canvastune.config import load_config, parse_config
 from canvastune.config.loading import known_keys
 from pipelines import cli
+from pipelines.parser import build_parser, subcommands
 from tests.support.cluster_rules import pod_security_problems
 from tests.support.documents import (
     PAGES,
@@ -177,8 +178,7 @@ def _options_of(command: str) -> set[str]:
 
 
 def _subcommands() -> dict[str, ArgumentParser]:
-    (choices,) = [action.choices for action in cli._parser()._actions if isinstance(action.choices, dict)]
-    return choices
+    return subcommands(build_parser())
 
 
 def test_the_readme_has_every_command() -> None:
@@ -260,7 +260,7 @@ def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
     lines = [line for line in graph.text.splitlines()[1:] if line]
     own = [line for line in lines if "wordlist" not in line and "checked" not in line]
     assert all(f"        {line}\n" in source for line in own), f"{graph}: the graph has other lines: {own}"
-    start, end = source.index(f"        {lines[0]}"), source.index("        stays(training)")
+    start, end = source.index(f"        {lines[0]}"), source.index("        keep_node(training)")
     changed = source[:start] + "".join(f"        {line}\n" for line in lines) + source[end:]
     imported = "from wordlist import wordlist\n"
     sys.path.insert(0, str(folder))

@@ -1,0 +1,28 @@
+"""Prepare a recipe's data set, and copy its card to where Kubeflow shows it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from canvastune.checkpoint.hub import resolve_model
+from canvastune.config import RunConfig
+from canvastune.preparation.prepare import prepare_data as prepare
+
+
+def prepare_data(config: RunConfig, dataset: Path, card: Path) -> dict[str, int | str]:
+    """Read, check, split and tokenize the data into `dataset`.
+
+    Args:
+        dataset: a new folder; gets the train and validation split, card.json and card.html.
+        card: gets a copy of card.html.
+
+    Returns:
+        The rows of each split and the hash of their content.
+
+    Raises:
+        UserError: as `canvastune.preparation.prepare.prepare_data`.
+    """
+    counts = prepare(config, resolve_model(config.model, weights=False), dataset)
+    shutil.copy(dataset / "card.html", card)
+    return {key: counts[key] for key in ("train", "validation", "content_hash")}
