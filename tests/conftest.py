@@ -16,7 +16,6 @@ from tests.support.cluster_stage import Cluster, stage
 from tests.support.rendered_chart import installed, of_kind
 from tests.support.small import write_checkpoint, write_middling
 
-<<<<<<< HEAD
 _DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
 
@@ -24,25 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that the processes of `make test` finish together."""
     seconds = json.loads(_DURATIONS.read_text(encoding="utf-8"))
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
-=======
-_LONGEST = (
-    "test_pipeline",
-    "test_journeys",
-    "test_faults",
-    "test_parallel",
-    "test_checkpoint_files",
-    "test_tracking",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first, so that the processes of `make test` end together."""
-    items.sort(
-        key=lambda item: (
-            _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST)
-        )
-    )
->>>>>>> f7ea0c6 (pipelines: split parser and commands, doctor without a circle, step.py for plan and prepare_data)
 
 
 @pytest.fixture(autouse=True)
