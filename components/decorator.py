@@ -12,8 +12,7 @@ from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.logging import configure_logging, log_error
-from canvastune.tracking import StepRun, step_run
-from canvastune.tracking.outbox import Step
+from canvastune.tracking import Step, StepRun, step_run
 from components.run_directory import with_tracking_uri
 
 IMAGE = (
@@ -34,7 +33,7 @@ def step(
         mlflow_run_id: the run in MLflow; "" if MLflow was unreachable when the run started.
 
     Yields:
-        The config, and the step's record in MLflow.
+        The config, and the record of what MLflow shows of the step.
     """
     with exit_on_user_error():
         recipe = parse_config(config)

@@ -6,7 +6,7 @@ WORKSPACE/runs/RUN/run.json     the record: pipeline job, config, whether the ru
                    data/ plan/ evaluation/    for the report: card, plan, answers
                    report/      report.html and PNGs
                    summary.json the run's main figures
-                   unsent/      what MLflow did not take; there only while something waits
+                   steps.json   how each step went, and what MLflow shows of it
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from canvastune.errors import UserError
 from canvastune.logging import json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
-from canvastune.tracking import tracking_uri
+from canvastune.tracking import pending, tracking_uri
 from canvastune.tracking.client import connect
 from components.earlier_runs import find_compared
 from components.finish.step import finish
-from components.run_directory import read_record
+from components.run_directory import read_record, with_tracking_uri
 from pipelines.local_output import LocalOutput
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     }
     if uri.startswith("sqlite"):
         lines["MLflow"] = f"{_shell_command('mlflow')} ui --backend-store-uri {uri}"
-    if (folder / "unsent").exists():
+    if pending(with_tracking_uri(config, folder, "")):
         sync = f"canvastune sync {_relative(folder)}"
         lines["MLflow"] = f"incomplete; once {connect(uri)} responds again: {sync}"
     if summary.exact_match_after is not None:

@@ -1,24 +1,35 @@
-"""metrics.jsonl first, MLflow behind it: what a run did is in its own files, and MLflow gets to know when it can.
+"""metrics.jsonl and steps.json first, MLflow second: it shows what the run directory holds.
 
-Nothing in this room raises into a step because of MLflow, and nothing waits long for it; each kind of problem is said once.
-What MLflow does not take waits in the run's folder, and is sent by a later step, or by `sync`.
+Nothing here raises into a step because of MLflow, and nothing waits long for it; each kind of
+problem is logged once. What MLflow lacks is sent by a later step, or by `canvastune sync`.
 """
 
 from canvastune.tracking.client import tracking_uri
-from canvastune.tracking.contents import StepRun
-from canvastune.tracking.lifecycle import finish, log_data, start, step_run, sync, training_run
-from canvastune.tracking.metrics_file import MetricsWriter
-from canvastune.tracking.records import read_metrics
+from canvastune.tracking.lifecycle import (
+    StepRun,
+    finish,
+    log_data,
+    pending,
+    start,
+    step_run,
+    sync,
+    training_run,
+)
+from canvastune.tracking.live_metrics import FindRun, open_metrics
+from canvastune.tracking.metrics_file import MetricsWriter, read_metrics
 from canvastune.tracking.run_lookup import PipelineRun
-from canvastune.tracking.sending import FindRun
+from canvastune.tracking.steps import Step
 
 __all__ = [
     "FindRun",
     "MetricsWriter",
     "PipelineRun",
+    "Step",
     "StepRun",
     "finish",
     "log_data",
+    "open_metrics",
+    "pending",
     "read_metrics",
     "start",
     "step_run",

@@ -1,4 +1,4 @@
-"""Descriptions in Markdown, as MLflow's pages show them: of a pipeline run at its start and at its end, and of its steps."""
+"""Descriptions in Markdown for MLflow's pages: of a pipeline run and of its steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from canvastune.config import RunConfig
 from canvastune.evaluation.result import EvaluationResult, ModelFigures
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as a run's description
-STEPS = {
+STEP_NOTES = {
     "prepare_data": "Rows to tokens: the train and validation split, with a data card.",
     "plan": "What the run needs of its hardware: memory by part, FLOPs, time, communication.",
     "train": "Losses of every step, validation loss by corruption level, and what the machine did.",
@@ -27,45 +27,53 @@ canvastune submit config.yaml   # on Kubeflow
 ```"""
 
 
-def begun(config: RunConfig, folder: Path) -> str:
-    """What a pipeline run is about to do."""
-    return f"{_what(config)}\n\n{_table(_about(config, folder))}\n\nWhile it trains, the curves are in the nested run `train`.\n\n{_AGAIN}"
+def describe_start(config: RunConfig, folder: Path) -> str:
+    """Describe what a pipeline run is about to do."""
+    curves = "While it trains, the curves are in the nested run `train`."
+    return "\n\n".join((_what(config), _table(_about(config, folder)), curves, _AGAIN))
 
 
-def reported(config: RunConfig, folder: Path, figures: Mapping[str, float], evaluation: EvaluationResult) -> str:
-    """What a pipeline run did: verdict, figures, where its files are, how to do it again.
+def describe_report(
+    config: RunConfig, folder: Path, figures: Mapping[str, float], evaluation: EvaluationResult
+) -> str:
+    """Describe what a pipeline run did: verdict, figures, where its files are, how to repeat it.
 
     Args:
         figures: the run's summary, by MLflow's names.
     """
     rows = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
-        named = f"exact match on {evaluation.scored} held-out rows (95% interval)"
-        rows.append((named, _with_interval(evaluation.before), _with_interval(evaluation.after)))
-    judged_loss = ("eval/validation_loss_before", "eval/validation_loss_after")  # of the weights as they are used
-    losses = judged_loss if judged_loss[0] in figures else ("val/loss_first", "val/loss_last")
-    for label, before, after in (("validation loss", *losses), ("training loss, first and last", "train/loss_first", "train/loss_last")):
+        label = f"exact match on {evaluation.scored} held-out rows (95% interval)"
+        rows.append((label, _with_interval(evaluation.before), _with_interval(evaluation.after)))
+    # Of the exported weights; training's own curve ends with the last step's.
+    losses = ("eval/validation_loss_before", "eval/validation_loss_after")
+    if losses[0] not in figures:
+        losses = ("val/loss_first", "val/loss_last")
+    training = ("training loss, first and last", "train/loss_first", "train/loss_last")
+    for label, before, after in (("validation loss", *losses), training):
         if before in figures and after in figures:
             rows.append((label, f"{figures[before]:.3f}", f"{figures[after]:.3f}"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    weights = {"adapter": folder / "train/adapter", "merged model": folder / "model"}
-    places = {
-        "report": f"{_code(folder / 'report/report.html')}, also a file of the nested run `report`",
-        **{name: _code(path) for name, path in (weights if config.train.method == "lora" else {"model": folder / "train/model"}).items()},
-        "checkpoints": _code(folder / "train/checkpoints"),
-    }
-    return f"{judged(evaluation)}\n\n{_what(config)}\n\n{table}\n\n**Where**\n\n{_table(_about(config, folder) | places)}\n\n{_AGAIN}"
+    places = {"model": "train/model"}
+    if config.train.method == "lora":
+        places = {"adapter": "train/adapter", "merged model": "model"}
+    report = f"{_code(folder / 'report/report.html')}, also a file of the nested run `report`"
+    where = {"report": report} | {name: _code(folder / path) for name, path in places.items()}
+    where |= {"checkpoints": _code(folder / "train/checkpoints")}
+    files = _table(_about(config, folder) | where)
+    verdict = describe_evaluation(evaluation)
+    return "\n\n".join((verdict, _what(config), table, "**Where**", files, _AGAIN))
 
 
-def judged(evaluation: EvaluationResult) -> str:
-    """The evaluation in a sentence."""
+def describe_evaluation(evaluation: EvaluationResult) -> str:
+    """Summarize the evaluation in a sentence."""
     if not evaluation.scored:
         return "**Not judged**: no held-out row was scored."
     before, after = evaluation.before.exact_match, evaluation.after.exact_match
-    words = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
-    word = words[evaluation.verdict]
+    verdicts = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
+    verdict = verdicts[evaluation.verdict]
     change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
-    return f"**{word}**: exact match {before:.1%} before, {after:.1%} after ({change})."
+    return f"**{verdict}**: exact match {before:.1%} before, {after:.1%} after ({change})."
 
 
 def _with_interval(model: ModelFigures) -> str:
@@ -80,7 +88,9 @@ def _what(config: RunConfig) -> str:
 
 
 def _about(config: RunConfig, folder: Path) -> dict[str, str]:
-    where = "this machine" if config.cluster.backend == "local" else f"{config.cluster.backend}, {config.cluster.nodes} nodes"
+    cluster = config.cluster
+    local = cluster.backend == "local"
+    where = "this machine" if local else f"{cluster.backend}, {cluster.nodes} nodes"
     return {
         "recipe": _code(config.name),
         "ranks": f"{config.world_size} (expert parallel {config.parallel.ep}), {where}",
@@ -89,9 +99,12 @@ def _about(config: RunConfig, folder: Path) -> dict[str, str]:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _code(value: object) -> str:
-    """A person's text, which may hold Markdown's signs, as code in a table's cell."""
-    return f"`{' '.join(str(value).split())}`".replace("|", "\\|") if "`" not in str(value) else repr(str(value)).replace("|", "\\|")
+    """Return a person's text, which may hold Markdown, as code for a table's cell."""
+    text = str(value)
+    quoted = repr(text) if "`" in text else f"`{' '.join(text.split())}`"
+    return quoted.replace("|", "\\|")

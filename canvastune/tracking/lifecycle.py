@@ -1,128 +1,328 @@
-"""The records of a pipeline run and of its steps in MLflow: begun, ended, and sent later where MLflow was away."""
+"""Start and end a pipeline run and its steps, and record what MLflow shows of them."""
 
 from __future__ import annotations
 
 import contextlib
 import getpass
 import json
+import os
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from canvastune import __version__
 from canvastune.config import RunConfig
-from canvastune.tracking import descriptions
-from canvastune.tracking.client import connect
-from canvastune.tracking.contents import StepRun
-from canvastune.tracking.outbox import STEPS, Outbox, Step
+from canvastune.tracking import descriptions, steps
+from canvastune.tracking.client import connect, log
+from canvastune.tracking.descriptions import NOTE
+from canvastune.tracking.live_metrics import FindRun, numbers
+from canvastune.tracking.model_registry import Score
+from canvastune.tracking.publish import Publisher, content_hash
 from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds
-from canvastune.tracking.sending import FindRun
-from canvastune.tracking.telling import Teller
+from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Step, StepRecord
+
+# Where a step's outputs are kept that are otherwise only in its own container.
+_KEPT = {"prepare_data": "data", "plan": "plan", "evaluate": "evaluation"}
+_TOKENS = {"input_ids": "list<int32>", "prefix_length": "int32", "complete": "bool"}
+_COLUMNS = _TOKENS | dict.fromkeys(("id", "prompt", "answer"), "string")
+
+
+class StepRun:
+    """Record what a step shows in MLflow in the run directory. Without a run: nothing."""
+
+    def __init__(
+        self, step: Step | None = None, run: PipelineRun | None = None, own: bool = True
+    ) -> None:
+        """
+        Args:
+            own: the MLflow run that Kubeflow's plugin gives this process is this step's.
+        """
+        self.pipeline_run = run
+        self._step: Step = step or "resolve"
+        self._publisher = Publisher(run, step if own else None) if run else None
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the step's run; None while MLflow is down."""
+        return self._publisher.ids.known.get(self._step) if self._publisher else None
+
+    @property
+    def pipeline_run_id(self) -> str | None:
+        """Id of the pipeline run's run; None while MLflow is down."""
+        return self._publisher.ids.known.get("") if self._publisher else None
+
+    def environment(self) -> dict[str, str]:
+        """Return variables for a process that logs into this run."""
+        here = {"MLFLOW_TRACKING_URI": self.pipeline_run.uri} if self.pipeline_run else {}
+        return here | ({"MLFLOW_RUN_ID": self.run_id} if self.run_id else {})
+
+    def arguments(self) -> tuple[str, ...]:
+        """Return the trainer's options for this run; while MLflow is down, to find it later."""
+        if self.run_id:
+            return "--mlflow-run", self.run_id
+        return ("--mlflow-job", self.pipeline_run.job) if self.pipeline_run else ()
+
+    def parameters(self, values: Mapping[str, Any], *, of: str = "") -> None:
+        """Log parameters, nested ones as dotted names. They are immutable, but may be repeated."""
+        self.show(f"{of}parameters", {content_hash(values): values})
+
+    def tags(self, values: Mapping[str, str], *, of: str = "") -> None:
+        """Set tags, which a later call may change."""
+        self.show(f"{of}tags", values)
+
+    def note(self, text: str) -> None:
+        """Describe the run, in Markdown."""
+        self.tags({NOTE: text})
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """Log the finite numbers of a mapping, as `group/name`."""
+        self.show("metrics", _timed(values))
+
+    def summary(self, values: Mapping[str, Any], dataset: Path) -> None:
+        """Log the figures that pipeline runs and models are compared by, with the prepared data."""
+        if self.pipeline_run:
+            about = _dataset_fields(self.pipeline_run.config, dataset)
+            of = {f"dataset_{name}": about[name] for name in ("name", "digest")}
+            self.show("run/summary", {"values": _timed(values), "dataset": of})
+
+    def curves(self, metrics_file: Path) -> None:
+        """Send what the run lacks of metrics.jsonl; the pipeline run gets the curves as well."""
+        self.show("curves", {"path": self._relative(metrics_file)})
+
+    def outputs(self, folder: Path) -> None:
+        """Upload what people read at the top of a step's output: config, card, pictures, answers.
+
+        The run directory gets a copy if the folder is elsewhere.
+        """
+        if self.pipeline_run is None:
+            return
+        if not folder.is_relative_to(self.pipeline_run.folder):
+            folder = _copy_files(
+                folder, self.pipeline_run.folder / _KEPT.get(self._step, self._step)
+            )
+        self.show("outputs", {"path": self._relative(folder)})
+
+    def table(self, rows: Sequence[Mapping[str, Any]], name: str = "answers.json") -> None:
+        """Log rows as a table that MLflow's UI shows and compares. A repeated step replaces it."""
+        if rows and self.pipeline_run:
+            columns = list(rows[0])
+            path = steps.tracking_directory(self.pipeline_run.folder) / self._step / name
+            data = [[row.get(column) for column in columns] for row in rows]
+            try:
+                steps.write_json(path, {"columns": columns, "data": data})
+            except OSError as error:
+                log.warning("%s: cannot be written (%s). MLflow will lack it", path, error)
+            self.show("table", {name: self._relative(path)})
+
+    def dataset(self, folder: Path, context: str, *, of: str = "") -> None:
+        """Log a prepared data set (its card.json) as an input: name, source, digest, sizes."""
+        if self.pipeline_run:
+            fields = _dataset_fields(self.pipeline_run.config, folder)
+            self.show(f"{of}dataset", {context: fields})
+
+    def model(self, folder: Path, kind: str) -> None:
+        """Log an adapter or a checkpoint as a LoggedModel, and register it if the recipe says so.
+
+        A folder above 200 MB is not uploaded: the model then holds its path, its size and its small
+        files. A registered version gets the alias `candidate`.
+
+        Args:
+            folder: is on the workspace, since it may have to wait there for MLflow.
+            kind: "adapter", "merged" or "full"; an adapter needs its base and is not registered.
+        """
+        self.show("model", {kind: self._relative(folder)})
+
+    def evaluated_model(self) -> None:
+        """Name the pipeline run's complete model as an input of this run."""
+        self.show("evaluated_model", {})
+
+    def promotion(self, score: Score | None, verdict: str, note: str) -> None:
+        """Describe the pipeline run, and decide whether its registered model becomes the champion.
+
+        Args:
+            verdict: tag to filter by: "better", "worse" or "undecided".
+            note: Markdown, for the pipeline run and the registered version.
+        """
+        self.tags({NOTE: note, "canvastune.verdict": verdict}, of="run/")
+        self.show("run/promotion", {"score": asdict(score) if score else None, "note": note})
+
+    def publish(self) -> None:
+        """Send what MLflow lacks of the run."""
+        if self._publisher:
+            self._publisher.publish()
+
+    def set_status(self, status: str, error: str = "") -> None:
+        """Record that the step, or another attempt at it, starts or ends now."""
+
+        def change(record: StepRecord) -> None:
+            record.status, record.error = status, error or record.error
+            record.ended = None if status == RUNNING else time.time()
+
+        self._update(f"the status {status}", change)
+
+    def show(self, name: str, value: Mapping[str, Any]) -> None:
+        """Record what MLflow shows, by kind (see publish.py), added to what it has."""
+
+        def change(record: StepRecord) -> None:
+            record.shows[name] = {**record.shows.get(name, {}), **value}
+
+        self._update(name.rpartition("/")[2], change)
+
+    def _update(self, what: str, change: Callable[[StepRecord], None]) -> None:
+        if self.pipeline_run:
+            steps.update_step(
+                self.pipeline_run.folder, self.pipeline_run.job, self._step, change, what
+            )
+
+    def _relative(self, path: Path) -> str:
+        folder = self.pipeline_run.folder.absolute() if self.pipeline_run else path
+        path = path.absolute()
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
-    """Open a pipeline run's record: description, tags, the flattened config as parameters, the config as a file.
+    """Start a pipeline run: description, tags, the config as parameters and as a file.
 
     Args:
-        tags: what else the run is to be found by, such as its address in Kubeflow.
+        tags: more to find the run by, such as its address in Kubeflow.
 
     Returns:
-        Id of its run in MLflow, which may be one that Kubeflow's plugin or an earlier step made; "" if MLflow is away, after
-        a warning that says why: what it should know waits in the run's folder.
+        Id of its run in MLflow, which Kubeflow's plugin or an earlier step may have created; "" if
+        MLflow is down, after a warning that says why.
     """
-    record, outbox = _open(run, "resolve")
-    outbox.flush()
-    config, key = run.config, f"{run.folder.name}/{run.job}"
-    about = {PIPELINE_RUN: key, **_about(config), **(tags or {}), descriptions.NOTE: descriptions.begun(config, run.folder)}
-    record.tell("tags", about, whole=True)
-    tree = config.model_dump(mode="json")
-    record.tell("text", {"name": "config.yaml", "text": yaml.safe_dump(tree, sort_keys=False)}, whole=True)
-    record.tell("parameters", tree, whole=True)
+    record, tree = StepRun("resolve", run), run.config.model_dump(mode="json")
+    key = f"{run.folder.name}/{run.job}"
+    note = descriptions.describe_start(run.config, run.folder)
+    record.tags({PIPELINE_RUN: key, **_about(run.config), **(tags or {}), NOTE: note}, of="run/")
+    record.show("run/text", {"config.yaml": yaml.safe_dump(tree, sort_keys=False)})
+    record.parameters(tree, of="run/")
+    record.set_status(FINISHED)
+    record.publish()
     return record.pipeline_run_id or ""
 
 
 @contextlib.contextmanager
-def step_run(run: PipelineRun | None, step: Step) -> Iterator[StepRun]:
-    """The nested run of a step, which ends FINISHED, or FAILED with the error as a tag if the block raises.
+def step_run(run: PipelineRun | None, step: Step, *, own: bool = True) -> Iterator[StepRun]:
+    """Run the block as a step: a nested run that ends FINISHED, or FAILED with the error as a tag.
 
-    A step that is tried again goes on in the run of its first attempt. Without a pipeline run, or with MLflow away, the
-    block runs all the same.
+    Another attempt at a step continues in the run of the first. Without a pipeline run, or with
+    MLflow down, the block runs all the same.
+
+    Args:
+        own: see StepRun.
     """
-    if run is None:
-        yield StepRun()
-        return
-    record, outbox = _open(run, step)
-    outbox.away = step == "report" and _flush_all(run)  # it speaks of what the steps before it have told
-    if not outbox.away:
-        outbox.flush()
-    record.tell("start", {})
+    record = StepRun(step, run, own)
+    record.set_status(RUNNING)
+    record.publish()
     try:
         yield record
     except BaseException as error:
-        record.tags({"canvastune.error": f"{type(error).__name__}: {error}"[:5000]})
-        record.tell("end", {"status": "FAILED" if isinstance(error, Exception) else "KILLED"})
+        status = FAILED if isinstance(error, Exception) else KILLED
+        record.set_status(status, f"{type(error).__name__}: {error}"[:5000])
         raise
     else:
-        record.tell("end", {"status": "FINISHED"})
+        record.set_status(FINISHED)
     finally:
-        if step == "report":
-            _flush_all(run)
-        else:
-            outbox.flush()
+        record.publish()
 
 
-def finish(run: PipelineRun, *, failed: bool) -> None:
-    """End the pipeline run's record, and whatever step of it still counts as running; send what still waits of all steps."""
-    record, outbox = _open(run, "finish")
-    outbox.away = _flush_all(run)
-    record.tell("finish", {"status": "FAILED" if failed else "FINISHED"}, whole=True)
+def finish(run: PipelineRun, *, failed: bool) -> list[str]:
+    """End the pipeline run and what still counts as running of it; return what MLflow lacks."""
+    for step, earlier in steps.read_steps(run.folder, run.job).items():
+        if earlier.status == RUNNING:  # its process was killed
+            StepRun(step, run).set_status(KILLED)
+    record = StepRun("finish", run)
+    status = FAILED if failed else FINISHED
+    record.show("run/finish", {"status": status, "time": time.time()})
+    record.set_status(FINISHED)
+    record.publish()
+    return pending(run)
+
+
+def pending(run: PipelineRun) -> list[str]:
+    """Return what MLflow lacks of a run, without asking it."""
+    return Publisher(run).pending()
 
 
 def sync(run: PipelineRun) -> list[str]:
-    """Send what waits in a run's folder; returns a reason for each step of which something still waits."""
-    return [reason for step in STEPS if (reason := _open(run, step, own=False)[1].flush())]
+    """Send what MLflow lacks of a run; return a reason for each step that is still incomplete."""
+    return Publisher(run).publish()
 
 
 def log_data(run: PipelineRun | None, dataset: Path) -> None:
-    """Give the pipeline run its prepare_data run: a cached preparation never ran in this pipeline run."""
-    with step_run(run, "prepare_data") as record:
+    """Show the prepared data as step prepare_data: if cached, it did not run in this pipeline."""
+    with step_run(run, "prepare_data", own=False) as record:
         card = json.loads((dataset / "card.json").read_text(encoding="utf-8"))
-        named = ("source", "format", "fingerprint", "content_hash", "seq_length", "canvas_length", "tokenizer", "vocab_size")
+        named = ["source", "format", "fingerprint", "content_hash", "seq_length", "canvas_length"]
+        named += ["tokenizer", "vocab_size"]
         record.parameters({name: card[name] for name in named if name in card})
-        counts = {name: card[name] for name in ("rows_read", "kept", "train", "validation", "cut", "seconds") if name in card}
-        counts |= {f"dropped/{reason}": count for reason, count in card.get("dropped", {}).items()}
+        counted = ("rows_read", "kept", "train", "validation", "cut", "seconds")
+        counts = {name: card[name] for name in counted if name in card}
+        dropped = card.get("dropped", {})
+        counts |= {f"dropped/{reason}": count for reason, count in dropped.items()}
         record.metrics({f"data/{name}": count for name, count in counts.items()})
-        record.dataset(dataset, "training", whole=True)
+        record.dataset(dataset, "training", of="run/")
         record.dataset(dataset, "training")
         record.outputs(dataset)
         train, held_out = (f"{card[split]:,}" for split in ("train", "validation"))
-        record.note(f"{card['kept']:,} examples of {card['rows_read']:,} rows: {train} to train on, {held_out} held out.")
+        record.note(
+            f"{card['kept']:,} examples of {card['rows_read']:,} rows: {train} to train on, "
+            f"{held_out} held out."
+        )
 
 
 def training_run(run: PipelineRun) -> FindRun:
-    """What finds the run of the step `train`, for the trainer's own process: MLflow was away when the step began."""
-    return RunIds(connect(run.uri), run).later("train")
+    """Return what finds the run of the step `train` for the trainer, once MLflow is back."""
+    started = time.time()
+    ids = RunIds(connect(run.uri), run)
+    return lambda client: ids.find(client, "train", started)
 
 
-def _open(run: PipelineRun, step: Step, own: bool = True) -> tuple[StepRun, Outbox]:
-    server = connect(run.uri)
-    ids = RunIds(server, run, step if own else None)
-    outbox = Outbox(run.folder / "unsent", step, server, Teller(ids))
-    return StepRun(step, ids, outbox), outbox
+def _timed(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return the finite numbers with the time at which they were logged, in Unix seconds."""
+    return {name: (value, time.time()) for name, value in numbers(values).items()}
 
 
-def _flush_all(run: PipelineRun) -> bool:
-    """Send what waits of every step; whether MLflow is away."""
-    boxes = [_open(run, step, own=False)[1] for step in STEPS]
-    for box in boxes:
-        box.flush()
-    return any(box.away for box in boxes)
+def _copy_files(source: Path, target: Path) -> Path:
+    """Copy the files of a directory, but not its subdirectories, and return the copy."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            if file.is_file():
+                partial = target / f".{file.name}.partial-{os.getpid()}"
+                shutil.copyfile(file, partial)
+                partial.replace(target / file.name)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s). MLflow will lack it", target, error)
+    return target
+
+
+def _dataset_fields(config: RunConfig, folder: Path) -> dict[str, str]:
+    """Return the fields of MLflow's Dataset for prepared data."""
+    card, data = json.loads((folder / "card.json").read_text(encoding="utf-8")), config.data
+    local = Path(data.source).exists()
+    hub = {"path": data.source, "config_name": data.config, "revision": data.revision}
+    hub |= {"split": data.split}
+    columns = [{"name": n, "type": kind, "required": True} for n, kind in _COLUMNS.items()]
+    sizes = {"num_rows": card["kept"], "train": card["train"], "validation": card["validation"]}
+    return {
+        "name": Path(data.source).name if local else data.source,
+        "digest": str(card["content_hash"])[:16],
+        "source_type": "local" if local else "hf",
+        "source": json.dumps({"uri": str(Path(data.source).absolute())} if local else hub),
+        "schema": json.dumps({"mlflow_colspec": columns}),
+        "profile": json.dumps(sizes),
+    }
 
 
 def _about(config: RunConfig) -> dict[str, str]:
-    """Tags that runs are filtered by."""
+    """Return tags that runs are filtered by."""
     tags = {
         "canvastune.version": __version__,
         "canvastune.recipe": config.name,
@@ -145,12 +345,12 @@ def _about(config: RunConfig) -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this package lies in; None if it is installed elsewhere."""
+    """Return the commit of the checkout that holds this package; None if there is none."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
-    try:
-        result = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
+    return None

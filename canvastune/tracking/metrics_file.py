@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each step once, whatever became of the attempts."""
+"""metrics.jsonl: one JSON object per line, each training step once over all attempts."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from canvastune.tracking.client import log
-from canvastune.tracking.records import read_metrics
-from canvastune.tracking.sending import FindRun, MetricsSender
+from canvastune.errors import UserError
 
-_FACTS_OF_AN_ATTEMPT = ("resumed", "restarted", "damaged_checkpoint")  # events that stay when the steps of their attempt are dropped
+_KEPT_EVENTS = ("resumed", "restarted", "damaged_checkpoint")  # facts of an attempt: never dropped
+_HINT = "Use the metrics.jsonl of a training run."
+
+
+class Listener(Protocol):
+    """Follows the file while it grows, for example to send it elsewhere. No call may block."""
+
+    def start(self) -> None:
+        """Start to follow: the file now holds this attempt's records."""
+
+    def wake(self) -> None:
+        """Notice a new record."""
+
+    def close(self, timeout: float) -> None:
+        """Stop after the last record, within `timeout` seconds."""
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl, and has them sent to an MLflow run from a thread of its own.
+    """Append records to metrics.jsonl; only rank 0 does so."""
 
-    `write` costs one line to the file and never waits for MLflow: the sender reads the file, so what a server that is
-    away did not get is sent later from there. Use it on rank 0 alone.
-    """
-
-    def __init__(self, path: Path, *, run: FindRun | None = None, uri: str | None = None) -> None:
+    def __init__(self, path: Path, listener: Listener | None = None) -> None:
         """
         Args:
             path: metrics.jsonl; may exist from an interrupted attempt.
-            run: finds the MLflow run that gets the numbers, once MLflow is there; None: the file alone.
-            uri: tracking server of that run; None: MLFLOW_TRACKING_URI.
         """
         self.path = path
         self._stream: IO[str] | None = None
-        self._sender: MetricsSender | None = None
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if run and not uri:
-            log.warning("MLflow gets no metrics of %s: MLFLOW_TRACKING_URI does not say where it is", path)
-        elif run and uri:
-            # Here, not in the thread: importing MLflow takes two seconds, and two threads that import can meet half-made modules.
-            self._sender = MetricsSender(uri, run, path)
+        self._listener = listener
 
     def resume(self, step: int) -> int:
-        """Drop what an interrupted attempt wrote after `step`, atomically; returns how many records went.
+        """Drop the records that an interrupted attempt wrote after `step`; return their number.
 
-        Events that tell of an earlier restart stay: a run's restarts are never hidden.
+        Events that report an earlier restart are kept: restarts are never hidden.
         """
         if self._stream is not None:
             raise RuntimeError("resume() comes before the first write()")
         records = read_metrics(self.path) if self.path.exists() else []
-        kept = [record for record in records if record["step"] <= step or record.get("event") in _FACTS_OF_AN_ATTEMPT]
+        kept = [r for r in records if r["step"] <= step or r.get("event") in _KEPT_EVENTS]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         with partial.open("w", encoding="utf-8") as stream:
@@ -57,30 +57,83 @@ class MetricsWriter:
             os.fsync(stream.fileno())
         partial.replace(self.path)
         self._stream = self.path.open("a", encoding="utf-8")
-        if self._sender is not None:
-            self._sender.start()
+        if self._listener is not None:
+            self._listener.start()
         return len(records) - len(kept)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record {"kind", "step", "time", ...}. Numbers that are not finite become null: JSON has no word for them."""
-        if self._stream is None:  # no checkpoint to resume from: an attempt that left records behind counts as one that is begun again
-            dropped = self.resume(-1)
-            if dropped:
-                detail = f"begun again from step 0: an earlier attempt left no checkpoint, its {dropped} records are dropped"
-                self.write({"kind": "event", "step": 0, "time": time.time(), "event": "restarted", "detail": detail})
+        """Append a record {"kind", "step", "time", ...}. Non-finite numbers become null."""
+        if self._stream is None and (dropped := self.resume(-1)):
+            detail = (
+                f"restarted from step 0: no checkpoint was left; {dropped} records were dropped"
+            )
+            event = {"kind": "event", "step": 0, "time": time.time(), "event": "restarted"}
+            self.write({**event, "detail": detail})
         assert self._stream is not None
         self._stream.write(_line(record))
         self._stream.flush()
-        if self._sender is not None:
-            self._sender.wake()
+        if self._listener is not None:
+            self._listener.wake()
 
     def close(self, timeout: float = 15.0) -> None:
-        """Close the file and give the sender at most `timeout` seconds for what is still waiting."""
+        """Close the file; the listener gets at most `timeout` seconds to finish."""
         if self._stream is not None:
             self._stream.close()
-        if self._sender is not None:
-            self._sender.close(timeout)
-            self._sender = None
+        if self._listener is not None:
+            self._listener.close(timeout)
+            self._listener = None
+
+
+class Tail:
+    """Read the new complete lines of a growing file of records, which may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = self._lines = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records since the last call. Raises: UserError, a line that is no record."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        data = data[: data.rfind(b"\n") + 1]
+        records = _parse(data.decode(), self.path, self._lines + 1)
+        self._offset, self._lines = self._offset + len(data), self._lines + len(records)
+        return records
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, without an unfinished last line of a killed process.
+
+    Raises:
+        UserError: no such file, or a line that is no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read metrics.jsonl: {error}", hint=_HINT) from None
+    return _parse(text[: text.rfind("\n") + 1], path, 1)
+
+
+def _parse(text: str, path: Path, first: int) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(text.splitlines(), first):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            message = f"{path}:{number}: not a JSON object ({error})"
+            raise UserError(message, hint=_HINT) from None
+        if (
+            not isinstance(record, dict)
+            or not isinstance(record.get("step"), int)
+            or "kind" not in record
+        ):
+            expected = "expected an object with `kind` and an integer `step`"
+            raise UserError(f"{path}:{number}: found {line[:80]!r}, {expected}", hint=_HINT)
+        records.append(record)
+    return records
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the machine does while it trains, as MLflow measures it, in a file of the run: system.jsonl."""
+"""Measure the machine while it trains, as MLflow does, into a file of the run: system.jsonl."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 
 from canvastune.tracking.client import load_mlflow, log
 
-SYSTEM = "system.jsonl"  # beside metrics.jsonl
-_SECONDS = 10.0  # between two measurements, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise
+SYSTEM = "system.jsonl"  # next to metrics.jsonl
+_SECONDS = 10.0  # between measurements, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is set
 
 
 class SystemSampler:
-    """Measures processor, memory, disk, network and accelerators of this machine, in a thread of its own."""
+    """Measure processor, memory, disk, network and accelerators of this machine in a thread."""
 
     def __init__(self, path: Path, written: Callable[[], None]) -> None:
         """
         Args:
-            path: gets a record {"kind": "system", "step", "time", ...} for each measurement; goes on where an earlier attempt ended.
+            path: gets a record {"kind": "system", "step", "time", ...} per measurement; an earlier
+                attempt's steps are continued.
             written: called after each.
         """
         self._path, self._written = path, written
@@ -30,11 +31,11 @@ class SystemSampler:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Begin."""
+        """Start measuring."""
         threading.Thread(target=self._loop, name="system-sampler", daemon=True).start()
 
     def stop(self) -> None:
-        """End with the measurement that is being made."""
+        """Stop after the current measurement."""
         self._stopped.set()
 
     def _loop(self) -> None:
@@ -43,7 +44,8 @@ class SystemSampler:
             if self._path.exists():
                 earlier = self._path.read_bytes()
                 step = earlier.count(b"\n")
-                os.truncate(self._path, earlier.rfind(b"\n") + 1)  # a killed attempt may have left half a line
+                complete = earlier.rfind(b"\n") + 1  # a killed attempt may have left half a line
+                os.truncate(self._path, complete)
             with self._path.open("a", encoding="utf-8") as stream:
                 while not self._stopped.wait(self._seconds):
                     record: dict[str, Any] = {"kind": "system", "step": step, "time": time.time()}
@@ -55,8 +57,9 @@ class SystemSampler:
                     stream.flush()
                     self._written()
                     step += 1
-        except Exception as error:  # a full disk, a driver's whim: training goes on
-            log.warning("%s: nothing more of this machine is measured (%s: %s)", self._path, type(error).__name__, error)
+        except Exception as error:  # a full disk or a driver: training continues
+            kind = type(error).__name__
+            log.warning("%s: system metrics end here (%s: %s)", self._path, kind, error)
 
 
 def _monitors() -> list[Any]:
@@ -71,6 +74,6 @@ def _monitors() -> list[Any]:
     for accelerator in (GPUMonitor, ROCMMonitor):
         try:
             return [*monitors, accelerator()]
-        except Exception as error:  # MLflow's way to say that there is none, or no library for it
+        except Exception as error:  # MLflow's way to report that there is none, or no library
             log.debug("no %s: %s", accelerator.__name__, error)
     return monitors

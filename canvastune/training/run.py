@@ -37,7 +37,7 @@ from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import write_provenance
 from canvastune.logging import TrainingProgress
 from canvastune.preparation.prepare import prepare_data
-from canvastune.tracking import FindRun, MetricsWriter, PipelineRun, training_run
+from canvastune.tracking import FindRun, PipelineRun, open_metrics, training_run
 from canvastune.training.trainer import Trainer, export_path
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def train(
             objective=config.objective,
         )
     )
-    metrics = MetricsWriter(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
+    metrics = open_metrics(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
     checkpoints = Checkpoints(output / "checkpoints", config, fingerprint)
     trainer = Trainer(config, model, prepared, checkpoints, metrics, display)

@@ -12,7 +12,7 @@ from canvastune.evaluation.result import FILE_NAME, EvaluationResult
 from canvastune.evaluation.run import evaluate
 from canvastune.io.atomic import atomic_directory
 from canvastune.tracking import StepRun
-from canvastune.tracking.descriptions import judged
+from canvastune.tracking.descriptions import describe_evaluation
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
 from components.run_directory import read_run_id
@@ -64,7 +64,7 @@ def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None
         evaluation: the folder with evaluation.json and answers.jsonl.
     """
     record.metrics({f"eval/{name}": value for name, value in result.figures().items()})
-    record.note(judged(result))
+    record.note(describe_evaluation(result))
     answers = (evaluation / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     record.table([json.loads(line) for line in answers])
     record.outputs(evaluation)

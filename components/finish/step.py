@@ -1,4 +1,4 @@
-"""Closes a run's books: its folder's record and its MLflow run say how it ended."""
+"""Mark a run as finished or failed, in its directory and in MLflow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _WELL = ("COMPLETE", "SUCCEEDED")  # how Kubeflow's launcher on a cluster, and i
 
 
 def finish(workspace: str, run_name: str, job_name: str, job_id: str, state: str) -> None:
-    """Mark the run of a pipeline job finished or failed, and end what it still trains on a cluster.
+    """Mark a pipeline job's run as finished or failed, and delete its jobs on a cluster.
 
-    A job that did not get as far as a folder of its own leaves nothing to close.
+    A job that failed before it got a run directory leaves nothing to mark.
 
     Args:
-        state: of the job's other tasks, in Kubeflow's words.
+        state: of the job's other tasks, as Kubeflow names it.
 
     Raises:
-        UserError: as `run_folder`.
+        UserError: as `run_directory`.
     """
     folder = run_directory(workspace, run_name, job_name)
     record = read_record(folder)
@@ -32,23 +32,31 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, state: str
         return
     config, succeeded = parse_config(record.config), state in _WELL
     delete_jobs(config, job_id)
-    tracking.finish(with_tracking_uri(config, folder, record.mlflow_run_id), failed=not succeeded)
+    run = with_tracking_uri(config, folder, record.mlflow_run_id)
+    pending = tracking.finish(run, failed=not succeeded)
     write_record(folder, replace(record, finished=succeeded))
-    if (folder / "unsent").exists():
+    if pending:
         print(f"{folder}: MLflow lacks a part of it. When it is back: canvastune sync {folder}")
-    print(f"{folder}: {'finished' if succeeded else 'not finished; a run of this name and recipe goes on from what is done'}")
+    unfinished = "not finished; run it again with the same name and recipe to resume"
+    print(f"{folder}: {'finished' if succeeded else unfinished}")
 
 
 def sync(folder: Path) -> str:
-    """Send MLflow what it did not take while a run was made; returns a line that says so.
+    """Send MLflow what it lacks of a run; return a line that says so.
 
     Raises:
-        UserError: not the folder of a run; something still waits.
+        UserError: not the directory of a run; MLflow still lacks something.
     """
     record = read_record(folder)
     if record is None:
-        raise UserError(f"{folder}: not a run's folder: expected run.json in it. Give WORKSPACE/runs/RUN")
+        raise UserError(
+            f"{folder}: not a run's directory: expected run.json in it",
+            hint="Pass WORKSPACE/runs/RUN.",
+        )
     run = with_tracking_uri(parse_config(record.config), folder.absolute(), record.mlflow_run_id)
     if reasons := tracking.sync(run):
-        raise UserError(f"{folder / 'unsent'}: still waits: {'; '.join(reasons)}. Give the same command again once this is mended")
+        raise UserError(
+            f"{folder}: not sent yet: {'; '.join(reasons)}",
+            hint="Fix the cause and run the command again.",
+        )
     return f"{folder}: MLflow at {connect(run.uri)} has everything"

@@ -68,8 +68,8 @@ def publish(
     values = _mlflow_metrics(summary, result, TrainingStats.from_records(records, config))
     record.summary(values, data)
     record.note("The report, as a page and as images.")
-    description = descriptions.reported(config, run_folder, values, result)
-    record.verdict(score_of(result), result.verdict, description)
+    description = descriptions.describe_report(config, run_folder, values, result)
+    record.promotion(score_of(result), result.verdict, description)
     return summary
 
 

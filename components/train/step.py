@@ -40,17 +40,19 @@ def train(
     """
     output.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
-        log_data(record.pipeline_run, dataset)
         record.dataset(dataset, "training")
+        log_data(record.pipeline_run, dataset)  # sends the line above, too: training may take days
     write_config(config, output / "recipe.yaml")
-    if config.cluster.backend == "local":
-        run_torchrun(config, dataset, output, record.arguments(), record.environment())
-    else:
-        context = _job_context(dataset, output, record)
-        record.tags(run_job(config, context, output / "result.json", task))
+    try:
+        if config.cluster.backend == "local":
+            run_torchrun(config, dataset, output, record.arguments(), record.environment())
+        else:
+            context = _job_context(dataset, output, record)
+            record.tags(run_job(config, context, output / "result.json", task))
+    finally:
+        record.curves(output / "metrics.jsonl")
     result = json.loads((output / "result.json").read_text(encoding="utf-8"))
     weights = output / result["export"]
-    record.curves(output / "metrics.jsonl")
     record.outputs(output)
     record.model(weights, "adapter" if config.train.method == "lora" else "full")
     record.note(

@@ -1,4 +1,4 @@
-"""What MLflow holds of a pipeline run: runs, figures, data, models. What becomes of it while MLflow is away: test_tracking_outages."""
+"""What MLflow shows of a pipeline run: runs, figures, data, models. Outages: test_tracking_outages."""
 
 from __future__ import annotations
 
@@ -14,20 +14,11 @@ import pytest
 
 from canvastune import tracking
 from canvastune.config import RunConfig, parse_config
-from canvastune.errors import UserError
-from canvastune.tracking import (
-    client as server,
-)
-from canvastune.tracking import (
-    descriptions as notes,
-)
-from canvastune.tracking import (
-    model_registry as models,
-)
-from canvastune.tracking import (
-    sending,
-)
+from canvastune.errors import UserError, parse_error
+from canvastune.tracking import client as server
 from canvastune.tracking.client import connect, load_mlflow
+from canvastune.tracking.descriptions import describe_report
+from canvastune.tracking.live_metrics import points_of
 from components.run_directory import RunRecord, write_record
 from pipelines.cli import main
 from tests.fakes.tracking_server import prepared, train_record
@@ -58,7 +49,7 @@ def test_metrics_have_mlflows_names() -> None:
     validation = {"kind": "validation", "step": 5, "time": 2.0, "loss": 1.5, "levels": {"0.5": 1.25}, "autoregressive_loss": None}
     event = {"kind": "event", "step": 5, "time": 2.0, "event": "checkpoint", "detail": ""}
     system = {"kind": "system", "step": 0, "time": 2.0, "cpu_utilization_percentage": 97.0}
-    points = sending.points_of([train_record(1, **{"a(b)": 2.0, "bad": math.inf}), validation, event, system])
+    points = points_of([train_record(1, **{"a(b)": 2.0, "bad": math.inf}), validation, event, system])
     assert {point.key: point.value for point in points} == {
         "train/loss": 1.0,
         "train/lr": 1e-3,
@@ -107,7 +98,7 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     assert found.data.tags.items() >= tags.items()
     assert [file.path for file in client_of(workspace).list_artifacts(parent)] == ["config.yaml"]
     assert (workspace / "mlartifacts" / parent / "artifacts" / "config.yaml").is_file(), (
-        "artifacts lie in the workspace, not in the current folder"
+        "artifacts are in the current directory, not in the workspace"
     )
 
 
@@ -123,15 +114,16 @@ def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -
     run = pipeline_run(workspace, "reported")
     figures = {"val/loss_first": 3.0, "val/loss_last": 1.5, "train/loss_first": 5.3, "train/loss_last": 0.8}
     found = sample_result(64, before=8, after=40, lost=1)
-    note = notes.reported(run.config, run.folder, figures, found)
+    note = describe_report(run.config, run.folder, figures, found)
     assert note.startswith("**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows).")
     assert "| exact match on 64 held-out rows (95% interval) | 12.5% (6.5% to 22.8%) | 62.5% (50.3% to 73.3%) |" in note
     assert "| validation loss | 3.000 | 1.500 |" in note
     own = {"eval/validation_loss_before": 2.9, "eval/validation_loss_after": 1.4}
-    assert "| validation loss | 2.900 | 1.400 |" in notes.reported(run.config, run.folder, figures | own, found)
+    assert "| validation loss | 2.900 | 1.400 |" in describe_report(run.config, run.folder, figures | own, found)
     for place in ("report/report.html", "train/adapter", "model", "train/checkpoints"):
         assert f"`{run.folder / place}`" in note
-    assert "no held-out row was scored" in notes.reported(run.config, run.folder, figures, sample_result(0, 0, 0, 0))
+    unscored = sample_result(0, 0, 0, 0)
+    assert "no held-out row was scored" in describe_report(run.config, run.folder, figures, unscored)
 
 
 def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
@@ -139,7 +131,7 @@ def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
 ) -> None:
     run = pipeline_run(workspace, "late")
     write_record(run.folder, RunRecord("job", run.config.model_dump_json(), ""))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: no server
     assert tracking.start(run) == ""
     assert main(["sync", str(run.folder)]) == 1
     assert "cannot be reached (Connection refused)" in capsys.readouterr().err
@@ -149,7 +141,10 @@ def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
     (found,) = client_of(workspace).search_runs(["1"], "attributes.run_name = 'late'")
     assert found.data.params["lora.rank"] == "16"
     assert main(["sync", str(tmp_path)]) == 1
-    assert f"{tmp_path}: not a run's folder: expected run.json in it. Give WORKSPACE/runs/RUN" in capsys.readouterr().err
+    error = parse_error(capsys.readouterr().err)
+    assert error is not None
+    assert str(error).startswith(f"{tmp_path}: ")
+    assert "run.json" in str(error)
 
 
 def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Path, tmp_path: Path) -> None:
@@ -184,7 +179,7 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Pa
     table = json.loads((workspace / "mlartifacts" / run_id / "artifacts" / "answers.json").read_text())
     assert table == {"columns": ["id", "after"], "data": [["a", "<b>4</b>"], ["b", "5"]]}, "a second attempt replaces the table"
     assert [model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")] == ["steps-adapter"]
-    assert not (started.folder / "unsent").exists(), "something waits although MLflow was there"
+    assert tracking.pending(started) == [], "something was not sent although MLflow was there"
 
 
 def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(workspace: Path, tmp_path: Path) -> None:
@@ -197,7 +192,7 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
     data = prepared(tmp_path)
     with tracking.step_run(run, "evaluate") as record:
         record.dataset(data, "evaluation")
-        record.judged_model()
+        record.evaluated_model()
     with tracking.step_run(run, "report") as record:
         for _ in range(2):  # the step was repeated
             record.summary({"eval/exact_match_after": 0.75, "val/loss_last": 1.5}, data)
@@ -218,14 +213,14 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
     assert [entry.tags[0].value for entry in evaluated.inputs.dataset_inputs] == ["evaluation"]
 
 
-def test_a_model_of_tens_of_gigabytes_is_a_pointer(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_LARGEST_MODEL", 100)
+def test_a_model_of_tens_of_gigabytes_is_a_pointer(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(bytes(101))
+    with (tmp_path / "model-00001-of-00001.safetensors").open("wb") as weights:
+        weights.truncate(250 * 10**6)  # sparse: no disk is used
     with tracking.step_run(pipeline_run(workspace, "pointer"), "merge_lora") as run:
         run.model(tmp_path, "merged")
     (model,) = client_of(workspace).search_logged_models(["1"], f"source_run_id = '{run.run_id}'")
-    assert (model.tags["canvastune.path"], model.tags["canvastune.size_bytes"]) == (str(tmp_path), "103")
+    assert (model.tags["canvastune.path"], model.tags["canvastune.size_bytes"]) == (str(tmp_path), "250000002")
     uploaded = Path(model.artifact_location.removeprefix("file://"))
     assert [file.name for file in uploaded.iterdir()] == ["config.json"]
 

@@ -1,4 +1,4 @@
-"""MLflow away, broken, closed, silent, or back later: training goes on, nobody waits long, one line says so, and nothing is lost."""
+"""MLflow down, broken, closed, silent, or back later: training continues, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 
 from canvastune import tracking
 from canvastune.config import parse_config
-from canvastune.tracking import client as server_room
-from canvastune.tracking import sending
-from canvastune.tracking.client import TrackingError, connect, load_mlflow
+from canvastune.tracking import FindRun
+from canvastune.tracking.client import Timeouts, TrackingError, connect, load_mlflow
+from canvastune.tracking.live_metrics import MetricsSender
 from canvastune.tracking.model_registry import Score
 from tests.fakes.tracking_server import (
     TrackingServer,
@@ -31,14 +32,20 @@ STEPS = ("resolve", "prepare_data", "train", "merge_lora", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(own_mlflow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No MLflow but the test's own, and everything that waits, waits less."""
+def _fresh(own_mlflow: None) -> None:
+    """No MLflow but the test's own, and no warning that an earlier test has seen."""
     load_mlflow()
-    connect.cache_clear()  # a problem is said once in a process
-    monkeypatch.setattr(server_room, "_AWAY_SECONDS", 0.2)
-    monkeypatch.setattr(server_room, "_PROBE_SECONDS", 0.5)
-    monkeypatch.setattr(sending, "_PERIOD", 0.05)
-    monkeypatch.setattr(sending, "_LONGEST_PAUSE", 0.2)
+    connect.cache_clear()  # a problem is logged once in a process
+
+
+def quick(uri: str, retry: float = 0.2) -> None:
+    """Wait less for a server than in production."""
+    connect(uri).timeouts = Timeouts(probe=0.5, retry=retry)
+
+
+def open_metrics(path: Path, run: FindRun, uri: str) -> tracking.MetricsWriter:
+    quick(uri)
+    return tracking.open_metrics(path, run=run, uri=uri, period=0.05, longest_pause=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]
 def pipeline_run(folder: Path, uri: str, name: str) -> tracking.PipelineRun:
     tree = {"name": "tiny_lora", "data": {"source": "openai/gsm8k"}}
     tracked = {"uri": uri, "experiment": "outages", "registered_model": name}
+    quick(uri)
     run = tracking.PipelineRun(parse_config({**tree, "tracking": tracked}), folder / "runs" / name, "job")
     (run.folder / "train").mkdir(parents=True)
     (run.folder / "train/metrics.jsonl").write_text("".join(json.dumps(train_record(step)) + "\n" for step in range(1, 21)))
@@ -63,16 +71,16 @@ def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str],
     """A pipeline run as its steps record it; returns the seconds that each of them took.
 
     Args:
-        scratch: for what lies in a step's own container, and is gone after it.
+        scratch: for what only a step's own container holds, which is deleted after it.
         before: called with a step's name before the step begins.
     """
     seconds = []
 
     def timed(step: str, action: Callable[[], object]) -> None:
         before(step)
-        began = time.monotonic()
+        started = time.monotonic()
         action()
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - started)
 
     def in_step(step: Any, action: Callable[[tracking.StepRun], object]) -> None:
         def work() -> None:
@@ -94,7 +102,7 @@ def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str],
         out.mkdir()
         (out / "evaluation.json").write_text("{}")
         record.dataset(data, "evaluation")
-        record.judged_model()
+        record.evaluated_model()
         record.metrics({"eval/exact_match_after": 0.75})
         record.table([{"id": "a", "before": "5", "after": "4"}])
         record.outputs(out)
@@ -103,7 +111,7 @@ def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str],
 
     def report(record: tracking.StepRun) -> None:
         record.summary({"eval/exact_match_after": 0.75, "val/loss_last": 1.5}, data)
-        record.verdict(Score(0.5, 0.75, "rows"), "better", "**Better**")
+        record.promotion(Score(0.5, 0.75, "rows"), "better", "**Better**")
 
     in_step("train", train)
     in_step("merge_lora", lambda record: record.model(run.folder / "model", "merged"))
@@ -173,19 +181,19 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
             server.kill()
         if step == back:
             server.start()
-            time.sleep(0.2)  # for as long a server that was found away is left alone
+            time.sleep(0.2)  # the pause after a failure
 
     seconds = go_through(run, tmp_path, before)
     before("finish")
     tracking.finish(run, failed=False)
     if back == "sync":
-        assert (run.folder / "unsent" / "finish.jsonl").is_file()
-        assert tracking.sync(run), "nobody is told that the server is still away"
+        assert "finish of the run" in tracking.pending(run)
+        assert tracking.sync(run), "sync is silent about a server that is still down"
         before("sync")
         assert tracking.sync(run) == []
     assert seen(server.uri, run.folder.name) == healthy
-    assert not (run.folder / "unsent").exists()
-    assert max(seconds) < 10, f"a server that was away held a step up: {dict(zip(STEPS, seconds, strict=True))}"
+    assert tracking.pending(run) == []
+    assert max(seconds) < 10, f"a server that is down delayed a step: {dict(zip(STEPS, seconds, strict=True))}"
     assert caplog.text.count("cannot be reached") == 1, caplog.text
 
 
@@ -199,7 +207,7 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
             lambda: refusing(401, '{"error_code": "UNAUTHENTICATED", "message": "who are you"}'),
             "does not let us in (UNAUTHENTICATED: who are you)",
         ),
-        (silent, "does not answer"),
+        (silent, "does not respond"),
     ],
     ids=["500", "503", "403", "401", "silent"],
 )
@@ -221,7 +229,7 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
     assert max(seconds) < 8, f"a step waited: {dict(zip(STEPS, seconds, strict=True))}"
     (line,) = [record.getMessage() for record in caplog.records if record.name == "canvastune.tracking"]
     assert line.startswith(f"MLflow at {uri} {said}")
-    assert str(run.folder / "unsent") in line, "nobody is told where the records wait"
+    assert f"canvastune sync {run.folder}" in line, "the warning names no way to send the rest"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     assert tracking.sync(run) == []
     assert seen(server.uri, name) == healthy
@@ -231,21 +239,20 @@ def test_a_server_whose_store_hangs_is_given_up_after_two_timeouts(
     server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setattr(server_room, "_AWAY_SECONDS", 10)
     run = pipeline_run(tmp_path, server.uri, "hangs")
-    tracking.start(run)
-    monkeypatch.setattr(connect(server.uri), "_probe", lambda: None)  # healthy, says the thread that answers /health
+    quick(server.uri, retry=10)
+    tracking.start(run)  # a server that answered just now is not probed
     server.freeze()
     try:
-        began = time.monotonic()
+        started = time.monotonic()
         with tracking.step_run(run, "train") as record:
             for number in range(50):
                 record.metrics({"a": number})
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - started < 6
     finally:
         server.thaw()
     monkeypatch.undo()
-    connect(server.uri)._away_until = 0
+    connect.cache_clear()
     assert tracking.sync(run) == []
 
 
@@ -263,22 +270,63 @@ def test_what_is_refused_holds_nothing_else_up_and_stays(server: TrackingServer,
     assert reason.startswith(f"parameters of train: MLflow at {server.uri} refuses (INVALID_PARAMETER_VALUE: ")
 
 
-def test_a_line_that_was_written_by_half_costs_itself_alone(
-    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"job": "jo')], ids=["lost", "cut off"])
+def test_what_was_published_may_be_forgotten_and_is_sent_again_with_the_same_result(
+    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any], damage: Callable[[Path], object], request: pytest.FixtureRequest
 ) -> None:
-    run = pipeline_run(tmp_path, server.uri, "half")
-    (run.folder / "unsent").mkdir()
-    (run.folder / "unsent/train.jsonl").write_text('["metrics", "train", 1.0, {"values": {"a": 1}, "step": 0}]\n["metrics", "tr')
+    run = pipeline_run(tmp_path, server.uri, f"forgotten-{request.node.callspec.id.replace(' ', '-')}")
+    go_through(run, tmp_path)
+    tracking.finish(run, failed=False)
+    (state,) = (run.folder / ".tracking").glob("published.json")
+    damage(state)
+    assert tracking.pending(run)
     assert tracking.sync(run) == []
-    assert "train.jsonl:2: written by half" in caplog.text
-    client = load_mlflow().MlflowClient(server.uri)
-    (found,) = client.search_runs([client.get_experiment_by_name("outages").experiment_id], "attributes.run_name = 'train'", max_results=1)
-    assert found.data.metrics == {"a": 1.0}
+    assert seen(server.uri, run.folder.name) == healthy
+
+
+def test_nothing_is_sent_twice_and_only_what_changed_is_sent_again(server: TrackingServer, tmp_path: Path) -> None:
+    run = pipeline_run(tmp_path, server.uri, "twice")
+    go_through(run, tmp_path)
+    tracking.finish(run, failed=False)
+    quiet = server.requests("POST", "PUT")
+    assert tracking.sync(run) == []
+    assert server.requests("POST", "PUT") == quiet
+    (run.folder / "evaluation/evaluation.json").write_text('{"scored": 1}')
+    assert tracking.sync(run) == []
+    assert [line.rpartition("/")[2] for line in server.requests("PUT")[len([x for x in quiet if x.startswith("PUT")]) :]] == [
+        "evaluation.json"
+    ]
+
+
+def test_a_server_without_the_run_gets_all_of_it(
+    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pipeline_run(tmp_path, server.uri, "moved")
+    go_through(run, tmp_path)
+    with TrackingServer(tmp_path / "other") as other:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", other.uri)
+        tracking.finish(run, failed=False)
+        assert seen(other.uri, "moved") == healthy
+
+
+def test_processes_that_publish_at_the_same_time_show_everything_once(
+    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any]
+) -> None:
+    run = pipeline_run(tmp_path, server.uri, "at-once")
+    server.kill()
+    go_through(run, tmp_path)
+    server.start()
+    time.sleep(0.2)
+    with ThreadPoolExecutor(4) as pool:
+        for reasons in pool.map(tracking.sync, [run] * 4):
+            assert reasons == []
+    tracking.finish(run, failed=False)
+    assert seen(server.uri, "at-once") == healthy
 
 
 def test_a_disk_that_takes_nothing_and_no_server_are_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = pipeline_run(tmp_path, "http://127.0.0.1:9", "full")
-    (run.folder / "unsent").write_text("no folder can be made here")
+    (run.folder / "steps.json").mkdir()  # no file can be written here
     with tracking.step_run(run, "train") as record:
         record.metrics({"a": 1.0})
     assert record.run_id is None
@@ -286,7 +334,7 @@ def test_a_disk_that_takes_nothing_and_no_server_are_no_error(tmp_path: Path, ca
     assert "MLflow will lack metrics of train" in caplog.text
 
 
-# Metrics, while training goes on
+# Metrics during training
 
 
 def steps_in(client: Any, run_id: str, metric: str) -> list[int]:
@@ -301,7 +349,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     client = load_mlflow().MlflowClient(server.uri)
     run_id = client.create_run("0").info.run_id
     cpu = "system/cpu_utilization_percentage"
-    writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=lambda client: run_id)
+    writer = open_metrics(tmp_path / "metrics.jsonl", lambda client: run_id, server.uri)
     for step in range(1, 11):
         writer.write(train_record(step))
     _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 11)), "metrics are not sent while training")
@@ -309,7 +357,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     server.kill()
     for step in range(11, 211):
         writer.write(train_record(step))
-    _until(lambda: "cannot be reached" in caplog.text, "nobody is told that the server is away")
+    _until(lambda: "cannot be reached" in caplog.text, "there is no warning that the server is down")
     server.start()
     writer.write(train_record(211))
     _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 212)), "the outage's metrics are lost")
@@ -328,7 +376,7 @@ def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends
     with tracking.step_run(run, "train") as record:
         assert record.arguments() == ("--mlflow-job", run.job)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", record.environment()["MLFLOW_TRACKING_URI"])
-        writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl", run=tracking.training_run(run))
+        writer = open_metrics(tmp_path / "metrics.jsonl", tracking.training_run(run), server.uri)
         writer.write(train_record(1))
         server.start()
         client = load_mlflow().MlflowClient(server.uri)
@@ -351,7 +399,7 @@ def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
     client = load_mlflow().MlflowClient(server.uri)
     run_id = client.create_run("0").info.run_id
     path = tmp_path / "metrics.jsonl"
-    writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
+    writer = open_metrics(path, lambda client: run_id, server.uri)
     writer.write(train_record(1))
     _until(lambda: steps_in(client, run_id, "train/loss") == [1], "metrics are not sent while training")
     server.freeze()
@@ -369,13 +417,13 @@ def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
 
     def synced() -> bool:
         try:
-            sending.send_metrics(run_id, path, uri=server.uri)
+            MetricsSender(server.uri, lambda client: run_id, path).send()
         except TrackingError:
             return False
         return steps_in(client, run_id, "train/loss") == list(range(1, 102))
 
     _until(synced, "what the frozen server missed is never sent")
-    assert sending.send_metrics(run_id, path, uri=server.uri) == 0, "what has arrived is not sent twice"
+    assert MetricsSender(server.uri, lambda client: run_id, path).send() == 0, "what has arrived is not sent twice"
 
 
 def test_a_resumed_training_has_each_step_once_in_mlflow_too(
@@ -386,7 +434,7 @@ def test_a_resumed_training_has_each_step_once_in_mlflow_too(
     run_id = client.create_run("0").info.run_id
     path, system = tmp_path / "metrics.jsonl", tmp_path / "system.jsonl"
     for resume_at, last in ((-1, 6), (3, 8)):
-        writer = tracking.MetricsWriter(path, run=lambda client: run_id, uri=server.uri)
+        writer = open_metrics(path, lambda client: run_id, server.uri)
         writer.resume(resume_at)
         for step in range(max(resume_at, 0) + 1, last + 1):
             writer.write({**train_record(step), "time": time.time()})

@@ -1,10 +1,11 @@
-"""A real MLflow server in a process of its own, which a test can kill, freeze and start again on the same port."""
+"""A real MLflow server in a separate process, which a test can kill, freeze and start again on the same port."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -70,13 +71,18 @@ class TrackingServer:
             self._process.wait()
             self._process = None
 
+    def requests(self, *methods: str) -> list[str]:
+        """Return the requests that changed something, as `METHOD PATH`, as the server logged them."""
+        found = re.findall(r'"(\w+) (\S+) HTTP', (self.folder / "server.log").read_text())
+        return [f"{method} {path}" for method, path in found if method in methods and "search" not in path]
+
     def freeze(self) -> None:
         """Accepts connections and never answers, until thawed."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Go on answering."""
+        """Continue to answer."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
