@@ -41,7 +41,7 @@ def describe_report(
     Args:
         figures: the run's summary, by MLflow's names.
     """
-    rows = [("", "before", "after"), ("---", "---:", "---:")]
+    rows: list[tuple[str, ...]] = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
         label = f"exact match on {evaluation.scored} held-out rows (95% interval)"
         rows.append((label, _with_interval(evaluation.before), _with_interval(evaluation.after)))

@@ -20,7 +20,6 @@ import yaml
 from canvastune.io.hashing import hash_path
 from canvastune.tiny_model import write_problems
 from canvastune.tracking import read_metrics
-from canvastune.tracking.steps import STEPS
 from components.run_directory import read_record
 from tests.fakes.fake_cluster import addresses_outside
 from tests.support.golden import golden
@@ -297,8 +296,8 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(parent.data.params["train.steps"])
     assert parent.data.tags["canvastune.verdict"] in ("better", "worse", "undecided")
     assert "exact match" in parent.data.tags["mlflow.note.content"]
-    steps = json.loads((_folder(runs.lora) / "steps.json").read_text())["steps"]
-    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(STEPS, "FINISHED")
+    recorded = json.loads((_folder(runs.lora) / "steps.json").read_text())["steps"]
+    assert {name: step["status"] for name, step in recorded.items()} == dict.fromkeys(STEPS, "FINISHED")
     (evaluated,) = [run.data.metrics for run in children if run.info.run_name == "evaluate"]
     assert evaluated["eval/exact_match_after"] == summary["exact_match_after"]
     for side, moment in (("before", "first"), ("after", "last")):
