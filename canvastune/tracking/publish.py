@@ -233,7 +233,10 @@ class Publisher:
         """Log the figures by which runs are compared, on the run and its models, with the data."""
         entity, models = load_mlflow().entities.LoggedModelOutput, self._models(client)
         self._send_metrics(client, run_id, value["values"])
-        client.log_outputs(run_id, [entity(model.model_id, 0) for model in models])
+        linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+        new = [entity(model.model_id, 0) for model in models if model.model_id not in linked]
+        if new:  # MLflow refuses a link that exists
+            client.log_outputs(run_id, new)
         for model in models:
             of = {"model_id": model.model_id, **value["dataset"]}
             self._send_metrics(client, run_id, value["values"], **of)
