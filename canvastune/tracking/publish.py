@@ -80,7 +80,7 @@ class Publisher:
 
     def _publish(self) -> list[str]:
         reasons: dict[str, str] = {}
-        items, tree, sent = dict(self._items()), self._read_published(), 0
+        items, tree, sent, down = dict(self._items()), self._read_published(), 0, False
         try:
             if self._step or any(tree["sent"].get(key) != items[key].digest for key in items):
                 self.server.request(self._find_runs)
@@ -95,15 +95,16 @@ class Publisher:
                     step = key.partition("/")[0]
                     reasons.setdefault(step, self._fail(str(item), error, item.kind))
                     if not error.final:
+                        down = True
                         break
                 else:
                     tree["sent"][key] = item.digest
                     sent += 1
         except TrackingError as error:
-            reasons["run"] = self._fail("the run", error)
+            reasons["run"], down = self._fail("the run", error), True
         if tree["late"] and sent:
             log.warning("MLflow at %s is back: it got %d records late", self.server, sent)
-        tree["late"] = bool(reasons)
+        tree["late"] = down
         steps.write_json(self._path, tree)
         return list(reasons.values())
 
