@@ -234,7 +234,8 @@ class Publisher:
         """Log the figures by which runs are compared, on the run and its models, with the data."""
         entity, models = load_mlflow().entities.LoggedModelOutput, self._models(client)
         self._send_metrics(client, run_id, value["values"])
-        linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+        outputs = client.get_run(run_id).outputs
+        linked = {output.model_id for output in outputs.model_outputs} if outputs else set()
         new = [entity(model.model_id, 0) for model in models if model.model_id not in linked]
         if new:  # MLflow refuses a link that exists
             client.log_outputs(run_id, new)
