@@ -55,7 +55,7 @@ which runs LoRA on the released model, on eight GPUs. Canvastune ships with four
 ## Top level
 
 {own}"""
-_RECIPES = {
+RECIPES = {
     "gsm8k_lora": "the released model on GSM8K: LoRA on attention and dense MLP, 8 GPUs of 80 GB, 8-way expert parallelism",
     "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision tower",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
@@ -65,7 +65,7 @@ _RECIPES = {
 
 def page() -> str:
     """Return the whole page, in Markdown."""
-    recipes = "\n".join(f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |" for name, what in _RECIPES.items())
+    recipes = "\n".join(f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |" for name, what in RECIPES.items())
     own = {name: field for name, field in RunConfig.model_fields.items() if _section(field.annotation) is None}
     parts = [_INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))]
     for name, field in RunConfig.model_fields.items():

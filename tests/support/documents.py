@@ -1,4 +1,4 @@
-"""The project's Markdown as its readers see it: pages, links, blocks, words in code, and the commands in them."""
+"""The project's Markdown, parsed: pages, links, code blocks, inline code, and the commands in them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PAGES = [
     *(ROOT / "charts" / "canvastune" / "README.md", ROOT / "docker" / "README.md"),
 ]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_KEYWORDS = {"do", "then", "export"}  # what may stand before a command
+_KEYWORDS = {"do", "then", "export"}  # allowed before a command
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. `line` is that of its fence."""
+    """A fenced code block; `line` is the line of its fence."""
 
     page: Path
     line: int
@@ -38,7 +38,7 @@ class Block:
 
     @property
     def name(self) -> str | None:
-        """The file that its first line says it is."""
+        """The file name in its first line, if there is one."""
         found = re.match(r"# ([\w./-]+\.(?:ya?ml|py))\b", self.text)
         return found[1] if found else None
 
@@ -47,23 +47,23 @@ class Block:
 
 
 class _Parsed(BaseException):
-    """Ends a program once its command line is read."""
+    """Raised to end a program once its command line is parsed."""
 
 
 def blocks(page: Path, language: str | None = None) -> list[Block]:
-    """Every fenced block of a page, or those of one language."""
+    """Return the fenced blocks of a page, or those of one language."""
     text = page.read_text(encoding="utf-8")
     found = [Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in _FENCE.finditer(text)]
     return [block for block in found if language is None or block.language == language]
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and pictures."""
+    """Return the targets of links and images."""
     return re.findall(r"\]\(([^()\s]+)\)", re.sub(r"`[^`\n]*`", "", _prose(page)))
 
 
 def anchors(page: Path) -> set[str]:
-    """What `#...` may stand for, as GitHub makes it of headings."""
+    """Return the anchors of the headings, as GitHub generates them."""
     found: list[str] = []
     for heading in re.findall(r"^#+ +(.+?) *$", _prose(page), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -73,19 +73,19 @@ def anchors(page: Path) -> set[str]:
 
 
 def spans(page: Path) -> list[str]:
-    """Words in code within the text, each once."""
+    """Return the inline code of a page, each text once."""
     return sorted({" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _prose(page))})
 
 
 def files(page: Path) -> dict[str, str]:
-    """Files that a page has its readers write: blocks that begin with a name, and what its commands redirect into."""
+    """Return the files that a reader of the page writes: named blocks, and targets of redirections."""
     shown = {block.name: block.text for block in blocks(page) if block.name}
     redirected = [name for block in blocks(page, "sh") for name in re.findall(r">>? *([\w./-]+)", block.text)]
     return {**dict.fromkeys(redirected, ""), **shown}
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Every command of a block for the shell, as words; without comments, assignments, redirections and what is fed to a command."""
+    """Yield the commands of a shell block, split into words, without comments, assignments, redirections and input."""
     text = re.sub(r"(<<'END'[^\n]*)\n.*?^END$", r"\1", text, flags=re.MULTILINE | re.DOTALL)
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
@@ -100,10 +100,10 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """A program's own reading of a command line; nothing beyond that is run.
+    """Parse a command line with a program's own parser, without running the program.
 
     Raises:
-        AssertionError: it refuses the line.
+        AssertionError: the program rejects the line.
     """
     found: list[argparse.Namespace] = []
     original = argparse.ArgumentParser.parse_args
@@ -119,12 +119,12 @@ def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.M
         except _Parsed:
             return found[0]
         except SystemExit as ended:
-            raise AssertionError(f"refused with exit code {ended.code}: {' '.join(arguments)}") from None
-    raise AssertionError(f"{main} read no command line")
+            raise AssertionError(f"rejected with exit code {ended.code}: {' '.join(arguments)}") from None
+    raise AssertionError(f"{main} parsed no command line")
 
 
 def module_main(name: str) -> Callable[..., Any] | None:
-    """`main` of what `python -m` starts, if it reads a command line. Raises: AssertionError, there is no such module."""
+    """Return `main` of the module, if it parses a command line. Raises: AssertionError, there is no such module."""
     specification = importlib.util.find_spec(name)
     assert specification is not None, f"python -m {name}: no such module"
     if specification.origin is None or "argparse" not in Path(specification.origin).read_text(encoding="utf-8"):
@@ -143,7 +143,7 @@ def _command(words: list[str]) -> Iterator[list[str]]:
     plain: list[str] = []
     for word in words:
         if set(word) <= set("<>"):
-            break  # what follows is a file's name
+            break  # a file name follows
         plain.append(word)
     if plain:
         yield plain

@@ -1,7 +1,9 @@
-"""What the documentation says can be followed: links lead somewhere, files and keys exist, commands are taken, examples run."""
+"""The documentation is correct: links resolve, files, modules and keys exist, commands parse, examples run."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import re
@@ -39,9 +41,10 @@ from tests.support.documents import (
 from tools import method_figure, recipes_page
 from tools.chart_table import CHART, documented_values
 
-README, DOCS, EXTENDING = ROOT / "README.md", ROOT / "docs", ROOT / "docs" / "extending.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+ARCHITECTURE, EXTENDING = DOCS / "architecture.md", DOCS / "extending.md"
 TINY = ROOT / "pipelines" / "recipes" / "tiny_lora.yaml"
-# Read by programs of others. Those for a cluster are tried by tests/cluster/test_journeys.py, images by `make test-images`.
+# Programs of others. tests/cluster/test_journeys.py runs those for a cluster, `make test-images` those for images.
 _OTHERS = {"cat", "cd", "docker", "done", "echo", "for", "head", "helm", "kfp", "kind", "kubectl", "renew-locks.sh", "xdg-open"}
 _ROOMS = ("benchmarks", "canvastune", "charts", "components", "docker", "docs", "findings", "pipelines", "tests", "tools")
 _VALUES = {key: default for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))}
@@ -54,7 +57,7 @@ PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 
 
 @every_page
-def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     for link in links(page):
         if re.match(r"https?://", link):
             continue
@@ -62,20 +65,20 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         target = page if not place else (page.parent / place).resolve()
         assert target.exists(), f"{link}: no such file"
         assert target.is_relative_to(ROOT), f"{link} leads out of the repository"
-        assert not anchor or anchor in anchors(target), f"{link}: no such heading; there are {sorted(anchors(target))}"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading among {sorted(anchors(target))}"
 
 
-def test_the_readmes_commands_for_a_cluster_are_those_that_the_journeys_test_does() -> None:
-    told = [words for block in blocks(DOCS / "journeys.md", "sh") for words in commands(block.text)]
+def test_the_readmes_commands_for_a_cluster_are_those_that_the_journeys_test_runs() -> None:
+    tested = [words for block in blocks(DOCS / "journeys.md", "sh") for words in commands(block.text)]
     own = [words for block in blocks(README, "sh") for words in commands(block.text) if words[0] != "make"]
     assert own
-    assert all(words in told for words in own)
+    assert all(words in tested for words in own)
 
 
-def test_every_page_is_found_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme() -> None:
     linked = {(README.parent / link.partition("#")[0]).resolve() for link in links(README)}
     missing = [page.name for page in DOCS.glob("*.md") if page not in linked]
-    assert not missing, f"the README leads to none of {missing}"
+    assert not missing, f"the README has no link to {missing}"
 
 
 @every_page
@@ -84,6 +87,52 @@ def test_files_that_are_named_exist(page: Path) -> None:
         path = re.fullmatch(rf"(?:{'|'.join(_ROOMS)})/[\w.*/-]+", span)
         if path is not None and not any(name.startswith(span) for name in files(page)):
             assert (ROOT / span).exists() or list(ROOT.glob(span)), f"`{span}`: no such file"
+
+
+@every_page
+def test_modules_that_are_named_exist(page: Path) -> None:
+    """A dotted name in code: a module, or an attribute of one."""
+    for span in spans(page):
+        name = re.fullmatch(r"((?:canvastune|components|pipelines|benchmarks|tools|tests)(?:\.\w+)+)(?:\(.*)?", span)
+        if name is not None and not _FILE.fullmatch(name[1]):
+            assert _find(name[1]) or _on_page(name[1], page), f"`{span}`: no such module or name"
+
+
+def _find(dotted: str) -> bool:
+    """Return whether a dotted name can be imported: a module, or attributes of one."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(name) is not None:
+                found: Any = importlib.import_module(name)
+                for part in parts[end:]:
+                    found = getattr(found, part, None)
+                return found is not None
+    return False
+
+
+def _on_page(dotted: str, page: Path) -> bool:
+    """Return whether a page has its readers write the module."""
+    return f"{dotted.replace('.', '/')}.py" in files(page)
+
+
+def test_the_tree_of_the_architecture_page_exists() -> None:
+    """Indentation of two spaces opens a directory; STEP stands for the steps, other Python files are named in the text."""
+    (tree, *_) = blocks(ARCHITECTURE, "")
+    parents: list[Path] = []
+    for line in tree.text.splitlines():
+        found = re.match(r"( *)((?:[\w./]+, )*[\w./]+)", line)
+        assert found is not None, line
+        depth = len(found[1]) // 2
+        parents = parents[:depth]
+        folder = parents[-1] if parents else ROOT
+        for name in found[2].split(", "):
+            paths = list(folder.glob(name.replace("STEP", "*").rstrip("/")))
+            assert paths, f"{line}: no {name} in {folder.relative_to(ROOT)}"
+        parents.append(paths[0] if paths[0].is_dir() else folder)
+        for name in re.findall(r"\b\w+\.py\b", line[found.end() :]):
+            assert (parents[-1] / name).is_file() or (folder / name).is_file(), f"{line}: no {name}"
 
 
 @every_page
@@ -99,7 +148,7 @@ def test_keys_that_are_named_exist(page: Path) -> None:
 
 
 def _branches(key: str) -> list[str]:
-    """`a.b.c` and the branches that it stands on."""
+    """Return `a`, `a.b` and `a.b.c` for the key `a.b.c`."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
@@ -119,7 +168,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_are_taken_by_their_programs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_accepted_by_their_programs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in commands(block.text):
         program = Path(words[0]).name
         match program:
@@ -161,12 +210,12 @@ def _check_module(name: str, arguments: list[str], block: Block, monkeypatch: py
 
 
 def _check_recipe(options: Namespace, page: Path) -> None:
-    """The recipe of a command line is there, in the repository or as a file of the page, and takes its `--set`."""
+    """Check that a command line's recipe exists, in the repository or on the page, and accepts its `--set`."""
     recipe = getattr(options, "recipe", None) or getattr(options, "config", None)
     if recipe is None or str(recipe).isupper():
         return
     shown = files(page).get(str(recipe))
-    assert shown or (ROOT / recipe).is_file(), f"{recipe}: no such recipe, here or on the page"
+    assert shown or (ROOT / recipe).is_file(), f"{recipe}: no such recipe in the repository or on the page"
     if not shown:
         load_config(ROOT / recipe, list(options.set))
 
@@ -181,13 +230,13 @@ def _subcommands() -> dict[str, ArgumentParser]:
     return subcommands(build_parser())
 
 
-def test_the_readme_has_every_command() -> None:
-    told = re.findall(r"^\| `canvastune ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(told) == sorted(_subcommands())
+def test_the_readme_lists_every_command() -> None:
+    listed = re.findall(r"^\| `canvastune ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(_subcommands())
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
-def test_yaml_is_what_it_is_shown_as(block: Block) -> None:
+def test_yaml_examples_are_valid(block: Block) -> None:
     tree = yaml.safe_load(block.text)
     if "kind" in tree:
         kubernetes_validate.validate(tree, "1.34", strict=True)
@@ -199,12 +248,17 @@ def test_yaml_is_what_it_is_shown_as(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_is_python(block: Block) -> None:
+def test_python_examples_compile(block: Block) -> None:
     compile(block.text, str(block), "exec")
 
 
-def test_blocks_say_what_they_are() -> None:
-    unknown = {str(block): block.language for page in PAGES for block in blocks(page) if block.language not in ("", "sh", "yaml", "python", "mermaid")}
+def test_code_blocks_name_their_language() -> None:
+    unknown = {
+        str(block): block.language
+        for page in PAGES
+        for block in blocks(page)
+        if block.language not in ("", "sh", "yaml", "python", "mermaid")
+    }
     assert not unknown
 
 
@@ -213,7 +267,7 @@ def test_blocks_say_what_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the page's examples were followed up to the step."""
+    """A folder where the page's examples were run, except those of the step."""
     folder = tmp_path_factory.mktemp("extending")
     for block in blocks(EXTENDING, "yaml"):
         assert block.name, f"{block} has no name"
@@ -226,7 +280,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_example_of_a_data_set_is_prepared_as_the_page_says(workplace: Path) -> None:
+def test_the_example_of_a_dataset_is_prepared_as_the_page_says(workplace: Path) -> None:
     (row, *_) = [json.loads(line) for line in (workplace / "instructions.jsonl").read_text().splitlines()]
     sample = json.loads((workplace / "prepared" / "card.json").read_text())["samples"][0]
     assert row["context"] in sample["prefix"]
@@ -253,13 +307,13 @@ def test_the_example_of_a_step_works_where_the_page_puts_it(workplace: Path, tmp
 
 
 def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
-    """The pipeline with the page's lines in the place of its own, compiled."""
+    """Compile the pipeline with the page's lines instead of its own."""
     from kfp.compiler import Compiler
 
     source = (ROOT / "pipelines" / "finetune.py").read_text()
     lines = [line for line in graph.text.splitlines()[1:] if line]
     own = [line for line in lines if "wordlist" not in line and "checked" not in line]
-    assert all(f"        {line}\n" in source for line in own), f"{graph}: the graph has other lines: {own}"
+    assert all(f"        {line}\n" in source for line in own), f"{graph}: the graph does not have the lines {own}"
     start, end = source.index(f"        {lines[0]}"), source.index("        keep_node(training)")
     changed = source[:start] + "".join(f"        {line}\n" for line in lines) + source[end:]
     imported = "from wordlist import wordlist\n"
@@ -273,7 +327,7 @@ def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
 
 
 def _imported(path: Path, text: str) -> Any:
-    """A file's text as a module; Kubeflow reads a component's source."""
+    """Import a text as a module from a file, since Kubeflow reads a component's source."""
     path.write_text(text)
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None
@@ -283,21 +337,21 @@ def _imported(path: Path, text: str) -> Any:
     return module
 
 
-# --- pages and pictures that are made
+# --- generated pages and figures
 
 
-def test_the_page_of_recipes_is_what_the_config_says() -> None:
-    assert recipes_page.PAGE.read_text(encoding="utf-8") == recipes_page.page(), "a key has changed: run python -m tools.recipes_page"
+def test_the_page_of_recipes_matches_the_config() -> None:
+    assert recipes_page.PAGE.read_text(encoding="utf-8") == recipes_page.page(), "out of date: run python -m tools.recipes_page"
 
 
-def test_every_recipe_that_ships_is_on_the_page() -> None:
-    assert set(recipes_page._RECIPES) == {path.stem for path in TINY.parent.glob("*.yaml")}
+def test_every_shipped_recipe_is_on_the_page() -> None:
+    assert set(recipes_page.RECIPES) == {path.stem for path in TINY.parent.glob("*.yaml")}
 
 
 def test_the_figure_of_the_method_shows_what_the_page_says(tmp_path: Path) -> None:
     what = method_figure.shown(tmp_path)
     text = " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
-    assert method_figure.caption(what) in text, "the example has changed: run python -m tools.method_figure, and copy its last line"
+    assert method_figure.caption(what) in text, "the example has changed: run python -m tools.method_figure and copy its last line"
     assert " / ".join((method_figure.QUESTION, *method_figure.ANSWER.split("\n"))) in text
     clean, start = len(what.batch.clean), what.batch.block_starts[0]
     full, sliding = (method_figure.sees(what.batch, kind) for kind in ("full_attention", "sliding_attention"))
