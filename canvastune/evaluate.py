@@ -21,11 +21,13 @@ from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_erro
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
 _EPILOG = """examples:
-  python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data --tuned runs/merged --output runs/evaluation
+  python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data \\
+      --tuned runs/merged --output runs/evaluation
 
 The same command again resumes an interrupted evaluation.
 
-exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 invalid command line, 130 interrupted (results are kept)."""
+exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 invalid command line,
+130 interrupted (results are kept)."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from canvastune.errors import UserError
 from canvastune.report.summary import RunArtifacts
 from components.run_directory import read_record
 
-MAX_COMPARED = 5  # runs whose lines can be told apart, in addition to the run itself
+MAX_COMPARED = 5  # runs whose lines are distinguishable, in addition to the run itself
 
 
 def find_run(folder: Path) -> RunArtifacts:
@@ -26,7 +26,8 @@ def find_run(folder: Path) -> RunArtifacts:
     recipe = next((file for file in recipes if file.is_file()), None)
     if record is None and recipe is None:
         raise UserError(
-            f"{folder}: no run found, expected run.json, or metrics.jsonl and config.yaml of a finished training",
+            f"{folder}: no run found, expected run.json, "
+            "or metrics.jsonl and config.yaml of a finished training",
             hint="Use a folder such as WORKSPACE/runs/RUN, or the --output of canvastune.train.",
         )
     if not (train / "metrics.jsonl").is_file():
@@ -56,7 +57,7 @@ def find_compared(folders: Sequence[Path]) -> list[RunArtifacts]:
     """Return the runs that a report overlays on its own.
 
     Raises:
-        UserError: a folder has no run, or there are more runs than can be told apart.
+        UserError: a folder has no run, or there are more runs than colors.
     """
     if len(folders) > MAX_COMPARED:
         raise UserError(

@@ -195,7 +195,8 @@ def write_evaluation(
         answers.append(
             {
                 "id": f"{row:016x}",
-                "prompt": f"Mia has {apples} apples and gives {given} of them to her neighbour. How many apples does she have left?",
+                "prompt": f"Mia has {apples} apples and gives {given} of them to her neighbor. "
+                "How many apples does she have left?",
                 "reference": truth,
                 "before": truth
                 if right_before

@@ -69,7 +69,7 @@ def select_frames(
 
 
 def _select_steps(steps: list[list[int]]) -> list[int]:
-    """Return the first step, the first that equals the block's last state, and evenly spaced ones between."""
+    """Return the first step, the first with the block's last state, and evenly spaced ones."""
     last = len(steps) - 1
     while last and steps[last - 1] == steps[-1]:  # other rows of the batch took more steps
         last -= 1

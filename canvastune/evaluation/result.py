@@ -131,7 +131,7 @@ class EvaluationResult:
         return found | {name: getattr(self, name) for name in _SETTINGS}
 
     def figures(self) -> dict[str, float]:
-        """Return the numbers that were measured, by their key in evaluation.json; settings are left out."""
+        """Return the measured numbers by their key in evaluation.json, without the settings."""
         return {
             name: value
             for name, value in self.to_json().items()

@@ -87,11 +87,10 @@ def evaluate(
     out: Path,
     cache_path: Path | None = None,
 ) -> EvaluationResult:
-    """Ask both models the same held-out questions, measure both losses, and write the result to `out`.
+    """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
-    of the answer to the first question. Every batch is denoised from the same seed before and after.
-    Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
+    of the answer to the first question. Every batch has the same seed before and after. Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
     reference; rows whose reference has no match are answered but not scored. The validation loss is
     training's, of the checkpoints as stored. One model at a time is in memory.
 
@@ -105,8 +104,8 @@ def evaluate(
         cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
 
     Raises:
-        UserError: no prepared dataset, a checkpoint that cannot be loaded, an invalid pattern or one
-            that no reference matches, an `out` that is not empty, a batch too large for the device,
+        UserError: no prepared dataset, a checkpoint that cannot be loaded, an invalid pattern or
+            one that no reference matches, an `out` that is not empty, a batch too large for the device,
             another process that evaluates into the same place.
     """
     out = out.absolute()
@@ -114,7 +113,9 @@ def evaluate(
     check_writable(out)
     tokenizer = load_tokenizer(base).tokenizer
     questions = select_questions(dataset, tokenizer, config.evaluate.rows)
-    references = {question.id: extract_answer(pattern, question.reference) for question in questions}
+    references = {
+        question.id: extract_answer(pattern, question.reference) for question in questions
+    }
     if not any(references.values()):
         raise UserError(
             f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} "
@@ -134,18 +135,27 @@ def evaluate(
         if len(cache):
             logger.info(f"evaluate: resuming from {cache.path}")
         checkpoints = zip(SIDES, (base, tuned), strict=True)
-        outputs = {side: _run_model(task, side, checkpoint, cache) for side, checkpoint in checkpoints}
-        answers = [_answer_row(question, outputs, pattern, references[question.id]) for question in questions]
+        outputs = {
+            side: _run_model(task, side, checkpoint, cache) for side, checkpoint in checkpoints
+        }
+        answers = [
+            _answer_row(question, outputs, pattern, references[question.id])
+            for question in questions
+        ]
         result = _result(task, answers, outputs)
         first = questions[0]
-        film = {"id": first.id, "prompt": first.text, "reference": first.reference}
+        film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
         film |= {side: output.trace for side, output in outputs.items()}
         with atomic_directory(out) as folder:
             result.write(folder)
-            (folder / "film.json").write_text(json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / "film.json").write_text(
+                json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-            write_provenance(folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned})
+            write_provenance(
+                folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
+            )
         cache.delete()
     for row in answers[:_LOGGED_ANSWERS]:
         prompt, before, after = (_shorten(row[key]) for key in ("prompt", *SIDES))
@@ -185,12 +195,17 @@ def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> 
     answered = _compute(
         batch_questions(task.questions, settings.batch_size),
         generation_key,
-        lambda batch: generate_answers(model(), batch, task.tokenizer, settings, config.seed, traced),
+        lambda batch: generate_answers(
+            model(), batch, task.tokenizer, settings, config.seed, traced
+        ),
         cache,
         f"{side}: {{}} of {{}} rows answered",
     )
     denoised = _compute(
-        [task.examples[at : at + _EXAMPLES_PER_PART] for at in range(0, len(task.examples), _EXAMPLES_PER_PART)],
+        [
+            task.examples[at : at + _EXAMPLES_PER_PART]
+            for at in range(0, len(task.examples), _EXAMPLES_PER_PART)
+        ],
         loss_key,
         lambda part: denoising_loss(model(), part, levels),
         cache,
@@ -202,7 +217,8 @@ def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> 
         trace=next(found["trace"] for found in answered if found["trace"] is not None),
         tokens=sum(found["tokens"] for found in answered),
         seconds=sum(found["seconds"] for found in answered),
-        tokens_per_forward=sum(found["tokens_per_forward"] for found in answered) / len(task.questions),
+        tokens_per_forward=sum(found["tokens_per_forward"] for found in answered)
+        / len(task.questions),
         validation_loss=loss,
         validation_loss_by_level=by_level,
     )
@@ -227,7 +243,9 @@ def _compute(
         done, seconds, now = done + len(part), seconds + found["seconds"], time.monotonic()
         if now - logged > _PROGRESS_SECONDS or done == total:
             logged, left = now, round(seconds / done * (total - done))
-            logger.info(f"evaluate: {progress.format(done, total)}, {left // 60}:{left % 60:02d} left")
+            logger.info(
+                f"evaluate: {progress.format(done, total)}, {left // 60}:{left % 60:02d} left"
+            )
     return results
 
 
@@ -239,7 +257,9 @@ def _answer_row(
 ) -> dict[str, Any]:
     """Return a line of answers.jsonl."""
     texts = {side: output.texts[question.id] for side, output in outputs.items()}
-    correct = {f"correct_{side}": is_correct(pattern, text, reference) for side, text in texts.items()}
+    correct = {
+        f"correct_{side}": is_correct(pattern, text, reference) for side, text in texts.items()
+    }
     return {
         "id": question.id,
         "prompt": question.text,
@@ -249,7 +269,9 @@ def _answer_row(
     }
 
 
-def _result(task: _Task, answers: Sequence[Mapping[str, Any]], outputs: Mapping[str, _ModelOutput]) -> EvaluationResult:
+def _result(
+    task: _Task, answers: Sequence[Mapping[str, Any]], outputs: Mapping[str, _ModelOutput]
+) -> EvaluationResult:
     scored = [answer for answer in answers if answer["correct_before"] is not None]
 
     def figures(side: str) -> ModelFigures:
@@ -293,10 +315,13 @@ def _result(task: _Task, answers: Sequence[Mapping[str, Any]], outputs: Mapping[
 
 def _summary(result: EvaluationResult) -> str:
     shares = [
-        f"{model.exact_match:.1%} [{model.exact_match_low:.1%}, {model.exact_match_high:.1%}] {side}"
+        f"{model.exact_match:.1%} "
+        f"[{model.exact_match_low:.1%}, {model.exact_match_high:.1%}] {side}"
         for side, model in (("before", result.before), ("after", result.after))
     ]
-    change = f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
+    change = (
+        f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
+    )
     before, after = result.before.validation_loss, result.after.validation_loss
     losses = f"validation loss {before:.3f} before, {after:.3f} after"
     return f"exact match {', '.join(shares)}, {result.scored} rows; {change}; {losses}"

@@ -53,17 +53,17 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         ) from None
     if compiled.groups < 1:
         raise UserError(
-            f"evaluate.answer_pattern: found no group in {pattern!r}, expected one around the answer",
+            f"evaluate.answer_pattern: found no group in {pattern!r}, expected the answer in one",
             hint="Put the answer in parentheses, as in '####\\s*(.+)'.",
         )
     return compiled
 
 
 def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return group 1 of the pattern's last match, normalized as GSM8K does; None if nothing matches.
+    """Return group 1 of the pattern's last match, normalized as by GSM8K; None without a match.
 
     Thousands separators, dollar sign and final period are removed. The rest is compared as text, so
-    72 and 72.0 differ, as they do in GSM8K's reference. A pattern with `(?i)` ignores case here too.
+    72 and 72.0 differ, as they do in GSM8K's reference. A pattern with `(?i)` ignores case too.
     """
     matches = list(pattern.finditer(text))
     if not matches or matches[-1].group(1) is None:
@@ -73,5 +73,5 @@ def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def is_correct(pattern: re.Pattern[str], text: str, reference: str | None) -> bool | None:
-    """Return whether the text's answer is the reference's; None without one: the row is not scored."""
+    """Return whether the text's answer is the reference's; None without one (not scored)."""
     return None if reference is None else extract_answer(pattern, text) == reference

@@ -78,7 +78,7 @@ def denoising_loss(
 def mean_losses(
     parts: Sequence[dict[str, Any]], levels: Sequence[float]
 ) -> tuple[float, dict[str, float]]:
-    """Return the mean loss over the levels and the loss by level, as training's validation counts."""
+    """Return the mean over the levels and the loss by level, as training's validation does."""
     tokens = sum(part["tokens"] for part in parts)
     by_level = [sum(part["sums"][index] for part in parts) / tokens for index in range(len(levels))]
     losses = {str(level): loss for level, loss in zip(levels, by_level, strict=True)}

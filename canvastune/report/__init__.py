@@ -1,4 +1,4 @@
-"""The report of a run: a self-contained HTML page, its charts as PNG, and the figures of the run."""
+"""The report of a run: a self-contained HTML page, its charts as PNG, and its figures."""
 
 from __future__ import annotations
 

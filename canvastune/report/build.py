@@ -62,8 +62,8 @@ _OUTCOMES = ("lost", "wrong", "gained", "right", "unscored")  # in the order of 
 def write_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] = ()) -> Path:
     """Write `report.html` and a PNG per chart into `out`; return the page's path.
 
-    The page is self-contained (its own script, no request), under 2 MB, and names the steps that did
-    not run instead of leaving them out.
+    The page is self-contained (its own script, no request), under 2 MB, and names the steps that
+    did not run instead of leaving them out.
 
     Args:
         compare: other runs, overlaid in the charts; their figures and differing settings become

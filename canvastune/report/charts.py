@@ -1,7 +1,7 @@
 """The charts of a run: their lines, how they are smoothed, and how they are drawn.
 
-The page draws them itself, from `charts_json` by `charts.js`. Where scripts are off, in print and in
-MLflow they are pictures, which matplotlib draws.
+The page draws them itself, from `charts_json` by `charts.js`. Where scripts are off, in print
+and in MLflow they are images, which matplotlib draws.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PAGE_POINTS = (
 _SMOOTHING_SPANS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # steps, of the slider
 _FEW_POINTS = 12  # lines with fewer points get markers, since the line between them is a guess
 _RUN_COLORS, _LEVEL_COLORS = 6, 5  # further lines are dashed in the same colors
-_PALETTE_SIZE = 48  # colors of a picture on the page, which make it a third of the size
+_PALETTE_SIZE = 128  # colors of an image on the page; fewer colors make it a third of the size
 # The light palette of report.css. s: one color per run; l: a ramp over the corruption levels.
 _COLORS = {
     **{"soft": "#566072", "line": "#e3e6ec"},
@@ -87,7 +87,7 @@ class Chart:
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """First and last value of the first line: of a training loss as `RunSummary` defines them."""
+        """Ends of the first line; those of a training loss are `RunSummary`'s."""
         if not self.lines:
             return None
         line = self.lines[0]
@@ -133,7 +133,7 @@ _GFLOPS = _Measure("utilisation", "Model FLOP/s", "GFLOP/s per process", "tflops
 
 
 def build_charts(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
-    """Return the charts of a run and of those it is compared with: (name, records), the run itself first."""
+    """Return the charts of runs: (name, records) of the run itself, then of compared ones."""
     measures = [
         _flops_measure(runs) or each if each.name == "utilisation" else each for each in _MEASURES
     ]
@@ -148,7 +148,7 @@ def smoothing_span(points: int) -> int:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Return the centered moving average, shorter at both ends; a trailing one would lag a falling loss."""
+    """Return the centered moving average, shorter at both ends: a trailing one would lag."""
     span = smoothing_span(len(values))
     sums = list(itertools.accumulate(values, initial=0.0))
     bounds = (
@@ -180,13 +180,18 @@ def draw_chart_image(chart: Chart, events: Sequence[int]) -> str:
         )
         drawn, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=200, facecolor="white")
-    colors = Image.open(drawn).convert("RGB").quantize(_PALETTE_SIZE, dither=Image.Dither.NONE)
+    # The octree keeps rare colors; a median cut would give a short line another run's color.
+    colors = (
+        Image.open(drawn)
+        .convert("RGB")
+        .quantize(_PALETTE_SIZE, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    )
     colors.save(packed, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
 def _flops_measure(runs: Sequence[tuple[str, list[Record]]]) -> _Measure | None:
-    """Return the unit of FLOP/s if not TFLOP/s: a share if every run's peak is known, GFLOP/s if all are slow."""
+    """Return the measure of FLOP/s: MFU if every run has it, GFLOP/s if all are slow, else None."""
     if all(series(records, "train", "mfu")[0] for _, records in runs):
         return _MFU
     slow = all(max(series(records, "train", "tflops")[1], default=0) < 1 for _, records in runs)
@@ -301,7 +306,7 @@ def tick(value: float) -> str:
 def thin(
     steps: list[int], values: list[float], limit: int = _MAX_POINTS
 ) -> tuple[list[int], list[float]]:
-    """Return at most `limit` points and both ends: minimum and maximum of each stretch, so no peak is lost."""
+    """Return at most `limit` points and both ends: each stretch's minimum and maximum."""
     if len(steps) <= limit:
         return steps, values
     chosen = {0, len(steps) - 1}
@@ -338,7 +343,7 @@ def charts_json(charts: Sequence[Chart], events: Sequence[int], steps: int) -> M
 
 
 def page_script() -> Markup:
-    """Return the page's script: uPlot with its license, the charts, the filter of answers and the trace."""
+    """Return the page's script: uPlot with its license, charts, answer filter and trace."""
     library = _FOLDER / "uplot"
     license_text = (library / "LICENSE").read_text(encoding="utf-8").strip()
     parts = [f"/*\n{license_text}\n*/", (library / "uPlot.iife.min.js").read_text(encoding="utf-8")]
@@ -349,16 +354,16 @@ def page_script() -> Markup:
 
 
 def content_security_policy(code: str) -> str:
-    """Return the page's Content-Security-Policy: only this script runs, and nothing is fetched or sent."""
+    """Return the page's Content-Security-Policy: only this script, and no request."""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
 
 def summary_rows(chart: Chart) -> list[dict[str, Any]]:
-    """Return a row per line: its first, last, lowest and highest value as recorded, with their steps."""
+    """Return a row per line: first, last, lowest and highest recorded value, with their steps."""
     rows = []
     for line in chart.lines:
         order = range(len(line.values))

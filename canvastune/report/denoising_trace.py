@@ -1,4 +1,4 @@
-"""How one held-out answer forms: the frames of the evaluation's film.json, as the page shows them."""
+"""How one held-out answer forms: the frames of film.json, as the page shows them."""
 
 from __future__ import annotations
 

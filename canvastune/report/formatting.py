@@ -111,7 +111,8 @@ def mark_differences(before: str, after: str) -> tuple[Markup, Markup]:
     """
     pattern = r"\s+|\w+|[^\w\s]"
     words, others = re.findall(pattern, before), re.findall(pattern, after)
-    # "autojunk" skips very frequent words in long texts: an untrained model's "of of of" would take seconds.
+    # "autojunk", the default, skips frequent words of long texts: an untrained model's
+    # "of of of" would take seconds.
     match = SequenceMatcher(None, words, others)
     blocks = match.get_matching_blocks()
     common = sum(not word.isspace() for at, _, size in blocks for word in words[at : at + size])

@@ -28,7 +28,7 @@ _NOT_COMPARED = ("name", "tracking.")  # settings that change nothing in a run
 
 @dataclass(frozen=True)
 class RunArtifacts:
-    """Where the steps of a run left their outputs; None: the step did not run, or its files are missing."""
+    """Where the steps of a run left their outputs; None: no output of the step was found."""
 
     name: str
     config: RunConfig
@@ -57,21 +57,21 @@ class RunSummary:
     @classmethod
     def from_records(cls, records: list[Record], evaluation: EvaluationResult | None) -> RunSummary:
         """Summarize the records of metrics.jsonl and, if there is one, an evaluation."""
-        losses = loss_ends(series(records, "train", "loss")[1]) or (None, None)
-        validation = series(records, "validation", "loss")[1] or [None]
-        scored = evaluation if evaluation is not None and evaluation.scored else None
+        losses = loss_ends(series(records, "train", "loss")[1])
+        validation = series(records, "validation", "loss")[1]
+        scored = evaluation if evaluation and evaluation.scored else None
         return cls(
-            train_loss_first=losses[0],
-            train_loss_last=losses[1],
-            validation_loss_first=validation[0],
-            validation_loss_last=validation[-1],
-            exact_match_before=scored and scored.before.exact_match,
-            exact_match_after=scored and scored.after.exact_match,
+            train_loss_first=losses[0] if losses else None,
+            train_loss_last=losses[1] if losses else None,
+            validation_loss_first=validation[0] if validation else None,
+            validation_loss_last=validation[-1] if validation else None,
+            exact_match_before=scored.before.exact_match if scored else None,
+            exact_match_after=scored.after.exact_match if scored else None,
         )
 
     @classmethod
     def read(cls, folder: Path) -> RunSummary:
-        """Read summary.json of a run's folder. Raises: UserError, it is missing or not a JSON object."""
+        """Read summary.json of a run's folder. Raises: UserError, it is missing or invalid."""
         found = read_json(folder / "summary.json")
         return cls(**{field.name: found.get(field.name) for field in fields(cls)})
 
@@ -128,7 +128,7 @@ class TrainingStats:
 
 
 def loss_ends(losses: Sequence[float]) -> tuple[float, float] | None:
-    """Return the first and the last loss of a training: the last is the mean of `LAST_STEPS` steps."""
+    """Return the first and the last loss of a training, the mean of `LAST_STEPS` steps."""
     if not losses:
         return None
     last = losses[-LAST_STEPS:]
@@ -242,7 +242,8 @@ def find_warnings(
     events = notable_events(records)
     if merge is not None and not merge.get("passed", False):
         found.append(
-            "The merge verification failed: merged and adapted model disagree. Do not use the merged model."
+            "The merge verification failed: merged and adapted model disagree. "
+            "Do not use the merged model."
         )
     skipped = [event["step"] for event in events if "skip" in str(event.get("event"))]
     if skipped:
@@ -262,8 +263,8 @@ def find_warnings(
     best, last = stats.best_validation, summary.validation_loss_last
     if best and last is not None and last > _CLEARLY_WORSE * best[0]:
         found.append(
-            f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) and ended at {last:.3f}: "
-            "trained too long."
+            f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) "
+            f"and ended at {last:.3f}: trained too long."
         )
     found += _interruptions(events)
     if config.train.method == "lora" and merge is None:
@@ -288,7 +289,8 @@ def _evaluation_warnings(evaluation: EvaluationResult | None) -> list[str]:
     if evaluation.verdict == "undecided" and direction(evaluation) != "stayed":
         change = f"{evaluation.gained} gained, {evaluation.lost} lost, p = {evaluation.p_value:.2f}"
         return [
-            f"{evaluation.scored} rows are too few to be sure of the change in exact match: {change}."
+            f"{evaluation.scored} rows are too few to be sure of the change in exact match: "
+            f"{change}."
         ]
     return []
 
@@ -339,7 +341,7 @@ def unique_names(runs: Sequence[RunArtifacts]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[RunArtifacts]) -> list[dict[str, Any]]:
-    """Return settings that differ between runs: {"key", "values"}, None where a run has no such setting."""
+    """Return settings that differ: {"key", "values"}, None where a run has no such setting."""
     found = [flatten(run.config.model_dump(mode="json")) for run in runs]
     rows = []
     for key in dict.fromkeys(key for each in found for key in each):

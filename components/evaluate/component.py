@@ -15,7 +15,7 @@ def evaluate(
     evaluation: Output[Artifact],
     figures: Output[Metrics],
 ) -> None:
-    """Answer held-out rows before and after, count correct answers, and measure both validation losses."""
+    """Answer held-out rows before and after, and measure both models' validation loss."""
     from pathlib import Path
 
     from components.decorator import step

@@ -1,4 +1,4 @@
-"""Evaluate in this process or, for a model too large for a pipeline step, in a pod with an accelerator."""
+"""Evaluate in this process or, for a large model, in a pod with an accelerator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from components.run_directory import read_run_id
 def run_evaluation(
     config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path, record: StepRun
 ) -> EvaluationResult:
-    """Evaluate as `cluster.backend` says: in this process, or as a job of one pod with one accelerator.
+    """Evaluate in this process or, with a cluster, as a job of one pod with one accelerator.
 
     Args:
         tuned: the tuned model, on the workspace.

@@ -20,7 +20,7 @@ from components.earlier_runs import find_run
 
 logger = logging.getLogger(__name__)
 
-# Of evaluation.json: what pipeline runs are compared by. The run of the step `evaluate` has everything.
+# Keys of evaluation.json that runs are compared by; the step `evaluate` logs all of them.
 _COMPARED = (
     *("exact_match_before", "exact_match_after"),
     *("validation_loss_before", "validation_loss_after", "tokens_per_second_after"),
@@ -39,10 +39,10 @@ def publish(
     tuned: Path,
     compare: Sequence[Path] = (),
 ) -> RunSummary:
-    """Write `report/` and `summary.json` into the run's folder, and both to MLflow; return the summary.
+    """Write `report/` and `summary.json` into the run's folder, log both to MLflow.
 
-    A retried step finds a complete report or none. What the report shows of data, plan and evaluation
-    is copied into the run's folder, so that the report can be written again.
+    A retried step finds a complete report or none. What the report shows of data, plan and
+    evaluation is copied into the run's folder, so that the report can be written again.
 
     Args:
         compare: folders of runs to overlay.
@@ -98,7 +98,7 @@ def _mlflow_metrics(
 
 
 def _existing_runs(folders: Sequence[Path]) -> list[RunArtifacts]:
-    """Return the runs to compare with; one deleted since the pipeline started is skipped with a warning."""
+    """Return the runs to compare with, without those deleted since the pipeline started."""
     found = []
     for folder in folders:
         try:

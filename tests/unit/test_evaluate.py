@@ -224,15 +224,15 @@ def test_an_interrupted_evaluation_asks_only_the_rest(
     with pytest.raises(KeyboardInterrupt):
         attempt(config)
     first = list(asked)
-    assert [words.split()[0] for words in first] == ["base"] * 5
+    assert [request.split()[0] for request in first] == ["base"] * 5
     assert not out.exists(), "a partial evaluation is in the place of a complete one"
     with pytest.raises(KeyboardInterrupt):  # another number of steps, other answers
         attempt(recipe(problems, **settings, max_denoising_steps=3))
-    assert [words.split()[0] for words in asked] == ["base"] * 4 + ["tuned"]
+    assert [request.split()[0] for request in asked] == ["base"] * 4 + ["tuned"]
     assert asked[:4] == first[:4], "the loss, which does not depend on it, is measured again"
     asked = pretend(monkeypatch, lambda question, _: question.reference)
-    result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # the judge asks nobody
-    assert [words.split()[0] for words in asked] == ["tuned"] * 5
+    result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # scoring asks no model
+    assert [request.split()[0] for request in asked] == ["tuned"] * 5
     assert (result.scored, result.before.correct, result.before.tokens) == (4, 4, 40)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}, "working files are left behind"
     assert f"resuming from {tmp_path / '.out.unfinished.jsonl'}" in capsys.readouterr().err

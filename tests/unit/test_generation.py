@@ -20,12 +20,12 @@ from tests.support.small import CANVAS, EOS, VOCABULARY, WINDOW, stock_model
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> Any:
-    """A small stock model; nobody changes it for good."""
+    """Load a small stock model, which no test changes for good."""
     return stock_model(checkpoint).eval()
 
 
 class Numbers:
-    """Stands for a tokenizer: a token's text is its number."""
+    """A fake tokenizer: a token's text is its number."""
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
         return " ".join(str(token) for token in tokens)
@@ -35,7 +35,7 @@ NUMBERS: Any = Numbers()
 
 
 class Logits:
-    """A streamer that keeps what every denoising step thought."""
+    """A streamer that keeps the logits of every denoising step."""
 
     _takes_logits = True
 
@@ -85,7 +85,7 @@ def test_prompts_padded_on_the_left_are_answered_as_if_alone(model: Any, monkeyp
 
 
 class Parrot:
-    """Stands for a model: `generate` gives each prompt the answer that was laid out for it."""
+    """A fake model: `generate` returns the given answer to each prompt."""
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], stops: Any) -> None:
         self.answers = answers
@@ -129,7 +129,7 @@ def test_generation_stops_when_every_answer_has_ended(model: Any, monkeypatch: p
         steps.clear()
         monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(VOCABULARY)))  # every token ends an answer
         ended = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
-        assert (ended["tokens"], len(steps)) == (3, 3), "the model goes on after the end of all answers"
+        assert (ended["tokens"], len(steps)) == (3, 3), "the model continues after the end of all answers"
     finally:
         handle.remove()
 

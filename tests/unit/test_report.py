@@ -7,16 +7,18 @@ import re
 from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import canvastune.report
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report.build import write_report
-from canvastune.report.charts import build_charts, charts_json, content_security_policy, smooth, thin, tick
+from canvastune.report.charts import build_charts, charts_json, content_security_policy, draw_chart_image, smooth, thin, tick
 from canvastune.report.formatting import duration, hours, mark_differences, short
 from canvastune.report.summary import Cost, RunArtifacts, find_warnings
 from canvastune.tracking import read_metrics
@@ -115,6 +117,17 @@ def test_every_chart_is_an_image_on_the_page_and_a_file(folder: Path, page: _Pag
     assert {"config.yaml", "provenance.json", "report.html"} <= {path.name for path in (folder / "report").iterdir()}
 
 
+def test_the_images_of_the_page_keep_the_color_of_every_line(folder: Path) -> None:
+    runs = [(name, read_metrics(folder / name / "metrics.jsonl")) for name in ("train", "rank8", "rank32")]
+    chart = build_charts(runs)[0]
+    image = Image.open(BytesIO(b64decode(draw_chart_image(chart, []).removeprefix("data:image/png;base64,"))))
+    found = [color for _, color in image.convert("RGB").getcolors()]
+    for wanted in ("#1f5fd0", "#b4540a", "#0b7a75"):
+        parts = [int(wanted[at : at + 2], 16) for at in (1, 3, 5)]
+        nearest = min(max(abs(one - other) for one, other in zip(color, parts, strict=True)) for color in found)
+        assert nearest <= 4, f"no line of the color {wanted}"
+
+
 def test_the_page_asks_the_network_for_nothing(page: _Page) -> None:
     for tag, attributes in page.elements:
         assert tag not in {"iframe", "object", "embed", "base"}, f"<{tag}> can run or fetch something"
@@ -200,7 +213,7 @@ def test_config_seed_and_versions_are_shown(page: _Page) -> None:
 def test_compared_runs_are_overlaid_and_listed(folder: Path, page: _Page) -> None:
     runs = [("own", read_metrics(folder / "train" / "metrics.jsonl")), ("rank32", read_metrics(folder / "rank32" / "metrics.jsonl"))]
     named = re.findall(r"(\S+) 60 \d+\.\d+ \d\.\d+ (not evaluated|[\d.]+% [\d.]+% to [\d.]+%)", page.text)
-    assert named == [("<b>rank8", "not evaluated"), ("(2)", "62.5% 50.3% to 73.3%")], "two runs of one name are told apart"
+    assert named == [("<b>rank8", "not evaluated"), ("(2)", "62.5% 50.3% to 73.3%")], "two runs of one name have the same label"
     assert "Settings that differ Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
     charts = {chart.name: chart for chart in build_charts(runs)}
     assert [line.label for line in charts["total_loss"].lines] == ["own", "rank32"]
@@ -292,7 +305,7 @@ GPU = {"device": "cuda", "device_name": "NVIDIA H200"}
 )
 def test_cost_is_the_hours_of_the_devices_of_each_attempt(places: list[dict[str, Any]], told: tuple[float, str, str]) -> None:
     records: list[dict[str, Any]] = []
-    for attempt in range(2):  # of half an hour each, the second begun where the first was lost
+    for attempt in range(2):  # of half an hour each, the second started where the first was lost
         if attempt < len(places):
             records.append({"kind": "event", "step": 2 * attempt, "event": "resumed" if attempt else "started", **places[attempt]})
         records.append({"kind": "train", "step": 2 * attempt + 1, "seconds": 1200.0})

@@ -1,4 +1,4 @@
-"""`canvastune report` writes a run's page again, compared with others, and refuses folders that are no run's."""
+"""`canvastune report` writes a run's page again, compared with others, and refuses folders without a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
-    """The folder of a finished run of the pipeline, its report lost."""
+    """Write the folder of a finished run of the pipeline whose report is missing."""
     folder = tmp_path_factory.mktemp("runs") / "rank16"
     write_metrics(folder / "train", steps=20, events=False)
     write_data(folder / "data", config)
@@ -48,7 +48,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(config: RunConfig, tmp_path: Path) -> Path:
-    """What the trainer alone leaves."""
+    """Write what a run of the trainer without the pipeline leaves."""
     other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 64})})
     write_metrics(tmp_path / "rank64", steps=20, events=False)
     write_config(other, tmp_path / "rank64" / "config.yaml")
