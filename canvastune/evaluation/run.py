@@ -90,9 +90,10 @@ def evaluate(
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
-    of the answer to the first question. Every batch has the same seed before and after. Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
-    reference; rows whose reference has no match are answered but not scored. The validation loss is
-    training's, of the checkpoints as stored. One model at a time is in memory.
+    of the answer to the first question. Every batch has the same seed before and after. Exact match
+    compares what `evaluate.answer_pattern` finds last in the answer and in the reference; rows
+    whose reference has no match are answered but not scored. The validation loss is training's, of
+    the checkpoints as stored. One model at a time is in memory.
 
     An evaluation that was killed resumes, with the same result.
 
@@ -105,8 +106,8 @@ def evaluate(
 
     Raises:
         UserError: no prepared dataset, a checkpoint that cannot be loaded, an invalid pattern or
-            one that no reference matches, an `out` that is not empty, a batch too large for the device,
-            another process that evaluates into the same place.
+            one that no reference matches, an `out` that is not empty, a batch too large for the
+            device, another process that evaluates into the same place.
     """
     out = out.absolute()
     pattern = compile_pattern(config.evaluate.answer_pattern)

@@ -64,9 +64,7 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     assert "step 1/800" in capsys.readouterr().out, "the pod's log is not shown"
 
 
-def test_the_training_job_of_the_run_is_not_changed(
-    pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_training_job_of_the_run_is_not_changed(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytorch.goes_well()
     pytorch.launch()
     trained = pytorch.operator.job["metadata"]["name"]

@@ -309,7 +309,8 @@ def test_without_scripts_and_in_print_every_chart_is_an_image(way: str, browser:
     tab = _Tab(browser, report, java_script_enabled=way == "print")
     if way == "print":
         tab.page.emulate_media(media="print")
-    assert sum(picture.is_visible() for picture in tab.page.locator("img.still").all()) == _CHARTS
+    tab.page.locator("img.still").first.wait_for(state="visible")
+    assert sum(image.is_visible() for image in tab.page.locator("img.still").all()) == _CHARTS
     widths = tab.page.locator("img.still").evaluate_all("(images) => images.map((image) => image.naturalWidth)")
     assert min(widths) > 0, "an image cannot be decoded"
     assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())

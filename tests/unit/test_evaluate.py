@@ -248,7 +248,11 @@ def test_ctrl_c_keeps_the_results(
 
 
 def test_the_examples_of_the_help_are_valid_commands() -> None:
-    examples = [line.split() for line in str(build_parser().epilog).splitlines() if line.startswith("  python -m canvastune.evaluate ")]
+    examples = [
+        line.split()
+        for line in str(build_parser().epilog).replace("\\\n", " ").splitlines()
+        if line.startswith("  python -m canvastune.evaluate ")
+    ]
     assert examples
     for example in examples:
         assert (Path(__file__).parents[2] / build_parser().parse_args(example[3:]).config).is_file(), example

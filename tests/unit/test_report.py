@@ -322,9 +322,7 @@ def test_cost_is_the_hours_of_the_devices_of_each_attempt(places: list[dict[str,
         (6, 52, 1, None),
     ],
 )
-def test_a_doubtful_or_bad_result_is_a_warning(
-    before: int, after: int, lost: int, warning: str | None, config: RunConfig
-) -> None:
+def test_a_doubtful_or_bad_result_is_a_warning(before: int, after: int, lost: int, warning: str | None, config: RunConfig) -> None:
     found = _warnings(config, [], evaluation=sample_result(64, before, after, lost))
     assert found == ([] if warning is None else [warning])
 

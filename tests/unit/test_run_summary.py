@@ -78,9 +78,7 @@ def published(run_folder: Path, config: RunConfig, tmp_path_factory: pytest.Temp
     return summary, record
 
 
-def test_the_definitions_of_the_figures_are_those_of_summary_json(
-    published: tuple[RunSummary, Recorder], run_folder: Path
-) -> None:
+def test_the_definitions_of_the_figures_are_those_of_summary_json(published: tuple[RunSummary, Recorder], run_folder: Path) -> None:
     records = [json.loads(line) for line in (run_folder / "train" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     validation = [record["loss"] for record in records if record["kind"] == "validation"]
@@ -124,9 +122,7 @@ def test_the_page_and_its_comparison_table_show_these_figures(
     assert f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}" in compared
 
 
-def test_the_command_line_shows_these_figures(
-    published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig
-) -> None:
+def test_the_command_line_shows_these_figures(published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig) -> None:
     summary, _ = published
     lines = describe_result(config, run_folder.parents[1], run_folder)
     assert lines["training loss"] == f"{summary.train_loss_first:.3f} -> {summary.train_loss_last:.3f}"
