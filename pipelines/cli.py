@@ -27,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; return 0: done, 1: refused or failed, with the reason on standard error, 130: interrupted."""
     options = build_parser().parse_args(arguments)
     configure_logging(getattr(options, "log_format", "text"))
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # SIGTERM ends the run's processes too
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the run's processes too
     try:
         return COMMANDS[options.command](options) or 0
     except UserError as error:
@@ -80,13 +78,13 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from canvastune.report.build import write_report
+    from canvastune.report.build import build_report
     from components.earlier_runs import find_compared, find_run
     from components.run_directory import read_record
 
     run, others = find_run(options.run), find_compared(options.compare)
     if options.output is not None:
-        print(write_report(run, options.output, others))
+        print(build_report(run, options.output, others))
         return
     record = read_record(options.run)
     if record is not None and not record.finished:
@@ -94,7 +92,7 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(message, hint="Add --output DIR to see it now.")
     report = options.run / "report"
     new, old = (options.run / f".report.{state}-{os.getpid()}" for state in ("new", "old"))
-    write_report(run, new, others)
+    build_report(run, new, others)
     if report.exists():
         report.rename(old)
     new.rename(report)
@@ -121,9 +119,7 @@ def _compile(options: argparse.Namespace) -> None:
         compile_pipeline(partial)
         partial.replace(out)
     except OSError as error:
-        raise UserError(
-            f"-o {out}: cannot write ({error.strerror})", hint="Choose a file that you can write."
-        ) from None
+        raise UserError(f"-o {out}: cannot write ({error.strerror})", hint="Choose a file that you can write.") from None
     finally:
         if partial.is_file():
             partial.unlink()
@@ -177,13 +173,9 @@ def _completion(options: argparse.Namespace) -> None:
         import shtab
     except ImportError:
         hint = "Install it: pip install 'canvastune[pipeline]'."
-        raise UserError(
-            "completion needs the package shtab, which is not installed", hint=hint
-        ) from None
+        raise UserError("completion needs the package shtab, which is not installed", hint=hint) from None
     parser = build_parser()
-    for action in (
-        action for command in subcommands(parser).values() for action in command._actions
-    ):
+    for action in (action for command in subcommands(parser).values() for action in command._actions):
         if action.type is Path or action.dest == "recipe":
             setattr(action, "complete", shtab.FILE)  # noqa: B010
     print(shtab.complete(parser, shell=options.shell))

@@ -12,7 +12,7 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.io.atomic import atomic_directory
-from canvastune.report.build import write_report
+from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
 from canvastune.tracking import StepRun, descriptions, read_metrics
 from canvastune.tracking.model_registry import score_of
@@ -60,7 +60,7 @@ def publish(
             evaluation=evaluation,
             merge=merge,
         )
-        write_report(run, out, _existing_runs(compare))
+        build_report(run, out, _existing_runs(compare))
     records, result = read_metrics(metrics), EvaluationResult.read(evaluation)
     summary = RunSummary.from_records(records, result)
     summary.write(run_folder)
@@ -73,9 +73,7 @@ def publish(
     return summary
 
 
-def _mlflow_metrics(
-    summary: RunSummary, result: EvaluationResult, stats: TrainingStats
-) -> dict[str, float]:
+def _mlflow_metrics(summary: RunSummary, result: EvaluationResult, stats: TrainingStats) -> dict[str, float]:
     """Return the figures by which runs and models are compared in MLflow."""
     evaluated, figures = result.figures(), summary.figures()
     names = {

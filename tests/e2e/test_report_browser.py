@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from playwright import sync_api
 
-from canvastune.report.build import write_report
+from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts
 from tools.report_sample import sample_config, sample_run, write_metrics
 
@@ -83,7 +83,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
         settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
         others.append(RunArtifacts(name, settings, write_metrics(root / name, seed=seed, steps=60)))
-    return write_report(sample_run(root, config), root / "report", others)
+    return build_report(sample_run(root, config), root / "report", others)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 import canvastune.report
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.report.build import write_report
+from canvastune.report.build import build_report
 from canvastune.report.charts import build_charts, charts_json, content_security_policy, draw_chart_image, smooth, thin, tick
 from canvastune.report.formatting import duration, hours, mark_differences, short
 from canvastune.report.summary import Cost, RunArtifacts, find_warnings
@@ -86,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
         RunArtifacts("<b>rank8", sample_config(lora={"rank": 8}, parallel={"nproc_per_node": 2}), rank8),
         RunArtifacts("tiny_lora", config, rank32.parent, evaluation=write_evaluation(root / "other", config, before=6, after=40)),
     ]
-    write_report(sample_run(root, config), root / "report", others)
+    build_report(sample_run(root, config), root / "report", others)
     return root
 
 
@@ -121,7 +121,7 @@ def test_the_images_of_the_page_keep_the_color_of_every_line(folder: Path) -> No
     runs = [(name, read_metrics(folder / name / "metrics.jsonl")) for name in ("train", "rank8", "rank32")]
     chart = build_charts(runs)[0]
     image = Image.open(BytesIO(b64decode(draw_chart_image(chart, []).removeprefix("data:image/png;base64,"))))
-    found = [color for _, color in image.convert("RGB").getcolors()]
+    found: Any = [color for _, color in image.convert("RGB").getcolors() or []]
     for wanted in ("#1f5fd0", "#b4540a", "#0b7a75"):
         parts = [int(wanted[at : at + 2], 16) for at in (1, 3, 5)]
         nearest = min(max(abs(one - other) for one, other in zip(color, parts, strict=True)) for color in found)
@@ -227,11 +227,11 @@ def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None
     config = sample_config(train={"method": "full", "steps": 40})
     data = write_data(tmp_path / "data", config)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)
-    page = _Page(write_report(RunArtifacts("sft", config, metrics.parent, data), tmp_path / "out").read_text())
+    page = _Page(build_report(RunArtifacts("sft", config, metrics.parent, data), tmp_path / "out").read_text())
     assert "The tuned model was not evaluated; validation loss fell" in page.text
     assert "Training reached step 20 of 40." in page.text
     assert "How one answer forms" not in page.text, "no trace was recorded"
-    bare = _Page(write_report(RunArtifacts("sft", config, metrics.parent), tmp_path / "bare").read_text())
+    bare = _Page(build_report(RunArtifacts("sft", config, metrics.parent), tmp_path / "bare").read_text())
     assert "The data card was not found." in bare.text
     assert "Not planned." in page.text
     assert "All weights were trained: there is no adapter to merge." in page.text
@@ -258,7 +258,7 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_pat
     )
     (evaluation / "answers.jsonl").write_text(endless)
     data = write_data(tmp_path / "data", config)
-    report = write_report(RunArtifacts("long", config, tmp_path, data, evaluation=evaluation), tmp_path / "out")
+    report = build_report(RunArtifacts("long", config, tmp_path, data, evaluation=evaluation), tmp_path / "out")
     assert report.stat().st_size < 2_000_000
     text = _Page(report.read_text()).text
     assert "shown: 12, answers.jsonl has all" in text
@@ -268,7 +268,7 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_pat
 def test_a_report_never_overwrites_another(folder: Path, config: RunConfig) -> None:
     before = (folder / "report" / "report.html").read_bytes()
     with pytest.raises(UserError, match=r"report: already exists"):
-        write_report(RunArtifacts("tiny_lora", config, folder / "train"), folder / "report")
+        build_report(RunArtifacts("tiny_lora", config, folder / "train"), folder / "report")
     assert (folder / "report" / "report.html").read_bytes() == before
 
 
@@ -276,11 +276,11 @@ def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "event", "step": 0, "time": 0.0, "event": "checkpoint"}) + "\n")
     metrics = write_metrics(tmp_path / "train", steps=3)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        write_report(RunArtifacts("none", config, tmp_path), tmp_path / "out")
+        build_report(RunArtifacts("none", config, tmp_path), tmp_path / "out")
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        write_report(RunArtifacts("one", config, metrics), tmp_path / "out", [RunArtifacts("none", config, tmp_path)])
+        build_report(RunArtifacts("one", config, metrics), tmp_path / "out", [RunArtifacts("none", config, tmp_path)])
     with pytest.raises(UserError, match=r"card\.json"):
-        write_report(RunArtifacts("no card", config, metrics, data=tmp_path), tmp_path / "out")
+        build_report(RunArtifacts("no card", config, metrics, data=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
 
 
@@ -330,7 +330,7 @@ def test_a_doubtful_or_bad_result_is_a_warning(before: int, after: int, lost: in
 def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> None:
     sample_result(0, 0, 0, 0).write(tmp_path)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)
-    page = _Page(write_report(RunArtifacts("run", config, metrics, evaluation=tmp_path), tmp_path / "out").read_text())
+    page = _Page(build_report(RunArtifacts("run", config, metrics, evaluation=tmp_path), tmp_path / "out").read_text())
     assert "No row could be scored" in page.text
     assert "%" not in page.text.split("Charts")[0]
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from canvastune.config import RunConfig
-from canvastune.report.build import write_report
+from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary
 from components.report.step import publish
 from components.run_directory import RunRecord, write_record
@@ -118,7 +118,7 @@ def test_the_page_and_its_comparison_table_show_these_figures(
     assert f"Validation loss {summary.validation_loss_last:.3f} {summary.validation_loss_first:.3f} at step 1" in page
     assert f"Exact match {summary.exact_match_after:.1%} 95% interval" in page
     other = RunArtifacts("other", config, run_folder / "train", evaluation=run_folder / "evaluation")
-    compared = _text(write_report(sample_run(tmp_path, config), tmp_path / "report", [other]))
+    compared = _text(build_report(sample_run(tmp_path, config), tmp_path / "report", [other]))
     assert f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}" in compared
 
 
