@@ -26,7 +26,10 @@ def documented_values(text: str) -> Iterator[tuple[str, str, str]]:
 
 def values_table(text: str) -> str:
     """Return the table in Markdown."""
-    rows = [f"| `{key}` | `{default}` | {comment} |" for key, default, comment in documented_values(text)]
+    rows = [
+        f"| `{key}` | `{default}` | {comment} |"
+        for key, default, comment in documented_values(text)
+    ]
     return "\n".join(["| value | default | description |", "|---|---|---|", *rows])
 
 
@@ -44,7 +47,11 @@ def _rows(node: yaml.Node | None, lines: list[str], prefix: str) -> Iterator[tup
         above = key.start_mark.line - 1
         comment = lines[above].strip() if above >= 0 else ""
         if comment.startswith("# "):
-            yield path, json.dumps(yaml.safe_load(yaml.serialize(value))), comment.removeprefix("# ").replace("|", "\\|")
+            yield (
+                path,
+                json.dumps(yaml.safe_load(yaml.serialize(value))),
+                comment.removeprefix("# ").replace("|", "\\|"),
+            )
         elif isinstance(value, yaml.MappingNode) and value.value:
             yield from _rows(value, lines, f"{path}.")
         else:

@@ -1,4 +1,4 @@
-"""What building the images takes: a Docker engine, a base image, and this machine's package index inside of a build."""
+"""Prepare image builds: a Docker engine, a base image, and this machine's package index."""
 
 from __future__ import annotations
 
@@ -19,49 +19,60 @@ from urllib.parse import unquote, urlsplit
 
 from canvastune import __version__
 
-PULLED = "python:3.12-slim-bookworm"
-MADE = "canvastune-test-base:bookworm"
+PULLED_BASE = "python:3.12-slim-bookworm"
+LOCAL_BASE = "canvastune-test-base:bookworm"
 _SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "timeout")
 
 
 class Refused(Exception):
-    """Something that this machine does not have; what depends on it is skipped."""
+    """This machine lacks something; what depends on it is skipped."""
 
 
 @contextlib.contextmanager
 def running_engine(folder: Path) -> Iterator[None]:
-    """A Docker engine that DOCKER_HOST leads to: the one that runs, or one that is started, and stopped at the end.
+    """Set DOCKER_HOST to a running Docker engine, or start one and stop it at the end.
 
     Raises:
         Refused: none runs, and none can be started.
     """
-    if shutil.which("docker") and _silent("docker", "info"):
+    if shutil.which("docker") and _succeeds("docker", "info"):
         _use_builder()
         yield
         return
     if os.geteuid() != 0 or sys.platform != "linux":
-        raise Refused("no Docker engine runs, and only root can start one. Start Docker, or run this as root on Linux")
+        raise Refused(
+            "no Docker engine runs, and only root can start one. Start Docker, or run this as "
+            "root on Linux"
+        )
     if shutil.which("dockerd") is None:
         _install("docker.io")
-        for part in ("docker-cli", "docker-buildx"):  # packages of their own on newer systems
-            _silent("apt-get", "install", "--yes", "--no-install-recommends", part)
+        for part in ("docker-cli", "docker-buildx"):  # separate packages on newer systems
+            _succeeds("apt-get", "install", "--yes", "--no-install-recommends", part)
     _use_builder()
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="canvastune-engine-", ignore_cleanup_errors=True))
+        scratch = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="canvastune-engine-", ignore_cleanup_errors=True)
+        )
         log = stack.enter_context((folder / "dockerd.log").open("w"))
         socket = f"unix://{scratch}/docker.sock"
-        command = ["dockerd", f"--host={socket}", f"--data-root={folder / 'engine'}", f"--exec-root={scratch}/exec"]
-        # Builds and containers share the host's network: a sandbox may have neither iptables nor bridges.
+        command = [
+            "dockerd",
+            f"--host={socket}",
+            f"--data-root={folder / 'engine'}",
+            f"--exec-root={scratch}/exec",
+        ]
+        # Builds and containers share the host's network: a sandbox may have neither iptables nor
+        # bridges.
         command += [f"--pidfile={scratch}/pid", "--iptables=false", "--bridge=none"]
         engine = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         before = os.environ.get("DOCKER_HOST")
         os.environ["DOCKER_HOST"] = socket
         try:
             deadline = time.monotonic() + 60
-            while not _silent("docker", "info"):
+            while not _succeeds("docker", "info"):
                 if engine.poll() is not None or time.monotonic() > deadline:
-                    raise Refused(f"dockerd does not start here; its last words are in {log.name}")
+                    raise Refused(f"dockerd does not start; see its log, {log.name}")
                 time.sleep(0.5)
             yield
         finally:
@@ -70,42 +81,57 @@ def running_engine(folder: Path) -> Iterator[None]:
                 os.environ["DOCKER_HOST"] = before
             engine.terminate()
             engine.wait(timeout=60)
-            _silent("umount", f"{scratch}/exec/netns/default")  # the engine leaves the host network's handle behind
+            _succeeds("umount", f"{scratch}/exec/netns/default")  # left mounted by the engine
 
 
-def built_base() -> str:
-    """A base image with Python: pulled, or else made from Debian's packages."""
-    for image in (MADE, PULLED):
-        if _silent("docker", "image", "inspect", image):
+def base_image() -> str:
+    """Return a base image with Python: pulled, or else built from Debian's packages."""
+    for image in (LOCAL_BASE, PULLED_BASE):
+        if _succeeds("docker", "image", "inspect", image):
             return image
     with contextlib.suppress(subprocess.TimeoutExpired):
-        if _silent("docker", "pull", PULLED, timeout=120):
-            return PULLED
+        if _succeeds("docker", "pull", PULLED_BASE, timeout=120):
+            return PULLED_BASE
     if shutil.which("mmdebstrap") is None:
         _install("mmdebstrap")
     packages = "python3,python3-venv,ca-certificates"
     with tempfile.TemporaryDirectory() as scratch:
         tree = f"{scratch}/base.tar"
-        if not _silent("mmdebstrap", "--variant=minbase", f"--include={packages}", "bookworm", tree):
-            raise Refused(f"{PULLED} cannot be pulled, and mmdebstrap reaches no Debian mirror")
-        subprocess.run(["docker", "import", tree, MADE], check=True, stdout=subprocess.DEVNULL)
-    return MADE
+        if not _succeeds(
+            "mmdebstrap", "--variant=minbase", f"--include={packages}", "bookworm", tree
+        ):
+            raise Refused(
+                f"{PULLED_BASE} cannot be pulled, and mmdebstrap reaches no Debian mirror"
+            )
+        subprocess.run(
+            ["docker", "import", tree, LOCAL_BASE], check=True, stdout=subprocess.DEVNULL
+        )
+    return LOCAL_BASE
 
 
 @contextlib.contextmanager
 def builder(root: Path, base: str) -> Iterator[Callable[[str, str], None]]:
-    """Yields build(NAME, IMAGE), which builds docker/NAME.Dockerfile on the base, for the CPU.
+    """Yield build(NAME, IMAGE), which builds docker/NAME.Dockerfile on the base, for the CPU.
 
-    pip inside of a build finds packages as it does here. Its settings and the certificates travel as build secrets, and
-    folders of packages over loopback HTTP, so that none of it is in the image.
+    pip uses this machine's settings in a build. They and the certificates are build secrets, and
+    local package folders are served over loopback HTTP, so that none of it is in the image.
     """
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="canvastune-pip-")))
         settings = _pip_settings()
-        certificates = settings.pop("cert", None) or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
-        wheels = [Path(_local(place) or "") for place in settings.get("find-links", "").split()]
+        certificates = (
+            settings.pop("cert", None)
+            or os.environ.get("SSL_CERT_FILE")
+            or os.environ.get("REQUESTS_CA_BUNDLE")
+        )
+        wheels = [
+            Path(_local_folder(place) or "") for place in settings.get("find-links", "").split()
+        ]
         torch_here = any(folder.glob("torch-*+cpu-*.whl") for folder in wheels)
-        served = {key: " ".join(stack.enter_context(_served(place)) for place in value.split()) for key, value in settings.items()}
+        served = {
+            key: " ".join(stack.enter_context(_serve(place)) for place in value.split())
+            for key, value in settings.items()
+        }
         lines = ["[global]", *(f"{key} = {value}" for key, value in served.items())]
         secrets = []
         if certificates:
@@ -113,72 +139,115 @@ def builder(root: Path, base: str) -> Iterator[Callable[[str, str], None]]:
             secrets += ["--secret", f"id=ca,src={certificates}"]
         (scratch / "pip.conf").write_text("\n".join(lines) + "\n")
         secrets += ["--secret", f"id=pip,src={scratch / 'pip.conf'}"]
-        options = ["--network=host", *secrets, f"--build-arg=BASE_IMAGE={base}", f"--build-arg=VERSION={__version__}"]
-        options += [f"--build-arg={name}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") if name in os.environ]
+        options = [
+            "--network=host",
+            *secrets,
+            f"--build-arg=BASE_IMAGE={base}",
+            f"--build-arg=VERSION={__version__}",
+        ]
+        options += [
+            f"--build-arg={name}"
+            for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+            if name in os.environ
+        ]
         torch = ["--build-arg=TORCH=cpu", *(["--build-arg=TORCH_INDEX="] if torch_here else [])]
 
         def build(name: str, image: str) -> None:
-            command = ["docker", "build", "--progress=plain", *options, *(torch if name != "mlflow" else [])]
+            command = [
+                "docker",
+                "build",
+                "--progress=plain",
+                *options,
+                *(torch if name != "mlflow" else []),
+            ]
             command += [f"--file={root}/docker/{name}.Dockerfile", f"--tag={image}", str(root)]
             environment = os.environ | {"DOCKER_BUILDKIT": "1"}
-            subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+            subprocess.run(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=True,
+            )
 
         yield build
 
 
 def _pip_settings() -> dict[str, str]:
-    """How pip is set up here: a value per key, of files and environment together."""
-    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    """Return pip's settings, merged from files and environment: one value per key."""
+    said = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     found: dict[str, list[str]] = {}
     for line in said.splitlines():
         name, _, value = line.partition("=")
         key = name.rpartition(".")[2]
         if key in (*_SETTINGS, "cert"):
-            found.setdefault(key, []).extend(part for part in shlex.split(value)[0].split() if part not in found.get(key, []))
-    return {key: (values[-1] if key in ("cert", "timeout", "index-url") else " ".join(values)) for key, values in found.items()}
+            found.setdefault(key, []).extend(
+                part for part in shlex.split(value)[0].split() if part not in found.get(key, [])
+            )
+    return {
+        key: (values[-1] if key in ("cert", "timeout", "index-url") else " ".join(values))
+        for key, values in found.items()
+    }
 
 
-def _local(place: str) -> str | None:
-    """The folder that a place of packages is, if it is one."""
+def _local_folder(place: str) -> str | None:
+    """Return the folder of a package location; None if it is a URL."""
     path = unquote(urlsplit(place).path) if place.startswith("file:") else place
     return path if path.startswith("/") else None
 
 
 @contextlib.contextmanager
-def _served(place: str) -> Iterator[str]:
-    """A local folder of packages under an address that a build reaches; anything else as it is."""
-    folder = _local(place)
+def _serve(place: str) -> Iterator[str]:
+    """Yield a URL for a local folder of packages; yield any other location unchanged."""
+    folder = _local_folder(place)
     if folder is None:
         yield place
         return
-    handler = functools.partial(_Quiet, directory=str(Path(folder).parent))  # an index's links lead to a folder beside it
+    handler = functools.partial(
+        _QuietHandler, directory=str(Path(folder).parent)
+    )  # an index links to a sibling folder
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/{Path(folder).name}/"
         server.shutdown()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 def _install(package: str) -> None:
     if shutil.which("apt-get") is None:
-        raise Refused(f"{package} is not installed, and there is no apt-get to install it")
+        raise Refused(f"{package} is not installed, and apt-get is missing")
     print(f"installing {package}", flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", package]):
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    for command in (
+        ["apt-get", "update"],
+        ["apt-get", "install", "--yes", "--no-install-recommends", package],
+    ):
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         raise Refused(f"{package} cannot be installed: {done.stdout.strip().splitlines()[-1]}")
 
 
 def _use_builder() -> None:
-    """Newer clients leave BuildKit to a plug-in. Where it is missing, Debian's own client, which has it, comes first in PATH."""
-    if not _silent("docker", "buildx", "version") and Path("/usr/bin/docker").exists():
+    """Put Debian's Docker client first in PATH if the current client lacks the BuildKit plug-in."""
+    if not _succeeds("docker", "buildx", "version") and Path("/usr/bin/docker").exists():
         os.environ["PATH"] = f"/usr/bin{os.pathsep}{os.environ['PATH']}"
 
 
-def _silent(*command: str, timeout: float | None = None) -> bool:
-    return subprocess.run(command, capture_output=True, check=False, timeout=timeout).returncode == 0
+def _succeeds(*command: str, timeout: float | None = None) -> bool:
+    return (
+        subprocess.run(command, capture_output=True, check=False, timeout=timeout).returncode == 0
+    )

@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by real Helm: what it installs, a cluster would take, and it installs what it says."""
+"""The Helm chart, rendered by real Helm: a cluster accepts it, and it follows its values."""
 
 from __future__ import annotations
 
@@ -43,14 +43,19 @@ from tests.support.rendered_chart import (
 from tools.chart_table import CHART
 
 KUBERNETES = kubernetes_validate.utils.all_versions()
-OURS = {"trainer.kubeflow.org/v1alpha1"}  # whose schemas are CRDs
-kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)  # else it reads 1 MB per object
+OURS = {"trainer.kubeflow.org/v1alpha1"}  # with CRDs as schemas
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)  # it would read 1 MB per object
 
 
 @every_ci_file
-def test_helm_finds_nothing_to_complain_about(ci: str) -> None:
+def test_helm_lint_passes(ci: str) -> None:
     report = helm_python.lint(CHART, ci_values(ci), strict=True, namespace="team-a")
-    assert report["errors"] + [message for message in report["messages"] if message["severity"] > 1] == []
+    assert (
+        report["errors"] + [message for message in report["messages"] if message["severity"] > 1]
+        == []
+    )
 
 
 @every_ci_file
@@ -61,14 +66,23 @@ def test_kubernetes_knows_every_field(ci: str, version: str) -> None:
             try:
                 kubernetes_validate.validate(document, version, strict=True)
             except kubernetes_validate.ValidationError as error:
-                pytest.fail(f"{document['kind']} {document['metadata']['name']}, Kubernetes {version}: {list(error.path)}: {error.message}")
+                pytest.fail(
+                    f"{document['kind']} {document['metadata']['name']}, Kubernetes {version}: "
+                    f"{list(error.path)}: {error.message}"
+                )
 
 
 @every_ci_file
 def test_every_pod_passes_pod_security_restricted(ci: str) -> None:
-    pods = [(document, path, pod) for document in installed(ci) for path, pod in pod_specs(document)]
+    pods = [
+        (document, path, pod) for document in installed(ci) for path, pod in pod_specs(document)
+    ]
     assert len(pods) >= 3, "fewer pods than the server, the upload and the tests"
-    problems = [f"{document['kind']} {path}: {problem}" for document, path, pod in pods for problem in pod_security_problems(pod)]
+    problems = [
+        f"{document['kind']} {path}: {problem}"
+        for document, path, pod in pods
+        for problem in pod_security_problems(pod)
+    ]
     assert not problems, "\n".join(problems)
 
 
@@ -77,9 +91,13 @@ def test_no_container_needs_to_write_outside_its_volumes(ci: str) -> None:
     for document in installed(ci):
         for _, pod in pod_specs(document):
             for container in [*pod.get("initContainers", []), *pod["containers"]]:
-                assert container["securityContext"]["readOnlyRootFilesystem"] is True, container["name"]
+                assert container["securityContext"]["readOnlyRootFilesystem"] is True, container[
+                    "name"
+                ]
                 mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
-                assert mounted <= {volume["name"] for volume in pod.get("volumes", [])}, container["name"]
+                assert mounted <= {volume["name"] for volume in pod.get("volumes", [])}, container[
+                    "name"
+                ]
 
 
 @every_ci_file
@@ -89,14 +107,19 @@ def test_only_pods_that_call_the_api_server_get_a_token(ci: str) -> None:
         if document["kind"] == "ServiceAccount":
             assert document["automountServiceAccountToken"] is False
         with_token += [
-            document["metadata"]["name"] for _, pod in pod_specs(document) if pod.get("automountServiceAccountToken") is not False
+            document["metadata"]["name"]
+            for _, pod in pod_specs(document)
+            if pod.get("automountServiceAccountToken") is not False
         ]
     assert with_token == ["canvastune-test-permissions"]
 
 
 @every_ci_file
-def test_nothing_is_random_and_no_secret_is_made(ci: str) -> None:
-    first, again = texts(ci_values(ci)), texts(ci_values(ci), revision=7, is_install=False, is_upgrade=True)
+def test_nothing_is_random_and_no_secret_is_created(ci: str) -> None:
+    first, again = (
+        texts(ci_values(ci)),
+        texts(ci_values(ci), revision=7, is_install=False, is_upgrade=True),
+    )
     assert first == again, "an upgrade with the same values would change something"
     assert not of_kind(installed(ci), "Secret")
 
@@ -109,7 +132,7 @@ def test_nothing_is_cluster_wide_or_in_another_namespace(ci: str) -> None:
 
 
 @every_ci_file
-def test_every_port_says_its_protocol(ci: str) -> None:
+def test_every_port_has_a_protocol(ci: str) -> None:
     def ports(node: Any) -> list[dict[str, Any]]:
         if isinstance(node, dict):
             own = [port for key in ("ports",) for port in node.get(key) or []]
@@ -122,7 +145,7 @@ def test_every_port_says_its_protocol(ci: str) -> None:
 
 
 @every_ci_file
-def test_what_the_pods_refer_to_is_there_or_named_in_the_values(ci: str) -> None:
+def test_what_the_pods_refer_to_exists_or_is_named_in_the_values(ci: str) -> None:
     documents, values = installed(ci), json.dumps(ci_values(ci))
     made = {(document["kind"], document["metadata"]["name"]) for document in documents}
     for document in documents:
@@ -130,7 +153,9 @@ def test_what_the_pods_refer_to_is_there_or_named_in_the_values(ci: str) -> None
             wanted = [("ServiceAccount", pod["serviceAccountName"])]
             for volume in pod.get("volumes", []):
                 if "persistentVolumeClaim" in volume:
-                    wanted.append(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+                    wanted.append(
+                        ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+                    )
                 if "configMap" in volume:
                     wanted.append(("ConfigMap", volume["configMap"]["name"]))
             for kind, name in wanted:
@@ -148,10 +173,13 @@ def test_release_names_do_not_break_object_names() -> None:
 # Permissions
 
 
-def test_the_role_is_what_the_launcher_does_and_no_more() -> None:
+def test_the_role_is_exactly_what_the_launcher_needs() -> None:
     documents = render({})
     jobs = ["create", "get", "list", "watch", "patch", "delete"]
-    assert [(rule["apiGroups"], rule["resources"], rule["verbs"]) for rule in of_kind(documents, "Role")[0]["rules"]] == [
+    assert [
+        (rule["apiGroups"], rule["resources"], rule["verbs"])
+        for rule in of_kind(documents, "Role")[0]["rules"]
+    ] == [
         (["kubeflow.org"], ["pytorchjobs"], jobs),
         (["trainer.kubeflow.org"], ["trainjobs"], jobs),
         (["trainer.kubeflow.org"], ["trainingruntimes"], ["get", "list"]),
@@ -160,7 +188,9 @@ def test_the_role_is_what_the_launcher_does_and_no_more() -> None:
         (["argoproj.io"], ["workflows"], ["get"]),
     ]
     binding = of_kind(documents, "RoleBinding")[0]
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "team-a"}]
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "team-a"}
+    ]
     assert binding["roleRef"]["name"] == of_kind(documents, "Role")[0]["metadata"]["name"]
 
 
@@ -172,8 +202,10 @@ def test_permissions_can_be_bound_to_another_account_or_left_out() -> None:
 
 
 @pytest.mark.parametrize("lost", [None, "pods/log"])
-def test_helm_test_finds_a_permission_that_is_missing(lost: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test pod's own script, asked to judge the chart's own role."""
+def test_helm_test_finds_a_missing_permission(
+    lost: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the test pod's script against the chart's role."""
     from kubernetes import client, config
 
     rules = [
@@ -182,21 +214,31 @@ def test_helm_test_finds_a_permission_that_is_missing(lost: str | None, monkeypa
         for resource in rule["resources"]
     ]
 
-    def judged(_: Any, review: client.V1SelfSubjectAccessReview) -> client.V1SelfSubjectAccessReview:
+    def judged(
+        _: Any, review: client.V1SelfSubjectAccessReview
+    ) -> client.V1SelfSubjectAccessReview:
         asked = review.spec.resource_attributes
         assert asked.namespace == "team-a"
         resource = "/".join(filter(None, (asked.resource, asked.subresource)))
-        allowed = any((group, known) == (asked.group, resource) and asked.verb in verbs for group, known, verbs in rules if known != lost)
+        allowed = any(
+            (group, known) == (asked.group, resource) and asked.verb in verbs
+            for group, known, verbs in rules
+            if known != lost
+        )
         review.status = client.V1SubjectAccessReviewStatus(allowed=allowed)
         return review
 
     monkeypatch.setattr(config, "load_incluster_config", lambda: None)
     monkeypatch.setattr(client.AuthorizationV1Api, "create_self_subject_access_review", judged)
-    container = named(installed("trainjob-kueue"), "Pod", "canvastune-test-permissions")["spec"]["containers"][0]
+    container = named(installed("trainjob-kueue"), "Pod", "canvastune-test-permissions")["spec"][
+        "containers"
+    ][0]
     monkeypatch.setattr(sys, "argv", ["-c", *container["args"]])
     with pytest.raises(SystemExit) as ended:
         exec(container["command"][-1], {})
-    assert ended.value.code == (f"this account may not get {lost} in namespace team-a" if lost else 0)
+    assert ended.value.code == (
+        f"this account may not get {lost} in namespace team-a" if lost else 0
+    )
 
 
 # Storage and upgrades
@@ -206,25 +248,45 @@ def test_helm_test_finds_a_permission_that_is_missing(lost: str | None, monkeypa
 @pytest.mark.parametrize("before", ["default", "airgapped"])
 def test_no_upgrade_deletes_or_renames_a_claim(before: str, after: str) -> None:
     def claims(ci: str) -> dict[str, dict[str, Any]]:
-        return {claim["metadata"]["name"]: claim for claim in of_kind(installed(ci), "PersistentVolumeClaim")}
+        return {
+            claim["metadata"]["name"]: claim
+            for claim in of_kind(installed(ci), "PersistentVolumeClaim")
+        }
 
     old, new = claims(before), claims(after)
     assert set(old) == {"canvastune-mlflow", "canvastune-workspace"}
     assert set(new) <= set(old), "the data would stay behind under another name"
     for name, claim in {**old, **new}.items():
-        assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep", f"{name} goes with the release"
+        assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep", (
+            f"{name} goes with the release"
+        )
 
 
 def test_selectors_do_not_change_between_versions_or_values() -> None:
-    selectors = [of_kind(installed(ci), "Deployment")[0]["spec"]["selector"]["matchLabels"] for ci in CI]
-    assert all(selector == selectors[0] for selector in selectors), "Kubernetes refuses such an upgrade"
-    assert set(selectors[0]) == {f"app.kubernetes.io/{key}" for key in ("name", "instance", "component")}
+    selectors = [
+        of_kind(installed(ci), "Deployment")[0]["spec"]["selector"]["matchLabels"] for ci in CI
+    ]
+    assert all(selector == selectors[0] for selector in selectors), (
+        "Kubernetes refuses such an upgrade"
+    )
+    assert set(selectors[0]) == {
+        f"app.kubernetes.io/{key}" for key in ("name", "instance", "component")
+    }
 
 
-def test_existing_claims_are_used_and_none_is_made_beside_them() -> None:
-    documents = render({"mlflow": {"persistence": {"existingClaim": "old-mlflow"}}, "workspace": {"existingClaim": "lustre"}})
+def test_existing_claims_are_used_and_none_is_created() -> None:
+    documents = render(
+        {
+            "mlflow": {"persistence": {"existingClaim": "old-mlflow"}},
+            "workspace": {"existingClaim": "lustre"},
+        }
+    )
     assert not of_kind(documents, "PersistentVolumeClaim")
-    volumes = [volume["persistentVolumeClaim"]["claimName"] for volume in server(documents)["volumes"] if "persistentVolumeClaim" in volume]
+    volumes = [
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in server(documents)["volumes"]
+        if "persistentVolumeClaim" in volume
+    ]
     assert volumes == ["old-mlflow"]
     assert cluster(documents)["claim"] == "lustre"
 
@@ -232,7 +294,7 @@ def test_existing_claims_are_used_and_none_is_made_beside_them() -> None:
 # Images
 
 
-def test_images_are_the_chart_s_version_unless_said_otherwise() -> None:
+def test_images_have_the_chart_s_version_by_default() -> None:
     assert server(render({}))["containers"][0]["image"] == f"canvastune/mlflow:{__version__}"
     assert helm_python.Chart.load(CHART).metadata["appVersion"] == __version__
 
@@ -240,32 +302,52 @@ def test_images_are_the_chart_s_version_unless_said_otherwise() -> None:
 def test_a_mirror_and_digests_replace_every_image() -> None:
     documents = installed("airgapped")
     pods = [pod for document in documents for _, pod in pod_specs(document)]
-    images = {container["image"] for pod in pods for container in [*pod.get("initContainers", []), *pod["containers"]]}
+    images = {
+        container["image"]
+        for pod in pods
+        for container in [*pod.get("initContainers", []), *pod["containers"]]
+    }
     mirror = "registry.internal.example:5000/mirror"
-    assert images == {f"{mirror}/canvastune/mlflow@sha256:{'1' * 64}", f"{mirror}/ml/canvastune-pipeline@sha256:{'2' * 64}"}
-    assert cluster(documents)["image"] == f"gpu-registry.internal.example/canvastune/trainer@sha256:{'3' * 64}"
+    assert images == {
+        f"{mirror}/canvastune/mlflow@sha256:{'1' * 64}",
+        f"{mirror}/ml/canvastune-pipeline@sha256:{'2' * 64}",
+    }
+    assert (
+        cluster(documents)["image"]
+        == f"gpu-registry.internal.example/canvastune/trainer@sha256:{'3' * 64}"
+    )
     assert all(pod["imagePullSecrets"] == [{"name": "registry-credentials"}] for pod in pods)
     assert cluster(documents)["pull_secrets"] == ["registry-credentials"]
-    assert all("runAsUser" not in pod["securityContext"] and "fsGroup" not in pod["securityContext"] for pod in pods)
+    assert all(
+        "runAsUser" not in pod["securityContext"] and "fsGroup" not in pod["securityContext"]
+        for pod in pods
+    )
 
 
 # Training
 
 
 @every_ci_file
-def test_training_defaults_are_a_section_that_recipes_take(ci: str) -> None:
+def test_training_defaults_are_a_valid_section_of_a_recipe(ci: str) -> None:
     given = cluster(installed(ci))
-    assert ClusterConfig.model_validate_json(json.dumps(given)).mount_path == ClusterConfig().mount_path, "the steps mount it there"
+    assert (
+        ClusterConfig.model_validate_json(json.dumps(given)).mount_path
+        == ClusterConfig().mount_path
+    ), "the steps mount it there"
     assert set(given) == set(ClusterConfig.model_fields), "a key of the section is left to chance"
 
 
 @every_ci_file
-def test_jobs_made_of_the_training_defaults_are_taken(ci: str) -> None:
+def test_jobs_with_the_training_defaults_are_accepted(ci: str) -> None:
     from components.jobs.manifests import JobContext, manifest
 
     documents = installed(ci)
-    config = parse_config({"name": "run", "data": {"source": "openai/gsm8k"}, "cluster": cluster(documents)})
-    job = manifest(config, JobContext("id", PurePath("/workspace/runs/run/train"), ("canvastune.train",)))
+    config = parse_config(
+        {"name": "run", "data": {"source": "openai/gsm8k"}, "cluster": cluster(documents)}
+    )
+    job = manifest(
+        config, JobContext("id", PurePath("/workspace/runs/run/train"), ("canvastune.train",))
+    )
     if job["kind"] == "TrainJob":
         assert trainjob_problems(job, of_kind(documents, "TrainingRuntime")[0]) == []
     else:
@@ -277,12 +359,14 @@ def test_jobs_made_of_the_training_defaults_are_taken(ci: str) -> None:
 
 
 def test_training_finds_mlflow_unless_the_values_name_another() -> None:
-    assert cluster(render({}))["env"] == {"MLFLOW_TRACKING_URI": "http://canvastune-mlflow.team-a.svc.cluster.local:5000"}
+    assert cluster(render({}))["env"] == {
+        "MLFLOW_TRACKING_URI": "http://canvastune-mlflow.team-a.svc.cluster.local:5000"
+    }
     elsewhere = {"training": {"env": {"MLFLOW_TRACKING_URI": "https://mlflow.example.com"}}}
     assert cluster(render(elsewhere))["env"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
 
 
-def test_trainjob_brings_a_runtime_that_trainer_takes() -> None:
+def test_trainjob_comes_with_a_runtime_that_trainer_accepts() -> None:
     documents = installed("trainjob-kueue")
     runtime = of_kind(documents, "TrainingRuntime")[0]
     assert cluster(documents)["runtime"] == runtime["metadata"]["name"]
@@ -292,18 +376,24 @@ def test_trainjob_brings_a_runtime_that_trainer_takes() -> None:
         assert crd_problems(runtime, TRAININGRUNTIME_CRD) == []
 
 
-def test_what_a_trainjob_cannot_say_stands_in_its_runtime() -> None:
+def test_what_a_trainjob_cannot_set_is_in_its_runtime() -> None:
     training = {"backend": "trainjob", "scheduler": "gang", "priorityClass": "low", "restarts": 7}
     documents = render({"training": training})
     spec = of_kind(documents, "TrainingRuntime")[0]["spec"]["template"]["spec"]
     pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert (pod["schedulerName"], pod["priorityClassName"], spec["failurePolicy"]["maxRestarts"]) == ("gang", "low", 7)
+    assert (
+        pod["schedulerName"],
+        pod["priorityClassName"],
+        spec["failurePolicy"]["maxRestarts"],
+    ) == ("gang", "low", 7)
     assert (cluster(documents)["scheduler"], cluster(documents)["priority_class"]) == (None, None)
 
 
 def test_with_a_queue_the_priority_is_kueue_s() -> None:
     documents = installed("trainjob-kueue")
-    template = of_kind(documents, "TrainingRuntime")[0]["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
+    template = of_kind(documents, "TrainingRuntime")[0]["spec"]["template"]["spec"][
+        "replicatedJobs"
+    ][0]["template"]
     assert "priorityClassName" not in template["spec"]["template"]["spec"]
     assert cluster(documents)["priority_class"] == "batch-low"
 
@@ -311,15 +401,19 @@ def test_with_a_queue_the_priority_is_kueue_s() -> None:
 @pytest.mark.skipif(not TRAININGRUNTIME_CRD.exists(), reason="needs the operators' CRDs")
 def test_a_field_that_the_api_server_would_drop_is_found() -> None:
     runtime = copy.deepcopy(of_kind(installed("trainjob-kueue"), "TrainingRuntime")[0])
-    runtime["spec"]["mlPolicy"]["torch"]["numProcPerNode"] = 8  # gone since Trainer 2.3
-    assert any("numProcPerNode" in problem for problem in crd_problems(runtime, TRAININGRUNTIME_CRD))
+    runtime["spec"]["mlPolicy"]["torch"]["numProcPerNode"] = 8  # removed in Trainer 2.3
+    assert any(
+        "numProcPerNode" in problem for problem in crd_problems(runtime, TRAININGRUNTIME_CRD)
+    )
 
 
-def test_a_runtime_that_exists_is_named_and_none_is_made() -> None:
+def test_an_existing_runtime_is_named_and_none_is_created() -> None:
     documents = render({"training": {"backend": "trainjob", "runtime": "ours"}})
     assert not of_kind(documents, "TrainingRuntime")
     assert cluster(documents)["runtime"] == "ours"
-    assert not of_kind(render({}), "TrainingRuntime"), "a kind that clusters without Trainer 2 do not know"
+    assert not of_kind(render({}), "TrainingRuntime"), (
+        "a kind that clusters without Trainer 2 do not know"
+    )
 
 
 # The pipeline
@@ -342,34 +436,47 @@ def test_pipeline_is_uploaded_after_every_install_and_upgrade() -> None:
 
 
 @pytest.mark.parametrize("ci", ["default", "ingress-tls-auth"])
-def test_the_command_line_takes_what_the_upload_gives_it(ci: str) -> None:
+def test_the_command_line_accepts_the_upload_job_s_arguments(ci: str) -> None:
     from pipelines.parser import build_parser
 
     container = of_kind(installed(ci), "Job")[0]["spec"]["template"]["spec"]["containers"][0]
     assert container["command"] == ["canvastune", "upload"]
-    assert str(build_parser().parse_args(["upload", *container["args"]]).cluster_file) == "/etc/canvastune/cluster.json"
+    assert (
+        str(build_parser().parse_args(["upload", *container["args"]]).cluster_file)
+        == "/etc/canvastune/cluster.json"
+    )
 
 
 def test_multi_user_kubeflow_gets_a_token_for_its_own_audience() -> None:
     pod = of_kind(installed("ingress-tls-auth"), "Job")[0]["spec"]["template"]["spec"]
     assert pod["serviceAccountName"] == "default-editor"
-    tokens = [volume["projected"]["sources"][0]["serviceAccountToken"] for volume in pod["volumes"] if "projected" in volume]
+    tokens = [
+        volume["projected"]["sources"][0]["serviceAccountToken"]
+        for volume in pod["volumes"]
+        if "projected" in volume
+    ]
     assert [token["audience"] for token in tokens] == ["pipelines.kubeflow.org"]
     assert "--namespace=team-a" in pod["containers"][0]["args"]
-    assert "KF_PIPELINES_SA_TOKEN_PATH" in {variable["name"] for variable in pod["containers"][0]["env"]}
+    assert "KF_PIPELINES_SA_TOKEN_PATH" in {
+        variable["name"] for variable in pod["containers"][0]["env"]
+    }
 
 
 def test_extra_objects_are_installed_with_their_expressions_filled_in() -> None:
     documents = installed("trainjob-kueue")
     assert named(documents, "ConfigMap", "team-notes")["data"] == {"contact": "team-a"}
-    assert named(documents, "ConfigMap", "canvastune-address")["data"]["mlflow"].startswith("http://canvastune-mlflow.team-a")
+    assert named(documents, "ConfigMap", "canvastune-address")["data"]["mlflow"].startswith(
+        "http://canvastune-mlflow.team-a"
+    )
 
 
 @every_ci_file
-def test_notes_say_three_commands_that_fit_the_values(ci: str) -> None:
+def test_notes_show_three_commands_that_fit_the_values(ci: str) -> None:
     notes = texts(ci_values(ci))["canvastune/templates/NOTES.txt"]
     assert "helm test canvastune -n team-a" in notes
     assert "canvastune submit " in notes
     assert (
-        "https://mlflow.example.com" if ci == "ingress-tls-auth" else "kubectl port-forward -n team-a service/canvastune-mlflow"
+        "https://mlflow.example.com"
+        if ci == "ingress-tls-auth"
+        else "kubectl port-forward -n team-a service/canvastune-mlflow"
     ) in notes

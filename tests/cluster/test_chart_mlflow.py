@@ -1,4 +1,4 @@
-"""The MLflow server that the chart runs: reachable by its names, migrated first, its files kept, its passwords not shown."""
+"""The chart's MLflow server: reachable by its names, migrated, files kept, passwords hidden."""
 
 from __future__ import annotations
 
@@ -36,19 +36,25 @@ def service_names(documents: list[dict[str, Any]]) -> list[str]:
 
 
 @every_ci_file
-def test_mlflow_answers_to_every_name_of_its_service(ci: str) -> None:
+def test_mlflow_accepts_every_name_of_its_service(ci: str) -> None:
     documents = installed(ci)
     container = server(documents)["containers"][0]
-    missing = {"localhost", "localhost:*", *service_names(documents)} - set(flag(container, "allowed-hosts"))
+    missing = {"localhost", "localhost:*", *service_names(documents)} - set(
+        flag(container, "allowed-hosts")
+    )
     assert not missing, f"403 Invalid Host header for {missing}"
-    assert {f"http://{name}" for name in service_names(documents)} <= set(flag(container, "cors-allowed-origins"))
+    assert {f"http://{name}" for name in service_names(documents)} <= set(
+        flag(container, "cors-allowed-origins")
+    )
 
 
-def test_mlflow_answers_to_the_ingress_and_its_own_pages() -> None:
+def test_mlflow_accepts_the_ingress_and_its_own_pages() -> None:
     documents = installed("ingress-tls-auth")
     container = server(documents)["containers"][0]
     assert {"mlflow.example.com", "*.apps.example.com"} <= set(flag(container, "allowed-hosts"))
-    assert {"https://mlflow.example.com", "https://hub.example.com"} <= set(flag(container, "cors-allowed-origins"))
+    assert {"https://mlflow.example.com", "https://hub.example.com"} <= set(
+        flag(container, "cors-allowed-origins")
+    )
     rules = of_kind(documents, "Ingress")[0]["spec"]["rules"]
     assert [rule["host"] for rule in rules] == ["mlflow.example.com"]
 
@@ -58,7 +64,10 @@ def test_hosts_of_an_ingress_that_is_off_are_not_trusted() -> None:
     assert "mlflow.example.com" not in flag(container, "allowed-hosts")
 
 
-@pytest.mark.parametrize(("ci", "strategy"), [("default", "Recreate"), ("ingress-tls-auth", "Recreate"), ("postgres-s3", None)])
+@pytest.mark.parametrize(
+    ("ci", "strategy"),
+    [("default", "Recreate"), ("ingress-tls-auth", "Recreate"), ("postgres-s3", None)],
+)
 def test_old_and_new_server_never_share_a_file(ci: str, strategy: str | None) -> None:
     spec = of_kind(installed(ci), "Deployment")[0]["spec"]
     assert spec.get("strategy", {}).get("type") == strategy
@@ -70,17 +79,26 @@ def test_database_is_migrated_before_the_new_server(ci: str) -> None:
     migrate, container = pod["initContainers"][0], pod["containers"][0]
     assert migrate["command"] == ["mlflow", "db", "upgrade", "$(MLFLOW_BACKEND_STORE_URI)"]
     assert migrate["image"] == container["image"]
-    address = [[variable for variable in each["env"] if variable["name"] == "MLFLOW_BACKEND_STORE_URI"] for each in (migrate, container)]
+    address = [
+        [variable for variable in each["env"] if variable["name"] == "MLFLOW_BACKEND_STORE_URI"]
+        for each in (migrate, container)
+    ]
     assert address[0] == address[1], "another database is migrated than is served"
 
 
-def test_startup_is_given_minutes_and_health_is_watched() -> None:
+def test_startup_may_take_minutes_and_health_is_probed() -> None:
     container = server(render({}))["containers"][0]
-    assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] >= 120
-    assert {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} == {"/health"}
+    assert (
+        container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
+        >= 120
+    )
+    assert {
+        container[probe]["httpGet"]["path"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    } == {"/health"}
 
 
-def test_existing_secrets_are_referred_to_and_never_copied() -> None:
+def test_existing_secrets_are_referenced_and_never_copied() -> None:
     documents = installed("postgres-s3")
     env = {variable["name"]: variable for variable in server(documents)["containers"][0]["env"]}
     wanted = {
@@ -90,16 +108,23 @@ def test_existing_secrets_are_referred_to_and_never_copied() -> None:
     }
     for name, (secret, key) in wanted.items():
         assert env[name]["valueFrom"]["secretKeyRef"] == {"name": secret, "key": key}
-    assert cluster(documents)["credentials"] == "canvastune-credentials", "the training pods' and, by the upload, the pipeline steps'"
-    assert [claim["metadata"]["name"] for claim in of_kind(documents, "PersistentVolumeClaim")] == [], "a claim that nobody uses"
+    assert cluster(documents)["credentials"] == "canvastune-credentials", (
+        "the training pods' and, by the upload, the pipeline steps'"
+    )
+    assert [
+        claim["metadata"]["name"] for claim in of_kind(documents, "PersistentVolumeClaim")
+    ] == [], "a claim that nobody uses"
 
 
-def test_passwords_have_a_database_of_their_own(tmp_path: Path) -> None:
-    """The init container's own script, run: it hands a password with a % over to MLflow's reader, and migrates that database."""
+def test_passwords_have_a_separate_database(tmp_path: Path) -> None:
+    """Run the init container's script: it escapes a % in a password and migrates that database."""
     pod = server(installed("ingress-tls-auth"))
     container = pod["initContainers"][1]
     env = {variable["name"]: variable for variable in container["env"]}
-    assert env["AUTH_DATABASE_URI"]["valueFrom"]["secretKeyRef"] == {"name": "mlflow-database", "key": "auth-uri"}
+    assert env["AUTH_DATABASE_URI"]["valueFrom"]["secretKeyRef"] == {
+        "name": "mlflow-database",
+        "key": "auth-uri",
+    }
     served = {variable["name"] for variable in pod["containers"][0]["env"]}
     assert served >= {
         "MLFLOW_AUTH_CONFIG_PATH",
@@ -111,14 +136,26 @@ def test_passwords_have_a_database_of_their_own(tmp_path: Path) -> None:
 
     uri = f"sqlite:///{tmp_path}/auth%40.db"
     python, *script = container["command"]
-    stub = tmp_path / "mlflow"  # what it calls, recorded: MLflow itself takes seconds to import
+    stub = tmp_path / "mlflow"  # records its calls: importing MLflow takes seconds
     (stub / "server" / "auth").mkdir(parents=True)
     for package in (stub, stub / "server", stub / "server" / "auth"):
         (package / "__init__.py").touch()
     (stub / "server" / "auth" / "__main__.py").write_text("import sys; print(*sys.argv[1:])")
-    set_by_chart = {name: variable["value"] for name, variable in env.items() if "value" in variable}
-    given = {"AUTH_DATABASE_URI": uri, "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "basic_auth.ini"), "PYTHONPATH": str(tmp_path)}
-    ran = subprocess.run([sys.executable, *script], env=set_by_chart | given, capture_output=True, text=True, check=True)
+    set_by_chart = {
+        name: variable["value"] for name, variable in env.items() if "value" in variable
+    }
+    given = {
+        "AUTH_DATABASE_URI": uri,
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "basic_auth.ini"),
+        "PYTHONPATH": str(tmp_path),
+    }
+    ran = subprocess.run(
+        [sys.executable, *script],
+        env=set_by_chart | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert python == "python"
     assert ran.stdout.split() == ["db", "upgrade", "--url", uri]
     read = configparser.ConfigParser()
@@ -129,7 +166,7 @@ def test_passwords_have_a_database_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_the_chart_s_own_command_line_serves_its_names_and_no_others(tmp_path: Path) -> None:
+def test_the_chart_s_command_line_serves_its_names_and_no_others(tmp_path: Path) -> None:
     documents = render({"mlflow": {"workers": 1}})
     pod = server(documents)
     with socket.socket() as free:
@@ -137,7 +174,11 @@ def test_the_chart_s_own_command_line_serves_its_names_and_no_others(tmp_path: P
         port = free.getsockname()[1]
 
     def adapted(text: str) -> str:
-        return text.replace("/mlflow/", f"{tmp_path}/").replace("--port=5000", f"--port={port}").replace("0.0.0.0", "127.0.0.1")
+        return (
+            text.replace("/mlflow/", f"{tmp_path}/")
+            .replace("--port=5000", f"--port={port}")
+            .replace("0.0.0.0", "127.0.0.1")
+        )
 
     def status(host: str, path: str = "/api/2.0/mlflow/experiments/search?max_results=1") -> int:
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host})
@@ -156,9 +197,20 @@ def test_the_chart_s_own_command_line_serves_its_names_and_no_others(tmp_path: P
     env = {variable["name"]: adapted(variable["value"]) for variable in pod["containers"][0]["env"]}
     environment = {**os.environ, **env, "HOME": str(tmp_path)}
     mlflow = str(Path(sys.executable).parent / "mlflow")
-    command = [mlflow, *pod["containers"][0]["command"][1:], *map(adapted, pod["containers"][0]["args"])]
+    command = [
+        mlflow,
+        *pod["containers"][0]["command"][1:],
+        *map(adapted, pod["containers"][0]["args"]),
+    ]
     log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 150
     try:
         while not healthy():
@@ -168,7 +220,9 @@ def test_the_chart_s_own_command_line_serves_its_names_and_no_others(tmp_path: P
         answers = {host: status(host) for host in [*service_names(documents), "localhost:8080"]}
         assert set(answers.values()) == {200}, answers
         assert status("evil.example.com") == 403
-        helm_test = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0]["command"]
+        helm_test = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0][
+            "command"
+        ]
         subprocess.run([sys.executable, *helm_test[1:], f"http://127.0.0.1:{port}"], check=True)
         assert (tmp_path / "mlflow.db").is_file(), "the database is not where the claim is mounted"
     finally:
@@ -177,10 +231,20 @@ def test_the_chart_s_own_command_line_serves_its_names_and_no_others(tmp_path: P
         log.close()
 
 
-def test_mlflow_is_closed_to_other_namespaces_but_those_named() -> None:
+def test_mlflow_is_closed_to_namespaces_that_are_not_named() -> None:
     policy = of_kind(installed("ingress-tls-auth"), "NetworkPolicy")[0]["spec"]
-    labels = of_kind(installed("ingress-tls-auth"), "Deployment")[0]["spec"]["template"]["metadata"]["labels"]
-    assert policy["podSelector"]["matchLabels"].items() <= labels.items(), "the policy selects no pod"
-    assert [list(peer) for peer in policy["ingress"][0]["from"]] == [["podSelector"], ["namespaceSelector"]]
-    assert of_kind(installed("postgres-s3"), "NetworkPolicy")[0]["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    labels = of_kind(installed("ingress-tls-auth"), "Deployment")[0]["spec"]["template"][
+        "metadata"
+    ]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items(), (
+        "the policy selects no pod"
+    )
+    assert [list(peer) for peer in policy["ingress"][0]["from"]] == [
+        ["podSelector"],
+        ["namespaceSelector"],
+    ]
+    assert of_kind(installed("postgres-s3"), "NetworkPolicy")[0]["spec"]["policyTypes"] == [
+        "Ingress",
+        "Egress",
+    ]
     assert not of_kind(render({"networkPolicy": {"enabled": False}}), "NetworkPolicy")

@@ -1,4 +1,4 @@
-"""The chart's values: bad ones are refused with a reason, good ones are explained."""
+"""The chart's values: invalid ones are rejected with a reason, all are documented."""
 
 from __future__ import annotations
 
@@ -30,35 +30,88 @@ def chart() -> helm_python.Chart:
             "1 while one node alone mounts the artifacts",
         ),
         (
-            {"mlflow": {"replicas": 2, "auth": {"enabled": True, "existingSecret": {"name": "auth"}}}},
+            {
+                "mlflow": {
+                    "replicas": 2,
+                    "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
+                }
+            },
             "/mlflow/replicas",
             "1 while users are in SQLite",
         ),
-        ({"mlflow": {"auth": {"enabled": True}}}, "/mlflow/auth/existingSecret/name", "since mlflow.auth.enabled is true"),
-        ({"mlflow": {"artifacts": {"destination": "/data"}}}, "/mlflow/artifacts/destination", "does not match"),
+        (
+            {"mlflow": {"auth": {"enabled": True}}},
+            "/mlflow/auth/existingSecret/name",
+            "since mlflow.auth.enabled is true",
+        ),
+        (
+            {"mlflow": {"artifacts": {"destination": "/data"}}},
+            "/mlflow/artifacts/destination",
+            "does not match",
+        ),
         (
             {"mlflow": {"artifacts": {"s3": {"existingSecret": {"name": "s3"}}}}},
             "/mlflow/artifacts/destination",
             "an s3:// address, since mlflow.artifacts.s3.existingSecret.name is set",
         ),
         ({"mlflow": {"service": {"port": 70000}}}, "/mlflow/service/port", "65,535"),
-        ({"mlflow": {"persistence": {"accessMode": "RWO"}}}, "/mlflow/persistence/accessMode", "'ReadWriteOnce'"),
-        ({"mlflow": {"persistence": {"size": "20 GB"}}}, "/mlflow/persistence/size", "does not match"),
-        ({"images": {"trainer": {"digest": "sha256:abc"}}}, "/images/trainer/digest", "does not match"),
+        (
+            {"mlflow": {"persistence": {"accessMode": "RWO"}}},
+            "/mlflow/persistence/accessMode",
+            "'ReadWriteOnce'",
+        ),
+        (
+            {"mlflow": {"persistence": {"size": "20 GB"}}},
+            "/mlflow/persistence/size",
+            "does not match",
+        ),
+        (
+            {"images": {"trainer": {"digest": "sha256:abc"}}},
+            "/images/trainer/digest",
+            "does not match",
+        ),
         ({"images": {"pullPolicy": "Sometimes"}}, "/images/pullPolicy", "'IfNotPresent'"),
-        ({"images": {"pullSecrets": [{"name": "x"}]}}, "/images/pullSecrets/0", "got object, want string"),
+        (
+            {"images": {"pullSecrets": [{"name": "x"}]}},
+            "/images/pullSecrets/0",
+            "got object, want string",
+        ),
         ({"podSecurity": {"runAsUser": 0}}, "/podSecurity/runAsUser", "minimum"),
-        ({"ingress": {"tls": [{"secretName": "tls", "hosts": ["a.b"]}]}}, "/ingress/hosts", "since ingress.tls is set"),
+        (
+            {"ingress": {"tls": [{"secretName": "tls", "hosts": ["a.b"]}]}},
+            "/ingress/hosts",
+            "since ingress.tls is set",
+        ),
         ({"ingress": {"enabled": True}}, "/ingress/hosts", "since ingress.enabled is true"),
-        ({"ingress": {"enabled": True, "hosts": ["a.b"]}}, "/networkPolicy/from", "pods of the ingress controller"),
+        (
+            {"ingress": {"enabled": True, "hosts": ["a.b"]}},
+            "/networkPolicy/from",
+            "pods of the ingress controller",
+        ),
         ({"ingress": {"hosts": ["https://a.b"]}}, "/ingress/hosts/0", "does not match"),
-        ({"training": {"backend": "mpijob"}}, "/training/backend", "'pytorchjob', 'trainjob', 'local'"),
-        ({"training": {"backend": "local", "nodes": 2}}, "/training/nodes", "1, since training.backend is local"),
+        (
+            {"training": {"backend": "mpijob"}},
+            "/training/backend",
+            "'pytorchjob', 'trainjob', 'local'",
+        ),
+        (
+            {"training": {"backend": "local", "nodes": 2}},
+            "/training/nodes",
+            "1, since training.backend is local",
+        ),
         ({"training": {"nodes": "two"}}, "/training/nodes", "got string, want integer"),
         ({"training": {"env": {"PET_NNODES": "2"}}}, "/training/env/PET_NNODES", "torchrun set it"),
         ({"training": {"env": {"NCCL_DEBUG": 1}}}, "/training/env/NCCL_DEBUG", "want string"),
-        ({"training": {"env": {"HF_TOKEN": "hf_x"}}}, "/training/env/HF_TOKEN", "name a secret in training.secretEnv"),
-        ({"training": {"secretEnv": {"TOKEN": {"secret": "a"}}}}, "/training/secretEnv/TOKEN", "missing property 'key'"),
+        (
+            {"training": {"env": {"HF_TOKEN": "hf_x"}}},
+            "/training/env/HF_TOKEN",
+            "name a secret in training.secretEnv",
+        ),
+        (
+            {"training": {"secretEnv": {"TOKEN": {"secret": "a"}}}},
+            "/training/secretEnv/TOKEN",
+            "missing property 'key'",
+        ),
         ({"training": {"rdmaResource": "ib"}}, "/training/rdmaResource", "does not match"),
         (
             {"training": {"nodes": 2}, "workspace": {"accessMode": "ReadWriteOnce"}},
@@ -69,36 +122,52 @@ def chart() -> helm_python.Chart:
         ({"pipeline": {"host": "ml-pipeline:8888"}}, "/pipeline/host", "does not match"),
     ],
 )
-def test_bad_values_are_refused_with_the_place_and_the_reason(
+def test_invalid_values_are_rejected_with_the_key_and_the_reason(
     chart: helm_python.Chart, values: dict[str, Any], where: str, why: str
 ) -> None:
     with pytest.raises(helm_python.HelmValuesError) as refused:
         chart.render(values, name="canvastune", namespace="team-a")
-    lines = [line for line in str(refused.value).splitlines() if f"at '{where}'" in line and why in line]
+    lines = [
+        line for line in str(refused.value).splitlines() if f"at '{where}'" in line and why in line
+    ]
     assert lines, f"expected a line with {where!r} and {why!r}, found: {refused.value}"
 
 
-def test_schema_knows_exactly_the_values_that_there_are(chart: helm_python.Chart) -> None:
+def test_the_schema_has_exactly_the_keys_of_the_values(chart: helm_python.Chart) -> None:
     def keys(node: dict[str, Any]) -> dict[str, Any]:
-        properties = (definitions[node["$ref"].split("/")[-1]] if "$ref" in node else node).get("properties")
+        properties = (definitions[node["$ref"].split("/")[-1]] if "$ref" in node else node).get(
+            "properties"
+        )
         return {key: keys(child) for key, child in properties.items()} if properties else {}
 
     def missing(values: Any, schema: dict[str, Any], path: str = "") -> list[str]:
-        unknown = [path + key for key in schema if not isinstance(values, dict) or key not in values]
+        unknown = [
+            path + key for key in schema if not isinstance(values, dict) or key not in values
+        ]
         return unknown + [
-            name for key in schema if isinstance(values, dict) for name in missing(values.get(key), schema[key], f"{path}{key}.")
+            name
+            for key in schema
+            if isinstance(values, dict)
+            for name in missing(values.get(key), schema[key], f"{path}{key}.")
         ]
 
     schema = chart.schema
     assert schema is not None
     definitions = schema["$defs"]
-    chart.validate_schema({})  # and the other way round: values.yaml has no key that the schema refuses
-    resources = {f"{where}.resources.{key}" for where in ("mlflow", "pipeline.upload") for key in ("requests", "limits")}
+    chart.validate_schema({})  # conversely: the schema accepts every key of values.yaml
+    resources = {
+        f"{where}.resources.{key}"
+        for where in ("mlflow", "pipeline.upload")
+        for key in ("requests", "limits")
+    }
     assert set(missing(chart.values, keys(schema))) - resources == {"global"}
 
 
-def test_every_value_is_explained_and_the_readme_says_the_same() -> None:
-    values, readme = (CHART / "values.yaml").read_text(encoding="utf-8"), (CHART / "README.md").read_text(encoding="utf-8")
+def test_every_value_is_documented_and_the_readme_has_the_same_table() -> None:
+    values, readme = (
+        (CHART / "values.yaml").read_text(encoding="utf-8"),
+        (CHART / "README.md").read_text(encoding="utf-8"),
+    )
     assert len(list(documented_values(values))) > 80
     assert readme == with_table(readme, values_table(values)), "run python -m tools.chart_table"
 
@@ -107,5 +176,7 @@ def test_packaged_chart_renders_the_same(tmp_path: Path) -> None:
     shutil.copytree(CHART, tmp_path / "canvastune")
     archive = helm_python.package(tmp_path / "canvastune", destination=tmp_path)
     with helm_python.Chart.load(archive) as packaged:
-        assert packaged.render({}, name="canvastune", namespace="team-a") == texts({}), "a file that templates read is left out"
+        assert packaged.render({}, name="canvastune", namespace="team-a") == texts({}), (
+            "the package lacks a file that templates read"
+        )
         assert not [each["name"] for each in packaged.files if each["name"].startswith("ci/")]

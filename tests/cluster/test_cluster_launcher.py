@@ -155,7 +155,7 @@ def test_a_lost_response_to_the_creation_makes_no_second_job(cluster: Cluster) -
     create = cluster.api.on_create
 
     def created_without_a_response(*arguments: Any) -> Any:
-        cluster.api.lose_answer, cluster.api.on_create = 1, create  # type: ignore[method-assign]
+        cluster.api.lose_response, cluster.api.on_create = 1, create  # type: ignore[method-assign]
         return create(*arguments)
 
     cluster.api.on_create = created_without_a_response  # type: ignore[method-assign,assignment]

@@ -1,4 +1,4 @@
-"""The stand-ins for a cluster's refusals refuse: what passes them means something."""
+"""The rules of tests/support/cluster_rules.py reject what a cluster would reject."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ spec:
 
 
 def changed(text: str, path: str, value: Any) -> dict[str, Any]:
-    """The document with one thing changed; None takes it away."""
+    """Return the document with one value changed; None removes it."""
     document: dict[str, Any] = yaml.safe_load(text)
     *branches, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     node: Any = document
@@ -113,7 +113,7 @@ def test_good_documents_pass() -> None:
         ("initContainers", [{"name": "setup", "image": "busybox"}]),
     ],
 )
-def test_pod_that_restricted_refuses_is_found(path: str, value: Any) -> None:
+def test_a_pod_that_restricted_rejects_is_found(path: str, value: Any) -> None:
     assert pod_security_problems(changed(POD, path, value)), f"{path} = {value} went through"
 
 
@@ -127,7 +127,10 @@ def test_pod_that_restricted_refuses_is_found(path: str, value: Any) -> None:
         ("spec/pytorchReplicaSpecs/Master/replicas", 2),
         ("spec/pytorchReplicaSpecs/Master/replicas", None),
         ("spec/pytorchReplicaSpecs/Worker/replicas", 0),
-        ("spec/pytorchReplicaSpecs/Chief", {"template": {"spec": {"containers": [{"name": "pytorch", "image": "x"}]}}}),
+        (
+            "spec/pytorchReplicaSpecs/Chief",
+            {"template": {"spec": {"containers": [{"name": "pytorch", "image": "x"}]}}},
+        ),
         ("spec/pytorchReplicaSpecs/Master/template/spec/containers/0/name", "trainer"),
         ("spec/pytorchReplicaSpecs/Master/template/spec/containers/0/image", ""),
         ("spec/pytorchReplicaSpecs", {}),
@@ -135,8 +138,10 @@ def test_pod_that_restricted_refuses_is_found(path: str, value: Any) -> None:
         ("spec/runPolicy", {"managedBy": "me"}),
     ],
 )
-def test_pytorchjob_that_the_webhook_refuses_is_found(path: str, value: Any) -> None:
-    assert pytorchjob_webhook_problems(changed(PYTORCHJOB, path, value)), f"{path} = {value} went through"
+def test_a_pytorchjob_that_the_webhook_rejects_is_found(path: str, value: Any) -> None:
+    assert pytorchjob_webhook_problems(changed(PYTORCHJOB, path, value)), (
+        f"{path} = {value} went through"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,16 +153,24 @@ def test_pytorchjob_that_the_webhook_refuses_is_found(path: str, value: Any) -> 
         ("spec/trainer/numProcPerNode", "8"),
         ("spec/trainer/env", [{"name": "PET_NNODES", "value": "2"}]),
         ("spec/runtimePatches/0/manager", "launcher"),
-        ("spec/runtimePatches/0/trainingRuntimeSpec/template/spec/replicatedJobs/0/name", "trainer"),
-        ("spec/runtimePatches/0/trainingRuntimeSpec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/name", "x"),
+        (
+            "spec/runtimePatches/0/trainingRuntimeSpec/template/spec/replicatedJobs/0/name",
+            "trainer",
+        ),
+        (
+            "spec/runtimePatches/0/trainingRuntimeSpec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/name",
+            "x",
+        ),
         (
             "spec/runtimePatches/0/trainingRuntimeSpec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/env",
             [{"name": "A", "value": "b"}],
         ),
     ],
 )
-def test_trainjob_that_the_webhook_refuses_is_found(path: str, value: Any) -> None:
-    assert trainjob_problems(changed(TRAINJOB, path, value), yaml.safe_load(RUNTIME)), f"{path} = {value} went through"
+def test_a_trainjob_that_the_webhook_rejects_is_found(path: str, value: Any) -> None:
+    assert trainjob_problems(changed(TRAINJOB, path, value), yaml.safe_load(RUNTIME)), (
+        f"{path} = {value} went through"
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,10 +178,13 @@ def test_trainjob_that_the_webhook_refuses_is_found(path: str, value: Any) -> No
     [
         ("spec/template/spec/replicatedJobs/0/replicas", 2),
         ("spec/template/spec/replicatedJobs/0/template/metadata/labels", {}),
-        ("spec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/name", "trainer"),
+        (
+            "spec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0/name",
+            "trainer",
+        ),
     ],
 )
-def test_runtime_that_the_webhook_refuses_is_found(path: str, value: Any) -> None:
+def test_a_runtime_that_the_webhook_rejects_is_found(path: str, value: Any) -> None:
     assert trainingruntime_problems(changed(RUNTIME, path, value)), f"{path} = {value} went through"
 
 
@@ -178,8 +194,16 @@ def test_runtime_that_the_webhook_refuses_is_found(path: str, value: Any) -> Non
     [
         ("spec/nprocPerNode", 8, "spec.nprocPerNode"),
         ("spec/runPolicy", {"ttl": 5}, "spec.runPolicy"),
-        ("spec/pytorchReplicaSpecs/Master/restartPolicy", 1, "spec.pytorchReplicaSpecs.Master.restartPolicy"),
-        ("spec/pytorchReplicaSpecs/Master/template/spec/containers/0/imagePullPolice", "Always", "containers[0]"),
+        (
+            "spec/pytorchReplicaSpecs/Master/restartPolicy",
+            1,
+            "spec.pytorchReplicaSpecs.Master.restartPolicy",
+        ),
+        (
+            "spec/pytorchReplicaSpecs/Master/template/spec/containers/0/imagePullPolice",
+            "Always",
+            "containers[0]",
+        ),
         ("apiVersion", "kubeflow.org/v2", "apiVersion"),
         ("kind", "TFJob", "kind"),
     ],
@@ -191,9 +215,12 @@ def test_crd_finds_wrong_types_and_unknown_fields(path: str, value: Any, where: 
 
 
 @needs_crds
-def test_crds_take_what_the_operators_ship() -> None:
+def test_crds_accept_what_the_operators_ship() -> None:
     runtime = yaml.safe_load((CRDS / "runtime_torch_distributed.v2.3.0.yaml").read_text())
-    assert crd_problems(runtime, CRDS / "trainer.kubeflow.org_clustertrainingruntimes.v2.3.0.yaml") == []
+    assert (
+        crd_problems(runtime, CRDS / "trainer.kubeflow.org_clustertrainingruntimes.v2.3.0.yaml")
+        == []
+    )
     assert trainingruntime_problems(runtime) == []
     assert crd_problems(yaml.safe_load(TRAINJOB), TRAINJOB_CRD) == []
     gone = copy.deepcopy(yaml.safe_load(TRAINJOB))

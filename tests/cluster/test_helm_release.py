@@ -18,8 +18,11 @@ from tools.chart_table import CHART
 
 NAME = "canvastune"
 CLAIMS = {"canvastune-mlflow", "canvastune-workspace"}
-SECRETS = {  # those that the files in ci/ name, with keys and passwords of their own
-    "mlflow-database": {"uri": "postgresql://mlflow:pass-1@db/mlflow", "auth-uri": "postgresql://mlflow:pass-2@db/users"},
+SECRETS = {  # those that the files in ci/ name, with their keys and passwords
+    "mlflow-database": {
+        "uri": "postgresql://mlflow:pass-1@db/mlflow",
+        "auth-uri": "postgresql://mlflow:pass-2@db/users",
+    },
     "mlflow-auth": {"password": "pass-3", "secret-key": "pass-4"},
     "mlflow-s3": {"AWS_ACCESS_KEY_ID": "pass-5", "AWS_SECRET_ACCESS_KEY": "pass-6"},
     "canvastune-credentials": {"HF_TOKEN": "pass-7"},
@@ -28,17 +31,35 @@ SECRETS = {  # those that the files in ci/ name, with keys and passwords of thei
 
 @pytest.fixture
 def api() -> Iterator[FakeApiServer]:
-    """An API server with the secrets, whose test fails where a secret was touched, one was made, or a claim was deleted or replaced."""
+    """Yield an API server with the secrets; fail if a secret was changed or created, or a claim lost."""
     with FakeApiServer() as server:
         server.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         for name, content in SECRETS.items():
-            data = {key: base64.b64encode(value.encode()).decode() for key, value in content.items()}
-            server.put({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "Opaque", "data": data})
+            data = {
+                key: base64.b64encode(value.encode()).decode() for key, value in content.items()
+            }
+            server.put(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Secret",
+                    "metadata": {"name": name},
+                    "type": "Opaque",
+                    "data": data,
+                }
+            )
         before = server.all("Secret")
         yield server
-        after = {name: secret for name, secret in server.all("Secret").items() if secret["type"] != "helm.sh/release.v1"}
+        after = {
+            name: secret
+            for name, secret in server.all("Secret").items()
+            if secret["type"] != "helm.sh/release.v1"
+        }
         assert after == before, "a secret changed, or one was made"
-        assert [call for call in server.calls if call.kind == "PersistentVolumeClaim" and call.verb in ("delete", "update")] == []
+        assert [
+            call
+            for call in server.calls
+            if call.kind == "PersistentVolumeClaim" and call.verb in ("delete", "update")
+        ] == []
 
 
 @pytest.fixture
@@ -47,7 +68,9 @@ def helm(api: FakeApiServer) -> Iterator[helm_python.Config]:
         yield config
 
 
-def install(helm: helm_python.Config, values: dict[str, Any] | None = None, **how: Any) -> dict[str, Any]:
+def install(
+    helm: helm_python.Config, values: dict[str, Any] | None = None, **how: Any
+) -> dict[str, Any]:
     return helm.install(CHART, NAME, values or {}, namespace=NAMESPACE, timeout=20, **how)
 
 
@@ -56,37 +79,46 @@ def upgrade(helm: helm_python.Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_objects(api: FakeApiServer) -> set[str]:
-    """All but secrets."""
+    """Return all objects but secrets."""
     return {name for name in api.names() if not name.startswith("Secret/")}
 
 
 def claims(api: FakeApiServer) -> dict[str, tuple[str, Any]]:
-    """Identity and specification of each claim."""
-    return {name: (claim["metadata"]["uid"], claim["spec"]) for name, claim in api.all("PersistentVolumeClaim").items()}
+    """Return identity and spec of each claim."""
+    return {
+        name: (claim["metadata"]["uid"], claim["spec"])
+        for name, claim in api.all("PersistentVolumeClaim").items()
+    }
 
 
 def server(api: FakeApiServer) -> dict[str, Any]:
-    """MLflow's Deployment, as it stands in the cluster."""
+    """Return MLflow's Deployment in the cluster."""
     return api.all("Deployment")["canvastune-mlflow"]["spec"]
 
 
 def states(helm: helm_python.Config) -> list[str]:
-    """Of every revision."""
+    """Return the status of every revision."""
     return [revision["status"] for revision in helm.history(NAME)]
 
 
 def as_if_by_helm_3(api: FakeApiServer) -> None:
-    """Helm 3 wrote no method of applying into its records: Helm 4 then goes on with patches made on the client's side, as Helm 3 does."""
+    """Remove the apply method from the records, as Helm 3 wrote them: Helm 4 then patches client-side."""
     for record in api.all("Secret").values():
         if record["type"] == "helm.sh/release.v1":
-            release = json.loads(gzip.decompress(base64.b64decode(base64.b64decode(record["data"]["release"]))))
+            release = json.loads(
+                gzip.decompress(base64.b64decode(base64.b64decode(record["data"]["release"])))
+            )
             assert release.pop("apply_method", "ssa") == "ssa"
-            packed = base64.b64encode(base64.b64encode(gzip.compress(json.dumps(release).encode()))).decode()
+            packed = base64.b64encode(
+                base64.b64encode(gzip.compress(json.dumps(release).encode()))
+            ).decode()
             api.put(record | {"data": {"release": packed}})
 
 
 @every_ci_file
-def test_every_object_gets_to_the_cluster(ci: str, api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_every_object_reaches_the_cluster(
+    ci: str, api: FakeApiServer, helm: helm_python.Config
+) -> None:
     release = install(helm, ci_values(ci))
     ours = {
         f"{one['kind']}/{one['metadata']['name']}"
@@ -96,19 +128,29 @@ def test_every_object_gets_to_the_cluster(ci: str, api: FakeApiServer, helm: hel
     assert own_objects(api) == ours
     assert release["status"] == "deployed"
     everything = json.dumps([api.all(name.split("/")[0]) for name in ours]) + release["manifest"]
-    assert [key for content in SECRETS.values() for key, value in content.items() if value in everything] == []
+    assert [
+        key for content in SECRETS.values() for key, value in content.items() if value in everything
+    ] == []
 
 
-def test_an_install_that_waits_ends_with_a_server_an_upload_and_the_next_steps(api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_an_install_that_waits_ends_with_a_server_an_upload_and_the_next_steps(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
     release = install(helm, wait="watcher")
     assert api.all("Job")["canvastune-upload"]["status"]["succeeded"] == 1
     assert server(api)["strategy"] == {"type": "Recreate"}
     assert api.all("PersistentVolumeClaim").keys() == CLAIMS
-    for command in ("helm test canvastune -n team-a", "kubectl port-forward -n team-a service/canvastune-mlflow", "canvastune submit"):
+    for command in (
+        "helm test canvastune -n team-a",
+        "kubectl port-forward -n team-a service/canvastune-mlflow",
+        "canvastune submit",
+    ):
         assert command in release["notes"]
 
 
-def test_helm_test_asks_the_server_and_the_permissions(api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_helm_test_checks_the_server_and_the_permissions(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
     install(helm)
     logs = helm.test(NAME, timeout=20, logs=True)["logs"]
     assert "canvastune-test-mlflow has spoken" in logs
@@ -125,13 +167,21 @@ def test_an_upgrade_and_its_rollback_change_the_server_and_nothing_that_is_kept(
     install(helm)
     if by_helm == 3:
         as_if_by_helm_3(api)
-    kept, first_upload, first_server = claims(api), api.all("Job")["canvastune-upload"]["metadata"]["uid"], copy.deepcopy(server(api))
+    kept, first_upload, first_server = (
+        claims(api),
+        api.all("Job")["canvastune-upload"]["metadata"]["uid"],
+        copy.deepcopy(server(api)),
+    )
     resources = {"requests": {"cpu": "2", "memory": "3Gi"}, "limits": {"memory": "6Gi"}}
     upgrade(helm, {"images": {"mlflow": {"tag": "9.9"}}, "mlflow": {"resources": resources}})
     pod = server(api)["template"]["spec"]
-    assert {container["image"] for container in [*pod["initContainers"], *pod["containers"]]} == {"canvastune/mlflow:9.9"}
+    assert {container["image"] for container in [*pod["initContainers"], *pod["containers"]]} == {
+        "canvastune/mlflow:9.9"
+    }
     assert pod["containers"][0]["resources"] == resources
-    assert api.all("Job")["canvastune-upload"]["metadata"]["uid"] != first_upload, "the new version was not uploaded"
+    assert api.all("Job")["canvastune-upload"]["metadata"]["uid"] != first_upload, (
+        "the new version was not uploaded"
+    )
     helm.rollback(NAME, timeout=20)
     assert server(api) == first_server
     assert claims(api) == kept
@@ -142,13 +192,18 @@ def test_an_upgrade_and_its_rollback_change_the_server_and_nothing_that_is_kept(
 
 @pytest.mark.parametrize("by_helm", [3, 4])
 @pytest.mark.parametrize("back", ["upgrade", "rollback"])
-def test_the_database_can_move_to_postgresql_and_back(by_helm: int, back: str, api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_the_database_can_move_to_postgresql_and_back(
+    by_helm: int, back: str, api: FakeApiServer, helm: helm_python.Config
+) -> None:
     install(helm)
     if by_helm == 3:
         as_if_by_helm_3(api)
     kept, first_server = claims(api), copy.deepcopy(server(api))
     upgrade(helm, ci_values("postgres-s3"))
-    assert server(api)["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"}}
+    assert server(api)["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"},
+    }
     assert [volume["name"] for volume in server(api)["template"]["spec"]["volumes"]] == ["tmp"]
     assert claims(api) == kept, "the claims with the old database and the models are gone"
     if back == "upgrade":
@@ -160,7 +215,9 @@ def test_the_database_can_move_to_postgresql_and_back(by_helm: int, back: str, a
     assert states(helm)[-1] == "deployed"
 
 
-def test_a_release_that_began_with_postgresql_can_move_to_sqlite(api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_a_release_that_started_with_postgresql_can_move_to_sqlite(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
     install(helm, ci_values("postgres-s3"))
     assert claims(api) == {}
     upgrade(helm, {})
@@ -168,13 +225,19 @@ def test_a_release_that_began_with_postgresql_can_move_to_sqlite(api: FakeApiSer
     assert claims(api).keys() == CLAIMS
 
 
-def test_a_failed_upload_is_reported_and_the_next_upgrade_tries_again(api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_a_failed_upload_is_reported_and_the_next_upgrade_retries(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
     install(helm)
     kept = claims(api)
     api.failing.add("canvastune-upload")
-    with pytest.raises(helm_python.HelmReleaseError, match=r"post-upgrade hooks failed.*canvastune-upload"):
+    with pytest.raises(
+        helm_python.HelmReleaseError, match=r"post-upgrade hooks failed.*canvastune-upload"
+    ):
         upgrade(helm, {"images": {"mlflow": {"tag": "9.9"}}})
-    assert api.all("Job")["canvastune-upload"]["status"]["failed"] == 1, "the job is gone, and its log with it"
+    assert api.all("Job")["canvastune-upload"]["status"]["failed"] == 1, (
+        "the job is gone, and its log with it"
+    )
     assert states(helm)[-1] == "failed"
     api.failing.clear()
     upgrade(helm, {"images": {"mlflow": {"tag": "9.9"}}})
@@ -182,12 +245,17 @@ def test_a_failed_upload_is_reported_and_the_next_upgrade_tries_again(api: FakeA
     assert claims(api) == kept
 
 
-def test_an_uninstall_keeps_the_claims_and_a_new_install_takes_them_up(api: FakeApiServer, helm: helm_python.Config) -> None:
+def test_an_uninstall_keeps_the_claims_and_a_new_install_reuses_them(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
     install(helm)
     kept = claims(api)
     told = helm.uninstall(NAME, timeout=20)["info"]
     assert all(f"[PersistentVolumeClaim] {name}" in told for name in CLAIMS)
-    assert own_objects(api) == {"Job/canvastune-upload", *(f"PersistentVolumeClaim/{name}" for name in CLAIMS)}
+    assert own_objects(api) == {
+        "Job/canvastune-upload",
+        *(f"PersistentVolumeClaim/{name}" for name in CLAIMS),
+    }
     assert api.all("Secret").keys() == SECRETS.keys()
     install(helm)
     assert claims(api) == kept
@@ -196,12 +264,21 @@ def test_an_uninstall_keeps_the_claims_and_a_new_install_takes_them_up(api: Fake
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"workspace": {"accessMode": "ReadWriteOnce"}}, r'PersistentVolumeClaim "canvastune-workspace" is invalid: spec: Forbidden'),
-        ({"mlflow": {"persistence": {"storageClass": "fast"}}}, r'PersistentVolumeClaim "canvastune-mlflow" is invalid: spec: Forbidden'),
-        ({"nameOverride": "other", "fullnameOverride": "canvastune"}, r"spec.selector: Invalid value: field is immutable"),
+        (
+            {"workspace": {"accessMode": "ReadWriteOnce"}},
+            r'PersistentVolumeClaim "canvastune-workspace" is invalid: spec: Forbidden',
+        ),
+        (
+            {"mlflow": {"persistence": {"storageClass": "fast"}}},
+            r'PersistentVolumeClaim "canvastune-mlflow" is invalid: spec: Forbidden',
+        ),
+        (
+            {"nameOverride": "other", "fullnameOverride": "canvastune"},
+            r"spec.selector: Invalid value: field is immutable",
+        ),
     ],
 )
-def test_what_cannot_change_is_refused_and_a_rollback_mends_it(
+def test_an_immutable_change_is_rejected_and_a_rollback_fixes_it(
     values: dict[str, Any], words: str, api: FakeApiServer, helm: helm_python.Config
 ) -> None:
     install(helm)
@@ -217,4 +294,6 @@ def test_what_cannot_change_is_refused_and_a_rollback_mends_it(
 def test_a_claim_can_grow(api: FakeApiServer, helm: helm_python.Config) -> None:
     install(helm)
     upgrade(helm, {"workspace": {"size": "1Ti"}})
-    assert api.all("PersistentVolumeClaim")["canvastune-workspace"]["spec"]["resources"] == {"requests": {"storage": "1Ti"}}
+    assert api.all("PersistentVolumeClaim")["canvastune-workspace"]["spec"]["resources"] == {
+        "requests": {"storage": "1Ti"}
+    }

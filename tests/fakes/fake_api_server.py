@@ -1,6 +1,7 @@
-"""A loopback stand-in for a Kubernetes API server as real Helm meets it: discovery, objects of every kind in the chart, watches.
+"""A fake Kubernetes API server for real Helm: discovery, objects of the chart's kinds, watches.
 
-It fills in what the API server fills in, knows who applied which field, and refuses (422) what may not change. Jobs and pods end at once.
+It sets the API server's defaults, tracks which manager applied which field, and rejects (422)
+changes of immutable fields. Jobs and pods end immediately.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from tests.support.object_merging import apply, merge
 
 NAMESPACE = "team-a"
 _KINDS = {  # by group and version
-    "v1": ["Namespace", "ConfigMap", "Event", "PersistentVolumeClaim", "Pod", "Secret", "ServiceAccount", "Service"],
+    "v1": [
+        "Namespace",
+        "ConfigMap",
+        "Event",
+        "PersistentVolumeClaim",
+        "Pod",
+        "Secret",
+        "ServiceAccount",
+        "Service",
+    ],
     "apps/v1": ["Deployment", "ReplicaSet"],
     "batch/v1": ["Job"],
     "networking.k8s.io/v1": ["Ingress", "NetworkPolicy"],
@@ -30,14 +40,21 @@ _KINDS = {  # by group and version
     "argoproj.io/v1alpha1": ["Workflow"],
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
-_PLURALS = {kind: {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s") for kind in _ALL}
+_PLURALS = {
+    kind: {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s")
+    for kind in _ALL
+}
 _KIND_OF = {plural: kind for kind, plural in _PLURALS.items()}
-_FIXED = {"Deployment": "selector", "Job": "template", "Service": "clusterIP"}  # fields of the spec that never change
+_FIXED = {
+    "Deployment": "selector",
+    "Job": "template",
+    "Service": "clusterIP",
+}  # fields of the spec that never change
 _BEGAN = "2026-11-24T12:00:00Z"
 
 
 class Call(NamedTuple):
-    """A call that changed something, or tried to."""
+    """A call that changes something, or tries to."""
 
     verb: str
     kind: str
@@ -46,12 +63,19 @@ class Call(NamedTuple):
 
 
 class Refused(Exception):
-    """The API server's answer to a bad call."""
+    """The API server's response to a bad call."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
         self.code = code
-        self.status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": message}
+        self.status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "code": code,
+            "reason": reason,
+            "message": message,
+        }
 
 
 class _Target(NamedTuple):
@@ -64,8 +88,12 @@ class _Target(NamedTuple):
     @classmethod
     def of(cls, path: str) -> _Target:
         parts = path.strip("/").split("/")
-        version, rest = ("v1", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
-        namespace, rest = (rest[1], rest[2:]) if rest[:1] == ["namespaces"] and len(rest) > 2 else ("", rest)
+        version, rest = (
+            ("v1", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
+        )
+        namespace, rest = (
+            (rest[1], rest[2:]) if rest[:1] == ["namespaces"] and len(rest) > 2 else ("", rest)
+        )
         plural, name, sub = [*rest, "", "", ""][:3]
         if plural not in _KIND_OF:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
@@ -84,171 +112,263 @@ class FakeApiServer(ThreadingHTTPServer):
         self.namespace = namespace
         self.calls: list[Call] = []
         self.failing: set[str] = set()  # names of jobs and pods that fail
-        self._objects: dict[tuple[str, str, str], dict[str, Any]] = {}  # by kind, namespace and name
-        self._applied: dict[tuple[str, str], Any] = {}  # what a manager applied last, by uid and manager
+        self.objects: dict[tuple[str, str, str], dict[str, Any]] = {}  # by kind, namespace and name
+        self._applied: dict[
+            tuple[str, str], Any
+        ] = {}  # what a manager applied last, by uid and manager
         self._events: list[tuple[int, dict[str, Any]]] = []
         self._version = 0
-        self._changed = threading.Condition(threading.RLock())
+        self.changed = threading.Condition(threading.RLock())
         self._closed = False
 
     def __enter__(self) -> FakeApiServer:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
+        with self.changed:
             self._closed = True
-            self._changed.notify_all()
+            self.changed.notify_all()
         self.shutdown()
         self.server_close()
 
     @property
     def kubeconfig(self) -> str:
-        """For a client, as the content of its file."""
+        """Return a kubeconfig file's content."""
         cluster = {"name": "fake", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}
-        context = {"name": "fake", "context": {"cluster": "fake", "user": "", "namespace": self.namespace}}
-        return json.dumps({"kind": "Config", "clusters": [cluster], "contexts": [context], "current-context": "fake"})
+        context = {
+            "name": "fake",
+            "context": {"cluster": "fake", "user": "", "namespace": self.namespace},
+        }
+        return json.dumps(
+            {
+                "kind": "Config",
+                "clusters": [cluster],
+                "contexts": [context],
+                "current-context": "fake",
+            }
+        )
 
     # --- for tests
 
     def all(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Every object of a kind, by name."""
-        with self._changed:
-            return {name: copy.deepcopy(one) for (its, _, name), one in self._objects.items() if its == kind}
+        """Return every object of a kind, by name."""
+        with self.changed:
+            return {
+                name: copy.deepcopy(one)
+                for (its, _, name), one in self.objects.items()
+                if its == kind
+            }
 
     def names(self) -> set[str]:
-        """`Kind/name` of every object in the namespace."""
-        with self._changed:
-            return {f"{kind}/{name}" for kind, namespace, name in self._objects if namespace}
+        """Return `Kind/name` of every object in the namespace."""
+        with self.changed:
+            return {f"{kind}/{name}" for kind, namespace, name in self.objects if namespace}
 
     def put(self, body: Mapping[str, Any]) -> None:
-        """An object that somebody else made, or changed."""
+        """Store an object that another client created or changed."""
         namespace = "" if body["kind"] == "Namespace" else self.namespace
-        with self._changed:
-            self._store(_Target(body["apiVersion"], body["kind"], namespace, body["metadata"]["name"], ""), body)
+        with self.changed:
+            self._store(
+                _Target(body["apiVersion"], body["kind"], namespace, body["metadata"]["name"], ""),
+                body,
+            )
 
     # --- the API
 
-    def answer(self, method: str, url: str, content_type: str, data: bytes, account: str = "") -> tuple[int, Any]:
-        """Status and content of an answer; `account` is the service account that asks, "" an administrator."""
+    def answer(
+        self, method: str, url: str, content_type: str, data: bytes, account: str = ""
+    ) -> tuple[int, Any]:
+        """Return status and content of a response; `account` is the calling service account, "" an
+        admin.
+        """
         path, _, query = url.partition("?")
         if (found := _discovery(path)) is not None:
             return 200, found
         target, given = _Target.of(path), dict(urllib.parse.parse_qsl(query))
-        with self._changed:
+        with self.changed:
             if method == "GET":
                 return 200, self._read(target, given)
             patch = "apply" if "apply-patch" in content_type else "patch"
             verb = {"POST": "create", "PUT": "update", "PATCH": patch, "DELETE": "delete"}[method]
-            body = {} if verb == "delete" else _secret(data) if "protobuf" in content_type else json.loads(data)
+            body = (
+                {}
+                if verb == "delete"
+                else _secret(data)
+                if "protobuf" in content_type
+                else json.loads(data)
+            )
             target = target._replace(name=target.name or body["metadata"]["name"])
             try:
-                code, made = self._change(verb, target, body, content_type, given.get("fieldManager", ""))
+                code, made = self._change(
+                    verb, target, body, content_type, given.get("fieldManager", "")
+                )
             except Refused as refusal:
                 code, made = refusal.code, refusal.status
             self.calls.append(Call(verb, target.kind, target.name, code))
             return code, made
 
     def watch(self, url: str) -> Iterator[dict[str, Any]]:
-        """What there is, and then what happens."""
+        """Yield the existing objects, then their changes."""
         path, _, query = url.partition("?")
         target, given = _Target.of(path), dict(urllib.parse.parse_qsl(query))
-        assert given["sendInitialEvents"] == "true", "Helm would first list, then watch: that is not built here"
-        with self._changed:
+        assert given["sendInitialEvents"] == "true", (
+            "Helm would first list, then watch: that is not built here"
+        )
+        with self.changed:
             there, seen = self._read(target, given)["items"], self._version
         yield from ({"type": "ADDED", "object": one} for one in there)
-        metadata = {"resourceVersion": str(seen), "annotations": {"k8s.io/initial-events-end": "true"}}
-        yield {"type": "BOOKMARK", "object": {"kind": target.kind, "apiVersion": target.version, "metadata": metadata}}
+        metadata = {
+            "resourceVersion": str(seen),
+            "annotations": {"k8s.io/initial-events-end": "true"},
+        }
+        yield {
+            "type": "BOOKMARK",
+            "object": {"kind": target.kind, "apiVersion": target.version, "metadata": metadata},
+        }
         while not self._closed:
-            with self._changed:
+            with self.changed:
                 new = [event for number, event in self._events if number > seen]
                 seen = self._version
                 if not new:
-                    self._changed.wait(1)
+                    self.changed.wait(1)
             yield from (event for event in new if _selected(event["object"], target, given))
 
     def _read(self, target: _Target, query: Mapping[str, str]) -> Any:
         if target.name:
-            return f"{target.name} has spoken\n" if target.sub == "log" else copy.deepcopy(self._find(target))
-        items = [copy.deepcopy(one) for one in self._objects.values() if _selected(one, target, query)]
+            return (
+                f"{target.name} has spoken\n"
+                if target.sub == "log"
+                else copy.deepcopy(self._find(target))
+            )
+        items = [
+            copy.deepcopy(one) for one in self.objects.values() if _selected(one, target, query)
+        ]
         metadata = {"resourceVersion": str(self._version)}
-        return {"kind": f"{target.kind}List", "apiVersion": target.version, "metadata": metadata, "items": items}
+        return {
+            "kind": f"{target.kind}List",
+            "apiVersion": target.version,
+            "metadata": metadata,
+            "items": items,
+        }
 
     def _find(self, target: _Target) -> dict[str, Any]:
-        if target.key not in self._objects:
+        if target.key not in self.objects:
             raise Refused(404, "NotFound", f'{_PLURALS[target.kind]} "{target.name}" not found')
-        return self._objects[target.key]
+        return self.objects[target.key]
 
-    def _change(self, verb: str, target: _Target, body: dict[str, Any], content_type: str, manager: str) -> tuple[int, Any]:
+    def _change(
+        self, verb: str, target: _Target, body: dict[str, Any], content_type: str, manager: str
+    ) -> tuple[int, Any]:
         if verb == "apply":
-            live = self._objects.get(target.key, {})
+            live = self.objects.get(target.key, {})
             before = self._applied.get((live.get("metadata", {}).get("uid", ""), manager), {})
             made = self._store(target, apply(live, before, body))
             self._applied[made["metadata"]["uid"], manager] = body
             return 200 if live else 201, made
         if verb == "create":
-            if target.key in self._objects:
-                raise Refused(409, "AlreadyExists", f'{_PLURALS[target.kind]} "{target.name}" already exists')
+            if target.key in self.objects:
+                raise Refused(
+                    409, "AlreadyExists", f'{_PLURALS[target.kind]} "{target.name}" already exists'
+                )
             return 201, self._store(target, body)
         live = self._find(target)
         if verb == "delete":
-            del self._objects[target.key]
+            del self.objects[target.key]
             self._happened("DELETED", live)
             return 200, {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-        return 200, self._store(target, body if verb == "update" else merge(live, body, by_item="strategic" in content_type))
+        return 200, self._store(
+            target,
+            body if verb == "update" else merge(live, body, by_item="strategic" in content_type),
+        )
 
     def _store(self, target: _Target, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Take an object in, as the API server and the controllers behind it do; raises Refused where it may not be so."""
-        old = self._objects.get(target.key)
+        """Store an object as the API server and its controllers do.
+
+        Raises: Refused, if it is invalid.
+        """
+        old = self.objects.get(target.key)
         made = copy.deepcopy(dict(body)) | {"apiVersion": target.version, "kind": target.kind}
         _fill_in(made)
         _check(target, old, made)
-        own: dict[str, Any] = old["metadata"] if old else {"uid": f"uid-{self._version + 1}", "generation": 0}
+        own: dict[str, Any] = (
+            old["metadata"] if old else {"uid": f"uid-{self._version + 1}", "generation": 0}
+        )
         generation = own["generation"] + (old is None or old.get("spec") != made.get("spec"))
-        made["metadata"] |= {"uid": own["uid"], "creationTimestamp": _BEGAN, "generation": generation, "namespace": target.namespace}
+        made["metadata"] |= {
+            "uid": own["uid"],
+            "creationTimestamp": _BEGAN,
+            "generation": generation,
+            "namespace": target.namespace,
+        }
         made |= self._controlled(made)
-        self._objects[target.key] = made
+        self.objects[target.key] = made
         self._happened("MODIFIED" if old else "ADDED", made)
         return copy.deepcopy(made)
 
     def _controlled(self, one: Mapping[str, Any]) -> dict[str, Any]:
-        """The status that the controllers give to an object which is stored."""
+        """Return the status that the controllers set on a stored object."""
         return _status(one, one["metadata"]["name"] in self.failing)
 
     def _happened(self, what: str, one: dict[str, Any]) -> None:
         self._version += 1
         one["metadata"]["resourceVersion"] = str(self._version)
         self._events.append((self._version, {"type": what, "object": copy.deepcopy(one)}))
-        self._changed.notify_all()
+        self.changed.notify_all()
 
 
 def _discovery(path: str) -> Any:
-    """What the server can do, or None where the path is an object's."""
+    """Return the discovery document of a path; None if the path is an object's."""
     places = {f"/{'apis' if '/' in version else 'api'}/{version}": version for version in _KINDS}
-    versions = [{"groupVersion": name, "version": name.split("/")[1]} for name in _KINDS if "/" in name]
-    groups = [{"name": one["groupVersion"].split("/")[0], "versions": [one], "preferredVersion": one} for one in versions]
+    versions = [
+        {"groupVersion": name, "version": name.split("/")[1]} for name in _KINDS if "/" in name
+    ]
+    groups = [
+        {"name": one["groupVersion"].split("/")[0], "versions": [one], "preferredVersion": one}
+        for one in versions
+    ]
     version = places.get(path.removeprefix("/openapi/v3"), "")
     if path in places:
         verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
-        resources = [{"name": _PLURALS[kind], "kind": kind, "namespaced": kind != "Namespace", "verbs": verbs} for kind in _KINDS[version]]
-        return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
+        resources = [
+            {
+                "name": _PLURALS[kind],
+                "kind": kind,
+                "namespaced": kind != "Namespace",
+                "verbs": verbs,
+            }
+            for kind in _KINDS[version]
+        ]
+        return {
+            "kind": "APIResourceList",
+            "apiVersion": "v1",
+            "groupVersion": version,
+            "resources": resources,
+        }
     if version:
-        # No schemas: only that the server checks the fields by itself, which is all that Helm asks.
+        # No schemas: Helm only asks whether the server validates fields.
         group, _, number = version.rpartition("/")
         checked = {"parameters": [{"name": "fieldValidation", "in": "query"}]}
         which = [{"group": group, "version": number, "kind": kind} for kind in _KINDS[version]]
-        paths = {f"/{one['kind']}": {"patch": checked | {"x-kubernetes-group-version-kind": one}} for one in which}
+        paths = {
+            f"/{one['kind']}": {"patch": checked | {"x-kubernetes-group-version-kind": one}}
+            for one in which
+        }
         return {"openapi": "3.0.0", "info": {"title": "fake", "version": "1"}, "paths": paths}
     return {
         "/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.0"},
         "/api": {"kind": "APIVersions", "versions": ["v1"]},
         "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups},
-        "/openapi/v3": {"paths": {place[1:]: {"serverRelativeURL": f"/openapi/v3{place}"} for place in places}},
+        "/openapi/v3": {
+            "paths": {place[1:]: {"serverRelativeURL": f"/openapi/v3{place}"} for place in places}
+        },
     }.get(path)
 
 
 def _selected(one: Mapping[str, Any], target: _Target, query: Mapping[str, str]) -> bool:
-    """Whether an object is one of those that are listed or watched."""
+    """Return whether a list or watch selects an object."""
     own = one["metadata"]
     labels = dict(pair.split("=", 1) for pair in query.get("labelSelector", "").split(",") if pair)
     in_place = one["kind"] == target.kind and target.namespace in ("", own.get("namespace"))
@@ -256,20 +376,26 @@ def _selected(one: Mapping[str, Any], target: _Target, query: Mapping[str, str])
 
 
 def _secret(data: bytes) -> dict[str, Any]:
-    """Helm's record of a release, which its client writes in Kubernetes' protobuf."""
+    """Decode Helm's record of a release, which its client writes in Kubernetes' protobuf."""
     assert data.startswith(b"k8s\0"), data[:20]
     secret = list(_fields(dict(_fields(data[4:]))[2]))
     metadata = list(_fields(dict(secret)[1]))
-    labels, content = ([dict(_fields(value)) for number, value in pairs if number == its] for pairs, its in ((metadata, 11), (secret, 2)))
+    labels, content = (
+        [dict(_fields(value)) for number, value in pairs if number == its]
+        for pairs, its in ((metadata, 11), (secret, 2))
+    )
     return {
-        "metadata": {"name": dict(metadata)[1].decode(), "labels": {label[1].decode(): label[2].decode() for label in labels}},
+        "metadata": {
+            "name": dict(metadata)[1].decode(),
+            "labels": {label[1].decode(): label[2].decode() for label in labels},
+        },
         "type": dict(secret)[3].decode(),
         "data": {entry[1].decode(): base64.b64encode(entry[2]).decode() for entry in content},
     }
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message."""
+    """Yield number and value of each field of a protobuf message."""
     rest = iter(data)
 
     def number() -> int:
@@ -282,27 +408,46 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _fill_in(one: dict[str, Any]) -> None:
-    """The API server's defaults, as far as a later change meets them."""
+    """Set the API server's defaults, as far as later changes depend on them."""
     spec = one.get("spec", {})
     if one["kind"] == "Deployment":
         strategy = spec["strategy"] = spec.get("strategy") or {}
         if strategy.setdefault("type", "RollingUpdate") == "RollingUpdate":
-            strategy["rollingUpdate"] = {"maxSurge": "25%", "maxUnavailable": "25%"} | (strategy.get("rollingUpdate") or {})
+            strategy["rollingUpdate"] = {"maxSurge": "25%", "maxUnavailable": "25%"} | (
+                strategy.get("rollingUpdate") or {}
+            )
     elif one["kind"] == "PersistentVolumeClaim":
-        one["spec"] = {"storageClassName": "standard", "volumeMode": "Filesystem", "volumeName": "volume"} | spec
+        one["spec"] = {
+            "storageClassName": "standard",
+            "volumeMode": "Filesystem",
+            "volumeName": "volume",
+        } | spec
     elif one["kind"] == "Service":
         spec.setdefault("clusterIP", "10.96.0.7")
 
 
 def _check(target: _Target, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
-    """Raises Refused, with the words of a real API server."""
+    """Reject an invalid change with the message of a real API server. Raises: Refused."""
     spec, wrong = new.get("spec", {}), ""
     before = old["spec"] if old and "spec" in old else spec
     fixed = _FIXED.get(target.kind, "")
-    if target.kind == "Deployment" and spec["strategy"]["type"] == "Recreate" and spec["strategy"].get("rollingUpdate") is not None:
-        wrong = "spec.strategy.rollingUpdate: Forbidden: may not be specified when strategy `type` is 'Recreate'"
-    if target.kind == "PersistentVolumeClaim" and {**before, "resources": ...} != {**spec, "resources": ...}:
-        wrong = "spec: Forbidden: spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims"
+    if (
+        target.kind == "Deployment"
+        and spec["strategy"]["type"] == "Recreate"
+        and spec["strategy"].get("rollingUpdate") is not None
+    ):
+        wrong = (
+            "spec.strategy.rollingUpdate: Forbidden: "
+            "may not be specified when strategy `type` is 'Recreate'"
+        )
+    if target.kind == "PersistentVolumeClaim" and {**before, "resources": ...} != {
+        **spec,
+        "resources": ...,
+    }:
+        wrong = (
+            "spec: Forbidden: spec is immutable after creation except resources.requests "
+            "and volumeAttributesClassName for bound claims"
+        )
     if before.get(fixed) != spec.get(fixed):
         wrong = f"spec.{fixed}: Invalid value: field is immutable"
     if wrong:
@@ -311,24 +456,41 @@ def _check(target: _Target, old: Mapping[str, Any] | None, new: Mapping[str, Any
 
 
 def _status(one: Mapping[str, Any], fails: bool) -> dict[str, Any]:
-    """What the controllers make of an object, at once."""
+    """Update the status as the controllers do, immediately."""
     if one["kind"] == "Job":
-        end = {"type": "Failed", "message": "Job has reached the specified backoff limit"} if fails else {"type": "Complete"}
+        end = (
+            {"type": "Failed", "message": "Job has reached the specified backoff limit"}
+            if fails
+            else {"type": "Complete"}
+        )
         return {
-            "status": {"startTime": _BEGAN, "conditions": [end | {"status": "True"}], "failed": int(fails), "succeeded": int(not fails)}
+            "status": {
+                "startTime": _BEGAN,
+                "conditions": [end | {"status": "True"}],
+                "failed": int(fails),
+                "succeeded": int(not fails),
+            }
         }
     if one["kind"] == "Deployment":
-        ready = dict.fromkeys(("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), one["spec"]["replicas"])
-        ready |= {"observedGeneration": one["metadata"]["generation"], "conditions": [{"type": "Available", "status": "True"}]}
+        ready = dict.fromkeys(
+            ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"),
+            one["spec"]["replicas"],
+        )
+        ready |= {
+            "observedGeneration": one["metadata"]["generation"],
+            "conditions": [{"type": "Available", "status": "True"}],
+        }
         return {"status": ready}
-    phase = {"Pod": "Failed" if fails else "Succeeded", "PersistentVolumeClaim": "Bound"}.get(one["kind"])
+    phase = {"Pod": "Failed" if fails else "Succeeded", "PersistentVolumeClaim": "Bound"}.get(
+        one["kind"]
+    )
     return {"status": {"phase": phase}} if phase else {}
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeApiServer
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer in one packet: two would wait 40 ms for each other
+    wbufsize = -1  # a response in one packet: two would delay each other by 40 ms
 
     def _serve(self) -> None:
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -337,11 +499,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             account = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            status, content = self.server.answer(self.command, self.path, self.headers.get("Content-Type") or "", data, account)
+            status, content = self.server.answer(
+                self.command, self.path, self.headers.get("Content-Type") or "", data, account
+            )
         except Refused as refusal:
             status, content = refusal.code, refusal.status
         answer = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-        self._begin(status, {"Content-Type": "application/json", "Content-Length": str(len(answer))})
+        self._begin(
+            status, {"Content-Type": "application/json", "Content-Length": str(len(answer))}
+        )
         self.wfile.write(answer)
 
     def _stream(self) -> None:
@@ -352,7 +518,7 @@ class _Handler(BaseHTTPRequestHandler):
                 line = json.dumps(event).encode() + b"\n"
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
                 self.wfile.flush()
-        except OSError:  # the client has seen enough
+        except OSError:  # the client has disconnected
             self.wfile = io.BytesIO()
 
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:

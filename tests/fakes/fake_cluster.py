@@ -151,7 +151,7 @@ class FakeCluster(FakeApiServer):
 
     def _now(self, one: Mapping[str, Any], **status: Any) -> None:
         """Change the status of an object, if it is still there."""
-        with self._changed:
+        with self.changed:
             found = self.all(one["kind"]).get(one["metadata"]["name"])
             if found is not None:
                 self.put(found | {"status": {**found["status"], **status}})

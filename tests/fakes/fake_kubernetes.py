@@ -1,7 +1,8 @@
-"""A loopback stand-in for a Kubernetes API server, and for the operators behind it: as much of both as the launcher meets.
+"""A fake Kubernetes API server on loopback, and fake operators: as much as the launcher needs.
 
-It keeps objects in memory, gives them uid and resourceVersion, answers 409, 404, 403 (by a Role's rules) and 422 (by the CRDs'
-schemas, where they are at hand), deletes what is owned with its owner, and can be away. Time is the clock's: nothing waits.
+It keeps objects in memory, sets uid and resourceVersion, returns 409, 404, 403 (by a Role's rules)
+and 422 (by the CRDs' schemas, if they are in this checkout), deletes objects with their owner, and
+can be down. Time is the clock's: nothing waits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ACCOUNT = "system:serviceaccount:team-a:pipeline-runner"
 
 
 class Clock:
-    """A clock that a test turns; what is due at a time happens when it is turned past it."""
+    """A clock that a test advances; actions run when it passes their time."""
 
     def __init__(self) -> None:
         self.now = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC).timestamp()
@@ -47,11 +48,11 @@ class Clock:
         assert self.now < self.start + 400 * 86400, "waits forever"
 
     def at(self, seconds: float, action: Callable[[], object]) -> None:
-        """Let something happen so many seconds after the beginning."""
+        """Run an action so many seconds after the start."""
         self.plan.append((self.start + seconds, next(self._numbers), action))
 
     def stamp(self) -> str:
-        """Now, as Kubernetes writes it."""
+        """Return the time as Kubernetes writes it."""
         return f"{datetime.datetime.fromtimestamp(self.now, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
@@ -71,7 +72,7 @@ class _Path(NamedTuple):
 
 
 class FakeKubernetes:
-    """The API server. `calls` has every `VERB plural[/name]` that was answered."""
+    """The API server. `calls` lists every `VERB plural[/name]` with a response."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -79,13 +80,11 @@ class FakeKubernetes:
         self.logs: dict[str, list[tuple[str, str]]] = {}  # by pod: time and line
         self.previous_logs: dict[str, list[tuple[str, str]]] = {}
         self.installed = {"pytorchjobs", "trainjobs", "trainingruntimes", "workflows"}
-        self.rules: list[Mapping[str, Any]] | None = (
-            None  # of the Role; None: everything is allowed
-        )
+        self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None allows everything
         self.outage: int | str | None = (
-            None  # a status that every call gets, or "drop": it is cut off without an answer
+            None  # a status for every call, or "drop": connections are closed without a response
         )
-        self.lose_answer = 0  # so many answers are lost after their work is done
+        self.lose_response = 0  # so many responses are lost after the change
         self.linger = 0.0  # seconds that a deleted job's pods take to end
         self.calls: list[str] = []
         self._numbers = itertools.count(1)
@@ -94,7 +93,7 @@ class FakeKubernetes:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = -1  # an answer in one packet: two would wait 40 ms for each other
+            wbufsize = -1  # a response in one packet: two would delay each other by 40 ms
 
             def _serve(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -129,7 +128,7 @@ class FakeKubernetes:
         ).start()
 
     def close(self) -> None:
-        """Be away for good: for connections that stand, too."""
+        """Go down permanently, also for open connections."""
         self.outage = "drop"
         self._server.shutdown()
         self._server.server_close()
@@ -137,14 +136,14 @@ class FakeKubernetes:
     # --- what tests do
 
     def put(self, plural: str, name: str, **content: Any) -> dict[str, Any]:
-        """An object that somebody else made."""
+        """Store an object that another client created."""
         metadata = {"name": name, "namespace": "team-a", **content.pop("metadata", {})}
         return self._store(
             plural, {"kind": _KINDS.get(plural, plural), "metadata": metadata, **content}
         )
 
     def all(self, plural: str) -> list[dict[str, Any]]:
-        """Every object of a kind."""
+        """Return every object of a kind."""
         return [found for (kind, _), found in self.objects.items() if kind == plural]
 
     def remove(self, plural: str, name: str) -> None:
@@ -160,7 +159,7 @@ class FakeKubernetes:
                 self.remove(kind, child)
 
     def warn(self, pod: str, reason: str, message: str) -> None:
-        """An event on a pod."""
+        """Add an event on a pod."""
         about = {"kind": "Pod", "name": pod}
         self.put(
             "events",
@@ -172,7 +171,7 @@ class FakeKubernetes:
         )
 
     def log(self, pod: str, line: str, *, fraction: str = "123456789") -> None:
-        """A line in a pod's log."""
+        """Add a line to a pod's log."""
         self.logs.setdefault(pod, []).append((f"{self.clock.stamp()[:-1]}.{fraction}Z", line))
 
     # --- the API
@@ -205,11 +204,14 @@ class FakeKubernetes:
         if path.plural not in {*self.installed, *_BUILT_IN}:
             return 404, "404 page not found\n"
         if not self._allowed(verb, path.group, resource):
-            said = f'{path.plural} is forbidden: User "{ACCOUNT}" cannot {verb} resource "{resource}" in API group "{path.group}"'
-            return 403, _status(403, f'{said} in the namespace "{path.namespace}"')
+            message = (
+                f'{path.plural} is forbidden: User "{ACCOUNT}" cannot {verb} '
+                f'resource "{resource}" in API group "{path.group}"'
+            )
+            return 403, _status(403, f'{message} in the namespace "{path.namespace}"')
         answer = getattr(self, f"on_{verb}")(path, query, body)
-        if self.lose_answer > 0:
-            self.lose_answer -= 1
+        if self.lose_response > 0:
+            self.lose_response -= 1
             return None
         return answer
 
@@ -313,14 +315,14 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 class Operator:
-    """Moves the one job of a kind through its states, with the pods and the status that the real operators give it."""
+    """Moves the only job of a kind through its states, with real operators' pods and status."""
 
     def __init__(self, api: FakeKubernetes, plural: str, role: str | None = None) -> None:
         self._api, self.plural, self._role = api, plural, role
 
     @property
     def job(self) -> dict[str, Any]:
-        """The job, of which there must be one (in the operator's role, if it has one)."""
+        """The only job (in the operator's role, if it has one)."""
         (job,) = [
             job
             for job in self._api.all(self.plural)
@@ -337,14 +339,14 @@ class Operator:
         self._conditions(Created=True)
 
     def suspended(self) -> None:
-        """As Kueue does it, before it admits a job and when it preempts it."""
+        """Suspend the job, as Kueue does before it admits a job and when it preempts it."""
         for pod in self._pod_names():
             self._api.remove("pods", pod)
         self._conditions(Suspended=True, Running=False)
         self._counts()
 
     def pending(self, **status: Any) -> None:
-        """The job has pods, which do not run yet."""
+        """Give the job pods that are not running yet."""
         self._conditions(Suspended=False)
         if self._is_pytorchjob:
             self.created()
@@ -371,7 +373,7 @@ class Operator:
         self._counts(failed=1)
 
     def restart_in_place(self, code: int, reason: str) -> None:
-        """Rank 0's container ends and is started again in its pod: its log is that of a new container."""
+        """Restart rank 0's container in its pod, with a new log."""
         name = self.first_pod
         self._api.previous_logs[name] = self._api.logs.pop(name, [])
         end = {"exitCode": code, "reason": reason, "finishedAt": self._api.clock.stamp()}
@@ -399,7 +401,7 @@ class Operator:
         self._end_pods("Failed", code, why)
 
     def evicted(self) -> None:
-        """The node's pressure, or a pod of higher priority, takes the pods away."""
+        """Evict the pods, as under node pressure or for a pod of higher priority."""
         self.failed(137, "Error")
         for pod in self._api.all("pods"):
             pod["status"] |= {

@@ -1,7 +1,9 @@
-"""What a cluster would refuse, checked without one. Each function returns its complaints, `path: what is wrong`; none is good.
+"""Check without a cluster what one would reject.
 
-The custom resources are held against the operators' own CRDs and against the rules of their admission webhooks; pods
-against PodSecurity `restricted`.
+Each function returns its problems as `path: problem`; [] is valid.
+
+Custom resources are checked against the operators' CRDs and the rules of their admission webhooks,
+pods against PodSecurity `restricted`.
 """
 
 from __future__ import annotations
@@ -15,13 +17,22 @@ from typing import Any
 import jsonschema
 import yaml
 
-CRDS = Path(__file__).parents[3] / "shared" / "crds"  # the operators' own, where this checkout has them
+CRDS = Path(__file__).parents[3] / "shared" / "crds"  # only some checkouts have the operators' CRDs
 PYTORCHJOB_CRD = CRDS / "kubeflow.org_pytorchjobs.v1.9.4.yaml"
 TRAINJOB_CRD = CRDS / "trainer.kubeflow.org_trainjobs.v2.3.0.yaml"
 TRAININGRUNTIME_CRD = CRDS / "trainer.kubeflow.org_trainingruntimes.v2.3.0.yaml"
 
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
 _SYSCTLS = {
     "kernel.shm_rmid_forced",
     "net.ipv4.ip_local_port_range",
@@ -38,35 +49,49 @@ _SYSCTLS = {
 }
 _SELINUX_TYPES = {"", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
 _HANDLERS = ("httpGet", "tcpSocket")
-_INITIALIZERS = {"dataset-initializer": "dataset-initializer", "model-initializer": "model-initializer"}
+_INITIALIZERS = {
+    "dataset-initializer": "dataset-initializer",
+    "model-initializer": "model-initializer",
+}
 _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
-_TRAINER_RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
+_TRAINER_RESERVED = {
+    "PET_NNODES",
+    "PET_NPROC_PER_NODE",
+    "PET_NODE_RANK",
+    "PET_MASTER_ADDR",
+    "PET_MASTER_PORT",
+}
 
 
 def pod_security_problems(pod_spec: dict[str, Any]) -> list[str]:
-    """Why PodSecurity `restricted` (as of Kubernetes 1.34) would refuse a pod. `pod_spec` is a pod's `spec`."""
+    """Return why PodSecurity `restricted` (Kubernetes 1.34) would reject a pod, given its `spec`."""
     return list(_pod_problems(pod_spec))
 
 
 def crd_problems(document: dict[str, Any], crd_path: Path) -> list[str]:
-    """Where a custom resource departs from its CRD. Unknown fields count: the API server would drop them without a word."""
+    """Return where a custom resource violates its CRD, unknown fields included: they would be dropped."""
     group, _, version = document.get("apiVersion", "").partition("/")
     crd, validators = _crd(crd_path)
     if (document.get("kind"), group) != (crd["names"]["kind"], crd["group"]):
-        return [f"kind: found {document.get('kind')} of {group!r}, expected {crd['names']['kind']} of {crd['group']!r}"]
+        return [
+            f"kind: found {document.get('kind')} of {group!r}, expected {crd['names']['kind']} of {crd['group']!r}"
+        ]
     if version not in validators:
         return [f"apiVersion: found {version!r}, the CRD serves {', '.join(validators)}"]
-    errors = sorted(validators[version].iter_errors(document), key=lambda error: list(map(str, error.absolute_path)))
+    errors = sorted(
+        validators[version].iter_errors(document),
+        key=lambda error: list(map(str, error.absolute_path)),
+    )
     return [f"{_dotted(error.absolute_path)}: {error.message[:300]}" for error in errors]
 
 
 def pytorchjob_webhook_problems(document: dict[str, Any]) -> list[str]:
-    """Why the training operator's admission webhook (v1.9) would refuse a PyTorchJob, or its pods and services could not be named."""
+    """Return why the training operator's webhook (v1.9) would reject a PyTorchJob or its names."""
     return list(_pytorchjob_problems(document))
 
 
 def trainjob_problems(document: dict[str, Any], runtime: dict[str, Any] | None = None) -> list[str]:
-    """Why Trainer's admission webhook (v2.3) would refuse a TrainJob.
+    """Return why Trainer's admission webhook (v2.3) would reject a TrainJob.
 
     Args:
         runtime: the TrainingRuntime that the job names, if patches are to be held against it.
@@ -75,12 +100,12 @@ def trainjob_problems(document: dict[str, Any], runtime: dict[str, Any] | None =
 
 
 def trainingruntime_problems(document: dict[str, Any]) -> list[str]:
-    """Why Trainer's admission webhook (v2.3) would refuse a TrainingRuntime."""
+    """Return why Trainer's admission webhook (v2.3) would reject a TrainingRuntime."""
     return list(_runtime_problems(document))
 
 
 def pod_specs(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod template in a manifest, with its dotted path."""
+    """Yield every pod template in a manifest, with its dotted path."""
     if document.get("kind") == "Pod":
         yield "spec", document["spec"]
         return
@@ -136,14 +161,19 @@ def _container_problems(path: str, container: dict[str, Any], pod: dict[str, Any
         if port.get("hostPort"):
             yield f"{path}.ports: hostPort {port['hostPort']} is not allowed"
     lifecycle = container.get("lifecycle") or {}
-    probes = {key: container.get(key) or {} for key in ("startupProbe", "readinessProbe", "livenessProbe")}
-    for key, probe in {**probes, **{f"lifecycle.{hook}": lifecycle.get(hook) or {} for hook in ("postStart", "preStop")}}.items():
+    probes = {
+        key: container.get(key) or {} for key in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    for key, probe in {
+        **probes,
+        **{f"lifecycle.{hook}": lifecycle.get(hook) or {} for hook in ("postStart", "preStop")},
+    }.items():
         if any((probe.get(handler) or {}).get("host") for handler in _HANDLERS):
             yield f"{path}.{key}: must not name a host"
 
 
 def _shared_context_problems(path: str, context: dict[str, Any]) -> Iterator[str]:
-    """The rules for a pod's security context and a container's alike."""
+    """Yield violations of the rules for security contexts of pods and containers."""
     if context.get("runAsUser") == 0:
         yield f"{path}.runAsUser: must not be 0"
     if context.get("runAsNonRoot") is False:
@@ -195,13 +225,18 @@ def _trainjob_problems(job: dict[str, Any], runtime: dict[str, Any] | None) -> I
     yield from _name_problems(job, "-node-0-0")
     if not (spec.get("runtimeRef") or {}).get("name"):
         yield "spec.runtimeRef.name: must be there"
-    if spec.get("runtimeRef", {}).get("kind", "ClusterTrainingRuntime") not in ("TrainingRuntime", "ClusterTrainingRuntime"):
+    if spec.get("runtimeRef", {}).get("kind", "ClusterTrainingRuntime") not in (
+        "TrainingRuntime",
+        "ClusterTrainingRuntime",
+    ):
         yield f"spec.runtimeRef.kind: found {spec['runtimeRef']['kind']!r}"
     trainer = spec.get("trainer") or {}
     for key in ("numNodes", "numProcPerNode"):
         if key in trainer and (not isinstance(trainer[key], int) or trainer[key] < 1):
             yield f"spec.trainer.{key}: found {trainer[key]!r}, must be an integer of at least 1"
-    for name in sorted({variable["name"] for variable in trainer.get("env") or []} & _TRAINER_RESERVED):
+    for name in sorted(
+        {variable["name"] for variable in trainer.get("env") or []} & _TRAINER_RESERVED
+    ):
         yield f"spec.trainer.env: {name} is reserved"
     managers = [patch.get("manager") for patch in spec.get("runtimePatches") or []]
     if len(set(managers)) != len(managers):
@@ -209,13 +244,19 @@ def _trainjob_problems(job: dict[str, Any], runtime: dict[str, Any] | None) -> I
     known = _containers_of(runtime) if runtime is not None else None
     for i, patch in enumerate(spec.get("runtimePatches") or []):
         path = f"spec.runtimePatches[{i}]"
-        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^\s/]+(/[^\s/]+)*", patch.get("manager") or ""):
+        if not re.fullmatch(
+            r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[^\s/]+(/[^\s/]+)*", patch.get("manager") or ""
+        ):
             yield f"{path}.manager: found {patch.get('manager')!r}, must be DOMAIN/PATH"
-        for replicated in ((patch.get("trainingRuntimeSpec") or {}).get("template") or {}).get("spec", {}).get("replicatedJobs") or []:
+        for replicated in ((patch.get("trainingRuntimeSpec") or {}).get("template") or {}).get(
+            "spec", {}
+        ).get("replicatedJobs") or []:
             yield from _patch_problems(f"{path} ({replicated['name']})", replicated, known)
 
 
-def _patch_problems(path: str, replicated: dict[str, Any], known: dict[str, set[str]] | None) -> Iterator[str]:
+def _patch_problems(
+    path: str, replicated: dict[str, Any], known: dict[str, set[str]] | None
+) -> Iterator[str]:
     if known is not None and replicated["name"] not in known:
         yield f"{path}: the runtime has no such job"
     pod = replicated.get("template", {}).get("spec", {}).get("template", {}).get("spec", {})
@@ -267,27 +308,39 @@ def _name_problems(document: dict[str, Any], suffix: str) -> Iterator[str]:
 
 @functools.cache
 def _crd(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A CRD's spec, and a strict validator for each version that it serves."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads a megabyte in a second
+    """Return a CRD's spec, and a strict validator for each served version."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads 1 MB in a second
     spec = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["spec"]
     served = [version for version in spec["versions"] if version["served"]]
-    return spec, {version["name"]: jsonschema.Draft7Validator(_closed(version["schema"]["openAPIV3Schema"])) for version in served}
+    return spec, {
+        version["name"]: jsonschema.Draft7Validator(_closed(version["schema"]["openAPIV3Schema"]))
+        for version in served
+    }
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` wherever the API server would drop what it does not know."""
+    """Return the schema with `additionalProperties: false` where the API server drops unknown fields."""
     if isinstance(schema, list):
         return [_closed(child) for child in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {
-        key: {name: _closed(child) for name, child in value.items()} if key == "properties" else _closed(value)
+        key: {name: _closed(child) for name, child in value.items()}
+        if key == "properties"
+        else _closed(value)
         for key, value in schema.items()
     }
-    if "properties" in schema and "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    if (
+        "properties" in schema
+        and "additionalProperties" not in schema
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         closed["additionalProperties"] = False
     return closed
 
 
 def _dotted(path: Any) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "(top)"
+    return (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+        or "(top)"
+    )

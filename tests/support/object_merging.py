@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_ITEM_KEYS = {  # the lists that are merged item by item
-    **dict.fromkeys(("containers", "initContainers", "env", "volumes", "imagePullSecrets", "replicatedJobs"), ("name",)),
+_ITEM_KEYS = {  # lists that are merged by item
+    **dict.fromkeys(
+        ("containers", "initContainers", "env", "volumes", "imagePullSecrets", "replicatedJobs"),
+        ("name",),
+    ),
     "volumeMounts": ("mountPath",),
     "ports": ("containerPort", "port", "protocol"),
 }
 
 
 def apply(live: Any, before: Any, now: Any, field: str = "") -> Any:
-    """Server-side apply: what is given now, and what others hold; not what the same manager alone gave before.
+    """Apply server-side: keep the new fields and other managers' fields, drop the manager's old ones.
 
     A null is no value: it clears nothing that the manager did not give before.
     """
@@ -24,12 +27,16 @@ def apply(live: Any, before: Any, now: Any, field: str = "") -> Any:
         return kept if kept or now is not None or before is None else None
     if field in _ITEM_KEYS and isinstance(live, list) and isinstance(now, list):
         a, b, c = (_by_item(items, field) for items in (live, before or [], now))
-        return [apply(a.get(key), b.get(key), c.get(key)) for key in {**a, **c} if key in c or key not in b]
+        return [
+            apply(a.get(key), b.get(key), c.get(key))
+            for key in {**a, **c}
+            if key in c or key not in b
+        ]
     return merge({}, now) if now is not None else live if before is None else None
 
 
 def merge(live: Any, patch: Any, *, by_item: bool = False) -> Any:
-    """Merge: maps are merged, a null removes, all else is replaced. Strategic merge merges lists item by item, and has directives."""
+    """Merge maps; null removes, all else replaces. Strategic merge adds list items and directives."""
     if not isinstance(patch, Mapping):
         return patch
     old = live if isinstance(live, Mapping) else {}
@@ -37,7 +44,10 @@ def merge(live: Any, patch: Any, *, by_item: bool = False) -> Any:
     for key, value in patch.items():
         if by_item and key in _ITEM_KEYS and value is not None:
             items = _by_item(kept.get(key, []), key)
-            items |= {name: merge(items.get(name), change, by_item=True) for name, change in _by_item(value, key).items()}
+            items |= {
+                name: merge(items.get(name), change, by_item=True)
+                for name, change in _by_item(value, key).items()
+            }
             kept[key] = [item for item in items.values() if "$patch" not in item]
         elif not key.startswith("$") or key == "$patch":
             kept[key] = merge(kept.get(key), value, by_item=by_item)

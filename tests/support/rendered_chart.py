@@ -1,4 +1,4 @@
-"""The Helm chart as real Helm renders it, for the tests of what is in it."""
+"""The Helm chart, rendered by real Helm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import yaml
 
 from tools.chart_table import CHART
 
-CI = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+CI = {
+    path.name.removesuffix("-values.yaml"): path
+    for path in sorted((CHART / "ci").glob("*-values.yaml"))
+}
 every_ci_file = pytest.mark.parametrize("ci", CI)
 
 
@@ -22,21 +25,25 @@ def ci_values(ci: str) -> dict[str, Any]:
 
 
 def texts(values: dict[str, Any], **how: Any) -> dict[str, str]:
-    """What Helm makes of each template."""
+    """Return the rendered text of each template."""
     with helm_python.Chart.load(CHART) as chart:
         return chart.render(values, **{"name": "canvastune", "namespace": "team-a"} | how)
 
 
 def render(values: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
-    """Every object, in the order of the templates."""
-    rendered = [text for path, text in texts(values, **how).items() if not path.endswith("NOTES.txt")]
+    """Return every object, in the order of the templates."""
+    rendered = [
+        text for path, text in texts(values, **how).items() if not path.endswith("NOTES.txt")
+    ]
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return [document for text in rendered for document in yaml.load_all(text, Loader=loader) if document]
+    return [
+        document for text in rendered for document in yaml.load_all(text, Loader=loader) if document
+    ]
 
 
 @functools.cache
 def installed(ci: str) -> list[dict[str, Any]]:
-    """Every object of a file in ci/; nobody changes them."""
+    """Return every object of a file in ci/; they must not be changed."""
     return render(ci_values(ci))
 
 
@@ -45,25 +52,31 @@ def of_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def named(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    found = [document for document in of_kind(documents, kind) if document["metadata"]["name"] == name]
+    found = [
+        document for document in of_kind(documents, kind) if document["metadata"]["name"] == name
+    ]
     assert len(found) == 1, f"{kind} {name}: found {len(found)}"
     return found[0]
 
 
 def server(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pod of MLflow."""
+    """Return MLflow's pod."""
     pod: dict[str, Any] = of_kind(documents, "Deployment")[0]["spec"]["template"]["spec"]
     return pod
 
 
 def flag(container: dict[str, Any], name: str) -> list[str]:
-    """The values of a comma-separated flag of a container."""
-    given = [argument.split("=", 1)[1] for argument in container["args"] if argument.startswith(f"--{name}=")]
+    """Return the values of a container's comma-separated flag."""
+    given = [
+        argument.split("=", 1)[1]
+        for argument in container["args"]
+        if argument.startswith(f"--{name}=")
+    ]
     assert len(given) == 1, f"--{name} stands {len(given)} times"
     return given[0].split(",")
 
 
 def cluster(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The training defaults."""
+    """Return the training defaults."""
     text = named(documents, "ConfigMap", "canvastune-training")["data"]["cluster.json"]
     return dict(json.loads(text))
