@@ -47,5 +47,10 @@ def parse_error(output: str) -> UserError | None:
     return None
 
 
+def one_line(error: BaseException) -> str:
+    """Return a library's error text on one line, at most 300 characters; its type's name if it has no text."""
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+
+
 def _restore(message: str, hint: str) -> UserError:
     return UserError(message, hint=hint)

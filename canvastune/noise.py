@@ -1,4 +1,6 @@
-"""Every random draw of a step, from (run seed, position of the example in the stream) alone (objective.md section 3)."""
+"""Every random draw of a step, from only the run seed and the example's position in the stream
+(objective.md section 3).
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,16 @@ _GOLDEN, _GOLDEN_32 = (
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """What chance decides for one example. C is the canvas length; the last block of a cut response uses fewer of the C draws."""
+    """The random draws of one example. C is the canvas length; the last block of a cut response
+    uses fewer of the C draws.
+    """
 
     block: int  # index of the denoised response block
     level: float  # corruption level t, in float32
     corrupted: torch.Tensor  # bool[C]: positions whose token is replaced
     replacement: torch.Tensor  # int64[C]: uniform over the whole vocabulary
     self_condition: bool  # whether the example is denoised twice
-    dropout_key: int | None  # of the adapters' dropout, 64 bits; None: nothing is dropped
+    dropout_key: int | None  # of the adapters' dropout, 64 bits; None: no dropout
 
 
 def training_draws(
@@ -36,7 +40,9 @@ def training_draws(
     min_corruption: float,
     self_conditioning_probability: float,
 ) -> NoiseSample:
-    """Draw the noise of the example at `position` of the global shuffled stream, the same on any number of ranks."""
+    """Draw the noise of the example at `position` of the global shuffled stream, the same on any
+    number of ranks.
+    """
     generator = _generator("train", seed, position)
     block, uniform, coin = generator.random(3, dtype=np.float32)
     level = np.float32(min_corruption) + np.float32(1 - min_corruption) * uniform
@@ -51,17 +57,21 @@ def training_draws(
 
 
 def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
-    """The coin of `training_draws` alone: every rank knows every example's coin without asking, so ranks agree on running pass 1."""
+    """Draw only `self_condition` of `training_draws`: ranks agree on the self-conditioning pass
+    without communication.
+    """
     return bool(_generator("train", seed, position).random(3, dtype=np.float32)[2] < probability)
 
 
 def validation_draws(
     example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int
 ) -> NoiseSample:
-    """Draw fixed noise for a held-out example, from its id alone: the same block and the same uniform variates at every level.
+    """Draw fixed noise for a held-out example from its id: the same block and the same uniform
+    variates at every level.
 
-    A position corrupted at one level is corrupted at every higher one, so the curves differ by the level and not by luck.
-    Never self-conditioned: validation measures the first denoising pass. Nothing is dropped either.
+    A position corrupted at one level is corrupted at every higher one, so curves differ by the
+    level only. Never self-conditioned: validation measures the first denoising pass. No dropout
+    either.
     """
     generator = _generator("validation", example_id)
     block = np.float32(generator.random(dtype=np.float32))
@@ -78,12 +88,14 @@ def validation_draws(
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """int64[rows]: the order in which an epoch visits the rows."""
+    """Return int64[rows]: the order in which an epoch visits the rows."""
     return _generator("order", seed, epoch).permutation(rows)
 
 
 def weight_generator(seed: int, name: str) -> torch.Generator:
-    """A generator for the initial value of one new weight (an adapter's factor), independent of ranks and of other weights."""
+    """Return the generator for the initial value of one new weight, independent of ranks and of
+    other weights.
+    """
     return torch.Generator().manual_seed(
         int.from_bytes(_digest("weight", seed, name)[:4], "little")
     )
@@ -92,7 +104,7 @@ def weight_generator(seed: int, name: str) -> torch.Generator:
 def dropout_row_keys(
     dropout_key: int, clean: int, canvas: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A key for each row of one example: int64[clean] and int64[canvas], all different."""
+    """Return a key for each row of one example: int64[clean] and int64[canvas], all different."""
     clean_places, canvas_places = 2 * torch.arange(clean), 2 * torch.arange(canvas) + 1
     return _mix64(clean_places * _GOLDEN + dropout_key), _mix64(
         canvas_places * _GOLDEN + dropout_key
@@ -100,16 +112,18 @@ def dropout_row_keys(
 
 
 def dropout_module_key(name: str) -> int:
-    """The key of one module's dropout."""
+    """Return the key of one module's dropout."""
     return _key("dropout", name)
 
 
 def dropout_mask(
     row_keys: torch.Tensor, features: int, module_key: int, probability: float
 ) -> torch.Tensor:
-    """bool[rows, features]: what a module drops of rows with these keys, int64[rows]; the same on every device.
+    """Return bool[rows, features]: what a module drops of rows with these keys, int64[rows]; the
+    same on every device.
 
-    A counter-based generator: 32 bits of a hash of (row, module, feature). No state is kept, so it takes no order of calls.
+    A counter-based generator: 32 bits of a hash of (row, module, feature). It has no state, so the
+    order of calls does not matter.
     """
     keys = _mix64(row_keys ^ module_key)
     low, high = keys.view(torch.int32).view(-1, 2).split(1, dim=1)
@@ -119,21 +133,23 @@ def dropout_mask(
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014), elementwise on int64 that wraps around."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood, 2014), elementwise on int64 that
+    wraps around.
+    """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x = (x ^ _shift_right(x, shift, 64)) * factor
     return x ^ _shift_right(x, 31, 64)
 
 
 def _mix32_(x: torch.Tensor) -> torch.Tensor:
-    """A finaliser of little bias (C. Wellons, lowbias32), in place on int32 that wraps around."""
+    """Apply a low-bias finalizer (C. Wellons, lowbias32), in place on int32 that wraps around."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         x.bitwise_xor_(_shift_right(x, shift, 32)).mul_(factor)
     return x.bitwise_xor_(_shift_right(x, 16, 32))
 
 
 def _shift_right(x: torch.Tensor, count: int, bits: int) -> torch.Tensor:
-    """x >> count as of an unsigned integer."""
+    """Return x >> count as for an unsigned integer."""
     return (x >> count).bitwise_and_(2 ** (bits - count) - 1)
 
 
@@ -151,6 +167,7 @@ def _key(*parts: object) -> int:
 
 
 def _generator(*parts: object) -> np.random.Generator:
-    # Philox takes the whole 128-bit key. torch's CPU generator ignores the high bits of a seed, which couples the draws of
-    # different examples: in the reference recipe that tied the self-conditioning coin to the block index.
+    # Philox takes the whole 128-bit key. torch's CPU generator ignores the high bits of a seed,
+    # which couples the draws of different examples: in the reference recipe, self-conditioning then
+    # depends on the block index.
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(*parts), "little")))

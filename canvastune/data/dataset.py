@@ -1,4 +1,6 @@
-"""The prepared data set as a trainer sees it: examples in a seeded global order, and the noise of each."""
+"""The prepared data set as a trainer sees it: examples in a seeded global order, and the noise of
+each.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from canvastune.noise import (
 
 
 class TrainingDataset:
-    """A prepared data set on disk: the rows of `train/` in a seeded global order, those of `validation/` in file order."""
+    """A prepared data set on disk: the rows of `train/` in a seeded global order, those of
+    `validation/` in file order.
+    """
 
     def __init__(
         self,
@@ -66,11 +70,15 @@ class TrainingDataset:
         return len(self._validation)
 
     def train_examples(self, positions: Iterable[int]) -> list[Example]:
-        """Return the examples at these positions of the endless shuffled stream: epoch after epoch, each in a new order."""
+        """Return the examples at these positions of the endless shuffled stream: epoch after epoch,
+        each in a new order.
+        """
         return [self._example(self._train[self._row(position)]) for position in positions]
 
     def token_counts(self, positions: Iterable[int]) -> list[int]:
-        """Return the number of tokens of the example at each position, fill included, without reading them."""
+        """Return the number of tokens of the example at each position, fill included, without
+        reading them.
+        """
         return [int(self._tokens[self._row(position)]) for position in positions]
 
     def train_draws(self, example: Example, position: int) -> NoiseSample:
@@ -86,7 +94,9 @@ class TrainingDataset:
         )
 
     def any_self_conditioned(self, positions: Iterable[int]) -> bool:
-        """Return whether any of these positions, those of other ranks included, is self-conditioned."""
+        """Return whether any of these positions, those of other ranks included, is
+        self-conditioned.
+        """
         return any(map(self._is_self_conditioned, positions))
 
     def balance_microbatches(
@@ -94,8 +104,8 @@ class TrainingDataset:
     ) -> list[list[list[int]]]:
         """Divide the global batch at these positions evenly: [forward][rank] -> `size` positions.
 
-        Which examples make up a step, and their noise, follow from the positions only; the number of ranks decides
-        which rank computes which example. See `packing.balance_microbatches`.
+        Which examples make up a step, and their noise, follow from the positions only; the number
+        of ranks decides which rank computes which example. See `packing.balance_microbatches`.
         """
         tokens = [count + self._canvas_length for count in self.token_counts(positions)]
         self_conditioned = [self._is_self_conditioned(position) for position in positions]
@@ -103,7 +113,9 @@ class TrainingDataset:
         return [[[positions[index] for index in own] for own in forward] for forward in forwards]
 
     def validation_examples(self, rows: range) -> list[Example]:
-        """Return held-out examples by their row; rows past the end repeat the last one (their weight is zero)."""
+        """Return held-out examples by their row; rows past the end repeat the last one (their
+        weight is zero).
+        """
         return [
             self._example(self._validation[min(row, len(self._validation) - 1)]) for row in rows
         ]
@@ -151,7 +163,7 @@ def _open(folder: Path) -> Dataset:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(
             f"{folder}: not a prepared data set ({error})",
-            hint="Run `canvastune prepare`, or give the directory that it wrote.",
+            hint="Run `canvastune prepare`, or use the directory that it wrote.",
         ) from None
     if not len(data):
         raise UserError(
@@ -162,7 +174,9 @@ def _open(folder: Path) -> Dataset:
 
 
 def _count_tokens(data: Dataset, canvas_length: int) -> np.ndarray:
-    """Return int32[rows]: the tokens of each row with its fill, as `Example` has them; the tokens are not read."""
+    """Return int32[rows]: the tokens of each row with its fill, as `Example` has them; the tokens
+    are not read.
+    """
     table = data.with_format("arrow")[:]
     length, prefix = (
         pc.list_value_length(table["input_ids"]).to_numpy(),

@@ -1,7 +1,7 @@
 """Packed, ragged batches of examples: no padding token reaches the model.
 
-Shape letters: B examples, S clean tokens of one example, C canvas tokens of one example, N clean tokens of the batch
-(sum of S), M canvas tokens of the batch (sum of C).
+Shape letters: B examples, S clean tokens of one example, C canvas tokens of one example, N clean
+tokens of the batch (sum of S), M canvas tokens of the batch (sum of C).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from canvastune.noise import NoiseSample, dropout_row_keys
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a prepared data set; EOS fills the last response block to the canvas length if the response is complete."""
+    """One row of a prepared data set; EOS fills the last response block to the canvas length if the
+    response is complete.
+    """
 
     tokens: torch.Tensor  # int64[S]: prefix, response and fill
     prefix_length: int  # tokens before the response
@@ -33,7 +35,9 @@ class Example:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Ragged examples, concatenated: the clean tokens of all examples, then the canvases of all examples."""
+    """Ragged examples, concatenated: the clean tokens of all examples, then the canvases of all
+    examples.
+    """
 
     clean: torch.Tensor  # int64[N]
     clean_positions: torch.Tensor  # int64[N]: position in the example's own sequence
@@ -60,9 +64,11 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def select(self, keep: list[bool]) -> tuple[PackedBatch, torch.Tensor]:
-        """Return the examples where `keep` is true as a batch, and their rows in this batch's canvas, int64[M'].
+        """Return the examples where `keep` is true as a batch, and their rows in this batch's
+        canvas, int64[M'].
 
-        The result is the input of the self-conditioning pass: no row is scored, and adapters apply no dropout.
+        The result is the input of the self-conditioning pass: no row is scored, and adapters apply
+        no dropout.
         """
         device = self.clean.device
         clean_rows = _row_indices(self.clean_lengths, keep).to(device)
@@ -88,7 +94,9 @@ class PackedBatch:
         return batch, canvas_rows
 
     def before_blocks(self) -> PackedBatch:
-        """Return the same canvases with only the clean tokens that they see, those before their blocks; no clean token is scored."""
+        """Return the same canvases with only the clean tokens that they see, those before their
+        blocks; no clean token is scored.
+        """
         before = [
             torch.arange(length) < start
             for length, start in zip(self.clean_lengths, self.block_starts, strict=True)
@@ -148,12 +156,13 @@ def pack(examples: list[Example], draws: list[NoiseSample]) -> PackedBatch:
 def balance_microbatches(
     tokens: Sequence[int], self_conditioned: Sequence[bool], ranks: int, size: int
 ) -> list[list[list[int]]]:
-    """Divide a global batch so that ranks finish each forward together: [forward][rank] -> `size` examples, ascending.
+    """Divide a global batch so that ranks finish each forward together: [forward][rank] -> `size`
+    examples, ascending.
 
-    Ranks synchronize in every layer of both passes, so the tokens of both should be even. Greedy assignment, the largest
-    example first, to the share with the fewest tokens that has room: once ordered by tokens only, once with the
-    self-conditioned examples before the others; the cheaper result wins. The result depends on the arguments only, so all
-    ranks compute the same one.
+    Ranks synchronize in every layer of both passes, so the tokens of both should be even. Greedy
+    assignment, the largest example first, to the share with the fewest tokens that has room: once
+    ordered by tokens only, once with the self-conditioned examples before the others; the cheaper
+    result wins. The result depends on the arguments only, so all ranks compute the same one.
 
     Args:
         tokens: of each example, in one pass.
@@ -172,8 +181,9 @@ def step_cost(
 ) -> int:
     """Return the cost of the busiest rank of each forward, in tokens of the self-conditioning pass.
 
-    The second pass with recomputation and backward costs four times as much. A rank without a self-conditioned example,
-    where another rank has one, has almost nothing to compute in the self-conditioning pass.
+    The second pass with recomputation and backward costs four times as much. A rank without a
+    self-conditioned example, where another rank has one, has almost nothing to compute in the
+    self-conditioning pass.
     """
     total = 0
     for forward in shares:
@@ -186,7 +196,9 @@ def step_cost(
 def _greedy_assign(
     order: list[int], tokens: Sequence[int], ranks: int, size: int
 ) -> list[list[list[int]]]:
-    """Assign examples in this order to the share with the fewest tokens that has room; similar shares run at the same time."""
+    """Assign examples in this order to the share with the fewest tokens that has room; similar
+    shares run at the same time.
+    """
     shares: list[list[int]] = [[] for _ in range(len(order) // size)]
     open_shares = [(0, index) for index in range(len(shares))]  # a heap
     for example in order:

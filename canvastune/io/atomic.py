@@ -1,4 +1,4 @@
-"""A step's output folder appears whole or not at all, and says what made it."""
+"""Write output directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from pathlib import Path
 
 from canvastune.errors import UserError
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk that takes no more
+DISK_FULL_ERRNOS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+)  # of a disk that accepts no more data
 
 
 @contextlib.contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `out` that becomes `out` when the block ends well, and vanishes otherwise.
+    """Yield a temporary sibling of `out` that becomes `out` when the block succeeds, and is removed
+    otherwise.
 
     Raises:
-        UserError: `out` already holds something: nothing that was there is overwritten; a place that cannot be written, a full disk.
+        UserError: `out` is not empty (nothing is ever overwritten), cannot be written, or the disk
+            is full.
     """
     out = out.absolute()
-    partial = _begin(out)
+    partial = _create_partial(out)
     try:
         yield partial
         fsync_tree(partial)
@@ -35,14 +42,15 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             reason = os.strerror(error.errno).lower()
             raise UserError(
-                f"{out}: not written ({reason}), and what was begun is gone. Make room, or give a place on another disk"
+                f"{out}: could not write ({reason}); the partial output was removed",
+                hint="Free some disk space, or choose another disk.",
             ) from None
         raise
 
 
 def check_writable(out: Path) -> None:
-    """Refuse now what `atomic_directory` would refuse when long work is done. Raises: UserError, see there."""
-    _begin(out.absolute()).rmdir()
+    """Raise now the errors that `atomic_directory` would raise after long work."""
+    _create_partial(out.absolute()).rmdir()
 
 
 def fsync_tree(folder: Path) -> None:
@@ -62,14 +70,20 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _begin(out: Path) -> Path:
+def _create_partial(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty. Give another output folder, or move this one away")
+        raise UserError(
+            f"{out}: already exists and is not empty",
+            hint="Choose another output directory, or move this one.",
+        )
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.filename}: {error.strerror}). Give a place where you may write") from None
+        raise UserError(
+            f"{out}: cannot create ({error.filename}: {error.strerror})",
+            hint="Choose a directory that you can write to.",
+        ) from None
     return partial

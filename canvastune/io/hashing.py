@@ -7,14 +7,15 @@ from pathlib import Path
 
 from canvastune.errors import UserError
 
-_WHOLE_FILE = 64 * 2**20  # bytes: files above this are identified by size and three samples, so that 50 GB take no minutes
+# Larger files are identified by size and three samples: reading 50 GB would take minutes.
+_WHOLE_FILE = 64 * 2**20  # bytes
 
 
 def hash_path(path: Path, *, whole: bool = False) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents.
+    """Return the SHA-256 of a file, or of a directory's relative names and contents.
 
-    A file above 64 MiB counts with its size and its first, middle and last MiB. `provenance.json` does not count: it
-    holds the time of day, and the same input must have the same fingerprint.
+    Of a file above 64 MiB, the size and the first, middle and last MiB are hashed.
+    `provenance.json` is left out: it has the time of day, and equal inputs must have equal hashes.
 
     Args:
         whole: read every byte of large files too, where a change of a single row must be noticed.
@@ -23,7 +24,7 @@ def hash_path(path: Path, *, whole: bool = False) -> str:
         UserError: no such file or folder.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder. Give the path of one that exists")
+        raise UserError(f"{path}: no such file or folder", hint="Check the path.")
     digest = hashlib.sha256()
     if path.is_file():
         _update(digest, path, whole)

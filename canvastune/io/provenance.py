@@ -16,8 +16,12 @@ from canvastune.io.hashing import hash_path
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
 
 
-def write_provenance(folder: Path, step: str, config: RunConfig, inputs: Mapping[str, Path]) -> None:
-    """Write `config.yaml` and `provenance.json` into an output folder: config, versions, seed, hashes of the inputs."""
+def write_provenance(
+    folder: Path, step: str, config: RunConfig, inputs: Mapping[str, Path]
+) -> None:
+    """Write `config.yaml` and `provenance.json` into an output folder: config, versions, seed,
+    hashes of the inputs.
+    """
     write_config(config, folder / "config.yaml")
     record = {
         "step": step,

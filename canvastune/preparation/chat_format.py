@@ -1,8 +1,10 @@
-"""From a row to messages, and from messages to tokens with a response span (objective.md section 1).
+"""From a row to messages, and from messages to tokens with a response span (objective.md section
+1).
 
-The prefix is, token for token, what inference feeds the model: the chat template's own generation prompt. The response
-is the assistant's content and the marker that closes its turn. For every conversation the two are proved against the
-template's own rendering of the whole conversation, byte for byte, before a token is trained on.
+The prefix is, token for token, what inference feeds the model: the chat template's own generation
+prompt. The response is the assistant's content and the marker that closes its turn. For every
+conversation the two are compared with the template's own rendering of the whole conversation, byte
+for byte, before a token is trained on.
 """
 
 from __future__ import annotations
@@ -24,17 +26,26 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
 
-Form = Literal["messages", "gsm8k", "columns"]
+RowFormat = Literal["messages", "gsm8k", "columns"]
 
 _ROLES = ("system", "user", "assistant")
-_UNTRAINABLE = ("tool_calls", "function_call", "tool_responses", "reasoning", "reasoning_content", "thinking")
-_SENTINEL = "Zq7SentinelAnswer7qZ"  # stands for the answer when a template's own text is taken apart; never trained on
-_REMEDY = "Give the folder of an unchanged checkpoint"
-_MOST_SHAPES = 1000  # sequences of roles whose template text is remembered
-# What Gemma 4's larger models write after the model turn's header when they answer without thinking. It stands in the
-# generation prompt alone, not in the rendering of a finished conversation: the one documented difference between them.
+_UNTRAINABLE = (
+    "tool_calls",
+    "function_call",
+    "tool_responses",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+)
+_SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer while a template is parsed; never trained on
+_HINT = "Use the directory of an unchanged checkpoint."
+_CACHED_TEMPLATES = 1000  # sequences of roles whose template text is cached
+# What Gemma 4's larger models write after the model turn's header when they answer without
+# thinking. Only the generation prompt has it, not the rendering of a finished conversation: the one
+# documented difference between them.
 _EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
-_as_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make an encoder for every row
+# json.dumps would create an encoder for every row.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class InvalidRow(ValueError):
@@ -43,7 +54,7 @@ class InvalidRow(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages up to and including the last assistant turn; what a row says after it is not trained on and left out."""
+    """Messages up to and including the last assistant turn; later turns of the row are left out."""
 
     messages: tuple[dict[str, str], ...]
 
@@ -59,43 +70,102 @@ class Conversation:
 
     @functools.cached_property
     def id(self) -> str:
-        """SHA-256 of roles and contents without outer blanks: the same conversation has the same id from any file, in any form."""
+        """SHA-256 of roles and stripped contents, independent of the file and the row's format."""
         plain = [[message["role"], message["content"].strip()] for message in self.messages]
-        return hashlib.sha256(_as_text(plain).encode()).hexdigest()
+        return hashlib.sha256(_to_json(plain).encode()).hexdigest()
 
 
-def needed_columns(form: Form, columns: ColumnsConfig) -> tuple[str, ...]:
-    """The keys that a row of this form must have."""
-    if form == "messages":
+def required_columns(row_format: RowFormat, columns: ColumnsConfig) -> tuple[str, ...]:
+    """Return the keys that a row of this format must have."""
+    if row_format == "messages":
         return ("messages",)
-    return ("question", "answer") if form == "gsm8k" else (columns.prompt, columns.response)
+    return ("question", "answer") if row_format == "gsm8k" else (columns.prompt, columns.response)
 
 
-def detect_form(config: DataConfig, keys: Sequence[str]) -> Form | None:
-    """The form of a row with these keys, or None if they are no form's. A form that the config sets is the only candidate."""
-    candidates: tuple[Form, ...] = ("messages", "gsm8k", "columns") if config.format == "auto" else (config.format,)
-    return next((form for form in candidates if set(needed_columns(form, config.columns)) <= set(keys)), None)
+def detect_format(config: DataConfig, keys: Sequence[str]) -> RowFormat | None:
+    """Return the format of a row with these keys, or None if no format has them.
+
+    If the config sets a format, it is the only candidate.
+    """
+    every: tuple[RowFormat, ...] = ("messages", "gsm8k", "columns")
+    candidates = every if config.format == "auto" else (config.format,)
+    return next(
+        (each for each in candidates if set(required_columns(each, config.columns)) <= set(keys)),
+        None,
+    )
 
 
-def read_conversation(value: Any, form: Form, columns: ColumnsConfig) -> Conversation:
+def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
+    """Return the error for a row that has no known format.
+
+    Args:
+        where: the file and the row.
+    """
+    if not isinstance(value, dict):
+        return UserError(
+            f"{where}: found {type(value).__name__}, expected an object; no row after it has a "
+            "known format",
+            hint="Write one object with named columns per row.",
+        )
+    found = ", ".join(map(str, value)) or "none"
+    prompt, response = config.columns.prompt, config.columns.response
+    if config.format == "auto":
+        return UserError(
+            f"{where}: unknown row format: found the columns {found}, expected messages; or "
+            "question and answer; "
+            f"or {prompt} and {response}",
+            hint="Name your columns with data.format=columns data.columns.prompt=... "
+            "data.columns.response=...",
+        )
+    missing = ", ".join(
+        key for key in required_columns(config.format, config.columns) if key not in value
+    )
+    keys = (
+        "data.columns.prompt and data.columns.response"
+        if config.format == "columns"
+        else "data.format"
+    )
+    return UserError(
+        f"{where}: no column {missing}, which data.format {config.format} requires; found the "
+        f"columns {found}",
+        hint=f"Set {keys} to match.",
+    )
+
+
+def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig) -> Conversation:
     """Turn a row into a conversation.
 
     Raises:
-        InvalidRow: a missing column, an unknown role, content that is not text, no assistant turn, nothing before it, an empty turn.
+        InvalidRow: a missing column, an unknown role, content that is not text, no assistant turn,
+            nothing before it, an empty turn.
     """
     if not isinstance(value, dict):
-        raise InvalidRow(f"the row is {_kind(value)}, expected an object with the columns {', '.join(needed_columns(form, columns))}")
-    missing = [key for key in needed_columns(form, columns) if key not in value]
+        raise InvalidRow(
+            f"the row is {_kind(value)}, expected an object with the columns "
+            f"{', '.join(required_columns(row_format, columns))}"
+        )
+    missing = [key for key in required_columns(row_format, columns) if key not in value]
     if missing:
-        raise InvalidRow(f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}")
-    if form == "messages":
+        raise InvalidRow(
+            f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}"
+        )
+    if row_format == "messages":
         messages = _check_messages(value["messages"])
     else:
-        prompt, response = needed_columns(form, columns)
-        messages = [_turn("user", value[prompt], f"column {prompt!r}"), _turn("assistant", value[response], f"column {response!r}")]
-        if form == "columns" and columns.system is not None and value.get(columns.system) not in (None, ""):
+        prompt, response = required_columns(row_format, columns)
+        messages = [
+            _turn("user", value[prompt], f"column {prompt!r}"),
+            _turn("assistant", value[response], f"column {response!r}"),
+        ]
+        if (
+            row_format == "columns"
+            and columns.system is not None
+            and value.get(columns.system) not in (None, "")
+        ):
             messages.insert(0, _turn("system", value[columns.system], f"column {columns.system!r}"))
-    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    last = max(
+        (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None
+    )
     if last is None:
         raise InvalidRow("no assistant turn")
     if last == 0:
@@ -105,19 +175,33 @@ def read_conversation(value: Any, form: Form, columns: ColumnsConfig) -> Convers
 
 def _check_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise InvalidRow(f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects")
+        raise InvalidRow(
+            f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects"
+        )
     if not value:
         raise InvalidRow("column 'messages' is an empty list")
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            raise InvalidRow(f"message {number} is {_kind(message)}, expected an object with 'role' and 'content'")
+            raise InvalidRow(
+                f"message {number} is {_kind(message)}, expected an object with 'role' and "
+                "'content'"
+            )
         if "role" not in message:
-            raise InvalidRow(f"message {number} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}")
+            raise InvalidRow(
+                f"message {number} has no 'role'; its keys: "
+                f"{', '.join(map(str, message)) or 'none'}"
+            )
         if message["role"] not in _ROLES:
-            raise InvalidRow(f"message {number}: unknown role {str(message['role'])[:40]!r}, expected {', '.join(_ROLES)}")
+            raise InvalidRow(
+                f"message {number}: unknown role {str(message['role'])[:40]!r}, expected "
+                f"{', '.join(_ROLES)}"
+            )
         if lost := [key for key in _UNTRAINABLE if message.get(key)]:
-            raise InvalidRow(f"message {number} carries {lost[0]!r}, which is not supported; only 'content' would be trained on")
+            raise InvalidRow(
+                f"message {number} carries {lost[0]!r}, which is not supported; only 'content' "
+                "would be trained on"
+            )
         if "content" not in message:
             raise InvalidRow(f"message {number} ({message['role']}) has no 'content'")
         messages.append(_turn(message["role"], message["content"], f"message {number}"))
@@ -133,7 +217,8 @@ def _turn(role: str, content: Any, where: str) -> dict[str, str]:
         content.encode()
     except UnicodeEncodeError as error:
         raise InvalidRow(
-            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at character {error.start + 1})"
+            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at "
+            f"character {error.start + 1})"
         ) from None
     return {"role": role, "content": content}
 
@@ -142,195 +227,292 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-class Encoded(NamedTuple):
-    """The tokens of one conversation, uncut: as int32, which go to another process and to disk as they are."""
+class EncodedConversation(NamedTuple):
+    """The tokens of one conversation, uncut, as int32: sent to another process and to disk without
+    conversion.
+    """
 
     tokens: array[int]
-    prefix: int  # how many of them inference feeds, header of the model turn included; the others are the response: content and marker
+    prefix_length: (
+        int  # tokens that inference feeds, with the header of the model turn; the response follows
+    )
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What the chat template itself writes for one sequence of roles."""
+class _TurnTemplate:
+    """What the chat template writes around the answer, for one sequence of roles."""
 
     thought: str  # the empty thought channel at the end of the generation prompt, or ""
     closing: str  # what follows the answer, the marker that closes the turn first
     markers: list[int]  # control tokens of the generation prompt, in order
-    problem: str | None = None  # why conversations of this shape cannot be trained on
+    problem: str | None = None  # why conversations with these roles cannot be trained on
 
 
 class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-        """Take the template's end of turn apart.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        where: str,
+        cached_templates: int = _CACHED_TEMPLATES,
+    ) -> None:
+        """Find the template's end of turn.
 
         Args:
-            where: the model folder, for messages.
+            where: the model directory, for messages.
+            cached_templates: sequences of roles whose template text is kept.
 
         Raises:
             UserError: no chat template, or one whose end of turn is not a token of the tokenizer.
         """
         self._tokenizer = tokenizer
-        self._shapes: dict[tuple[str, ...], _Shape] = {}
+        self._cached_templates = cached_templates
+        self._templates: dict[tuple[str, ...], _TurnTemplate] = {}
         if not tokenizer.chat_template:
-            raise UserError(f"{where}: the tokenizer has no chat template. Give a model whose folder has chat_template.jinja")
-        tokenizer([_SENTINEL], add_special_tokens=False)  # takes off what tokenizer.json says of padding and cutting
+            raise UserError(
+                f"{where}: the tokenizer has no chat template",
+                hint="Use a model whose directory has chat_template.jinja.",
+            )
+        tokenizer(
+            [_SENTINEL], add_special_tokens=False
+        )  # resets the padding and truncation of tokenizer.json
         added = tokenizer.added_tokens_decoder
         self._added = frozenset(added)
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
         try:
             rendered = self._render([probe])[0]
         except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"{where}: the chat template cannot render a user and an assistant turn ({error}). {_REMEDY}") from None
+            raise UserError(
+                f"{where}: the chat template cannot render a user and an assistant turn ({error})",
+                hint=_HINT,
+            ) from None
         if rendered.count(_SENTINEL) != 1:
             raise UserError(
-                f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once. {_REMEDY}"
+                f"{where}: the chat template shows an assistant's content "
+                f"{rendered.count(_SENTINEL)} times, expected once",
+                hint=_HINT,
             )
         # The newline after the marker belongs to the template's next turn, not to this one.
         self.closing = rendered.partition(_SENTINEL)[2].rstrip()
         self.closing_ids = self._tokenize([self.closing])[0]
         if not self.closing_ids or not set(self.closing_ids) <= self._added:
             raise UserError(
-                f"{where}: the chat template closes a turn with {self.closing!r}, which the tokenizer has no token for. "
-                "Template and tokenizer do not belong together: give the folder of an unchanged checkpoint"
+                f"{where}: the chat template closes a turn with {self.closing!r}, which is not a "
+                "token of the tokenizer: "
+                "they belong to different models",
+                hint=_HINT,
             )
         self._check_boundary(self._render([probe[:1]], generation=True)[0], where)
-        # Control tokens: all special ones, and whatever opens or closes the template's turns even if it is not marked special.
-        chrome = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
-        self._control = {i for i, token in added.items() if token.special} | (self._added & set(chrome))
+        # Control tokens: all special ones, and those that open or close a turn even if they are not
+        # marked special.
+        markers = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
+        self._control = {i for i, token in added.items() if token.special} | (
+            self._added & set(markers)
+        )
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | InvalidRow]:
-        """Encode a batch; a conversation that cannot be trained on comes back as the InvalidRow that says why."""
-        shapes = [self._shape(conversation) for conversation in conversations]
-        texts = self._texts(conversations, shapes)
+    def encode(
+        self, conversations: Sequence[Conversation]
+    ) -> list[EncodedConversation | InvalidRow]:
+        """Encode a batch; an InvalidRow with the reason takes the place of a conversation that
+        cannot be trained on.
+        """
+        templates = [self._template(conversation) for conversation in conversations]
+        texts = self._texts(conversations, templates)
         good = [text for text in texts if not isinstance(text, InvalidRow)]
         prefixes = iter(self._tokenize([prefix for prefix, _ in good]))
-        # Tokenized apart from the prefix: the boundary is then a token boundary, as it is at inference.
+        # Tokenized separately from the prefix: the boundary is then a token boundary, as in
+        # inference.
         responses = iter(self._tokenize([response for _, response in good]))
-        encoded: list[Encoded | InvalidRow] = []
-        for shape, text in zip(shapes, texts, strict=True):
+        encoded: list[EncodedConversation | InvalidRow] = []
+        for template, text in zip(templates, texts, strict=True):
             if isinstance(text, InvalidRow):
                 encoded.append(text)
             else:
-                encoded.append(self._check(shape, next(prefixes), next(responses)))
+                encoded.append(self._check(template, next(prefixes), next(responses)))
         return encoded
 
     def _check_boundary(self, prompt: str, where: str) -> None:
-        """Where tokens of the whole text have their boundary between prompt and answer, they must be the tokens of the two apart.
+        """Check that prompt and answer have the same tokens separately and together.
 
-        They are not if the tokenizer puts a blank before every text: the answer would be taught with one that inference never sees.
+        They differ if the tokenizer puts a blank before every text: training would then see a blank
+        before the answer that inference never sees.
         """
         answer = _SENTINEL + self.closing
-        whole = self._tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+        whole = self._tokenizer(
+            prompt + answer, add_special_tokens=False, return_offsets_mapping=True
+        )
         starts = [start for start, _ in whole["offset_mapping"]]
-        if len(prompt) not in starts:  # a token straddles the boundary: only the two apart are what inference has
+        if (
+            len(prompt) not in starts
+        ):  # a token straddles the boundary: inference only has the two separately
             return
-        if whole["input_ids"] != [token for tokens in self._tokenize([prompt, answer]) for token in tokens]:
+        if whole["input_ids"] != [
+            token for tokens in self._tokenize([prompt, answer]) for token in tokens
+        ]:
             raise UserError(
-                f"{where}: the tokenizer encodes an answer differently behind the prompt and alone; it may begin every text with a blank. "
-                "Expected Gemma's tokenizer: give the folder of an unchanged checkpoint"
+                f"{where}: the tokenizer encodes an answer differently after the prompt and "
+                "separately, perhaps with a "
+                "blank before every text; expected Gemma's tokenizer",
+                hint=_HINT,
             )
 
-    def _texts(self, conversations: Sequence[Conversation], shapes: Sequence[_Shape]) -> list[tuple[str, str] | InvalidRow]:
-        """Prefix and response text of each conversation, proved to make up the template's own rendering."""
+    def _texts(
+        self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]
+    ) -> list[tuple[str, str] | InvalidRow]:
+        """Return prefix and response text of each conversation, checked against the template's own
+        rendering.
+        """
         histories = [conversation.history for conversation in conversations]
         wholes = [list(conversation.messages) for conversation in conversations]
         try:
             prompts: Sequence[str | InvalidRow] = self._render(histories, generation=True)
             renderings: Sequence[str | InvalidRow] = self._render(wholes)
-        except Exception:  # the template refuses one of them, with whatever it raises: find out which
+        except Exception:  # a template may raise anything: find out for which conversation
             prompts = [self._render_one(history, generation=True) for history in histories]
             renderings = [self._render_one(whole) for whole in wholes]
         texts: list[tuple[str, str] | InvalidRow] = []
-        for conversation, shape, prompt, rendering in zip(conversations, shapes, prompts, renderings, strict=True):
+        for conversation, template, prompt, rendering in zip(
+            conversations, templates, prompts, renderings, strict=True
+        ):
             if isinstance(prompt, InvalidRow) or isinstance(rendering, InvalidRow):
                 texts.append(prompt if isinstance(prompt, InvalidRow) else rendering)  # type: ignore[arg-type]
             else:
-                texts.append(self._split(conversation, shape, prompt, rendering))
+                texts.append(self._split(conversation, template, prompt, rendering))
         return texts
 
-    def _split(self, conversation: Conversation, shape: _Shape, prompt: str, rendering: str) -> tuple[str, str] | InvalidRow:
-        if shape.problem:
-            return InvalidRow(shape.problem)
-        stock_prefix = prompt.removesuffix(shape.thought)
-        for answer in (conversation.answer.strip(), conversation.answer):  # Gemma's templates take outer blanks away
-            if prompt.endswith(shape.thought) and rendering == stock_prefix + answer + shape.closing:
+    def _split(
+        self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str
+    ) -> tuple[str, str] | InvalidRow:
+        if template.problem:
+            return InvalidRow(template.problem)
+        stock_prefix = prompt.removesuffix(template.thought)
+        for answer in (
+            conversation.answer.strip(),
+            conversation.answer,
+        ):  # Gemma's templates strip contents
+            if (
+                prompt.endswith(template.thought)
+                and rendering == stock_prefix + answer + template.closing
+            ):
                 return prompt, answer + self.closing
-        return InvalidRow("the chat template changes the answer (it holds a thought or another control sequence that the template removes)")
+        return InvalidRow(
+            "the chat template changes the answer (it holds a thought or another control sequence "
+            "that the template removes)"
+        )
 
-    def _check(self, shape: _Shape, prefix: list[int], response: list[int]) -> Encoded | InvalidRow:
-        """Refuse text that became a control token: it would open or close a turn that nobody wrote."""
+    def _check(
+        self, template: _TurnTemplate, prefix: list[int], response: list[int]
+    ) -> EncodedConversation | InvalidRow:
+        """Refuse text that became a control token: it would open or close a turn that is not in the
+        data.
+        """
         content, end = response[: -len(self.closing_ids)], response[-len(self.closing_ids) :]
-        found, inside = list(filter(self._control.__contains__, prefix)), self._control.intersection(content)
-        if found == shape.markers and not inside and end == self.closing_ids and content:
-            return Encoded(array("i", prefix + response), len(prefix))
-        extra = [token for token in content if token in inside] or _first_difference(found, shape.markers)
+        found, inside = (
+            list(filter(self._control.__contains__, prefix)),
+            self._control.intersection(content),
+        )
+        if found == template.markers and not inside and end == self.closing_ids and content:
+            return EncodedConversation(array("i", prefix + response), len(prefix))
+        extra = [token for token in content if token in inside] or _first_difference(
+            found, template.markers
+        )
         unknown = self._tokenizer.unk_token_id
         if extra == [unknown]:
             return InvalidRow("the text holds a character that the tokenizer has no token for")
         name = self._tokenizer.convert_ids_to_tokens(extra[0]) if extra else self.closing
-        return InvalidRow(f"the text holds the control token {name!r}, which would become a marker of the chat, not text")
+        return InvalidRow(
+            f"the text holds the control token {name!r}, which would become a marker of the chat, "
+            "not text"
+        )
 
-    def _shape(self, conversation: Conversation) -> _Shape:
+    def _template(self, conversation: Conversation) -> _TurnTemplate:
         roles = tuple([message["role"] for message in conversation.messages])
-        if roles not in self._shapes:
-            if len(self._shapes) == _MOST_SHAPES:
-                self._shapes.clear()
-            self._shapes[roles] = self._take_apart(roles)
-        return self._shapes[roles]
+        if roles not in self._templates:
+            if len(self._templates) == self._cached_templates:
+                self._templates.clear()
+            self._templates[roles] = self._parse_template(roles)
+        return self._templates[roles]
 
-    def _take_apart(self, roles: tuple[str, ...]) -> _Shape:
-        """Render one conversation of this shape with a sentinel as the answer, and find what the template writes around it."""
-        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [{"role": roles[-1], "content": _SENTINEL}]
+    def _parse_template(self, roles: tuple[str, ...]) -> _TurnTemplate:
+        """Render one conversation with these roles and a sentinel as the answer; find what the
+        template writes around it.
+        """
+        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [
+            {"role": roles[-1], "content": _SENTINEL}
+        ]
         sequence = ", ".join(roles)
-        rendering, prompt = self._render_one(messages), self._render_one(messages[:-1], generation=True)
+        rendering, prompt = (
+            self._render_one(messages),
+            self._render_one(messages[:-1], generation=True),
+        )
         if isinstance(rendering, InvalidRow) or isinstance(prompt, InvalidRow):
-            return _Shape(
-                "", "", [], f"the chat template refuses the turns {sequence}: {rendering if isinstance(rendering, InvalidRow) else prompt}"
+            reason = rendering if isinstance(rendering, InvalidRow) else prompt
+            return _TurnTemplate(
+                "", "", [], f"the chat template refuses the turns {sequence}: {reason}"
             )
         before, sentinel, closing = rendering.partition(_SENTINEL)
         thought = prompt[len(before) :]
         if not sentinel or _SENTINEL in closing or closing.rstrip() != self.closing:
-            return _Shape("", "", [], f"the chat template writes the turns {sequence} in a way that hides where the answer ends")
+            problem = f"the chat template hides where the answer ends in the turns {sequence}"
+            return _TurnTemplate("", "", [], problem)
         if not prompt.startswith(before) or (thought and not _EMPTY_THOUGHT.fullmatch(thought)):
-            return _Shape(
-                "",
-                "",
-                [],
-                f"the chat template asks for an answer to the turns {', '.join(roles[:-1])} otherwise than it writes one: {prompt!r}",
+            problem = (
+                f"the chat template's generation prompt after the turns {', '.join(roles[:-1])} "
+                "differs from how it "
+                f"writes an answer: {prompt!r}"
             )
+            return _TurnTemplate("", "", [], problem)
         markers = [token for token in self._tokenize([prompt])[0] if token in self._control]
-        return _Shape(thought, closing, markers)
+        return _TurnTemplate(thought, closing, markers)
 
-    def _render(self, conversations: list[list[dict[str, str]]], *, generation: bool = False) -> list[str]:
-        """What the tokenizer's apply_chat_template renders, without its copies of messages and variables, which took half of the time."""
-        template = _compile_jinja_template(self._tokenizer.get_chat_template())  # the library keeps what it compiled
+    def _render(
+        self, conversations: list[list[dict[str, str]]], *, generation: bool = False
+    ) -> list[str]:
+        """Render as the tokenizer's apply_chat_template, without its copies of messages and
+        variables, half of the time.
+        """
+        template = _compile_jinja_template(
+            self._tokenizer.get_chat_template()
+        )  # cached by the library
         tokens = self._tokenizer.special_tokens_map
-        variables = {**template.globals, **tokens, "tools": None, "documents": None, "add_generation_prompt": generation}
-        contexts = (template.new_context({**variables, "messages": messages}, shared=True) for messages in conversations)
+        variables = {
+            **template.globals,
+            **tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation,
+        }
+        contexts = (
+            template.new_context({**variables, "messages": messages}, shared=True)
+            for messages in conversations
+        )
         return ["".join(template.root_render_func(context)) for context in contexts]
 
-    def _render_one(self, messages: list[dict[str, str]], *, generation: bool = False) -> str | InvalidRow:
+    def _render_one(
+        self, messages: list[dict[str, str]], *, generation: bool = False
+    ) -> str | InvalidRow:
         try:
             return self._render([messages], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise
             return InvalidRow(f"the chat template refuses it: {' '.join(str(error).split())}")
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # Not through the tokenizer's own call, which finds the place of every token in the text and makes a dict of every row: half
-        # the time again. The tokens are the same.
+        # The tokenizer's own call also computes offsets and creates a dict for every row, which
+        # doubles the time. The tokens are the same.
         backend = self._tokenizer.backend_tokenizer
         if isinstance(backend.model, BPE):
-            # It would keep 10,000 words of up to 256 bytes, 60 to 90 MB. To Gemma's tokenizer all text between two control tokens is
-            # one word, which does not come again.
+            # It would cache 10,000 words of up to 256 bytes, 60 to 90 MB. To Gemma's tokenizer all
+            # text between two control tokens is one word, which does not repeat.
             backend.model._resize_cache(0)
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
 def _first_difference(found: list[int], expected: list[int]) -> list[int]:
-    """The first token of `found` that is not at its place in `expected`, as a list of one; empty if there is none."""
+    """Return the first token of `found` that differs from `expected`, as a list of one; empty if
+    there is none.
+    """
     for at, token in enumerate(found):
         if at >= len(expected) or token != expected[at]:
             return [token]

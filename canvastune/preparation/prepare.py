@@ -1,4 +1,6 @@
-"""The step `prepare_data`: from a user's rows to a tokenized train and validation split, with a card that accounts for every row."""
+"""The step `prepare_data`: a user's rows become tokenized train and validation splits, with a card
+that counts every row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,15 @@ from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_format import (
     ChatEncoder,
     Conversation,
-    Encoded,
+    EncodedConversation,
     InvalidRow,
-    detect_form,
+    detect_format,
     read_conversation,
+    unknown_format,
 )
-from canvastune.preparation.readers import Row, open_source
-from canvastune.preparation.stats import DatasetStats, unknown_form
-from canvastune.preparation.tokenize_pool import Batch, encode, usable_cpus
+from canvastune.preparation.readers import Row, Source, open_source
+from canvastune.preparation.stats import DatasetStats, ProgressLog, check_thresholds
+from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
 from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,28 +58,51 @@ _SCHEMA = pa.schema(
         ("answer", pa.string()),
     ]
 )
-_BATCH_ROWS = 512  # conversations rendered and tokenized at a time
-_BATCH_CHARACTERS = 4 * 2**20  # ... fewer if they are long
-_UNDETECTED = 100  # rows looked at for a known form before giving up
+_HASHED_ROWS = 512  # rows hashed at a time
+_UNDETECTED = 100  # rows searched for a known format
 _SAMPLES = 3
-_as_text = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
+_to_json = json.JSONEncoder(
+    ensure_ascii=False
+).encode  # json.dumps would create an encoder for every row
 
 
-def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Throughput:
+    """Sizes and intervals of a preparation; the prepared data does not depend on them."""
+
+    batch_rows: int = 512  # conversations rendered and tokenized at a time
+    batch_characters: int = 4 * 2**20  # fewer conversations if they are long
+    local_batches: int = (
+        2  # encoded in this process before others are started, which takes a second
+    )
+    progress_seconds: float = 2.0
+    pool: Callable[[ChatEncoder, int], EncoderPool] = EncoderPool
+
+
+def prepare_data(
+    config: RunConfig,
+    model: Path,
+    out: Path,
+    processes: int | None = None,
+    throughput: Throughput = Throughput(),
+) -> dict[str, Any]:
     """Write the prepared data set into `out` and return its card.
 
-    `out` gets `train/` and `validation/` (`datasets.Dataset.save_to_disk`), `card.json`, `card.html`, `config.yaml` and
-    `provenance.json`; it appears whole or not at all. Memory does not grow with the text: a few hundred rows at a time,
-    and about 100 bytes a row to find duplicates.
+    `out` gets `train/` and `validation/` (`datasets.Dataset.save_to_disk`), `card.json`,
+    `card.html`, `config.yaml` and `provenance.json`; it appears complete or not at all. Memory does
+    not grow with the text: a few hundred rows at a time, and about 100 bytes a row to find
+    duplicates.
 
     Args:
-        model: the checkpoint's folder; its config, generation config and tokenizer are read, its weights are not.
-        processes: that render and tokenize, this one among them, once some thousand rows were read; the result does not depend
-            on it. Default: one for each core, up to 8.
+        model: the checkpoint's directory; its config, generation config and tokenizer are read, its
+            weights are not.
+        processes: that render and tokenize, including this one, once a few thousand rows are read;
+            the result does not depend on it. Default: one per CPU, up to 8.
 
     Raises:
-        UserError: data that cannot be read, too many bad rows or duplicates, nothing left to train on or to validate
-            with, a tokenizer that does not belong to the model, an `out` that is not empty.
+        UserError: data that cannot be read, too many invalid rows or duplicates, nothing left to
+            train on or to validate with, a tokenizer that does not belong to the model, an `out`
+            that is not empty.
     """
     started = time.monotonic()
     with atomic_directory(out) as folder:
@@ -83,33 +110,62 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
         encoder = ChatEncoder(loaded.tokenizer, str(model))
         check_end_of_turn(model, encoder.closing, encoder.closing_ids)
         source = open_source(config.data)
-        tally = DatasetStats(config.data, source, loaded.canvas_length)
+        stats = DatasetStats(config.data.seq_length, loaded.canvas_length)
+        progress = ProgressLog(stats, config.data.max_rows, throughput.progress_seconds)
+        fingerprint = hashlib.sha256()
         samples: list[dict[str, Any]] = []
-        train, validation = _Split(folder / "train"), _Split(folder / "validation")
+        train = _Split(folder / "train", throughput)
+        validation = _Split(folder / "validation", throughput)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_settled_objects())
+            stack.enter_context(_frozen_garbage())
             rows = stack.enter_context(contextlib.closing(source.rows()))
-            found = _conversations(itertools.islice(rows, config.data.max_rows), tally)
-            encoding = stack.enter_context(contextlib.closing(encode(_batches(found), encoder, processes or usable_cpus())))
+            limited = itertools.islice(rows, config.data.max_rows)
+            found = _conversations(
+                _read(limited, source, stats, progress, fingerprint), config.data, stats
+            )
+            batches = _batches(found, throughput)
+            count = processes or usable_cpus()
+            encoding = stack.enter_context(
+                contextlib.closing(
+                    encode(
+                        batches,
+                        encoder,
+                        count,
+                        local_batches=throughput.local_batches,
+                        pool=throughput.pool,
+                    )
+                )
+            )
             for batch, answers in encoding:
                 tokens = iter(answers)
                 for row, conversation in batch:
-                    encoded = next(tokens) if isinstance(conversation, Conversation) else conversation
+                    encoded = (
+                        next(tokens) if isinstance(conversation, Conversation) else conversation
+                    )
                     if isinstance(conversation, InvalidRow) or isinstance(encoded, InvalidRow):
-                        tally.bad(row, str(encoded))
-                    elif (example := _example(row, conversation, encoded, config.data.seq_length)) is None:
-                        tally.no_room(row, encoded.prefix)
-                    else:
-                        response = len(encoded.tokens) - encoded.prefix
-                        tally.keep(encoded.prefix, response)
-                        if tally.kept <= _SAMPLES:
-                            samples.append(_sample(example, loaded.tokenizer))
-                        (validation if _place(example["id"]) < config.data.validation_fraction else train).add(example, response)
-        tally.refuse()
+                        stats.drop_invalid(row, str(encoded))
+                        continue
+                    example = _example(row, conversation, encoded, config.data.seq_length)
+                    if example is None:
+                        stats.drop_long_prefix(encoded.prefix_length)
+                        continue
+                    response = len(encoded.tokens) - encoded.prefix_length
+                    stats.keep(encoded.prefix_length, response)
+                    if stats.kept <= _SAMPLES:
+                        samples.append(_sample(example, loaded.tokenizer))
+                    held_out = _split_position(example["id"]) < config.data.validation_fraction
+                    (validation if held_out else train).add(example, response)
+        check_thresholds(stats, config.data, source.label)
         _refuse_empty(train, validation, config.data)
-        tally.beyond(validation.keep_smallest_ids(config.data.validation_rows))
+        stats.drop_beyond(validation.keep_smallest_ids(config.data.validation_rows))
         splits = {"train": train.save(), "validation": validation.save()}
-        card: dict[str, Any] = tally.card() | {
+        card: dict[str, Any] = {
+            "source": source.label,
+            "format": stats.row_format,
+            "fingerprint": fingerprint.hexdigest()
+            if source.path is None
+            else hash_path(source.path),
+            **stats.card(),
             "train": len(splits["train"]),
             "validation": len(splits["validation"]),
             "seq_length": config.data.seq_length,
@@ -122,22 +178,51 @@ def prepare_data(config: RunConfig, model: Path, out: Path, processes: int | Non
         }
         write_card(card, folder)
         read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
-        write_provenance(folder, "prepare_data", config, read if source.path is None else read | {"data": source.path})
+        write_provenance(
+            folder,
+            "prepare_data",
+            config,
+            read if source.path is None else read | {"data": source.path},
+        )
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
-        logger.info(f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in {card['seconds']} s")
+        logger.info(
+            f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) "
+            f"in {card['seconds']} s"
+        )
     return card
 
 
-def _conversations(rows: Iterator[Row], tally: DatasetStats) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
-    """Turn each row into a conversation, or into the reason why it is none; repeats are tallied and left out."""
-    seen: set[bytes] = set()
-    waiting: list[Row] = []  # rows that came before the first one of a known form
+def _read(
+    rows: Iterator[Row],
+    source: Source,
+    stats: DatasetStats,
+    progress: ProgressLog,
+    fingerprint: hashlib._Hash,
+) -> Iterator[Row]:
+    """Pass rows through while they are counted; rows of the Hub, which have no file here, are
+    hashed too.
+    """
     for row in rows:
-        tally.read(row)
-        if tally.form is None and isinstance(row.value, dict):
-            tally.form = detect_form(tally.config, list(row.value))
-        if tally.form is None:
+        stats.rows_read += 1
+        if source.path is None:
+            fingerprint.update(json.dumps(row.value, sort_keys=True, default=str).encode() + b"\n")
+        progress.update()
+        yield row
+
+
+def _conversations(
+    rows: Iterator[Row], config: DataConfig, stats: DatasetStats
+) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
+    """Turn each row into a conversation, or into the reason why it is not one; duplicates are
+    counted and left out.
+    """
+    seen: set[bytes] = set()
+    waiting: list[Row] = []  # rows before the first one of a known format
+    for row in rows:
+        if stats.row_format is None and isinstance(row.value, dict):
+            stats.row_format = detect_format(config, list(row.value))
+        if stats.row_format is None:
             waiting.append(row)
             if len(waiting) == _UNDETECTED:
                 break
@@ -146,55 +231,61 @@ def _conversations(rows: Iterator[Row], tally: DatasetStats) -> Iterator[tuple[R
             try:
                 if each.problem is not None:
                     raise InvalidRow(each.problem)
-                conversation = read_conversation(each.value, tally.form, tally.config.columns)
+                conversation = read_conversation(each.value, stats.row_format, config.columns)
             except InvalidRow as reason:
                 yield each, reason
                 continue
             digest = bytes.fromhex(conversation.id)[:16]
             if digest in seen:
-                tally.duplicate(each)
+                stats.drop_duplicate(each)
                 continue
             seen.add(digest)
             yield each, conversation
         waiting.clear()
     for row in waiting:
         if row.problem is None:
-            raise UserError(unknown_form(row, tally.config))
+            raise unknown_format(row.value, f"{row.file}: row {row.number}", config)
         yield row, InvalidRow(row.problem)
 
 
-def _batches(found: Iterator[tuple[Row, Conversation | InvalidRow]]) -> Iterator[Batch]:
-    """Gather conversations for one call of the tokenizer, bounded in rows and in characters."""
+def _batches(
+    found: Iterator[tuple[Row, Conversation | InvalidRow]], limits: Throughput
+) -> Iterator[Batch]:
+    """Group conversations for one call of the tokenizer, bounded in rows and in characters."""
     batch: Batch = []
     characters = 0
     for row, conversation in found:
         batch.append((row, conversation))
         if isinstance(conversation, Conversation):
             characters += sum(len(message["content"]) for message in conversation.messages)
-        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+        if len(batch) == limits.batch_rows or characters > limits.batch_characters:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _example(row: Row, conversation: Conversation, encoded: Encoded, seq_length: int) -> dict[str, Any] | None:
-    """The row of the prepared data set, cut to `seq_length` tokens; None if no response token would be left."""
-    if encoded.prefix >= seq_length:
+def _example(
+    row: Row, conversation: Conversation, encoded: EncodedConversation, seq_length: int
+) -> dict[str, Any] | None:
+    """Return the row of the prepared data set, cut to `seq_length` tokens; None if no response
+    token would be left.
+    """
+    if encoded.prefix_length >= seq_length:
         return None
     return {
         "input_ids": encoded.tokens[:seq_length],
-        "prefix_length": encoded.prefix,
+        "prefix_length": encoded.prefix_length,
         "complete": len(encoded.tokens) <= seq_length,
         "id": conversation.id,
         "origin": row.origin,
-        "prompt": _as_text(conversation.history),
+        "prompt": _to_json(conversation.history),
         "answer": conversation.answer,
     }
 
 
-def _place(id: str) -> float:
-    """Where a conversation's id falls in [0, 1): uniform, and the same whatever else is in the data set."""
+def _split_position(id: str) -> float:
+    """Map a conversation's id to [0, 1): uniform, and independent of the rest of the data set."""
     return int(id[:13], 16) / 16**13
 
 
@@ -212,35 +303,46 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
 def _refuse_empty(train: _Split, validation: _Split, config: DataConfig) -> None:
     if train.count == 0:
         raise UserError(
-            f"{config.source}: every one of the {validation.count} rows kept falls into the validation split. "
-            f"Give more rows, or lower data.validation_fraction (now {config.validation_fraction:g})"
+            f"{config.source}: all of the {validation.count} rows kept are in the validation "
+            "split, expected at least one to train on",
+            hint="Use more rows, or lower data.validation_fraction "
+            f"(now {config.validation_fraction:g}).",
         )
     if validation.count == 0:
         enough = math.ceil(train.lowest * 10_000 + 1) / 10_000
         raise UserError(
-            f"{config.source}: none of the {train.count} rows kept falls into the validation split, and a run needs at least one. "
-            f"Give more rows, or raise data.validation_fraction (now {config.validation_fraction:g}) to {enough:g}"
+            f"{config.source}: none of the {train.count} rows kept is in the validation split, "
+            "expected at least one",
+            hint="Use more rows, or raise data.validation_fraction "
+            f"(now {config.validation_fraction:g}) to {enough:g}.",
         )
 
 
 def _content_hash(splits: dict[str, datasets.Dataset]) -> str:
-    """SHA-256 of what is trained and validated on, in order: the same rows with the same tokenizer and cut have the same one anywhere."""
+    """Return the SHA-256 of the rows in order: equal for equal rows, tokenizer and cut, on any
+    machine.
+    """
     digest = hashlib.sha256()
     for name, dataset in splits.items():
-        columns = {column: hashlib.sha256() for column in ("id", "length", "tokens", "prefix", "complete")}  # apart: batches leave no trace
-        for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        columns = {
+            column: hashlib.sha256() for column in ("id", "length", "tokens", "prefix", "complete")
+        }  # separate, so that batches do not matter
+        for table in dataset.with_format("arrow").iter(batch_size=_HASHED_ROWS):
             columns["id"].update("".join(table["id"].to_pylist()).encode())
             columns["length"].update(pc.list_value_length(table["input_ids"]).to_numpy().tobytes())
             columns["tokens"].update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
             columns["prefix"].update(table["prefix_length"].to_numpy().tobytes())
             columns["complete"].update(bytes(table["complete"].to_pylist()))
-        digest.update(f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode())
+        digest.update(
+            f"{name} {len(dataset)} "
+            f"{' '.join(column.hexdigest() for column in columns.values())}\n".encode()
+        )
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def _settled_objects() -> Iterator[None]:
-    """Look for garbage among what the rows leave alone: a walk through all modules, each few thousand rows, took a tenth of the time."""
+def _frozen_garbage() -> Iterator[None]:
+    """Freeze existing objects: full collections every few thousand rows cost 10% of the time."""
     gc.freeze()
     try:
         yield
@@ -250,7 +352,7 @@ def _settled_objects() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Silence the data set library's progress bars: writing what was just tokenized takes no time worth one."""
+    """Silence the data set library's progress bars: writing is too short for one."""
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.utils.disable_progress_bars()
     try:
@@ -261,10 +363,13 @@ def _no_bars() -> Iterator[None]:
 
 
 class _Split:
-    """One split: written batch by batch to an Arrow stream, then saved in the layout of `Dataset.save_to_disk`."""
+    """One split: written batch by batch to an Arrow stream, then saved in the layout of
+    `Dataset.save_to_disk`.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.lowest = 1.0  # smallest place of an id
+    def __init__(self, folder: Path, limits: Throughput) -> None:
+        self.lowest = 1.0  # smallest split position of an id
+        self._limits = limits
         self._folder = folder
         self._file = folder.with_suffix(".arrow")
         self._writer = pa.ipc.new_stream(str(self._file), _SCHEMA)
@@ -284,12 +389,17 @@ class _Split:
         self._tokens += len(example["input_ids"])
         self._lengths[0].append(example["prefix_length"])
         self._lengths[1].append(response)
-        self.lowest = min(self.lowest, _place(example["id"]))
-        if len(self._rows) == _BATCH_ROWS or self._tokens > _BATCH_CHARACTERS:
+        self.lowest = min(self.lowest, _split_position(example["id"]))
+        if (
+            len(self._rows) == self._limits.batch_rows
+            or self._tokens > self._limits.batch_characters
+        ):
             self._flush()
 
     def keep_smallest_ids(self, limit: int | None) -> list[tuple[int, int]]:
-        """Keep the `limit` rows with the smallest ids, whatever order they came in; return prefix and response of those left out."""
+        """Keep the `limit` rows with the smallest ids, in any order of arrival; return prefix and
+        response of the others.
+        """
         if limit is None or self.count <= limit:
             return []
         with pa.memory_map(str(self._close())) as stream:
@@ -299,10 +409,13 @@ class _Split:
         return [(self._lengths[0][at], self._lengths[1][at]) for at in ranked[limit:]]
 
     def save(self) -> datasets.Dataset:
-        """Write the split's folder and return the data set, mapped from it."""
+        """Write the split's directory and return the data set, memory-mapped from it."""
         file = self._close()
-        # The library would draw a fingerprint from the path and the clock: equal rows shall be equal files.
-        dataset = datasets.Dataset(MemoryMappedTable.from_file(str(file)), fingerprint=hash_path(file)[:16])
+        # The library's own fingerprint depends on the path and the time: equal rows must be equal
+        # files.
+        dataset = datasets.Dataset(
+            MemoryMappedTable.from_file(str(file)), fingerprint=hash_path(file)[:16]
+        )
         if self._chosen is not None:
             dataset = dataset.select(self._chosen, keep_in_memory=True)
         with _no_bars():
@@ -323,6 +436,9 @@ class _Split:
             ends = itertools.accumulate((len(row["input_ids"]) for row in self._rows), initial=0)
             flat = pa.Array.from_buffers(pa.int32(), len(tokens), [None, pa.py_buffer(tokens)])
             columns = [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
-            columns += [pa.array([row[field.name] for row in self._rows], field.type) for field in list(_SCHEMA)[1:]]
+            columns += [
+                pa.array([row[field.name] for row in self._rows], field.type)
+                for field in list(_SCHEMA)[1:]
+            ]
             self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
             self._rows, self._tokens = [], 0

@@ -1,4 +1,4 @@
-"""Conversations to tokens in several processes, in order: what is rendered and tokenized does not depend on how many there are."""
+"""Encode conversations in several processes, in order; their number does not change the result."""
 
 from __future__ import annotations
 
@@ -12,96 +12,129 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from canvastune.errors import UserError
-from canvastune.preparation.chat_format import ChatEncoder, Conversation, Encoded, InvalidRow
+from canvastune.preparation.chat_format import (
+    ChatEncoder,
+    Conversation,
+    EncodedConversation,
+    InvalidRow,
+)
 
-if TYPE_CHECKING:  # rows come from libraries that a process which tokenizes would import for nothing
+if TYPE_CHECKING:  # the readers import libraries that an encoder process does not need
     from canvastune.preparation.readers import Row
 
 Batch: TypeAlias = "list[tuple[Row, Conversation | InvalidRow]]"
-_ALONE = 2  # batches encoded in this process before others are started, which takes them a second
-_QUEUED = 3  # batches of each process that wait or are done before their turn to be written
+_QUEUED = 3  # batches per process that wait, or are done before their turn to be written
 _MOST_PROCESSES = 8
-_SERVE = (  # in a process that finds the modules that this one finds
+_SERVE = (  # with this process's module search path
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from canvastune.preparation.tokenize_pool import serve_encoder; serve_encoder()"
 )
 
 
 def encode(
-    batches: Iterator[Batch], encoder: ChatEncoder, processes: int
-) -> Generator[tuple[Batch, list[Encoded | InvalidRow]], None, None]:
-    """Encode the conversations of each batch, in order: the first ones here, the others here and in processes of their own.
+    batches: Iterator[Batch],
+    encoder: ChatEncoder,
+    processes: int,
+    *,
+    local_batches: int,
+    pool: Callable[[ChatEncoder, int], EncoderPool],
+) -> Generator[tuple[Batch, list[EncodedConversation | InvalidRow]], None, None]:
+    """Encode the conversations of each batch, in order: first in this process only, then in all of
+    them.
 
     Args:
-        processes: this one is among them. It reads, hands out and writes; while the others have enough to do, it encodes as well.
+        processes: including this one, which reads, submits and writes, and encodes while the others
+            have enough to do.
+        local_batches: encoded in this process before others are started.
+        pool: starts the other processes.
     """
-    for batch in itertools.islice(batches, _ALONE if processes > 1 else None):
-        yield batch, encoder.encode(_has_conversations(batch))
+    for batch in itertools.islice(batches, local_batches if processes > 1 else None):
+        yield batch, encoder.encode(_conversations_of(batch))
     first = next(batches, None)
     if first is None:
         return
-    with Workers(encoder, processes - 1) as workers:
+    with pool(encoder, processes - 1) as workers:
         waiting: deque[tuple[Batch, Future[Any]]] = deque()
 
-        def oldest() -> tuple[Batch, list[Encoded | InvalidRow]]:
-            while not waiting[0][1].done() and _encode_newest(waiting, encoder):
+        def oldest() -> tuple[Batch, list[EncodedConversation | InvalidRow]]:
+            while not waiting[0][1].done() and encode_newest(waiting, encoder):
                 pass
             batch, answer = waiting.popleft()
             return batch, answer.result()
 
         for batch in itertools.chain([first], batches):
-            waiting.append((batch, workers.encode(_has_conversations(batch))))
+            waiting.append((batch, workers.encode(_conversations_of(batch))))
             while waiting and (waiting[0][1].done() or len(waiting) > _QUEUED * processes):
                 yield oldest()
         while waiting:
             yield oldest()
 
 
-def _encode_newest(waiting: deque[tuple[Batch, Future[Any]]], encoder: ChatEncoder) -> bool:
-    """Encode one batch that no process has begun with, the newest: the older ones are what the processes take next. False: none."""
+def encode_newest(waiting: deque[tuple[Batch, Future[Any]]], encoder: ChatEncoder) -> bool:
+    """Encode the newest batch that no process has started, since the processes take the oldest
+    next.
+
+    Returns:
+        False if all batches are started.
+    """
     for at, (batch, answer) in reversed(list(enumerate(waiting))):
         if not answer.done() and answer.cancel():
             done: Future[Any] = Future()
-            done.set_result(encoder.encode(_has_conversations(batch)))
+            done.set_result(encoder.encode(_conversations_of(batch)))
             waiting[at] = batch, done
             return True
     return False
 
 
-def _has_conversations(batch: Batch) -> list[Conversation]:
+def _conversations_of(batch: Batch) -> list[Conversation]:
     return [talk for _, talk in batch if isinstance(talk, Conversation)]
 
 
 def usable_cpus() -> int:
-    """Cores that this process may use: those it is given, and a container's share of them."""
-    own = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    """Return the CPUs that this process may use, by its affinity and its container's limit; at most
+    8.
+    """
+    own = min(
+        _MOST_PROCESSES,
+        len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+    )
     limit = Path("/sys/fs/cgroup/cpu.max")
     share, period = limit.read_text(encoding="ascii").split() if limit.is_file() else ("max", "")
     return own if share == "max" else max(1, min(own, int(share) // int(period)))
 
 
-class Workers:
-    """Processes that encode, each asked by two threads of this one in turn. All of them are gone when the block ends."""
+class EncoderPool:
+    """Encoder processes, each used by two threads of this one in turn. All of them are stopped when
+    the block ends.
+    """
 
-    def __init__(self, encoder: ChatEncoder, count: int) -> None:
+    def __init__(
+        self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None
+    ) -> None:
+        """Prepare the pool; entering it starts the processes.
+
+        Args:
+            process: starts one. Default: EncoderProcess.
+        """
+        self._start = process or EncoderProcess
         self._workers: list[EncoderProcess] = []
         self._idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(2 * count)
         self._first = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
         self._count = count
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> EncoderPool:
         try:
             for _ in range(self._count):
-                self._workers.append(worker := EncoderProcess())
-                ready = self._threads.submit(self._ask, worker, self._first)
-                self._threads.submit(self._stand_by, worker, ready)
+                self._workers.append(worker := self._start())
+                ready = self._threads.submit(self._request, worker, self._first)
+                self._threads.submit(self._wait, worker, ready)
         except BaseException:
             self.__exit__()
             raise
@@ -109,31 +142,35 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.end()
+            worker.stop()
         self._threads.shutdown(cancel_futures=True)
 
     def encode(self, conversations: list[Conversation]) -> Future[Any]:
-        """What ChatEncoder.encode returns for these conversations, in the future."""
+        """Return a future of what ChatEncoder.encode returns for these conversations."""
         request = pickle.dumps(conversations, pickle.HIGHEST_PROTOCOL)
-        return self._threads.submit(lambda: self._ask(self._idle.get(), request))
+        return self._threads.submit(lambda: self._request(self._idle.get(), request))
 
-    def _ask(self, worker: EncoderProcess, request: bytes) -> Any:
+    def _request(self, worker: EncoderProcess, request: bytes) -> Any:
         try:
-            return worker.ask(request)
+            return worker.request(request)
         finally:
             self._idle.put(worker)
 
-    def _stand_by(self, worker: EncoderProcess, ready: Future[Any]) -> None:
-        ready.exception()  # waits: until then no thread takes what this process can encode
+    def _wait(self, worker: EncoderProcess, ready: Future[Any]) -> None:
+        # waits, so that no thread takes a batch that this process could encode meanwhile
+        ready.exception()
         self._idle.put(worker)
 
 
 class EncoderProcess:
-    """Another process with an encoder. It ends with this one, whatever ends it: its input is then at its end."""
+    """Another process with an encoder. It exits with this one, even if this one is killed: its
+    input then ends.
+    """
 
     def __init__(self) -> None:
-        # Not a fork (libraries have threads here), and not multiprocessing's spawn, which would run the main module again. A group of
-        # its own: Ctrl-C is for this process, which ends the others. Nothing is imported from the current folder.
+        # No fork, since libraries have threads here, and not multiprocessing's spawn, which runs
+        # the main module again. A separate process group: Ctrl-C is for this process, which stops
+        # the others. Nothing is imported from the current directory.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _SERVE],
             stdin=subprocess.PIPE,
@@ -142,12 +179,18 @@ class EncoderProcess:
             process_group=0,
             pipesize=2**20,
         )
-        self._requests, self._answers = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        self._requests, self._answers = (
+            cast(IO[bytes], self._process.stdin),
+            cast(IO[bytes], self._process.stdout),
+        )
         self._sending, self._receiving = threading.Lock(), threading.Condition()
         self._sent = self._received = 0
 
-    def ask(self, request: bytes) -> Any:
-        """Send a pickled request and wait for its answer. A second thread may ask meanwhile: the process then goes on without a pause."""
+    def request(self, request: bytes) -> Any:
+        """Send a pickled request and wait for its response.
+
+        A second thread may send one meanwhile, so that the process continues without a pause.
+        """
         try:
             with self._sending:
                 place, self._sent = self._sent, self._sent + 1
@@ -162,34 +205,39 @@ class EncoderProcess:
                     self._receiving.notify_all()
         except (OSError, EOFError, pickle.UnpicklingError):
             code = self._process.wait()
-            why = "killed; perhaps the memory did not suffice" if code == -9 else f"exit code {code}"
+            reason = "killed, perhaps for lack of memory" if code == -9 else f"exit code {code}"
             raise UserError(
-                f"prepare_data: a process that tokenizes ended before its work was done ({why}). Start the step again"
+                f"prepare_data: an encoder process exited early ({reason})",
+                hint="Run the step again, with more memory if the process was killed.",
             ) from None
 
-    def end(self) -> None:
-        """End it, whatever it does."""
+    def stop(self) -> None:
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._requests, self._answers):
-            with contextlib.suppress(BrokenPipeError):  # half a request, to a process that is gone
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # part of a request, to a process that has exited
                 pipe.close()
 
 
 def serve_encoder() -> None:
-    """What an EncoderProcess runs: a ChatEncoder comes in, then lists of conversations; lists of encoded ones go out, until the end.
+    """Run an encoder process: receive a ChatEncoder, then lists of conversations; send lists of
+    encoded ones.
 
-    All of it is pickled, from standard input to what was standard output; whatever else is printed goes to standard error.
+    Messages are pickled, from standard input to the original standard output; other output goes to
+    standard error.
     """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    answer: Any = None  # the first one says that this process is ready
+    answer: Any = None  # the first one reports that this process is ready
     encoder: ChatEncoder = pickle.load(requests)
-    gc.freeze()  # what is here by now stays: garbage is looked for among the conversations alone
+    gc.freeze()  # collect garbage only among the conversations
     try:
         while True:
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
             answer = encoder.encode(pickle.load(requests))
-    except (EOFError, BrokenPipeError):  # all is done, or the process that asks is gone
-        os._exit(0)  # what was not sent is nobody's
+    except (EOFError, BrokenPipeError):  # all is done, or the parent process has exited
+        os._exit(0)  # unsent results are discarded

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and the proof that it belongs to the model."""
+"""Load the tokenizer of a checkpoint, and check that it belongs to the model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaConfig, DiffusionGemmaTextConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DiffusionGemmaConfig,
+    DiffusionGemmaTextConfig,
+    PreTrainedTokenizerBase,
+)
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 
-_REMEDY = "Give the folder of an unchanged checkpoint"
+_HINT = "Use the directory of an unchanged checkpoint."
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """A checkpoint's tokenizer, and what its configuration says of text."""
+    """A checkpoint's tokenizer, and the sizes of its text configuration."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int  # rows of the embedding table; the tokenizer may name fewer
@@ -23,42 +29,65 @@ class ModelTokenizer:
 
 
 def load_tokenizer(model: Path) -> ModelTokenizer:
-    """Load the tokenizer and the configuration of a checkpoint folder; no weights are read and no code of its own is run.
+    """Load the tokenizer and the configuration of a checkpoint directory; no weights are read, no
+    remote code is run.
 
     Raises:
-        UserError: no DiffusionGemma checkpoint, no fast tokenizer, ids beyond the vocabulary, special tokens that disagree.
+        UserError: no DiffusionGemma checkpoint, no fast tokenizer, ids beyond the vocabulary,
+            special tokens that disagree.
     """
     if not (model / "config.json").is_file():
-        raise UserError(f"{model}: no config.json. Give the folder of a checkpoint in the Hub's layout")
+        raise UserError(
+            f"{model}: no config.json",
+            hint="Use the directory of a checkpoint in the Hub's layout.",
+        )
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{model / 'config.json'}: cannot be read ({_one_line(error)}). {_REMEDY}") from None
-    if not isinstance(config, DiffusionGemmaConfig) or not isinstance(config.text_config, DiffusionGemmaTextConfig):
-        raise UserError(f"{model / 'config.json'}: model_type is {config.model_type!r}, expected 'diffusion_gemma'. {_REMEDY}")
+        raise UserError(
+            f"{model / 'config.json'}: cannot be read ({one_line(error)})", hint=_HINT
+        ) from None
+    if not isinstance(config, DiffusionGemmaConfig) or not isinstance(
+        config.text_config, DiffusionGemmaTextConfig
+    ):
+        raise UserError(
+            f"{model / 'config.json'}: model_type is {config.model_type!r}, expected "
+            "'diffusion_gemma'",
+            hint=_HINT,
+        )
     if not config.canvas_length:
-        raise UserError(f"{model / 'config.json'}: canvas_length is missing. {_REMEDY}")
+        raise UserError(f"{model / 'config.json'}: canvas_length is missing", hint=_HINT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot parse
-        raise UserError(f"{model}: the tokenizer cannot be loaded ({_one_line(error)}). {_REMEDY}, tokenizer.json included") from None
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises plain Exception for a file that it cannot parse
+        raise UserError(
+            f"{model}: the tokenizer cannot be loaded ({one_line(error)})",
+            hint="Use the directory of an unchanged checkpoint, including tokenizer.json.",
+        ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"{model}: the tokenizer has no tokenizer.json, which maps tokens to text. {_REMEDY}")
+        raise UserError(f"{model}: no tokenizer.json, which a fast tokenizer requires", hint=_HINT)
     _check_ids(tokenizer, config.text_config, model)
     return ModelTokenizer(tokenizer, config.text_config.vocab_size, config.canvas_length)
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, text: DiffusionGemmaTextConfig, model: Path) -> None:
+def _check_ids(
+    tokenizer: PreTrainedTokenizerBase, text: DiffusionGemmaTextConfig, model: Path
+) -> None:
     """Refuse a tokenizer of another model.
 
     Raises:
-        UserError: a token id beyond the model's vocabulary, or a pad, bos or eos id that differs from the configuration's.
+        UserError: a token id beyond the model's vocabulary, or a pad, bos or eos id that differs
+            from the configuration's.
     """
     highest = max(tokenizer.get_vocab().values())
     if highest >= text.vocab_size:
         raise UserError(
-            f"{model}: the tokenizer does not belong to the model: its highest token id is {highest}, "
-            f"config.json says text_config.vocab_size {text.vocab_size}. {_REMEDY}"
+            f"{model}: the tokenizer does not belong to the model: its highest token id is "
+            f"{highest}, "
+            f"text_config.vocab_size of config.json is {text.vocab_size}",
+            hint=_HINT,
         )
     for name in ("pad", "bos", "eos"):
         expected = getattr(text, f"{name}_token_id")
@@ -68,20 +97,24 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, text: DiffusionGemmaTextConfi
         allowed = expected if isinstance(expected, list) else [expected]
         if found not in allowed:
             raise UserError(
-                f"{model}: the tokenizer does not belong to the model: its {name} token is {getattr(tokenizer, f'{name}_token')!r} "
-                f"with id {found}, config.json says text_config.{name}_token_id {expected}. {_REMEDY}"
+                f"{model}: the tokenizer does not belong to the model: its {name} token is "
+                f"{getattr(tokenizer, f'{name}_token')!r} "
+                f"with id {found}, text_config.{name}_token_id of config.json is {expected}",
+                hint=_HINT,
             )
 
 
 def check_end_of_turn(model: Path, closing: str, closing_ids: list[int]) -> None:
-    """Refuse a chat template whose end of turn is not among the tokens that end generation, if the checkpoint names those.
+    """Refuse a chat template whose end of turn does not end generation, if the checkpoint names the
+    tokens that do.
 
     Args:
         closing: the text that closes a turn, `<turn|>` in Gemma's template.
         closing_ids: its tokens.
 
     Raises:
-        UserError: generation_config.json does not stop there, so a tuned answer would not end where it was taught to.
+        UserError: generation_config.json does not stop there, so a tuned answer would not end where
+            it was trained to.
     """
     file = model / "generation_config.json"
     if not file.is_file():
@@ -89,14 +122,12 @@ def check_end_of_turn(model: Path, closing: str, closing_ids: list[int]) -> None
     try:
         stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({_one_line(error)}). {_REMEDY}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)})", hint=_HINT) from None
     stops = stop if isinstance(stop, list) else [stop]
     if stop is not None and closing_ids[-1] not in stops:
         raise UserError(
-            f"{file}: eos_token_id is {stop}, but the chat template closes a turn with {closing!r} (id {closing_ids[-1]}): "
-            f"generation would not stop there. Tokenizer and model do not belong together. {_REMEDY}"
+            f"{file}: eos_token_id is {stop}, but the chat template closes a turn with {closing!r} "
+            f"(id {closing_ids[-1]}): "
+            "generation would not stop there; tokenizer and model do not belong together",
+            hint=_HINT,
         )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

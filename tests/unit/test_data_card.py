@@ -22,7 +22,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("card")
     rows: list[Any] = [{"question": "<script>alert(1)</script> & é\x07", "answer": "<b>7</b>"}, *problems(40), "<i>broken</i>"]
     rows += [{"question": "q", "answer": "long " * 80}]
-    config = run_config(write_lines(folder / "data.jsonl", rows), max_bad_rows=0.1)
+    config = run_config(write_lines(folder / "data.jsonl", rows), max_bad_row_fraction=0.1)
     return prepare_data(config, make_model(folder / "model"), folder / "out")
 
 
@@ -81,7 +81,7 @@ def test_the_page_says_what_was_left_out_and_why(card: dict[str, Any]) -> None:
 
 def test_a_card_without_faults_says_so(card: dict[str, Any]) -> None:
     text = Page(render_card(card | {"dropped": {}, "bad": 0, "bad_rows": [], "cut": 0})).text
-    assert "Nothing: every row that was read is trained or validated on, whole." in text
+    assert "Nothing: all rows are used for training or validation, complete." in text
     assert "Bad rows" not in text
 
 

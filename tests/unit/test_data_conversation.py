@@ -15,13 +15,12 @@ from transformers import GemmaTokenizer
 from benchmarks.resident import read_status
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation import chat_format as conversation_module
 from canvastune.preparation.chat_format import (
     ChatEncoder,
     Conversation,
-    Encoded,
+    EncodedConversation,
     InvalidRow,
-    detect_form,
+    detect_format,
     read_conversation,
 )
 from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
@@ -46,8 +45,8 @@ class Tokens(NamedTuple):
 
 def encode(conversation: Conversation, encoder: ChatEncoder) -> Tokens:
     encoded = encoder.encode([conversation])[0]
-    assert isinstance(encoded, Encoded), f"a good conversation was refused: {encoded}"
-    return Tokens(encoded.tokens[: encoded.prefix].tolist(), encoded.tokens[encoded.prefix :].tolist())
+    assert isinstance(encoded, EncodedConversation), f"a good conversation was refused: {encoded}"
+    return Tokens(encoded.tokens[: encoded.prefix_length].tolist(), encoded.tokens[encoded.prefix_length :].tolist())
 
 
 def inference_prompt(conversation: Conversation, tokenizer: GemmaTokenizer) -> Any:
@@ -163,19 +162,19 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() 
     alternate = "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%- endif -%}" + PLAIN
     encoder = ChatEncoder(make_tokenizer(alternate), "model")
     good, bad, also_good = encoder.encode([talk(("user", "q"), ("assistant", answer)) for answer in ("yes", "no", "yes too")])
-    assert isinstance(good, Encoded)
-    assert isinstance(also_good, Encoded)
+    assert isinstance(good, EncodedConversation)
+    assert isinstance(also_good, EncodedConversation)
     assert str(bad) == "the chat template refuses it: I refuse no"
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
     encoder = ChatEncoder(make_tokenizer(PLAIN.replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\nSure: ' -}}")), "model")
     refused = encoder.encode([talk(("user", "q"), ("assistant", "a"))])[0]
-    assert "asks for an answer to the turns user otherwise than it writes one" in str(refused)
+    assert "generation prompt after the turns user differs" in str(refused)
 
 
 def test_a_template_without_its_end_of_turn_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"closes a turn with '<turn\|>', which the tokenizer has no token for"):
+    with pytest.raises(UserError, match=r"model: the chat template closes a turn with '<turn\|>'"):
         ChatEncoder(make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]), "model")
 
 
@@ -189,7 +188,7 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    with pytest.raises(UserError, match="differently behind the prompt and alone"):
+    with pytest.raises(UserError, match="model: the tokenizer encodes an answer differently"):
         ChatEncoder(tokenizer, "model")
 
 
@@ -233,11 +232,10 @@ def test_a_tokenizer_of_many_texts_takes_no_more_memory() -> None:
         assert held[-1] - held[1] < 4 * 2**20, f"5,000 texts left {(held[-1] - held[1]) / 2**20:.0f} MiB behind"
 
 
-def test_the_shapes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation_module, "_MOST_SHAPES", 2)
-    conversations, encoder = list(TALKS.values()), ChatEncoder(make_tokenizer(THOUGHT), "model")
+def test_the_cache_of_templates_is_bounded() -> None:
+    conversations, encoder = list(TALKS.values()), ChatEncoder(make_tokenizer(THOUGHT), "model", cached_templates=2)
     assert encoder.encode(conversations) == ENCODERS["thought"].encode(conversations)
-    assert len(encoder._shapes) <= 2
+    assert len(encoder._templates) <= 2
 
 
 # The tokenizer itself writes a blank as U+2581: it cannot tell the two apart, nor can anyone who decodes.
@@ -290,7 +288,7 @@ def test_no_text_opens_or_closes_a_turn(history: list[tuple[str, str]], answer: 
     if isinstance(encoded, InvalidRow):
         return
     tokens = tokenizer.convert_ids_to_tokens(encoded.tokens.tolist())
-    assert encoded.tokens[: encoded.prefix].tolist() == inference_prompt(conversation, tokenizer)
+    assert encoded.tokens[: encoded.prefix_length].tolist() == inference_prompt(conversation, tokenizer)
     assert tokens.count("<|turn>") == tokens.count("<turn|>") == len(conversation.messages)
     assert tokens.count("<eos>") == tokens.count("<|image|>") == 0
 
@@ -364,11 +362,11 @@ def test_a_system_column_becomes_a_system_turn() -> None:
         (["question", "solution"], None),
     ],
 )
-def test_the_form_is_told_by_the_keys(keys: list[str], form: str | None) -> None:
-    assert detect_form(DataConfig(source="x"), keys) == form
+def test_the_format_follows_from_the_keys(keys: list[str], form: str | None) -> None:
+    assert detect_format(DataConfig(source="x"), keys) == form
 
 
-def test_a_form_that_is_set_is_the_only_one_tried() -> None:
+def test_a_format_that_is_set_is_the_only_candidate() -> None:
     config = DataConfig(source="x", format="columns", columns=ColumnsConfig(prompt="question", response="answer"))
-    assert detect_form(config, ["question", "answer"]) == "columns"
-    assert detect_form(DataConfig(source="x", format="messages"), ["question", "answer"]) is None
+    assert detect_format(config, ["question", "answer"]) == "columns"
+    assert detect_format(DataConfig(source="x", format="messages"), ["question", "answer"]) is None

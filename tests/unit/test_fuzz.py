@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from canvastune.config import RunConfig, load_config, parse_config, write_config
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.chat_format import Form, InvalidRow, read_conversation
+from canvastune.preparation.chat_format import InvalidRow, RowFormat, read_conversation
 from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.readers import Row, open_source
 from tests.support.data_fixtures import SPECIAL, make_model, problems, run_config, write_lines
@@ -77,7 +77,7 @@ def read(folder: Path, kind: str, data: bytes) -> list[Row] | None:
     return rows
 
 
-def conversation(value: Any, form: Form) -> None:
+def conversation(value: Any, form: RowFormat) -> None:
     """Read a row as a conversation, with an answer and an id, or learn why it is none."""
     try:
         found = read_conversation(value, form, DataConfig(source="x").columns)
@@ -137,7 +137,7 @@ def test_a_damaged_file_inside_sound_gzip_gives_rows_or_is_refused(kind: str, da
 @pytest.mark.parametrize("form", ["messages", "gsm8k", "columns"])
 @settings(FAST, max_examples=300)
 @given(value=ROWS | TREES)
-def test_any_json_is_a_conversation_or_a_bad_row(form: Form, value: Any) -> None:
+def test_any_json_is_a_conversation_or_a_bad_row(form: RowFormat, value: Any) -> None:
     conversation(value, form)
 
 
@@ -166,7 +166,7 @@ def prepared(model: Path, talks: list[tuple[str, str, str]]) -> list[tuple[list[
     rows = [{"messages": [message("user", row["question"]), message("assistant", row["answer"])]} for row in rows]
     rows += [{"messages": [message(*turn) for turn in zip(("system", "user", "assistant"), talk, strict=True)]} for talk in talks]
     with tempfile.TemporaryDirectory() as folder:
-        config = run_config(write_lines(Path(folder) / "rows.jsonl", rows), max_bad_rows=0.99, max_duplicates=1, seq_length=512)
+        config = run_config(write_lines(Path(folder) / "rows.jsonl", rows), max_bad_row_fraction=0.99, max_duplicate_fraction=1, seq_length=512)
         prepare_data(config, model, Path(folder) / "out", processes=1)
         splits = [load_from_disk(str(Path(folder) / "out" / split)) for split in ("train", "validation")]
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ import pytest
 from canvastune.config.schema import ColumnsConfig
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
-from canvastune.preparation import prepare as prepare_module
-from canvastune.preparation import tokenize_pool as encoding_module
 from canvastune.preparation.chat_format import ChatEncoder, Conversation, read_conversation
-from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.prepare import Throughput, prepare_data
 from canvastune.preparation.readers import Row
-from canvastune.preparation.tokenize_pool import EncoderProcess
+from canvastune.preparation.tokenize_pool import EncoderPool, EncoderProcess, encode_newest
 from tests.support.data_fixtures import (
     THOUGHT,
     make_model,
@@ -46,30 +45,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), THOUGHT)
 
 
-@pytest.fixture(autouse=True)
-def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows for many batches, most of them for the processes."""
-    monkeypatch.setattr(prepare_module, "_BATCH_ROWS", 8)
-    monkeypatch.setattr(encoding_module, "_ALONE", 1)
+# Few rows for many batches, most of them for the processes.
+SMALL = Throughput(batch_rows=8, local_batches=1)
 
 
 def own_processes() -> list[psutil.Process]:
     return [process for process in psutil.Process().children() if any("serve_encoder" in word for word in process.cmdline())]
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", ROWS)
-    config = run_config(source, max_bad_rows=0.1, validation_rows=30)
-    encode, sent = encoding_module.Workers.encode, []
+    config = run_config(source, max_bad_row_fraction=0.1, validation_rows=30)
+    sent = []
 
-    def counted(workers: Any, conversations: list[Conversation]) -> Future[Any]:
-        sent.append(len(conversations))
-        answer = encode(workers, conversations)
-        answer.cancel = lambda: False  # type: ignore[method-assign]  # else much of what waits is done here
-        return answer
+    class CountingPool(EncoderPool):
+        def encode(self, conversations: list[Conversation]) -> Future[Any]:
+            sent.append(len(conversations))
+            answer = super().encode(conversations)
+            answer.cancel = lambda: False  # type: ignore[method-assign]  # else this process encodes most of them
+            return answer
 
-    monkeypatch.setattr(encoding_module.Workers, "encode", counted)
-    cards = [prepare_data(config, model, tmp_path / str(processes), processes) for processes in (1, 3)]
+    throughput = replace(SMALL, pool=CountingPool)
+    cards = [prepare_data(config, model, tmp_path / str(count), count, throughput) for count in (1, 3)]
     assert sum(sent) > 350, "the processes did not do most of the work"
     for card in cards:
         card.pop("seconds")
@@ -85,7 +82,7 @@ def test_rows_that_are_refused_are_named_in_the_order_of_the_file(tmp_path: Path
     messages = []
     for processes in (1, 2):
         with pytest.raises(UserError) as raised:
-            prepare_data(run_config(source, max_bad_rows=0), model, tmp_path / "out", processes)
+            prepare_data(run_config(source, max_bad_row_fraction=0), model, tmp_path / "out", processes, SMALL)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
     assert [messages[1].index(f"row {n + 1}:") for n in (100, 200, 201, 399)] == sorted(
@@ -102,7 +99,7 @@ def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_wi
     answers = [answer for _, answer in waiting]
     for begun in answers[:2]:
         begun.set_running_or_notify_cancel()
-    assert [encoding_module._encode_newest(waiting, encoder) for _ in range(3)] == [True, True, False]
+    assert [encode_newest(waiting, encoder) for _ in range(3)] == [True, True, False]
     assert [answer.cancelled() for answer in answers] == [False, False, True, True]
     assert [waiting[at][1].result() for at in (2, 3)] == [encoder.encode([conversation]) for conversation in conversations[2:]]
 
@@ -110,22 +107,24 @@ def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_wi
 def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
     encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
     conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(200)]
-    with encoding_module.Workers(encoder, 1) as workers:
+    with EncoderPool(encoder, 1) as workers:
         answers = [workers.encode([conversation]) for conversation in conversations]
         assert [answer.result(timeout=60) for answer in answers] == [encoder.encode([conversation]) for conversation in conversations]
     assert not own_processes()
 
 
-def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = EncoderProcess.ask
+def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(tmp_path: Path, model: Path) -> None:
+    class KilledProcess(EncoderProcess):
+        def request(self, request: bytes) -> Any:
+            own_processes()[0].send_signal(signal.SIGKILL)
+            return super().request(request)
 
-    def killed(worker: EncoderProcess, request: bytes) -> Any:
-        worker._process.send_signal(signal.SIGKILL)
-        return ask(worker, request)
+    def pool(encoder: ChatEncoder, count: int) -> EncoderPool:
+        return EncoderPool(encoder, count, process=KilledProcess)
 
-    monkeypatch.setattr(EncoderProcess, "ask", killed)
-    with pytest.raises(UserError, match=r"a process that tokenizes ended before its work was done \(killed"):
-        prepare_data(run_config(write_lines(tmp_path / "gsm.jsonl", problems(4000))), model, tmp_path / "out", 2)
+    source = write_lines(tmp_path / "gsm.jsonl", problems(4000))
+    with pytest.raises(UserError, match=r"encoder process .*killed"):
+        prepare_data(run_config(source), model, tmp_path / "out", 2, replace(SMALL, pool=pool))
     assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"]
     assert not own_processes()
 
@@ -137,11 +136,17 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
     (tmp_path / "config.json").write_text(run_config(source).model_dump_json())
     code = (
         "import signal, sys, time; from pathlib import Path\n"
-        "from canvastune.config import RunConfig; from canvastune.data import encoding, prepare\n"
+        "from canvastune.config import RunConfig\n"
+        "from canvastune.preparation.prepare import Throughput, prepare_data\n"
+        "from canvastune.preparation.tokenize_pool import EncoderPool\n"
+        "class SlowPool(EncoderPool):\n"
+        "    def encode(self, conversations):\n"
+        "        time.sleep(0.5)\n"
+        "        return super().encode(conversations)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
-        "prepare._BATCH_ROWS, encoding._ALONE = 8, 1\n"
-        "prepare._place = lambda id: time.sleep(0.05) or 0.5\n"
-        "prepare.prepare_data(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3]), 3)\n"
+        "throughput = Throughput(batch_rows=8, local_batches=1, pool=SlowPool)\n"
+        "config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "prepare_data(config, Path(sys.argv[2]), Path(sys.argv[3]), 3, throughput)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json"), str(model), str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
