@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_GOLDEN, _GOLDEN_32 = (
-    0x9E3779B97F4A7C15 - 2**64,
-    0x9E3779B9 - 2**32,
-)  # 2^64 and 2^32 over the golden ratio, as signed integers
+# 2^64 and 2^32 over the golden ratio, as signed integers.
+_GOLDEN, _GOLDEN_32 = 0x9E3779B97F4A7C15 - 2**64, 0x9E3779B9 - 2**32
 
 
 @dataclass(frozen=True)

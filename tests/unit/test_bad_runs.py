@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
         ("train.method=full",),
         ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "Choose another --output"),
     ),
-    "data that are gone": (gone("data/validation"), (), ("data/validation", "no such file or folder", "Give the path")),
+    "data that are gone": (gone("data/validation"), (), ("data/validation", "no such file or folder", "Check the path")),
     "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "No other checkpoint", "give another --output")),
     "checkpoints that were cut": (truncated, (), (LAST, "bytes", "were written", "give another --output")),
     "checkpoints whose markers were cut": (unmarked, (), (LAST, "no readable marker", "give another --output")),
