@@ -33,19 +33,72 @@ from canvastune.tiny_model import make_tiny_model
 
 GOAL = 1.0  # rows per second over those of datasets.map
 WORDS = (
-    *("how", "many", "more", "than", "there", "are", "each", "bought", "sold", "week", "morning", "total", "price", "dollars", "apples"),
-    *("half", "twice", "friends", "because", "left", "and", "the", "of", "in", "to", "is", "was", "her", "his", "every", "students"),
+    *(
+        "how",
+        "many",
+        "more",
+        "than",
+        "there",
+        "are",
+        "each",
+        "bought",
+        "sold",
+        "week",
+        "morning",
+        "total",
+        "price",
+        "dollars",
+        "apples",
+    ),
+    *(
+        "half",
+        "twice",
+        "friends",
+        "because",
+        "left",
+        "and",
+        "the",
+        "of",
+        "in",
+        "to",
+        "is",
+        "was",
+        "her",
+        "his",
+        "every",
+        "students",
+    ),
 )
-LAYOUTS = ((2, 4, 1), (8, 4, 1), (8, 8, 1), (8, 2, 4), (64, 4, 1))  # ranks, examples of a rank and forward, forwards
+LAYOUTS = (
+    (2, 4, 1),
+    (8, 4, 1),
+    (8, 8, 1),
+    (8, 2, 4),
+    (64, 4, 1),
+)  # ranks, examples of a rank and forward, forwards
 STEPS = 500
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000, help="of one process against one, and of the smaller memory figure")
-    parser.add_argument("--many", type=int, default=100_000, help="of two processes against two, and of the larger memory figure")
+    parser = argparse.ArgumentParser(
+        "benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=20_000,
+        help="of one process against one, and of the smaller memory figure",
+    )
+    parser.add_argument(
+        "--many",
+        type=int,
+        default=100_000,
+        help="of two processes against two, and of the larger memory figure",
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prepare", nargs=3, metavar=("FILE", "MODEL", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--prepare", nargs=3, metavar=("FILE", "MODEL", "OUT"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.prepare:
         file, model, out = map(Path, options.prepare)
@@ -62,18 +115,31 @@ def main() -> int:
 def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
     make_tiny_model(work / "model")
     files = {count: _write_rows(work / f"{count}.jsonl", count) for count in (rows, many)}
-    result: dict[str, Any] = {"characters_a_row": round(files[rows].stat().st_size / rows), "rounds": rounds}
+    result: dict[str, Any] = {
+        "characters_a_row": round(files[rows].stat().st_size / rows),
+        "rounds": rounds,
+    }
     result["one_process"] = _compare(work, files[rows], rows, 1, rounds)
     result["two_processes"] = _compare(work, files[many], many, 2, rounds)
     result["memory"] = {}
     for count, file in files.items():
         say("data", f"memory of {count:,} rows, two processes")
-        command = [sys.executable, "-m", "benchmarks.data", "--prepare", str(file), str(work / "model"), str(work / "out")]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.data",
+            "--prepare",
+            str(file),
+            str(work / "model"),
+            str(work / "out"),
+        ]
         code, peaks = run_watched(command, dict(os.environ))
         if code:
             raise SystemExit(f"the preparation of {file} ended with exit code {code}")
         shutil.rmtree(work / "out")
-        result["memory"][str(count)] = {"anonymous_bytes": [peak.anonymous for peak in peaks]}  # of each process, the largest first
+        result["memory"][str(count)] = {
+            "anonymous_bytes": [peak.anonymous for peak in peaks]
+        }  # of each process, the largest first
     result["balance"] = [_balance(*layout) for layout in LAYOUTS]
     return result
 
@@ -83,15 +149,22 @@ def _compare(work: Path, file: Path, rows: int, processes: int, rounds: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     sides: dict[str, Callable[[], object]] = {
         "prepare_data": lambda: _prepare(work, file, processes),
-        "map": lambda: _map(work, file, functools.partial(_plain, tokenizer=tokenizer), processes, batched=True),
+        "map": lambda: _map(
+            work, file, functools.partial(_plain, tokenizer=tokenizer), processes, batched=True
+        ),
     }
     if processes == 1:
-        sides["map_chat_template"] = lambda: _map(work, file, functools.partial(_chat, tokenizer=tokenizer), processes, batched=False)
+        sides["map_chat_template"] = lambda: _map(
+            work, file, functools.partial(_chat, tokenizer=tokenizer), processes, batched=False
+        )
     with _quiet():
         seconds = alternate(sides, rounds)
     speed = {name: round(rows / value) for name, value in seconds.items()}
     ratio = seconds["map"] / seconds["prepare_data"]
-    say("data", f"{processes} process(es), {rows:,} rows: {speed} rows/s; prepare_data over map {ratio:.2f}")
+    say(
+        "data",
+        f"{processes} process(es), {rows:,} rows: {speed} rows/s; prepare_data over map {ratio:.2f}",
+    )
     return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
 
 
@@ -100,19 +173,36 @@ def _prepare(work: Path, file: Path, processes: int) -> None:
     shutil.rmtree(work / "out")
 
 
-def _map(work: Path, file: Path, function: Callable[..., Any], processes: int, *, batched: bool) -> None:
-    data = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(work / "cache"))
-    data.map(function, batched=batched, num_proc=processes if processes > 1 else None, load_from_cache_file=False)
+def _map(
+    work: Path, file: Path, function: Callable[..., Any], processes: int, *, batched: bool
+) -> None:
+    data = datasets.load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(work / "cache")
+    )
+    data.map(
+        function,
+        batched=batched,
+        num_proc=processes if processes > 1 else None,
+        load_from_cache_file=False,
+    )
     del data
     shutil.rmtree(work / "cache")
 
 
 def _plain(rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> Any:
-    return tokenizer([f"{question}\n{answer}" for question, answer in zip(rows["question"], rows["answer"], strict=True)])
+    return tokenizer(
+        [
+            f"{question}\n{answer}"
+            for question, answer in zip(rows["question"], rows["answer"], strict=True)
+        ]
+    )
 
 
 def _chat(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> Any:
-    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    messages = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": row["answer"]},
+    ]
     return tokenizer.apply_chat_template(messages, return_dict=True)
 
 
@@ -126,7 +216,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(file: Path) -> RunConfig:
-    return RunConfig.model_validate({"name": "benchmark", "data": {"source": str(file), "seq_length": 1024, "validation_fraction": 0.02}})
+    return RunConfig.model_validate(
+        {
+            "name": "benchmark",
+            "data": {"source": str(file), "seq_length": 1024, "validation_fraction": 0.02},
+        }
+    )
 
 
 def _write_rows(file: Path, count: int) -> Path:
@@ -142,8 +237,16 @@ def _write_rows(file: Path, count: int) -> Path:
 
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            question, answer = f"{number} {text(rng.lognormvariate(5.4, 0.4))}", text(rng.lognormvariate(5.55, 0.5))
-            stream.write(json.dumps({"question": question, "answer": f"{answer}\n#### {rng.randint(1, 999)}"}) + "\n")
+            question, answer = (
+                f"{number} {text(rng.lognormvariate(5.4, 0.4))}",
+                text(rng.lognormvariate(5.55, 0.5)),
+            )
+            stream.write(
+                json.dumps(
+                    {"question": question, "answer": f"{answer}\n#### {rng.randint(1, 999)}"}
+                )
+                + "\n"
+            )
     return file
 
 
@@ -160,21 +263,49 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
         count = ranks * size * forwards
         # GSM8K's tokens with the fill of the last block, and the canvas of 256: 88 + 137 tokens in the mean, the longest cut.
         prefix, response = rng.lognormal(4.4, 0.4, count), rng.lognormal(4.8, 0.6, count)
-        tokens = [int(p) + 256 * int(np.ceil(r / 256)) + 256 for p, r in zip(prefix, response, strict=True)]
-        coins = [bool(coin) for coin in rng.random(count) < 0.5]
+        tokens = [
+            int(p) + 256 * int(np.ceil(r / 256)) + 256
+            for p, r in zip(prefix, response, strict=True)
+        ]
+        self_conditioned = [bool(twice) for twice in rng.random(count) < 0.5]
         starts = range(0, count, ranks * size)
-        plain = [[list(range(start + rank * size, start + (rank + 1) * size)) for rank in range(ranks)] for start in starts]
-        for name, forward in (("by_position", plain), ("shared_out", balance_microbatches(tokens, coins, ranks, size))):
-            sums[name] += _busiest(forward, tokens, coins)
-        ideal += np.array([sum(tokens), 4 * sum(tokens) + sum(t for t, coin in zip(tokens, coins, strict=True) if coin)]) / ranks
-    found = {name: {"one_pass": float(one), "step": float(step)} for name, (one, step) in ((n, s / ideal) for n, s in sums.items())}
+        plain = [
+            [list(range(start + rank * size, start + (rank + 1) * size)) for rank in range(ranks)]
+            for start in starts
+        ]
+        for name, forward in (
+            ("by_position", plain),
+            ("shared_out", balance_microbatches(tokens, self_conditioned, ranks, size)),
+        ):
+            sums[name] += _busiest(forward, tokens, self_conditioned)
+        ideal += (
+            np.array(
+                [
+                    sum(tokens),
+                    4 * sum(tokens)
+                    + sum(t for t, twice in zip(tokens, self_conditioned, strict=True) if twice),
+                ]
+            )
+            / ranks
+        )
+    found = {
+        name: {"one_pass": float(one), "step": float(step)}
+        for name, (one, step) in ((n, s / ideal) for n, s in sums.items())
+    }
     say("data", f"{ranks} ranks x {size} examples x {forwards} forwards: busiest over mean {found}")
     return {"ranks": ranks, "micro_batch": size, "forwards": forwards, **found}
 
 
-def _busiest(shares: list[list[list[int]]], tokens: list[int], coins: list[bool]) -> np.ndarray:
+def _busiest(
+    shares: list[list[list[int]]], tokens: list[int], self_conditioned: list[bool]
+) -> np.ndarray:
     """[tokens of one pass, weighted cost of a step], each the sum over forwards of the busiest rank's."""
-    return np.array([sum(max(sum(tokens[at] for at in own) for own in forward) for forward in shares), step_cost(shares, tokens, coins)])
+    return np.array(
+        [
+            sum(max(sum(tokens[at] for at in own) for own in forward) for forward in shares),
+            step_cost(shares, tokens, self_conditioned),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -183,18 +183,24 @@ def _with_cluster_defaults(tree: dict[str, Any], defaults: Mapping[str, Any]) ->
     if not isinstance(own, dict):  # the validation names the problem
         return tree
     merged = {
-        key: {**defaults[key], **value} for key, value in own.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        key: {**defaults[key], **value}
+        for key, value in own.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
     }
     return {**tree, "cluster": {**defaults, **own, **merged}}
 
 
-def changed_settings(old: Mapping[str, Any], new: RunConfig, *, affecting_weights: bool = True) -> list[tuple[str, Any, Any]]:
-    """List the settings that differ between two recipes and make them different runs: (key, before, after).
+def changed_settings(
+    old: Mapping[str, Any], new: RunConfig, *, affecting_weights: bool = True
+) -> list[tuple[str, Any, Any]]:
+    """List the settings that differ between two recipes and make them different runs: (key, before,
+    after).
 
     Args:
-        old: the whole tree of a recipe, nested or with dotted keys, as this version or an earlier one wrote it; a key that an
-            earlier version did not know has its default.
-        affecting_weights: False lists the others instead: those that an unfinished run may change, as they decide no weight.
+        old: the whole tree of a recipe, nested or with dotted keys, as this version or an earlier
+            one wrote it; a key that an earlier version did not know has its default.
+        affecting_weights: False lists the others instead: those that an unfinished run may change,
+            as they decide no weight.
     """
     defaults = RunConfig(name="default", data=DataConfig(source="default")).model_dump(mode="json")
     before, after = flatten(defaults) | flatten(old), flatten(new.model_dump(mode="json"))
@@ -206,7 +212,7 @@ def changed_settings(old: Mapping[str, Any], new: RunConfig, *, affecting_weight
 
 
 def _affects_weights(key: str) -> bool:
-    """Follow a dotted key down the tree: a section that affects no weight answers for all its keys."""
+    """Look up a dotted key; if its section affects no weight, no key of it does."""
     known = known_keys()
     names = key.split(".")
     prefixes = (".".join(names[: end + 1]) for end in range(len(names)))

@@ -1,4 +1,6 @@
-"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written next to every output."""
+"""The one typed tree that describes a run: read from YAML, changed by `--set key=value`, written
+next to every output.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ Checkpointing = bool | Literal["selective"]
 class ModelConfig(StrictModel):
     """The base model."""
 
-    id: str = Field("google/diffusiongemma-26B-A4B-it", description="Hub id, or the folder of a checkpoint in the Hub's layout")
-    revision: str | None = Field(None, description="Hub commit, tag or branch; not for a local folder")
+    id: str = Field(
+        "google/diffusiongemma-26B-A4B-it",
+        description="Hub id, or the folder of a checkpoint in the Hub's layout",
+    )
+    revision: str | None = Field(
+        None, description="Hub commit, tag or branch; not for a local folder"
+    )
 
 
 class ColumnsConfig(StrictModel):
@@ -32,16 +39,33 @@ class ColumnsConfig(StrictModel):
 class DataConfig(StrictModel):
     """Where the examples come from and what is refused."""
 
-    source: str = Field(description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each also .gz")
-    config: str | None = Field(None, description="configuration of a Hub data set, as in openai/gsm8k `main`")
+    source: str = Field(
+        description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each "
+        "also .gz"
+    )
+    config: str | None = Field(
+        None, description="configuration of a Hub data set, as in openai/gsm8k `main`"
+    )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     split: str = Field("train", description="split of a Hub data set")
-    format: Literal["auto", "messages", "gsm8k", "columns"] = Field("auto", description="form of a row; auto looks at the first row's keys")
+    format: Literal["auto", "messages", "gsm8k", "columns"] = Field(
+        "auto", description="form of a row; auto looks at the first row's keys"
+    )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
-    seq_length: int = Field(1024, ge=8, description="tokens of prefix and response kept per example")
-    validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the examples held out, chosen by a hash of their content")
+    seq_length: int = Field(
+        1024, ge=8, description="tokens of prefix and response kept per example"
+    )
+    validation_fraction: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="share of the examples held out, chosen by a hash of their content",
+    )
     validation_rows: int | None = Field(
-        None, ge=1, description="at most this many held-out examples (the rest of them is not trained on either)"
+        None,
+        ge=1,
+        description="at most this many held-out examples (the rest of them is not trained on "
+        "either)",
     )
     # The old names of the next two sound like counts. Files keep them, so that a run that was
     # started before the change still compares equal.
@@ -51,7 +75,8 @@ class DataConfig(StrictModel):
         lt=1,
         validation_alias=AliasChoices("max_bad_row_fraction", "max_bad_rows"),
         serialization_alias="max_bad_rows",
-        description="fraction of the rows, such as 0.05 for 5%, that may be invalid before the step fails",
+        description="fraction of the rows, such as 0.05 for 5%, that may be invalid before the "
+        "step fails",
     )
     max_duplicate_fraction: ChangeableOnResume[float] = Field(
         0.1,
@@ -59,7 +84,8 @@ class DataConfig(StrictModel):
         le=1,
         validation_alias=AliasChoices("max_duplicate_fraction", "max_duplicates"),
         serialization_alias="max_duplicates",
-        description="fraction of the rows that may repeat an earlier one before the step fails; duplicates are always dropped",
+        description="fraction of the rows that may repeat an earlier one before the step fails; "
+        "duplicates are always dropped",
     )
     max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
 
@@ -67,7 +93,9 @@ class DataConfig(StrictModel):
     @classmethod
     def _refuse_count(cls, value: Any) -> Any:
         if isinstance(value, int | float) and value > 1:
-            raise PydanticCustomError("fraction", "a fraction of the rows, such as 0.05 for 5%, not a count")
+            raise PydanticCustomError(
+                "fraction", "a fraction of the rows, such as 0.05 for 5%, not a count"
+            )
         return value
 
 
@@ -76,8 +104,15 @@ class LoraConfig(StrictModel):
 
     rank: int = Field(16, ge=1, description="rank r of the two factors")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's input that is zeroed in training; never on experts")
+    rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)"
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of an adapter's input that is zeroed in training; never on experts",
+    )
     experts: bool = Field(False, description="adapters on every expert's two projections as well")
 
     @property
@@ -90,86 +125,148 @@ class ObjectiveConfig(StrictModel):
     """What one step computes."""
 
     self_conditioning_probability: float = Field(
-        0.5, ge=0, le=1, description="probability that an example is denoised twice, the second time seeing the first"
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that an example is denoised twice, the second time seeing the "
+        "first",
     )
     min_corruption: float = Field(0.001, gt=0, lt=1, description="eps of t ~ U(eps, 1)")
-    encoder_loss_weight: float = Field(1.0, ge=0, description="weight of the autoregressive loss in the total")
+    encoder_loss_weight: float = Field(
+        1.0, ge=0, description="weight of the autoregressive loss in the total"
+    )
 
 
 class OptimizerConfig(StrictModel):
     """AdamW with linear warm-up and a decay."""
 
     lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes from lr to min_lr after the warm-up")
-    warmup_steps: int = Field(25, ge=0, description="steps of linear warm-up; the first step already uses lr / warmup_steps")
-    betas: tuple[float, float] = Field((0.95, 0.99), description="decay of the running means of the gradient and of its square")
+    min_lr: float = Field(
+        1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the rate goes from lr to min_lr after the warm-up"
+    )
+    warmup_steps: int = Field(
+        25,
+        ge=0,
+        description="steps of linear warm-up; the first step already uses lr / warmup_steps",
+    )
+    betas: tuple[float, float] = Field(
+        (0.95, 0.99), description="decay of the running means of the gradient and of its square"
+    )
     eps: float = Field(1e-8, gt=0, description="what is added to the root of the latter")
     weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
-    decay_vectors: bool = Field(False, description="whether norms and other one-dimensional weights decay too")
+    decay_vectors: bool = Field(
+        False, description="whether norms and other one-dimensional weights decay too"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
 
 
 class TrainConfig(StrictModel):
     """The loop."""
 
-    method: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight but router and vision")
+    method: Literal["lora", "full"] = Field(
+        "lora", description="adapters on a frozen base, or every weight but router and vision"
+    )
     steps: int = Field(800, ge=1, description="optimizer steps")
-    global_batch_size: int = Field(8, ge=1, description="examples per optimizer step, over all ranks")
+    global_batch_size: int = Field(
+        8, ge=1, description="examples per optimizer step, over all ranks"
+    )
     micro_batch_size: ChangeableOnResume[int | None] = Field(
-        None, ge=1, description="examples per rank and forward; default: the rank's whole share at once"
+        None,
+        ge=1,
+        description="examples per rank and forward; default: the rank's whole share at once",
     )
     precision: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="dtype of the compute; master weights of trained parameters are always float32"
+        "bfloat16",
+        description="dtype of the compute; master weights of trained parameters are always float32",
     )
     attention: ChangeableOnResume[Literal["sdpa", "flex"]] = Field(
         "sdpa",
-        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention kernel per layer, compiled, on CUDA only",
+        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention "
+        "kernel per layer, compiled, on CUDA only",
     )
     activation_checkpointing: ChangeableOnResume[Checkpointing] = Field(
         True,
-        description="recompute layers in the backward pass instead of keeping their activations: true, each of them; selective, every "
+        description="recompute layers in the backward pass instead of keeping their activations: "
+        "true, each of them; selective, every "
         "second one; false, none",
     )
-    log_every: ChangeableOnResume[int] = Field(10, ge=1, description="steps between log lines; metrics.jsonl has every step")
+    log_every: ChangeableOnResume[int] = Field(
+        10, ge=1, description="steps between log lines; metrics.jsonl has every step"
+    )
     validate_every: ChangeableOnResume[int] = Field(
-        100, ge=1, description="steps between validations; the base and the last step are validated too"
+        100,
+        ge=1,
+        description="steps between validations; the base and the last step are validated too",
     )
     validation_levels: ChangeableOnResume[tuple[float, ...]] = Field(
-        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="corruption levels of the validation loss, each above 0 and at most 1"
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="corruption levels of the validation loss, each above 0 and at most 1",
     )
-    validation_batches: ChangeableOnResume[int | None] = Field(None, ge=1, description="at most this many global batches per validation")
+    validation_batches: ChangeableOnResume[int | None] = Field(
+        None, ge=1, description="at most this many global batches per validation"
+    )
     checkpoint_every: ChangeableOnResume[int] = Field(
         100, ge=1, description="steps between checkpoints; after the last step there is one too"
     )
     keep_checkpoints: ChangeableOnResume[int] = Field(
-        2, ge=1, description="newest checkpoints that are kept; the one with the best validation loss is kept too"
+        2,
+        ge=1,
+        description="newest checkpoints that are kept; the one with the best validation loss is "
+        "kept too",
     )
     async_checkpoints: ChangeableOnResume[bool] = Field(
-        True, description="write checkpoints in the background; takes a copy of the state in host memory"
+        True,
+        description="write checkpoints in the background; takes a copy of the state in host memory",
     )
     export: ChangeableOnResume[Literal["best", "last"]] = Field(
-        "best", description="which weights a run ends with: the checkpoint of the best validation loss, or the last step"
+        "best",
+        description="which weights a run ends with: the checkpoint of the best validation loss, or "
+        "the last step",
     )
     early_stopping: ChangeableOnResume[int | None] = Field(
-        None, ge=1, description="stop after this many validations in a row without a better loss; default: never"
+        None,
+        ge=1,
+        description="stop after this many validations in a row without a better loss; default: "
+        "never",
     )
     max_skipped_steps: ChangeableOnResume[int] = Field(
-        3, ge=0, description="steps in a row whose loss or gradient is not finite that are skipped before the run stops"
+        3,
+        ge=0,
+        description="steps in a row whose loss or gradient is not finite that are skipped before "
+        "the run stops",
     )
     stop_grace: ChangeableOnResume[int] = Field(
-        60, ge=1, description="seconds in which a run that is asked to stop (SIGTERM) saves its state before it is killed"
+        60,
+        ge=1,
+        description="seconds in which a run that is asked to stop (SIGTERM) saves its state before "
+        "it is killed",
     )
     hang_timeout: ChangeableOnResume[int] = Field(
-        600, ge=10, description="seconds without progress after which a run ends and names the rank that hangs"
+        600,
+        ge=10,
+        description="seconds without progress after which a run ends and names the rank that hangs",
     )
 
 
 class ParallelConfig(StrictModel):
-    """How the ranks share the work. world size = efsdp x ep; everything but the experts is sharded over all ranks."""
+    """How the ranks share the work. world size = efsdp x ep; everything but the experts is sharded
+    over all ranks.
+    """
 
-    nproc_per_node: int = Field(8, ge=1, description="processes that the pipeline's train step starts; torchrun sets its own")
-    ep: int = Field(8, ge=1, description="expert-parallel degree: divides the world size and the number of experts")
+    nproc_per_node: int = Field(
+        8,
+        ge=1,
+        description="processes that the pipeline's train step starts; torchrun sets its own",
+    )
+    ep: int = Field(
+        8,
+        ge=1,
+        description="expert-parallel degree: divides the world size and the number of experts",
+    )
 
 
 class EvaluateConfig(StrictModel):
@@ -180,19 +277,30 @@ class EvaluateConfig(StrictModel):
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
     max_denoising_steps: int = Field(48, ge=1, description="denoising steps of a block, at most")
     answer_pattern: str = Field(
-        r"####\s*(-?[\d.,]+)", description="regular expression whose last match's group 1 is the answer that exact match compares"
+        r"####\s*(-?[\d.,]+)",
+        description="regular expression whose last match's group 1 is the answer that exact match "
+        "compares",
     )
 
 
 class TrackingConfig(StrictModel):
     """MLflow. MLFLOW_TRACKING_URI in the environment wins over `uri`."""
 
-    uri: str | None = Field(None, description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the workspace")
-    experiment: str = Field("canvastune", description="of MLflow, and of Kubeflow where `submit` is given none")
-    registered_model: str | None = Field(None, description="name under which the tuned model is registered; default: not registered")
+    uri: str | None = Field(
+        None,
+        description="tracking server or sqlite:/// file; default: sqlite:///mlflow.db in the "
+        "workspace",
+    )
+    experiment: str = Field(
+        "canvastune", description="of MLflow, and of Kubeflow where `submit` is given none"
+    )
+    registered_model: str | None = Field(
+        None, description="name under which the tuned model is registered; default: not registered"
+    )
     promote: Literal["better", "never"] = Field(
         "better",
-        description="when a registered model gets the alias champion: better, if its exact match is above the champion's on the same rows "
+        description="when a registered model gets the alias champion: better, if its exact match "
+        "is above the champion's on the same rows "
         "(the first one: not below the base's); never",
     )
 
@@ -207,8 +315,17 @@ class HardwareConfig(StrictModel):
 class RunConfig(StrictModel):
     """A recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$", max_length=50, description="of the recipe's runs, jobs and models")
-    seed: int = Field(42, ge=0, lt=2**63, description="decides order, noise and new weights, on any number of ranks alike")
+    name: str = Field(
+        pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$",
+        max_length=50,
+        description="of the recipe's runs, jobs and models",
+    )
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**63,
+        description="decides order, noise and new weights, on any number of ranks alike",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -230,13 +347,15 @@ class RunConfig(StrictModel):
     def _consistent(self) -> RunConfig:
         if self.optimizer.min_lr > self.optimizer.lr:
             raise InvalidSetting(
-                f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr ({self.optimizer.lr})",
+                f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr "
+                f"({self.optimizer.lr})",
                 hint="Lower optimizer.min_lr.",
             )
         bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
         if bad:
             raise InvalidSetting(
-                f"train.validation_levels: found {bad[0]}, expected fractions of corrupted tokens in (0, 1]",
+                f"train.validation_levels: found {bad[0]}, expected fractions of corrupted tokens "
+                "in (0, 1]",
                 hint="Correct the level.",
             )
         return self

@@ -20,7 +20,8 @@ class AffectsWeights:
     value: bool
 
 
-# An unfinished run may resume with another value of such a field; of a section: with another value of any key in it.
+# An unfinished run may resume with another value of such a field; of a section: with another value
+# of any key in it.
 ChangeableOnResume = Annotated[Value, AffectsWeights(False)]
 
 
@@ -30,7 +31,7 @@ def affects_weights(field: FieldInfo) -> bool:
 
 
 class InvalidSetting(ValueError):
-    """A rule between several keys that is broken; the message names the keys, `hint` is what to do."""
+    """A rule between several keys is broken; the message names the keys, `hint` the remedy."""
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
@@ -40,7 +41,9 @@ class InvalidSetting(ValueError):
 class StrictModel(BaseModel):
     """A section of the recipe: it refuses unknown keys and coerces no value into another kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

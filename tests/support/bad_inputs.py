@@ -62,7 +62,7 @@ def recipe(text: str | bytes) -> Break:
 
 
 def added(text: str) -> Break:
-    """This stands at the recipe's end."""
+    """This is appended at the recipe's end."""
     return lambda ground: ground.recipe.write_text(ground.recipe.read_text() + text)
 
 

@@ -1,4 +1,4 @@
-"""Claims about the data card: it counts what was counted, stands alone, and shows a user's text as text."""
+"""Claims about the data card: it counts what was counted, is self-contained, and shows a user's text as text."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_a_batch_is_encoded_as_its_rows_are() -> None:
     assert encoder.encode(conversations) == [encoder.encode([conversation])[0] for conversation in conversations]
 
 
-# What a template may use besides the messages: the tokenizer's tokens, the library's functions and tags, and all that is undefined.
+# What a template may use in addition to the messages: the tokenizer's tokens, the library's functions and tags, and all that is undefined.
 EVERYTHING = """\
 {%- macro turn(message) -%}{{ '<|turn>' + message.role + '\n' + message['content'] | trim + '<turn|>\n' }}{%- endmacro -%}
 {{- bos_token ~ pad_token ~ (tools is none) ~ (documents is none) ~ (enable_thinking is defined) ~ add_generation_prompt -}}

@@ -1,4 +1,4 @@
-"""Claims about reading a user's rows: every kind of file, where a row came from, and what is said of a file that is broken."""
+"""Claims about reading a user's rows: every kind of file, where a row came from, and the error for a broken file."""
 
 from __future__ import annotations
 
