@@ -1,8 +1,11 @@
-"""`python -m benchmarks.data`: preparation against `datasets.map`, its memory, and how evenly the ranks of a step work.
+"""`python -m benchmarks.data`: preparation against `datasets.map`, its memory, and how evenly the
+ranks of a step work.
 
-Rows per second from a JSON lines file to tokens on disk: `prepare_data`, and `datasets.load_dataset` with `map` and a plain tokenizer
-call, which renders no chat template, checks nothing, finds no repeats and makes no split or card. Then the memory of preparing five
-times the rows, and the tokens of the busiest rank over the mean in each forward. Writes benchmarks/results/data.json.
+Rows per second from a JSON lines file to tokens on disk: `prepare_data`, and
+`datasets.load_dataset` with `map` and a plain tokenizer call, which renders no chat template,
+checks nothing, finds no repeats and makes no split or card. Then the memory of preparing five times
+the rows, and the tokens of the busiest rank over the mean in each forward. Writes
+benchmarks/results/data.json.
 """
 
 from __future__ import annotations
@@ -163,7 +166,8 @@ def _compare(work: Path, file: Path, rows: int, processes: int, rounds: int) -> 
     ratio = seconds["map"] / seconds["prepare_data"]
     say(
         "data",
-        f"{processes} process(es), {rows:,} rows: {speed} rows/s; prepare_data over map {ratio:.2f}",
+        f"{processes} process(es), {rows:,} rows: {speed} rows/s; prepare_data over map "
+        f"{ratio:.2f}",
     )
     return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
 
@@ -225,7 +229,9 @@ def _config(file: Path) -> RunConfig:
 
 
 def _write_rows(file: Path, count: int) -> Path:
-    """Rows of GSM8K's form, lengths and their spread: log-normal, about 235 characters of a question and 290 of an answer."""
+    """Rows of GSM8K's form, lengths and their spread: log-normal, about 235 characters of a
+    question and 290 of an answer.
+    """
     rng = random.Random(0)
 
     def text(characters: float) -> str:
@@ -251,17 +257,19 @@ def _write_rows(file: Path, count: int) -> Path:
 
 
 def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
-    """Return the busiest rank's tokens over the mean in each forward, weighted by its tokens: by position and balanced.
+    """Return the busiest rank's tokens over the mean in each forward, weighted by its tokens: by
+    position and balanced.
 
-    `one_pass` counts every token once; `step` weighs what a step costs: forward, recomputation and backward are four times
-    the forward of pass 1, in which ranks wait for each other again.
+    `one_pass` counts every token once; `step` weighs what a step costs: forward, recomputation and
+    backward are four times the forward of pass 1, in which ranks wait for each other again.
     """
     rng = np.random.default_rng(0)
     sums = {name: np.zeros(2) for name in ("by_position", "shared_out")}
     ideal = np.zeros(2)
     for _ in range(STEPS):
         count = ranks * size * forwards
-        # GSM8K's tokens with the fill of the last block, and the canvas of 256: 88 + 137 tokens in the mean, the longest cut.
+        # GSM8K's tokens with the fill of the last block, and the canvas of 256: 88 + 137 tokens in
+        # the mean, the longest cut.
         prefix, response = rng.lognormal(4.4, 0.4, count), rng.lognormal(4.8, 0.6, count)
         tokens = [
             int(p) + 256 * int(np.ceil(r / 256)) + 256
@@ -299,7 +307,9 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
 def _busiest(
     shares: list[list[list[int]]], tokens: list[int], self_conditioned: list[bool]
 ) -> np.ndarray:
-    """[tokens of one pass, weighted cost of a step], each the sum over forwards of the busiest rank's."""
+    """[tokens of one pass, weighted cost of a step], each the sum over forwards of the busiest
+    rank's.
+    """
     return np.array(
         [
             sum(max(sum(tokens[at] for at in own) for own in forward) for forward in shares),

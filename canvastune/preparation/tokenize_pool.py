@@ -186,6 +186,10 @@ class EncoderProcess:
         self._sending, self._receiving = threading.Lock(), threading.Condition()
         self._sent = self._received = 0
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def request(self, request: bytes) -> Any:
         """Send a pickled request and wait for its response.
 

@@ -35,7 +35,11 @@ class Ground:
     def write(self, **changed: Any) -> None:
         """The recipe with these keys at the top, or with `data_...` in its section `data`."""
         data = {"source": str(self.folder / "data.jsonl"), "validation_fraction": 0.2}
-        data |= {key.removeprefix("data_"): value for key, value in changed.items() if key.startswith("data_")}
+        data |= {
+            key.removeprefix("data_"): value
+            for key, value in changed.items()
+            if key.startswith("data_")
+        }
         tree = {"name": "bad", "model": {"id": str(self.model)}, "data": data}
         tree |= {key: value for key, value in changed.items() if not key.startswith("data_")}
         self.recipe.write_text(yaml.safe_dump(tree))
@@ -47,18 +51,25 @@ class Ground:
         """Every name below the folder, with the hash of what it holds."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
-            held = path.read_bytes() if path.is_file() and not path.is_symlink() else b"a folder or link"
+            held = (
+                path.read_bytes()
+                if path.is_file() and not path.is_symlink()
+                else b"a folder or link"
+            )
             found[path.relative_to(self.folder).as_posix()] = hashlib.sha256(held).hexdigest()
         return found
 
 
 Break = Callable[[Ground], object]  # gives a list where the command needs further arguments
-Case = tuple[Break, tuple[str, ...]]  # and what the message must say: where, what was found, what to do
+# and what the message must say: where, what was found, what to do
+Case = tuple[Break, tuple[str, ...]]
 
 
 def recipe(text: str | bytes) -> Break:
     """The recipe is this text."""
-    return lambda ground: ground.recipe.write_bytes(text.encode() if isinstance(text, str) else text)
+    return lambda ground: ground.recipe.write_bytes(
+        text.encode() if isinstance(text, str) else text
+    )
 
 
 def added(text: str) -> Break:
@@ -75,7 +86,10 @@ def data(name: str, content: bytes, **config: Any) -> Break:
 
     def write(ground: Ground) -> None:
         (ground.folder / name).write_bytes(content)
-        ground.write(data_source=str(ground.folder / name), **{f"data_{key}": value for key, value in config.items()})
+        ground.write(
+            data_source=str(ground.folder / name),
+            **{f"data_{key}": value for key, value in config.items()},
+        )
 
     return write
 
@@ -122,7 +136,9 @@ def model(edit: Callable[[Path], object]) -> Break:
 
 def without(*names: str) -> Break:
     """Files of the model are missing."""
-    return lambda ground: [(ground.model / name).rename(ground.folder / name) for name in names] and None
+    return lambda ground: (
+        [(ground.model / name).rename(ground.folder / name) for name in names] and None
+    )
 
 
 def in_json(name: str, **changed: Any) -> Break:
@@ -130,7 +146,9 @@ def in_json(name: str, **changed: Any) -> Break:
 
     def edit(folder: Path) -> None:
         tree = json.loads((folder / name).read_text()) | changed
-        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in tree.items() if value is not None})
+        )
 
     return model(edit)
 

@@ -1,4 +1,4 @@
-"""A small Gemma tokenizer, two chat templates and a model folder, for the tests of the data room."""
+"""A small Gemma tokenizer, two chat templates and a model folder, for tests of the preparation."""
 
 from __future__ import annotations
 
@@ -20,20 +20,36 @@ PLAIN = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}"
 )
-# Gemma 4's larger models: thoughts are taken out of written turns, and an empty one opens the answer that is asked for.
+# Gemma 4's larger models: thoughts are taken out of written turns, and an empty one opens the
+# answer that is asked for.
 THOUGHT = (
     "{%- macro spoken(text) -%}"
     "{%- for part in text.split('<channel|>') -%}{{- part.split('<|channel>')[0] -}}{%- endfor -%}"
-    "{%- endmacro -%}" + PLAIN.replace("message['content'] | trim", "(spoken(message['content']) | trim)")
+    "{%- endmacro -%}"
+    + PLAIN.replace("message['content'] | trim", "(spoken(message['content']) | trim)")
 ).replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}")
 
 SPECIAL = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|image|>"]
 WORDS = ["user", "model", "system", "thought", "the", "and", "####"]
 
 
-def make_tokenizer(template: str = PLAIN, *, words: list[str] = WORDS, special: list[str] = SPECIAL) -> GemmaTokenizer:
-    """Byte-level fall-back BPE with Gemma's special tokens, printable ASCII, and a few words that are one token each."""
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *special, *(f"<0x{byte:02X}>" for byte in range(256)), "\n", "▁"]
+def make_tokenizer(
+    template: str = PLAIN, *, words: list[str] = WORDS, special: list[str] = SPECIAL
+) -> GemmaTokenizer:
+    """Byte-level fall-back BPE with Gemma's special tokens, printable ASCII, and a few words that
+    are one token each.
+    """
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\n",
+        "▁",
+    ]
     pieces += [chr(code) for code in range(33, 127)]
     merges: Any = []  # pairs: a piece that holds a blank could not be written as one text
     for word in words:
@@ -41,13 +57,19 @@ def make_tokenizer(template: str = PLAIN, *, words: list[str] = WORDS, special: 
             if word[:end] not in pieces:
                 pieces.append(word[:end])
                 merges.append((word[: end - 1], word[end - 1]))
-    tokenizer = GemmaTokenizer(vocab={piece: at for at, piece in enumerate(pieces)}, merges=merges, extra_special_tokens=special)
+    tokenizer = GemmaTokenizer(
+        vocab={piece: at for at, piece in enumerate(pieces)},
+        merges=merges,
+        extra_special_tokens=special,
+    )
     tokenizer.chat_template = template
     return tokenizer
 
 
 def make_model(folder: Path, template: str = PLAIN, **text: Any) -> Path:
-    """Write a model folder without weights: config.json, generation_config.json and the tokenizer. `text` changes the text config."""
+    """Write a model folder without weights: config.json, generation_config.json and the tokenizer.
+    `text` changes the text config.
+    """
     tokenizer = make_tokenizer(template)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -57,11 +79,15 @@ def make_model(folder: Path, template: str = PLAIN, **text: Any) -> Path:
         "num_experts": 4,
         "top_k_experts": 2,
     }
-    config = DiffusionGemmaConfig(text_config=DiffusionGemmaTextConfig(**(settings | text)), canvas_length=16)
+    config = DiffusionGemmaConfig(
+        text_config=DiffusionGemmaTextConfig(**(settings | text)), canvas_length=16
+    )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<turn|>")
-    (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [1, end]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [1, end]})
+    )
     return folder
 
 
@@ -73,13 +99,19 @@ def run_config(source: Path | str, **data: Any) -> RunConfig:
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
     """Write rows as JSON lines; a row that is a str is written as it stands."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
 def problems(count: int) -> list[dict[str, str]]:
     """GSM8K-form rows, all different."""
     return [
-        {"question": f"Ann has {n} apples and eats {n % 7}. How many?", "answer": f"{n}-{n % 7}={n - n % 7}\n#### {n - n % 7}"}
+        {
+            "question": f"Ann has {n} apples and eats {n % 7}. How many?",
+            "answer": f"{n}-{n % 7}={n - n % 7}\n#### {n - n % 7}",
+        }
         for n in range(count)
     ]

@@ -168,12 +168,12 @@ DATA: dict[str, Case] = {
 
 MODELS: dict[str, Case] = {
     "a model that is not there": (setting("model.id=./nowhere"), ("model.id", "no such folder", "make-tiny-model")),
-    "a model without its config": (without("config.json"), ("model", "no config.json", "Use the directory")),
+    "a model without its config": (without("config.json"), ("model", "no config.json", "folder of a checkpoint")),
     "a config that is cut": (model(lambda f: (f / "config.json").write_text('{"model_type"')), ("config.json", "cannot be read", "Use the directory")),
     "another architecture": (in_json("config.json", model_type="bert"), ("config.json", "'bert'", "expected 'diffusion_gemma'")),
     "a vocabulary that is too small": (
         in_json("config.json", text_config={"vocab_size": 9}),
-        ("does not belong to the model", "vocab_size 9"),
+        ("does not belong to the model", "vocab_size of config.json is 9"),
     ),
     "another model's tokenizer": (model(other_tokenizer), ("the tokenizer does not belong", "vocab_size", "unchanged checkpoint")),
     "a tokenizer that was cut": (
@@ -250,14 +250,14 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(room: int, ground: Grou
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        ends_well(ground, ground.command(), ("out", "file too large", "what was begun is gone", "Make room"), capsys)
+        ends_well(ground, ground.command(), ("out", "file too large", "the partial output was removed", "Free some disk space"), capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a workspace that is a file": (["run", "recipe.yaml", "--workspace", "data.jsonl"], ("--workspace", "cannot create", "Choose a folder")),
-    "a tiny model over somebody's files": (["make-tiny-model", "model"], ("model", "not empty", "Give another output folder")),
+    "a tiny model over somebody's files": (["make-tiny-model", "model"], ("model", "not empty", "Choose another output directory")),
     "a model without experts": (
         ["plan", "recipe.yaml", "--set", "model.id=dense"],
         ("config.json", "moe_intermediate_size is missing", "Fetch the checkpoint"),

@@ -20,7 +20,9 @@ ROWS = 11
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set: row i has a prefix of 5 + i tokens and a response of 1 + 3 i, the last row's cut."""
+    """A prepared data set: row i has a prefix of 5 + i tokens and a response of 1 + 3 i, the last
+    row's cut.
+    """
     out = tmp_path_factory.mktemp("prepared")
     rows = [
         {

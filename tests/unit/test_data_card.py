@@ -1,4 +1,6 @@
-"""Claims about the data card: it counts what was counted, is self-contained, and shows a user's text as text."""
+"""Claims about the data card: it counts what was counted, is self-contained, and shows a user's
+text as text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from tests.support.data_fixtures import make_model, problems, run_config, write_
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("card")
-    rows: list[Any] = [{"question": "<script>alert(1)</script> & é\x07", "answer": "<b>7</b>"}, *problems(40), "<i>broken</i>"]
+    rows: list[Any] = [
+        {"question": "<script>alert(1)</script> & é\x07", "answer": "<b>7</b>"},
+        *problems(40),
+        "<i>broken</i>",
+    ]
     rows += [{"question": "q", "answer": "long " * 80}]
     config = run_config(write_lines(folder / "data.jsonl", rows), max_bad_row_fraction=0.1)
     return prepare_data(config, make_model(folder / "model"), folder / "out")
@@ -65,7 +71,8 @@ def test_the_page_stands_alone(card: dict[str, Any]) -> None:
 
 def test_a_users_text_is_shown_as_text(card: dict[str, Any]) -> None:
     page = Page(render_card(card))
-    assert page.tags["b"] == 5, "a tag of the data became a tag of the page"  # the five figures at the top
+    # the five figures at the top
+    assert page.tags["b"] == 5, "a tag of the data became a tag of the page"
     assert page.tags["i"] == 0
     assert "<script>alert(1)</script> & é�<turn|>" in page.text
     assert "<b>7</b><turn|>" in page.text

@@ -1,4 +1,6 @@
-"""Claims about rows becoming messages, and messages becoming tokens with a response span (objective.md section 1)."""
+"""Claims about rows becoming messages, and messages becoming tokens with a response span
+(objective.md section 1).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from canvastune.preparation.chat_format import (
 from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
-TOKENIZERS = {name: make_tokenizer(template) for name, template in (("plain", PLAIN), ("thought", THOUGHT))}
+TOKENIZERS = {
+    name: make_tokenizer(template) for name, template in (("plain", PLAIN), ("thought", THOUGHT))
+}
 ENCODERS = {name: ChatEncoder(tokenizer, "model") for name, tokenizer in TOKENIZERS.items()}
 COLUMNS = ColumnsConfig()
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *SPECIAL]
@@ -46,12 +50,17 @@ class Tokens(NamedTuple):
 def encode(conversation: Conversation, encoder: ChatEncoder) -> Tokens:
     encoded = encoder.encode([conversation])[0]
     assert isinstance(encoded, EncodedConversation), f"a good conversation was refused: {encoded}"
-    return Tokens(encoded.tokens[: encoded.prefix_length].tolist(), encoded.tokens[encoded.prefix_length :].tolist())
+    return Tokens(
+        encoded.tokens[: encoded.prefix_length].tolist(),
+        encoded.tokens[encoded.prefix_length :].tolist(),
+    )
 
 
 def inference_prompt(conversation: Conversation, tokenizer: GemmaTokenizer) -> Any:
     """The tokens that a user of the stock library would feed to ask for the answer."""
-    return tokenizer.apply_chat_template(conversation.history, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        conversation.history, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
 
 
 def stock_text(conversation: Conversation, tokenizer: GemmaTokenizer) -> str:
@@ -63,7 +72,9 @@ TALKS = {
     "one turn": talk(("user", "How many apples?"), ("assistant", "The 3 and 4\n#### 7")),
     "outer blanks": talk(("user", "  a \n"), ("assistant", "\n\t 12 = 12  \n")),
     "system": talk(("system", "Be short."), ("user", "Hi"), ("assistant", "Ho")),
-    "several turns": talk(("user", "1+1"), ("assistant", "2"), ("user", "and +1?"), ("assistant", "3")),
+    "several turns": talk(
+        ("user", "1+1"), ("assistant", "2"), ("user", "and +1?"), ("assistant", "3")
+    ),
     "two answers running": talk(("user", "q"), ("assistant", "a"), ("assistant", "b")),
     "beyond the vocabulary": talk(("user", "é 漢字 🙂"), ("assistant", "naïve 🙂\u200d\u0301 end")),
 }
@@ -73,7 +84,9 @@ TALKS = {
 @pytest.mark.parametrize("name", TALKS)
 def test_the_prefix_is_what_inference_feeds(name: str, template: str) -> None:
     encoded = encode(TALKS[name], ENCODERS[template])
-    assert encoded.prefix == inference_prompt(TALKS[name], TOKENIZERS[template]), "training conditions on other tokens than inference"
+    assert encoded.prefix == inference_prompt(TALKS[name], TOKENIZERS[template]), (
+        "training conditions on other tokens than inference"
+    )
 
 
 @both_templates
@@ -82,32 +95,50 @@ def test_rendered_text_equals_the_stock_templates(name: str, template: str) -> N
     tokenizer, conversation = TOKENIZERS[template], TALKS[name]
     encoded = encode(conversation, ENCODERS[template])
     stock = stock_text(conversation, tokenizer)
-    prefix, response = str(tokenizer.decode(encoded.prefix)), str(tokenizer.decode(encoded.response))
+    prefix, response = (
+        str(tokenizer.decode(encoded.prefix)),
+        str(tokenizer.decode(encoded.response)),
+    )
     thought = EMPTY_THOUGHT if template == "thought" else ""
     assert prefix.endswith(thought)
-    assert prefix.removesuffix(thought) + response + "\n" == stock, "the trained text is not the template's"
+    assert prefix.removesuffix(thought) + response + "\n" == stock, (
+        "the trained text is not the template's"
+    )
 
 
 @both_templates
 @pytest.mark.parametrize("name", TALKS)
 def test_header_is_never_supervised(name: str, template: str) -> None:
-    """Against the offsets of the stock rendering, tokenized whole: the response begins with the answer's first character."""
+    """Against the offsets of the stock rendering, tokenized whole: the response begins with the
+    answer's first character.
+    """
     tokenizer, conversation = TOKENIZERS[template], TALKS[name]
     encoded = encode(conversation, ENCODERS[template])
     stock = stock_text(conversation, tokenizer)
     answer = conversation.answer.strip()
     start = len(stock) - len(answer + "<turn|>\n")
     whole = tokenizer(stock, add_special_tokens=False, return_offsets_mapping=True)
-    expected = [token for token, (first, _) in zip(whole["input_ids"], whole["offset_mapping"], strict=True) if first >= start]
+    expected = [
+        token
+        for token, (first, _) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+        if first >= start
+    ]
     assert stock[:start].endswith("<|turn>model\n")
-    assert encoded.response == expected[:-1], "the response is not the answer and the marker that closes the turn"
+    assert encoded.response == expected[:-1], (
+        "the response is not the answer and the marker that closes the turn"
+    )
     assert tokenizer.decode(encoded.response) == answer + "<turn|>"
-    assert encoded.response[-1] == tokenizer.convert_tokens_to_ids("<turn|>"), "the newline after the turn was supervised"
+    assert encoded.response[-1] == tokenizer.convert_tokens_to_ids("<turn|>"), (
+        "the newline after the turn was supervised"
+    )
 
 
 @both_templates
 def test_earlier_assistant_turns_are_history(template: str) -> None:
-    encoded = encode(talk(("user", "q"), ("assistant", "FIRST"), ("user", "r"), ("assistant", "SECOND")), ENCODERS[template])
+    encoded = encode(
+        talk(("user", "q"), ("assistant", "FIRST"), ("user", "r"), ("assistant", "SECOND")),
+        ENCODERS[template],
+    )
     assert "FIRST" in TOKENIZERS[template].decode(encoded.prefix)
     assert TOKENIZERS[template].decode(encoded.response) == "SECOND<turn|>"
 
@@ -123,7 +154,9 @@ def test_a_token_across_header_and_answer_is_split_as_at_inference() -> None:
     tokenizer = make_tokenizer(words=[*WORDS, "\nAnn"])
     conversation = talk(("user", "who"), ("assistant", "Ann"))
     whole = tokenizer(stock_text(conversation, tokenizer), add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("\nAnn") in whole, "the fixture does not straddle: this test shows nothing"
+    assert tokenizer.convert_tokens_to_ids("\nAnn") in whole, (
+        "the fixture does not straddle: this test shows nothing"
+    )
     encoded = encode(conversation, ChatEncoder(tokenizer, "model"))
     assert encoded.prefix == inference_prompt(conversation, tokenizer)
     assert tokenizer.decode(encoded.response) == "Ann<turn|>"
@@ -136,9 +169,13 @@ def test_a_template_that_keeps_outer_blanks_is_followed() -> None:
 
 
 @both_templates
-@pytest.mark.parametrize("marker", ["<turn|>", "<|turn>model\n", "<eos>", "<bos>", "<pad>", "<mask>", "<|image|>"])
+@pytest.mark.parametrize(
+    "marker", ["<turn|>", "<|turn>model\n", "<eos>", "<bos>", "<pad>", "<mask>", "<|image|>"]
+)
 @pytest.mark.parametrize("place", range(4))
-def test_chat_markers_in_the_text_are_refused_by_name(marker: str, place: int, template: str) -> None:
+def test_chat_markers_in_the_text_are_refused_by_name(
+    marker: str, place: int, template: str
+) -> None:
     contents = ["system text", "question", "earlier answer", "answer"]
     contents[place] = f"see {marker} here"
     conversation = talk(*zip(["system", "user", "assistant", "assistant"], contents, strict=True))
@@ -150,32 +187,51 @@ def test_chat_markers_in_the_text_are_refused_by_name(marker: str, place: int, t
 def test_pieces_of_markers_are_plain_text() -> None:
     tokenizer = TOKENIZERS["plain"]
     text = "<|turn |> turn|> <turn | < |turn> eos <e os>"
-    assert tokenizer.decode(encode(talk(("user", text), ("assistant", text)), ENCODERS["plain"]).response) == text + "<turn|>"
+    assert (
+        tokenizer.decode(
+            encode(talk(("user", text), ("assistant", text)), ENCODERS["plain"]).response
+        )
+        == text + "<turn|>"
+    )
 
 
 def test_an_answer_whose_thought_the_template_removes_is_refused() -> None:
-    refused = ENCODERS["thought"].encode([talk(("user", "q"), ("assistant", "<|channel>thought\nhm<channel|>a"))])[0]
+    refused = ENCODERS["thought"].encode(
+        [talk(("user", "q"), ("assistant", "<|channel>thought\nhm<channel|>a"))]
+    )[0]
     assert "the chat template changes the answer" in str(refused)
 
 
 def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() -> None:
-    alternate = "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%- endif -%}" + PLAIN
+    alternate = (
+        "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%- endif -%}"
+        + PLAIN
+    )
     encoder = ChatEncoder(make_tokenizer(alternate), "model")
-    good, bad, also_good = encoder.encode([talk(("user", "q"), ("assistant", answer)) for answer in ("yes", "no", "yes too")])
+    good, bad, also_good = encoder.encode(
+        [talk(("user", "q"), ("assistant", answer)) for answer in ("yes", "no", "yes too")]
+    )
     assert isinstance(good, EncodedConversation)
     assert isinstance(also_good, EncodedConversation)
     assert str(bad) == "the chat template refuses it: I refuse no"
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
-    encoder = ChatEncoder(make_tokenizer(PLAIN.replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\nSure: ' -}}")), "model")
+    encoder = ChatEncoder(
+        make_tokenizer(
+            PLAIN.replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\nSure: ' -}}")
+        ),
+        "model",
+    )
     refused = encoder.encode([talk(("user", "q"), ("assistant", "a"))])[0]
     assert "generation prompt after the turns user differs" in str(refused)
 
 
 def test_a_template_without_its_end_of_turn_token_is_refused() -> None:
     with pytest.raises(UserError, match=r"model: the chat template closes a turn with '<turn\|>'"):
-        ChatEncoder(make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]), "model")
+        ChatEncoder(
+            make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]), "model"
+        )
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
@@ -187,17 +243,22 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
 
 def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     with pytest.raises(UserError, match="model: the tokenizer encodes an answer differently"):
         ChatEncoder(tokenizer, "model")
 
 
 def test_a_batch_is_encoded_as_its_rows_are() -> None:
     conversations, encoder = list(TALKS.values()), ENCODERS["thought"]
-    assert encoder.encode(conversations) == [encoder.encode([conversation])[0] for conversation in conversations]
+    assert encoder.encode(conversations) == [
+        encoder.encode([conversation])[0] for conversation in conversations
+    ]
 
 
-# What a template may use in addition to the messages: the tokenizer's tokens, the library's functions and tags, and all that is undefined.
+# What a template may use in addition to the messages: the tokenizer's tokens, the library's
+# functions and tags, and all that is undefined.
 EVERYTHING = """\
 {%- macro turn(message) -%}{{ '<|turn>' + message.role + '\n' + message['content'] | trim + '<turn|>\n' }}{%- endmacro -%}
 {{- bos_token ~ pad_token ~ (tools is none) ~ (documents is none) ~ (enable_thinking is defined) ~ add_generation_prompt -}}
@@ -214,31 +275,48 @@ EVERYTHING = """\
 
 @pytest.mark.parametrize("template", [PLAIN, THOUGHT, EVERYTHING])
 @pytest.mark.parametrize("generation", [False, True])
-def test_templates_are_rendered_as_the_library_renders_them(template: str, generation: bool) -> None:
+def test_templates_are_rendered_as_the_library_renders_them(
+    template: str, generation: bool
+) -> None:
     encoder = ChatEncoder(make_tokenizer(PLAIN), "model")
     encoder._tokenizer.chat_template = template
     messages = [list(conversation.messages) for conversation in TALKS.values()]
-    stock = encoder._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    stock = encoder._tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generation
+    )
     assert encoder._render(messages, generation=generation) == stock
 
 
 def test_a_tokenizer_of_many_texts_takes_no_more_memory() -> None:
-    """In this process and in another one, to which it is sent: a tokenizer of Gemma's kind remembers texts that never come again."""
-    for encoder in (ChatEncoder(make_tokenizer(), "model"), pickle.loads(pickle.dumps(ENCODERS["plain"]))):
+    """In this process and in another one, to which it is sent: a tokenizer of Gemma's kind
+    remembers texts that never come again.
+    """
+    for encoder in (
+        ChatEncoder(make_tokenizer(), "model"),
+        pickle.loads(pickle.dumps(ENCODERS["plain"])),
+    ):
         held = []
         for start in range(0, 6000, 500):
-            encoder._tokenize([f"{number} " + "abcdefgh" * 25 for number in range(start, start + 500)])
+            encoder._tokenize(
+                [f"{number} " + "abcdefgh" * 25 for number in range(start, start + 500)]
+            )
             held.append(read_status(os.getpid())["RssAnon"])
-        assert held[-1] - held[1] < 4 * 2**20, f"5,000 texts left {(held[-1] - held[1]) / 2**20:.0f} MiB behind"
+        assert held[-1] - held[1] < 4 * 2**20, (
+            f"5,000 texts left {(held[-1] - held[1]) / 2**20:.0f} MiB behind"
+        )
 
 
 def test_the_cache_of_templates_is_bounded() -> None:
-    conversations, encoder = list(TALKS.values()), ChatEncoder(make_tokenizer(THOUGHT), "model", cached_templates=2)
+    conversations, encoder = (
+        list(TALKS.values()),
+        ChatEncoder(make_tokenizer(THOUGHT), "model", cached_templates=2),
+    )
     assert encoder.encode(conversations) == ENCODERS["thought"].encode(conversations)
     assert len(encoder._templates) <= 2
 
 
-# The tokenizer itself writes a blank as U+2581: it cannot tell the two apart, nor can anyone who decodes.
+# The tokenizer itself writes a blank as U+2581: it cannot tell the two apart, nor can anyone who
+# decodes.
 plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")).filter(
     lambda text: text.strip() and not any(token in text for token in CONTROL)
 )
@@ -246,7 +324,9 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(question=plain_text, answer=plain_text, template=st.sampled_from(["plain", "thought"]))
-def test_any_plain_text_comes_back_from_its_tokens(question: str, answer: str, template: str) -> None:
+def test_any_plain_text_comes_back_from_its_tokens(
+    question: str, answer: str, template: str
+) -> None:
     tokenizer = TOKENIZERS[template]
     encoded = encode(talk(("user", question), ("assistant", answer)), ENCODERS[template])
     assert tokenizer.decode(encoded.response[:-1]) == answer.strip()
@@ -272,12 +352,16 @@ pieces = [
     "eos>",
 ]
 fragments = st.lists(st.sampled_from(pieces), min_size=1, max_size=4).map("".join)
-turns = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), fragments), min_size=1, max_size=4)
+turns = st.lists(
+    st.tuples(st.sampled_from(["system", "user", "assistant"]), fragments), min_size=1, max_size=4
+)
 
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(history=turns, answer=fragments, template=st.sampled_from(["plain", "thought"]))
-def test_no_text_opens_or_closes_a_turn(history: list[tuple[str, str]], answer: str, template: str) -> None:
+def test_no_text_opens_or_closes_a_turn(
+    history: list[tuple[str, str]], answer: str, template: str
+) -> None:
     """Whatever is accepted has exactly the template's own markers, and is what inference feeds."""
     tokenizer = TOKENIZERS[template]
     try:
@@ -288,7 +372,9 @@ def test_no_text_opens_or_closes_a_turn(history: list[tuple[str, str]], answer: 
     if isinstance(encoded, InvalidRow):
         return
     tokens = tokenizer.convert_ids_to_tokens(encoded.tokens.tolist())
-    assert encoded.tokens[: encoded.prefix_length].tolist() == inference_prompt(conversation, tokenizer)
+    assert encoded.tokens[: encoded.prefix_length].tolist() == inference_prompt(
+        conversation, tokenizer
+    )
     assert tokens.count("<|turn>") == tokens.count("<turn|>") == len(conversation.messages)
     assert tokens.count("<eos>") == tokens.count("<|image|>") == 0
 
@@ -300,23 +386,46 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "messages is null": ({"messages": None}, "column 'messages' is null"),
     "no messages": ({"messages": []}, "column 'messages' is an empty list"),
     "message is text": ({"messages": ["hi"]}, "message 1 is a str, expected an object"),
-    "no role": ({"messages": [{"content": "a", "from": "b"}]}, "message 1 has no 'role'; its keys: content, from"),
+    "no role": (
+        {"messages": [{"content": "a", "from": "b"}]},
+        "message 1 has no 'role'; its keys: content, from",
+    ),
     "unknown role": (
         {"messages": [{"role": "human", "content": "a"}]},
         "message 1: unknown role 'human', expected system, user",
     ),
     "no content": ({"messages": [{"role": "user"}]}, r"message 1 \(user\) has no 'content'"),
-    "number": ({"messages": [{"role": "user", "content": 3}]}, r"message 1 \(user\): the content is a int, expected text"),
-    "null": ({"messages": [{"role": "user", "content": None}]}, r"message 1 \(user\): the content is null"),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"message 1 \(user\): the content is a list"),
-    "tool call": ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "message 1 carries 'tool_calls'"),
+    "number": (
+        {"messages": [{"role": "user", "content": 3}]},
+        r"message 1 \(user\): the content is a int, expected text",
+    ),
+    "null": (
+        {"messages": [{"role": "user", "content": None}]},
+        r"message 1 \(user\): the content is null",
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        r"message 1 \(user\): the content is a list",
+    ),
+    "tool call": (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
+        "message 1 carries 'tool_calls'",
+    ),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
     "no question": ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
     "empty answer": (
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \n\u2003"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": " \n\u2003"},
+            ]
+        },
         r"message 2 \(assistant\): the content is empty",
     ),
-    "half a pair": ({"messages": [{"role": "user", "content": "ab\ud800"}]}, r"not valid Unicode \(half a surrogate pair at character 3\)"),
+    "half a pair": (
+        {"messages": [{"role": "user", "content": "ab\ud800"}]},
+        r"not valid Unicode \(half a surrogate pair at character 3\)",
+    ),
 }
 
 
@@ -331,7 +440,9 @@ def test_columns_say_which_one_is_wrong() -> None:
     with pytest.raises(InvalidRow, match=r"column 'answer' \(assistant\): the content is empty"):
         read_conversation({"question": "q", "answer": " "}, "gsm8k", COLUMNS)
     with pytest.raises(InvalidRow, match=r"column 'in' \(user\): the content is a int"):
-        read_conversation({"in": 3, "out": "b"}, "columns", ColumnsConfig(prompt="in", response="out"))
+        read_conversation(
+            {"in": 3, "out": "b"}, "columns", ColumnsConfig(prompt="in", response="out")
+        )
 
 
 def test_the_same_conversation_has_the_same_id_in_any_form() -> None:
@@ -340,15 +451,29 @@ def test_the_same_conversation_has_the_same_id_in_any_form() -> None:
         read_conversation({"question": "q", "answer": "a\n"}, "gsm8k", COLUMNS),
         read_conversation({"in": "q ", "out": "a", "sys": ""}, "columns", columns),
         talk(("user", "q"), ("assistant", "a")),
-        talk(("user", "q"), ("assistant", "a"), ("user", "a turn after the last answer is not trained on")),
+        talk(
+            ("user", "q"),
+            ("assistant", "a"),
+            ("user", "a turn after the last answer is not trained on"),
+        ),
     ]
-    assert len({conversation.id for conversation in conversations}) == 1, "repeats in another form would not be found"
-    others = [talk(("user", "q"), ("assistant", "b")), talk(("system", "q"), ("assistant", "a")), talk(("user", "qa"), ("assistant", "a"))]
+    assert len({conversation.id for conversation in conversations}) == 1, (
+        "repeats in another form would not be found"
+    )
+    others = [
+        talk(("user", "q"), ("assistant", "b")),
+        talk(("system", "q"), ("assistant", "a")),
+        talk(("user", "qa"), ("assistant", "a")),
+    ]
     assert len({conversation.id for conversation in [*conversations, *others]}) == 4
 
 
 def test_a_system_column_becomes_a_system_turn() -> None:
-    conversation = read_conversation({"p": "q", "r": "a", "s": "short"}, "columns", ColumnsConfig(prompt="p", response="r", system="s"))
+    conversation = read_conversation(
+        {"p": "q", "r": "a", "s": "short"},
+        "columns",
+        ColumnsConfig(prompt="p", response="r", system="s"),
+    )
     assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
 
 
@@ -367,6 +492,8 @@ def test_the_format_follows_from_the_keys(keys: list[str], form: str | None) -> 
 
 
 def test_a_format_that_is_set_is_the_only_candidate() -> None:
-    config = DataConfig(source="x", format="columns", columns=ColumnsConfig(prompt="question", response="answer"))
+    config = DataConfig(
+        source="x", format="columns", columns=ColumnsConfig(prompt="question", response="answer")
+    )
     assert detect_format(config, ["question", "answer"]) == "columns"
     assert detect_format(DataConfig(source="x", format="messages"), ["question", "answer"]) is None

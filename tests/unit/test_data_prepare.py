@@ -1,4 +1,6 @@
-"""Claims about the step prepare_data: what it writes, how it splits, what it drops and counts, and what it refuses."""
+"""Claims about the step prepare_data: what it writes, how it splits, what it drops and counts, and
+what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -61,15 +63,33 @@ def test_a_prepared_folder_holds_what_the_trainer_reads(tmp_path: Path, model: P
     rows = both(tmp_path / "out")
     assert len(rows) == 40
     for row in rows:
-        assert set(row) == {"input_ids", "prefix_length", "complete", "id", "origin", "prompt", "answer"}
+        assert set(row) == {
+            "input_ids",
+            "prefix_length",
+            "complete",
+            "id",
+            "origin",
+            "prompt",
+            "answer",
+        }
         original = problems(40)[int(row["origin"].removeprefix("gsm.jsonl:")) - 1]
         assert row["answer"] == original["answer"]
         assert json.loads(row["prompt"]) == [{"role": "user", "content": original["question"]}]
         assert row["complete"]
-        prefix, response = row["input_ids"][: row["prefix_length"]], row["input_ids"][row["prefix_length"] :]
-        assert prefix == tokenizer.apply_chat_template(json.loads(row["prompt"]), add_generation_prompt=True, return_dict=False)
-        assert tokenizer.decode(response) == original["answer"] + "<turn|>", "the response has a fill, a padding or a header"
-    assert load_from_disk(str(tmp_path / "out" / "train")).features["input_ids"].feature.dtype == "int32"
+        prefix, response = (
+            row["input_ids"][: row["prefix_length"]],
+            row["input_ids"][row["prefix_length"] :],
+        )
+        assert prefix == tokenizer.apply_chat_template(
+            json.loads(row["prompt"]), add_generation_prompt=True, return_dict=False
+        )
+        assert tokenizer.decode(response) == original["answer"] + "<turn|>", (
+            "the response has a fill, a padding or a header"
+        )
+    assert (
+        load_from_disk(str(tmp_path / "out" / "train")).features["input_ids"].feature.dtype
+        == "int32"
+    )
     assert json.loads((tmp_path / "out" / "card.json").read_text()) == card
     assert load_config(tmp_path / "out" / "config.yaml") == run_config(source)
     inputs = json.loads((tmp_path / "out" / "provenance.json").read_text())["inputs"]
@@ -78,46 +98,95 @@ def test_a_prepared_folder_holds_what_the_trainer_reads(tmp_path: Path, model: P
 
 
 def test_the_card_accounts_for_every_row(tmp_path: Path, model: Path) -> None:
-    rows: list[Any] = [*problems(100), *problems(5), "not json", {"question": "q", "answer": ""}, {"question": "x" * 300, "answer": "a"}]
+    rows: list[Any] = [
+        *problems(100),
+        *problems(5),
+        "not json",
+        {"question": "q", "answer": ""},
+        {"question": "x" * 300, "answer": "a"},
+    ]
     rows += [{"question": "long", "answer": "y" * (300 + n)} for n in range(9)]
     source = write_lines(tmp_path / "gsm.jsonl", rows)
-    card = prepare_data(run_config(source, max_bad_row_fraction=0.1, validation_rows=3), model, tmp_path / "out")
+    card = prepare_data(
+        run_config(source, max_bad_row_fraction=0.1, validation_rows=3), model, tmp_path / "out"
+    )
     assert card["rows_read"] == 117
     assert card["dropped"].pop("held out beyond validation_rows") > 0
-    assert card["dropped"] == {"bad row": 2, "duplicate of an earlier row": 5, "prefix leaves no room for the response in seq_length": 1}
+    assert card["dropped"] == {
+        "bad row": 2,
+        "duplicate of an earlier row": 5,
+        "prefix leaves no room for the response in seq_length": 1,
+    }
     full = json.loads((tmp_path / "out" / "card.json").read_text())
-    assert full["kept"] + sum(full["dropped"].values()) == full["rows_read"], "rows vanish without a reason"
+    assert full["kept"] + sum(full["dropped"].values()) == full["rows_read"], (
+        "rows vanish without a reason"
+    )
     assert full["kept"] == full["train"] + full["validation"] == len(both(tmp_path / "out"))
     assert full["bad_rows"] == [
-        {"file": str(source), "row": 106, "reason": "not JSON: Expecting value: line 1 column 1 (char 0)"},
-        {"file": str(source), "row": 107, "reason": "column 'answer' (assistant): the content is empty"},
+        {
+            "file": str(source),
+            "row": 106,
+            "reason": "not JSON: Expecting value: line 1 column 1 (char 0)",
+        },
+        {
+            "file": str(source),
+            "row": 107,
+            "reason": "column 'answer' (assistant): the content is empty",
+        },
     ]
     lengths = [len(row["input_ids"]) for row in both(tmp_path / "out")]
-    assert sum(full["token_histogram"]["counts"]) == sum(full["block_histogram"].values()) == full["kept"]
-    blocks = [-(-(len(row["input_ids"]) - row["prefix_length"]) // 16) for row in both(tmp_path / "out")]
-    assert {int(number): count for number, count in full["block_histogram"].items()} == {n: blocks.count(n) for n in set(blocks)}
+    assert (
+        sum(full["token_histogram"]["counts"])
+        == sum(full["block_histogram"].values())
+        == full["kept"]
+    )
+    blocks = [
+        -(-(len(row["input_ids"]) - row["prefix_length"]) // 16) for row in both(tmp_path / "out")
+    ]
+    assert {int(number): count for number, count in full["block_histogram"].items()} == {
+        n: blocks.count(n) for n in set(blocks)
+    }
     assert full["cut"] == sum(not row["complete"] for row in both(tmp_path / "out")) > 0
     assert max(lengths) == 256
-    assert (full["format"], full["seq_length"], full["canvas_length"], full["tokenizer"]) == ("gsm8k", 256, 16, "GemmaTokenizer")
+    assert (full["format"], full["seq_length"], full["canvas_length"], full["tokenizer"]) == (
+        "gsm8k",
+        256,
+        16,
+        "GemmaTokenizer",
+    )
 
 
 def test_a_response_that_lost_its_end_is_not_complete(tmp_path: Path, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [{"question": "q", "answer": "z" * n} for n in range(1, 60)]
-    prepare_data(run_config(write_lines(tmp_path / "a.jsonl", rows), seq_length=40), model, tmp_path / "out")
+    prepare_data(
+        run_config(write_lines(tmp_path / "a.jsonl", rows), seq_length=40), model, tmp_path / "out"
+    )
     for row in both(tmp_path / "out"):
         response = tokenizer.decode(row["input_ids"][row["prefix_length"] :])
         whole = row["prefix_length"] + len(row["answer"]) + 1 <= 40
         assert row["complete"] is whole
-        assert response == (row["answer"] + "<turn|>" if whole else "z" * (40 - row["prefix_length"]))
+        assert response == (
+            row["answer"] + "<turn|>" if whole else "z" * (40 - row["prefix_length"])
+        )
 
 
-def test_a_prefix_that_leaves_room_for_one_token_is_kept_and_one_more_is_dropped(tmp_path: Path, model: Path) -> None:
+def test_a_prefix_that_leaves_room_for_one_token_is_kept_and_one_more_is_dropped(
+    tmp_path: Path, model: Path
+) -> None:
     question = [{"role": "user", "content": "-"}]
-    prompt: Any = AutoTokenizer.from_pretrained(model).apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    prompt: Any = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
     header = len(prompt)
-    rows = [{"question": "-" * (40 - header + 1 - spare), "answer": f"{n}b"} for n in range(20) for spare in (0, 1)]
-    card = prepare_data(run_config(write_lines(tmp_path / "a.jsonl", rows), seq_length=40), model, tmp_path / "out")
+    rows = [
+        {"question": "-" * (40 - header + 1 - spare), "answer": f"{n}b"}
+        for n in range(20)
+        for spare in (0, 1)
+    ]
+    card = prepare_data(
+        run_config(write_lines(tmp_path / "a.jsonl", rows), seq_length=40), model, tmp_path / "out"
+    )
     assert card["dropped"] == {"prefix leaves no room for the response in seq_length": 20}
     assert {row["prefix_length"] for row in both(tmp_path / "out")} == {39}
     assert {len(row["input_ids"]) for row in both(tmp_path / "out")} == {40}
@@ -126,20 +195,38 @@ def test_a_prefix_that_leaves_room_for_one_token_is_kept_and_one_more_is_dropped
 def test_the_same_row_falls_into_the_same_split_anywhere(tmp_path: Path, model: Path) -> None:
     rows = problems(300)
     prepare_data(run_config(write_lines(tmp_path / "a.jsonl", rows)), model, tmp_path / "all")
-    other = [{"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]} for r in rows[100:]]
+    other = [
+        {
+            "messages": [
+                {"role": "user", "content": r["question"]},
+                {"role": "assistant", "content": r["answer"]},
+            ]
+        }
+        for r in rows[100:]
+    ]
     random.Random(0).shuffle(other)
     prepare_data(run_config(write_lines(tmp_path / "b.jsonl", other)), model, tmp_path / "some")
     held_out = {row["id"] for row in split(tmp_path / "all", "validation")}
     assert 30 < len(held_out) < 90, "the validation share is not about the fifth that was asked for"
-    assert {row["id"] for row in split(tmp_path / "some", "validation")} == held_out & {row["id"] for row in both(tmp_path / "some")}
-    assert not held_out & {row["id"] for row in split(tmp_path / "all", "train")}, "a validation row is trained on"
+    assert {row["id"] for row in split(tmp_path / "some", "validation")} == held_out & {
+        row["id"] for row in both(tmp_path / "some")
+    }
+    assert not held_out & {row["id"] for row in split(tmp_path / "all", "train")}, (
+        "a validation row is trained on"
+    )
 
 
-def test_validation_rows_does_not_depend_on_the_order_and_trains_on_none_of_the_rest(tmp_path: Path, model: Path) -> None:
+def test_validation_rows_does_not_depend_on_the_order_and_trains_on_none_of_the_rest(
+    tmp_path: Path, model: Path
+) -> None:
     rows = problems(200)
     train, validation = [], []
     for name in ("a", "b"):
-        prepare_data(run_config(write_lines(tmp_path / f"{name}.jsonl", rows), validation_rows=7), model, tmp_path / name)
+        prepare_data(
+            run_config(write_lines(tmp_path / f"{name}.jsonl", rows), validation_rows=7),
+            model,
+            tmp_path / name,
+        )
         train.append({row["id"] for row in split(tmp_path / name, "train")})
         validation.append({row["id"] for row in split(tmp_path / name, "validation")})
         random.Random(1).shuffle(rows)
@@ -147,7 +234,9 @@ def test_validation_rows_does_not_depend_on_the_order_and_trains_on_none_of_the_
     assert validation[0] == validation[1]
     assert train[0] == train[1]
     prepare_data(run_config(tmp_path / "a.jsonl"), model, tmp_path / "c")
-    assert {row["id"] for row in split(tmp_path / "c", "train")} == train[0], "rows beyond validation_rows were trained on"
+    assert {row["id"] for row in split(tmp_path / "c", "train")} == train[0], (
+        "rows beyond validation_rows were trained on"
+    )
 
 
 def test_equal_rows_are_equal_files(tmp_path: Path, model: Path) -> None:
@@ -155,11 +244,19 @@ def test_equal_rows_are_equal_files(tmp_path: Path, model: Path) -> None:
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         source = write_lines(tmp_path / place / "gsm.jsonl", problems(60))
-        cards.append(prepare_data(run_config(source, validation_rows=3), model, tmp_path / place / "out"))
+        cards.append(
+            prepare_data(run_config(source, validation_rows=3), model, tmp_path / place / "out")
+        )
     for name in ("train", "validation"):
-        assert hash_path(tmp_path / "here" / "out" / name) == hash_path(tmp_path / "there" / "out" / name)
+        assert hash_path(tmp_path / "here" / "out" / name) == hash_path(
+            tmp_path / "there" / "out" / name
+        )
     assert cards[0]["content_hash"] == cards[1]["content_hash"]
-    other = prepare_data(run_config(tmp_path / "here" / "gsm.jsonl", validation_rows=3, seq_length=50), model, tmp_path / "other")
+    other = prepare_data(
+        run_config(tmp_path / "here" / "gsm.jsonl", validation_rows=3, seq_length=50),
+        model,
+        tmp_path / "other",
+    )
     assert other["content_hash"] != cards[0]["content_hash"]
 
 
@@ -173,7 +270,9 @@ def test_batches_do_not_change_the_result(tmp_path: Path, model: Path) -> None:
 
 def test_max_rows_reads_no_more(tmp_path: Path, model: Path) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", [*problems(50), "broken", "broken too"])
-    card = prepare_data(run_config(source, max_rows=50, max_bad_row_fraction=0), model, tmp_path / "out")
+    card = prepare_data(
+        run_config(source, max_rows=50, max_bad_row_fraction=0), model, tmp_path / "out"
+    )
     assert card["rows_read"] == 50
 
 
@@ -187,7 +286,9 @@ def test_too_many_bad_rows_fail_and_are_named(tmp_path: Path, model: Path) -> No
     assert message.startswith(f"{source}: 3 of 20 rows ")
     assert "15.0%" in message
     assert "10.0% (data.max_bad_row_fraction)" in message
-    assert re.findall(r": row (\d+):", message) == ["4", "8", "10"], "bad rows are not named in the order of the file"
+    assert re.findall(r": row (\d+):", message) == ["4", "8", "10"], (
+        "bad rows are not named in the order of the file"
+    )
     assert f"  {source}: row 4: not JSON: Expecting property name" in message
     assert f"  {source}: row 8: the text holds the control token '<turn|>'" in message
     assert f"  {source}: row 10: no column 'answer'; the row's columns: question\n" in message
@@ -196,7 +297,9 @@ def test_too_many_bad_rows_fail_and_are_named(tmp_path: Path, model: Path) -> No
     assert card["bad"] == 3
 
 
-def test_an_error_names_the_first_five_bad_rows_and_counts_the_rest(tmp_path: Path, model: Path) -> None:
+def test_an_error_names_the_first_five_bad_rows_and_counts_the_rest(
+    tmp_path: Path, model: Path
+) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", [*problems(20), *["broken"] * 9])
     message = refusal(source, model)
     assert [int(number) for number in re.findall(r": row (\d+):", message)] == [21, 22, 23, 24, 25]
@@ -214,7 +317,9 @@ def test_too_many_duplicates_fail_and_are_named(tmp_path: Path, model: Path) -> 
     assert (card["kept"], card["dropped"]) == (20, {"duplicate of an earlier row": 10})
 
 
-def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(tmp_path: Path, model: Path) -> None:
+def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(
+    tmp_path: Path, model: Path
+) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", problems(8))
     message = refusal(source, model, validation_fraction=1e-6)
     assert "none of the 8 rows kept" in message
@@ -224,26 +329,38 @@ def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(tmp_pat
     assert card["validation"] == 1
 
 
-def test_rows_that_are_all_too_long_are_refused_with_their_length(tmp_path: Path, model: Path) -> None:
+def test_rows_that_are_all_too_long_are_refused_with_their_length(
+    tmp_path: Path, model: Path
+) -> None:
     message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(8)), model, seq_length=10)
     longest = 1 + max(len(row["question"]) for row in problems(8))
     assert "(prefix leaves no room for the response in seq_length: 8)" in message
-    assert int(re.search(r"longest prefix has (\d+) tokens; raise data\.seq_length", message)[1]) > longest  # type: ignore[index]
+    assert (
+        int(re.search(r"longest prefix has (\d+) tokens; raise data\.seq_length", message)[1])
+        > longest
+    )  # type: ignore[index]
 
 
 def test_columns_of_no_known_form_are_listed(tmp_path: Path, model: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"id": n, "text": "t"} for n in range(5)])
     message = refusal(source, model)
     assert f"{source}: row 1: " in message
-    assert "found the columns id, text, expected messages; or question and answer; or prompt and response" in message
-    message = refusal(source, model, format="columns", columns={"prompt": "text", "response": "label"})
+    assert (
+        "found the columns id, text, expected messages; or question and answer; or prompt and "
+        "response" in message
+    )
+    message = refusal(
+        source, model, format="columns", columns={"prompt": "text", "response": "label"}
+    )
     assert f"{source}: row 1: no column label, " in message
     assert "data.format columns" in message
     assert "data.columns.prompt" in message.splitlines()[-1]
     message = refusal(source, model, format="gsm8k")
     assert "row 1: no column question, answer, " in message
     assert "data.format" in message.splitlines()[-1]
-    assert "row 1: found int, expected an object" in refusal(write_lines(tmp_path / "b.jsonl", [1, 2]), model)
+    assert "row 1: found int, expected an object" in refusal(
+        write_lines(tmp_path / "b.jsonl", [1, 2]), model
+    )
 
 
 def test_a_few_odd_rows_at_the_start_do_not_hide_the_form(tmp_path: Path, model: Path) -> None:
@@ -258,13 +375,18 @@ def test_a_few_odd_rows_at_the_start_do_not_hide_the_form(tmp_path: Path, model:
 def test_every_form_is_prepared(tmp_path: Path, model: Path) -> None:
     pairs = [(row["question"], row["answer"]) for row in problems(30)]
     forms: dict[str, list[Any]] = {
-        "messages": [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs],
+        "messages": [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in pairs
+        ],
         "gsm8k": [{"question": q, "answer": a} for q, a in pairs],
         "columns": [{"prompt": q, "response": a} for q, a in pairs],
     }
     hashes = set()
     for form, rows in forms.items():
-        card = prepare_data(run_config(write_lines(tmp_path / f"{form}.jsonl", rows)), model, tmp_path / form)
+        card = prepare_data(
+            run_config(write_lines(tmp_path / f"{form}.jsonl", rows)), model, tmp_path / form
+        )
         assert card["format"] == form
         hashes.add(card["content_hash"])
     assert len(hashes) == 1, "the same conversations in another form became other tokens"
@@ -272,9 +394,17 @@ def test_every_form_is_prepared(tmp_path: Path, model: Path) -> None:
 
 def test_a_model_with_a_thought_channel_is_prepared_as_inference_prompts_it(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", THOUGHT)
-    card = prepare_data(run_config(write_lines(tmp_path / "a.jsonl", problems(30))), model, tmp_path / "out")
-    assert all(sample["prefix"].endswith("<|turn>model\n<|channel>thought\n<channel|>") for sample in card["samples"])
-    assert all(sample["response"].endswith("<turn|>") and "channel" not in sample["response"] for sample in card["samples"])
+    card = prepare_data(
+        run_config(write_lines(tmp_path / "a.jsonl", problems(30))), model, tmp_path / "out"
+    )
+    assert all(
+        sample["prefix"].endswith("<|turn>model\n<|channel>thought\n<channel|>")
+        for sample in card["samples"]
+    )
+    assert all(
+        sample["response"].endswith("<turn|>") and "channel" not in sample["response"]
+        for sample in card["samples"]
+    )
 
 
 def test_an_output_that_exists_is_never_overwritten(tmp_path: Path, model: Path) -> None:
@@ -291,14 +421,26 @@ def test_an_output_that_exists_is_never_overwritten(tmp_path: Path, model: Path)
     [
         (
             {"vocab_size": 300},
-            "the tokenizer does not belong to the model: its highest token id is 385, text_config.vocab_size of config.json is 300",
+            "the tokenizer does not belong to the model: its highest token id is 385, "
+            "text_config.vocab_size of config.json is 300",
         ),
-        ({"eos_token_id": 7}, "its eos token is '<eos>' with id 1, text_config.eos_token_id of config.json is 7"),
-        ({"pad_token_id": 3}, "its pad token is '<pad>' with id 0, text_config.pad_token_id of config.json is 3"),
-        ({"bos_token_id": 1}, "its bos token is '<bos>' with id 2, text_config.bos_token_id of config.json is 1"),
+        (
+            {"eos_token_id": 7},
+            "its eos token is '<eos>' with id 1, text_config.eos_token_id of config.json is 7",
+        ),
+        (
+            {"pad_token_id": 3},
+            "its pad token is '<pad>' with id 0, text_config.pad_token_id of config.json is 3",
+        ),
+        (
+            {"bos_token_id": 1},
+            "its bos token is '<bos>' with id 2, text_config.bos_token_id of config.json is 1",
+        ),
     ],
 )
-def test_a_tokenizer_of_another_model_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "model").mkdir()
     model = make_model(tmp_path / "model", **change)
     assert message in refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
@@ -306,27 +448,43 @@ def test_a_tokenizer_of_another_model_is_refused(change: dict[str, Any], message
 
 def test_more_than_one_end_of_sequence_is_understood(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", eos_token_id=[1, 6])
-    assert prepare_data(run_config(write_lines(tmp_path / "a.jsonl", problems(30))), model, tmp_path / "out")["kept"] == 30
+    assert (
+        prepare_data(
+            run_config(write_lines(tmp_path / "a.jsonl", problems(30))), model, tmp_path / "out"
+        )["kept"]
+        == 30
+    )
 
 
-def test_a_model_whose_generation_does_not_stop_at_the_end_of_turn_is_refused(tmp_path: Path) -> None:
+def test_a_model_whose_generation_does_not_stop_at_the_end_of_turn_is_refused(
+    tmp_path: Path,
+) -> None:
     model = make_model(tmp_path / "model")
     (model / "generation_config.json").write_text('{"eos_token_id": [1, 99]}')
     message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
-    assert "generation_config.json: eos_token_id is [1, 99], but the chat template closes a turn with '<turn|>' (id 6)" in message
+    assert (
+        "generation_config.json: eos_token_id is [1, 99], but the chat template closes a turn with "
+        "'<turn|>' (id 6)" in message
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", '{"model_type": "gemma3"}', "model_type is 'gemma3', expected 'diffusion_gemma'"),
+        (
+            "config.json",
+            '{"model_type": "gemma3"}',
+            "model_type is 'gemma3', expected 'diffusion_gemma'",
+        ),
         ("config.json", "{", "config.json: cannot be read"),
         ("tokenizer.json", "{}", "the tokenizer cannot be loaded"),
         ("chat_template.jinja", "{{ oops", "the chat template cannot render"),
         ("generation_config.json", "[", "generation_config.json: cannot be read"),
     ],
 )
-def test_a_broken_model_folder_is_named(file: str, content: str, message: str, tmp_path: Path) -> None:
+def test_a_broken_model_folder_is_named(
+    file: str, content: str, message: str, tmp_path: Path
+) -> None:
     model = make_model(tmp_path / "model")
     (model / file).write_text(content)
     assert message in refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
@@ -335,33 +493,58 @@ def test_a_broken_model_folder_is_named(file: str, content: str, message: str, t
 def test_progress_is_logged(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     source = write_lines(tmp_path / "gsm.jsonl", problems(30))
-    prepare_data(run_config(source), model, tmp_path / "quick", throughput=Throughput(progress_seconds=60))
-    assert "rows read" not in caplog.text, "a preparation of less than two seconds needs no progress"
-    prepare_data(run_config(source), model, tmp_path / "slow", throughput=Throughput(progress_seconds=0))
+    prepare_data(
+        run_config(source), model, tmp_path / "quick", throughput=Throughput(progress_seconds=60)
+    )
+    assert "rows read" not in caplog.text, (
+        "a preparation of less than two seconds needs no progress"
+    )
+    prepare_data(
+        run_config(source), model, tmp_path / "slow", throughput=Throughput(progress_seconds=0)
+    )
     assert "prepare_data: 30 rows read, " in caplog.text
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = Throughput(batch_rows=16)
-    monkeypatch.setattr(prepare_module, "hash_path", lambda path: "0" * 64)  # reads files by the MiB, more than these rows are
+    # reads files by the MiB, more than these rows are
+    monkeypatch.setattr(prepare_module, "hash_path", lambda path: "0" * 64)
     peaks = []
     for count in (160, 800):
-        rows = [{"question": f"{n} " + "abcdefgh" * 20, "answer": "the and " * 20} for n in range(count)]
+        rows = [
+            {"question": f"{n} " + "abcdefgh" * 20, "answer": "the and " * 20} for n in range(count)
+        ]
         source = write_lines(tmp_path / f"{count}.jsonl", rows)
         tracemalloc.start()
-        prepare_data(run_config(source, seq_length=2048), model, tmp_path / f"out{count}", throughput=small)
+        prepare_data(
+            run_config(source, seq_length=2048), model, tmp_path / f"out{count}", throughput=small
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 2**19, f"five times the rows took {peaks[1] / 2**20:.1f} instead of {peaks[0] / 2**20:.1f} MiB"
+    assert peaks[1] < peaks[0] + 2**19, (
+        f"five times the rows took {peaks[1] / 2**20:.1f} instead of {peaks[0] / 2**20:.1f} MiB"
+    )
 
 
-def test_the_word_problems_of_the_tiny_model_are_prepared_whole(tmp_path: Path, tiny_model: Path) -> None:
-    """What `make run` reads: the other tests' tokenizer is made here, this one is the product's own."""
+def test_the_word_problems_of_the_tiny_model_are_prepared_whole(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """What `make run` reads: the other tests' tokenizer is made here, this one is the product's
+    own.
+    """
     write_problems(tmp_path / "compare.jsonl", "compare", 200, seed=3)
-    card = prepare_data(run_config(tmp_path / "compare.jsonl", seq_length=64), tiny_model, tmp_path / "out")
+    card = prepare_data(
+        run_config(tmp_path / "compare.jsonl", seq_length=64), tiny_model, tmp_path / "out"
+    )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert (card["kept"], card["dropped"], card["cut"]) == (200, {}, 0)
     for row in both(tmp_path / "out"):
-        prompt = tokenizer.apply_chat_template(json.loads(row["prompt"]), add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            json.loads(row["prompt"]), add_generation_prompt=True, return_dict=False
+        )
         assert row["input_ids"][: row["prefix_length"]] == prompt
-        assert tokenizer.decode(row["input_ids"][row["prefix_length"] :]) == row["answer"] + "<turn|>"
+        assert (
+            tokenizer.decode(row["input_ids"][row["prefix_length"] :]) == row["answer"] + "<turn|>"
+        )

@@ -1,4 +1,6 @@
-"""Claims about reading a user's rows: every kind of file, where a row came from, and the error for a broken file."""
+"""Claims about reading a user's rows: every kind of file, where a row came from, and the error for
+a broken file.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from canvastune.preparation.readers import ReadLimits, Row, open_source
 ROWS = [{"question": f"q{n} é\n", "answer": f'a{n} "{n}" 漢 }}]'} for n in range(600)]
 
 
-def read(source: Path | str, limits: ReadLimits = ReadLimits(), **data: Any) -> list[Row]:
-    return list(open_source(DataConfig(source=str(source), **data)).rows(limits))
+def read(source: Path | str, limits: ReadLimits | None = None, **data: Any) -> list[Row]:
+    return list(open_source(DataConfig(source=str(source), **data)).rows(limits or ReadLimits()))
 
 
-def refusal(source: Path | str, limits: ReadLimits = ReadLimits(), **data: Any) -> str:
+def refusal(source: Path | str, limits: ReadLimits | None = None, **data: Any) -> str:
     with pytest.raises(UserError) as raised:
         read(source, limits, **data)
     return f"{raised.value}. {raised.value.hint}"
@@ -75,13 +77,19 @@ def test_a_folder_that_mixes_splits_is_refused(tmp_path: Path) -> None:
     (tmp_path / "main").mkdir()
     for name in ("main/train-00000.jsonl", "main/test-00000.jsonl"):
         (tmp_path / name).write_bytes(as_bytes("jsonl", ROWS[:2]))
-    assert "the folder mixes splits (main/train-00000.jsonl, main/test-00000.jsonl)" in refusal(tmp_path)
+    assert "the folder mixes splits (main/train-00000.jsonl, main/test-00000.jsonl)" in refusal(
+        tmp_path
+    )
 
 
 def test_a_row_of_json_lines_is_numbered_by_its_line(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n   \r\n{"a": 2}\r\n{"a": 3}')
-    assert [(row.number, row.value) for row in read(file)] == [(1, {"a": 1}), (4, {"a": 2}), (5, {"a": 3})]
+    assert [(row.number, row.value) for row in read(file)] == [
+        (1, {"a": 1}),
+        (4, {"a": 2}),
+        (5, {"a": 3}),
+    ]
 
 
 def test_a_broken_line_is_a_row_with_a_problem_and_the_next_is_read(tmp_path: Path) -> None:
@@ -105,32 +113,89 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "blank": ("a.jsonl", b"\n \n", "a.jsonl: has no rows"),
     "empty array": ("a.json", b" [ ] ", "a.json: has no rows"),
     "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: has no rows"),
-    "not gzip": ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz: incomplete or invalid gzip file (Not a gzipped file (b'{\"'))"),
-    "hidden gzip": ("a.jsonl", gzip.compress(b"{}"), "a.jsonl: the file is gzip, expected a name that ends in .gz. Rename it to a.jsonl.gz"),
+    "not gzip": (
+        "a.jsonl.gz",
+        b'{"a": 1}\n',
+        "a.jsonl.gz: incomplete or invalid gzip file (Not a gzipped file (b'{\"'))",
+    ),
+    "hidden gzip": (
+        "a.jsonl",
+        gzip.compress(b"{}"),
+        "a.jsonl: the file is gzip, expected a name that ends in .gz. Rename it to a.jsonl.gz",
+    ),
     "truncated gzip": (
         "a.jsonl.gz",
         gzip.compress(as_bytes("jsonl", ROWS))[:-9],
-        "incomplete or invalid gzip file (Compressed file ended before the end-of-stream marker was reached). Copy or compress the file again",
+        "incomplete or invalid gzip file (Compressed file ended before the end-of-stream marker "
+        "was reached). Copy or compress the file again",
     ),
     "damaged gzip": (
         "a.jsonl.gz",
         gzip.compress(b"{}\n" * 9)[:-8] + b"damaged!",
         "a.jsonl.gz: after row 9: incomplete or invalid gzip file (CRC check failed",
     ),
-    "UTF-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: row 1: the file is UTF-16, expected UTF-8"),
-    "array not UTF-8": ("a.json", b'[{"a": "\xff"}]', "a.json: after row 0: not UTF-8 (invalid start byte)"),
-    "array of lines": ("a.json", b'{"a": 1}\n{"a": 2}\n', "a.json: expected one JSON array of objects, found an object. If there is one"),
-    "array of nothing": ("a.json", b"   ", "a.json: expected one JSON array of objects, found nothing"),
-    "array broken": ("a.json", b'[{"a": 1}, {"a": 2}, {"a" 3}]', "a.json: row 3: not JSON (Expecting ':' delimiter"),
-    "array truncated": ("a.json", cut(as_bytes("json", ROWS[:2])), "a.json: row 2: not JSON (Expecting property name"),
-    "array not closed": ("a.json", b'[{"a": 1}', "a.json: after row 1: expected ',' or ']', the file ends"),
-    "array without comma": ("a.json", b'[{"a": 1} {"a": 2}]', "a.json: after row 1: expected ',' or ']', found '{'"),
+    "UTF-16": (
+        "a.jsonl",
+        '{"a": 1}'.encode("utf-16"),
+        "a.jsonl: row 1: the file is UTF-16, expected UTF-8",
+    ),
+    "array not UTF-8": (
+        "a.json",
+        b'[{"a": "\xff"}]',
+        "a.json: after row 0: not UTF-8 (invalid start byte)",
+    ),
+    "array of lines": (
+        "a.json",
+        b'{"a": 1}\n{"a": 2}\n',
+        "a.json: expected one JSON array of objects, found an object. If there is one",
+    ),
+    "array of nothing": (
+        "a.json",
+        b"   ",
+        "a.json: expected one JSON array of objects, found nothing",
+    ),
+    "array broken": (
+        "a.json",
+        b'[{"a": 1}, {"a": 2}, {"a" 3}]',
+        "a.json: row 3: not JSON (Expecting ':' delimiter",
+    ),
+    "array truncated": (
+        "a.json",
+        cut(as_bytes("json", ROWS[:2])),
+        "a.json: row 2: not JSON (Expecting property name",
+    ),
+    "array not closed": (
+        "a.json",
+        b'[{"a": 1}',
+        "a.json: after row 1: expected ',' or ']', the file ends",
+    ),
+    "array without comma": (
+        "a.json",
+        b'[{"a": 1} {"a": 2}]',
+        "a.json: after row 1: expected ',' or ']', found '{'",
+    ),
     "array too deep": ("a.json", b"[" * 100_000, "a.json: row 1: not JSON (nested too deeply)"),
-    "no Parquet": ("a.parquet", b'{"a": 1}\n' * 9, "a.parquet: not a readable Parquet file (Parquet magic bytes not found in footer"),
-    "truncated Parquet": ("a.parquet", cut(as_bytes("parquet", ROWS)), "a.parquet: not a readable Parquet file (Parquet magic bytes"),
-    "gzip of no Parquet": ("a.parquet.gz", gzip.compress(b"hello, hello"), "a.parquet.gz: not a readable Parquet file"),
+    "no Parquet": (
+        "a.parquet",
+        b'{"a": 1}\n' * 9,
+        "a.parquet: not a readable Parquet file (Parquet magic bytes not found in footer",
+    ),
+    "truncated Parquet": (
+        "a.parquet",
+        cut(as_bytes("parquet", ROWS)),
+        "a.parquet: not a readable Parquet file (Parquet magic bytes",
+    ),
+    "gzip of no Parquet": (
+        "a.parquet.gz",
+        gzip.compress(b"hello, hello"),
+        "a.parquet.gz: not a readable Parquet file",
+    ),
     "empty Parquet": ("a.parquet", as_bytes("parquet", []), "a.parquet: has no rows"),
-    "unknown kind": ("a.csv", b"a,b\n", "a.csv: unsupported file type, expected one of .jsonl, .json, .parquet"),
+    "unknown kind": (
+        "a.csv",
+        b"a,b\n",
+        "a.csv: unsupported file type, expected one of .jsonl, .json, .parquet",
+    ),
 }
 
 
@@ -155,18 +220,36 @@ def test_damage_inside_a_parquet_file_names_the_row_reached(tmp_path: Path) -> N
 def test_a_missing_file_is_told_with_a_near_name(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     missing = tmp_path / "trian.jsonl"
-    assert refusal(missing) == f"data.source: {missing}: no such file or folder. Did you mean {tmp_path / 'train.jsonl'}?"
-    assert refusal("nowhere/at/all.jsonl").startswith("data.source: nowhere/at/all.jsonl: no such file or folder")
+    assert (
+        refusal(missing)
+        == f"data.source: {missing}: no such file or folder. Did you mean {tmp_path / 'train.jsonl'}?"
+    )
+    assert refusal("nowhere/at/all.jsonl").startswith(
+        "data.source: nowhere/at/all.jsonl: no such file or folder"
+    )
 
 
 def test_a_folder_without_data_is_told_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    assert f"data.source: {tmp_path}: no data file in this folder: found notes.txt, expected .jsonl" in refusal(tmp_path)
+    assert (
+        f"data.source: {tmp_path}: no data file in this folder: found notes.txt, expected .jsonl"
+        in refusal(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
 def test_an_array_is_read_through_a_window_of_any_size(window: int, tmp_path: Path) -> None:
-    values = [{"a": 1}, 12345, 'text \\" ]', [], {"b": [1, {"c": "\u2028,]"}]}, None, -1.5e10, True, {}]
+    values = [
+        {"a": 1},
+        12345,
+        'text \\" ]',
+        [],
+        {"b": [1, {"c": "\u2028,]"}]},
+        None,
+        -1.5e10,
+        True,
+        {},
+    ]
     file = tmp_path / "data.json"
     file.write_text(json.dumps(values) + "\n\n")
     assert [row.value for row in read(file, ReadLimits(window=window))] == values
@@ -185,19 +268,25 @@ def test_a_row_that_never_ends_is_not_read_into_memory(kind: str, tmp_path: Path
 def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     text = "abcdefgh" * 128
     file = tmp_path / f"data.{kind}"
-    file.write_bytes(as_bytes(kind, [{"question": f"{n}{text}", "answer": "a"} for n in range(8_000)]))
+    file.write_bytes(
+        as_bytes(kind, [{"question": f"{n}{text}", "answer": "a"} for n in range(8_000)])
+    )
     source = open_source(DataConfig(source=str(file)))
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     arrow = max(pa.total_allocated_bytes() - before for _ in source.rows())
     python = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert python + arrow < 4 * 2**20, f"{(python + arrow) / 2**20:.1f} MiB held while reading a file of 8 MiB"
+    assert python + arrow < 4 * 2**20, (
+        f"{(python + arrow) / 2**20:.1f} MiB held while reading a file of 8 MiB"
+    )
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set repository in the Hub's layout: two configurations with two splits each. Its cache is in tmp_path too."""
+    """A data set repository in the Hub's layout: two configurations with two splits each. Its cache
+    is in tmp_path too.
+    """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "gsm"
     configs = []
@@ -205,22 +294,35 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / config).mkdir(parents=True)
         for split in ("train", "test"):
             rows = [{"question": f"{config} {split} {n}", "answer": "a"} for n in range(3)]
-            (folder / config / f"{split}-00000-of-00001.parquet").write_bytes(as_bytes("parquet", rows))
+            (folder / config / f"{split}-00000-of-00001.parquet").write_bytes(
+                as_bytes("parquet", rows)
+            )
         configs.append(
             f"- config_name: {config}\n  data_files:\n"
-            + "".join(f"  - split: {split}\n    path: {config}/{split}-*.parquet\n" for split in ("train", "test"))
+            + "".join(
+                f"  - split: {split}\n    path: {config}/{split}-*.parquet\n"
+                for split in ("train", "test")
+            )
         )
-    (folder / "README.md").write_text("---\nlicense: mit\nconfigs:\n" + "".join(configs) + "---\n# A data set\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n" + "".join(configs) + "---\n# A data set\n"
+    )
     return folder
 
 
 def test_a_repository_in_the_hubs_layout_is_read_by_config_and_split(repository: Path) -> None:
     found = read(repository, config="socratic", split="test")
-    assert [row.value["question"] for row in found] == ["socratic test 0", "socratic test 1", "socratic test 2"]
+    assert [row.value["question"] for row in found] == [
+        "socratic test 0",
+        "socratic test 1",
+        "socratic test 2",
+    ]
     assert found[2].origin == f"{repository}[test]:3"
 
 
-def test_a_config_or_split_that_is_not_there_is_answered_with_those_that_are(repository: Path) -> None:
+def test_a_config_or_split_that_is_not_there_is_answered_with_those_that_are(
+    repository: Path,
+) -> None:
     for message in (refusal(repository), refusal(repository, config="mian")):
         assert "main" in message
         assert "socratic" in message
@@ -233,20 +335,35 @@ def test_a_config_or_split_that_is_not_there_is_answered_with_those_that_are(rep
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "data set not found on the Hub at revision v1"),
-        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "cannot be downloaded or read (Couldn't reach 'a/b' on the Hub)"),
-        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "this data set needs a loading script"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            "data set not found on the Hub at revision v1",
+        ),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub"),
+            "cannot be downloaded or read (Couldn't reach 'a/b' on the Hub)",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found b.py"),
+            "this data set needs a loading script",
+        ),
     ],
 )
-def test_what_the_hub_answers_becomes_one_sentence(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_answers_becomes_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No hub is reachable from a test: the library's answers are played back."""
 
     def answer(location: str, *, name: str | None, split: str, revision: str | None) -> None:
-        assert (location, name, split, revision) == ("a/b", "main", "train", "v1"), "the recipe's words do not reach the Hub"
+        assert (location, name, split, revision) == ("a/b", "main", "train", "v1"), (
+            "the recipe's words do not reach the Hub"
+        )
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    assert refusal("a/b", config="main", revision="v1").startswith(f"data.source: a/b (config main): {message}")
+    assert refusal("a/b", config="main", revision="v1").startswith(
+        f"data.source: a/b (config main): {message}"
+    )
 
 
 def test_rows_from_the_hub_say_where_they_are_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_mistyped_folder_and_file_are_named(tmp_path: Path) -> None:
     model, data = _only(check_model(config)), _only(check_data(config))
     assert (model.state, data.state) == ("problem", "problem")
     assert "./no-model: no such folder" in model.found
-    assert "Did you mean" in data.cure
+    assert "Did you mean" in data.fix
 
 
 def test_local_data_are_opened_and_a_bad_first_row_is_named(tmp_path: Path) -> None:

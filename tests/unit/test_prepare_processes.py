@@ -1,7 +1,11 @@
-"""Claims about preparation with several processes: the same result, the same refusals, and nothing left behind."""
+"""Claims about preparation with several processes: the same result, the same refusals, and nothing
+left behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +54,11 @@ SMALL = Throughput(batch_rows=8, local_batches=1)
 
 
 def own_processes() -> list[psutil.Process]:
-    return [process for process in psutil.Process().children() if any("serve_encoder" in word for word in process.cmdline())]
+    return [
+        process
+        for process in psutil.Process().children()
+        if any("serve_encoder" in word for word in process.cmdline())
+    ]
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, model: Path) -> None:
@@ -66,42 +74,63 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path, m
             return answer
 
     throughput = replace(SMALL, pool=CountingPool)
-    cards = [prepare_data(config, model, tmp_path / str(count), count, throughput) for count in (1, 3)]
+    cards = [
+        prepare_data(config, model, tmp_path / str(count), count, throughput) for count in (1, 3)
+    ]
     assert sum(sent) > 350, "the processes did not do most of the work"
     for card in cards:
         card.pop("seconds")
     assert cards[0] == cards[1]
     for name in ("train", "validation"):
-        assert hash_path(tmp_path / "1" / name) == hash_path(tmp_path / "3" / name), f"{name}: other bytes"
+        assert hash_path(tmp_path / "1" / name) == hash_path(tmp_path / "3" / name), (
+            f"{name}: other bytes"
+        )
     assert not own_processes(), "a process is left"
 
 
-def test_rows_that_are_refused_are_named_in_the_order_of_the_file(tmp_path: Path, model: Path) -> None:
-    rows = [{"question": f"{n}<turn|>", "answer": "a"} if n in (100, 200, 201, 399) else row for n, row in enumerate(problems(400))]
+def test_rows_that_are_refused_are_named_in_the_order_of_the_file(
+    tmp_path: Path, model: Path
+) -> None:
+    rows = [
+        {"question": f"{n}<turn|>", "answer": "a"} if n in (100, 200, 201, 399) else row
+        for n, row in enumerate(problems(400))
+    ]
     source = write_lines(tmp_path / "gsm.jsonl", rows)
     messages = []
     for processes in (1, 2):
         with pytest.raises(UserError) as raised:
-            prepare_data(run_config(source, max_bad_row_fraction=0), model, tmp_path / "out", processes, SMALL)
+            prepare_data(
+                run_config(source, max_bad_row_fraction=0),
+                model,
+                tmp_path / "out",
+                processes,
+                SMALL,
+            )
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
     assert [messages[1].index(f"row {n + 1}:") for n in (100, 200, 201, 399)] == sorted(
         messages[1].index(f"row {n}:") for n in (101, 201, 202, 400)
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"], "a refused preparation left files behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["gsm.jsonl"], (
+        "a refused preparation left files behind"
+    )
     assert not own_processes()
 
 
 def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_with_is_not() -> None:
     encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
     conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(4)]
-    waiting: deque[Any] = deque(([(Row("f", "f", n, None), talk)], Future()) for n, talk in enumerate(conversations))
+    waiting: deque[Any] = deque(
+        ([(Row("f", "f", n, None), talk)], Future()) for n, talk in enumerate(conversations)
+    )
     answers = [answer for _, answer in waiting]
     for begun in answers[:2]:
         begun.set_running_or_notify_cancel()
     assert [encode_newest(waiting, encoder) for _ in range(3)] == [True, True, False]
     assert [answer.cancelled() for answer in answers] == [False, False, True, True]
-    assert [waiting[at][1].result() for at in (2, 3)] == [encoder.encode([conversation]) for conversation in conversations[2:]]
+    assert [waiting[at][1].result() for at in (2, 3)] == [
+        encoder.encode([conversation]) for conversation in conversations[2:]
+    ]
 
 
 def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
@@ -109,14 +138,19 @@ def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> No
     conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(200)]
     with EncoderPool(encoder, 1) as workers:
         answers = [workers.encode([conversation]) for conversation in conversations]
-        assert [answer.result(timeout=60) for answer in answers] == [encoder.encode([conversation]) for conversation in conversations]
+        assert [answer.result(timeout=60) for answer in answers] == [
+            encoder.encode([conversation]) for conversation in conversations
+        ]
     assert not own_processes()
 
 
-def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(tmp_path: Path, model: Path) -> None:
+def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(
+    tmp_path: Path, model: Path
+) -> None:
     class KilledProcess(EncoderProcess):
         def request(self, request: bytes) -> Any:
-            own_processes()[0].send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # killed before a second thread's request
+                os.kill(self.pid, signal.SIGKILL)
             return super().request(request)
 
     def pool(encoder: ChatEncoder, count: int) -> EncoderPool:
@@ -130,8 +164,12 @@ def test_a_process_that_is_killed_ends_the_preparation_with_a_reason(tmp_path: P
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: Path, model: Path) -> None:
-    """A preparation that would take minutes, and the end from outside: by Ctrl-C nothing is left, and even a kill leaves no process."""
+def test_the_processes_end_with_the_preparation(
+    how: signal.Signals, tmp_path: Path, model: Path
+) -> None:
+    """A preparation that would take minutes, and the end from outside: by Ctrl-C nothing is left,
+    and even a kill leaves no process.
+    """
     source = write_lines(tmp_path / "gsm.jsonl", problems(4000))
     (tmp_path / "config.json").write_text(run_config(source).model_dump_json())
     code = (
@@ -143,26 +181,38 @@ def test_the_processes_end_with_the_preparation(how: signal.Signals, tmp_path: P
         "    def encode(self, conversations):\n"
         "        time.sleep(0.5)\n"
         "        return super().encode(conversations)\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
+        "signal.signal(signal.SIGINT, "
+        "signal.default_int_handler)\n"  # a shell's background jobs begin with it ignored
         "throughput = Throughput(batch_rows=8, local_batches=1, pool=SlowPool)\n"
         "config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())\n"
         "prepare_data(config, Path(sys.argv[2]), Path(sys.argv[3]), 3, throughput)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "config.json"), str(model), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "config.json"),
+        str(model),
+        str(tmp_path / "out"),
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         family = psutil.Process(process.pid)
         until = time.monotonic() + 60
         while len(children := family.children()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         assert len(children) == 2, "no process was started"
-        time.sleep(1)  # Python loses a Ctrl-C that falls into a destructor or a callback: not while the second process is being made
+        # Python loses a Ctrl-C that falls into a destructor or a callback: not while the second
+        # process is being made
+        time.sleep(1)
         process.send_signal(how)
         said = process.communicate(timeout=30)[1]
     gone, alive = psutil.wait_procs(children, timeout=20)
     assert len(gone) == 2, f"left: {alive}"
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in said
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "gsm.jsonl"], "half a data set was left"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "gsm.jsonl"], (
+            "half a data set was left"
+        )
 
 
 def test_tokens_are_those_of_the_tokenizers_own_call() -> None:
