@@ -308,7 +308,7 @@ def test_the_example_of_a_step_works_where_the_page_puts_it(workplace: Path, tmp
 
 
 def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
-    """Compile the pipeline with the page's lines instead of its own."""
+    """Compile the pipeline with the page's lines in place of those in the file."""
     from kfp.compiler import Compiler
 
     source = (ROOT / "pipelines" / "finetune.py").read_text()
