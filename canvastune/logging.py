@@ -1,7 +1,8 @@
-"""Configure log output: plain lines for people, or one JSON object per event; and show the training progress bar.
+"""Configure log output (plain lines or one JSON object per event) and the training progress bar.
 
-Modules log with `logger = logging.getLogger(__name__)`. Programs call `configure_logging` once, at their start.
-Only the standard library is imported here: `canvastune doctor` runs before anything is installed.
+Modules log with `logger = logging.getLogger(__name__)`. Programs call `configure_logging` once, at
+their start. Only the standard library is imported at the top: `canvastune doctor` runs before
+anything is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from canvastune.errors import UserError, format_error
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json": child processes of a program with --log-format json log JSON as well
+LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json" also for the processes that a program starts
 FORMATS = ("text", "json")
 FORMAT_HELP = "json: log each event as an object with time, level and event (default: text)"
 WARNING_EVENTS = (
@@ -40,11 +41,13 @@ logger = logging.getLogger(__name__)
 def configure_logging(log_format: str = "text") -> None:
     """Send the log records of this process to the standard streams.
 
-    Our packages log from level INFO on rank 0 and from WARNING on the other ranks; libraries log from WARNING. Text
-    goes to standard error, except for what `components` and `pipelines` report; JSON all goes to standard output.
+    Our packages log from level INFO on rank 0 and from WARNING on the other ranks; libraries log
+    from WARNING. Text goes to standard error, except for what `components` and `pipelines` report;
+    all JSON goes to standard output.
 
     Args:
-        log_format: "json", also for processes that this one starts; "text", unless the parent process logs JSON.
+        log_format: "json", also for processes that this one starts; "text", unless the process that
+            started this one logs JSON.
     """
     if log_format == "json":
         # Progress bars of libraries are no log lines.
@@ -77,7 +80,8 @@ def json_requested() -> bool:
 def event(name: str, **fields: Any) -> dict[str, Any]:
     """Return the `extra` of a log call whose JSON object has its own event name and fields.
 
-    A record with an empty message appears in JSON only: `logger.info("", extra=event("prepared", rows_read=7))`.
+    A record with an empty message appears in JSON only:
+    `logger.info("", extra=event("prepared", rows_read=7))`.
     """
     return {"event": name, "fields": fields}
 
@@ -88,7 +92,7 @@ def log_error(error: UserError) -> None:
 
 
 def log_exception(error: BaseException) -> None:
-    """Log a failure of the program itself: its traceback and, in JSON, the exception as the message."""
+    """Log a failure of the program: its traceback and, in JSON, the exception as the message."""
     logger.error("%s: %s", type(error).__name__, error, exc_info=error, extra=event("exception"))
 
 
@@ -113,7 +117,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Format a record as one JSON object: time (UTC), level, event, message and the event's own fields."""
+    """Format a record as one JSON object: time (UTC), level, event, message and fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         failed = record.levelno >= logging.ERROR and _is_ours(record)
@@ -128,7 +132,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class StandardStreamHandler(logging.Handler):
-    """Write records to the standard streams as they are now: tests and Kubeflow's runner replace them."""
+    """Write to sys.stdout and sys.stderr; look them up each time, since runners replace them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not _is_ours(record) and record.levelno < logging.WARNING:
@@ -151,7 +155,9 @@ class StandardStreamHandler(logging.Handler):
 
 
 def format_event(event: str, *, level: str = "info", **fields: Any) -> str:
-    """Return an event as one JSON object on one line: its time (UTC; a field `time` replaces it), level, rank and fields.
+    """Return an event as one JSON object on one line: time, level, rank and fields.
+
+    The time is now, in UTC; a field `time` replaces it.
 
     Numbers that are not finite become null, since JSON has none.
     """
@@ -190,7 +196,7 @@ def _log_uncaught(
 
 
 class TrainingProgress:
-    """Log the records of metrics.jsonl where they are due, with a bar below them if standard error is a terminal.
+    """Log the records of metrics.jsonl that are due, with a bar below them on a terminal.
 
     Used on rank 0 only.
     """
@@ -235,10 +241,12 @@ class TrainingProgress:
             if step == 1 or step % self._log_every == 0 or step == self._steps:
                 left = self._seconds_left(step)
                 self._log(
-                    f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {record['loss']:.4f}  "
-                    f"diffusion {record['diffusion_loss']:.4f}  autoregressive {record['autoregressive_loss']:.4f}  "
+                    f"step {step:>{len(str(self._steps))}}/{self._steps}  "
+                    f"loss {record['loss']:.4f}  diffusion {record['diffusion_loss']:.4f}  "
+                    f"autoregressive {record['autoregressive_loss']:.4f}  "
                     f"grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
-                    f"{record['tokens_per_second']:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left",
+                    f"{record['tokens_per_second']:,.0f} tokens/s  "
+                    f"{int(left // 60)}:{int(left % 60):02d} left",
                     {**record, "steps": self._steps, "seconds_left": round(left)},
                 )
         elif record["kind"] == "validation":

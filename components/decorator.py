@@ -1,4 +1,4 @@
-"""Declare a step to Kubeflow: a lightweight component in the project's image, with nothing installed at run time."""
+"""Declare a step to Kubeflow as a lightweight component in the project's image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def step(
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Exit with code 1 and the message as the last lines, instead of a traceback, on a UserError in the block."""
+    """Turn a UserError in the block into its message as the last lines, and exit code 1."""
     configure_logging()
     try:
         yield

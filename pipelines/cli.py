@@ -24,7 +24,9 @@ logger = logging.getLogger("canvastune")  # not __name__, which may be __main__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0: done, 1: refused or failed, with the reason on standard error, 130: interrupted."""
+    """Run the command; return its exit code.
+
+    0: done; 1: refused or failed, with the reason on standard error; 130: interrupted."""
     options = build_parser().parse_args(arguments)
     configure_logging(getattr(options, "log_format", "text"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the run's processes too
@@ -109,7 +111,7 @@ def _sync(options: argparse.Namespace) -> None:
 def _compile(options: argparse.Namespace) -> None:
     out: Path = options.output
     if out.suffix not in (".yaml", ".yml"):
-        message = f"-o {out}: expected a file name that ends with .yaml, the only kind that Kubeflow reads"
+        message = f"-o {out}: expected a name that ends with .yaml, as Kubeflow requires"
         raise UserError(message, hint="For example finetune.yaml.")
     from pipelines.submit import compile_pipeline
 

@@ -22,9 +22,10 @@ ROWS = 4000  # word problems of each kind: more are held out than evaluate.rows 
 
 
 def demo() -> None:
-    """Create a tiny random model, train it on one kind of word problems, and run the pipeline's LoRA on another kind.
+    """Train a tiny random model on one kind of word problems, then run the pipeline on another.
 
-    The recipes tiny_sft.yaml and tiny_lora.yaml say where everything is. Models of an earlier demo are reused.
+    The recipes tiny_sft.yaml and tiny_lora.yaml say where everything is. Models of an earlier demo
+    are reused.
 
     Raises:
         UserError: as the steps of the pipeline.
@@ -44,9 +45,7 @@ def demo() -> None:
         f"\n2. the base model: {base.train.steps} steps of full fine-tuning on {base.data.source}"
     )
     _train_base_model(base, Path(tuned.model.id), digest.hexdigest())
-    logger.info(
-        f"\n3. the pipeline: LoRA on problems of a kind that the base model has not seen, {tuned.data.source}"
-    )
+    logger.info(f"\n3. the pipeline: LoRA on another kind of problems, {tuned.data.source}")
     run_recipe(tuned, Path("workspace"), None)
 
 
@@ -67,7 +66,7 @@ def _train_base_model(config: RunConfig, folder: Path, digest: str) -> None:
 
 
 def _cached_path(folder: Path, digest: str) -> Path:
-    """Return where a model is kept; another recipe or version has another digest of its inputs, and so another path."""
+    """Return where a model is kept, by the digest of everything that it depends on."""
     return folder.with_name(f"{folder.name}-{digest[:12]}")
 
 

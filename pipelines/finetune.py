@@ -1,4 +1,4 @@
-"""The pipeline: prepare data -> plan -> train -> merge the adapter (LoRA only) -> evaluate -> report."""
+"""The pipeline: prepare data -> plan -> train -> merge (LoRA only) -> evaluate -> report."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ from components.report.component import report
 from components.resolve.component import resolve
 from components.train.component import train
 
-# A parameter can set the claim of a mount, but not its path, and the mount cannot be left out: an empty name is an error
+# A parameter can set the claim of a mount, but not its path, and the mount cannot be left out: an
+# empty name is an error
 # on a cluster.
 WORKSPACE_CLAIM = "canvastune-workspace"  # as the chart names it in a release `canvastune`
 MOUNT_PATH = "/workspace"
@@ -45,18 +46,23 @@ def finetune(
         recipe: the recipe as YAML or JSON text.
         overrides: changes to it, one `key=value` per line.
         dataset: replaces the recipe's `data.source`; "" keeps it.
-        workspace: the folder that outlives the run's pods: checkpoints, merged model and report go to its `runs/RUN`.
+        workspace: the folder that outlives the run's pods: checkpoints, merged model and report go
+            to its `runs/RUN`.
         run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.
         pipeline_image: image of every step.
-        volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace; unused on a laptop.
-        credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN every step gets, if set.
-        cluster: JSON object with defaults of the recipe's section `cluster`: where and how training pods run.
+        volume_claim: existing PersistentVolumeClaim with the workspace, mounted at /workspace;
+            unused on a laptop.
+        credentials: secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN
+            every step gets, if set.
+        cluster: JSON object with defaults of the recipe's section `cluster`: where and how training
+            pods run.
         kubeflow_url: address of Kubeflow's page, for a tag in MLflow; `canvastune submit` sets it.
-        compare: names of at most five earlier runs to compare with in the report, separated by commas or line breaks.
+        compare: names of at most five earlier runs to compare with in the report, separated by
+            commas or line breaks.
     """
 
     def with_workspace(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Give a task the pipeline's image, the workspace and the credentials."""
+        """Set the image, the workspace and the credentials of a task."""
         kubernetes.mount_pvc(task, pvc_name=volume_claim, mount_path=MOUNT_PATH)
         kubernetes.use_secret_as_env(
             task, credentials, {name: name for name in CREDENTIALS}, optional=True
@@ -64,11 +70,11 @@ def finetune(
         return task.set_container_image(pipeline_image)
 
     def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Never reuse a cached result. Set on each task: the run's own switch does not reach into groups."""
+        """Never use a cached result; the run's own switch does not reach into groups."""
         return with_workspace(task).set_caching_options(False)
 
     def keep_node(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Keep the node of a task that waits for a job, for days: the autoscaler would evict its pod with it."""
+        """Keep the autoscaler from removing the node of a task that waits for days."""
         return kubernetes.add_pod_annotation(
             task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false"
         )

@@ -1,4 +1,4 @@
-"""Connect to a Kubeflow Pipelines server: its address, the bearer token, and its errors as UserErrors."""
+"""Connect to a Kubeflow Pipelines server, and turn its errors into UserErrors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _TOKEN_PATH = (
 _EXAMPLE = (
     "http://localhost:8080 while `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80` runs"
 )
-_GIVE_ADDRESS = f"Give the address that a browser shows before `/#/`, for example {_EXAMPLE}."
-_GIVE_TOKEN_FILE = "Give a file that holds only the token."
+_GIVE_ADDRESS = f"Use the address that a browser shows before `/#/`, for example {_EXAMPLE}."
+_GIVE_TOKEN_FILE = "Use a file that holds only the token."
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class KubeflowClient:
     Attributes:
         host: http(s) address without a slash at its end, as a browser shows it before `/#/`.
         namespace: the team's, on a server with profiles; None: the server has only one.
-        token_file: file with a bearer token, read for each request; None: the token or file that the environment names.
-        retry_seconds: how long a refused connection is tried again: a port-forward needs a moment to start.
+        token_file: file with a bearer token, read for each request; None: the token or file that
+            the environment names.
+        retry_seconds: how long a refused connection is tried again: a port-forward needs a moment
+            to start.
     """
 
     host: str
@@ -73,7 +75,8 @@ class KubeflowClient:
         """Return a `kfp.Client` whose server has responded.
 
         Raises:
-            UserError: no response, not Kubeflow, no token or a rejected one, or a namespace that is missing or unknown.
+            UserError: no response, not Kubeflow, no token or a rejected one, or a namespace that is
+                missing or unknown.
         """
         profiles = self.has_profiles()
         if profiles and self.namespace is None:
@@ -82,7 +85,8 @@ class KubeflowClient:
             )
             raise UserError(message, hint="Add --namespace NAME.")
         if self.namespace is not None and not profiles:
-            message = f"{self.host}: found namespace {self.namespace!r}, but this Kubeflow has no namespaces for teams"
+            found = f"found namespace {self.namespace!r}"
+            message = f"{self.host}: {found}, but this Kubeflow has no namespaces for teams"
             raise UserError(message, hint="Leave out --namespace.")
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are not worth a log line
         with warnings.catch_warnings():
@@ -100,14 +104,17 @@ class KubeflowClient:
             )
 
     def has_profiles(self) -> bool:
-        """Return True if each team has a namespace there. Raises: UserError, as `create_kfp_client`."""
+        """Return True if each team has a namespace there.
+
+        Raises:
+            UserError: as `create_kfp_client`."""
         if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
             message = f"--host {self.host}: expected an http or https address"
             raise UserError(message, hint=f"For example {_EXAMPLE}.")
         return self._health().get("multi_user") is True
 
     def _health(self) -> dict[str, Any]:
-        """Get the server's health; kfp.Client waits for half a minute, and accepts a web page as a response."""
+        """Get the server's health; kfp.Client waits half a minute, and accepts any web page."""
         headers = {"Authorization": f"Bearer {token}"} if (token := self.token()) else {}
         opener = urllib.request.build_opener(
             _NoRedirect
@@ -128,7 +135,7 @@ class KubeflowClient:
             if "CERTIFICATE" in str(reason):
                 hint = "Set SSL_CERT_FILE to the bundle of your certificate authority."
                 raise UserError(f"{self.host}: certificate not trusted", hint=hint) from None
-            hint = f"Give the address of Kubeflow, for example {_EXAMPLE}."
+            hint = f"Use the address of Kubeflow, for example {_EXAMPLE}."
             raise UserError(f"{self.host}: no response ({reason})", hint=hint) from None
         if not isinstance(found, dict):
             raise _not_kubeflow(self, "JSON of another form")
@@ -169,7 +176,7 @@ def _credentials(kubeflow: KubeflowClient) -> Any:
     from kfp.client.token_credentials_base import TokenCredentialsBase
 
     class Credentials(TokenCredentialsBase):
-        """Read the token again for each request: a token that a cluster mounts is replaced every hour."""
+        """Read the token for each request: a cluster replaces a mounted token every hour."""
 
         def refresh_api_key_hook(self, config: Any) -> None:
             config.api_key["authorization"] = self.get_token()
@@ -188,7 +195,7 @@ def _http_error(kubeflow: KubeflowClient, status: int, body: bytes | str) -> Use
             f"{kubeflow.host}: authentication failed (401)", hint=_token_hint(kubeflow)
         )
     if status == 403:
-        hint = f"Check that the namespace exists and that you have access to it. {_token_hint(kubeflow)}"
+        hint = f"Check that the namespace exists and is yours. {_token_hint(kubeflow)}"
         return UserError(f"{kubeflow.host}: access denied{where} (403: {reason})", hint=hint)
     if status == 404 and "{" not in str(body):
         return _not_kubeflow(kubeflow, "404, no pipelines there")
@@ -198,7 +205,7 @@ def _http_error(kubeflow: KubeflowClient, status: int, body: bytes | str) -> Use
 
 def _token_hint(kubeflow: KubeflowClient) -> str:
     if kubeflow.token() is None:
-        return f"Give a token with --token-file FILE or in {TOKEN}."
+        return f"Pass a token with --token-file FILE or in {TOKEN}."
     environment = TOKEN if os.environ.get(TOKEN) else _TOKEN_PATH
     source = f"--token-file {kubeflow.token_file}" if kubeflow.token_file else environment
     return f"The token of {source} was rejected or has expired: get a new one."

@@ -16,7 +16,8 @@ from canvastune.logging import format_event, read_event
 
 _KEPT_LINES = 400  # of the running step's output, for the reason of a failure
 
-# kfp.local returns no status of a task, only a pipeline's outputs: these sentences of its log are all it reports while
+# kfp.local returns no status of a task, only a pipeline's outputs: these sentences of its log are
+# all it reports while
 # it runs. tests/unit/test_local_output.py holds them to the installed version.
 _TASK_STARTED = re.compile(r"Executing task '(.+)'")
 _TASK_SUCCEEDED = re.compile(r"Task '?([\w-]+)'? finished with status SUCCESS")
@@ -35,7 +36,8 @@ class LocalOutput(io.TextIOBase):
         """
         Args:
             out: gets the lines.
-            json: write one JSON object per line; a step's own events keep their fields and get `task`.
+            json: write one JSON object per line; a step's own events keep their fields and get
+                `task`.
         """
         self.failure: tuple[str, UserError] | None = (
             None  # the step that failed first, and its error
@@ -84,7 +86,8 @@ class LocalOutput(io.TextIOBase):
         elif found := _TASK_CACHED.match(message):
             self._task = _step_name(found[1])
             self._show(
-                f"\n{self._task}\n    reused: the same data, model and settings were prepared before",
+                f"\n{self._task}\n"
+                "    reused: the same data, model and settings were prepared before",
                 "task_reused",
             )
         elif record.levelno >= logging.ERROR:

@@ -41,12 +41,14 @@ def run_recipe(
 
     Args:
         workspace: gets all output: runs/RUN, kfp/ (artifacts and their cache) and MLflow's store.
-        run_name: RUN; an unfinished run of that name and recipe is resumed. None: the recipe's name and the time.
+        run_name: RUN; an unfinished run of that name and recipe is resumed. None: the recipe's name
+            and the time.
         compare: folders of runs to compare with in the report.
 
     Raises:
         UserError: a folder in `compare` is not a run; a step failed, with the message of the step.
-        KeyboardInterrupt: interrupted; every process of the run has ended, and its MLflow run is closed.
+        KeyboardInterrupt: interrupted; every process of the run has ended, and its MLflow run is
+            closed.
     """
     from pipelines.finetune import finetune
 
@@ -88,9 +90,10 @@ def run_recipe(
 def run_locally(
     pipeline: Callable[..., object], arguments: dict[str, str], workspace: Path
 ) -> None:
-    """Run a Kubeflow pipeline to its end.
+    """Run a Kubeflow pipeline to completion.
 
-    Artifacts go to `workspace`/kfp, a new folder each time; the cache of prepared data is there as well.
+    Artifacts go to `workspace`/kfp, a new folder each time; the cache of prepared data is there
+    as well.
 
     Raises:
         UserError: a step failed, with the message of the step.
@@ -124,14 +127,16 @@ def _step_environment() -> Iterator[Path]:
     environment, executable = dict(os.environ), sys.executable
     with tempfile.TemporaryDirectory(prefix="canvastune-") as scratch:
         os.environ |= {
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other rank of a small machine
-            "PYTHONSAFEPATH": "1",  # a datasets.py in the current folder must not replace the library
+            # Threads that spin while they wait starve the other rank of a small machine.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONSAFEPATH": "1",  # a datasets.py in the current folder is not the library
             "PYTHONUNBUFFERED": "1",  # output appears at once
             "TQDM_DISABLE": "1",  # a progress bar would print a line per update
             "TMPDIR": scratch,  # the runner leaves a folder per task
             "PATH": f"{Path(executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         }
-        # The runner replaces every `python3` in a task's command line, also in paths, by sys.executable.
+        # The runner replaces every `python3` in a task's command line, also in paths, by
+        # sys.executable.
         sys.executable = "python3"
         try:
             yield Path(scratch)
@@ -142,9 +147,10 @@ def _step_environment() -> Iterator[Path]:
 
 
 def _end_children() -> None:
-    """End the running step: send SIGTERM to its process, which stops those that it started; kill what remains.
+    """Send SIGTERM to the running step, which stops the processes it started; kill what remains.
 
-    Only that process gets the signal: a second one during torchrun's shutdown would orphan its ranks.
+    Only that process gets the signal: a second one during torchrun's shutdown would orphan its
+    ranks.
     """
     children = psutil.Process().children(recursive=True)
     for process in children:

@@ -11,82 +11,88 @@ from canvastune import __version__
 from canvastune.logging import FORMAT_HELP, FORMATS
 from pipelines.kfp_client import TOKEN
 
-_DESCRIPTION = "Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report, as one pipeline."
+_DESCRIPTION = """Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report,
+as one pipeline."""
 _EXIT_CODES = """exit codes:
   0    done
   1    refused or failed: the reason is the last line on standard error
   2    the command line itself is wrong
   130  interrupted (Ctrl-C, or SIGTERM); a run's last checkpoint is saved first
-canvastune.train also ends with 3 when it was asked to stop and saved its state, and with 4 when a rank hangs, which it
-names."""
+canvastune.train also ends with 3 when it was asked to stop and saved its state, and with 4 when a
+rank hangs, which it names."""
 _EXAMPLES = """examples:
-  canvastune demo                                      # everything on a tiny model, in minutes, without a GPU
-  canvastune doctor                                    # what this machine lacks, in the order to fix it
-  canvastune run pipelines/recipes/tiny_lora.yaml      # the pipeline on this machine
+  canvastune demo                                  # everything on a tiny model, in minutes, no GPU
+  canvastune doctor                                # what this machine lacks, in the order to fix it
+  canvastune run pipelines/recipes/tiny_lora.yaml  # the pipeline on this machine
   canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
-  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait    # on Kubeflow
-  canvastune COMMAND --help                            # more examples of each
+  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait
+  canvastune COMMAND --help                        # more examples of each
 
 Training only, for example on one machine with 8 GPUs:
-  torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
-_RUN = """The tiny recipes use the model and the data that `canvastune demo` creates. To resume an interrupted run, use the same
-command with the same --run-name.
+  torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
+      -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
+_RUN = """The tiny recipes use the model and the data that `canvastune demo` creates. To resume an
+interrupted run, use the same command with the same --run-name.
 
 examples:
   canvastune run pipelines/recipes/tiny_lora.yaml
-  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --set train.steps=100 --run-name rank16
-  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=32 --run-name rank32 --compare workspace/runs/rank16
+  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --run-name rank16
+  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=32 --run-name rank32 \\
+      --compare workspace/runs/rank16
   canvastune run pipelines/recipes/tiny_lora.yaml --log-format json > run.jsonl
-  canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data/runs --set data.source=my.jsonl"""
-_DEMO = """Creates a random model of 1.6 M parameters and word problems in workspace/, then trains, merges, evaluates and reports.
+  canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data --set data.source=my.jsonl"""
+_DEMO = """Creates a random model of 1.6 M parameters and word problems in workspace/, then
+trains, merges, evaluates and reports.
 
 examples:
   canvastune demo"""
-_PLAN = """Computed from the model's configuration: no weights, no GPU. Exit code 1 if the run cannot fit, with the smallest
-changes that make it fit.
+_PLAN = """Computed from the model's configuration: no weights, no GPU. Exit code 1 if the run
+cannot fit, with the smallest changes that make it fit.
 
 examples:
   canvastune plan pipelines/recipes/gsm8k_lora.yaml
   canvastune plan pipelines/recipes/gsm8k_sft.yaml --gpus 8 --gpu-memory 80GB
-  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 4 --set parallel.ep=4 --set train.micro_batch_size=1"""
-_PREPARE = """Reads, checks, splits (by content) and tokenizes every row; lists invalid rows. card.html and card.json account for
-every row.
+  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 4 --set parallel.ep=4"""
+_PREPARE = """Reads, checks, splits (by content) and tokenizes every row; lists invalid rows.
+card.html and card.json account for every row.
 
 examples:
   canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared
-  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared --set data.source=my.jsonl \\
-      --set data.max_bad_row_fraction=0.05"""
-_REPORT = """RUN is a folder in workspace/runs, or the --output of canvastune.train. Without --output, the new page replaces the one
-in RUN/report. At most five runs can be compared: their curves are overlaid, their figures and settings become tables.
+  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared \\
+      --set data.source=my.jsonl --set data.max_bad_row_fraction=0.05"""
+_REPORT = """RUN is a folder in workspace/runs, or the --output of canvastune.train. Without
+--output, the new page replaces the one in RUN/report. At most five runs can be compared: their
+curves are overlaid, their figures and settings become tables.
 
 examples:
   canvastune report workspace/runs/rank16
   canvastune report workspace/runs/rank16 --compare workspace/runs/rank32 workspace/runs/rank64
-  canvastune report workspace/runs/rank16 --output look         # also of a run that is not finished"""
-_SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step sends MLflow what it missed,
-and so does this command.
+  canvastune report workspace/runs/rank16 --output look     # also of an unfinished run"""
+_SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step
+sends MLflow what it missed, and so does this command.
 
 examples:
   canvastune sync workspace/runs/rank16
-  MLFLOW_TRACKING_URI=http://localhost:5000 canvastune sync workspace/runs/rank16   # to the server's current address"""
+  MLFLOW_TRACKING_URI=http://localhost:5000 canvastune sync workspace/runs/rank16"""
 _COMPILE = """examples:
-  canvastune compile                                   # finetune.yaml, for kfp run create -f or Kubeflow's upload page
+  canvastune compile                 # finetune.yaml, for kfp run create or Kubeflow's upload page
   canvastune compile -o build/finetune.yaml"""
-_SUBMIT = """The recipe is checked here first; data and models must be on the Hub or on the workspace volume. The pipeline is
-uploaded if it differs from the server's.
+_SUBMIT = """The recipe is checked here first; data and models must be on the Hub or on the
+workspace volume. The pipeline is uploaded if it differs from the server's.
 
 examples:
   kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80 &
-  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --set lora.rank=32 --wait
+  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait
   canvastune submit my.yaml --host https://kubeflow.example/pipeline --namespace team-a \\
       --token-file ~/.kube/kubeflow-token
-  canvastune submit my.yaml --host http://localhost:8080 --set data.source=/workspace/my.jsonl --cluster-file cluster.yaml
+  canvastune submit my.yaml --host http://localhost:8080 \\
+      --set data.source=/workspace/my.jsonl --cluster-file cluster.yaml
 
-A token is read from a file or from KF_PIPELINES_TOKEN, never from the command line, where others could see it. A server
-with a certificate of your own authority: set SSL_CERT_FILE to its bundle. With --wait, exit code 1 means that the run
-failed, and the last line names the step."""
-_UPLOAD = """Uploads a new version only if the pipeline's content has changed. Defaults of its parameters that are set here apply to
-later versions too, until they are set again.
+A token is read from a file or from KF_PIPELINES_TOKEN, never from the command line, where others
+could see it. A server with a certificate from a private authority: set SSL_CERT_FILE to its
+bundle. With --wait, exit code 1 means that the run failed, and the last line names the step."""
+_UPLOAD = """Uploads a new version only if the pipeline's content has changed. Defaults of its
+parameters that are set here apply to later versions too, until they are set again.
 
 examples:
   canvastune upload --host http://localhost:8080
@@ -98,25 +104,29 @@ cluster.yaml holds settings of a recipe's section `cluster`:
   backend: pytorchjob
   image: registry.example/canvastune/trainer:0.1.0
   claim: canvastune-workspace"""
-_DOCTOR = """Changes nothing and downloads no weights. The cluster is checked if there is a kubeconfig or a pod's service account.
+_DOCTOR = """Changes nothing and downloads no weights. The cluster is checked if there is a
+kubeconfig or a pod's service account.
 
 examples:
   canvastune doctor                                            # only this machine
   canvastune doctor pipelines/recipes/gsm8k_lora.yaml          # and the recipe's model and data set
   canvastune doctor --tracking-uri http://localhost:5000       # and MLflow
-  canvastune doctor pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --namespace team-a    # and Kubeflow
+  canvastune doctor pipelines/recipes/gsm8k_lora.yaml \\
+      --host http://localhost:8080 --namespace team-a          # and Kubeflow
 
 Exit code 0: no problem (there may be warnings). 1: the last line says what to fix first."""
-_TINY = """Random weights, 1.6 M parameters, the released model's module layout and a tokenizer with its chat markers.
+_TINY = """Random weights, 1.6 M parameters, the released model's module layout and a tokenizer
+with its chat markers.
 
 examples:
   canvastune make-tiny-model tiny
   canvastune plan pipelines/recipes/tiny_lora.yaml --set model.id=tiny"""
-_COMPLETION = """Prints a script for the shell that completes commands, options and file names with the Tab key.
+_COMPLETION = """Prints a script for the shell that completes commands, options and file names
+with the Tab key.
 
 examples:
   canvastune completion bash > ~/.local/share/bash-completion/completions/canvastune
-  canvastune completion zsh > ~/.zfunc/_canvastune             # a folder of $fpath; then start a new shell"""
+  canvastune completion zsh > ~/.zfunc/_canvastune     # a folder of $fpath; then start a new shell"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -327,7 +337,7 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="names of runs to compare with in the report",
     )
-    parser.add_argument("--wait", action="store_true", help="follow the run to its end")
+    parser.add_argument("--wait", action="store_true", help="follow the run to completion")
 
 
 def _add_doctor_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Upload the pipeline to Kubeflow when it has changed, start a run on a recipe, and follow it to its end."""
+"""Upload the pipeline to Kubeflow if it has changed, start a run, and follow it."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ def submit(
     wait: bool = False,
     pause: float = 5.0,
 ) -> str:
-    """Start a run of the pipeline on a recipe, print its address, and with `wait` follow it to its end.
+    """Start a run of the pipeline on a recipe, log its address, and with `wait` follow it.
 
     Args:
         experiment: default: the recipe's tracking.experiment.
-        run_name: shown in Kubeflow, and the name of the run's folder; default: the recipe's name, and the pipeline job's.
+        run_name: shown in Kubeflow, and the name of the run's folder; default: the recipe's name,
+            and the pipeline job's.
         cluster: JSON text of `cluster` settings for this run; None: the uploaded pipeline's.
         compare: names of runs on the workspace to compare with in the report.
         pause: seconds between two requests for the state of a followed run.
@@ -65,7 +66,8 @@ def submit(
         The address of the run.
 
     Raises:
-        UserError: as `create_kfp_client`; paths that pods cannot see; with `wait`, a run that did not succeed.
+        UserError: as `create_kfp_client`; paths that pods cannot see; with `wait`, a run that did
+            not succeed.
     """
     refuse_local_paths(config, cluster)
     client = kubeflow.create_kfp_client()
@@ -108,7 +110,8 @@ def upload(
     """Upload the pipeline, unless the server has the same version already.
 
     Args:
-        cluster: JSON text; the default of the parameter `cluster`, and its claim the default of `volume_claim`.
+        cluster: JSON text; the default of the parameter `cluster`, and its claim the default of
+            `volume_claim`.
         image: the default of the parameter `pipeline_image`.
 
     Raises:
@@ -134,7 +137,8 @@ def follow(
         retry_seconds: how long the server may be unreachable.
 
     Raises:
-        UserError: the run did not succeed (with the step that failed), or the server is unreachable for too long.
+        UserError: the run did not succeed (with the step that failed), or the server is unreachable
+            for too long.
     """
     seen: dict[str, str] = {}
     last_response, unreachable = time.monotonic(), False
@@ -197,12 +201,13 @@ def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
             message = (
                 f"{key}: {place} is a path on this machine, which no pod of the cluster can see"
             )
-            hint = f"Copy it to the workspace volume and use {mount}/{path.name}, or use the id of a {kind} on the Hub."
+            copy = f"Copy it to the workspace volume and use {mount}/{path.name}"
+            hint = f"{copy}, or use the id of a {kind} on the Hub."
             raise UserError(message, hint=hint)
 
 
 def read_cluster_file(path: Path) -> str:
-    """Read a file with the settings of the recipes' section `cluster`, or with that section; return them as JSON text.
+    """Read a file with settings of a recipe's section `cluster`; return them as JSON text.
 
     Raises:
         UserError: file not found, not YAML or JSON, or one line per invalid setting.
@@ -220,7 +225,7 @@ def read_cluster_file(path: Path) -> str:
 
 
 def recipe_text(config: RunConfig) -> str:
-    """Return the resolved recipe as YAML; of `cluster` only what it sets: the uploaded pipeline has the rest."""
+    """Return the resolved recipe as YAML; `cluster` only as far as the recipe sets it."""
     tree = config.model_dump(mode="json", exclude={"cluster"})
     if chosen := config.cluster.model_dump(mode="json", exclude_unset=True):
         tree["cluster"] = chosen
@@ -237,7 +242,7 @@ def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None
 
 
 def _cluster_parameters(cluster: str | None) -> dict[str, str]:
-    """Return the pipeline's parameters for `cluster` settings: the steps get the same claim and secret as the jobs' pods."""
+    """Return the pipeline's parameters: steps get the same claim and secret as jobs' pods."""
     if cluster is None:
         return {}
     settings = json.loads(cluster)
@@ -304,7 +309,7 @@ def _upload_if_changed(
 
 
 def _kept_defaults(version: Any) -> dict[str, str]:
-    """Return the defaults that the administrator gave to the newest version: the next version keeps them."""
+    """Return the defaults that were uploaded with the newest version: the next one keeps them."""
     spec = version.pipeline_spec or {}
     parameters = (
         spec.get("pipeline_spec", spec)
@@ -320,7 +325,7 @@ def _kept_defaults(version: Any) -> dict[str, str]:
 
 
 def _steps(spec: dict[str, Any]) -> frozenset[str]:
-    """Return the names of the tasks that run a container, in every branch of a compiled pipeline."""
+    """Return the names of the tasks that run a container, in every branch of the pipeline."""
     names = set()
     for graph in (spec["root"], *spec["components"].values()):
         for name, task in graph.get("dag", {}).get("tasks", {}).items():
@@ -342,7 +347,8 @@ def _failure_reason(run: Any, tasks: list[Any], namespace: str) -> str:
     if first.error and first.error.message:
         reason = " ".join(first.error.message.split())
     else:  # a server reports no reason for a step whose container failed
-        log = f"kubectl logs -n {namespace} -l pipeline/runid={run.run_id} -c main --tail=-1 | grep error:"
+        pods = f"-n {namespace} -l pipeline/runid={run.run_id}"
+        log = f"kubectl logs {pods} -c main --tail=-1 | grep error:"
         reason = f"its log has the reason ({log})"
     return f"step {first.display_name} failed: {reason}"
 

@@ -10,7 +10,7 @@ from canvastune.tracking import StepRun
 
 
 def plan(config: RunConfig, out: Path, record: StepRun) -> None:
-    """Write the plan into `out`, print it, and give it to the step's run in MLflow.
+    """Write the plan into `out`, print it, and add it to the step's run in MLflow.
 
     Raises:
         UserError: the run cannot fit.

@@ -1,4 +1,4 @@
-"""The step `prepare_data`: from a user's rows to a tokenized train and validation split with a data card."""
+"""The step `prepare_data`: from a user's rows to a tokenized data set with its card."""
 
 from kfp.dsl import HTML, Dataset, Output
 
@@ -7,7 +7,7 @@ from components.decorator import component
 
 @component
 def prepare_data(config: str, content: str, dataset: Output[Dataset], card: Output[HTML]) -> None:
-    """Read, check, split and tokenize the data. `content`, a hash of what the config does not show, is for the cache."""
+    """Prepare the data. `content`, a hash of what the config does not show, is for the cache."""
     from pathlib import Path
 
     from canvastune.config import parse_config

@@ -12,7 +12,8 @@ from canvastune.errors import UserError
 from pipelines.doctor.finding import Finding
 from pipelines.kfp_client import KubeflowClient
 
-# What the chart's Role grants, by API group: resources and verbs. A test compares it with the chart.
+# What the chart's Role grants, by API group: resources and verbs. A test compares it with the
+# chart.
 _JOB = ("create", "get", "list", "watch", "patch", "delete")
 PERMISSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "kubeflow.org": {"pytorchjobs": _JOB},
@@ -42,7 +43,7 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
     ]
     if not inside and not any(file.is_file() for file in files):
         if backend != "local":
-            fix = "not needed for canvastune submit; otherwise put a kubeconfig there, or set KUBECONFIG"
+            fix = "not needed for canvastune submit; else put a kubeconfig there, or set KUBECONFIG"
             found = f"cluster.backend={backend}, but there is no kubeconfig ({files[0]})"
             yield Finding("cluster", "warning", found, fix)
         else:
@@ -67,7 +68,9 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
         return
     except urllib3.exceptions.HTTPError as error:
         reason = type(getattr(error, "reason", None) or error).__name__
-        fix = "start the cluster, or its VPN; or choose another context: kubectl config use-context NAME"
+        fix = (
+            "start the cluster or its VPN, or use another context: kubectl config use-context NAME"
+        )
         yield Finding("cluster", "problem", f"{host}: no response ({reason})", fix)
         return
     yield Finding("cluster", "ok", f"Kubernetes {version} at {host}, namespace {namespace}")
@@ -77,7 +80,7 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
 
 
 def _get(client: Any, path: str) -> Any:
-    """Get the JSON at a path; the client's model classes reject responses of older or newer servers."""
+    """Get the JSON at a path; the client's classes reject responses of other server versions."""
     return client.call_api(
         path,
         "GET",
@@ -125,7 +128,8 @@ def _check_operators(served: set[str], backend: str) -> Finding:
     return Finding(
         "operators",
         "ok",
-        f"{', '.join(KINDS[name].kind for name in available)}: cluster.backend={' or '.join(available)}",
+        f"{', '.join(KINDS[name].kind for name in available)}: "
+        f"cluster.backend={' or '.join(available)}",
     )
 
 
@@ -158,7 +162,8 @@ def check_permissions(client: Any, namespace: str, served: set[str], inside: boo
             f"this account has the permissions of the chart's Role in {namespace}",
         )
     found = f"this account may not {'; '.join(refused)} in {namespace}"
-    chart = f"helm upgrade --install canvastune charts/canvastune -n {namespace} (permissions.create=true"
+    chart = "helm upgrade --install canvastune charts/canvastune"
+    chart += f" -n {namespace} (permissions.create=true"
     if inside:
         return Finding(
             "permissions",

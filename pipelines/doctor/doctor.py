@@ -1,7 +1,7 @@
 """Run the checks of `canvastune doctor` and print them in the order to fix them.
 
-Nothing may be installed yet: this module, `finding` and `machine` import only the standard library, and each check
-imports the rest where it needs it.
+Nothing may be installed yet: the checks import everything but the standard library where they need
+it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def doctor(options: DoctorOptions) -> int:
 
 
 def print_findings(findings: Iterable[Finding], options: DoctorOptions) -> int:
-    """Print each finding as it comes, and last what to do next; return 1 if there is a problem, else 0."""
+    """Print each finding, and last what to do next; return 1 if there is a problem, else 0."""
     problems = []
     for finding in findings:
         print(f"{finding.state:<9}{finding.name:<13}{finding.found}", flush=True)
@@ -51,7 +51,7 @@ def print_findings(findings: Iterable[Finding], options: DoctorOptions) -> int:
 
 
 def run_checks(options: DoctorOptions) -> Iterator[Finding]:
-    """Yield the findings of every check, in the order to fix them: a check comes after those that it depends on."""
+    """Yield the findings of every check; a check comes after those that it depends on."""
     yield from run_check("python", check_python)
     yield from run_check("packages", check_packages)
     yield from run_check("torch", check_torch)
@@ -82,7 +82,7 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
 
 
 def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Yield a check's findings; a check that raises is itself a finding, so that the others still run."""
+    """Yield a check's findings; an exception is a finding too, so that the others still run."""
     try:
         yield from check()
     except UserError as error:
@@ -108,7 +108,8 @@ def _check_recipe(recipe: str, overrides: tuple[str, ...]) -> tuple[RunConfig | 
         return None, Finding(
             "recipe", "problem", str(error), f"correct {recipe}. {error.hint}".strip()
         )
-    found = f"{config.name}: {config.train.method}, {config.train.steps} steps, cluster.backend={config.cluster.backend}"
+    train, backend = config.train, config.cluster.backend
+    found = f"{config.name}: {train.method}, {train.steps} steps, cluster.backend={backend}"
     return config, Finding("recipe", "ok", found)
 
 

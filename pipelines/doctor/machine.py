@@ -1,4 +1,4 @@
-"""Check Python, packages, torch, memory and disk; only the standard library is imported at the top."""
+"""Check Python, packages, torch, memory and disk; imports only the standard library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()}"
     if sys.version_info < OLDEST_PYTHON:
         wanted = ".".join(map(str, OLDEST_PYTHON))
-        fix = f"install Python {wanted} or newer, and create the environment again: python{wanted} -m venv .venv"
+        fix = f"install Python {wanted} or newer; then: python{wanted} -m venv .venv"
         yield Finding("python", "problem", found, fix)
     elif sys.platform != "linux":
         yield Finding("python", "warning", f"{found}; only Linux is tested")
@@ -41,7 +41,8 @@ def check_packages(installed: Callable[[str], str | None] | None = None) -> Iter
     """Compare the installed packages with those that pyproject.toml requires.
 
     Args:
-        installed: returns the version of an installed package, or None; default: as `importlib.metadata` knows it.
+        installed: returns the version of an installed package, or None; default: as
+            `importlib.metadata` knows it.
     """
     installed = installed or installed_version
     for name, requirements in _requirements().items():
@@ -68,7 +69,7 @@ def check_packages(installed: Callable[[str], str | None] | None = None) -> Iter
 
 
 def _requirements() -> dict[str, list[str]]:
-    """Return the requirements of the engine and the pipeline, from the checkout or else from the installed package."""
+    """Return the requirements in pyproject.toml or, without it, in the installed package."""
     if _PYPROJECT.is_file():
         project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
         return {
@@ -141,7 +142,8 @@ def check_torch() -> Iterator[Finding]:
         )
     elif gpus and torch.version.cuda is not None:
         found = f"{'; '.join(gpus)}: torch cannot use it"
-        fix = f"update the NVIDIA driver to one for CUDA {torch.version.cuda}, or restart after an update"
+        cuda = torch.version.cuda
+        fix = f"update the NVIDIA driver to one for CUDA {cuda}, or restart after an update"
         yield Finding("gpu", "problem", found, fix)
     elif not gpus:
         found = (
@@ -151,7 +153,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def _gpus() -> list[str]:
-    """Return name, memory and driver of each NVIDIA GPU as nvidia-smi reports them; empty without a driver."""
+    """Return name, memory and driver of each NVIDIA GPU, as nvidia-smi reports them."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -168,7 +170,8 @@ def _gpus() -> list[str]:
 
 def _reinstall_command() -> str:
     (wanted,) = [line for line in _requirements()["packages"] if line.startswith("torch=")]
-    return f"install it from PyPI, not from an index of CPU builds: {python_command()} -m pip install --force-reinstall {wanted}"
+    command = f"{python_command()} -m pip install --force-reinstall {wanted}"
+    return f"install it from PyPI, not from an index of CPU builds: {command}"
 
 
 def check_memory() -> Iterator[Finding]:

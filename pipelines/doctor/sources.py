@@ -81,7 +81,9 @@ def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]
 
 
 def check_data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
-    """Check that the data set is available; of a local one, read the first row. `submitted` as for `check_model`."""
+    """Check that the data set is available; of a local one, read the first row.
+
+    `submitted`: as for `check_model`."""
     place = config.data.source
     if _in_pods(config, place, submitted):
         yield Finding(

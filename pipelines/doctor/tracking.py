@@ -56,8 +56,8 @@ def _fix(uri: str, status: int) -> str:
         return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if status == 403:
         return (
-            f"the server does not accept the host name {host}: start it with --allowed-hosts {host} "
-            "(chart: mlflow.extraAllowedHosts); if it has users, ask for permission to read its experiments"
+            f"the server rejects the host name {host}: start it with --allowed-hosts {host} "
+            "(chart: mlflow.extraAllowedHosts); if it has users, ask for permission to read"
         )
     if status >= 500:
         return "the server runs but cannot use its store: look at its log and its database"

@@ -25,7 +25,7 @@ configure_logging({log_format!r})
 logging.getLogger("canvastune.merge").info("shard 1 of 2")
 logging.getLogger("pipelines.submit").info("run x: http://host", extra=event("run", state="submitted", share=float("nan")))
 logging.getLogger("canvastune.tracking").warning("no answer")
-logging.getLogger("a_library").info("nobody needs this")
+logging.getLogger("a_library").info("details")
 logging.getLogger("a_library").warning("deprecated")
 logging.getLogger("pipelines.cli").info("", extra=event("prepared", rows_read=7))
 warnings.warn("old", UserWarning)
@@ -97,7 +97,7 @@ def test_other_ranks_log_what_goes_wrong_only() -> None:
     assert {event["rank"] for event in events} == {3}
 
 
-def test_an_exception_that_nobody_catches_is_one_event_with_its_traceback() -> None:
+def test_an_uncaught_exception_is_one_event_with_its_traceback() -> None:
     done = _run("json", "raise KeyError('x')")
     assert done.returncode == 1
     last = _events(done)[-1]
@@ -133,7 +133,7 @@ def test_a_failed_step_names_its_error_once_and_its_event_keeps_its_time() -> No
         print(format_event("train", step=7, time="2026-01-01T00:00:00.000+00:00"))
         print(
             format_event(
-                "error", level="error", message="train.steps: found none", hint="Give a number."
+                "error", level="error", message="train.steps: found none", hint="Use a number."
             )
         )
         logging.error("Task 'train' finished with status FAILURE")
@@ -142,4 +142,4 @@ def test_a_failed_step_names_its_error_once_and_its_event_keeps_its_time() -> No
     assert events[1]["time"].startswith("2026-01-01")
     assert output.failure is not None
     step, error = output.failure
-    assert (step, str(error), error.hint) == ("train", "train.steps: found none", "Give a number.")
+    assert (step, str(error), error.hint) == ("train", "train.steps: found none", "Use a number.")
