@@ -18,9 +18,9 @@ def evaluate(
     """Answer held-out rows before and after, and measure both models' validation loss."""
     from pathlib import Path
 
-    from components.decorator import step
     from components.evaluate.step import publish, run_evaluation
     from components.run_directory import read_pointer
+    from components.runtime import step
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)

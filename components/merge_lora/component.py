@@ -12,8 +12,8 @@ def merge_lora(config: str, run_folder: str, mlflow_run_id: str, adapter: Input[
 
     from canvastune.checkpoint.hub import resolve_model
     from canvastune.merge import merge_lora
-    from components.decorator import step
     from components.run_directory import write_pointer
+    from components.runtime import step
 
     with step("merge_lora", config, run_folder, mlflow_run_id) as (recipe, record):
         folder = Path(run_folder) / "model"

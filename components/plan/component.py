@@ -10,8 +10,8 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     """Compute memory, FLOPs and time of the run from the model's config; fail if it cannot fit."""
     from pathlib import Path
 
-    from components.decorator import step
     from components.plan.step import plan as plan_run
+    from components.runtime import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
         plan_run(recipe, Path(plan.path), record)

@@ -11,8 +11,8 @@ def prepare_data(config: str, content: str, dataset: Output[Dataset], card: Outp
     from pathlib import Path
 
     from canvastune.config import parse_config
-    from components.decorator import exit_on_user_error
     from components.prepare_data.step import prepare_data
+    from components.runtime import exit_on_user_error
 
     with exit_on_user_error():
         dataset.metadata.update(

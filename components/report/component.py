@@ -23,10 +23,10 @@ def report(
     import shutil
     from pathlib import Path
 
-    from components.decorator import step
     from components.earlier_runs import compared_folders
     from components.report.step import publish
     from components.run_directory import read_pointer, workspace_of
+    from components.runtime import step
 
     made = {"metrics": metrics, "data": dataset, "plan": plan, "evaluation": evaluation}
     with step("report", config, run_folder, mlflow_run_id) as (recipe, record):

@@ -33,8 +33,8 @@ def train(
     import shutil
     from pathlib import Path
 
-    from components.decorator import step
     from components.run_directory import write_pointer
+    from components.runtime import step
     from components.train.step import train
 
     with step("train", config, run_folder, mlflow_run_id) as (recipe, record):
