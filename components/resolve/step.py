@@ -28,7 +28,7 @@ class Resolved(NamedTuple):
     method: str  # lora or full
     data_config: str  # as JSON: the sections that the prepared data depends on, every other key at its default
     data_fingerprint: str
-    run_directory: str
+    run_folder: str  # named like the output of the component
     mlflow_run_id: str
 
 

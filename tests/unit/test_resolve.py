@@ -37,8 +37,8 @@ def test_a_retried_step_finds_its_own_folder(resolve: Any) -> None:
 
 
 def test_another_job_goes_on_with_an_unfinished_run_only(resolve: Any) -> None:
-    folder = Path(resolve("job-1").run_directory)
-    assert resolve("job-2").run_directory == str(folder)
+    folder = Path(resolve("job-1").run_folder)
+    assert resolve("job-2").run_folder == str(folder)
     record = read_record(folder)
     assert record is not None
     assert record.job_id == "job-2"
@@ -74,7 +74,7 @@ def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: A
 def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(resolve: Any) -> None:
     chart = json.dumps({"env": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}})
     assert json.loads(resolve("job-1", cluster=chart).config)["tracking"]["uri"] == "http://mlflow:5000"
-    shutil.rmtree(resolve("job-1", cluster=chart).run_directory)
+    shutil.rmtree(resolve("job-1", cluster=chart).run_folder)
     named = resolve("job-1", overrides="tracking.uri=http://other", cluster=chart)
     assert json.loads(named.config)["tracking"]["uri"] == "http://other"
 
@@ -90,7 +90,7 @@ def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(res
 def test_what_an_earlier_attempt_evaluated_and_reported_with_other_settings_is_made_again(
     resolve: Any, change: str, outdated: set[str]
 ) -> None:
-    folder = Path(resolve("job-1").run_directory)
+    folder = Path(resolve("job-1").run_folder)
     for name in ("train", "model", "evaluation", "plan", "report"):
         (folder / name).mkdir()
     resolve("job-2", overrides=change)
