@@ -443,7 +443,7 @@ def test_an_address_without_its_scheme(host: str, capsys: pytest.CaptureFixture[
             401,
             "",
             {},
-            "authentication failed (401)\n  hint: Give a token with --token-file FILE or in KF_PIPELINES_TOKEN.",
+            "authentication failed (401)\n  hint: Pass a token with --token-file FILE or in KF_PIPELINES_TOKEN.",
         ),
         (403, "RBAC: access denied", {}, "RBAC: access denied"),
         (503, "no healthy upstream", {}, "503: no healthy upstream"),

@@ -275,7 +275,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "ranks that do not divide": (["plan", "recipe.yaml", "--gpus", "3"], ("parallel.ep: found 8", "Choose one of")),
     "a host that is no address": (["submit", "hub.yaml", "--host", "localhost"], ("--host localhost", "expected an http", "For example")),
-    "a host where nobody is": (["submit", "hub.yaml", "--host", "http://127.0.0.1:1"], ("127.0.0.1:1", "no response", "Give the address")),
+    "a host where nobody is": (["submit", "hub.yaml", "--host", "http://127.0.0.1:1"], ("127.0.0.1:1", "no response", "Use the address")),
     "data that no pod sees": (["submit", "recipe.yaml", "--host", "http://127.0.0.1:1"], ("data.source", "no pod", "Copy it")),
     "a token file that is not there": (
         ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--token-file", "no-token"],
