@@ -160,7 +160,7 @@ def test_what_the_pods_refer_to_exists_or_is_named_in_the_values(ci: str) -> Non
                     wanted.append(("ConfigMap", volume["configMap"]["name"]))
             for kind, name in wanted:
                 known = (kind, name) in made or f'"{name}"' in values or name == "pipeline-runner"
-                assert known, f"{document['kind']} {path} needs {kind} {name}, which nobody makes"
+                assert known, f"{document['kind']} {path} needs {kind} {name}, which does not exist"
 
 
 def test_release_names_do_not_break_object_names() -> None:

@@ -113,7 +113,7 @@ def test_existing_secrets_are_referenced_and_never_copied() -> None:
     )
     assert [
         claim["metadata"]["name"] for claim in of_kind(documents, "PersistentVolumeClaim")
-    ] == [], "a claim that nobody uses"
+    ] == [], "an unused claim"
 
 
 def test_passwords_have_a_separate_database(tmp_path: Path) -> None:

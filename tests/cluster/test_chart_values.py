@@ -27,7 +27,7 @@ def chart() -> helm_python.Chart:
         (
             {"mlflow": {"replicas": 2, "database": {"existingSecret": {"name": "db"}}}},
             "/mlflow/replicas",
-            "1 while one node alone mounts the artifacts",
+            "1 while only one node mounts the artifacts",
         ),
         (
             {

@@ -205,7 +205,7 @@ def test_the_database_can_move_to_postgresql_and_back(
         "rollingUpdate": {"maxSurge": "25%", "maxUnavailable": "25%"},
     }
     assert [volume["name"] for volume in server(api)["template"]["spec"]["volumes"]] == ["tmp"]
-    assert claims(api) == kept, "the claims with the old database and the models are gone"
+    assert claims(api) == kept, "the claims with the old database and the models were deleted"
     if back == "upgrade":
         upgrade(helm, {})
     else:
@@ -236,7 +236,7 @@ def test_a_failed_upload_is_reported_and_the_next_upgrade_retries(
     ):
         upgrade(helm, {"images": {"mlflow": {"tag": "9.9"}}})
     assert api.all("Job")["canvastune-upload"]["status"]["failed"] == 1, (
-        "the job is gone, and its log with it"
+        "the job was deleted, and its log with it"
     )
     assert states(helm)[-1] == "failed"
     api.failing.clear()

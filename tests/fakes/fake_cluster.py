@@ -28,8 +28,13 @@ from tests.fakes.fake_node import FakeNode, placed, stamp
 from tests.support import cluster_rules
 
 STEPS_ACCOUNT = "pipeline-runner"  # Kubeflow Pipelines makes it
-_BEGIN: dict[str, dict[str, Any]] = {"Pod": {"phase": "Pending"}, "Job": {"active": 1}, "Deployment": {"replicas": 0}, "PyTorchJob": {}}
-_TELLS = "@"  # begins a line in which the process that runs a graph tells of a task, or of its end
+_BEGIN: dict[str, dict[str, Any]] = {
+    "Pod": {"phase": "Pending"},
+    "Job": {"active": 1},
+    "Deployment": {"replicas": 0},
+    "PyTorchJob": {},
+}
+_REPORT = "@"  # starts a line that reports the state of a task, or of the run
 _STATES = {None: "RUNNING", "SUCCESS": "SUCCEEDED", "FAILURE": "FAILED"}
 
 
@@ -53,9 +58,18 @@ class FakeCluster(FakeApiServer):
         self.kubeflow.__enter__()
         self.kubeflow.started = self._run
         self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace}})
-        self.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": STEPS_ACCOUNT}})
+        self.put(
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": STEPS_ACCOUNT}}
+        )
         for name, port in (("ml-pipeline", 8888), ("ml-pipeline-ui", 80)):
-            self.put({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": {"ports": [{"port": port}]}})
+            self.put(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Service",
+                    "metadata": {"name": name},
+                    "spec": {"ports": [{"port": port}]},
+                }
+            )
             self._serve(name, port, urllib.parse.urlsplit(self.kubeflow.host).port or 0)
         return self
 
@@ -69,7 +83,7 @@ class FakeCluster(FakeApiServer):
                 work.result()
 
     def address(self, service: str, port: int) -> str:
-        """HOST:PORT of this machine behind a Service's port. Raises: KeyError, nobody is there."""
+        """Return this machine's HOST:PORT behind a Service's port. Raises: KeyError, if there is none."""
         host, number = self.node.names[f"{service}:{port}"]
         return f"{host}:{number}"
 
@@ -81,21 +95,27 @@ class FakeCluster(FakeApiServer):
 
     # --- the API server
 
-    def answer(self, method: str, url: str, content_type: str, data: bytes, account: str = "") -> tuple[int, Any]:
-        """As an API server with roles, and with pods that speak."""
+    def answer(
+        self, method: str, url: str, content_type: str, data: bytes, account: str = ""
+    ) -> tuple[int, Any]:
+        """Respond as an API server with roles, and with logs of pods."""
         address = urllib.parse.urlsplit(url)
         parts = address.path.strip("/").split("/")
         if parts[-1] == "selfsubjectaccessreviews":
             asked = json.loads(data)
             wanted = asked["spec"]["resourceAttributes"]
             what = "/".join(filter(None, (wanted["resource"], wanted.get("subresource"))))
-            allowed = self._may(account, wanted["verb"], wanted.get("group", ""), what, wanted["namespace"])
+            allowed = self._may(
+                account, wanted["verb"], wanted.get("group", ""), what, wanted["namespace"]
+            )
             return 201, asked | {"status": {"allowed": allowed}}
         if account:
             group, namespace, rest = "" if parts[0] == "api" else parts[1], "", parts[-1:]
             if "namespaces" in parts:
                 namespace, *rest = parts[parts.index("namespaces") + 1 :]
-            verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(method) or ("get" if len(rest) > 1 else "list")
+            verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(method) or (
+                "get" if len(rest) > 1 else "list"
+            )
             what = "/".join((rest[0], *rest[2:]))
             if not self._may(account, verb, group, what, namespace):
                 words = f'{rest[0]} is forbidden: User "{account}" cannot {verb} resource "{what}" in API group "{group}"'
@@ -105,26 +125,46 @@ class FakeCluster(FakeApiServer):
         return super().answer(method, url, content_type, data)
 
     def _may(self, account: str, verb: str, group: str, resource: str, namespace: str) -> bool:
-        """By the roles that are bound to a service account of this namespace."""
+        """Return whether a service account's roles allow a call."""
         who = {"kind": "ServiceAccount", "name": account, "namespace": self.namespace}
-        roles = [binding["roleRef"]["name"] for binding in self.all("RoleBinding").values() if who in binding["subjects"]]
+        roles = [
+            binding["roleRef"]["name"]
+            for binding in self.all("RoleBinding").values()
+            if who in binding["subjects"]
+        ]
         rules = [rule for role in roles for rule in self.all("Role")[role]["rules"]]
-        allowed = any(group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"] for rule in rules)
+        allowed = any(
+            group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"]
+            for rule in rules
+        )
         return allowed and namespace == self.namespace
 
     def _log(self, pod: str, query: Mapping[str, str]) -> str:
         if query.get("previous") == "true":
-            raise Refused(400, "BadRequest", f'previous terminated container in pod "{pod}" not found')
-        lines = [(when, words) for when, words in self.node.logs[pod] if when[:19] >= query.get("sinceTime", "")[:19]]
+            raise Refused(
+                400, "BadRequest", f'previous terminated container in pod "{pod}" not found'
+            )
+        lines = [
+            (when, words)
+            for when, words in self.node.logs[pod]
+            if when[:19] >= query.get("sinceTime", "")[:19]
+        ]
         lines = lines[-int(query["tailLines"]) :] if "tailLines" in query else lines
-        return "".join(f"{when} {words}\n" if query.get("timestamps") == "true" else f"{words}\n" for when, words in lines)
+        return "".join(
+            f"{when} {words}\n" if query.get("timestamps") == "true" else f"{words}\n"
+            for when, words in lines
+        )
 
-    def _change(self, verb: str, target: Any, body: dict[str, Any], content_type: str, manager: str) -> tuple[int, Any]:
+    def _change(
+        self, verb: str, target: Any, body: dict[str, Any], content_type: str, manager: str
+    ) -> tuple[int, Any]:
         if target.namespace not in ("", self.namespace):
             raise Refused(404, "NotFound", f'namespaces "{target.namespace}" not found')
         if verb == "create" and target.kind == "PyTorchJob":
             crd = cluster_rules.PYTORCHJOB_CRD
-            problems = cluster_rules.pytorchjob_webhook_problems(body) + (cluster_rules.crd_problems(body, crd) if crd.exists() else [])
+            problems = cluster_rules.pytorchjob_webhook_problems(body) + (
+                cluster_rules.crd_problems(body, crd) if crd.exists() else []
+            )
             if problems:
                 raise Refused(422, "Invalid", "; ".join(problems))
         code, made = super()._change(verb, target, body, content_type, manager)
@@ -150,86 +190,155 @@ class FakeCluster(FakeApiServer):
         self._work.append(self._pool.submit(task, *arguments))
 
     def _now(self, one: Mapping[str, Any], **status: Any) -> None:
-        """Change the status of an object, if it is still there."""
+        """Change the status of an object, if it still exists."""
         with self.changed:
             found = self.all(one["kind"]).get(one["metadata"]["name"])
             if found is not None:
                 self.put(found | {"status": {**found["status"], **status}})
 
-    def _contain(self, pod: dict[str, Any], own: Mapping[str, str] | None = None, moved: Mapping[str, str] | None = None) -> int:
-        """Run a pod; arguments and exit code as those of the node."""
+    def _contain(
+        self,
+        pod: dict[str, Any],
+        own: Mapping[str, str] | None = None,
+        moved: Mapping[str, str] | None = None,
+    ) -> int:
+        """Run a pod; arguments and exit code are those of the node."""
         container = {"name": pod["spec"]["containers"][-1]["name"], "restartCount": 0}
         self._now(pod, phase="Running", containerStatuses=[container | {"state": {"running": {}}}])
         code = self.node.run(pod, own or {}, moved or {})
         end = {"exitCode": code, "reason": "Error" if code else "Completed", "finishedAt": stamp()}
-        self._now(pod, phase="Failed" if code else "Succeeded", containerStatuses=[container | {"state": {"terminated": end}}])
+        self._now(
+            pod,
+            phase="Failed" if code else "Succeeded",
+            containerStatuses=[container | {"state": {"terminated": end}}],
+        )
         return code
 
-    def _made_pod(self, name: str, owner: Mapping[str, Any], template: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
-        """A pod of a controller's, stored."""
-        reference = {key: owner[key] for key in ("apiVersion", "kind")} | {key: owner["metadata"][key] for key in ("name", "uid")}
-        metadata = {"name": name, "labels": {**template["metadata"].get("labels", {}), **labels}, "ownerReferences": [reference]}
-        self.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]})
+    def _made_pod(
+        self,
+        name: str,
+        owner: Mapping[str, Any],
+        template: Mapping[str, Any],
+        labels: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """Create a controller's pod."""
+        reference = {key: owner[key] for key in ("apiVersion", "kind")} | {
+            key: owner["metadata"][key] for key in ("name", "uid")
+        }
+        metadata = {
+            "name": name,
+            "labels": {**template["metadata"].get("labels", {}), **labels},
+            "ownerReferences": [reference],
+        }
+        self.put(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        )
         return self.all("Pod")[name]
 
     def _job(self, job: dict[str, Any]) -> None:
         name = job["metadata"]["name"]
-        code = self._contain(self._made_pod(f"{name}-0", job, job["spec"]["template"], {"job-name": name}))
-        end = {"type": "Failed", "message": "Job has reached the specified backoff limit"} if code else {"type": "Complete"}
-        self._now(job, active=0, failed=int(code != 0), succeeded=int(code == 0), conditions=[end | {"status": "True"}])
+        code = self._contain(
+            self._made_pod(f"{name}-0", job, job["spec"]["template"], {"job-name": name})
+        )
+        end = (
+            {"type": "Failed", "message": "Job has reached the specified backoff limit"}
+            if code
+            else {"type": "Complete"}
+        )
+        self._now(
+            job,
+            active=0,
+            failed=int(code != 0),
+            succeeded=int(code == 0),
+            conditions=[end | {"status": "True"}],
+        )
 
     def _deployment(self, deployment: dict[str, Any]) -> None:
-        """Start its one pod, and let it serve when its startup probe is answered."""
+        """Start its pod, and let it serve once its startup probe succeeds."""
         template = deployment["spec"]["template"]
         pod = self._made_pod(f"{deployment['metadata']['name']}-0", deployment, template, {})
         (server,) = template["spec"]["containers"]
         moved = {port["containerPort"]: _free_port() for port in server["ports"]}
-        self._begin(self._ready, deployment, server, {port["name"]: moved[port["containerPort"]] for port in server["ports"]})
-        words = {f"--port={port}": f"--port={to}" for port, to in moved.items()} | {"--host=0.0.0.0": "--host=127.0.0.1"}
+        self._begin(
+            self._ready,
+            deployment,
+            server,
+            {port["name"]: moved[port["containerPort"]] for port in server["ports"]},
+        )
+        words = {f"--port={port}": f"--port={to}" for port, to in moved.items()} | {
+            "--host=0.0.0.0": "--host=127.0.0.1"
+        }
         self._contain(pod, {}, words)
 
-    def _ready(self, deployment: dict[str, Any], server: Mapping[str, Any], ports: Mapping[str, int]) -> None:
+    def _ready(
+        self, deployment: dict[str, Any], server: Mapping[str, Any], ports: Mapping[str, int]
+    ) -> None:
         probe = server["startupProbe"]["httpGet"]
         while not self._closed:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{ports[probe['port']]}{probe['path']}", timeout=5).close()
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{ports[probe['port']]}{probe['path']}", timeout=5
+                ).close()
             except OSError:
                 time.sleep(0.1)
             else:
                 break
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         for name, service in self.all("Service").items():
-            if service["spec"].get("selector") and service["spec"]["selector"].items() <= labels.items():
+            if (
+                service["spec"].get("selector")
+                and service["spec"]["selector"].items() <= labels.items()
+            ):
                 for port in service["spec"]["ports"]:
                     self._serve(name, port["port"], ports[port["targetPort"]])
-        counts = dict.fromkeys(("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), 1)
+        counts = dict.fromkeys(
+            ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), 1
+        )
         self._now(deployment, **counts, conditions=[{"type": "Available", "status": "True"}])
 
     def _serve(self, name: str, port: int, to: int) -> None:
-        """Give a Service its address, under each of its names."""
+        """Set a Service's address, under each of its names."""
         home = f"{name}.{self.namespace}"
-        self.node.name({f"{one}:{port}": to for one in (name, home, f"{home}.svc", f"{home}.svc.cluster.local")})
+        self.node.name(
+            {
+                f"{one}:{port}": to
+                for one in (name, home, f"{home}.svc", f"{home}.svc.cluster.local")
+            }
+        )
 
     def _pytorchjob(self, job: dict[str, Any]) -> None:
-        """As the training operator 1.9 does it for a job without a Master; all pods meet on the loopback, not at the first one's name."""
+        """Run a job without a Master as the training operator 1.9 does; its pods connect over loopback."""
         name, spec, conditions = job["metadata"]["name"], job["spec"], list[dict[str, str]]()
 
         def become(state: str) -> None:
-            conditions[:] = [one | {"status": "False"} if one["type"] == "Running" else one for one in conditions]
+            conditions[:] = [
+                one | {"status": "False"} if one["type"] == "Running" else one for one in conditions
+            ]
             conditions.append(
-                {"type": state, "status": "True", "reason": f"PyTorchJob{state}", "message": f"PyTorchJob {name} is {state}."}
+                {
+                    "type": state,
+                    "status": "True",
+                    "reason": f"PyTorchJob{state}",
+                    "message": f"PyTorchJob {name} is {state}.",
+                }
             )
             self._now(job, conditions=conditions)
 
         become("Created")
         (worker,) = spec["pytorchReplicaSpecs"].values()
-        own = {"PYTHONUNBUFFERED": "1", "PET_NNODES": str(worker["replicas"]), "PET_NPROC_PER_NODE": spec["nprocPerNode"]}
+        own = {
+            "PYTHONUNBUFFERED": "1",
+            "PET_NNODES": str(worker["replicas"]),
+            "PET_NPROC_PER_NODE": spec["nprocPerNode"],
+        }
         own |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(_free_port())}
         pods = []
         for index in range(worker["replicas"]):
             labels = {"job-name": name, "replica-type": "worker", "replica-index": str(index)}
             labels = {f"training.kubeflow.org/{key}": value for key, value in labels.items()}
-            pods.append((self._made_pod(f"{name}-worker-{index}", job, worker["template"], labels), own))
+            pods.append(
+                (self._made_pod(f"{name}-worker-{index}", job, worker["template"], labels), own)
+            )
         become("Running")
         codes = list(self._pool.map(lambda one: self._contain(*one), pods))
         become("Failed" if any(codes) else "Succeeded")
@@ -239,46 +348,76 @@ class FakeCluster(FakeApiServer):
     def _run(self, run: dict[str, Any]) -> None:
         if self.running:
             self.kubeflow.watched[run["run_id"]] = lambda: self._state(run["run_id"])
-            self._begin(self._run_to_its_end, run)
+            self._begin(self._run_to_completion, run)
 
     def _state(self, run_id: str) -> dict[str, Any]:
-        """A run as its graph has told of it."""
-        told = re.findall(rf"^{_TELLS}([\w-]+) (.+)$", self.node.said(run_id), re.MULTILINE)
-        states = dict(told)  # the last one of each task, and of the run
+        """Return a run's state from the lines of its graph."""
+        reports = re.findall(rf"^{_REPORT}([\w-]+) (.+)$", self.node.said(run_id), re.MULTILINE)
+        states = dict(reports)  # the last state of each task, and of the run
         error, run = {"message": states.pop("why", "")}, states.pop("run", "RUNNING")
-        tasks = [{"display_name": name, "state": state, "error": error} for name, state in states.items()]
+        tasks = [
+            {"display_name": name, "state": state, "error": error} for name, state in states.items()
+        ]
         return {"state": run, "run_details": {"task_details": tasks}, "error": error}
 
-    def _run_to_its_end(self, run: dict[str, Any]) -> None:
+    def _run_to_completion(self, run: dict[str, Any]) -> None:
         state = "FAILED"
         try:
             state = "FAILED" if self._run_graph(run) else "SUCCEEDED"
         except (KeyError, ValueError) as error:  # no such claim, version or secret
-            self.node.say(run["run_id"], f"{_TELLS}why {error!r}")
-        self.node.say(run["run_id"], f"{_TELLS}run {state}")
+            self.node.say(run["run_id"], f"{_REPORT}why {error!r}")
+        self.node.say(run["run_id"], f"{_REPORT}run {state}")
 
     def _run_graph(self, run: dict[str, Any]) -> int:
-        """The uploaded version's own graph with its own defaults, in a process whose children are the steps; gives its exit code."""
+        """Run the uploaded graph with its defaults in a process, with steps as children; return its code."""
         run_id, place = run["run_id"], run["pipeline_version_reference"]["pipeline_version_id"]
         (version,) = [one for one in self.kubeflow.versions if one["pipeline_version_id"] == place]
-        spec, platform = version["pipeline_spec"]["pipeline_spec"], version["pipeline_spec"]["platform_spec"]
-        parameters = {key: one.get("defaultValue") for key, one in spec["root"]["inputDefinitions"]["parameters"].items()}
+        spec, platform = (
+            version["pipeline_spec"]["pipeline_spec"],
+            version["pipeline_spec"]["platform_spec"],
+        )
+        parameters = {
+            key: one.get("defaultValue")
+            for key, one in spec["root"]["inputDefinitions"]["parameters"].items()
+        }
         parameters |= run["runtime_config"]["parameters"]
-        executors = list(platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values())
+        executors = list(
+            platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+        )
         mounts = {mount["mountPath"] for executor in executors for mount in executor["pvcMount"]}
         places = dict.fromkeys(mounts, str(self.node.claim(parameters["volume_claim"])))
 
-        flow = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": run_id}, "status": {"phase": "Running"}}
+        flow = {
+            "apiVersion": "argoproj.io/v1alpha1",
+            "kind": "Workflow",
+            "metadata": {"name": run_id},
+            "status": {"phase": "Running"},
+        }
         self.put(flow)
-        pod = self._made_pod(f"{run_id}-step", self.all("Workflow")[run_id], {"metadata": {}, "spec": {}}, {})
-        environment = self.node.environment(run_id, STEPS_ACCOUNT) | {"KFP_POD_NAME": pod["metadata"]["name"]}
+        pod = self._made_pod(
+            f"{run_id}-step", self.all("Workflow")[run_id], {"metadata": {}, "spec": {}}, {}
+        )
+        environment = self.node.environment(run_id, STEPS_ACCOUNT) | {
+            "KFP_POD_NAME": pod["metadata"]["name"]
+        }
         for secret in executors[0].get("secretAsEnv", ()):
             for entry in secret["keyToEnv"]:
-                value = self.node.secret(parameters["credentials"], entry["secretKey"], secret.get("optional", False))
+                value = self.node.secret(
+                    parameters["credentials"], entry["secretKey"], secret.get("optional", False)
+                )
                 environment |= {} if value is None else {entry["envVar"]: value}
         arguments = {key: placed(value, places) for key, value in parameters.items()}
-        given = {"pipeline": yaml.safe_dump_all([spec, platform]), "arguments": arguments, "artifacts": str(self.node.folder / "artifacts")}
-        return self.node.execute(run_id, [sys.executable, "-m", "tests.fakes.fake_cluster"], environment, json.dumps(given))
+        given = {
+            "pipeline": yaml.safe_dump_all([spec, platform]),
+            "arguments": arguments,
+            "artifacts": str(self.node.folder / "artifacts"),
+        }
+        return self.node.execute(
+            run_id,
+            [sys.executable, "-m", "tests.fakes.fake_cluster"],
+            environment,
+            json.dumps(given),
+        )
 
 
 def _free_port() -> int:
@@ -288,35 +427,48 @@ def _free_port() -> int:
 
 
 def addresses_outside(artifacts: Path) -> list[str]:
-    """Addresses of artifacts that steps have put outside of the store: a launcher ends the next step that is to read one."""
-    outputs = [json.loads(file.read_text()).get("artifacts", {}) for file in artifacts.rglob("executor_output.json")]
-    addresses = [one["uri"] for made in outputs for group in made.values() for one in group["artifacts"]]
+    """Return artifact URIs outside of the store: Kubeflow's launcher fails a step that reads one."""
+    outputs = [
+        json.loads(file.read_text()).get("artifacts", {})
+        for file in artifacts.rglob("executor_output.json")
+    ]
+    addresses = [
+        one["uri"] for made in outputs for group in made.values() for one in group["artifacts"]
+    ]
     assert addresses, f"no artifact in {artifacts}"
     return [address for address in addresses if not Path(address).is_relative_to(artifacts)]
 
 
-def _tell(record: logging.LogRecord) -> bool:
-    """Tell what Kubeflow's local runner says of its tasks."""
+def _report(record: logging.LogRecord) -> bool:
+    """Print what Kubeflow's local runner logs of its tasks."""
     message = re.sub("\x1b\\[[0-9]+m", "", record.getMessage())
-    found = re.match(r"(?:Executing task|Task) '?([\w-]+)'?(?: finished with status (\w+)|$)", message)
+    found = re.match(
+        r"(?:Executing task|Task) '?([\w-]+)'?(?: finished with status (\w+)|$)", message
+    )
     if found and sys.__stdout__ is not None:
-        sys.__stdout__.write(f"{_TELLS}{found[1]} {_STATES[found[2]]}\n")
+        sys.__stdout__.write(f"{_REPORT}{found[1]} {_STATES[found[2]]}\n")
     return True
 
 
 def main() -> int:
-    """Run the graph that is given on standard input, and tell of its tasks."""
+    """Run the graph of standard input, and print the states of its tasks."""
     from kfp.components import load_component_from_text
 
     from pipelines.local_runner import run_locally
 
     given = json.load(sys.stdin)
-    logging.getLogger().addFilter(_tell)
+    logging.getLogger().addFilter(_report)
     try:
-        run_locally(load_component_from_text(given["pipeline"]), given["arguments"], Path(given["artifacts"]))
-        assert not (outside := addresses_outside(Path(given["artifacts"]))), f"Kubeflow's launcher takes no such address: {outside}"
+        run_locally(
+            load_component_from_text(given["pipeline"]),
+            given["arguments"],
+            Path(given["artifacts"]),
+        )
+        assert not (outside := addresses_outside(Path(given["artifacts"]))), (
+            f"Kubeflow's launcher takes no such address: {outside}"
+        )
     except UserError as error:
-        print(f"{_TELLS}why {' '.join(str(error).split()).partition(' failed: ')[2]}", flush=True)
+        print(f"{_REPORT}why {' '.join(str(error).split()).partition(' failed: ')[2]}", flush=True)
         return 1
     return 0
 

@@ -346,7 +346,7 @@ class Operator:
         self._counts()
 
     def pending(self, **status: Any) -> None:
-        """Give the job pods that are not running yet."""
+        """Create the job's pods, which are not running yet."""
         self._conditions(Suspended=False)
         if self._is_pytorchjob:
             self.created()

@@ -201,7 +201,7 @@ def _pytorchjob_problems(job: dict[str, Any]) -> Iterator[str]:
         if "Worker" not in replicas:
             yield "spec.pytorchReplicaSpecs.Worker: must be there with an elasticPolicy"
         if "nProcPerNode" in spec["elasticPolicy"] and "nprocPerNode" in spec:
-            yield "spec.elasticPolicy.nProcPerNode: must not stand beside spec.nprocPerNode"
+            yield "spec.elasticPolicy.nProcPerNode: must not be set with spec.nprocPerNode"
     if not replicas:
         yield "spec.pytorchReplicaSpecs: must be there"
     for role, replica in replicas.items():
@@ -284,7 +284,7 @@ def _runtime_problems(runtime: dict[str, Any]) -> Iterator[str]:
         if pod.get("priorityClassName") and ancestor != "trainer":
             yield f"{path}: only the job of the trainer may have a priority class"
     if "trainer" not in ancestors:
-        yield f"spec.template.spec.replicatedJobs: none is labelled {_ANCESTOR}: trainer, so a TrainJob's trainer would be ignored"
+        yield f"spec.template.spec.replicatedJobs: none is labeled {_ANCESTOR}: trainer, so a TrainJob's trainer would be ignored"
 
 
 def _containers_of(runtime: dict[str, Any]) -> dict[str, set[str]]:

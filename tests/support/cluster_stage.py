@@ -79,7 +79,7 @@ class Cluster:
         context: JobContext = CONTEXT,
         task: Mapping[str, Any] | None = None,
     ) -> dict[str, str]:
-        """Run a launcher to its end, as a step of the pipeline does."""
+        """Run a launcher to completion, as a step of the pipeline does."""
         try:
             return launch(self.client(), config or config_of(self.backend), context, task)
         finally:
