@@ -532,7 +532,7 @@ def test_a_port_forward_that_is_just_starting_is_waited_for(
     kubeflow: FakeKubeflow, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = int(kubeflow.host.rpartition(":")[2])
-    kubeflow.__exit__()  # nobody listens there any more
+    kubeflow.__exit__()  # the port is closed
 
     def listen() -> None:
         kubeflow._server = ThreadingHTTPServer(

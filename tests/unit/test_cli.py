@@ -210,7 +210,7 @@ def _events(command: list[str], cwd: Path, **environment: str) -> tuple[int, lis
         timeout=200,
         check=False,
     )
-    assert not done.stderr, f"lines beside the objects: {done.stderr}"
+    assert not done.stderr, f"lines other than the objects: {done.stderr}"
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert all({"time", "level", "event"} <= event.keys() for event in events)
     return done.returncode, events
