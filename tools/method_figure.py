@@ -51,7 +51,11 @@ class Shown:
     def groups(self) -> list[tuple[str, int]]:
         """The groups of rows in order: name and number of rows."""
         example = self.example
-        return [("prefix", example.prefix_length), *((f"block {n + 1}", CANVAS) for n in range(example.blocks)), ("canvas", CANVAS)]
+        return [
+            ("prefix", example.prefix_length),
+            *((f"block {n + 1}", CANVAS) for n in range(example.blocks)),
+            ("canvas", CANVAS),
+        ]
 
     def words(self, tokens: torch.Tensor) -> list[str]:
         """Return each token as text, with line breaks made visible."""
@@ -68,17 +72,31 @@ def shown(folder: Path) -> Shown:
     write_problems(folder / "rows.jsonl", "compare", rows=20, seed=0)
     with (folder / "rows.jsonl").open("a") as rows:
         rows.write(json.dumps({"question": QUESTION, "answer": ANSWER}) + "\n")
-    recipe = {"name": "figure", "data": {"source": str(folder / "rows.jsonl"), "validation_fraction": 0.2}}
+    recipe = {
+        "name": "figure",
+        "data": {"source": str(folder / "rows.jsonl"), "validation_fraction": 0.2},
+    }
     prepare_data(parse_config(recipe), folder / "model", folder / "data", processes=1)
     tokenizer = load_tokenizer(folder / "model").tokenizer
-    sizes = {"canvas_length": CANVAS, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    sizes = {
+        "canvas_length": CANVAS,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     data = TrainingDataset(folder / "data", seed=SEED, objective=ObjectiveConfig(), **sizes)
     for position in count():
         (example,) = data.train_examples([position])
         draws = data.train_draws(example, position)
-        if example.blocks == 3 and draws.block == 1 and draws.self_condition and int(draws.corrupted.sum()) == CANVAS // 2:
+        if (
+            example.blocks == 3
+            and draws.block == 1
+            and draws.self_condition
+            and int(draws.corrupted.sum()) == CANVAS // 2
+        ):
             break
-    fixed = {level: replace(data.validation_draws(example, level), block=draws.block) for level in LEVELS}
+    fixed = {
+        level: replace(data.validation_draws(example, level), block=draws.block) for level in LEVELS
+    }
     at_levels = {level: pack([example], [noise]) for level, noise in fixed.items()}
     words = [tokenizer.convert_ids_to_tokens(token) for token in range(len(tokenizer))]
     return Shown(example, draws, position, pack([example], [draws]), at_levels, words)
@@ -100,8 +118,9 @@ def caption(what: Shown) -> str:
     draws, blocks = what.draws, what.example.blocks
     changed = int((what.batch.canvas != what.batch.canvas_targets).sum())
     return (
-        f"Seed {SEED}, position {what.position} of the stream: block {draws.block + 1} of {blocks}, t = {draws.level:.2f} "
-        f"({int(draws.corrupted.sum())} of {CANVAS} tokens redrawn, {changed} of them changed), denoised twice."
+        f"Seed {SEED}, position {what.position} of the stream: block {draws.block + 1} of "
+        f"{blocks}, t = {draws.level:.2f} ({int(draws.corrupted.sum())} of {CANVAS} tokens "
+        f"redrawn, {changed} of them changed), denoised twice."
     )
 
 
@@ -110,7 +129,10 @@ def draw(what: Shown) -> Figure:
     figure = Figure(figsize=(10.4, 8.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5.2, 2.6))
     for column, (kind, title) in enumerate(
-        (("full_attention", "Full layers"), ("sliding_attention", f"Sliding layers (here with a window of {WINDOW})"))
+        (
+            ("full_attention", "Full layers"),
+            ("sliding_attention", f"Sliding layers (here with a window of {WINDOW})"),
+        )
     ):
         _draw_sight(figure.add_subplot(grid[0, column]), what, kind, title)
     _draw_noise(figure.add_subplot(grid[1, :]), what)
@@ -123,7 +145,13 @@ def _draw_sight(axes: Axes, what: Shown, kind: str, title: str) -> None:
     colors = seen.astype(int)
     colors[clean:, :clean] *= 2
     colors[clean:, clean:] *= 3
-    axes.imshow(colors, cmap=ListedColormap(["white", _CLEAN, _PAST, _OWN]), vmin=0, vmax=3, interpolation="nearest")
+    axes.imshow(
+        colors,
+        cmap=ListedColormap(["white", _CLEAN, _PAST, _OWN]),
+        vmin=0,
+        vmax=3,
+        interpolation="nearest",
+    )
     edges = np.cumsum([0, *(length for _, length in what.groups)])
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color=_LINE, linewidth=0.8)
@@ -139,10 +167,16 @@ def _draw_sight(axes: Axes, what: Shown, kind: str, title: str) -> None:
     axes.set_ylabel("rows: which positions attend", fontsize=9, color=_SOFT)
     labels = {
         0.11: ("clean rows see their past;\neach predicts the next token", _CLEAN),
-        0.29: ("canvas rows see everything before\ntheir block, and each other;\neach predicts its own clean token", "#a85b00"),
+        0.29: (
+            "canvas rows see everything before\ntheir block, and each other;\n"
+            "each predicts its own clean token",
+            "#a85b00",
+        ),
     }
     for height, (words, color) in labels.items():
-        axes.text(clean * 0.98, clean * height, words, ha="right", va="center", fontsize=9, color=color)
+        axes.text(
+            clean * 0.98, clean * height, words, ha="right", va="center", fontsize=9, color=color
+        )
 
 
 def _draw_noise(axes: Axes, what: Shown) -> None:
@@ -151,14 +185,31 @@ def _draw_noise(axes: Axes, what: Shown) -> None:
     lines.append((f"this step, t = {what.draws.level:.2f}", what.batch.canvas))
     for row, (name, tokens) in enumerate(lines):
         axes.text(-0.1, -row, name, ha="right", va="center", fontsize=9.5, color=_SOFT)
-        for column, (word, changed) in enumerate(zip(what.words(tokens), (tokens != lines[0][1]).tolist(), strict=True)):
+        for column, (word, changed) in enumerate(
+            zip(what.words(tokens), (tokens != lines[0][1]).tolist(), strict=True)
+        ):
             face, edge = (_NOISE, "#a85b00") if changed else ("white", _LINE)
-            axes.add_patch(Rectangle((column, -row - 0.42), 0.96, 0.84, facecolor=face, edgecolor=edge, linewidth=1.0))
+            axes.add_patch(
+                Rectangle(
+                    (column, -row - 0.42), 0.96, 0.84, facecolor=face, edgecolor=edge, linewidth=1.0
+                )
+            )
             weight = "bold" if changed else "normal"
-            axes.text(column + 0.48, -row, word, ha="center", va="center", fontsize=9, family="monospace", weight=weight)
+            axes.text(
+                column + 0.48,
+                -row,
+                word,
+                ha="center",
+                va="center",
+                fontsize=9,
+                family="monospace",
+                weight=weight,
+            )
     axes.set_xlim(-1.5, CANVAS)
     axes.set_ylim(-len(lines) + 0.4, 0.6)
-    axes.set_title("A canvas at increasing corruption t: tokens in bold were replaced", fontsize=11, loc="left")
+    axes.set_title(
+        "A canvas at increasing corruption t: tokens in bold were replaced", fontsize=11, loc="left"
+    )
     axes.axis("off")
 
 

@@ -1,4 +1,4 @@
-"""Write docs/recipes.md, every key of a recipe with its values, default and meaning: `python -m tools.recipes_page`."""
+"""Write docs/recipes.md from the fields of the config: `python -m tools.recipes_page`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,18 @@ PAGE = ROOT / "docs" / "recipes.md"
 _FIXED = {None: "`null`", types.NoneType: "`null`", bool: "`true` or `false`"}
 _NUMBERS = {int: "whole number", float: "number"}
 _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
-_LENGTHS = {MinLen: ("min_length", "{} or more characters"), MaxLen: ("max_length", "at most {} characters")}
-_SCALAR_END, _PIPE = "\n...", r"\|"  # the end of a YAML document that is one value; a bar in a table cell
+_LENGTHS = {
+    MinLen: ("min_length", "{} or more characters"),
+    MaxLen: ("max_length", "at most {} characters"),
+}
+_SCALAR_END, _PIPE = (
+    "\n...",
+    r"\|",
+)  # the end of a YAML document that is one value; a bar in a table cell
 _INTRODUCTION = """# Recipes
 
-A recipe is one YAML file that describes a run. Only two keys have no default, so the shortest recipe is
+A recipe is one YAML file that describes a run. Only two keys have no default, so the shortest
+recipe is
 
 ```yaml
 name: first
@@ -41,23 +48,30 @@ which runs LoRA on the released model, on eight GPUs. Canvastune ships with four
 |---|---|
 {recipes}
 
-- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`. Values are YAML, and the option can be
-  repeated. `canvastune run`, `plan`, `prepare`, `submit`, `doctor` and `canvastune.train` accept it.
-- An unknown key is rejected, with the closest known one; so are duplicate keys and values of the wrong type. See
-  [troubleshooting](troubleshooting.md#recipe).
-- Every output has a `config.yaml` next to it: the complete recipe, defaults included. It is itself a valid recipe.
-- On a cluster, the chart provides defaults for the section [cluster](#cluster). Values in the recipe take precedence.
-- An unfinished run can only be resumed with the recipe and the data that it was started with, in the pipeline and with
-  `canvastune.train`. Settings that change no trained weight may differ: {changeable}.
+- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`.
+  Values are YAML, and the option can be repeated. `canvastune run`, `plan`, `prepare`, `submit`,
+  `doctor` and `canvastune.train` accept it.
+- An unknown key is rejected, with the closest known one; so are duplicate keys and values of the
+  wrong type. See [troubleshooting](troubleshooting.md#recipe).
+- Every output directory contains `config.yaml`: the complete recipe, defaults included. It is
+  itself a valid recipe.
+- On a cluster, the chart provides defaults for the section [cluster](#cluster). Values in the
+  recipe take precedence.
+- An unfinished run can only be resumed with the recipe and the data that it was started with, in
+  the pipeline and with `canvastune.train`. Settings that change no trained weight may differ:
+  {changeable}.
 
-`python -m tools.recipes_page` generates this page from `canvastune/config`; a test fails if it is out of date.
+`python -m tools.recipes_page` generates this page from `canvastune/config`; a test fails if it is
+out of date.
 
 ## Top level
 
 {own}"""
 RECIPES = {
-    "gsm8k_lora": "the released model on GSM8K: LoRA on attention and dense MLP, 8 GPUs of 80 GB, 8-way expert parallelism",
-    "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision tower",
+    "gsm8k_lora": "the released model on GSM8K: LoRA on attention and dense MLP, 8 GPUs of 80 GB, "
+    "8-way expert parallelism",
+    "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision "
+    "tower",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
     "tiny_sft": "full fine-tuning of random weights; `make run` creates the tiny base with it",
 }
@@ -65,14 +79,29 @@ RECIPES = {
 
 def page() -> str:
     """Return the whole page, in Markdown."""
-    recipes = "\n".join(f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |" for name, what in RECIPES.items())
-    own = {name: field for name, field in RunConfig.model_fields.items() if _section(field.annotation) is None}
-    parts = [_INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))]
+    recipes = "\n".join(
+        f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |"
+        for name, what in RECIPES.items()
+    )
+    own = {
+        name: field
+        for name, field in RunConfig.model_fields.items()
+        if _section(field.annotation) is None
+    }
+    parts = [
+        _INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))
+    ]
     for name, field in RunConfig.model_fields.items():
         section = _section(field.annotation)
         if section is not None:
-            parts.append(f"## {name}\n\n{_about(section)}\n\n{_table(_rows(section.model_fields, f'{name}.'))}")
-            parts += [f"An entry of `{key}`:\n\n{_table(_rows(entry.model_fields, ''))}" for key, entry in _entries(section, f"{name}.")]
+            parts.append(
+                f"## {name}\n\n{_about(section)}\n\n"
+                f"{_table(_rows(section.model_fields, f'{name}.'))}"
+            )
+            parts += [
+                f"An entry of `{key}`:\n\n{_table(_rows(entry.model_fields, ''))}"
+                for key, entry in _entries(section, f"{name}.")
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,7 +111,9 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is Annotated:
         return values_of(parts[0], (*parts[1:], *metadata))
     if origin in (Union, types.UnionType, Literal):
-        return _one_of([f"`{part}`" if origin is Literal else values_of(part, metadata) for part in parts])
+        return _one_of(
+            [f"`{part}`" if origin is Literal else values_of(part, metadata) for part in parts]
+        )
     if origin is dict:
         return f"mapping from {values_of(parts[0])} to {values_of(parts[1])}"
     if origin is tuple:
@@ -132,15 +163,28 @@ def _expected(check: AfterValidator) -> str:
 
 
 def _rows(fields: dict[str, FieldInfo], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield dotted key, values, default and meaning of every field, depth first. Raises: AssertionError, a field has no description."""
+    """Yield dotted key, values, default and meaning of every field, depth first.
+
+    Raises:
+        AssertionError: a field has no description.
+    """
     for name, field in fields.items():
         section = _section(field.annotation)
         if section is not None:
             yield from _rows(section.model_fields, f"{prefix}{name}.")
             continue
         assert field.description, f"{prefix}{name} has no description"
-        known = _one_of([f"`{value}`" for value in ACCELERATORS]) if (prefix, name) == ("hardware.", "accelerator") else None
-        yield f"`{prefix}{name}`", known or values_of(field.annotation, tuple(field.metadata)), _default(field), _meaning(field)
+        known = (
+            _one_of([f"`{value}`" for value in ACCELERATORS])
+            if (prefix, name) == ("hardware.", "accelerator")
+            else None
+        )
+        yield (
+            f"`{prefix}{name}`",
+            known or values_of(field.annotation, tuple(field.metadata)),
+            _default(field),
+            _meaning(field),
+        )
 
 
 def _default(field: FieldInfo) -> str:
@@ -148,7 +192,8 @@ def _default(field: FieldInfo) -> str:
     if value is PydanticUndefined:
         return "required"
     plain = list(value) if isinstance(value, tuple) else value
-    return f"`{yaml.safe_dump(plain, default_flow_style=True, width=1000).partition(_SCALAR_END)[0].strip()}`"
+    text = yaml.safe_dump(plain, default_flow_style=True, width=1000)
+    return f"`{text.partition(_SCALAR_END)[0].strip()}`"
 
 
 def _meaning(field: FieldInfo) -> str:
@@ -174,7 +219,9 @@ def _entries(section: type[StrictModel], prefix: str) -> Iterator[tuple[str, typ
 
 
 def _section(annotation: Any) -> type[StrictModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
+    )
 
 
 def _about(section: type[StrictModel]) -> str:
@@ -189,7 +236,11 @@ def _changeable() -> str:
         if not affects_weights(field):
             sections.append(f"`{name}`")
         elif section is not None:
-            keys += [f"`{name}.{key}`" for key, own in section.model_fields.items() if not affects_weights(own)]
+            keys += [
+                f"`{name}.{key}`"
+                for key, own in section.model_fields.items()
+                if not affects_weights(own)
+            ]
     return f"the sections {', '.join(sections)}, and the keys {', '.join(keys)}"
 
 

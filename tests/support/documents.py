@@ -1,4 +1,4 @@
-"""The project's Markdown, parsed: pages, links, code blocks, inline code, and the commands in them."""
+"""The project's Markdown, parsed: pages, links, code blocks, inline code, and commands."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class _Parsed(BaseException):
 def blocks(page: Path, language: str | None = None) -> list[Block]:
     """Return the fenced blocks of a page, or those of one language."""
     text = page.read_text(encoding="utf-8")
-    found = [Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in _FENCE.finditer(text)]
+    found = [
+        Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+        for match in _FENCE.finditer(text)
+    ]
     return [block for block in found if language is None or block.language == language]
 
 
@@ -78,14 +81,19 @@ def spans(page: Path) -> list[str]:
 
 
 def files(page: Path) -> dict[str, str]:
-    """Return the files that a reader of the page writes: named blocks, and targets of redirections."""
+    """Return the files that a reader of the page writes: named blocks, targets of redirections."""
     shown = {block.name: block.text for block in blocks(page) if block.name}
-    redirected = [name for block in blocks(page, "sh") for name in re.findall(r">>? *([\w./-]+)", block.text)]
+    redirected = [
+        name for block in blocks(page, "sh") for name in re.findall(r">>? *([\w./-]+)", block.text)
+    ]
     return {**dict.fromkeys(redirected, ""), **shown}
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Yield the commands of a shell block, split into words, without comments, assignments, redirections and input."""
+    """Yield the commands of a shell block, split into words.
+
+    Comments, assignments, redirections and input are left out.
+    """
     text = re.sub(r"(<<'END'[^\n]*)\n.*?^END$", r"\1", text, flags=re.MULTILINE | re.DOTALL)
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
@@ -99,7 +107,9 @@ def commands(text: str) -> Iterator[list[str]]:
                 words.append(word)
 
 
-def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+def parsed(
+    main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> argparse.Namespace:
     """Parse a command line with a program's own parser, without running the program.
 
     Raises:
@@ -108,7 +118,9 @@ def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.M
     found: list[argparse.Namespace] = []
     original = argparse.ArgumentParser.parse_args
 
-    def read(self: argparse.ArgumentParser, given: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+    def read(
+        self: argparse.ArgumentParser, given: list[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         found.append(original(self, arguments if given is None else given, namespace))
         raise _Parsed
 
@@ -119,15 +131,23 @@ def parsed(main: Callable[..., Any], arguments: list[str], monkeypatch: pytest.M
         except _Parsed:
             return found[0]
         except SystemExit as ended:
-            raise AssertionError(f"rejected with exit code {ended.code}: {' '.join(arguments)}") from None
+            raise AssertionError(
+                f"rejected with exit code {ended.code}: {' '.join(arguments)}"
+            ) from None
     raise AssertionError(f"{main} parsed no command line")
 
 
 def module_main(name: str) -> Callable[..., Any] | None:
-    """Return `main` of the module, if it parses a command line. Raises: AssertionError, there is no such module."""
+    """Return `main` of the module, if it parses a command line.
+
+    Raises:
+        AssertionError: there is no such module.
+    """
     specification = importlib.util.find_spec(name)
     assert specification is not None, f"python -m {name}: no such module"
-    if specification.origin is None or "argparse" not in Path(specification.origin).read_text(encoding="utf-8"):
+    if specification.origin is None or "argparse" not in Path(specification.origin).read_text(
+        encoding="utf-8"
+    ):
         return None
     found: Callable[..., Any] = importlib.import_module(name).main
     return found

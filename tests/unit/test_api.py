@@ -1,4 +1,4 @@
-"""The public Python API: what docs/api.md shows runs as it is shown, and importing the package is cheap."""
+"""The public Python API: the examples of docs/api.md run as shown, and importing it is cheap."""
 
 from __future__ import annotations
 
@@ -35,9 +35,15 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("package", "name"), FUNCTIONS.items(), ids=FUNCTIONS.values())
-def test_each_public_function_has_an_example_that_runs(package: str, name: str, example: dict[str, Any]) -> None:
+def test_each_public_function_has_an_example_that_runs(
+    package: str, name: str, example: dict[str, Any]
+) -> None:
     shown = f"from {package} import"
-    (block,) = [block.text for block in blocks(PAGE, "python") if any(shown in line and name in line for line in block.text.splitlines())]
+    (block,) = [
+        block.text
+        for block in blocks(PAGE, "python")
+        if any(shown in line and name in line for line in block.text.splitlines())
+    ]
     assert f"{name}(" in block
     assert example[name] is getattr(importlib.import_module(package), name)
 
@@ -50,15 +56,23 @@ def test_the_examples_produce_a_report(example: dict[str, Any]) -> None:
 
 def test_the_package_exports_what_its_page_names() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert {name for name in canvastune.__all__ if f"`canvastune.{name}`" in text} == {"RunConfig", "UserError", "load_config"}
+    assert {name for name in canvastune.__all__ if f"`canvastune.{name}`" in text} == {
+        "RunConfig",
+        "UserError",
+        "load_config",
+    }
     assert all(getattr(canvastune, name) for name in canvastune.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = canvastune.no_such_name
 
 
 def test_importing_the_package_loads_no_library() -> None:
-    packages = ", ".join(["canvastune", *(package for package in FUNCTIONS if package != "canvastune.merge")])
+    packages = ", ".join(
+        ["canvastune", *(package for package in FUNCTIONS if package != "canvastune.merge")]
+    )
     heavy = ("torch", "transformers", "datasets", "pydantic", "mlflow", "matplotlib")
     program = f"import sys, {packages}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.strip() == "[]"

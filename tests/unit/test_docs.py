@@ -1,4 +1,4 @@
-"""The documentation is correct: links resolve, files, modules and keys exist, commands parse, examples run."""
+"""The documentation is correct: links, files and names exist, commands parse, examples run."""
 
 from __future__ import annotations
 
@@ -44,12 +44,46 @@ from tools.chart_table import CHART, documented_values
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 ARCHITECTURE, EXTENDING = DOCS / "architecture.md", DOCS / "extending.md"
 TINY = ROOT / "pipelines" / "recipes" / "tiny_lora.yaml"
-# Programs of others. tests/cluster/test_journeys.py runs those for a cluster, `make test-images` those for images.
-_OTHERS = {"cat", "cd", "docker", "done", "echo", "for", "head", "helm", "kfp", "kind", "kubectl", "renew-locks.sh", "xdg-open"}
-_ROOMS = ("benchmarks", "canvastune", "charts", "components", "docker", "docs", "findings", "pipelines", "tests", "tools")
-_NOT_MODULES = {"canvastune.promotion", "pipelines.kubeflow.org"}  # a tag in MLflow, an audience of tokens
-_VALUES = {key: default for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))}
-_FILE = re.compile(r".*\.(py|md|ya?ml|json|jsonl|db|txt|html|png|safetensors|env|Dockerfile|example\.com.*)")
+# Programs of others: tests/cluster/test_journeys.py runs those for a cluster, and
+# `make test-images` those for images.
+_OTHERS = {
+    "cat",
+    "cd",
+    "docker",
+    "done",
+    "echo",
+    "for",
+    "head",
+    "helm",
+    "kfp",
+    "kind",
+    "kubectl",
+    "renew-locks.sh",
+    "xdg-open",
+}
+_ROOMS = (
+    "benchmarks",
+    "canvastune",
+    "charts",
+    "components",
+    "docker",
+    "docs",
+    "findings",
+    "pipelines",
+    "tests",
+    "tools",
+)
+_NOT_MODULES = {
+    "canvastune.promotion",
+    "pipelines.kubeflow.org",
+}  # a tag in MLflow, an audience of tokens
+_VALUES = {
+    key: default
+    for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))
+}
+_FILE = re.compile(
+    r".*\.(py|md|ya?ml|json|jsonl|db|txt|html|png|safetensors|env|Dockerfile|example\.com.*)"
+)
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 SHELL = [block for page in PAGES for block in blocks(page, "sh")]
@@ -66,12 +100,21 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         target = page if not place else (page.parent / place).resolve()
         assert target.exists(), f"{link}: no such file"
         assert target.is_relative_to(ROOT), f"{link} leads out of the repository"
-        assert not anchor or anchor in anchors(target), f"{link}: no such heading among {sorted(anchors(target))}"
+        assert not anchor or anchor in anchors(target), (
+            f"{link}: no such heading among {sorted(anchors(target))}"
+        )
 
 
 def test_the_readmes_commands_for_a_cluster_are_those_that_the_journeys_test_runs() -> None:
-    tested = [words for block in blocks(DOCS / "journeys.md", "sh") for words in commands(block.text)]
-    own = [words for block in blocks(README, "sh") for words in commands(block.text) if words[0] != "make"]
+    tested = [
+        words for block in blocks(DOCS / "journeys.md", "sh") for words in commands(block.text)
+    ]
+    own = [
+        words
+        for block in blocks(README, "sh")
+        for words in commands(block.text)
+        if words[0] != "make"
+    ]
     assert own
     assert all(words in tested for words in own)
 
@@ -94,7 +137,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_modules_that_are_named_exist(page: Path) -> None:
     """A dotted name in code: a module, or an attribute of one."""
     for span in spans(page):
-        name = re.fullmatch(r"((?:canvastune|components|pipelines|benchmarks|tools|tests)(?:\.\w+)+)(?:\(.*)?", span)
+        name = re.fullmatch(
+            r"((?:canvastune|components|pipelines|benchmarks|tools|tests)(?:\.\w+)+)(?:\(.*)?", span
+        )
         if name is not None and not _FILE.fullmatch(name[1]) and name[1] not in _NOT_MODULES:
             assert _find(name[1]) or _on_page(name[1], page), f"`{span}`: no such module or name"
 
@@ -119,7 +164,7 @@ def _on_page(dotted: str, page: Path) -> bool:
 
 
 def test_the_tree_of_the_architecture_page_exists() -> None:
-    """Indentation of two spaces opens a directory; STEP stands for the steps, other Python files are named in the text."""
+    """Two spaces of indentation mean a directory; STEP is any step; the text names files too."""
     (tree, *_) = blocks(ARCHITECTURE, "")
     parents: list[Path] = []
     for line in tree.text.splitlines():
@@ -138,7 +183,10 @@ def test_the_tree_of_the_architecture_page_exists() -> None:
 
 @every_page
 def test_keys_that_are_named_exist(page: Path) -> None:
-    trees = {"recipe": set(known_keys()), "chart": {part for key in _VALUES for part in _branches(key)}}
+    trees = {
+        "recipe": set(known_keys()),
+        "chart": {part for key in _VALUES for part in _branches(key)},
+    }
     for span in spans(page):
         key = re.match(r"([a-z_]+(?:\.[A-Za-z_]+)+)(?:=| |:|$)", span)
         if key is None or _FILE.fullmatch(span):
@@ -159,17 +207,23 @@ def test_commands_in_the_text_exist(page: Path) -> None:
     for span in spans(page):
         words = span.split()
         if words[0] == "make" and len(words) > 1:
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"`{span}`: no such target"
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+                f"`{span}`: no such target"
+            )
         elif words[:2] == ["python", "-m"] and words[2].split(".")[0] in _ROOMS:
             assert importlib.util.find_spec(words[2]), f"`{span}`: no such module"
         elif words[0] == "canvastune" and len(words) > 1 and re.fullmatch(r"[a-z-]+", words[1]):
             known = _options_of(words[1])
-            unknown = {word.strip("[]") for word in words if word.lstrip("[").startswith("--")} - known
+            unknown = {
+                word.strip("[]") for word in words if word.lstrip("[").startswith("--")
+            } - known
             assert not unknown, f"`{span}`: canvastune {words[1]} has no {unknown}"
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_are_accepted_by_their_programs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_accepted_by_their_programs(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for words in commands(block.text):
         program = Path(words[0]).name
         match program:
@@ -187,7 +241,9 @@ def test_commands_are_accepted_by_their_programs(block: Block, monkeypatch: pyte
                     _check_module(words[2], words[3:], block, monkeypatch)
             case "make":
                 targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-                assert next(word for word in words[1:] if "=" not in word) in targets, f"{block}: {words}"
+                assert next(word for word in words[1:] if "=" not in word) in targets, (
+                    f"{block}: {words}"
+                )
             case "mlflow":
                 from mlflow.cli import cli as mlflow
 
@@ -197,12 +253,16 @@ def test_commands_are_accepted_by_their_programs(block: Block, monkeypatch: pyte
             case "pip":
                 assert words[1] == "install"
                 extras = [extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)]
-                assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras), f"{block}: {words}"
+                assert all(
+                    f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras
+                ), f"{block}: {words}"
             case _:
                 assert program in _OTHERS, f"{block}: nothing here checks `{program}`"
 
 
-def _check_module(name: str, arguments: list[str], block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def _check_module(
+    name: str, arguments: list[str], block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main = module_main(name)
     if main is None:
         assert not arguments, f"{block}: python -m {name} takes no arguments"
@@ -211,12 +271,14 @@ def _check_module(name: str, arguments: list[str], block: Block, monkeypatch: py
 
 
 def _check_recipe(options: Namespace, page: Path) -> None:
-    """Check that a command line's recipe exists, in the repository or on the page, and accepts its `--set`."""
+    """Check that the recipe of a command exists here or on the page, and accepts its `--set`."""
     recipe = getattr(options, "recipe", None) or getattr(options, "config", None)
     if recipe is None or str(recipe).isupper():
         return
     shown = files(page).get(str(recipe))
-    assert shown or (ROOT / recipe).is_file(), f"{recipe}: no such recipe in the repository or on the page"
+    assert shown or (ROOT / recipe).is_file(), (
+        f"{recipe}: no such recipe in the repository or on the page"
+    )
     if not shown:
         load_config(ROOT / recipe, list(options.set))
 
@@ -232,7 +294,9 @@ def _subcommands() -> dict[str, ArgumentParser]:
 
 
 def test_the_readme_lists_every_command() -> None:
-    listed = re.findall(r"^\| `canvastune ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^\| `canvastune ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert sorted(listed) == sorted(_subcommands())
 
 
@@ -282,28 +346,44 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_example_of_a_dataset_is_prepared_as_the_page_says(workplace: Path) -> None:
-    (row, *_) = [json.loads(line) for line in (workplace / "instructions.jsonl").read_text().splitlines()]
+    (row, *_) = [
+        json.loads(line) for line in (workplace / "instructions.jsonl").read_text().splitlines()
+    ]
     sample = json.loads((workplace / "prepared" / "card.json").read_text())["samples"][0]
     assert row["context"] in sample["prefix"]
     assert "Answer:" in sample["response"]
 
 
-def test_the_example_of_a_step_works_where_the_page_puts_it(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_a_step_works_where_the_page_puts_it(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, component, graph = (block for block in blocks(EXTENDING, "python") if block.name)
     module = types.ModuleType("canvastune.wordlist")
     exec(compile(engine.text, str(engine), "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "canvastune.wordlist", module)
     wordlist = _imported(tmp_path / "wordlist.py", component.text).wordlist
     config = load_config(workplace / "instructions.yaml").model_dump_json()
-    data, checked = SimpleNamespace(path=str(workplace / "prepared")), SimpleNamespace(path=str(tmp_path / "checked"))
+    data, checked = (
+        SimpleNamespace(path=str(workplace / "prepared")),
+        SimpleNamespace(path=str(tmp_path / "checked")),
+    )
     wordlist.python_func(config=config, words=["damn"], dataset=data, checked=checked)
     assert json.loads((tmp_path / "checked" / "words.json").read_text())["rows"] > 20
     with pytest.raises(SystemExit) as ended:
-        wordlist.python_func(config=config, words=["answer"], dataset=data, checked=SimpleNamespace(path=str(tmp_path / "refused")))
+        wordlist.python_func(
+            config=config,
+            words=["answer"],
+            dataset=data,
+            checked=SimpleNamespace(path=str(tmp_path / "refused")),
+        )
     assert ended.value.code == 1
     assert not (tmp_path / "refused").exists()
     tree = _compiled_with(graph, component, tmp_path)
-    tasks = next(c["dag"]["tasks"] for c in tree["components"].values() if "train" in c.get("dag", {}).get("tasks", {}))
+    tasks = next(
+        c["dag"]["tasks"]
+        for c in tree["components"].values()
+        if "train" in c.get("dag", {}).get("tasks", {})
+    )
     assert {"plan", "wordlist"} <= set(tasks["train"]["dependentTasks"])
 
 
@@ -314,13 +394,18 @@ def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
     source = (ROOT / "pipelines" / "finetune.py").read_text()
     lines = [line for line in graph.text.splitlines()[1:] if line]
     own = [line for line in lines if "wordlist" not in line and "checked" not in line]
-    assert all(f"        {line}\n" in source for line in own), f"{graph}: the graph does not have the lines {own}"
+    assert all(f"        {line}\n" in source for line in own), (
+        f"{graph}: the graph does not have the lines {own}"
+    )
     start, end = source.index(f"        {lines[0]}"), source.index("        keep_node(training)")
     changed = source[:start] + "".join(f"        {line}\n" for line in lines) + source[end:]
     imported = "from wordlist import wordlist\n"
     sys.path.insert(0, str(folder))
     try:
-        pipeline = _imported(folder / "graph.py", changed.replace("from components.decorator", f"{imported}from components.decorator"))
+        pipeline = _imported(
+            folder / "graph.py",
+            changed.replace("from components.decorator", f"{imported}from components.decorator"),
+        )
     finally:
         sys.path.remove(str(folder))
     Compiler().compile(pipeline.finetune, str(folder / "graph.yaml"))
@@ -342,7 +427,9 @@ def _imported(path: Path, text: str) -> Any:
 
 
 def test_the_page_of_recipes_matches_the_config() -> None:
-    assert recipes_page.PAGE.read_text(encoding="utf-8") == recipes_page.page(), "out of date: run python -m tools.recipes_page"
+    assert recipes_page.PAGE.read_text(encoding="utf-8") == recipes_page.page(), (
+        "out of date: run python -m tools.recipes_page"
+    )
 
 
 def test_every_shipped_recipe_is_on_the_page() -> None:
@@ -352,13 +439,23 @@ def test_every_shipped_recipe_is_on_the_page() -> None:
 def test_the_figure_of_the_method_shows_what_the_page_says(tmp_path: Path) -> None:
     what = method_figure.shown(tmp_path)
     text = " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
-    assert method_figure.caption(what) in text, "the example has changed: run python -m tools.method_figure and copy its last line"
+    assert method_figure.caption(what) in text, (
+        "the example has changed: run python -m tools.method_figure and copy its last line"
+    )
     assert " / ".join((method_figure.QUESTION, *method_figure.ANSWER.split("\n"))) in text
     clean, start = len(what.batch.clean), what.batch.block_starts[0]
-    full, sliding = (method_figure.sees(what.batch, kind) for kind in ("full_attention", "sliding_attention"))
+    full, sliding = (
+        method_figure.sees(what.batch, kind) for kind in ("full_attention", "sliding_attention")
+    )
     assert full[:clean, :clean].equal(full[:clean, :clean].tril())
     assert full[:clean].sum() == clean * (clean + 1) // 2
-    for sight, past in ((full, range(start)), (sliding, range(start - method_figure.WINDOW + 1, start))):
+    for sight, past in (
+        (full, range(start)),
+        (sliding, range(start - method_figure.WINDOW + 1, start)),
+    ):
         for row in sight[clean:]:
-            assert row.nonzero().flatten().tolist() == [*past, *range(clean, clean + method_figure.CANVAS)]
+            assert row.nonzero().flatten().tolist() == [
+                *past,
+                *range(clean, clean + method_figure.CANVAS),
+            ]
     method_figure.draw(what).savefig(tmp_path / "method.png", dpi=20)
