@@ -45,9 +45,9 @@ def gather_results(function: Callable[[], Result], group: dist.ProcessGroup | No
         error = raised
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, (result, error), group=group)
-    for _, raised in gathered:
-        if raised is not None:
-            raise raised
+    for _, found in gathered:
+        if found is not None:
+            raise found
     return [each for each, _ in gathered]
 
 

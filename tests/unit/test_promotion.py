@@ -58,11 +58,12 @@ class Runs:
 
 def evaluation(before: float, after: float, **asked: Any) -> EvaluationResult:
     result = sample_result()
-    figures = {
-        "before": replace(result.before, exact_match=before),
-        "after": replace(result.after, exact_match=after),
-    }
-    return replace(result, **figures, **asked)
+    return replace(
+        result,
+        before=replace(result.before, exact_match=before),
+        after=replace(result.after, exact_match=after),
+        **asked,
+    )
 
 
 def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
