@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from canvastune.checkpoint.hf_format import CheckpointWriter
+from canvastune.checkpoint.hf_format import CheckpointWriter, Specs
 from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR, VISION
-from canvastune.checkpoint.tensor_file import Specs
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import weight_generator
 

@@ -1,10 +1,11 @@
-"""The step `merge_lora`: base and adapter become one checkpoint, tensor by tensor, with proof that it computes the same."""
+"""Merge an adapter into its base, tensor by tensor, and verify that the merged checkpoint computes the same."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ from canvastune.io.provenance import write_provenance
 
 logger = logging.getLogger(__name__)
 
+FindDevice = Callable[[int], torch.device | None]
 
-def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+_PROMPTS, _PROMPT_TOKENS = 4, 32
+_MEMORY_MARGIN = 1.25  # memory of a loaded model over its float32 weights: activations, logits and the loader's buffers
+_TOLERANCE = 1e-4  # of max |logit|: only the order of float32 sums differs
+_PROGRESS_SECONDS = 10.0
+
+
+def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path, *, find_device: FindDevice | None = None) -> dict[str, Any]:
     """Write the merged checkpoint into `out` and return its proof.
 
-    `out` gets the base's own configuration, tokenizer and tensors, the adapted weights being `W + scale * B @ A` (expert by
-    expert, summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It
-    appears whole or not at all. Memory is the adapter and a few times the largest tensor; the proof takes the model where it
-    fits (`merge_proof`).
+    `out` gets the base's configuration, tokenizer and tensors, adapted weights being `W + scale * B @ A` (expert by expert,
+    summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It is written
+    completely or not at all. Memory is the adapter and a few times the largest tensor; the proof loads the model if it fits.
+
+    Args:
+        find_device: as for `verify_merge`.
 
     Raises:
         UserError: a base or an adapter that cannot be read, an adapter of another base, an `out` that is not empty, a full disk.
@@ -42,54 +52,54 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path) -> dict[
             written = 0
             for name in checkpoint.names():
                 factors = trained.factors.get(name)
-                # No variable holds the tensor: the last one is gone when the next one is read.
-                shard = writer.write(name, _merged(checkpoint.get(name), *factors, trained.scale) if factors else checkpoint.get(name))
+                # No variable holds the tensor, so that the last one is freed before the next one is read.
+                shard = writer.write(name, merge_weight(checkpoint.get(name), *factors, trained.scale) if factors else checkpoint.get(name))
                 if shard is not None:
                     written += 1
                     logger.info(f"merge: shard {written} of {writer.shards} written: {shard}, {time.monotonic() - started:.1f} s")
-        proof = verify_merge(checkpoint, adapter, trained, folder, config.seed)
+        proof = verify_merge(checkpoint, adapter, trained, folder, config.seed, find_device=find_device)
         if not proof["passed"]:
-            raise RuntimeError(f"{out}: not written: the merged model does not compute what base and adapter do: {json.dumps(proof)}")
+            raise RuntimeError(f"{out}: not written: the merged model differs from base and adapter: {json.dumps(proof)}")
         proof["merge_seconds"] = time.monotonic() - started
         (folder / "merge_proof.json").write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
         write_provenance(folder, "merge_lora", config, {"base": base, "adapter": adapter})
-    logger.info(f"merge: {len(trained.factors)} weights merged and proved by {proof['method']} in {proof['merge_seconds']:.1f} s: {out}")
+    logger.info(f"merge: {len(trained.factors)} weights merged and verified by {proof['method']} in {proof['merge_seconds']:.1f} s: {out}")
     return proof
 
 
-def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W [(E,) out, in] + scale * B [(E,) out, r] @ A [(E,) r, in] in W's dtype, in W's place."""
+def merge_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Compute W [(E,) out, in] + scale * B [(E,) out, r] @ A [(E,) r, in] in W's dtype, in place."""
     for one, one_a, one_b in each_expert(weight, a, b):
         one.copy_(torch.addmm(one.float(), one_b.float(), one_a.float(), alpha=scale))
     return weight
 
 
-_PROMPTS, _PROMPT_TOKENS = 4, 32
+def verify_merge(
+    base: CheckpointReader,
+    adapter_folder: Path,
+    adapter: Adapter,
+    merged_folder: Path,
+    seed: int,
+    *,
+    find_device: FindDevice | None = None,
+) -> dict[str, Any]:
+    """Compare a merged checkpoint with base and adapter; return the content of merge_proof.json, with `passed`.
 
+    The logits may differ by 1e-4 of the largest |logit|. For weights that are stored in less than float32, the rounding
+    itself changes the logits by far more (a token near a tie changes its expert), so no tolerance could tell it from a fault.
+    There the comparison excludes the rounding: the base under PEFT's adapters gets what the merged weights lost to it. The
+    effect of the rounding on the logits is reported as `rounding_effect` (root mean squares, relative).
 
-_MEMORY_MARGIN = 1.25  # memory of a loaded model over its float32 weights: activations, logits and the loader's buffers
-
-
-_TOLERANCE = 1e-4  # of max |logit|: nothing but the order of float32 sums differs
-
-
-_PROGRESS_SECONDS = 10.0
-
-
-def verify_merge(base: CheckpointReader, adapter_folder: Path, adapter: Adapter, merged_folder: Path, seed: int) -> dict[str, Any]:
-    """Compare a merged checkpoint with base and adapter; return what merge_proof.json holds, `passed` among it.
-
-    The logits may differ by 1e-4 of the largest |logit|. For weights that are stored in less than float32, rounding alone
-    moves the logits by far more (a token near a tie changes its expert), so no tolerance would tell it from a fault. There
-    the comparison takes the rounding out: the base under PEFT's adapters gets what the merged weights lost to it. How much
-    the rounding moves the logits is reported as `rounding_effect` (root mean squares, relative).
+    Args:
+        find_device: returns a device with that many bytes free, None if there is none: the weights are then compared one by
+            one. Default: the GPU, or the CPU, by their free memory.
     """
     weights = _compare_weights(base, adapter, CheckpointReader(merged_folder))
     proof: dict[str, Any] = {"passed": weights["passed"], "weights": weights}
     need = int(sum(torch.Size(shape).numel() for shape, _ in base.specs().values()) * 4 * _MEMORY_MARGIN)
-    device = _device_with(need)
+    device = (find_device or device_with_memory)(need)
     if device is None:
-        reason = f"the model in float32 takes {need / 1e9:.1f} GB, and less is free: proved weight by weight"
+        reason = f"the model in float32 needs {need / 1e9:.1f} GB, more than is free: compared weight by weight"
         return proof | {
             "method": "weights",
             "reason": reason,
@@ -130,7 +140,7 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
 
 
 def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, name: str) -> tuple[float, float, float]:
-    """The worst error of a merged weight, over its experts: absolute; over what rounding explains; its norm over that of the update."""
+    """Return the worst error of a merged weight over its experts: absolute; relative to rounding; its norm relative to the update's."""
     errors = []
     for one, found, *factors in each_expert(weight, result, *adapter.factors[name]):
         a, b = (factor.double() for factor in factors)
@@ -138,7 +148,7 @@ def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter
         exact = one.double() + update
         error = (found.double() - exact).abs()
         bound = _rounding(one, exact, adapter.scale * (b.abs() @ a.abs()), adapter.rank)
-        # An untrained B makes no update at all.
+        # An untrained B is zero: no update.
         over_update = float(error.norm() / update.norm()) if update.any() else 0.0
         errors.append((float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update))
     difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True))
@@ -150,7 +160,7 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _rounding(weight: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, rank: int) -> torch.Tensor:
-    """The largest honest error of each element of a merged weight, float64[out, in]: the sum in float32, rounded to the stored dtype."""
+    """Bound the rounding error of each element of a merged weight, float64[out, in]: a sum in float32, rounded to the stored dtype."""
     stored, summed = torch.finfo(weight.dtype), torch.finfo(torch.float32)
     float32_error = (rank + 4) * summed.eps / 2 * (weight.double().abs() + magnitude)
     return float32_error + stored.eps / 2 * (exact.abs() + float32_error) + stored.tiny * stored.eps
@@ -182,7 +192,7 @@ def _compare_logits(
 
 @torch.no_grad()
 def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> None:
-    """Add to the base weights under PEFT's adapters what the merged weights lost to rounding, which is proved to be no more than that."""
+    """Add to the base weights under PEFT's adapters what the merged weights lost to rounding, whose bound was checked before."""
     for name, factors in adapter.factors.items():
         module, _, leaf = name.rpartition(".")
         weight = getattr(model.get_submodule(module).get_base_layer(), leaf)
@@ -192,7 +202,7 @@ def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> No
 
 @torch.no_grad()
 def _logits(model: Any, seed: int) -> torch.Tensor:
-    """Canvas and encoder logits of seeded random prompts and canvases, float32[prompts, canvas + prompt tokens, V] on the CPU."""
+    """Compute canvas and encoder logits of seeded random prompts, float32[prompts, canvas + prompt tokens, V] on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, device = model.config.text_config.vocab_size, model.lm_head.weight.device
     prompts = torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
@@ -204,21 +214,21 @@ def _logits(model: Any, seed: int) -> torch.Tensor:
     return torch.cat([output.logits.float(), encoder], dim=1).cpu()
 
 
-def _device_with(need: int) -> torch.device | None:
-    """The device that has `need` bytes free, the GPU first; None if there is none."""
+def device_with_memory(need: int) -> torch.device | None:
+    """Return a device that has `need` bytes free, preferably the GPU; None if there is none."""
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > need:
         return torch.device("cuda")
     return torch.device("cpu") if _free_memory() > need else None
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or the container's where that is less."""
+    """Return the bytes that this process can still allocate: the machine's, or the container's if fewer."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # file cache is given back on demand
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # the file cache is reclaimed on demand
     except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         return free
     return min(free, limit - used)

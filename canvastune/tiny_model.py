@@ -1,4 +1,4 @@
-"""A DiffusionGemma small enough for a laptop, and word problems to teach it: the real architecture, made on the spot."""
+"""Create a random DiffusionGemma small enough for a laptop, and word problems to train it on."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _WORDS = (
     *("has", "buys", "finds", "gets", "gives", "loses", "sells", "away", "more", "fewer", "than", "does", "have", "now", "left"),
     *("How", "many", "and", "the", "a", "of", "is", "in", "to", "are", "They", "together"),
 )
-_OPENERS = ("user", "model", "system", "thought", *_NAMES)  # tokens that may follow no space
+_OPENERS = ("user", "model", "system", "thought", *_NAMES)  # tokens that may occur without a leading space
 
-# In the manner of Gemma 4's template: roles on their own line, the assistant is `model`, surrounding white space is dropped.
+# Like Gemma 4's template: roles on a separate line, the assistant is `model`, surrounding whitespace is dropped.
 _CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -70,10 +70,10 @@ _CHAT_TEMPLATE = """\
 def make_tiny_model(folder: Path, seed: int = 0) -> None:
     """Write a DiffusionGemma checkpoint in the Hub's layout: the 26B model's architecture, 1.6 M random float32 weights.
 
-    The same seed gives the same weights. Nothing but the Hub's files is written, and nothing is left behind on failure.
+    The same seed gives the same weights. Only the Hub's files are written, and none on failure.
 
     Raises:
-        UserError: `folder` already holds something.
+        UserError: `folder` exists and is not empty.
     """
     tokenizer = _make_tokenizer()
     config = DiffusionGemmaConfig(**_config_tree(tokenizer))
@@ -85,13 +85,13 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial, max_shard_size="2MB")
         tokenizer.save_pretrained(partial)
-        # save_pretrained rewrites the keys of the full-attention layers into a form that other tools do not read
+        # save_pretrained rewrites the keys of the full-attention layers in a form that other tools cannot read
         tree = {"architectures": ["DiffusionGemmaForBlockDiffusion"], "dtype": "float32", "model_type": "diffusion_gemma"}
         (partial / "config.json").write_text(json.dumps(tree | _config_tree(tokenizer), indent=2) + "\n", encoding="utf-8")
 
 
 def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
-    """`config.json` as the Hub's checkpoint spells it; every dimension of a matrix is a multiple of 8."""
+    """Return `config.json` as in the Hub's checkpoint; every dimension of a matrix is a multiple of 8."""
     boi, image, eoi = tokenizer.convert_tokens_to_ids(list(_IMAGE_TOKENS))
     return {
         "canvas_length": 16,
@@ -154,7 +154,7 @@ def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationCon
         max_new_tokens=32,
         max_denoising_steps=16,
         sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-        t_min=0.2,  # cooler than the released model's 0.4 to 0.8: arithmetic has one right answer
+        t_min=0.2,  # below the released model's 0.4 to 0.8: arithmetic has one right answer
         t_max=0.4,
         stability_threshold=1,
         confidence_threshold=0.005,
@@ -166,7 +166,7 @@ def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationCon
 
 @torch.no_grad()
 def _condition_attention(model: DiffusionGemmaForBlockDiffusion) -> None:
-    """Attention has no 1/sqrt(head_dim) of its own: random weights need it in `q_norm`, or float32 noise reaches 3e-3."""
+    """Put 1/sqrt(head_dim), which attention does not apply, into `q_norm`: without it float32 noise reaches 3e-3."""
     for layer in model.model.decoder.layers:  # tied: the encoder's norms are the same tensors
         norm = layer.self_attn.q_norm.weight
         norm.fill_(norm.numel() ** -0.5)
@@ -176,7 +176,7 @@ def _make_tokenizer() -> GemmaTokenizer:
     """Build transformers' own Gemma tokenizer: words of the problems whole, digits single, any other text by character or byte."""
     merges: list[tuple[str, str]] = []
     pieces: list[str] = [chr(code) for code in range(33, 127)] + ["▁"]
-    # A word grows letter by letter from its leading space, so no merge can start inside a word. Openers come last: `▁Tom` wins over `Tom`.
+    # A word grows letter by letter from its leading space, so no merge can start inside a word. Openers are last: `▁Tom` wins over `Tom`.
     for word in [*(f"▁{word}" for word in (*_WORDS, *_NAMES, *_THINGS)), *_OPENERS]:
         for end in range(2, len(word) + 1):
             if word[:end] not in pieces:
@@ -210,7 +210,7 @@ def _make_tokenizer() -> GemmaTokenizer:
 
 
 def _change(rng: random.Random) -> tuple[str, str]:
-    """Someone gets or loses some: the numbers stand in the order in which they are used."""
+    """Write a problem in which someone gets or loses some; numbers appear in the order of their use."""
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
     if rng.random() < 0.5:
         first, second = rng.randint(1, 9), rng.randint(1, 9)
@@ -226,7 +226,7 @@ def _change(rng: random.Random) -> tuple[str, str]:
 
 
 def _compare(rng: random.Random) -> tuple[str, str]:
-    """Two people, the smaller number first: the answer takes the first number from the second."""
+    """Write a problem that compares two people, the smaller number first: the answer subtracts it from the second."""
     (one, other), thing = rng.sample(_NAMES, 2), rng.choice(_THINGS)
     small, large = sorted(rng.sample(range(1, 10), 2))
     asked = f"more {thing} does {other} have than {one}" if rng.random() < 0.5 else f"fewer {thing} does {one} have than {other}"
@@ -234,7 +234,7 @@ def _compare(rng: random.Random) -> tuple[str, str]:
     return question, f"{large}-{small}={large - small}\n#### {large - small}"
 
 
-_KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"change": _change, "compare": _compare}
+KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"change": _change, "compare": _compare}
 
 
 def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
@@ -244,18 +244,20 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
     what `make run` adapts it to). The same arguments give the same bytes.
 
     Raises:
-        UserError: no such kind, or more rows than the kind has different problems.
+        UserError: an unknown kind, or more rows than it has different problems.
     """
-    if kind not in _KINDS:
-        raise UserError(f"kind of word problems: found {kind!r}. Choose one of {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise UserError(f"kind of word problems: found {kind!r}, expected one of {', '.join(KINDS)}", hint="Choose one of them.")
     rng = random.Random(f"{kind}-{seed}")
     problems: dict[str, str] = {}
     misses = 0
     while len(problems) < rows:
-        question, answer = _KINDS[kind](rng)
+        question, answer = KINDS[kind](rng)
         misses = misses + 1 if question in problems else 0
         if misses > 1000:
-            raise UserError(f"word problems of kind {kind!r}: {rows} rows asked for, but only about {len(problems)} differ. Ask for fewer")
+            raise UserError(
+                f"word problems of kind {kind!r}: found about {len(problems)} different ones, expected {rows}", hint="Request fewer rows."
+            )
         problems[question] = answer
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -20,7 +20,7 @@ from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
 from canvastune.io.atomic import DISK_FULL_ERRNOS
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
-from canvastune.training.run import _device, _metrics_run, acquire_output_lock, find_finished, train
+from canvastune.training.run import acquire_output_lock, find_finished, find_metrics_run, select_device, train
 from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
@@ -31,18 +31,18 @@ _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=2 -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
   python -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --output runs/one --set parallel.ep=1 --log-format json > run.jsonl
 
-The same command again goes on from the newest checkpoint below --output, and does nothing once the run is finished.
+The same command again resumes from the newest checkpoint below --output, and does nothing once the run is finished.
 
 exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong command line, 3 stopped on request with the state
 saved, 4 a rank hangs, which is named. torchrun itself ends with 1 where a rank's code is not 0, and names the rank's code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
+    """Run the command; return its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
     options = _parser().parse_args(arguments)
     die_with_parent()
     configure_logging(options.log_format)
-    locks: list[IO[str]] = []  # the first rank's
+    locks: list[IO[str]] = []  # rank 0's
     rank_registry: RankRegistry | None = None
     try:
         config = load_config(options.config, options.set)
@@ -52,12 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
         if finished is not None:
             logger.info(f"canvastune: {finished}")
             return 0
-        result = train(config, options.data, options.output, _metrics_run(options, config), rank_registry)
+        result = train(config, options.data, options.output, find_metrics_run(options, config), rank_registry)
     except UserError as error:
         _log_on_rank0(error)
         return 1
     except RankLostError as error:
-        if error.args[0] is not None:  # the first of those that are left speaks
+        if error.args[0] is not None:  # only on the lowest surviving rank
             log_error(UserError(str(error)))
         exit_without_cleanup(1)
     except OSError as error:
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         for lock in locks:
             lock.close()
     if result is None:
-        logger.info(f"canvastune: stopped on request; the state is saved. The same command goes on: {options.output}")
+        logger.info(f"canvastune: stopped on request; the state is saved. Run the same command again to resume: {options.output}")
         return 3
     done = f"trained {result['steps']} steps in {result['seconds']:.0f} s"
     logger.info(f"canvastune: {done}; {result['method']} weights: {options.output / result['export']}")
@@ -92,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
-    parser.add_argument("--data", type=Path, help="folder that `canvastune prepare` wrote; default: prepared from the recipe's data.source")
+    parser.add_argument("--data", type=Path, help="folder written by `canvastune prepare`; default: prepared from the recipe's data.source")
     parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
-    parser.add_argument("--mlflow-run", help="id of the MLflow run that gets the metrics as well (MLFLOW_TRACKING_URI says where)")
-    parser.add_argument("--mlflow-job", help="the pipeline's job instead: its run is found, or made, once MLflow is there")
+    parser.add_argument("--mlflow-run", help="id of the MLflow run that also gets the metrics (server: MLFLOW_TRACKING_URI)")
+    parser.add_argument("--mlflow-job", help="id of the pipeline's job instead: its run is found or created once MLflow is reachable")
     parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
 
@@ -103,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
 def _start_processes() -> RankRegistry:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    device = _device()
+    device = select_device()
     store, rank, world_size = next(dist.rendezvous("env://"))
     # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Checkpoints are written over gloo beside NCCL; on CPU gloo is all there is. Hours, since rank 0 may prepare data or a slow disk
-    # may give the weights meanwhile; in training a watchdog looks after the ranks.
+    # Checkpoints use gloo in addition to NCCL; on CPU there is only gloo. The timeout is hours, as rank 0 may prepare data or weights
+    # may come from a slow disk; during training a watchdog observes the ranks.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("collectives", store),
@@ -116,7 +116,7 @@ def _start_processes() -> RankRegistry:
         world_size=world_size,
         timeout=datetime.timedelta(hours=2),
     )
-    return RankRegistry(dist.PrefixStore("roll-call", store), rank, world_size)
+    return RankRegistry(dist.PrefixStore("ranks", store), rank, world_size)
 
 
 def _log_on_rank0(error: UserError) -> None:
@@ -125,13 +125,13 @@ def _log_on_rank0(error: UserError) -> None:
 
 
 def die_with_parent() -> None:
-    """A rank whose torchrun was killed saves its state and goes, instead of training on unseen."""
+    """Get SIGTERM when torchrun is killed: the rank then saves its state and exits, instead of training on unnoticed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def exit_without_cleanup(code: int) -> NoReturn:
-    """End now: an orderly end would wait for ranks that are gone."""
+    """Exit now: an orderly exit would wait for ranks that have exited."""
     sys.stderr.flush()
     os._exit(code)
 

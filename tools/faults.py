@@ -56,7 +56,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120.0,
 
 
 def steps_done(output: Path) -> int:
-    """The last step in metrics.jsonl."""
+    """Return the last step in metrics.jsonl."""
     return max((record["step"] for record in records(output, "train")), default=0) if (output / "metrics.jsonl").exists() else 0
 
 
@@ -66,13 +66,13 @@ def complete(output: Path) -> list[int]:
 
 
 def unfinished(output: Path) -> list[tuple[Path, int]]:
-    """Folders of checkpoints that are being written, with their inodes: one that is begun again is another."""
+    """Folders of checkpoints that are being written, with their inodes: one that is started again is another."""
     folders = [folder for folder in output.glob("checkpoints/step-*") if not (folder / "complete.json").exists()]
     return [(folder, folder.stat().st_ino) for folder in folders if folder.exists()]
 
 
 def phase_of(output: Path, before: set[tuple[Path, int]]) -> str:
-    """What a run was doing, from what it left behind; `before`: the checkpoints that an earlier attempt left unfinished."""
+    """Find out what a run was doing, from what it left behind; `before`: the checkpoints that an earlier attempt left unfinished."""
     if (output / "result.json").exists():
         return "over"
     if list(output.glob(".adapter.partial-*")) or (output / "adapter").exists():
@@ -131,7 +131,7 @@ def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | Non
 
 
 def untouched(ground: Path, output: Path) -> float:
-    """The run that nothing happens to; returns its seconds."""
+    """Train without a fault; return its seconds."""
     started = time.monotonic()
     done = train(ground, output, RANKS, *KILLS)
     assert done.returncode == 0, done.stderr
@@ -139,7 +139,7 @@ def untouched(ground: Path, output: Path) -> float:
 
 
 def lose_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
-    """SIGKILL one rank in mid-run: (seconds until all were gone, the words)."""
+    """SIGKILL one rank during training: (seconds until all had exited, the output)."""
     process = start(ground, output, RANKS, *LONG)
     wait_for(lambda: steps_done(output) >= 3, "three steps")
     everyone = [*rank_processes(process).values()]
@@ -152,7 +152,7 @@ def lose_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
 
 
 def freeze_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
-    """SIGSTOP one rank in mid-run: (seconds until all were gone, the words)."""
+    """SIGSTOP one rank during training: (seconds until all had exited, the output)."""
     process = start(ground, output, RANKS, *LONG, "train.hang_timeout=10")
     wait_for(lambda: steps_done(output) >= 3, "three steps")
     everyone = [*rank_processes(process).values()]
@@ -164,7 +164,7 @@ def freeze_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
 
 
 def preempt(ground: Path, output: Path) -> tuple[float, str]:
-    """SIGTERM to torchrun in mid-run, as Kubernetes does: (seconds until it was over, the words)."""
+    """SIGTERM to torchrun during training, as Kubernetes does: (seconds until it ended, the output)."""
     process = start(ground, output, RANKS, *LONG)
     wait_for(lambda: steps_done(output) >= 3, "three steps")
     asked = time.monotonic()

@@ -1,4 +1,4 @@
-"""Write what was trained, tensor by tensor: a complete checkpoint in the Hub's layout, or an adapter in PEFT's."""
+"""Write trained weights, tensor by tensor: a complete checkpoint in the Hub's layout, or an adapter in PEFT's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from canvastune.model.lora import base_name, lora_factors
 
 
 def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the whole model to `out`, on all ranks together; beside its shard, the first holds one whole tensor, others none.
+    """Write the whole model to `out`; a collective call. In addition to its shard, rank 0 holds one whole tensor, others none.
 
-    Every tensor of the base checkpoint appears, under its name, shape and dtype: trained ones with their new values, the
-    vision tower and the layer scalars as they were. Configuration, tokenizer and generation config are the base's own files.
+    Every tensor of the base checkpoint is written with its name, shape and dtype: trained ones with their new values, the
+    vision tower and the layer scalars unchanged. Configuration, tokenizer and generation config are the base's own files.
     """
     checkpoint = CheckpointReader(base)
     trained = {base_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -36,13 +36,13 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
         copy_side_files(base, partial)
         with CheckpointWriter(partial, checkpoint.specs()) as writer:
             for name in checkpoint.names():
-                # No variable holds the tensor: the last one is gone when the next one is gathered.
+                # No variable holds the tensor, so that the last one is freed before the next one is gathered.
                 writer.write(name, _whole(trained[name], checkpoint.dtype(name)) if name in trained else checkpoint.get(name))
     dist.barrier()
 
 
 def export_adapter(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the adapter to `out`, on all ranks together, so that stock PEFT loads it; the first rank holds all of it."""
+    """Write the adapter to `out` so that stock PEFT loads it; a collective call. Rank 0 holds all of it."""
     whole = {name: (_whole(a, a.dtype), _whole(b, b.dtype)) for name, a, b in lora_factors(model)}
     if dist.get_rank() == 0:
         with atomic_directory(out) as partial:
@@ -51,9 +51,9 @@ def export_adapter(model: WeightTiedDiffusionGemma, config: RunConfig, base: Pat
 
 
 def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """The parameter in `dtype` on the first rank's CPU; on others, nothing but its shape (the meta device).
+    """Gather a parameter in `dtype` on rank 0's CPU; other ranks get only its shape (the meta device).
 
-    Part by part, from rank to rank, not `full_tensor()`: that takes room for the whole, and for the collective's own copies of it, on
+    Part by part, from rank to rank. `full_tensor()` would need memory for the whole and for the collective's copies of it on
     every rank.
     """
     data = parameter.detach()

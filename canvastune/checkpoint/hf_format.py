@@ -1,4 +1,4 @@
-"""Checkpoints in the Hub's layout, read and written one tensor at a time: `model.safetensors`, or shards with an index."""
+"""Read and write checkpoints in the Hub's layout, tensor by tensor: `model.safetensors`, or shards with an index."""
 
 from __future__ import annotations
 
@@ -10,16 +10,36 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from canvastune.checkpoint.tensor_file import REMEDY, Specs, TensorFile, TensorFileWriter, distinct
 from canvastune.errors import UserError
+
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DOWNLOAD_AGAIN = "Download the checkpoint again."
 
 _MAX_SHARD_BYTES = 5 * 10**9
+_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SIDE_FILES = (
     "config.json",
@@ -36,87 +56,238 @@ _SIDE_FILES = (
 )
 
 
+class SafetensorsFile:
+    """One safetensors file. The header is read and checked on construction, a tensor when it is asked for.
+
+    A tensor is a copy-on-write mapping of the file. The file is opened for each tensor again, so that
+    no more than the tensors in use are mapped: mapped pages count as this process's resident memory.
+
+    Raises:
+        UserError: no such file, not a safetensors file, or a truncated one; later, no tensor of that name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    self._specs[name] = tuple(part.get_shape()), self._dtype(name, part.get_dtype())
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the file: {error}", hint=DOWNLOAD_AGAIN) from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: {_find_truncation(path) or f'not a safetensors file: {error}'}", hint=DOWNLOAD_AGAIN) from None
+
+    def names(self) -> list[str]:
+        """Return every tensor's name."""
+        return list(self._specs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._spec(name)[0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self._spec(name)[1]
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return a whole tensor on the CPU, in the stored dtype."""
+        self._spec(name)
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+    def get_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """Return a part of a tensor on the CPU, in the stored dtype; only that part is read from the disk.
+
+        Args:
+            slices: one per leading dimension, with step 1; dimensions without one are taken whole.
+        """
+        shape = self.shape(name)
+        if not slices or 0 in shape:
+            return self.get(name)[slices]
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name)[slices]
+
+    def _spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        if name not in self._specs:
+            raise UserError(f"{self.path}: no tensor {name!r}", hint="Check that the file belongs to this model.")
+        return self._specs[name]
+
+    def _dtype(self, name: str, code: str) -> torch.dtype:
+        if code not in _DTYPES:
+            raise UserError(
+                f"{self.path}: tensor {name!r}: found dtype {code}, expected one of {', '.join(_DTYPES)}",
+                hint="Use an unquantized checkpoint.",
+            )
+        return _DTYPES[code]
+
+
+def _find_truncation(path: Path) -> str:
+    """Return where a file was cut off, which the library does not say; "" if it is broken in another way."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _MAX_HEADER_BYTES:
+            return f"not a safetensors file ({size} bytes)"
+        text = file.read(length)
+    if len(text) < length:
+        return f"the file is truncated: found {size} bytes, expected at least {8 + length} for the header"
+    try:
+        header: dict[str, Any] = json.loads(text)
+        ends = {name: 8 + length + int(tree["data_offsets"][1]) for name, tree in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return ""
+    cut = [(end, name) for name, end in ends.items() if end > size]
+    if not cut:
+        return ""
+    end, name = min(cut)
+    return f"the file is truncated: found {size} bytes, expected tensor {name!r} to end at byte {end}"
+
+
+class SafetensorsWriter:
+    """One safetensors file, written header first; tensors follow one at a time, in any order.
+
+    The format: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`,
+    and the tensors' bytes, row-major; offsets count from the end of the header.
+    """
+
+    def __init__(self, path: Path, specs: Specs) -> None:
+        self.path = path
+        self._specs = specs
+        self._offsets: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wide types first, as the safetensors library does: every tensor is then aligned to its own type.
+        for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1][1].itemsize):
+            self._offsets[name] = offset
+            offset += math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [self._offsets[name], offset]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data = 8 + len(text)
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data + offset)
+        self._missing = dict.fromkeys(specs)
+
+    def write(self, name: str, tensor: torch.Tensor) -> bool:
+        """Write a tensor of `specs`, once, with its shape and dtype; return True if it was the last one.
+
+        Raises:
+            ValueError: another shape or dtype, an unknown name, or a second time.
+        """
+        if name not in self._missing:
+            problem = "was already written" if name in self._specs else "is not in specs"
+            raise ValueError(f"{self.path.name}: tensor {name!r} {problem}")
+        shape, dtype = self._specs[name]
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            found, expected = f"{list(tensor.shape)} {tensor.dtype}", f"{list(shape)} {dtype}"
+            raise ValueError(f"{self.path.name}: tensor {name!r}: found {found}, expected {expected}")
+        self._file.seek(self._data + self._offsets[name])
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        del self._missing[name]
+        return not self._missing
+
+    def close(self, *, complete: bool = True) -> None:
+        """Close the file.
+
+        Args:
+            complete: False skips the check that every tensor was written, where an error is being raised anyway.
+
+        Raises:
+            ValueError: a tensor of `specs` was not written.
+        """
+        self._file.close()
+        if complete and self._missing:
+            first = next(iter(self._missing))
+            raise ValueError(f"{self.path.name}: {len(self._missing)} tensors of specs were not written, the first is {first!r}")
+
+
 class CheckpointReader:
     """A checkpoint folder in the Hub's layout.
 
-    Every shard's header is read and checked when this is made, so a broken download is found before anything is computed.
+    Every shard's header is read and checked on construction, so that a broken download is found before
+    anything is computed.
 
     Raises:
-        UserError: no weights, weights that are pickled, a shard that is missing, cut short or not safetensors, an index
-            that does not place each tensor in the one shard that holds it; later, no tensor of the name asked for.
+        UserError: no weights, pickled weights, a shard that is missing, truncated or not safetensors, an
+            index that does not place each tensor in the one shard that holds it; later, no tensor of that name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, TensorFile] = {}
+        self._places: dict[str, SafetensorsFile] = {}
         index = folder / INDEX
         if not index.is_file():
             self._refuse_no_weights()
-            file = TensorFile(folder / WEIGHTS)
+            file = SafetensorsFile(folder / WEIGHTS)
             self._places = dict.fromkeys(file.names(), file)
             return
         weight_map = _read_index(index)
-        files = {shard: TensorFile(self._shard(shard)) for shard in sorted(set(weight_map.values()))}
+        files = {shard: SafetensorsFile(self._shard(shard)) for shard in sorted(set(weight_map.values()))}
         held = {shard: set(file.names()) for shard, file in files.items()}
         for name, shard in weight_map.items():
             if name not in held[shard]:
-                raise UserError(f"{folder / shard}: has no tensor {name!r}, which {INDEX} places there. {REMEDY}")
+                raise UserError(f"{folder / shard}: no tensor {name!r}, which {INDEX} places there", hint=DOWNLOAD_AGAIN)
             self._places[name] = files[shard]
         for shard, names in held.items():
             for name in sorted(names):
                 if weight_map.get(name) != shard:
                     found = f"places in {weight_map[name]}" if name in weight_map else "does not name"
-                    raise UserError(f"{folder / shard}: holds tensor {name!r}, which {INDEX} {found}. {REMEDY}")
+                    raise UserError(f"{folder / shard}: found tensor {name!r}, which {INDEX} {found}", hint=DOWNLOAD_AGAIN)
 
     def names(self) -> list[str]:
-        """Every tensor's name, in the order of the index."""
+        """Return every tensor's name, in the order of the index."""
         return list(self._places)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._file(name).path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._file(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor."""
+        """Return the dtype of a tensor."""
         return self._file(name).dtype(name)
 
     def get(self, name: str) -> torch.Tensor:
-        """A whole tensor on the CPU, in the stored dtype."""
+        """Return a whole tensor on the CPU, in the stored dtype."""
         return self._file(name).get(name)
 
     def get_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A part of a tensor; see `TensorFile.get_slice`."""
+        """Return a part of a tensor; see `SafetensorsFile.get_slice`."""
         return self._file(name).get_slice(name, slices)
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Every tensor's shape and dtype: what `CheckpointWriter` wants to write the like."""
+        """Return every tensor's shape and dtype, as `CheckpointWriter` takes them."""
         return {name: (self.shape(name), self.dtype(name)) for name in self._places}
 
     def fingerprint(self) -> str:
-        """SHA-256 of every tensor's name, dtype, shape and first and last 4 KiB: the same however the tensors are sharded."""
+        """Return the SHA-256 of every tensor's name, dtype, shape and first and last 4 KiB, however they are sharded."""
         digest = hashlib.sha256()
         for name in sorted(self._places):
             digest.update(f"{name}\0{self.dtype(name)}\0{self.shape(name)}\0".encode())
-            digest.update(self._file(name).ends(name, 4096))
+            digest.update(_ends(self.get(name), 4096))
         return digest.hexdigest()
 
-    def _file(self, name: str) -> TensorFile:
+    def _file(self, name: str) -> SafetensorsFile:
         if name not in self._places:
-            raise UserError(f"{self.folder}: the checkpoint has no tensor {name!r}. Is it another model? Give the one it belongs to")
+            raise UserError(f"{self.folder}: no tensor {name!r} in this checkpoint", hint="Check that this is the right model.")
         return self._places[name]
 
     def _shard(self, shard: str) -> Path:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(f"{self.folder / INDEX}: names the shard {shard!r}, expected a .safetensors file of the same folder. {REMEDY}")
+            raise UserError(
+                f"{self.folder / INDEX}: found shard {shard!r}, expected a .safetensors file in the same folder", hint=DOWNLOAD_AGAIN
+            )
         if not (self.folder / shard).is_file():
-            raise UserError(f"{self.folder / shard}: the shard is missing, which {INDEX} names. {REMEDY}")
+            raise UserError(f"{self.folder / shard}: shard is missing, but {INDEX} names it", hint=DOWNLOAD_AGAIN)
         return self.folder / shard
 
     def _refuse_no_weights(self) -> None:
@@ -125,35 +296,35 @@ class CheckpointReader:
         pickled = sorted(file.name for pattern in _PICKLED for file in self.folder.glob(pattern))
         if pickled:
             raise UserError(
-                f"{self.folder}: the weights are pickled ({pickled[0]}), which can run code when they are read. "
-                "Give a checkpoint in safetensors, or convert this one where it can be trusted"
+                f"{self.folder}: found pickled weights ({pickled[0]}), expected safetensors: a pickle can run code when it is read",
+                hint="Use a checkpoint in safetensors, or convert this one if you trust it.",
             )
-        raise UserError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}. Give the folder of a checkpoint in the Hub's layout")
+        raise UserError(f"{self.folder}: found neither {WEIGHTS} nor {INDEX}", hint="Use a checkpoint folder in the Hub's layout.")
 
 
 class CheckpointWriter:
-    """Write a checkpoint in the Hub's layout: one file, or shards of at most `max_shard_bytes` with an index, as transformers does.
+    """A checkpoint to write in the Hub's layout: one file, or shards of at most `max_shard_bytes` with an index.
 
-    Headers are written first, and tensors come in any order; memory is one tensor. As a context manager it closes the files,
-    and does not complain of missing tensors where an error is already on its way.
+    Headers are written first; tensors follow in any order. Memory is one tensor. As a context manager it
+    closes the files, and skips the check for missing tensors where an error is being raised anyway.
 
     Raises:
-        UserError: the disk has no room for it.
+        UserError: not enough free disk space.
     """
 
     def __init__(self, folder: Path, specs: Specs, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
         total, free = sum(sizes.values()), shutil.disk_usage(folder).free
         if total > free:
-            found = f"the checkpoint takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-            raise UserError(f"{folder}: {found}. Make room, or give a folder on another disk")
+            found = f"the checkpoint needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+            raise UserError(f"{folder}: {found}", hint="Free some disk space or choose another disk.")
         shards = _split(sizes, max_shard_bytes)
         count = len(shards)
         files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        self._files: list[TensorFileWriter] = []
-        self._places: dict[str, TensorFileWriter] = {}
+        self._files: list[SafetensorsWriter] = []
+        self._places: dict[str, SafetensorsWriter] = {}
         for file, names in zip(files, shards, strict=True):
-            self._files.append(TensorFileWriter(folder / file, {name: specs[name] for name in names}))
+            self._files.append(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
             self._places |= dict.fromkeys(names, self._files[-1])
         if count > 1:
             weight_map = {name: writer.path.name for name, writer in self._places.items()}
@@ -166,9 +337,9 @@ class CheckpointWriter:
         return len(self._files)
 
     def write(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Write one announced tensor (`TensorFileWriter.write`); return the file's name if that completed it."""
+        """Write one tensor of `specs`; return the file's name if that completed it. Raises: as `SafetensorsWriter.write`."""
         if name not in self._places:
-            raise ValueError(f"tensor {name!r} was not announced")
+            raise ValueError(f"tensor {name!r} is not in specs")
         writer = self._places[name]
         return writer.path.name if writer.write(name, tensor) else None
 
@@ -176,7 +347,7 @@ class CheckpointWriter:
         """Close every file.
 
         Raises:
-            ValueError: a tensor that was announced was not written.
+            ValueError: a tensor of `specs` was not written.
         """
         with contextlib.ExitStack() as stack:
             for file in self._files:
@@ -194,7 +365,7 @@ class CheckpointWriter:
 
 
 def copy_side_files(base: Path, out: Path) -> list[str]:
-    """Copy what belongs to a checkpoint beside its weights, byte for byte: configuration, tokenizer, chat template; return the names."""
+    """Copy a checkpoint's other files, byte for byte: configuration, tokenizer, chat template; return their names."""
     names = sorted({file.relative_to(base).as_posix() for pattern in _SIDE_FILES for file in base.glob(pattern) if file.is_file()})
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
@@ -203,7 +374,7 @@ def copy_side_files(base: Path, out: Path) -> list[str]:
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut before the one that would make a shard larger than `limit` bytes; a larger tensor stands alone."""
+    """Split names, in order, into shards of at most `limit` bytes; a larger tensor gets its own shard."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -217,9 +388,24 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=distinct)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not a string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not the index of a checkpoint ({type(error).__name__}: {error}). {REMEDY}") from None
+        raise UserError(f"{index}: not a checkpoint index ({type(error).__name__}: {error})", hint=DOWNLOAD_AGAIN) from None
     return weight_map
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object's dict. Raises: ValueError, a duplicate key, whose first value JSON's own reader would drop."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+    return tree
+
+
+def _ends(tensor: torch.Tensor, count: int) -> bytes:
+    """Return the first and the last `count` bytes of a tensor, or all of it if it is no longer than both."""
+    data = tensor.reshape(-1).view(torch.uint8)
+    return (data if len(data) <= 2 * count else torch.cat([data[:count], data[-count:]])).numpy().tobytes()

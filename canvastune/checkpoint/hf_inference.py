@@ -1,4 +1,4 @@
-"""The stock model, as any user of transformers loads it: what merged and tuned checkpoints are tried with."""
+"""Load a checkpoint into the stock transformers model, as any user does: for generation and for the merge's proof."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_stock(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     Raises:
         UserError: a checkpoint that is broken, or one that lacks a value the model needs.
     """
-    CheckpointReader(folder)  # says which file is broken, where transformers would not
+    CheckpointReader(folder)  # names a broken file, which transformers does not
     with _quiet():
         loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
             folder, dtype=dtype or "auto", device_map=device, local_files_only=True, output_loading_info=True
@@ -35,12 +35,14 @@ def load_stock(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
             first = sorted(str(key) for key in report[kind])[0]
-            raise UserError(f"{folder}: {len(report[kind])} {kind.replace('_', ' ')}, the first is {first}. Give a complete checkpoint")
+            raise UserError(
+                f"{folder}: {len(report[kind])} {kind.replace('_', ' ')}, the first is {first}", hint="Use a complete checkpoint."
+            )
     return model.eval()
 
 
 def load_stock_with_adapter(base: Path, adapter: Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """The stock model with an adapter on it, as stock PEFT loads it: the model itself, whose adapted layers are PEFT's.
+    """Load the stock model with an adapter, as stock PEFT does; return the model itself, whose adapted layers are PEFT's.
 
     Args:
         dtype: see `load_stock`.
@@ -52,7 +54,7 @@ def load_stock_with_adapter(base: Path, adapter: Path, device: torch.device, dty
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' bars, since a step prints its own progress, and the warnings of one library about another's names."""
+    """Silence transformers' progress bars and the libraries' FutureWarnings about each other: a step logs its own progress."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Where a base model is found: a folder in the Hub's layout, or the Hub itself."""
+"""Find a base model: a local folder in the Hub's layout, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ _TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*")
 
 
 def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
-    """Return the folder of the checkpoint, fetching it from the Hub if `config.id` is not a local folder.
+    """Return the folder of the checkpoint, downloaded from the Hub if `config.id` is not a local folder.
 
     Args:
-        weights: False fetches the configuration and the tokenizer alone (for `prepare_data` and `plan`).
+        weights: False downloads only the configuration and the tokenizer (for `prepare_data` and `plan`).
 
     Raises:
-        UserError: neither a checkpoint folder nor a repository that can be reached.
+        UserError: neither a checkpoint folder nor a repository that can be downloaded.
     """
     folder = Path(config.id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.id: {folder} has no config.json. Give the folder of a checkpoint in the Hub's layout")
+            raise UserError(f"model.id: no config.json in {folder}", hint="Use a checkpoint folder in the Hub's layout.")
         return folder
     if config.id.startswith((".", "/", "~")) or config.id.count("/") > 1:
         raise UserError(
-            f"model.id: {config.id}: no such folder. Give one that exists; `canvastune make-tiny-model DIR` writes a small model"
+            f"model.id: folder not found: {config.id}",
+            hint="Check the path; `canvastune make-tiny-model DIR` writes a small model.",
         )
     patterns = [*_TEXT, *(_WEIGHTS if weights else ())]
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
-        raise UserError(f"model.id: {config.id}: no such model on the Hub, or no right to it. Check the name, and HF_TOKEN") from None
+        raise UserError(
+            f"model.id: {config.id}: model not found on the Hub, or access denied", hint="Check the name and HF_TOKEN."
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"model.id: {config.id}: no such folder here, and it cannot be fetched from the Hub ({reason}). "
-            "Give the folder of a checkpoint, or a network"
+            f"model.id: {config.id}: not a local folder, and cannot be downloaded from the Hub ({reason})",
+            hint="Use a checkpoint folder, or check the network.",
         ) from None

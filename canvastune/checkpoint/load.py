@@ -1,4 +1,4 @@
-"""Build the shared model without memory, and stream a checkpoint's tensors into whatever shards of it this rank holds."""
+"""Build the weight-tied model on the meta device, and stream a checkpoint into the shards that this rank holds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import DiffusionGemmaConfig
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRotaryEmbedding
 
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.tensor_file import REMEDY
+from canvastune.checkpoint.hf_format import DOWNLOAD_AGAIN, CheckpointReader
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.model.attention import PACKINGS
@@ -29,33 +28,33 @@ _FROZEN = ("router.proj.weight", "router.scale", "router.per_expert_scale")
 
 
 def read_model_config(folder: Path) -> DiffusionGemmaConfig:
-    """The configuration of a checkpoint folder, or that in a file.
+    """Read the configuration of a checkpoint folder, or a configuration file.
 
     Raises:
-        UserError: not JSON, not a DiffusionGemma, or a key of it that has a value it cannot have.
+        UserError: not JSON, not a DiffusionGemma, or an invalid value.
     """
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}. {REMEDY}") from None
+        raise UserError(f"{path}: cannot read the file: {_one_line(error)}", hint=DOWNLOAD_AGAIN) from None
     if model_type != "diffusion_gemma":
-        raise UserError(f"{path}: model_type is {model_type!r}, expected 'diffusion_gemma'. Give such a checkpoint")
+        raise UserError(f"{path}: found model_type {model_type!r}, expected 'diffusion_gemma'", hint="Use a DiffusionGemma checkpoint.")
     try:
         found = DiffusionGemmaConfig.from_dict(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}. {REMEDY}") from None
-    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):  # the library takes a model without experts as well
+        raise UserError(f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}", hint=DOWNLOAD_AGAIN) from None
+    for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):  # the library accepts a model without experts too
         if getattr(found.text_config, key) is None:
-            raise UserError(f"{path}: text_config.{key} is missing, and a DiffusionGemma has experts. {REMEDY}")
+            raise UserError(f"{path}: text_config.{key} is missing, but a DiffusionGemma has experts", hint=DOWNLOAD_AGAIN)
     return found
 
 
 def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> WeightTiedDiffusionGemma:
-    """The shared model on the meta device, with adapters if `train.method` is lora, and its trained parameters marked.
+    """Build the model on the meta device, with adapters if `train.method` is lora, and mark its trained parameters.
 
-    Trained: the adapters alone, or everything but the router (`proj`, `scale`, `per_expert_scale`).
+    Trained: only the adapters, or everything but the router (`proj`, `scale`, `per_expert_scale`).
 
     Raises:
         UserError: a `lora.rank` that the experts' adapters cannot have.
@@ -75,17 +74,17 @@ def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> Weight
 
 
 def load_weights(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader, device: torch.device, seed: int) -> None:
-    """Give a meta-device model, sharded or not, its memory and its values; each rank reads only the slices it holds.
+    """Allocate a meta-device model, sharded or not, and load its values; each rank reads only the slices it holds.
 
-    Adapters start as LoRA does (A uniform in +-1/sqrt(in), B zero), from the seed and the parameter's name alone.
+    Adapters are initialized as in LoRA (A uniform in +-1/sqrt(in), B zero), only from the seed and the parameter's name.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape or not of floating-point numbers, or the encoder's layer scalars
-            differ from the decoder's; all found before memory is taken.
+        UserError: a tensor is missing, unknown, of another shape or not of a floating-point dtype, or the encoder's layer
+            scalars differ from the decoder's; all found before memory is allocated.
     """
     _check(model, checkpoint)
     model.to_empty(device=device)
-    model.lm_head.weight = model.model.decoder.embed_tokens.weight  # to_empty makes two of one
+    model.lm_head.weight = model.model.decoder.embed_tokens.weight  # to_empty unties them
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, base_name(name), checkpoint, seed, adapter=is_adapter(name))
@@ -93,42 +92,46 @@ def load_weights(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader, 
 
 
 def _check(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader) -> None:
-    """Let a checkpoint pass that has exactly the model's tensors; of the vision tower, whatever is there."""
+    """Check that a checkpoint has exactly the model's tensors; any tensors of the vision tower are accepted."""
     expected = {base_name(name): tuple(p.shape) for name, p in model.named_parameters() if not is_adapter(name)}
     layers = range(model.config.text_config.num_hidden_layers)
     expected |= {form.format(index): (1,) for index in layers for form in (DECODER_SCALAR, ENCODER_SCALAR)}
     missing = [name for name in expected if name not in checkpoint]
     if missing:
         raise UserError(
-            f"{checkpoint.folder}: the checkpoint has no tensor {missing[0]!r} of shape {list(expected[missing[0]])}, which its "
-            f"config.json asks for ({len(missing)} such). {REMEDY}, or give the config.json that belongs to it"
+            f"{checkpoint.folder}: no tensor {missing[0]!r}, expected one of shape {list(expected[missing[0]])} by config.json "
+            f"({len(missing)} missing tensors)",
+            hint="Download the checkpoint again, or use the config.json that belongs to it.",
         )
     unknown = sorted(name for name in checkpoint.names() if name not in {*expected, "lm_head.weight"} and not name.startswith(VISION))
     if unknown:
         raise UserError(
             f"{checkpoint.path(unknown[0])}: tensor {unknown[0]!r} is not part of the DiffusionGemma that config.json describes "
-            f"({len(unknown)} such). Is it another model, or a quantized one? Give the model as it was released"
+            f"({len(unknown)} unknown tensors)",
+            hint="Use the model as it was released: this may be another model, or a quantized one.",
         )
     for name, shape in expected.items():
         found, dtype = checkpoint.shape(name), checkpoint.dtype(name)
         if found != shape:
             raise UserError(
-                f"{checkpoint.path(name)}: tensor {name!r} has shape {list(found)}, config.json asks for {list(shape)}. "
-                "Give the config.json that belongs to these weights"
+                f"{checkpoint.path(name)}: tensor {name!r}: found shape {list(found)}, expected {list(shape)} by config.json",
+                hint="Use the config.json that belongs to these weights.",
             )
         if dtype not in _DTYPES:
             expected_dtypes = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
             raise UserError(
-                f"{checkpoint.path(name)}: tensor {name!r} has dtype {str(dtype).removeprefix('torch.')}, expected one of "
-                f"{expected_dtypes}. Give an unquantized checkpoint"
+                f"{checkpoint.path(name)}: tensor {name!r}: found dtype {str(dtype).removeprefix('torch.')}, expected one of "
+                f"{expected_dtypes}",
+                hint="Use an unquantized checkpoint.",
             )
     for index in layers:
         scalar, twin = (checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR))
         if not torch.equal(scalar, twin):
             name = ENCODER_SCALAR.format(index)
             raise UserError(
-                f"{checkpoint.path(name)}: tensor {name!r} is {twin.item():.6g} and {DECODER_SCALAR.format(index)!r} {scalar.item():.6g}, "
-                f"expected the same: one shared stack cannot hold both. {REMEDY}"
+                f"{checkpoint.path(name)}: tensor {name!r}: found {twin.item():.6g}, expected {scalar.item():.6g} as in "
+                f"{DECODER_SCALAR.format(index)!r}: encoder and decoder share one stack",
+                hint=DOWNLOAD_AGAIN,
             )
 
 

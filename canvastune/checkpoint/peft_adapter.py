@@ -1,4 +1,4 @@
-"""A trained adapter on disk, in PEFT's layout, so that stock PEFT loads it on the stock model.
+"""Read and write an adapter in PEFT's layout, so that stock PEFT loads it on the stock model.
 
 We train one adapter per shared weight. The stock model has two modules for that weight, the encoder's and the decoder's, and
 PEFT wraps both: each adapter is written twice, under both names, and read back once.
@@ -22,22 +22,22 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.tensor_file import TensorFile, TensorFileWriter
+from canvastune.checkpoint.hf_format import CheckpointReader, SafetensorsFile, SafetensorsWriter
 from canvastune.config import RunConfig
+from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
 from canvastune.model.lora import EXPERT_WEIGHTS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-ORIGIN = "canvastune.json"  # what PEFT's file has no place for: the fingerprint of the base
+ORIGIN = "canvastune.json"  # the base's fingerprint, for which PEFT's file has no key
 
 _DECODER, _ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers."
 # Full names: bare ones would also hit the vision tower and the self-conditioning block.
 _TARGETS = r"model\.(decoder|encoder\.language_model)\.layers\.\d+\."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _WRAPPED_EXPERTS = re.compile(r"(?P<experts>.+\.experts)(?P<wrappers>(\.base_layer)*)")
-# Keys of adapter_config.json that say nothing about what the adapter computes, or that are read on their own.
+# Keys of adapter_config.json that do not change what the adapter computes, or that are read separately.
 _FREE = {"r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "base_model_name_or_path", "revision"}
 _FREE |= {"inference_mode", "lora_dropout", "init_lora_weights", "peft_version", "peft_type", "task_type", "auto_mapping", "runtime_config"}
 
@@ -55,12 +55,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) of a rank-stabilised LoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """Scaling factor: alpha / rank, or alpha / sqrt(rank) of a rank-stabilized LoRA."""
+        return LoraConfig(rank=self.rank, alpha=self.alpha, rslora=self.rslora).scale
 
 
 def each_expert(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The matrices of weights and factors that belong together: one set, or one per expert of 3-D ones."""
+    """Iterate over the matrices of weights and factors that belong together: one set, or one per expert of 3-D ones."""
     return zip(*(tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors), strict=True)
 
 
@@ -74,7 +74,7 @@ def write_adapter(folder: Path, factors: Factors, config: RunConfig, base: Path)
 
     Raises:
         ValueError: the factors are not those of every layer, for the kinds of weights that they name: no pattern of
-            `target_modules` or `target_parameters` would then hit them alone.
+            `target_modules` or `target_parameters` would then match exactly them.
     """
     checkpoint = CheckpointReader(base)
     kinds = sorted({re.sub(r".*\.layers\.\d+\.", "", name) for name in factors})
@@ -86,7 +86,9 @@ def write_adapter(folder: Path, factors: Factors, config: RunConfig, base: Path)
         if re.fullmatch(modules + r"\.weight", name) or any(name.endswith(f".{parameter}") for parameter in parameters)
     }
     if hit != set(factors):
-        raise ValueError(f"target_modules {modules!r} and target_parameters hit {sorted(hit ^ set(factors))[:3]} against what was trained")
+        raise ValueError(
+            f"target_modules {modules!r} and target_parameters match other weights than were trained: {sorted(hit ^ set(factors))[:3]}"
+        )
     peft_config = PeftLoraConfig(
         r=config.lora.rank,
         # An int in PEFT's own files; PEFT divides it by the rank, so a float is as good.
@@ -105,7 +107,7 @@ def write_adapter(folder: Path, factors: Factors, config: RunConfig, base: Path)
         stacked_a, stacked_b = (a, b) if a.dim() == 2 else (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1))
         for copy in (module.replace(_DECODER, _ENCODER, 1), module):
             tensors |= {_key(copy, "A"): stacked_a, _key(copy, "B"): stacked_b}
-    writer = TensorFileWriter(folder / WEIGHTS, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()})
+    writer = SafetensorsWriter(folder / WEIGHTS, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
         writer.write(key, tensor)
     writer.close()
@@ -117,8 +119,8 @@ def read_adapter(folder: Path, base: CheckpointReader, base_id: str) -> Adapter:
     """Read an adapter that belongs to `base`; every factor is in memory once, in its stored dtype.
 
     Args:
-        base_id: the base's Hub id or folder, as the recipe names it: all there is to compare for an adapter that another
-            tool made.
+        base_id: the base's Hub id or folder, as the recipe names it: the only thing to compare for an adapter that another
+            tool wrote.
 
     Raises:
         UserError: not an adapter, or not a plain LoRA of linear layers and experts; of another base; shapes that are not the
@@ -127,32 +129,35 @@ def read_adapter(folder: Path, base: CheckpointReader, base_id: str) -> Adapter:
     settings = _read_settings(folder)
     _refuse_other_base(folder, settings, base, base_id)
     rank = settings["r"]
-    file = TensorFile(folder / WEIGHTS)
+    file = SafetensorsFile(folder / WEIGHTS)
     modules: dict[str, set[str]] = {}
     for key in file.names():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(f"{file.path}: tensor {key!r} is not a factor of a LoRA. Give an adapter of canvastune")
+            raise UserError(f"{file.path}: tensor {key!r} is not a LoRA factor", hint="Use an adapter that Canvastune trained.")
         modules.setdefault(match["module"], set()).add(match["factor"])
     shared = {module.replace(_ENCODER, _DECODER, 1) for module in modules}
     if not shared:
-        raise UserError(f"{file.path}: holds no tensor. Give an adapter that was trained")
+        raise UserError(f"{file.path}: found no tensors", hint="Use a trained adapter.")
     factors, adapted = {}, _adapted_experts(settings.get("target_parameters") or [])
     for module in sorted(shared):
         for name in (module, module.replace(_DECODER, _ENCODER, 1)):
             if modules.get(name) != {"A", "B"}:
                 raise UserError(
-                    f"{file.path}: factors A and B are expected for {name!r}, found {sorted(modules.get(name, ()))}. "
-                    "Encoder and decoder share their weights: an adapter of one alone cannot be merged. Train both"
+                    f"{file.path}: found factors {sorted(modules.get(name, ()))} for {name!r}, expected A and B: the adapter covers "
+                    "only the encoder or the decoder, and merging needs both",
+                    hint="Train an adapter for both, as Canvastune does.",
                 )
         weight = _weight_of(module, adapted)
         factors[weight] = _read_factors(file, module, weight, base, rank)
     return Adapter(factors, rank, settings["lora_alpha"], bool(settings.get("use_rslora")))
 
 
-def _read_factors(file: TensorFile, module: str, weight: str, base: CheckpointReader, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_factors(file: SafetensorsFile, module: str, weight: str, base: CheckpointReader, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     if weight not in base:
-        raise UserError(f"{file.path}: adapts {module!r}, which {base.folder} does not have. Give the base it was trained on")
+        raise UserError(
+            f"{file.path}: found factors for {module!r}, which {base.folder} does not have", hint="Use the base it was trained on."
+        )
     *experts, out_features, in_features = base.shape(weight)
     stacked = rank * math.prod(experts)
     twin = module.replace(_DECODER, _ENCODER, 1)
@@ -163,14 +168,17 @@ def _read_factors(file: TensorFile, module: str, weight: str, base: CheckpointRe
         if tuple(tensor.shape) != expected:
             where = f"{weight!r} of {base.folder} has shape {list(base.shape(weight))} and the rank is {rank}"
             raise UserError(
-                f"{file.path}: tensor {key!r} has shape {list(tensor.shape)}, expected {list(expected)}: {where}. Give its own base"
+                f"{file.path}: tensor {key!r}: found shape {list(tensor.shape)}, expected {list(expected)}: {where}",
+                hint="Use the base it was trained on.",
             )
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{file.path}: tensor {key!r} holds values that are not finite. Take the adapter of an earlier checkpoint")
+            raise UserError(
+                f"{file.path}: tensor {key!r}: found values that are not finite", hint="Use the adapter of an earlier checkpoint."
+            )
         if not torch.equal(tensor, file.get(_key(twin, factor))):
             raise UserError(
-                f"{file.path}: the encoder's and the decoder's copies of {key!r} differ, and the weight they adapt is one: "
-                "they cannot be merged. Train with one adapter per shared weight, as canvastune does"
+                f"{file.path}: the encoder's and the decoder's copies of {key!r} differ, but they adapt one shared weight",
+                hint="Train one adapter per shared weight, as Canvastune does.",
             )
         found.append(tensor)
     a, b = found
@@ -181,23 +189,23 @@ def _read_factors(file: TensorFile, module: str, weight: str, base: CheckpointRe
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: no adapter: expected {CONFIG} and {WEIGHTS}. Give the folder `adapter` of a training run")
+        raise UserError(f"{folder}: not an adapter, expected {CONFIG} and {WEIGHTS}", hint="Use the folder `adapter` of a training run.")
     settings = _read_json(path)
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'. Give a LoRA adapter")
+        raise UserError(f"{path}: found peft_type {settings.get('peft_type')!r}, expected 'LORA'", hint="Use a LoRA adapter.")
     plain = PeftLoraConfig().to_dict()
     for key, value in settings.items():
-        # Anything that is switched on (DoRA, rank patterns, trained biases ...) makes it more than W + alpha / r * B A.
+        # Any other feature (DoRA, rank patterns, trained biases ...) computes more than W + alpha / r * B A.
         if key not in _FREE and value and value != plain.get(key):
-            raise UserError(f"{path}: {key} is {value!r}: only a plain LoRA can be merged. Train without it")
+            raise UserError(f"{path}: found {key} = {value!r}: only a plain LoRA can be merged", hint=f"Train without {key}.")
     for parameter in settings.get("target_parameters") or []:
         if parameter.rpartition(".")[2] not in EXPERT_WEIGHTS:
             expected = " and ".join(EXPERT_WEIGHTS)
-            raise UserError(f"{path}: target_parameters names {parameter!r}, expected the experts' {expected}. Train with those alone")
+            raise UserError(f"{path}: found {parameter!r} in target_parameters, expected the experts' {expected}", hint="Train only those.")
     if not isinstance(settings.get("r"), int) or not isinstance(settings.get("lora_alpha"), int | float) or settings["r"] < 1:
         raise UserError(
-            f"{path}: r is {settings.get('r')!r} and lora_alpha {settings.get('lora_alpha')!r}, expected two positive numbers. "
-            "Give an unchanged adapter"
+            f"{path}: found r = {settings.get('r')!r} and lora_alpha = {settings.get('lora_alpha')!r}, expected two positive numbers",
+            hint="Use an unchanged adapter.",
         )
     return settings
 
@@ -208,21 +216,24 @@ def _refuse_other_base(folder: Path, settings: dict[str, Any], base: CheckpointR
         kept, found = _read_json(origin), base.fingerprint()
         if kept.get("base_fingerprint") != found:
             raise UserError(
-                f"{folder}: the adapter belongs to another base: {kept.get('base_id')} with fingerprint "
-                f"{str(kept.get('base_fingerprint'))[:12]}, and {base.folder} has {found[:12]}. Give the base it was trained on"
+                f"{folder}: the adapter belongs to another base: expected {kept.get('base_id')} with fingerprint "
+                f"{str(kept.get('base_fingerprint'))[:12]}, found {base.folder} with {found[:12]}",
+                hint="Use the base it was trained on.",
             )
     elif settings.get("base_model_name_or_path") != base_id:
         named = settings.get("base_model_name_or_path")
-        raise UserError(f"{folder / CONFIG}: the adapter belongs to {named!r}, the base is {base_id!r}. Give the base it was trained on")
+        raise UserError(
+            f"{folder / CONFIG}: the adapter belongs to {named!r}, found base {base_id!r}", hint="Use the base it was trained on."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}. Give an adapter that was written to its end") from None
+        raise UserError(f"{path}: invalid JSON: {error}", hint="The adapter file is incomplete; use one from a finished run.") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(tree).__name__}. Give an unchanged adapter")
+        raise UserError(f"{path}: found a {type(tree).__name__}, expected a JSON object", hint="Use an unchanged adapter.")
     return tree
 
 
@@ -231,19 +242,19 @@ def _key(module: str, factor: str) -> str:
 
 
 def _adapted_experts(target_parameters: Iterable[str]) -> list[str]:
-    """Which of the experts' weights have an adapter, in the order in which PEFT wraps them, innermost first."""
+    """List the experts' weights that have an adapter, in the order in which PEFT wraps them, innermost first."""
     named = {parameter.rpartition(".")[2] for parameter in target_parameters}
     return [name for name in EXPERT_WEIGHTS if name in named]
 
 
 def _module_of(weight: str, adapted: list[str]) -> str:
-    """The module that holds a weight's factors in PEFT's file: the linear layer, or one of the wrappers around the experts."""
+    """Return the module that holds a weight's factors in PEFT's file: the linear layer, or a wrapper around the experts."""
     module, _, leaf = weight.rpartition(".")
     return module if leaf == "weight" else module + ".base_layer" * (len(adapted) - 1 - adapted.index(leaf))
 
 
 def _weight_of(module: str, adapted: list[str]) -> str:
-    """The inverse of `_module_of`; for a module that it does not know, the name of a weight that no checkpoint has."""
+    """Invert `_module_of`; for an unknown module, return a name that no checkpoint has."""
     wrapped = _WRAPPED_EXPERTS.fullmatch(module)
     depth = wrapped["wrappers"].count(".") if wrapped else 0
     if wrapped is None or depth >= len(adapted):

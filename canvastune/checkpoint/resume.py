@@ -1,7 +1,7 @@
-"""Resume checkpoints: trained weights and optimiser state as sharded safetensors, readable at any number of ranks.
+"""Save and restore checkpoints to resume from: trained weights and optimizer state as sharded safetensors, for any number of ranks.
 
-A checkpoint is a folder `step-NNNNNN`. It counts only when its `complete.json` stands, which is written last and holds the size
-and the SHA-256 of every other file: a checkpoint that was damaged later is found out, and the one before it is used.
+A checkpoint is a folder `step-NNNNNN`. It is complete only with its `complete.json`, which is written last and holds the size
+and the SHA-256 of every other file: a checkpoint that was damaged later is detected, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from canvastune.errors import UserError
 from canvastune.io.atomic import fsync
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
-_FILE_BYTES = 2**30  # of a rank's shard per file: a file is serialised in memory before it is written
+_FILE_BYTES = 2**30  # of a rank's shard per file: a file is serialized in memory before it is written
 
 Parameters = dict[str, nn.Parameter]
 
@@ -45,18 +45,18 @@ class Checkpoints:
         self._keep = config.train.keep_checkpoints
         self._asynchronous = config.train.async_checkpoints
         self._config, self._data_fingerprint = config, data_fingerprint
-        self._group = dist.new_group(backend="gloo")  # of the writing thread: its collectives must not meet the training's
+        self._group = dist.new_group(backend="gloo")  # for the writing thread: its collectives must not mix with the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any] | None, list[str]]:
-        """Read the newest sound checkpoint into the parameters and the optimiser, however many ranks wrote it.
+        """Load the newest undamaged checkpoint into the parameters and the optimizer, however many ranks wrote it.
 
         Returns:
-            What `save` was given as `progress`, None if there is no checkpoint; and a line for each newer one that is damaged.
+            The `progress` that was passed to `save`, None if there is no checkpoint; and a line for each newer, damaged one.
 
         Raises:
-            UserError: the checkpoints belong to another run (names the first difference), or all of them are damaged.
+            UserError: the checkpoints belong to another run (names the differences), or all of them are damaged.
         """
         steps = run_on_rank0(self._complete_steps)
         damages: list[str] = []
@@ -74,7 +74,8 @@ class Checkpoints:
             return marker["progress"], damages
         if damages:
             raise UserError(
-                "; ".join(damages) + f". No other checkpoint stands in {self._folder}: repair one, or give another --output to begin again"
+                f"{'; '.join(damages)}; no other checkpoint in {self._folder}",
+                hint="Restore a checkpoint from a backup, or choose another --output to start again.",
             )
         return None, []
 
@@ -82,10 +83,10 @@ class Checkpoints:
         """Write the state after `step` steps; in the background, unless `train.async_checkpoints` is off.
 
         Args:
-            progress: what goes with it, given back by `restore`; `validation` is the held-out loss at this step, or None.
+            progress: stored with it, and returned by `restore`; `validation` is the held-out loss at this step, or None.
 
         Raises:
-            UserError: this checkpoint or the one before could not be written; what was there before stands.
+            UserError: this checkpoint or the one before could not be written; earlier checkpoints are kept.
         """
         self.wait()
         state = _state(parameters, optimizer)
@@ -103,7 +104,7 @@ class Checkpoints:
             self.wait()
 
     def update_metadata(self, step: int, progress: dict[str, Any]) -> None:
-        """Replace what a complete checkpoint gives back as `progress`."""
+        """Replace the `progress` of a complete checkpoint."""
 
         def replace() -> None:
             marker = self._marker(step)
@@ -114,7 +115,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint in the background could not be written; `wait` then says why. May differ between ranks for a moment."""
+        """True if writing in the background failed; `wait` then raises the reason. Ranks may briefly differ."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
@@ -128,23 +129,26 @@ class Checkpoints:
             pending.result()
 
     def best(self) -> int | None:
-        """The step of the complete checkpoint with the lowest validation loss, None if none was validated."""
+        """Return the step of the complete checkpoint with the lowest validation loss, None if none was validated."""
         return run_on_rank0(self._best)
 
     def load_weights(self, step: int, parameters: Parameters) -> None:
-        """Read the trained weights alone."""
+        """Load only the trained weights."""
         self._read(step, {f"model.{name}": parameter.data for name, parameter in parameters.items()})
 
     def _complete(self, staged: Future[Any], path: Path, marker: dict[str, Any]) -> None:
-        """Runs in the thread, on all ranks: when all files are written, rank 0 sets the marker and removes what is too old."""
+        """Wait for the files of all ranks, in the thread; then rank 0 writes the marker and removes old checkpoints."""
         try:
             found = gather_results(lambda: _written(staged, path), self._group)
         except UserError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
             kept = self._complete_steps()
-            last = f"The last good checkpoint is that of step {kept[-1]}" if kept else "No checkpoint was written before"
-            raise UserError(f"{path}: the checkpoint could not be written: {error}. {last}; the same command goes on from there") from None
+            last = f"the newest complete checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
+            raise UserError(
+                f"{path}: could not write the checkpoint: {error}; {last}",
+                hint="Fix the cause and run the same command again; it resumes from the newest complete checkpoint.",
+            ) from None
         if dist.get_rank() == 0:
             files = {name: entry for entries in found for name, entry in entries.items()}
             self._mark(path, {**marker, "time": time.time(), "files": files})
@@ -163,18 +167,18 @@ class Checkpoints:
         fsync(path)
 
     def _prepare_directory(self, path: Path, total: int) -> None:
-        shutil.rmtree(path, ignore_errors=True)  # an earlier attempt's, without its marker
+        shutil.rmtree(path, ignore_errors=True)  # left by an earlier attempt, without a marker
         path.mkdir(parents=True)
         free = shutil.disk_usage(path).free
         if total > free:
             path.rmdir()
             raise UserError(
-                f"{path}: a checkpoint takes {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free. What stands there is kept: "
-                "make room, and the same command goes on from it"
+                f"{path}: a checkpoint needs {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; earlier checkpoints are kept",
+                hint="Free some disk space and run the same command again; it resumes from the newest checkpoint.",
             )
 
     def _damage(self, step: int, marker: dict[str, Any]) -> str | None:
-        """What is wrong with a checkpoint's files; each rank reads its share of them."""
+        """Find what is wrong with a checkpoint's files; each rank reads its share of them."""
         mine = sorted(marker["files"].items())[dist.get_rank() :: dist.get_world_size()]
         return next(filter(None, gather_results(lambda: _first_damage(self._path(step), mine))), None)
 
@@ -215,11 +219,11 @@ def newest_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def changed_run(identity: Mapping[str, Any], config: RunConfig, data_fingerprint: str | None) -> str:
-    """Say what makes a recipe and its data another run than the one that a checkpoint was written by; "" where nothing does.
+    """Describe how a recipe and its data differ from the run that wrote a checkpoint; "" if it is the same run.
 
     Args:
         identity: the dotted keys of that run's recipe, and its data's fingerprint as `data`.
-        data_fingerprint: of the data now; None: not known, and not compared.
+        data_fingerprint: of the data now; None: unknown, and not compared.
     """
     changes = changed_settings(identity, config)
     if data_fingerprint is not None and identity.get("data", data_fingerprint) != data_fingerprint:
@@ -244,7 +248,7 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
 
 
 def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Flat names to the very tensors in use, so that loading fills them in place. Contains tensors alone: nothing is pickled."""
+    """Map flat names to the tensors in use, so that loading fills them in place. Only tensors: nothing is pickled."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         state[f"model.{name}"] = parameter.data
@@ -254,7 +258,7 @@ def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    # A step at rate zero on zero gradients makes AdamW's moments and changes no weight; loading then overwrites them.
+    # A step with learning rate 0 on zero gradients creates AdamW's state and changes no weight; loading overwrites it.
     for group in optimizer.param_groups:
         group["lr"], before = 0.0, group["lr"]
         for parameter in group["params"]:
@@ -267,7 +271,7 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _files(sizes: dict[str, int]) -> dict[str, int]:
-    """The number, from 1, of the file that takes each tensor's part of a rank's shard: the same on all ranks, up to an uneven split."""
+    """Assign each tensor's part of a rank's shard to a file, numbered from 1; equal on all ranks up to an uneven split."""
     files, filled = {}, 0
     for name, size in sizes.items():
         files[name] = 1 + filled // _FILE_BYTES
@@ -276,7 +280,7 @@ def _files(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Wait for this rank's part, flush it, and tell every file's size and SHA-256: this rank's share of all files."""
+    """Wait for this rank's part, flush it, and return size and SHA-256 of this rank's share of all files."""
     try:
         staged.result()
         mine = sorted(path.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
@@ -296,9 +300,9 @@ def _first_damage(path: Path, files: list[tuple[str, dict[str, Any]]]) -> str | 
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['size']} were written"
+            return f"{name} has {file.stat().st_size} bytes, expected {entry['size']}"
         if _sha256(file) != entry["sha256"]:
-            return f"{name} does not hold what was written (SHA-256 differs)"
+            return f"{name} was modified (SHA-256 differs)"
     return None
 
 

@@ -12,7 +12,7 @@ from canvastune.config.schema import OptimizerConfig
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over sharded parameters; a group per mesh, since a fused update takes tensors of one mesh, and per weight decay."""
+    """Build AdamW over sharded parameters: one group per mesh, as a fused update takes tensors of one mesh, and per weight decay."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         decays = config.decay_vectors or parameter.ndim > 1
@@ -27,7 +27,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 1, 2, ...: linear warm-up that starts at lr / warmup_steps, then the schedule, to min_lr at the last step."""
+    """Return the learning rate of step 1, 2, ...: linear warm-up from lr / warmup_steps, then the schedule, to min_lr at the last step."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":

@@ -42,7 +42,7 @@ from canvastune.training.trainer import Trainer, export_path
 
 logger = logging.getLogger(__name__)
 
-# What collectives say when another process is gone.
+# Messages of collectives after another process has exited.
 _LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|[Tt]imed out|Socket")
 
 
@@ -54,21 +54,21 @@ def train(
     Args:
         data: a prepared data set; None: prepared below `output`.
         output: gets checkpoints/, metrics.jsonl, adapter/ or model/, and result.json last.
-        metrics_run: finds the MLflow run that the numbers go to as well; None: only to metrics.jsonl.
-        rank_registry: finds the rank that hangs or is gone; None: a hang ends with the process group's timeout.
+        metrics_run: finds the MLflow run that also gets the metrics; None: only metrics.jsonl.
+        rank_registry: finds ranks that hang or have exited; None: a hang ends with the process group's timeout.
 
     Returns:
-        What result.json holds; None if a stop was requested and the state saved.
+        The content of result.json; None if a stop was requested and the state saved.
 
     Raises:
-        UserError: anything in the input that is wrong, found before a step is made where that can be.
+        UserError: invalid input, found before the first step where possible.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = _device()
+    device = select_device()
     if config.train.attention == "flex" and device.type != "cuda":
         raise UserError(
-            "key 'train.attention': found 'flex', and no CUDA device: FlexAttention has no backward pass on a CPU. Leave it out, or set "
-            "train.attention=sdpa"
+            "train.attention: found 'flex' without a CUDA device: FlexAttention has no backward pass on a CPU",
+            hint="Set train.attention=sdpa.",
         )
     base = run_on_rank0(lambda: resolve_model(config.model))
     model_config = run_on_all_ranks(lambda: read_model_config(base))
@@ -108,9 +108,9 @@ def train(
         return None
     step = trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
     if step != trainer.progress.step:
-        logger.info(f"canvastune: the weights of step {step} are exported: no checkpoint has a lower validation loss")
+        logger.info(f"canvastune: exporting the weights of step {step}, which have the lowest validation loss")
     out = export_path(output, config)
-    if rank == 0 and out.exists():  # by an attempt of this run that was killed right after it, from the same weights
+    if rank == 0 and out.exists():  # by an attempt that was killed right after the export, from the same weights
         shutil.rmtree(out)
     (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
     result = {
@@ -134,7 +134,7 @@ def train(
 
 
 def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
-    """The trainer's loop, stopped by signals, and with an eye on the other ranks."""
+    """Run the trainer's loop; signals stop it, and a watchdog observes the other ranks."""
 
     def request_stop(*_: object) -> None:
         trainer.stop_requested = trainer.stop_requested or time.monotonic()
@@ -155,7 +155,8 @@ def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
         watchdog.close()
 
 
-def _metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun | None:
+def find_metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun | None:
+    """Return how to find the MLflow run that the options name; None if they name none."""
     if options.mlflow_run:
         return lambda client: str(options.mlflow_run)
     if options.mlflow_job:
@@ -163,7 +164,8 @@ def _metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun | No
     return None
 
 
-def _device() -> torch.device:
+def select_device() -> torch.device:
+    """Return this rank's GPU, made the current device, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -172,29 +174,29 @@ def _device() -> torch.device:
 
 
 def acquire_output_lock(output: Path, export: Path) -> IO[str]:
-    """Take the output folder for this process, and clear away what a killed attempt left there half done."""
+    """Lock the output folder for this process, and remove partial outputs of a killed attempt."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}). Give --output a folder where you may write") from None
+        raise UserError(f"{output}: cannot write here ({error.strerror})", hint="Choose an --output that you can write to.") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{output}: another trainer is writing to this folder. Wait for it, or give another --output") from None
-    for stale in output.glob(".*.partial-*"):  # nobody else writes here
+        raise UserError(f"{output}: locked by another trainer", hint="Wait for it to end, or choose another --output.") from None
+    for stale in output.glob(".*.partial-*"):  # the lock is ours: no one writes them
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    begun = (output / "result.json").is_file() or any(output.glob("checkpoints/step-*/complete.json"))
-    if export.exists() and not begun:
-        raise UserError(f"{export}: already exists, and no run was begun in {output}. Give another --output, or move it away")
+    started = (output / "result.json").is_file() or any(output.glob("checkpoints/step-*/complete.json"))
+    if export.exists() and not started:
+        raise UserError(f"{export}: already exists, but {output} holds no run", hint="Choose another --output, or move it away.")
     return lock
 
 
 def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | None:
-    """Return what to tell the user where this run is finished already, None where it is not.
+    """Return a message for the user if this run is already finished, None otherwise.
 
     Args:
-        data: as for `train`. Data that an earlier attempt prepared below `output` and that were deleted since are not compared.
+        data: as for `train`. Data that were prepared below `output` and deleted since cannot be compared.
 
     Raises:
         UserError: `output` holds a finished run of another recipe or other data.
@@ -206,7 +208,7 @@ def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | N
     identity = newest_identity(output / "checkpoints")
     if identity is not None:
         fingerprint = data_fingerprint(data) if data else None
-    else:  # the checkpoints were deleted to make room
+    else:  # the checkpoints were deleted to free disk space
         identity = flatten(load_yaml_file(output / "config.yaml")) | {"data": _hashed_inputs(output)["data"]}
         fingerprint = hash_path(data) if data else None
     changed = changed_run(identity, config, fingerprint)

@@ -1,4 +1,4 @@
-"""The training loop. A step reads like objective.md: examples and their noise, two losses over global counts, one update."""
+"""The training loop. A step is that of docs/method.md: examples and their noise, two losses over global counts, one update."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from canvastune.training.optimizer import build_optimizer, learning_rate
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside weights and moments; a checkpoint carries it."""
+    """Progress of a run, stored in its checkpoints with weights and optimizer state."""
 
-    step: int = 0  # optimiser steps done, skipped ones among them
-    validation: float | None = None  # the held-out loss at this step, where it was measured
+    step: int = 0  # optimizer steps done, including skipped ones
+    validation: float | None = None  # the held-out loss at this step, if it was measured
     best: float | None = None  # the lowest so far
-    not_better: int = 0  # validations in a row that were not below it
+    not_better: int = 0  # validations in a row that were not below `best`
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
 
@@ -57,34 +57,34 @@ class Trainer:
     ) -> None:
         """
         Args:
-            metrics: where the numbers go; None on every rank but the first. Likewise `display`.
+            metrics: receives the records; None on every rank but the first. Likewise `display`.
         """
         self.config, self.model, self.data = config, model, data
         self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
-        self.heartbeat: Callable[[str], object] = str  # called with what is done next, whenever something was finished
+        self.heartbeat: Callable[[str], object] = str  # called before each piece of work, with its name
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
         self.place = device_name(self.device, self.world_size)
         self.architecture = describe(model, config)
         accelerator = accelerator_of(self.place.get("device_name", ""))
-        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None  # of a rank
+        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None  # per rank
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = build_optimizer(list(self.trained.values()), config.optimizer)
         self.progress = TrainState()
-        self.stop_requested: float | None = None  # when
+        self.stop_requested: float | None = None  # when it was requested
         self.last: dict[str, dict[str, Any]] = {}
         share = config.train.global_batch_size // self.world_size
         self.micro_batch_size = config.train.micro_batch_size or share
 
     def run(self) -> bool:
-        """Train from the newest checkpoint, if any, to the end. False: a stop was requested, and the state is saved.
+        """Train to the end, from the newest checkpoint if there is one; return False if a stop was requested and the state saved.
 
         Raises:
-            UserError: the loss stays not finite, or a checkpoint cannot be read or written; the last good one stands.
+            UserError: the loss stays non-finite, or a checkpoint cannot be read or written; the last good one is kept.
         """
         try:
             return self._loop()
-        except UserError:  # on all ranks: what is being written is written to its end
+        except UserError:  # on all ranks: let the checkpoint in the background complete
             self.checkpoints.wait()
             raise
 
@@ -100,7 +100,7 @@ class Trainer:
             if progress.step > saved and (progress.step % train.checkpoint_every == 0 or done or stop):
                 self._save()
                 saved = progress.step
-            elif validated and progress.step == saved > 0:  # the last attempt was stopped in the middle of this validation
+            elif validated and progress.step == saved > 0:  # the last attempt was stopped during this validation
                 self.checkpoints.update_metadata(saved, asdict(progress))
             if done or stop:
                 break
@@ -112,9 +112,9 @@ class Trainer:
         return done
 
     def train_step(self) -> dict[str, Any]:
-        """One step over the next global batch; returns its record for metrics.jsonl.
+        """Train one step on the next global batch; return its record for metrics.jsonl.
 
-        Where the loss or its gradient is not finite, no weight changes; the record then holds the offending `examples`.
+        If the loss or its gradient is not finite, no weight changes, and the record holds the offending `examples`.
         """
         started = time.perf_counter()
         batch_size = self.config.train.global_batch_size
@@ -125,13 +125,13 @@ class Trainer:
         weights = (1 / counts[0], encoder_weight / counts[1])
         sums = torch.zeros(len(micro_batches), 2, device=self.device)
         for index, (batch, any_self_conditioned) in enumerate(micro_batches):
-            loss, diffusion, autoregressive = self._losses(batch, weights, any_self_conditioned)
+            loss, diffusion, autoregressive = self.compute_losses(batch, weights, any_self_conditioned)
             loss.backward()
             sums[index] = torch.stack([diffusion, autoregressive])
         gradient_norm = clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm)
         totals = sums.sum(0, dtype=torch.float64)
         dist.all_reduce(totals)
-        # Here alone the step waits for the device.
+        # The only wait for the device in a step.
         diffusion_loss, autoregressive_loss, tokens, flops, norm = torch.cat(
             [totals / counts[:2], counts[2:], gradient_norm[None]]
         ).tolist()
@@ -157,13 +157,13 @@ class Trainer:
             "seconds": seconds,
             "tokens": int(tokens),
             "tokens_per_second": tokens / seconds,
-            "tflops": of_a_rank / 1e12,  # of what the losses need, a rank
+            "tflops": of_a_rank / 1e12,  # only work that the losses need, per rank
             **({"mfu": of_a_rank / self.peak_flops} if self.peak_flops else {}),
             "memory_bytes": _peak_memory(self.device),
         }
 
     def load_best_checkpoint(self) -> int:
-        """Put the weights of the best checkpoint (lowest validation loss) in place, if it is not the last; returns their step."""
+        """Load the weights of the best checkpoint (lowest validation loss) unless it is the last; return their step."""
         best = self.checkpoints.best()
         if best is None or best == self.progress.step:
             return self.progress.step
@@ -172,9 +172,9 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        """The held-out losses at fixed corruption levels with fixed noise; returns the record for metrics.jsonl.
+        """Measure the held-out losses at fixed corruption levels with fixed noise; return the record for metrics.jsonl.
 
-        None: a stop was requested before it was done.
+        Returns None if a stop was requested before it was done.
         """
         started = time.perf_counter()
         levels = self.config.train.validation_levels
@@ -187,13 +187,13 @@ class Trainer:
                 return None
             own = range(start + self.rank * self.micro_batch_size, start + (self.rank + 1) * self.micro_batch_size)
             real = [row < rows for row in own]
-            # Every rank makes the same number of passes; what lies past the end counts nothing.
+            # Every rank makes the same number of passes; rows past the end do not count.
             examples = list(itertools.compress(self.data.validation_examples(own), real if any(real) else [True]))
             for index, level in enumerate(levels):
                 batch = pack(examples, [self.data.validation_draws(example, level) for example in examples])
                 if index:  # the encoder's loss does not depend on the level
                     batch = replace(batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0])
-                _, diffusion, autoregressive = self._losses(batch.to(self.device), (0.0, 0.0), any_self_conditioned=False)
+                _, diffusion, autoregressive = self.compute_losses(batch.to(self.device), (0.0, 0.0), any_self_conditioned=False)
                 if any(real):
                     sums[index] += torch.stack([diffusion, diffusion.new_tensor(len(batch.canvas_targets))])
                     sums[-1] += torch.stack([autoregressive, autoregressive.new_tensor(len(batch.next_targets))])
@@ -207,7 +207,7 @@ class Trainer:
         }
 
     def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
-        """This rank's share of the global batch that starts at a position, cut up, with whether any rank needs pass 1."""
+        """Pack this rank's micro-batches of the global batch that starts at a position, each with whether any rank self-conditions."""
         result = []
         for everyone in self._shares(first):
             own = everyone[self.rank]
@@ -218,13 +218,14 @@ class Trainer:
         return result
 
     def _shares(self, first: int) -> list[list[list[int]]]:
-        """Positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
+        """Return the positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
         positions = range(first, first + self.config.train.global_batch_size)
         return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size)
 
-    def _losses(
+    def compute_losses(
         self, batch: PackedBatch, weights: LossWeights, any_self_conditioned: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the weighted loss and the sums of the diffusion and the autoregressive loss of a batch, scalars."""
         return self.model.run_under_fsdp(
             losses, batch, weights, any_self_conditioned=any_self_conditioned, checkpointing=self.config.train.activation_checkpointing
         )
@@ -243,12 +244,13 @@ class Trainer:
         self._report("event", {"event": "skipped_step", "detail": found})
         if self.progress.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {self.progress.step}: not finite, as {self.config.train.max_skipped_steps} steps before it "
-                f"(train.max_skipped_steps): {found}. The last checkpoint is intact. Look at these examples, or lower optimizer.lr"
+                f"step {self.progress.step}: loss or gradient is not finite, as in {self.config.train.max_skipped_steps} steps before "
+                f"it (train.max_skipped_steps): {found}",
+                hint="Inspect these examples, or lower optimizer.lr; the last checkpoint is intact.",
             )
 
     def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
-        """Ids of the examples in the micro-batches whose loss is not finite; of the whole batch where only the gradient is not."""
+        """Return the ids of the examples in the micro-batches whose loss is not finite; all, if only the gradient is not."""
         bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
         shares = self._shares(first)
         own = [position for index in bad for position in shares[index][self.rank]]
@@ -285,8 +287,8 @@ class Trainer:
             self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
         for damage in damages:
             self._report("event", {"event": "damaged_checkpoint", "detail": damage})
-        told = f"from the checkpoint of step {self.progress.step}, on {_format_event(self.place)}"
-        self._report("event", {"event": "resumed", "detail": told, **self.place})
+        detail = f"from the checkpoint of step {self.progress.step}, on {_format_event(self.place)}"
+        self._report("event", {"event": "resumed", "detail": detail, **self.place})
         return self.progress
 
     def _report(self, kind: str, record: dict[str, Any]) -> None:
@@ -319,12 +321,12 @@ class Trainer:
 
 
 def export_path(output: Path, config: RunConfig) -> Path:
-    """Where the trained weights of a run stand: `adapter/` or `model/`."""
+    """Return the folder of a run's trained weights: `adapter/` or `model/`."""
     return output / ("adapter" if config.train.method == "lora" else "model")
 
 
 def device_name(device: torch.device, ranks: int) -> dict[str, Any]:
-    """What a run occupies, as its records have it."""
+    """Describe the hardware of a run, as its records name it."""
     if device.type == "cuda":
         return {"ranks": ranks, "device": "cuda", "device_name": torch.cuda.get_device_name(device)}
     return {"ranks": ranks, "device": "cpu", "threads": torch.get_num_threads()}

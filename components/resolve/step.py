@@ -53,7 +53,7 @@ def resolve(
         dataset: replaces `data.source`; "" keeps the recipe's.
         workspace: the folder that outlives the run's pods.
         run_name: name of the run's folder; "": the pipeline job's name.
-        job_id: the pipeline job; the same one may come again (a retried task), another one only to go on with an unfinished run.
+        job_id: the pipeline job; the same one may come again (a retried task), another one only to resume an unfinished run.
         pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags in MLflow; "": not known.
         cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
         compare: earlier runs that the report will lay over this one, found here and not days later.

@@ -39,7 +39,7 @@ from tests.support.small import (
 )
 
 BATCH = 8
-SEED = 4  # whose coins leave one rank without a self-conditioned example beside one that has some
+SEED = 4  # whose coins leave one rank without a self-conditioned example, and one with some
 CUTS = {1: (1, 2, 4, 8), 2: (1, 2, 4)}  # ranks -> examples per forward
 METHODS = ("full", "lora")
 
@@ -73,7 +73,7 @@ def prepared(ground: Path) -> TrainingDataset:
 
 
 def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
-    """One step of the trainer: its record, and the gradients as the optimiser saw them, whole."""
+    """One step of the trainer: its record, and the gradients as the optimizer saw them, whole."""
     model = build_model(config, read_model_config(ground / "base"))
     shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
@@ -166,8 +166,8 @@ def test_the_cuts_hold_every_case_of_ragged_work(ground: Path) -> None:
     examples = data.train_examples(range(BATCH))
     coins = [data.any_self_conditioned([position]) for position in range(BATCH)]
     pairs = {(coins[step], coins[step + 1]) for step in range(0, BATCH, 2)}  # of two ranks, an example each
-    assert (True, False) in pairs or (False, True) in pairs, "no cut leaves one rank alone with a self-conditioned example"
-    assert (False, False) in pairs, "no forward of all ranks goes without pass 1"
+    assert (True, False) in pairs or (False, True) in pairs, "no cut leaves only one rank with a self-conditioned example"
+    assert (False, False) in pairs, "no forward of all ranks skips the self-conditioning pass"
     assert (True, True) in pairs
     halves = {(any(coins[step : step + 2]), any(coins[step + 2 : step + 4])) for step in (0, 4)}  # two examples each
     assert (True, False) in halves or (False, True) in halves

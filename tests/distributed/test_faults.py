@@ -52,18 +52,21 @@ def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(gr
     assert all(kill.phase == "saving" for kill in kills), kills
 
 
-def test_a_finished_run_is_not_trained_again_and_a_checkpoint_serves_its_own_run_alone(ground: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_own_run(ground: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
-    (output / "checkpoints").rename(tmp_path / "checkpoints")  # whoever needs the room takes them away
+    (output / "checkpoints").rename(tmp_path / "checkpoints")  # as a user does who needs disk space
     finished = train(ground, output, RANKS, *KILLS)
     assert finished.returncode == 0
     assert "already finished" in finished.stderr
+    other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
+    assert other.returncode != 0
+    assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
     (tmp_path / "checkpoints").rename(output / "checkpoints")
     (output / "result.json").unlink()
     other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
     assert other.returncode != 0
-    assert "checkpoint of another run: optimizer.lr was 0.01 and is now 0.02" in other.stderr
+    assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
     assert (output / ADAPTER).exists(), "a refused run took away what was there"
 
 
@@ -72,7 +75,7 @@ def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(g
     (tmp_path / "adapter" / "mine").touch()
     done = train(ground, tmp_path, 1, *KILLS, "parallel.ep=1")
     assert done.returncode != 0
-    assert "adapter: already exists, and no run was begun in" in done.stderr
+    assert "adapter: already exists" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "adapter" / "mine").exists()
 
@@ -95,7 +98,7 @@ def test_a_dead_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> 
     errors = [line for line in said.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, said
     assert "rank 1 died" in errors[0]
-    assert "it said nothing: killed" in errors[0]
+    assert "killed" in errors[0]
 
 
 def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(grou
 
 
 def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(ground: Path, whole: Path, tmp_path: Path) -> None:
-    """A file system of its own that is too small: in a namespace of its own, so that it needs no rights."""
+    """A separate file system that is too small, in a separate namespace, so that it needs no privileges."""
     size = sum(f.stat().st_size for f in (whole / "checkpoints" / "step-000060").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -163,7 +166,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(ground: Path, wh
     kept = complete(tmp_path / "run")
     assert kept
     assert kept[-1] < 60
-    again = train(ground, tmp_path / "run", RANKS, *KILLS)  # the same command, where there is room
+    again = train(ground, tmp_path / "run", RANKS, *KILLS)  # the same command, with enough space
     assert again.returncode == 0, again.stderr
     assert f"resumed from the checkpoint of step {kept[-1]}" in again.stderr
     same(tmp_path / "run", whole)
@@ -175,7 +178,7 @@ def test_a_second_trainer_on_the_same_folder_is_refused(ground: Path, tmp_path: 
     second = train(ground, tmp_path, 1, *LONG, "parallel.ep=1")
     kill_all(first)
     assert second.returncode != 0
-    assert "another trainer is writing to this folder" in second.stderr
+    assert "locked by another trainer" in second.stderr
 
 
 def test_two_nodes_train_as_one_does(ground: Path, whole: Path, tmp_path: Path) -> None:

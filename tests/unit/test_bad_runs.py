@@ -1,4 +1,4 @@
-"""A wrong base, wrong data or wrong checkpoints end a training command in one message, and what stood there stays as it was."""
+"""A wrong base, wrong data or wrong checkpoints end a training command in one message, and change no file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(ground: Path, *settings: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data, a recipe, and a run with two checkpoints that was killed before it was finished; nobody writes here."""
+    """A base, data, a recipe, and a run with two checkpoints that was killed before it was finished; read-only."""
     ground = make_ground(tmp_path_factory.mktemp("begun"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ALONE.items():
@@ -72,7 +72,7 @@ def gone(name: str) -> Callable[[Path], object]:
 
 
 def fresh(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
-    """No run was begun, and these things are broken."""
+    """Break these things where no run was started."""
     return lambda ground: [each(ground) for each in (gone("out"), *breaks)] and None
 
 
@@ -114,60 +114,60 @@ def other_architecture(ground: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
 
 
-Case = tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]  # what is broken, further settings, what is said
+Case = tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]  # what is broken, further settings, what the message names
 CASES: dict[str, Case] = {
-    "a shard that is missing": (fresh(gone(f"base/{SHARD}")), (), (SHARD, "the shard is missing", "Fetch the checkpoint again")),
-    "a shard that was cut": (fresh(cut(f"base/{SHARD}", 9_000)), (), (SHARD, "cut short", "Fetch the checkpoint again")),
-    "an empty shard": (fresh(cut(f"base/{SHARD}", 0)), (), (SHARD, "not a safetensors file (0 bytes", "Fetch the checkpoint again")),
+    "a shard that is missing": (fresh(gone(f"base/{SHARD}")), (), (SHARD, "missing", INDEX)),
+    "a shard that was cut": (fresh(cut(f"base/{SHARD}", 9_000)), (), (SHARD, "9000 bytes")),
+    "an empty shard": (fresh(cut(f"base/{SHARD}", 0)), (), (SHARD, "0 bytes")),
     "a pickle named safetensors": (
         fresh(written(f"base/{SHARD}", pickle.dumps({"weight": [1] * 99}))),
         (),
-        (SHARD, "not a safetensors file", "Fetch the checkpoint again"),
+        (SHARD,),
     ),
-    "pickled weights": (fresh(pickled), (), ("base", "pickled (pytorch_model.bin)", "Give a checkpoint in safetensors")),
-    "an index that was cut": (fresh(cut(f"base/{INDEX}")), (), (INDEX, "not the index of a checkpoint", "Fetch the checkpoint again")),
-    "weights that are not there": (fresh(gone("base")), (), ("model.id", "no such folder", "Give one that exists")),
-    "a base without its config": (fresh(gone("base/config.json")), (), ("base", "no config.json", "Give the folder")),
-    "another architecture": (fresh(other_architecture), (), ("config.json", "'llama'", "expected 'diffusion_gemma'", "Give such")),
-    "data that were not prepared": (fresh(gone("data/train/dataset_info.json")), (), ("data", "not a prepared data set", "Run `canvas")),
+    "pickled weights": (fresh(pickled), (), ("base", "pytorch_model.bin")),
+    "an index that was cut": (fresh(cut(f"base/{INDEX}")), (), (INDEX, "JSONDecodeError")),
+    "weights that are not there": (fresh(gone("base")), (), ("model.id", "./base")),
+    "a base without its config": (fresh(gone("base/config.json")), (), ("model.id", "base", "config.json")),
+    "another architecture": (fresh(other_architecture), (), ("config.json", "'llama'", "expected 'diffusion_gemma'")),
+    "data that were not prepared": (fresh(gone("data/train/dataset_info.json")), (), ("data/train",)),
     "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: ", "3")),
     "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: ", "8")),
-    "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: cannot be written", "Give --output a folder")),
+    "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: ",)),
     "checkpoints of another seed": (
         lambda _: None,
         ("seed=7",),
-        (LAST, "another run: seed was 42 and is now 7", "Choose another --output"),
+        (LAST, "another run: seed was 42 and is now 7", "another --output"),
     ),
-    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "Choose another --output")),
+    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "another --output")),
     "a finished run of another recipe": (
         finished,
         ("optimizer.lr=0.02", "train.log_every=1"),
-        ("out: ", "finished run", "optimizer.lr was 0.01 and is now 0.02", "Choose another --output"),
+        ("out: ", "finished run", "optimizer.lr was 0.01 and is now 0.02", "another --output"),
     ),
     "a finished run of other data": (
         lambda ground: (finished(ground), other_data(ground)),
         (),
-        ("out: ", "finished run", "data was", "and is now", "Choose another --output"),
+        ("out: ", "finished run", "data was", "and is now", "another --output"),
     ),
     "a finished run without checkpoints of other data": (
         lambda ground: (finished(ground), gone("out/checkpoints")(ground), other_data(ground)),
         (),
-        ("out: ", "finished run", "data was", "and is now", "Choose another --output"),
+        ("out: ", "finished run", "data was", "and is now", "another --output"),
     ),
     "a finished run without checkpoints of another method": (
         lambda ground: (finished(ground), gone("out/checkpoints")(ground)),
         ("train.method=full",),
-        ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "Choose another --output"),
+        ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "another --output"),
     ),
-    "data that are gone": (gone("data/validation"), (), ("data/validation", "no such file or folder", "Check the path")),
-    "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "No other checkpoint", "give another --output")),
-    "checkpoints that were cut": (truncated, (), (LAST, "bytes", "were written", "give another --output")),
-    "checkpoints whose markers were cut": (unmarked, (), (LAST, "no readable marker", "give another --output")),
+    "missing data": (gone("data/validation"), (), ("data/validation",)),
+    "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "no other checkpoint", "another --output")),
+    "checkpoints that were cut": (truncated, (), (LAST, "bytes", "expected", "another --output")),
+    "checkpoints whose markers were cut": (unmarked, (), (LAST, "no readable marker", "another --output")),
 }
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file, by the hash of what it holds; the lock of whoever writes there is none of the run's."""
+    """Return the hash of every file by its name, but not of the lock."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -224,7 +224,7 @@ def test_data_prepared_below_the_output_belong_to_their_recipe_and_rows(
     code, said = run()
     assert (code, "the content of rows.jsonl changed" in said) == (1, True), said
     (ground / "result.json").rename(ground / "out" / "result.json")
-    shutil.rmtree(ground / "out" / "data")  # to make room
+    shutil.rmtree(ground / "out" / "data")  # to free disk space
     code, said = run()
     assert (code, "already finished" in said) == (0, True), said
     assert {name: digest for name, digest in before.items() if not name.startswith("data/")} == content(ground / "out")
@@ -241,5 +241,5 @@ def test_training_refuses_in_one_message_and_keeps_what_is_there(case: str, grou
     assert message.count("\n") + hint.count("\n") == 1, last
     assert "Traceback" not in last
     for word in words:
-        assert word in last, f"the user is not told {word!r}: {last}"
+        assert word in last, f"the message does not name {word!r}: {last}"
     assert content(ground) == before, "something was left behind, or lost"

@@ -1,4 +1,4 @@
-"""What the loop does beside a step: schedules, decay, skipped steps, early stopping, the best checkpoint, and other numbers of ranks."""
+"""The loop outside its steps: schedules, decay, skipped steps, early stopping, the best checkpoint, other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
     """Make the loss of some steps not a number on one rank, in its second micro-batch."""
-    compute, calls = trainer._losses, [0]
+    compute, calls = trainer.compute_losses, [0]
 
     def losses(batch: Any, weights: LossWeights, any_self_conditioned: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = compute(batch, weights, any_self_conditioned)
@@ -73,7 +73,7 @@ def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
         bad = step + 1 in steps and micro_batch == 1 and trainer.rank == rank
         return (found[0] * torch.nan, found[1] * torch.nan, found[2]) if bad else found
 
-    trainer._losses = losses  # type: ignore[method-assign]
+    trainer.compute_losses = losses  # type: ignore[method-assign]
 
 
 def spoiled_runs(folder: Path, ground: Path) -> None:
@@ -98,7 +98,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
 
     trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
     spoil(trainer, set(range(6, 13)), rank=0)
-    with pytest.raises(UserError, match=r"step 8: not finite, as 2 steps before it .*on examples \d+, \d+\. The last checkpoint is intact"):
+    with pytest.raises(UserError, match=r"step 8: .* 2 steps .*train\.max_skipped_steps.*on examples \d+, \d+$"):
         trainer.run()
     if dist.get_rank() == 0:
         assert [p.name for p in (folder / "many" / "checkpoints").glob("*/complete.json")] == ["complete.json"]
@@ -147,7 +147,7 @@ def best_runs(folder: Path, ground: Path) -> None:
     assert trainer.run()
     assert trainer.progress.step == 10, "three validations in a row were not better than step 4's"
     complete = sorted(marker.parent.name for marker in (folder / "stopped" / "checkpoints").glob("*/complete.json"))
-    assert complete == ["step-000004", "step-000010"], "the best one stays beside the newest"
+    assert complete == ["step-000004", "step-000010"], "the best one is kept with the newest"
     assert trainer.load_best_checkpoint() == 4
     for name, value in whole(trainer).items():
         if name.startswith("weight"):
@@ -195,8 +195,8 @@ def damaged_runs(folder: Path, ground: Path) -> None:
     trainer = make_trainer(ground, folder / "run", *SPARSE, "train.steps=4")
     assert trainer.run()
     told = {
-        "cut": r"bytes, \d+ were written",
-        "flip": "does not hold what was written",
+        "cut": r"bytes, expected \d+",
+        "flip": "SHA-256",
         "remove": "is missing",
         "marker": "no readable marker",
     }
@@ -215,7 +215,7 @@ def damaged_runs(folder: Path, ground: Path) -> None:
 
         damage(copied / "checkpoints" / "step-000002", how)
         last = make_trainer(ground, copied, *SPARSE, "train.steps=4")
-        with pytest.raises(UserError, match=r"step-000002 is damaged.*No other checkpoint stands in .*give another --output"):
+        with pytest.raises(UserError, match=r"step-000002 is damaged.*no other checkpoint in "):
             last.checkpoints.restore(last.trained, last.optimizer)
         assert (copied / "checkpoints" / "step-000002" / "complete.json").exists(), "a checkpoint was thrown away"
 
