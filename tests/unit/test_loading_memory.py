@@ -34,9 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def grown(function: Callable[[], object]) -> int:
-    """The most anonymous memory that a call takes beyond what was there, in bytes."""
-    before = peak = read_status(os.getpid())["RssAnon"]
+def peak_memory(function: Callable[[], object]) -> int:
+    """Return the most anonymous memory that this process has during a call, in bytes."""
+    peak = 0
     done = threading.Event()
 
     def sample() -> None:
@@ -51,17 +51,18 @@ def grown(function: Callable[[], object]) -> int:
     finally:
         done.set()
         thread.join()
-    return max(peak, read_status(os.getpid())["RssAnon"]) - before
+    return max(peak, read_status(os.getpid())["RssAnon"])
 
 
 def load_and_export(folder: Path, checkpoint: Path, method: str, ep: int) -> dict[str, int]:
     config = run_config(method, ep, precision="bfloat16")
     model = build_model(config, read_model_config(checkpoint))
     shard_model(model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config)
-    loading = grown(lambda: load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed))
+    before = read_status(os.getpid())["RssAnon"]
+    loading = peak_memory(lambda: load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)) - before
     found = {"loading": loading, "shard": sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())}
     if method == "full":
-        found["exporting"] = grown(lambda: export_model(model, config, checkpoint, folder / f"out-{ep}"))
+        found["exporting"] = peak_memory(lambda: export_model(model, config, checkpoint, folder / f"out-{ep}")) - before
     return found
 
 
@@ -82,8 +83,8 @@ def test_a_rank_holds_its_shard_and_one_tensor_while_it_loads_and_exports(checkp
             held = f"{method}, EP {ep}, rank {rank}: {found}, largest tensor {max(sizes)}, model {sum(sizes)}"
             assert found["loading"] <= found["shard"] + max(sizes) + ROOM, f"loading: {held}"
             if "exporting" in found:
-                # One tensor; the first rank receives another rank's part of it meanwhile, half of one and what its allocator rounds it to.
-                assert found["exporting"] <= max(sizes) * (1.6 if rank == 0 else 1) + ROOM, f"exporting: {held}"
+                # One tensor; rank 0 also receives another rank's part of it: half a tensor, rounded up by its allocator.
+                assert found["exporting"] <= found["shard"] + max(sizes) * (1.75 if rank == 0 else 1) + ROOM, f"exporting: {held}"
     for ep in (1, 2):
         exported = CheckpointReader(tmp_path / f"out-{ep}")
         assert exported.fingerprint() == reader.fingerprint(), "an export of what was loaded is not what was loaded"
