@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from canvastune.errors import UserError
-from canvastune.preparation.chat_format import (
-    ChatEncoder,
-    Conversation,
-    EncodedConversation,
-    InvalidRow,
-)
+from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.row_formats import Conversation, InvalidRow
 
 if TYPE_CHECKING:  # the readers import libraries that an encoder process does not need
     from canvastune.preparation.readers import Row
@@ -114,9 +110,7 @@ class EncoderPool:
     the block ends.
     """
 
-    def __init__(
-        self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None
-    ) -> None:
+    def __init__(self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None) -> None:
         """Prepare the pool; entering it starts the processes.
 
         Args:
@@ -220,9 +214,7 @@ class EncoderProcess:
         self._process.kill()
         self._process.wait()
         for pipe in (self._requests, self._answers):
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # part of a request, to a process that has exited
+            with contextlib.suppress(BrokenPipeError):  # part of a request, to a process that has exited
                 pipe.close()
 
 

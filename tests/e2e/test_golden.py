@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.golden import FOLDER, golden
 from tools import snapshot
-from tools.side import Side, exit_codes, options_of_commands, prepared_forms, training
+from tools.loss_compare.side import Side, exit_codes, options_of_commands, prepared_forms, training
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("train.steps=3", "train.global_batch_size=4", "train.checkpoint_every=100", "train.validate_every=100")

@@ -17,14 +17,8 @@ from transformers import GemmaTokenizer
 from benchmarks.resident import read_status
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.chat_format import (
-    ChatEncoder,
-    Conversation,
-    EncodedConversation,
-    InvalidRow,
-    detect_format,
-    read_conversation,
-)
+from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.row_formats import Conversation, InvalidRow, detect_format, read_conversation
 from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"

@@ -22,9 +22,10 @@ import pytest
 from canvastune.config.schema import ColumnsConfig
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
-from canvastune.preparation.chat_format import ChatEncoder, Conversation, read_conversation
+from canvastune.preparation.chat_template import ChatEncoder
 from canvastune.preparation.prepare import Throughput, prepare_data
 from canvastune.preparation.readers import Row
+from canvastune.preparation.row_formats import Conversation, read_conversation
 from canvastune.preparation.tokenize_pool import EncoderPool, EncoderProcess, encode_newest
 from tests.support.data_fixtures import (
     THOUGHT,

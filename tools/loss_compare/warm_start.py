@@ -1,6 +1,6 @@
 """Run `python -m MODULE` many times at the cost of one start: import the libraries once, fork for each run.
 
-    PYTHONPATH=TREE python -P tools/warm_start.py < jobs > results
+    PYTHONPATH=TREE python -P tools/loss_compare/warm_start.py < jobs > results
 
 Each line of standard input is a job, `{"module", "arguments", "folder", "ranks", "log"}`; its line of standard
 output is the list of exit codes, one per rank. `ranks` 0 is a plain command; 1 and more set the variables that

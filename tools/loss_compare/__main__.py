@@ -4,7 +4,7 @@
     python -m tools.loss_compare --base REV --quick          # one rank and two, no pipeline: about three
 
 REV is checked out into a temporary git worktree. Both trees train a tiny model of REV on data that REV prepared,
-in float32: full, LoRA and expert LoRA, on each number of ranks. `tools/snapshot.py` lists what is compared; floats
+in float32: full, LoRA and expert LoRA, on each number of ranks. `tools/loss_compare/snapshot.py` lists what is compared; floats
 are compared bit for bit. Runs of REV that were stopped after a checkpoint are resumed by this tree and must end
 with REV's weights.
 
@@ -28,9 +28,9 @@ from typing import Any
 
 from tools import side as sides
 from tools import snapshot
-from tools.side import CommandError, Side
+from tools.loss_compare.side import CommandError, Side
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _STOPPED_AT = 2  # step of the checkpoint that the interrupted runs have
 _WORDS = {"ok": "same", "accepted": "differs, accepted", "bad": "DIFFERS"}
 

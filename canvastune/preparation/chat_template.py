@@ -1,5 +1,4 @@
-"""From a row to messages, and from messages to tokens with a response span (objective.md section
-1).
+"""From a conversation to tokens with a response span, by the chat template.
 
 The prefix is, token for token, what inference feeds the model: the chat template's own generation
 prompt. The response is the assistant's content and the marker that closes its turn. For every
@@ -9,34 +8,20 @@ for byte, before a token is trained on.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
+from canvastune.preparation.row_formats import Conversation, InvalidRow
 
-RowFormat = Literal["messages", "gsm8k", "columns"]
-
-_ROLES = ("system", "user", "assistant")
-_UNTRAINABLE = (
-    "tool_calls",
-    "function_call",
-    "tool_responses",
-    "reasoning",
-    "reasoning_content",
-    "thinking",
-)
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer while a template is parsed; never trained on
 _HINT = "Use the directory of an unchanged checkpoint."
 _CACHED_TEMPLATES = 1000  # sequences of roles whose template text is cached
@@ -44,187 +29,6 @@ _CACHED_TEMPLATES = 1000  # sequences of roles whose template text is cached
 # thinking. Only the generation prompt has it, not the rendering of a finished conversation: the one
 # documented difference between them.
 _EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
-# json.dumps would create an encoder for every row.
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-class InvalidRow(ValueError):
-    """A row that cannot be trained on. The message is the reason, without the place."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages up to and including the last assistant turn; later turns of the row are left out."""
-
-    messages: tuple[dict[str, str], ...]
-
-    @property
-    def history(self) -> list[dict[str, str]]:
-        """The messages before the answer."""
-        return list(self.messages[:-1])
-
-    @property
-    def answer(self) -> str:
-        """The content of the last assistant turn, as it was written."""
-        return self.messages[-1]["content"]
-
-    @functools.cached_property
-    def id(self) -> str:
-        """SHA-256 of roles and stripped contents, independent of the file and the row's format."""
-        plain = [[message["role"], message["content"].strip()] for message in self.messages]
-        return hashlib.sha256(_to_json(plain).encode()).hexdigest()
-
-
-def required_columns(row_format: RowFormat, columns: ColumnsConfig) -> tuple[str, ...]:
-    """Return the keys that a row of this format must have."""
-    if row_format == "messages":
-        return ("messages",)
-    return ("question", "answer") if row_format == "gsm8k" else (columns.prompt, columns.response)
-
-
-def detect_format(config: DataConfig, keys: Sequence[str]) -> RowFormat | None:
-    """Return the format of a row with these keys, or None if no format has them.
-
-    If the config sets a format, it is the only candidate.
-    """
-    every: tuple[RowFormat, ...] = ("messages", "gsm8k", "columns")
-    candidates = every if config.format == "auto" else (config.format,)
-    return next(
-        (each for each in candidates if set(required_columns(each, config.columns)) <= set(keys)),
-        None,
-    )
-
-
-def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
-    """Return the error for a row that has no known format.
-
-    Args:
-        where: the file and the row.
-    """
-    if not isinstance(value, dict):
-        return UserError(
-            f"{where}: found {type(value).__name__}, expected an object; no row after it has a "
-            "known format",
-            hint="Write one object with named columns per row.",
-        )
-    found = ", ".join(map(str, value)) or "none"
-    prompt, response = config.columns.prompt, config.columns.response
-    if config.format == "auto":
-        return UserError(
-            f"{where}: unknown row format: found the columns {found}, expected messages; or "
-            "question and answer; "
-            f"or {prompt} and {response}",
-            hint="Name your columns with data.format=columns data.columns.prompt=... "
-            "data.columns.response=...",
-        )
-    missing = ", ".join(
-        key for key in required_columns(config.format, config.columns) if key not in value
-    )
-    keys = (
-        "data.columns.prompt and data.columns.response"
-        if config.format == "columns"
-        else "data.format"
-    )
-    return UserError(
-        f"{where}: no column {missing}, which data.format {config.format} requires; found the "
-        f"columns {found}",
-        hint=f"Set {keys} to match.",
-    )
-
-
-def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig) -> Conversation:
-    """Turn a row into a conversation.
-
-    Raises:
-        InvalidRow: a missing column, an unknown role, content that is not text, no assistant turn,
-            nothing before it, an empty turn.
-    """
-    if not isinstance(value, dict):
-        raise InvalidRow(
-            f"the row is {_kind(value)}, expected an object with the columns "
-            f"{', '.join(required_columns(row_format, columns))}"
-        )
-    missing = [key for key in required_columns(row_format, columns) if key not in value]
-    if missing:
-        raise InvalidRow(
-            f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}"
-        )
-    if row_format == "messages":
-        messages = _check_messages(value["messages"])
-    else:
-        prompt, response = required_columns(row_format, columns)
-        messages = [
-            _turn("user", value[prompt], f"column {prompt!r}"),
-            _turn("assistant", value[response], f"column {response!r}"),
-        ]
-        if (
-            row_format == "columns"
-            and columns.system is not None
-            and value.get(columns.system) not in (None, "")
-        ):
-            messages.insert(0, _turn("system", value[columns.system], f"column {columns.system!r}"))
-    last = max(
-        (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None
-    )
-    if last is None:
-        raise InvalidRow("no assistant turn")
-    if last == 0:
-        raise InvalidRow("no turn before the assistant's: there is nothing to answer")
-    return Conversation(tuple(messages[: last + 1]))
-
-
-def _check_messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise InvalidRow(
-            f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects"
-        )
-    if not value:
-        raise InvalidRow("column 'messages' is an empty list")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise InvalidRow(
-                f"message {number} is {_kind(message)}, expected an object with 'role' and "
-                "'content'"
-            )
-        if "role" not in message:
-            raise InvalidRow(
-                f"message {number} has no 'role'; its keys: "
-                f"{', '.join(map(str, message)) or 'none'}"
-            )
-        if message["role"] not in _ROLES:
-            raise InvalidRow(
-                f"message {number}: unknown role {str(message['role'])[:40]!r}, expected "
-                f"{', '.join(_ROLES)}"
-            )
-        if lost := [key for key in _UNTRAINABLE if message.get(key)]:
-            raise InvalidRow(
-                f"message {number} carries {lost[0]!r}, which is not supported; only 'content' "
-                "would be trained on"
-            )
-        if "content" not in message:
-            raise InvalidRow(f"message {number} ({message['role']}) has no 'content'")
-        messages.append(_turn(message["role"], message["content"], f"message {number}"))
-    return messages
-
-
-def _turn(role: str, content: Any, where: str) -> dict[str, str]:
-    if not isinstance(content, str):
-        raise InvalidRow(f"{where} ({role}): the content is {_kind(content)}, expected text")
-    if not content.strip() and role != "system":
-        raise InvalidRow(f"{where} ({role}): the content is empty")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRow(
-            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at "
-            f"character {error.start + 1})"
-        ) from None
-    return {"role": role, "content": content}
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 class EncodedConversation(NamedTuple):
@@ -233,9 +37,7 @@ class EncodedConversation(NamedTuple):
     """
 
     tokens: array[int]
-    prefix_length: (
-        int  # tokens that inference feeds, with the header of the model turn; the response follows
-    )
+    prefix_length: int  # tokens that inference feeds, with the header of the model turn; the response follows
 
 
 @dataclass(frozen=True)
@@ -274,9 +76,7 @@ class ChatEncoder:
                 f"{where}: the tokenizer has no chat template",
                 hint="Use a model whose directory has chat_template.jinja.",
             )
-        tokenizer(
-            [_SENTINEL], add_special_tokens=False
-        )  # resets the padding and truncation of tokenizer.json
+        tokenizer([_SENTINEL], add_special_tokens=False)  # resets the padding and truncation of tokenizer.json
         added = tokenizer.added_tokens_decoder
         self._added = frozenset(added)
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
@@ -289,8 +89,7 @@ class ChatEncoder:
             ) from None
         if rendered.count(_SENTINEL) != 1:
             raise UserError(
-                f"{where}: the chat template shows an assistant's content "
-                f"{rendered.count(_SENTINEL)} times, expected once",
+                f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once",
                 hint=_HINT,
             )
         # The newline after the marker belongs to the template's next turn, not to this one.
@@ -307,13 +106,9 @@ class ChatEncoder:
         # Control tokens: all special ones, and those that open or close a turn even if they are not
         # marked special.
         markers = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
-        self._control = {i for i, token in added.items() if token.special} | (
-            self._added & set(markers)
-        )
+        self._control = {i for i, token in added.items() if token.special} | (self._added & set(markers))
 
-    def encode(
-        self, conversations: Sequence[Conversation]
-    ) -> list[EncodedConversation | InvalidRow]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[EncodedConversation | InvalidRow]:
         """Encode a batch; an InvalidRow with the reason takes the place of a conversation that
         cannot be trained on.
         """
@@ -339,17 +134,11 @@ class ChatEncoder:
         before the answer that inference never sees.
         """
         answer = _SENTINEL + self.closing
-        whole = self._tokenizer(
-            prompt + answer, add_special_tokens=False, return_offsets_mapping=True
-        )
+        whole = self._tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in whole["offset_mapping"]]
-        if (
-            len(prompt) not in starts
-        ):  # a token straddles the boundary: inference only has the two separately
+        if len(prompt) not in starts:  # a token straddles the boundary: inference only has the two separately
             return
-        if whole["input_ids"] != [
-            token for tokens in self._tokenize([prompt, answer]) for token in tokens
-        ]:
+        if whole["input_ids"] != [token for tokens in self._tokenize([prompt, answer]) for token in tokens]:
             raise UserError(
                 f"{where}: the tokenizer encodes an answer differently after the prompt and "
                 "separately, perhaps with a "
@@ -357,9 +146,7 @@ class ChatEncoder:
                 hint=_HINT,
             )
 
-    def _texts(
-        self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]
-    ) -> list[tuple[str, str] | InvalidRow]:
+    def _texts(self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]) -> list[tuple[str, str] | InvalidRow]:
         """Return prefix and response text of each conversation, checked against the template's own
         rendering.
         """
@@ -372,18 +159,14 @@ class ChatEncoder:
             prompts = [self._render_one(history, generation=True) for history in histories]
             renderings = [self._render_one(whole) for whole in wholes]
         texts: list[tuple[str, str] | InvalidRow] = []
-        for conversation, template, prompt, rendering in zip(
-            conversations, templates, prompts, renderings, strict=True
-        ):
+        for conversation, template, prompt, rendering in zip(conversations, templates, prompts, renderings, strict=True):
             if isinstance(prompt, InvalidRow) or isinstance(rendering, InvalidRow):
                 texts.append(prompt if isinstance(prompt, InvalidRow) else rendering)  # type: ignore[arg-type]
             else:
                 texts.append(self._split(conversation, template, prompt, rendering))
         return texts
 
-    def _split(
-        self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str
-    ) -> tuple[str, str] | InvalidRow:
+    def _split(self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str) -> tuple[str, str] | InvalidRow:
         if template.problem:
             return InvalidRow(template.problem)
         stock_prefix = prompt.removesuffix(template.thought)
@@ -391,19 +174,11 @@ class ChatEncoder:
             conversation.answer.strip(),
             conversation.answer,
         ):  # Gemma's templates strip contents
-            if (
-                prompt.endswith(template.thought)
-                and rendering == stock_prefix + answer + template.closing
-            ):
+            if prompt.endswith(template.thought) and rendering == stock_prefix + answer + template.closing:
                 return prompt, answer + self.closing
-        return InvalidRow(
-            "the chat template changes the answer (it holds a thought or another control sequence "
-            "that the template removes)"
-        )
+        return InvalidRow("the chat template changes the answer (it holds a thought or another control sequence that the template removes)")
 
-    def _check(
-        self, template: _TurnTemplate, prefix: list[int], response: list[int]
-    ) -> EncodedConversation | InvalidRow:
+    def _check(self, template: _TurnTemplate, prefix: list[int], response: list[int]) -> EncodedConversation | InvalidRow:
         """Refuse text that became a control token: it would open or close a turn that is not in the
         data.
         """
@@ -414,17 +189,12 @@ class ChatEncoder:
         )
         if found == template.markers and not inside and end == self.closing_ids and content:
             return EncodedConversation(array("i", prefix + response), len(prefix))
-        extra = [token for token in content if token in inside] or _first_difference(
-            found, template.markers
-        )
+        extra = [token for token in content if token in inside] or _first_difference(found, template.markers)
         unknown = self._tokenizer.unk_token_id
         if extra == [unknown]:
             return InvalidRow("the text holds a character that the tokenizer has no token for")
         name = self._tokenizer.convert_ids_to_tokens(extra[0]) if extra else self.closing
-        return InvalidRow(
-            f"the text holds the control token {name!r}, which would become a marker of the chat, "
-            "not text"
-        )
+        return InvalidRow(f"the text holds the control token {name!r}, which would become a marker of the chat, not text")
 
     def _template(self, conversation: Conversation) -> _TurnTemplate:
         roles = tuple([message["role"] for message in conversation.messages])
@@ -438,9 +208,7 @@ class ChatEncoder:
         """Render one conversation with these roles and a sentinel as the answer; find what the
         template writes around it.
         """
-        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [
-            {"role": roles[-1], "content": _SENTINEL}
-        ]
+        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [{"role": roles[-1], "content": _SENTINEL}]
         sequence = ", ".join(roles)
         rendering, prompt = (
             self._render_one(messages),
@@ -448,9 +216,7 @@ class ChatEncoder:
         )
         if isinstance(rendering, InvalidRow) or isinstance(prompt, InvalidRow):
             reason = rendering if isinstance(rendering, InvalidRow) else prompt
-            return _TurnTemplate(
-                "", "", [], f"the chat template refuses the turns {sequence}: {reason}"
-            )
+            return _TurnTemplate("", "", [], f"the chat template refuses the turns {sequence}: {reason}")
         before, sentinel, closing = rendering.partition(_SENTINEL)
         thought = prompt[len(before) :]
         if not sentinel or _SENTINEL in closing or closing.rstrip() != self.closing:
@@ -466,15 +232,11 @@ class ChatEncoder:
         markers = [token for token in self._tokenize([prompt])[0] if token in self._control]
         return _TurnTemplate(thought, closing, markers)
 
-    def _render(
-        self, conversations: list[list[dict[str, str]]], *, generation: bool = False
-    ) -> list[str]:
+    def _render(self, conversations: list[list[dict[str, str]]], *, generation: bool = False) -> list[str]:
         """Render as the tokenizer's apply_chat_template, without its copies of messages and
         variables, half of the time.
         """
-        template = _compile_jinja_template(
-            self._tokenizer.get_chat_template()
-        )  # cached by the library
+        template = _compile_jinja_template(self._tokenizer.get_chat_template())  # cached by the library
         tokens = self._tokenizer.special_tokens_map
         variables = {
             **template.globals,
@@ -483,15 +245,10 @@ class ChatEncoder:
             "documents": None,
             "add_generation_prompt": generation,
         }
-        contexts = (
-            template.new_context({**variables, "messages": messages}, shared=True)
-            for messages in conversations
-        )
+        contexts = (template.new_context({**variables, "messages": messages}, shared=True) for messages in conversations)
         return ["".join(template.root_render_func(context)) for context in contexts]
 
-    def _render_one(
-        self, messages: list[dict[str, str]], *, generation: bool = False
-    ) -> str | InvalidRow:
+    def _render_one(self, messages: list[dict[str, str]], *, generation: bool = False) -> str | InvalidRow:
         try:
             return self._render([messages], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise
