@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.golden import FOLDER, golden
-from tools import snapshot
+from tools.loss_compare import snapshot
 from tools.loss_compare.side import Side, exit_codes, options_of_commands, prepared_forms, training
 
 ROOT = Path(__file__).parents[2]

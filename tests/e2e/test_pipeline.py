@@ -23,7 +23,7 @@ from canvastune.tracking import read_metrics
 from components.run_directory import read_record
 from tests.fakes.fake_cluster import addresses_outside
 from tests.support.golden import golden
-from tools import snapshot
+from tools.loss_compare import snapshot
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine
 ROOT = Path(__file__).parents[2]

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools import side as sides
-from tools import snapshot
+from tools.loss_compare import side as sides
+from tools.loss_compare import snapshot
 from tools.loss_compare.side import CommandError, Side
 
 ROOT = Path(__file__).parents[2]

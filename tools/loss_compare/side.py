@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tools import snapshot
+from tools.loss_compare import snapshot
 
 _WARM_START = Path(__file__).with_name("warm_start.py")
 
