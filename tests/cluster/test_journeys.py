@@ -194,7 +194,7 @@ def check_install(cluster: FakeCluster, reader: Reader) -> None:
     (tested,) = [said for command, said in reader.said.items() if command.startswith("helm test")]
     assert len(re.findall(r"^200 http://canvastune-mlflow", tested, re.MULTILINE)) == 4
     assert "yes create kubeflow.org/pytorchjobs" in tested
-    assert "is there already" in next(said for command, said in reader.said.items() if command.startswith("canvastune submit"))
+    assert "is already there" in next(said for command, said in reader.said.items() if command.startswith("canvastune submit"))
 
 
 def check_run(cluster: FakeCluster, reader: Reader) -> None:
