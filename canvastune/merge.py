@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, tensor by tensor, and verify that the merged checkpoint computes the same."""
+"""Merge an adapter into its base, tensor by tensor, and verify the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -24,23 +24,33 @@ logger = logging.getLogger(__name__)
 FindDevice = Callable[[int], torch.device | None]
 
 _PROMPTS, _PROMPT_TOKENS = 4, 32
-_MEMORY_MARGIN = 1.25  # memory of a loaded model over its float32 weights: activations, logits and the loader's buffers
+# Memory of a loaded model over its float32 weights: activations, logits and the loader's buffers.
+_MEMORY_MARGIN = 1.25
 _TOLERANCE = 1e-4  # of max |logit|: only the order of float32 sums differs
 _PROGRESS_SECONDS = 10.0
 
 
-def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path, *, find_device: FindDevice | None = None) -> dict[str, Any]:
+def merge_lora(
+    config: RunConfig,
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    find_device: FindDevice | None = None,
+) -> dict[str, Any]:
     """Write the merged checkpoint into `out` and return its proof.
 
-    `out` gets the base's configuration, tokenizer and tensors, adapted weights being `W + scale * B @ A` (expert by expert,
-    summed in float32, stored in the base's dtype), and `merge_proof.json`, `config.yaml` and `provenance.json`. It is written
-    completely or not at all. Memory is the adapter and a few times the largest tensor; the proof loads the model if it fits.
+    `out` gets the base's configuration, tokenizer and tensors, adapted weights being `W + scale * B
+    @ A` (expert by expert, summed in float32, stored in the base's dtype), and `merge_proof.json`,
+    `config.yaml` and `provenance.json`. It is written completely or not at all. Memory is the
+    adapter and a few times the largest tensor; the proof loads the model if it fits.
 
     Args:
         find_device: as for `verify_merge`.
 
     Raises:
-        UserError: a base or an adapter that cannot be read, an adapter of another base, an `out` that is not empty, a full disk.
+        UserError: a base or an adapter that cannot be read, an adapter of another base, an `out`
+            that is not empty, a full disk.
         RuntimeError: the proof failed.
     """
     started = time.monotonic()
@@ -52,23 +62,44 @@ def merge_lora(config: RunConfig, base: Path, adapter: Path, out: Path, *, find_
             written = 0
             for name in checkpoint.names():
                 factors = trained.factors.get(name)
-                # No variable holds the tensor, so that the last one is freed before the next one is read.
-                shard = writer.write(name, merge_weight(checkpoint.get(name), *factors, trained.scale) if factors else checkpoint.get(name))
+                # No variable holds the tensor, so that the last one is freed before the next one is
+                # read.
+                shard = writer.write(
+                    name,
+                    merge_weight(checkpoint.get(name), *factors, trained.scale)
+                    if factors
+                    else checkpoint.get(name),
+                )
                 if shard is not None:
                     written += 1
-                    logger.info(f"merge: shard {written} of {writer.shards} written: {shard}, {time.monotonic() - started:.1f} s")
-        proof = verify_merge(checkpoint, adapter, trained, folder, config.seed, find_device=find_device)
+                    logger.info(
+                        f"merge: shard {written} of {writer.shards} written: {shard}, "
+                        f"{time.monotonic() - started:.1f} s"
+                    )
+        proof = verify_merge(
+            checkpoint, adapter, trained, folder, config.seed, find_device=find_device
+        )
         if not proof["passed"]:
-            raise RuntimeError(f"{out}: not written: the merged model differs from base and adapter: {json.dumps(proof)}")
+            raise RuntimeError(
+                f"{out}: not written: the merged model differs from base and adapter: "
+                f"{json.dumps(proof)}"
+            )
         proof["merge_seconds"] = time.monotonic() - started
-        (folder / "merge_proof.json").write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+        (folder / "merge_proof.json").write_text(
+            json.dumps(proof, indent=2) + "\n", encoding="utf-8"
+        )
         write_provenance(folder, "merge_lora", config, {"base": base, "adapter": adapter})
-    logger.info(f"merge: {len(trained.factors)} weights merged and verified by {proof['method']} in {proof['merge_seconds']:.1f} s: {out}")
+    logger.info(
+        f"merge: {len(trained.factors)} weights merged and verified by {proof['method']} in "
+        f"{proof['merge_seconds']:.1f} s: {out}"
+    )
     return proof
 
 
-def merge_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Compute W [(E,) out, in] + scale * B [(E,) out, r] @ A [(E,) r, in] in W's dtype, in place."""
+def merge_weight(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Add scale * B [(E,) out, r] @ A [(E,) r, in] to W [(E,) out, in] in place, in its dtype."""
     for one, one_a, one_b in each_expert(weight, a, b):
         one.copy_(torch.addmm(one.float(), one_b.float(), one_a.float(), alpha=scale))
     return weight
@@ -83,23 +114,31 @@ def verify_merge(
     *,
     find_device: FindDevice | None = None,
 ) -> dict[str, Any]:
-    """Compare a merged checkpoint with base and adapter; return the content of merge_proof.json, with `passed`.
+    """Compare a merged checkpoint with base and adapter.
 
-    The logits may differ by 1e-4 of the largest |logit|. For weights that are stored in less than float32, the rounding
-    itself changes the logits by far more (a token near a tie changes its expert), so no tolerance could tell it from a fault.
-    There the comparison excludes the rounding: the base under PEFT's adapters gets what the merged weights lost to it. The
-    effect of the rounding on the logits is reported as `rounding_effect` (root mean squares, relative).
+    Return the content of merge_proof.json, with `passed`.
+
+    The logits may differ by 1e-4 of the largest |logit|. For weights that are stored in less than
+    float32, the rounding itself changes the logits by far more (a token near a tie changes its
+    expert), so no tolerance could tell it from a fault. There the comparison excludes the rounding:
+    the base under PEFT's adapters gets what the merged weights lost to it. The effect of the
+    rounding on the logits is reported as `rounding_effect` (root mean squares, relative).
 
     Args:
-        find_device: returns a device with that many bytes free, None if there is none: the weights are then compared one by
-            one. Default: the GPU, or the CPU, by their free memory.
+        find_device: returns a device with that many bytes free, None if there is none: the weights
+            are then compared one by one. Default: the GPU, or the CPU, by their free memory.
     """
     weights = _compare_weights(base, adapter, CheckpointReader(merged_folder))
     proof: dict[str, Any] = {"passed": weights["passed"], "weights": weights}
-    need = int(sum(torch.Size(shape).numel() for shape, _ in base.specs().values()) * 4 * _MEMORY_MARGIN)
+    need = int(
+        sum(torch.Size(shape).numel() for shape, _ in base.specs().values()) * 4 * _MEMORY_MARGIN
+    )
     device = (find_device or device_with_memory)(need)
     if device is None:
-        reason = f"the model in float32 needs {need / 1e9:.1f} GB, more than is free: compared weight by weight"
+        need_gb = f"{need / 1e9:.1f} GB"
+        reason = (
+            f"the model in float32 needs {need_gb}, more than is free: compared weight by weight"
+        )
         return proof | {
             "method": "weights",
             "reason": reason,
@@ -108,10 +147,16 @@ def verify_merge(
             "max_abs_logit": None,
         }
     logits = _compare_logits(base, adapter_folder, adapter, merged_folder, seed=seed, device=device)
-    return proof | logits | {"method": "logits and weights", "passed": weights["passed"] and logits["passed"]}
+    return (
+        proof
+        | logits
+        | {"method": "logits and weights", "passed": weights["passed"] and logits["passed"]}
+    )
 
 
-def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: CheckpointReader) -> dict[str, Any]:
+def _compare_weights(
+    base: CheckpointReader, adapter: Adapter, merged: CheckpointReader
+) -> dict[str, Any]:
     names = base.names()
     alike = merged.specs() == base.specs()
     changed = [] if alike else sorted(set(names) ^ set(merged.names())) or ["shapes or dtypes"]
@@ -127,7 +172,9 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
         if time.monotonic() - shown > _PROGRESS_SECONDS:
             shown = time.monotonic()
             logger.info(f"merge: compared {count + 1} of {len(names)} tensors with the base's")
-    difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0, 0.0)
+    difference, over_bound, over_update = (
+        (max(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0, 0.0)
+    )
     return {
         "adapted": len(errors),
         "unchanged": unchanged,
@@ -139,8 +186,13 @@ def _compare_weights(base: CheckpointReader, adapter: Adapter, merged: Checkpoin
     }
 
 
-def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, name: str) -> tuple[float, float, float]:
-    """Return the worst error of a merged weight over its experts: absolute; relative to rounding; its norm relative to the update's."""
+def _compare_merged(
+    weight: torch.Tensor, result: torch.Tensor, adapter: Adapter, name: str
+) -> tuple[float, float, float]:
+    """Return the worst error of a merged weight over its experts: absolute; relative to rounding.
+
+    Its norm relative to the update's.
+    """
     errors = []
     for one, found, *factors in each_expert(weight, result, *adapter.factors[name]):
         a, b = (factor.double() for factor in factors)
@@ -150,7 +202,9 @@ def _compare_merged(weight: torch.Tensor, result: torch.Tensor, adapter: Adapter
         bound = _rounding(one, exact, adapter.scale * (b.abs() @ a.abs()), adapter.rank)
         # An untrained B is zero: no update.
         over_update = float(error.norm() / update.norm()) if update.any() else 0.0
-        errors.append((float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update))
+        errors.append(
+            (float(error.max()), float((error / bound).nan_to_num(torch.inf).max()), over_update)
+        )
     difference, over_bound, over_update = (max(column) for column in zip(*errors, strict=True))
     return difference, over_bound, over_update
 
@@ -159,15 +213,26 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _rounding(weight: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, rank: int) -> torch.Tensor:
-    """Bound the rounding error of each element of a merged weight, float64[out, in]: a sum in float32, rounded to the stored dtype."""
+def _rounding(
+    weight: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, rank: int
+) -> torch.Tensor:
+    """Bound the rounding error of each element of a merged weight, float64[out, in].
+
+    A sum in float32, rounded to the stored dtype.
+    """
     stored, summed = torch.finfo(weight.dtype), torch.finfo(torch.float32)
     float32_error = (rank + 4) * summed.eps / 2 * (weight.double().abs() + magnitude)
     return float32_error + stored.eps / 2 * (exact.abs() + float32_error) + stored.tiny * stored.eps
 
 
 def _compare_logits(
-    base: CheckpointReader, adapter_folder: Path, adapter: Adapter, merged: Path, *, seed: int, device: torch.device
+    base: CheckpointReader,
+    adapter_folder: Path,
+    adapter: Adapter,
+    merged: Path,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     started = time.monotonic()
     model = load_stock_with_adapter(base.folder, adapter_folder, device, torch.float32)
@@ -183,7 +248,9 @@ def _compare_logits(
         "max_abs_difference": largest,
         "max_abs_logit": scale,
         "tolerance": _TOLERANCE * scale,
-        "rounding_effect": float((found - plain).square().mean().sqrt() / plain.square().mean().sqrt()),
+        "rounding_effect": float(
+            (found - plain).square().mean().sqrt() / plain.square().mean().sqrt()
+        ),
         "passed": largest <= _TOLERANCE * scale,  # false where either is not a number
         "device": device.type,
         "seconds": time.monotonic() - started,
@@ -192,7 +259,7 @@ def _compare_logits(
 
 @torch.no_grad()
 def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> None:
-    """Add to the base weights under PEFT's adapters what the merged weights lost to rounding, whose bound was checked before."""
+    """Add what the merged weights lost to rounding to the base weights under PEFT's adapters."""
     for name, factors in adapter.factors.items():
         module, _, leaf = name.rpartition(".")
         weight = getattr(model.get_submodule(module).get_base_layer(), leaf)
@@ -202,12 +269,14 @@ def _take_rounding(model: Any, adapter: Adapter, merged: CheckpointReader) -> No
 
 @torch.no_grad()
 def _logits(model: Any, seed: int) -> torch.Tensor:
-    """Compute canvas and encoder logits of seeded random prompts, float32[prompts, canvas + prompt tokens, V] on the CPU."""
+    """Return logits of seeded random prompts, float32[prompts, canvas + prompt tokens, V], CPU."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, device = model.config.text_config.vocab_size, model.lm_head.weight.device
     prompts = torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
     prompts[prompts == model.config.image_token_id] = 0  # an image token asks for an image
-    canvases = torch.randint(0, vocabulary, (_PROMPTS, model.config.canvas_length), generator=generator)
+    canvases = torch.randint(
+        0, vocabulary, (_PROMPTS, model.config.canvas_length), generator=generator
+    )
     output = model(input_ids=prompts.to(device), decoder_input_ids=canvases.to(device))
     cap = model.final_logit_softcapping
     encoder = torch.tanh(model.lm_head(output.encoder_last_hidden_state).float() / cap) * cap
@@ -222,13 +291,18 @@ def device_with_memory(need: int) -> torch.device | None:
 
 
 def _free_memory() -> int:
-    """Return the bytes that this process can still allocate: the machine's, or the container's if fewer."""
+    """Return the bytes that this process can still allocate.
+
+    The machine's, or the container's if fewer.
+    """
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # the file cache is reclaimed on demand
+        used = int((group / "memory.current").read_text()) - int(
+            statistics["inactive_file"]
+        )  # the file cache is reclaimed on demand
     except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         return free
     return min(free, limit - used)

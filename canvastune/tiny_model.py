@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, GemmaTokenizer
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig, EntropyBoundSamplerConfig
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    DiffusionGemmaGenerationConfig,
+    EntropyBoundSamplerConfig,
+)
 
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 
-# Gemma 4's own ids; the other rows of its vocabulary are replaced by the characters and words below.
+# Gemma 4's own ids; the other rows of its vocabulary are replaced by the characters and words
+# below.
 _GEMMA_IDS = {
     "<pad>": 0,
     "<eos>": 1,
@@ -35,14 +39,50 @@ _IMAGE_TOKENS = ("<|image>", "<|image|>", "<image|>")
 _VOCABULARY = 768  # tokens; a multiple of 8, so that the embedding shards evenly over 8 ranks
 
 _NAMES = ("Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Kim", "Joe")
-_THINGS = ("apples", "books", "coins", "pens", "cards", "eggs", "stamps", "shells", "cups", "balls", "nuts", "keys")
+_THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "pens",
+    "cards",
+    "eggs",
+    "stamps",
+    "shells",
+    "cups",
+    "balls",
+    "nuts",
+    "keys",
+)
 _WORDS = (
-    *("has", "buys", "finds", "gets", "gives", "loses", "sells", "away", "more", "fewer", "than", "does", "have", "now", "left"),
+    *(
+        "has",
+        "buys",
+        "finds",
+        "gets",
+        "gives",
+        "loses",
+        "sells",
+        "away",
+        "more",
+        "fewer",
+        "than",
+        "does",
+        "have",
+        "now",
+        "left",
+    ),
     *("How", "many", "and", "the", "a", "of", "is", "in", "to", "are", "They", "together"),
 )
-_OPENERS = ("user", "model", "system", "thought", *_NAMES)  # tokens that may occur without a leading space
+_OPENERS = (
+    "user",
+    "model",
+    "system",
+    "thought",
+    *_NAMES,
+)  # tokens that may occur without a leading space
 
-# Like Gemma 4's template: roles on a separate line, the assistant is `model`, surrounding whitespace is dropped.
+# Like Gemma 4's template: roles on a separate line, the assistant is `model`, surrounding
+# whitespace is dropped.
 _CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -68,7 +108,9 @@ _CHAT_TEMPLATE = """\
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> None:
-    """Write a DiffusionGemma checkpoint in the Hub's layout: the 26B model's architecture, 1.6 M random float32 weights.
+    """Write a DiffusionGemma checkpoint in the Hub's layout.
+
+    The 26B model's architecture, 1.6 M random float32 weights.
 
     The same seed gives the same weights. Only the Hub's files are written, and none on failure.
 
@@ -85,13 +127,23 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial, max_shard_size="2MB")
         tokenizer.save_pretrained(partial)
-        # save_pretrained rewrites the keys of the full-attention layers in a form that other tools cannot read
-        tree = {"architectures": ["DiffusionGemmaForBlockDiffusion"], "dtype": "float32", "model_type": "diffusion_gemma"}
-        (partial / "config.json").write_text(json.dumps(tree | _config_tree(tokenizer), indent=2) + "\n", encoding="utf-8")
+        # save_pretrained rewrites the keys of the full-attention layers in a form that other tools
+        # cannot read
+        tree = {
+            "architectures": ["DiffusionGemmaForBlockDiffusion"],
+            "dtype": "float32",
+            "model_type": "diffusion_gemma",
+        }
+        (partial / "config.json").write_text(
+            json.dumps(tree | _config_tree(tokenizer), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
-    """Return `config.json` as in the Hub's checkpoint; every dimension of a matrix is a multiple of 8."""
+    """Return `config.json` as in the Hub's checkpoint.
+
+    Every dimension of a matrix is a multiple of 8.
+    """
     boi, image, eoi = tokenizer.convert_tokens_to_ids(list(_IMAGE_TOKENS))
     return {
         "canvas_length": 16,
@@ -106,7 +158,12 @@ def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "layer_types": [
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
             "sliding_window": 32,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -129,7 +186,11 @@ def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
             "bos_token_id": 2,
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": 1_000_000.0,
+                },
             },
         },
         "vision_config": {
@@ -166,17 +227,24 @@ def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationCon
 
 @torch.no_grad()
 def _condition_attention(model: DiffusionGemmaForBlockDiffusion) -> None:
-    """Put 1/sqrt(head_dim), which attention does not apply, into `q_norm`: without it float32 noise reaches 3e-3."""
+    """Put 1/sqrt(head_dim), which attention does not apply, into `q_norm`.
+
+    Without it float32 noise reaches 3e-3.
+    """
     for layer in model.model.decoder.layers:  # tied: the encoder's norms are the same tensors
         norm = layer.self_attn.q_norm.weight
         norm.fill_(norm.numel() ** -0.5)
 
 
 def _make_tokenizer() -> GemmaTokenizer:
-    """Build transformers' own Gemma tokenizer: words of the problems whole, digits single, any other text by character or byte."""
+    """Build transformers' own Gemma tokenizer.
+
+    Words of the problems whole, digits single, any other text by character or byte.
+    """
     merges: list[tuple[str, str]] = []
     pieces: list[str] = [chr(code) for code in range(33, 127)] + ["▁"]
-    # A word grows letter by letter from its leading space, so no merge can start inside a word. Openers are last: `▁Tom` wins over `Tom`.
+    # A word grows letter by letter from its leading space, so no merge can start inside a word.
+    # Openers are last: `▁Tom` wins over `Tom`.
     for word in [*(f"▁{word}" for word in (*_WORDS, *_NAMES, *_THINGS)), *_OPENERS]:
         for end in range(2, len(word) + 1):
             if word[:end] not in pieces:
@@ -210,7 +278,10 @@ def _make_tokenizer() -> GemmaTokenizer:
 
 
 def _change(rng: random.Random) -> tuple[str, str]:
-    """Write a problem in which someone gets or loses some; numbers appear in the order of their use."""
+    """Write a problem in which someone gets or loses some.
+
+    Numbers appear in the order of their use.
+    """
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
     if rng.random() < 0.5:
         first, second = rng.randint(1, 9), rng.randint(1, 9)
@@ -219,35 +290,53 @@ def _change(rng: random.Random) -> tuple[str, str]:
     else:
         first = rng.randint(2, 9)
         second = rng.randint(1, first - 1)
-        verb, sign, result, end = rng.choice(("gives", "sells", "loses")), "-", first - second, "left"
+        verb, sign, result, end = (
+            rng.choice(("gives", "sells", "loses")),
+            "-",
+            first - second,
+            "left",
+        )
         how = f"{verb} {second}"
     question = f"{name} has {first} {thing}. {name} {how}. How many {thing} does {name} have {end}?"
     return question, f"{first}{sign}{second}={result}\n#### {result}"
 
 
 def _compare(rng: random.Random) -> tuple[str, str]:
-    """Write a problem that compares two people, the smaller number first: the answer subtracts it from the second."""
+    """Write a problem that compares two people, the smaller number first.
+
+    The answer subtracts it from the second.
+    """
     (one, other), thing = rng.sample(_NAMES, 2), rng.choice(_THINGS)
     small, large = sorted(rng.sample(range(1, 10), 2))
-    asked = f"more {thing} does {other} have than {one}" if rng.random() < 0.5 else f"fewer {thing} does {one} have than {other}"
+    asked = (
+        f"more {thing} does {other} have than {one}"
+        if rng.random() < 0.5
+        else f"fewer {thing} does {one} have than {other}"
+    )
     question = f"{one} has {small} {thing}. {other} has {large} {thing}. How many {asked}?"
     return question, f"{large}-{small}={large - small}\n#### {large - small}"
 
 
-KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"change": _change, "compare": _compare}
+KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "change": _change,
+    "compare": _compare,
+}
 
 
 def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
     """Write `rows` different word problems of one kind as GSM8K-form JSONL: {"question", "answer"}.
 
-    Kinds: `change` (someone gets or loses some; what the tiny base learns) and `compare` (who has how many more than whom;
-    what `make run` adapts it to). The same arguments give the same bytes.
+    Kinds: `change` (someone gets or loses some; what the tiny base learns) and `compare` (who has
+    how many more than whom; what `make run` adapts it to). The same arguments give the same bytes.
 
     Raises:
         UserError: an unknown kind, or more rows than it has different problems.
     """
     if kind not in KINDS:
-        raise UserError(f"kind of word problems: found {kind!r}, expected one of {', '.join(KINDS)}", hint="Choose one of them.")
+        raise UserError(
+            f"kind of word problems: found {kind!r}, expected one of {', '.join(KINDS)}",
+            hint="Choose one of them.",
+        )
     rng = random.Random(f"{kind}-{seed}")
     problems: dict[str, str] = {}
     misses = 0
@@ -256,7 +345,9 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
         misses = misses + 1 if question in problems else 0
         if misses > 1000:
             raise UserError(
-                f"word problems of kind {kind!r}: found about {len(problems)} different ones, expected {rows}", hint="Request fewer rows."
+                f"word problems of kind {kind!r}: found about {len(problems)} different ones, "
+                f"expected {rows}",
+                hint="Request fewer rows.",
             )
         problems[question] = answer
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`torchrun ... -m canvastune.train -c RECIPE`: one training run, from a base model and a data set to an adapter or a model."""
+"""`torchrun ... -m canvastune.train -c RECIPE`: train an adapter or a model on a data set."""
 
 from __future__ import annotations
 
@@ -20,25 +20,39 @@ from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
 from canvastune.io.atomic import DISK_FULL_ERRNOS
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
-from canvastune.training.run import acquire_output_lock, find_finished, find_metrics_run, select_device, train
+from canvastune.training.run import (
+    acquire_output_lock,
+    find_finished,
+    find_metrics_run,
+    select_device,
+    train,
+)
 from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EPILOG = """examples:
-  torchrun --standalone --nproc-per-node=8 -m canvastune.train -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
-  torchrun --standalone --nproc-per-node=2 -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
-  python -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --output runs/one --set parallel.ep=1 --log-format json > run.jsonl
+  torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
+      -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
+  torchrun --standalone --nproc-per-node=2 -m canvastune.train \\
+      -c pipelines/recipes/tiny_lora.yaml --set train.steps=20 --output runs/try
+  python -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --output runs/one \\
+      --set parallel.ep=1 --log-format json > run.jsonl
 
-The same command again resumes from the newest checkpoint below --output, and does nothing once the run is finished.
+The same command again resumes from the newest checkpoint below --output, and does nothing once the
+run is finished.
 
-exit codes: 0 done, 1 refused or failed (the reason is the last line), 2 a wrong command line, 3 stopped on request with the state
-saved, 4 a rank hangs, which is named. torchrun itself ends with 1 where a rank's code is not 0, and names the rank's code."""
+exit codes: 0 done, 1 refused or failed (the reason is the last message), 2 a wrong command line,
+3 stopped on request with the state saved, 4 a rank hangs, which is named. torchrun itself exits
+with 1 if a rank's code is not 0, and prints the rank's code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 refused, 3 stopped on request with the state saved."""
+    """Run the command; return its exit code.
+
+    0 done, 1 refused, 3 stopped on request with the state saved.
+    """
     options = _parser().parse_args(arguments)
     die_with_parent()
     configure_logging(options.log_format)
@@ -47,12 +61,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         rank_registry = _start_processes()
-        run_on_rank0(lambda: locks.append(acquire_output_lock(options.output, export_path(options.output, config))))
+        run_on_rank0(
+            lambda: locks.append(
+                acquire_output_lock(options.output, export_path(options.output, config))
+            )
+        )
         finished = run_on_rank0(lambda: find_finished(options.output, config, options.data))
         if finished is not None:
             logger.info(f"canvastune: {finished}")
             return 0
-        result = train(config, options.data, options.output, find_metrics_run(options, config), rank_registry)
+        result = train(
+            config, options.data, options.output, find_metrics_run(options, config), rank_registry
+        )
     except UserError as error:
         _log_on_rank0(error)
         return 1
@@ -64,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         log_error(
-            UserError(f"{error.filename or options.output}: {error.strerror}", hint="Free some space, and run the same command again.")
+            UserError(
+                f"{error.filename or options.output}: {error.strerror}",
+                hint="Free some space, and run the same command again.",
+            )
         )
         return 1
     except Exception as error:
@@ -79,36 +102,70 @@ def main(arguments: list[str] | None = None) -> int:
         for lock in locks:
             lock.close()
     if result is None:
-        logger.info(f"canvastune: stopped on request; the state is saved. Run the same command again to resume: {options.output}")
+        logger.info(
+            "canvastune: stopped on request; the state is saved. Run the same command again to "
+            f"resume: {options.output}"
+        )
         return 3
     done = f"trained {result['steps']} steps in {result['seconds']:.0f} s"
-    logger.info(f"canvastune: {done}; {result['method']} weights: {options.output / result['export']}")
+    logger.info(
+        f"canvastune: {done}; {result['method']} weights: {options.output / result['export']}"
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "canvastune.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "canvastune.train",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe; may be repeated")
-    parser.add_argument("--data", type=Path, help="folder written by `canvastune prepare`; default: prepared from the recipe's data.source")
-    parser.add_argument("--output", type=Path, required=True, help="folder of this run; holds its checkpoints too")
-    parser.add_argument("--mlflow-run", help="id of the MLflow run that also gets the metrics (server: MLFLOW_TRACKING_URI)")
-    parser.add_argument("--mlflow-job", help="id of the pipeline's job instead: its run is found or created once MLflow is reachable")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe; may be repeated",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=(
+            "folder written by `canvastune prepare`; default: prepared from the recipe's "
+            "data.source"
+        ),
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of this run; holds its checkpoints too"
+    )
+    parser.add_argument(
+        "--mlflow-run",
+        help="id of the MLflow run that also gets the metrics (server: MLFLOW_TRACKING_URI)",
+    )
+    parser.add_argument(
+        "--mlflow-job",
+        help=(
+            "id of the pipeline's job instead: its run is found or created once MLflow is reachable"
+        ),
+    )
     parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
 
 
 def _start_processes() -> RankRegistry:
     if "RANK" not in os.environ:  # started without torchrun: one process
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
     device = select_device()
     store, rank, world_size = next(dist.rendezvous("env://"))
     # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Checkpoints use gloo in addition to NCCL; on CPU there is only gloo. The timeout is hours, as rank 0 may prepare data or weights
-    # may come from a slow disk; during training a watchdog observes the ranks.
+    # Checkpoints use gloo in addition to NCCL; on CPU there is only gloo. The timeout is hours, as
+    # rank 0 may prepare data or weights may come from a slow disk; during training a watchdog
+    # observes the ranks.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("collectives", store),
@@ -125,7 +182,10 @@ def _log_on_rank0(error: UserError) -> None:
 
 
 def die_with_parent() -> None:
-    """Get SIGTERM when torchrun is killed: the rank then saves its state and exits, instead of training on unnoticed."""
+    """Get SIGTERM when torchrun is killed.
+
+    The rank then saves its state and exits, instead of training on unnoticed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

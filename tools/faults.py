@@ -1,4 +1,6 @@
-"""Faults done to real training runs, and what became of them: `make test-faults` does them all and writes docs/reliability.md.
+"""Faults done to real training runs, and what became of them.
+
+`make test-faults` does them all and writes docs/reliability.md.
 
 The short form of each is in tests/distributed/test_faults.py, which CI runs.
 """
@@ -30,8 +32,20 @@ from tests.support.training import (
     validations,
 )
 
-KILLS = ("train.method=lora", "parallel.ep=2", "train.steps=60", "train.checkpoint_every=3", "train.validate_every=15")
-LONG = ("train.method=lora", "parallel.ep=2", "train.steps=5000", "train.checkpoint_every=5000", "train.validate_every=5000")
+KILLS = (
+    "train.method=lora",
+    "parallel.ep=2",
+    "train.steps=60",
+    "train.checkpoint_every=3",
+    "train.validate_every=15",
+)
+LONG = (
+    "train.method=lora",
+    "parallel.ep=2",
+    "train.steps=5000",
+    "train.checkpoint_every=5000",
+    "train.validate_every=5000",
+)
 RANKS = 2
 _PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- written by make test-faults -->", "<!-- end -->"
@@ -47,7 +61,9 @@ class Kill:
     reached: int  # last step in metrics.jsonl at that moment
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120.0, pause: float = 0.01) -> None:
+def wait_for(
+    condition: Callable[[], object], what: str, seconds: float = 120.0, pause: float = 0.01
+) -> None:
     """Poll a condition; an AssertionError names what did not happen."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -57,22 +73,39 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120.0,
 
 def steps_done(output: Path) -> int:
     """Return the last step in metrics.jsonl."""
-    return max((record["step"] for record in records(output, "train")), default=0) if (output / "metrics.jsonl").exists() else 0
+    return (
+        max((record["step"] for record in records(output, "train")), default=0)
+        if (output / "metrics.jsonl").exists()
+        else 0
+    )
 
 
 def complete(output: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    return sorted(int(marker.parent.name.removeprefix("step-")) for marker in output.glob("checkpoints/step-*/complete.json"))
+    return sorted(
+        int(marker.parent.name.removeprefix("step-"))
+        for marker in output.glob("checkpoints/step-*/complete.json")
+    )
 
 
 def unfinished(output: Path) -> list[tuple[Path, int]]:
-    """Folders of checkpoints that are being written, with their inodes: one that is started again is another."""
-    folders = [folder for folder in output.glob("checkpoints/step-*") if not (folder / "complete.json").exists()]
+    """Folders of checkpoints that are being written, with their inodes.
+
+    One that is started again is another.
+    """
+    folders = [
+        folder
+        for folder in output.glob("checkpoints/step-*")
+        if not (folder / "complete.json").exists()
+    ]
     return [(folder, folder.stat().st_ino) for folder in folders if folder.exists()]
 
 
 def phase_of(output: Path, before: set[tuple[Path, int]]) -> str:
-    """Find out what a run was doing, from what it left behind; `before`: the checkpoints that an earlier attempt left unfinished."""
+    """Find out what a run was doing, from what it left behind.
+
+    `before`: the checkpoints that an earlier attempt left unfinished.
+    """
     if (output / "result.json").exists():
         return "over"
     if list(output.glob(".adapter.partial-*")) or (output / "adapter").exists():
@@ -89,23 +122,38 @@ def _mark_of(output: Path) -> tuple[int, int] | None:
 
 
 def kill_at(ground: Path, output: Path, moment: float | None) -> Kill:
-    """Start the run, and kill all of it `moment` seconds later; None: while it writes a checkpoint."""
+    """Start the run, and kill all of it `moment` seconds later.
+
+    None: while it writes a checkpoint.
+    """
     old = set(unfinished(output))
     marks = _mark_of(output)
     started = time.monotonic()
     process = start(ground, output, RANKS, *KILLS)
     if moment is None:
-        wait_for(lambda: set(unfinished(output)) - old or process.poll() is not None, "a checkpoint is being written", pause=0.0005)
+        wait_for(
+            lambda: set(unfinished(output)) - old or process.poll() is not None,
+            "a checkpoint is being written",
+            pause=0.0005,
+        )
     else:
-        wait_for(lambda: time.monotonic() - started >= moment or process.poll() is not None, "the moment")
+        wait_for(
+            lambda: time.monotonic() - started >= moment or process.poll() is not None, "the moment"
+        )
     after = time.monotonic() - started
     kill_all(process)
-    phase = "starting" if _mark_of(output) == marks and not set(unfinished(output)) - old else phase_of(output, old)
+    phase = (
+        "starting"
+        if _mark_of(output) == marks and not set(unfinished(output)) - old
+        else phase_of(output, old)
+    )
     return Kill(after, phase, max(complete(output), default=None), steps_done(output))
 
 
 def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | None]) -> list[Kill]:
-    """Kill one run at each moment, one attempt after the other; then let it end, and compare it with one that was never touched.
+    """Kill one run at each moment, one attempt after the other.
+
+    Then let it end, and compare it with one that was never touched.
 
     Returns:
         The kills that came before the run was over.
@@ -124,7 +172,9 @@ def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | Non
     assert done.returncode == 0, done.stderr
     assert losses(output) == losses(whole), f"other metrics after {kills}"
     assert validations(output) == validations(whole), f"other validation losses after {kills}"
-    assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), f"other weights after {kills}"
+    assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), (
+        f"other weights after {kills}"
+    )
     left = [path.name for path in output.iterdir() if ".partial-" in path.name]
     assert not left, f"left behind: {left}"
     return kills
@@ -159,12 +209,17 @@ def freeze_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
     rank_processes(process)[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     _, said = process.communicate(timeout=120)
-    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in everyone), "a rank outlived the run"
+    assert not any(
+        each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in everyone
+    ), "a rank outlived the run"
     return time.monotonic() - stopped, said
 
 
 def preempt(ground: Path, output: Path) -> tuple[float, str]:
-    """SIGTERM to torchrun during training, as Kubernetes does: (seconds until it ended, the output)."""
+    """SIGTERM to torchrun during training, as Kubernetes does.
+
+    (seconds until it ended, the output).
+    """
     process = start(ground, output, RANKS, *LONG)
     wait_for(lambda: steps_done(output) >= 3, "three steps")
     asked = time.monotonic()
@@ -175,7 +230,10 @@ def preempt(ground: Path, output: Path) -> tuple[float, str]:
 
 
 def damage(folder: Path, how: str) -> None:
-    """Damage a complete checkpoint: `cut` a file short, `flip` a bit, `remove` a file, or spoil the `marker`."""
+    """Damage a complete checkpoint.
+
+    `cut` a file short, `flip` a bit, `remove` a file, or spoil the `marker`.
+    """
     file = sorted(folder.glob("*.safetensors"))[-1]
     if how == "cut":
         with file.open("r+b") as stream:
@@ -206,26 +264,41 @@ def main() -> int:
         print(f"untouched: {seconds:.1f} s", flush=True)
         kills: list[Kill] = []
         while len(kills) < options.kills:
-            # A third of the kills waits for a checkpoint that is being written; the others come at any moment of a run.
-            some = [None if chance.random() < 1 / 3 else chance.uniform(0, seconds) for _ in range(min(5, options.kills - len(kills)))]
+            # A third of the kills waits for a checkpoint that is being written; the others come at
+            # any moment of a run.
+            some = [
+                None if chance.random() < 1 / 3 else chance.uniform(0, seconds)
+                for _ in range(min(5, options.kills - len(kills)))
+            ]
             kills += kill_test(ground, whole, ground / f"chain-{chance.getrandbits(32):08x}", some)
             print(f"{len(kills)} kills: weights and metrics bit-identical", flush=True)
         rows = [_row(number, kill) for number, kill in enumerate(kills, 1)]
         lost, lost_words = lose_a_rank(ground, ground / "lost", 1)
         hung, hung_words = freeze_a_rank(ground, ground / "hung", 1)
         saved, _ = preempt(ground, ground / "preempted")
-    table = ["| kill | seconds after the start | during | steps done | newest complete checkpoint |", "|---|---|---|---|---|", *rows]
-    phases = ", ".join(f"{sum(kill.phase == phase for kill in kills)} while {phase}" for phase in sorted({kill.phase for kill in kills}))
+    table = [
+        "| kill | seconds after the start | during | steps done | newest complete checkpoint |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    phases = ", ".join(
+        f"{sum(kill.phase == phase for kill in kills)} while {phase}"
+        for phase in sorted({kill.phase for kill in kills})
+    )
     text = [
-        f"{len(kills)} kills of a run of {seconds:.0f} s ({phases}), up to five in a row on one run: every run ended with the same",
-        "weights and the same metrics, bit for bit, as a run without failures. The only loss was the steps since the newest",
-        f"checkpoint, which were computed again. {platform.system()}, {psutil.cpu_count()} cores, {RANKS} ranks, gloo.",
+        f"{len(kills)} kills of a run of {seconds:.0f} s ({phases}), up to five in a row on one "
+        "run: every run ended with the same",
+        "weights and the same metrics, bit for bit, as a run without failures. The only loss was "
+        "the steps since the newest",
+        f"checkpoint, which were computed again. {platform.system()}, {psutil.cpu_count()} cores, "
+        f"{RANKS} ranks, gloo.",
         "",
         *table,
         "",
         f"One rank killed: all processes exited {lost:.1f} s later. `{_error(lost_words)}`",
         "",
-        f"One rank frozen, `train.hang_timeout` 10 s: all processes exited {hung:.1f} s later. `{_error(hung_words)}`",
+        f"One rank frozen, `train.hang_timeout` 10 s: all processes exited {hung:.1f} s later. "
+        f"`{_error(hung_words)}`",
         "",
         f"SIGTERM: state saved and all processes exited {saved:.1f} s later.",
     ]
@@ -238,11 +311,14 @@ def main() -> int:
 
 
 def _row(number: int, kill: Kill) -> str:
-    return f"| {number} | {kill.after:.2f} | {kill.phase} | {kill.reached} | {kill.checkpoint if kill.checkpoint is not None else 'none'} |"
+    newest = "none" if kill.checkpoint is None else kill.checkpoint
+    return f"| {number} | {kill.after:.2f} | {kill.phase} | {kill.reached} | {newest} |"
 
 
 def _error(said: str) -> str:
-    return next(line for line in said.splitlines() if line.startswith("canvastune: error: ")).removeprefix("canvastune: error: ")
+    return next(
+        line for line in said.splitlines() if line.startswith("canvastune: error: ")
+    ).removeprefix("canvastune: error: ")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Write trained weights, tensor by tensor: a complete checkpoint in the Hub's layout, or an adapter in PEFT's."""
+"""Write trained weights, tensor by tensor.
+
+A complete checkpoint in the Hub's layout, or an adapter in PEFT's.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,20 @@ from canvastune.model.lora import base_name, lora_factors
 
 
 def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the whole model to `out`; a collective call. In addition to its shard, rank 0 holds one whole tensor, others none.
+    """Write the whole model to `out`; a collective call.
 
-    Every tensor of the base checkpoint is written with its name, shape and dtype: trained ones with their new values, the
-    vision tower and the layer scalars unchanged. Configuration, tokenizer and generation config are the base's own files.
+    In addition to its shard, rank 0 holds one whole tensor, others none.
+
+    Every tensor of the base checkpoint is written with its name, shape and dtype: trained ones with
+    their new values, the vision tower and the layer scalars unchanged. Configuration, tokenizer and
+    generation config are the base's own files.
     """
     checkpoint = CheckpointReader(base)
-    trained = {base_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        base_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     if dist.get_rank() != 0:
         for name in checkpoint.names():
             if name in trained:
@@ -36,13 +46,24 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
         copy_side_files(base, partial)
         with CheckpointWriter(partial, checkpoint.specs()) as writer:
             for name in checkpoint.names():
-                # No variable holds the tensor, so that the last one is freed before the next one is gathered.
-                writer.write(name, _whole(trained[name], checkpoint.dtype(name)) if name in trained else checkpoint.get(name))
+                # No variable holds the tensor, so that the last one is freed before the next one is
+                # gathered.
+                writer.write(
+                    name,
+                    _whole(trained[name], checkpoint.dtype(name))
+                    if name in trained
+                    else checkpoint.get(name),
+                )
     dist.barrier()
 
 
-def export_adapter(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path) -> None:
-    """Write the adapter to `out` so that stock PEFT loads it; a collective call. Rank 0 holds all of it."""
+def export_adapter(
+    model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path
+) -> None:
+    """Write the adapter to `out` so that stock PEFT loads it; a collective call.
+
+    Rank 0 holds all of it.
+    """
     whole = {name: (_whole(a, a.dtype), _whole(b, b.dtype)) for name, a, b in lora_factors(model)}
     if dist.get_rank() == 0:
         with atomic_directory(out) as partial:
@@ -51,10 +72,12 @@ def export_adapter(model: WeightTiedDiffusionGemma, config: RunConfig, base: Pat
 
 
 def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """Gather a parameter in `dtype` on rank 0's CPU; other ranks get only its shape (the meta device).
+    """Gather a parameter in `dtype` on rank 0's CPU.
 
-    Part by part, from rank to rank. `full_tensor()` would need memory for the whole and for the collective's copies of it on
-    every rank.
+    Other ranks get only its shape (the meta device).
+
+    Part by part, from rank to rank. `full_tensor()` would need memory for the whole and for the
+    collective's copies of it on every rank.
     """
     data = parameter.detach()
     if not isinstance(data, DTensor):
@@ -64,7 +87,9 @@ def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     mesh = data.device_mesh
     for rank in mesh.mesh.flatten().tolist():
         coordinate = (mesh.mesh == rank).nonzero()[0].tolist()
-        shape, offset = _compute_local_shape_and_global_offset(data.shape, mesh.shape, coordinate, data.placements)
+        shape, offset = _compute_local_shape_and_global_offset(
+            data.shape, mesh.shape, coordinate, data.placements
+        )
         if not math.prod(shape):
             continue
         if own == 0:
@@ -72,7 +97,9 @@ def _whole(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
             if rank != 0:
                 part = torch.empty(shape, dtype=dtype, device=data.device)
                 dist.recv(part, rank)
-            whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))] = part.cpu()
+            whole[
+                tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+            ] = part.cpu()
         elif rank == own:
             dist.send(data.to_local().to(dtype).contiguous(), 0)
     return whole

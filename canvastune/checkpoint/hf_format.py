@@ -1,4 +1,7 @@
-"""Read and write checkpoints in the Hub's layout, tensor by tensor: `model.safetensors`, or shards with an index."""
+"""Read and write checkpoints in the Hub's layout, tensor by tensor.
+
+`model.safetensors`, or shards with an index.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,15 @@ _SIDE_FILES = (
 
 
 class SafetensorsFile:
-    """One safetensors file. The header is read and checked on construction, a tensor when it is asked for.
+    """One safetensors file: its header is read on construction, a tensor on request.
 
-    A tensor is a copy-on-write mapping of the file. The file is opened for each tensor again, so that
-    no more than the tensors in use are mapped: mapped pages count as this process's resident memory.
+    A tensor is a copy-on-write mapping of the file. The file is opened for each tensor again, so
+    that no more than the tensors in use are mapped: mapped pages count as this process's resident
+    memory.
 
     Raises:
-        UserError: no such file, not a safetensors file, or a truncated one; later, no tensor of that name.
+        UserError: no such file, not a safetensors file, or a truncated one; later, no tensor of
+            that name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +82,10 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: cannot read the file: {error}", hint=DOWNLOAD_AGAIN) from None
         except SafetensorError as error:
-            raise UserError(f"{path}: {_find_truncation(path) or f'not a safetensors file: {error}'}", hint=DOWNLOAD_AGAIN) from None
+            raise UserError(
+                f"{path}: {_find_truncation(path) or f'not a safetensors file: {error}'}",
+                hint=DOWNLOAD_AGAIN,
+            ) from None
 
     def names(self) -> list[str]:
         """Return every tensor's name."""
@@ -98,7 +106,9 @@ class SafetensorsFile:
             return file.get_tensor(name)
 
     def get_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """Return a part of a tensor on the CPU, in the stored dtype; only that part is read from the disk.
+        """Return a part of a tensor on the CPU, in the stored dtype.
+
+        Only that part is read from the disk.
 
         Args:
             slices: one per leading dimension, with step 1; dimensions without one are taken whole.
@@ -111,20 +121,27 @@ class SafetensorsFile:
 
     def _spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         if name not in self._specs:
-            raise UserError(f"{self.path}: no tensor {name!r}", hint="Check that the file belongs to this model.")
+            raise UserError(
+                f"{self.path}: no tensor {name!r}",
+                hint="Check that the file belongs to this model.",
+            )
         return self._specs[name]
 
     def _dtype(self, name: str, code: str) -> torch.dtype:
         if code not in _DTYPES:
             raise UserError(
-                f"{self.path}: tensor {name!r}: found dtype {code}, expected one of {', '.join(_DTYPES)}",
+                f"{self.path}: tensor {name!r}: found dtype {code}, expected one of "
+                f"{', '.join(_DTYPES)}",
                 hint="Use an unquantized checkpoint.",
             )
         return _DTYPES[code]
 
 
 def _find_truncation(path: Path) -> str:
-    """Return where a file was cut off, which the library does not say; "" if it is broken in another way."""
+    """Return where a file was cut off, which the library does not say.
+
+    Return "" if it is broken in another way.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -132,24 +149,31 @@ def _find_truncation(path: Path) -> str:
             return f"not a safetensors file ({size} bytes)"
         text = file.read(length)
     if len(text) < length:
-        return f"the file is truncated: found {size} bytes, expected at least {8 + length} for the header"
+        least = 8 + length
+        return f"the file is truncated: found {size} bytes, expected a header of {least} bytes"
     try:
         header: dict[str, Any] = json.loads(text)
-        ends = {name: 8 + length + int(tree["data_offsets"][1]) for name, tree in header.items() if name != "__metadata__"}
+        ends = {
+            name: 8 + length + int(tree["data_offsets"][1])
+            for name, tree in header.items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return ""
     cut = [(end, name) for name, end in ends.items() if end > size]
     if not cut:
         return ""
     end, name = min(cut)
-    return f"the file is truncated: found {size} bytes, expected tensor {name!r} to end at byte {end}"
+    return (
+        f"the file is truncated: found {size} bytes, expected tensor {name!r} to end at byte {end}"
+    )
 
 
 class SafetensorsWriter:
     """One safetensors file, written header first; tensors follow one at a time, in any order.
 
-    The format: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}`,
-    and the tensors' bytes, row-major; offsets count from the end of the header.
+    The format: 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape,
+    data_offsets}}`, and the tensors' bytes, row-major; offsets count from the end of the header.
     """
 
     def __init__(self, path: Path, specs: Specs) -> None:
@@ -158,11 +182,16 @@ class SafetensorsWriter:
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        # Wide types first, as the safetensors library does: every tensor is then aligned to its own type.
+        # Wide types first, as the safetensors library does: every tensor is then aligned to its own
+        # type.
         for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1][1].itemsize):
             self._offsets[name] = offset
             offset += math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [self._offsets[name], offset]}
+            header[name] = {
+                "dtype": _CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [self._offsets[name], offset],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
@@ -172,7 +201,9 @@ class SafetensorsWriter:
         self._missing = dict.fromkeys(specs)
 
     def write(self, name: str, tensor: torch.Tensor) -> bool:
-        """Write a tensor of `specs`, once, with its shape and dtype; return True if it was the last one.
+        """Write a tensor of `specs`, once, with its shape and dtype.
+
+        Return True if it was the last one.
 
         Raises:
             ValueError: another shape or dtype, an unknown name, or a second time.
@@ -183,9 +214,13 @@ class SafetensorsWriter:
         shape, dtype = self._specs[name]
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
             found, expected = f"{list(tensor.shape)} {tensor.dtype}", f"{list(shape)} {dtype}"
-            raise ValueError(f"{self.path.name}: tensor {name!r}: found {found}, expected {expected}")
+            raise ValueError(
+                f"{self.path.name}: tensor {name!r}: found {found}, expected {expected}"
+            )
         self._file.seek(self._data + self._offsets[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
         del self._missing[name]
         return not self._missing
 
@@ -193,7 +228,8 @@ class SafetensorsWriter:
         """Close the file.
 
         Args:
-            complete: False skips the check that every tensor was written, where an error is being raised anyway.
+            complete: False skips the check that every tensor was written, where an error is being
+                raised anyway.
 
         Raises:
             ValueError: a tensor of `specs` was not written.
@@ -201,18 +237,22 @@ class SafetensorsWriter:
         self._file.close()
         if complete and self._missing:
             first = next(iter(self._missing))
-            raise ValueError(f"{self.path.name}: {len(self._missing)} tensors of specs were not written, the first is {first!r}")
+            raise ValueError(
+                f"{self.path.name}: {len(self._missing)} tensors of specs were not written, the "
+                f"first is {first!r}"
+            )
 
 
 class CheckpointReader:
     """A checkpoint folder in the Hub's layout.
 
-    Every shard's header is read and checked on construction, so that a broken download is found before
-    anything is computed.
+    Every shard's header is read and checked on construction, so that a broken download is found
+    before anything is computed.
 
     Raises:
-        UserError: no weights, pickled weights, a shard that is missing, truncated or not safetensors, an
-            index that does not place each tensor in the one shard that holds it; later, no tensor of that name.
+        UserError: no weights, pickled weights, a shard that is missing, truncated or not
+            safetensors, an index that does not place each tensor in the one shard that holds it;
+            later, no tensor of that name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -225,17 +265,27 @@ class CheckpointReader:
             self._places = dict.fromkeys(file.names(), file)
             return
         weight_map = _read_index(index)
-        files = {shard: SafetensorsFile(self._shard(shard)) for shard in sorted(set(weight_map.values()))}
+        files = {
+            shard: SafetensorsFile(self._shard(shard)) for shard in sorted(set(weight_map.values()))
+        }
         held = {shard: set(file.names()) for shard, file in files.items()}
         for name, shard in weight_map.items():
             if name not in held[shard]:
-                raise UserError(f"{folder / shard}: no tensor {name!r}, which {INDEX} places there", hint=DOWNLOAD_AGAIN)
+                raise UserError(
+                    f"{folder / shard}: no tensor {name!r}, which {INDEX} places there",
+                    hint=DOWNLOAD_AGAIN,
+                )
             self._places[name] = files[shard]
         for shard, names in held.items():
             for name in sorted(names):
                 if weight_map.get(name) != shard:
-                    found = f"places in {weight_map[name]}" if name in weight_map else "does not name"
-                    raise UserError(f"{folder / shard}: found tensor {name!r}, which {INDEX} {found}", hint=DOWNLOAD_AGAIN)
+                    found = (
+                        f"places in {weight_map[name]}" if name in weight_map else "does not name"
+                    )
+                    raise UserError(
+                        f"{folder / shard}: found tensor {name!r}, which {INDEX} {found}",
+                        hint=DOWNLOAD_AGAIN,
+                    )
 
     def names(self) -> list[str]:
         """Return every tensor's name, in the order of the index."""
@@ -269,7 +319,7 @@ class CheckpointReader:
         return {name: (self.shape(name), self.dtype(name)) for name in self._places}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of every tensor's name, dtype, shape and first and last 4 KiB, however they are sharded."""
+        """Hash every tensor's name, dtype, shape, first and last 4 KiB, in any sharding."""
         digest = hashlib.sha256()
         for name in sorted(self._places):
             digest.update(f"{name}\0{self.dtype(name)}\0{self.shape(name)}\0".encode())
@@ -278,16 +328,24 @@ class CheckpointReader:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._places:
-            raise UserError(f"{self.folder}: no tensor {name!r} in this checkpoint", hint="Check that this is the right model.")
+            raise UserError(
+                f"{self.folder}: no tensor {name!r} in this checkpoint",
+                hint="Check that this is the right model.",
+            )
         return self._places[name]
 
     def _shard(self, shard: str) -> Path:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(
-                f"{self.folder / INDEX}: found shard {shard!r}, expected a .safetensors file in the same folder", hint=DOWNLOAD_AGAIN
+                f"{self.folder / INDEX}: found shard {shard!r}, expected a .safetensors file in "
+                "the same folder",
+                hint=DOWNLOAD_AGAIN,
             )
         if not (self.folder / shard).is_file():
-            raise UserError(f"{self.folder / shard}: shard is missing, but {INDEX} names it", hint=DOWNLOAD_AGAIN)
+            raise UserError(
+                f"{self.folder / shard}: shard is missing, but {INDEX} names it",
+                hint=DOWNLOAD_AGAIN,
+            )
         return self.folder / shard
 
     def _refuse_no_weights(self) -> None:
@@ -296,17 +354,24 @@ class CheckpointReader:
         pickled = sorted(file.name for pattern in _PICKLED for file in self.folder.glob(pattern))
         if pickled:
             raise UserError(
-                f"{self.folder}: found pickled weights ({pickled[0]}), expected safetensors: a pickle can run code when it is read",
+                f"{self.folder}: found pickled weights ({pickled[0]}), expected safetensors: a "
+                "pickle can run code when it is read",
                 hint="Use a checkpoint in safetensors, or convert this one if you trust it.",
             )
-        raise UserError(f"{self.folder}: found neither {WEIGHTS} nor {INDEX}", hint="Use a checkpoint folder in the Hub's layout.")
+        raise UserError(
+            f"{self.folder}: found neither {WEIGHTS} nor {INDEX}",
+            hint="Use a checkpoint folder in the Hub's layout.",
+        )
 
 
 class CheckpointWriter:
-    """A checkpoint to write in the Hub's layout: one file, or shards of at most `max_shard_bytes` with an index.
+    """A checkpoint to write in the Hub's layout.
 
-    Headers are written first; tensors follow in any order. Memory is one tensor. As a context manager it
-    closes the files, and skips the check for missing tensors where an error is being raised anyway.
+    One file, or shards of at most `max_shard_bytes` with an index.
+
+    Headers are written first; tensors follow in any order. Memory is one tensor. As a context
+    manager it closes the files, and skips the check for missing tensors where an error is being
+    raised anyway.
 
     Raises:
         UserError: not enough free disk space.
@@ -316,20 +381,32 @@ class CheckpointWriter:
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
         total, free = sum(sizes.values()), shutil.disk_usage(folder).free
         if total > free:
-            found = f"the checkpoint needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-            raise UserError(f"{folder}: {found}", hint="Free some disk space or choose another disk.")
+            found = (
+                f"the checkpoint needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+            )
+            raise UserError(
+                f"{folder}: {found}", hint="Free some disk space or choose another disk."
+            )
         shards = _split(sizes, max_shard_bytes)
         count = len(shards)
-        files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        files = (
+            [WEIGHTS]
+            if count == 1
+            else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        )
         self._files: list[SafetensorsWriter] = []
         self._places: dict[str, SafetensorsWriter] = {}
         for file, names in zip(files, shards, strict=True):
-            self._files.append(SafetensorsWriter(folder / file, {name: specs[name] for name in names}))
+            self._files.append(
+                SafetensorsWriter(folder / file, {name: specs[name] for name in names})
+            )
             self._places |= dict.fromkeys(names, self._files[-1])
         if count > 1:
             weight_map = {name: writer.path.name for name, writer in self._places.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
 
     @property
     def shards(self) -> int:
@@ -337,7 +414,10 @@ class CheckpointWriter:
         return len(self._files)
 
     def write(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Write one tensor of `specs`; return the file's name if that completed it. Raises: as `SafetensorsWriter.write`."""
+        """Write one tensor of `specs`; return the file's name if that completed it.
+
+        Raises: as `SafetensorsWriter.write`.
+        """
         if name not in self._places:
             raise ValueError(f"tensor {name!r} is not in specs")
         writer = self._places[name]
@@ -356,7 +436,12 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
             return
@@ -365,8 +450,18 @@ class CheckpointWriter:
 
 
 def copy_side_files(base: Path, out: Path) -> list[str]:
-    """Copy a checkpoint's other files, byte for byte: configuration, tokenizer, chat template; return their names."""
-    names = sorted({file.relative_to(base).as_posix() for pattern in _SIDE_FILES for file in base.glob(pattern) if file.is_file()})
+    """Copy a checkpoint's other files, byte for byte: configuration, tokenizer, chat template.
+
+    Return their names.
+    """
+    names = sorted(
+        {
+            file.relative_to(base).as_posix()
+            for pattern in _SIDE_FILES
+            for file in base.glob(pattern)
+            if file.is_file()
+        }
+    )
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(base / name, out / name)
@@ -374,7 +469,10 @@ def copy_side_files(base: Path, out: Path) -> list[str]:
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Split names, in order, into shards of at most `limit` bytes; a larger tensor gets its own shard."""
+    """Split names, in order, into shards of at most `limit` bytes.
+
+    A larger tensor gets its own shard.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -388,16 +486,24 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)[
+            "weight_map"
+        ]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("a shard's name is not a string")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not a checkpoint index ({type(error).__name__}: {error})", hint=DOWNLOAD_AGAIN) from None
+        raise UserError(
+            f"{index}: not a checkpoint index ({type(error).__name__}: {error})",
+            hint=DOWNLOAD_AGAIN,
+        ) from None
     return weight_map
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object's dict. Raises: ValueError, a duplicate key, whose first value JSON's own reader would drop."""
+    """Build a JSON object's dict.
+
+    Raises: ValueError, a duplicate key, whose first value JSON's own reader would drop.
+    """
     tree = dict(pairs)
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]
@@ -406,6 +512,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ends(tensor: torch.Tensor, count: int) -> bytes:
-    """Return the first and the last `count` bytes of a tensor, or all of it if it is no longer than both."""
+    """Return the first and last `count` bytes of a tensor, or all of it if it is not longer."""
     data = tensor.reshape(-1).view(torch.uint8)
-    return (data if len(data) <= 2 * count else torch.cat([data[:count], data[-count:]])).numpy().tobytes()
+    return (
+        (data if len(data) <= 2 * count else torch.cat([data[:count], data[-count:]]))
+        .numpy()
+        .tobytes()
+    )

@@ -1,4 +1,7 @@
-"""Load a checkpoint into the stock transformers model, as any user does: for generation and for the merge's proof."""
+"""Load a checkpoint into the stock transformers model, as any user does.
+
+For generation and for the merge's proof.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.errors import UserError
 
 
-def load_stock(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> DiffusionGemmaForBlockDiffusion:
+def load_stock(
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> DiffusionGemmaForBlockDiffusion:
     """Load a checkpoint for inference.
 
     Args:
@@ -29,20 +34,29 @@ def load_stock(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     CheckpointReader(folder)  # names a broken file, which transformers does not
     with _quiet():
         loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
-            folder, dtype=dtype or "auto", device_map=device, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            device_map=device,
+            local_files_only=True,
+            output_loading_info=True,
         )
     model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[kind]:
             first = sorted(str(key) for key in report[kind])[0]
             raise UserError(
-                f"{folder}: {len(report[kind])} {kind.replace('_', ' ')}, the first is {first}", hint="Use a complete checkpoint."
+                f"{folder}: {len(report[kind])} {kind.replace('_', ' ')}, the first is {first}",
+                hint="Use a complete checkpoint.",
             )
     return model.eval()
 
 
-def load_stock_with_adapter(base: Path, adapter: Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Load the stock model with an adapter, as stock PEFT does; return the model itself, whose adapted layers are PEFT's.
+def load_stock_with_adapter(
+    base: Path, adapter: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> Any:
+    """Load the stock model with an adapter, as stock PEFT does.
+
+    Return the model itself, whose adapted layers are PEFT's.
 
     Args:
         dtype: see `load_stock`.
@@ -54,7 +68,10 @@ def load_stock_with_adapter(base: Path, adapter: Path, device: torch.device, dty
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and the libraries' FutureWarnings about each other: a step logs its own progress."""
+    """Silence transformers' progress bars and the libraries' FutureWarnings about each other.
+
+    A step logs its own progress.
+    """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

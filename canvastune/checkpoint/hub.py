@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
@@ -15,10 +20,11 @@ _TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*")
 
 
 def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
-    """Return the folder of the checkpoint, downloaded from the Hub if `config.id` is not a local folder.
+    """Return the checkpoint's folder, downloaded from the Hub if `config.id` is not a folder.
 
     Args:
-        weights: False downloads only the configuration and the tokenizer (for `prepare_data` and `plan`).
+        weights: False downloads only the configuration and the tokenizer (for `prepare_data` and
+            `plan`).
 
     Raises:
         UserError: neither a checkpoint folder nor a repository that can be downloaded.
@@ -26,7 +32,10 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
     folder = Path(config.id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.id: no config.json in {folder}", hint="Use a checkpoint folder in the Hub's layout.")
+            raise UserError(
+                f"model.id: no config.json in {folder}",
+                hint="Use a checkpoint folder in the Hub's layout.",
+            )
         return folder
     if config.id.startswith((".", "/", "~")) or config.id.count("/") > 1:
         raise UserError(
@@ -38,11 +47,13 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise UserError(
-            f"model.id: {config.id}: model not found on the Hub, or access denied", hint="Check the name and HF_TOKEN."
+            f"model.id: {config.id}: model not found on the Hub, or access denied",
+            hint="Check the name and HF_TOKEN.",
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"model.id: {config.id}: not a local folder, and cannot be downloaded from the Hub ({reason})",
+            f"model.id: {config.id}: not a local folder, and cannot be downloaded from the Hub "
+            f"({reason})",
             hint="Use a checkpoint folder, or check the network.",
         ) from None

@@ -1,7 +1,10 @@
-"""Save and restore checkpoints to resume from: trained weights and optimizer state as sharded safetensors, for any number of ranks.
+"""Save and restore checkpoints to resume from.
 
-A checkpoint is a folder `step-NNNNNN`. It is complete only with its `complete.json`, which is written last and holds the size
-and the SHA-256 of every other file: a checkpoint that was damaged later is detected, and the one before it is used.
+Trained weights and optimizer state as sharded safetensors, for any number of ranks.
+
+A checkpoint is a folder `step-NNNNNN`. It is complete only with its `complete.json`, which is
+written last and holds the size and the SHA-256 of every other file: a checkpoint that was damaged
+later is detected, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from canvastune.errors import UserError
 from canvastune.io.atomic import fsync
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
-_FILE_BYTES = 2**30  # of a rank's shard per file: a file is serialized in memory before it is written
+_FILE_BYTES = (
+    2**30
+)  # of a rank's shard per file: a file is serialized in memory before it is written
 
 Parameters = dict[str, nn.Parameter]
 
@@ -45,18 +50,24 @@ class Checkpoints:
         self._keep = config.train.keep_checkpoints
         self._asynchronous = config.train.async_checkpoints
         self._config, self._data_fingerprint = config, data_fingerprint
-        self._group = dist.new_group(backend="gloo")  # for the writing thread: its collectives must not mix with the training's
+        self._group = dist.new_group(
+            backend="gloo"
+        )  # for the writing thread: its collectives must not mix with the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load the newest undamaged checkpoint into the parameters and the optimizer, however many ranks wrote it.
+    def restore(
+        self, parameters: Parameters, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest undamaged checkpoint, written by any number of ranks.
 
         Returns:
-            The `progress` that was passed to `save`, None if there is no checkpoint; and a line for each newer, damaged one.
+            The `progress` that was passed to `save`, None if there is no checkpoint; and a line for
+            each newer, damaged one.
 
         Raises:
-            UserError: the checkpoints belong to another run (names the differences), or all of them are damaged.
+            UserError: the checkpoints belong to another run (names the differences), or all of them
+                are damaged.
         """
         steps = run_on_rank0(self._complete_steps)
         damages: list[str] = []
@@ -75,18 +86,30 @@ class Checkpoints:
         if damages:
             raise UserError(
                 f"{'; '.join(damages)}; no other checkpoint in {self._folder}",
-                hint="Restore a checkpoint from a backup, or choose another --output to start again.",
+                hint=(
+                    "Restore a checkpoint from a backup, or choose another --output to start again."
+                ),
             )
         return None, []
 
-    def save(self, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-        """Write the state after `step` steps; in the background, unless `train.async_checkpoints` is off.
+    def save(
+        self,
+        step: int,
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
+        progress: dict[str, Any],
+    ) -> None:
+        """Write the state after `step` steps.
+
+        In the background, unless `train.async_checkpoints` is off.
 
         Args:
-            progress: stored with it, and returned by `restore`; `validation` is the held-out loss at this step, or None.
+            progress: stored with it, and returned by `restore`; `validation` is the held-out loss
+                at this step, or None.
 
         Raises:
-            UserError: this checkpoint or the one before could not be written; earlier checkpoints are kept.
+            UserError: this checkpoint or the one before could not be written; earlier checkpoints
+                are kept.
         """
         self.wait()
         state = _state(parameters, optimizer)
@@ -94,7 +117,9 @@ class Checkpoints:
         total = sum(gather_results(lambda: sum(sizes.values())))
         path = self._path(step)
         run_on_rank0(lambda: self._prepare_directory(path, total))
-        writer = HuggingFaceStorageWriter(str(path), fqn_to_index_mapping=_files(sizes), save_distributed=True)
+        writer = HuggingFaceStorageWriter(
+            str(path), fqn_to_index_mapping=_files(sizes), save_distributed=True
+        )
         identity = flatten(self._config.model_dump(mode="json")) | {"data": self._data_fingerprint}
         marker = {"step": step, "identity": identity, "progress": progress}
         staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
@@ -115,8 +140,15 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """True if writing in the background failed; `wait` then raises the reason. Ranks may briefly differ."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        """True if writing in the background failed; `wait` then raises the reason.
+
+        Ranks may briefly differ.
+        """
+        return (
+            self._pending is not None
+            and self._pending.done()
+            and self._pending.exception() is not None
+        )
 
     def wait(self) -> None:
         """Wait until the checkpoint in the background is complete.
@@ -129,25 +161,37 @@ class Checkpoints:
             pending.result()
 
     def best(self) -> int | None:
-        """Return the step of the complete checkpoint with the lowest validation loss, None if none was validated."""
+        """Return the step of the checkpoint with the lowest validation loss, or None."""
         return run_on_rank0(self._best)
 
     def load_weights(self, step: int, parameters: Parameters) -> None:
         """Load only the trained weights."""
-        self._read(step, {f"model.{name}": parameter.data for name, parameter in parameters.items()})
+        self._read(
+            step, {f"model.{name}": parameter.data for name, parameter in parameters.items()}
+        )
 
     def _complete(self, staged: Future[Any], path: Path, marker: dict[str, Any]) -> None:
-        """Wait for the files of all ranks, in the thread; then rank 0 writes the marker and removes old checkpoints."""
+        """Wait for the files of all ranks, in the thread.
+
+        Then rank 0 writes the marker and removes old checkpoints.
+        """
         try:
             found = gather_results(lambda: _written(staged, path), self._group)
         except UserError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
             kept = self._complete_steps()
-            last = f"the newest complete checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
+            last = (
+                f"the newest complete checkpoint is step {kept[-1]}"
+                if kept
+                else "there is no earlier checkpoint"
+            )
             raise UserError(
                 f"{path}: could not write the checkpoint: {error}; {last}",
-                hint="Fix the cause and run the same command again; it resumes from the newest complete checkpoint.",
+                hint=(
+                    "Fix the cause and run the same command again; it resumes from the newest "
+                    "complete checkpoint."
+                ),
             ) from None
         if dist.get_rank() == 0:
             files = {name: entry for entries in found for name, entry in entries.items()}
@@ -173,21 +217,30 @@ class Checkpoints:
         if total > free:
             path.rmdir()
             raise UserError(
-                f"{path}: a checkpoint needs {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; earlier checkpoints are kept",
-                hint="Free some disk space and run the same command again; it resumes from the newest checkpoint.",
+                f"{path}: a checkpoint needs {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} "
+                "GB free; earlier checkpoints are kept",
+                hint=(
+                    "Free some disk space and run the same command again; it resumes from the "
+                    "newest checkpoint."
+                ),
             )
 
     def _damage(self, step: int, marker: dict[str, Any]) -> str | None:
         """Find what is wrong with a checkpoint's files; each rank reads its share of them."""
         mine = sorted(marker["files"].items())[dist.get_rank() :: dist.get_world_size()]
-        return next(filter(None, gather_results(lambda: _first_damage(self._path(step), mine))), None)
+        return next(
+            filter(None, gather_results(lambda: _first_damage(self._path(step), mine))), None
+        )
 
     def _refuse_other_run(self, step: int, marker: dict[str, Any]) -> None:
         changed = changed_run(marker["identity"], self._config, self._data_fingerprint)
         if changed:
             raise UserError(
                 f"{self._path(step)}: checkpoint of another run: {changed}",
-                hint="Choose another --output, or use the recipe and data that this run was started with.",
+                hint=(
+                    "Choose another --output, or use the recipe and data that this run was "
+                    "started with."
+                ),
             )
 
     def _quarantine(self, steps: list[int]) -> None:
@@ -208,18 +261,29 @@ class Checkpoints:
 
     def _best(self) -> int | None:
         markers = ((step, self._marker(step)) for step in self._complete_steps())
-        scored = [(m["progress"]["validation"], step) for step, m in markers if m is not None and m["progress"]["validation"] is not None]
+        scored = [
+            (m["progress"]["validation"], step)
+            for step, m in markers
+            if m is not None and m["progress"]["validation"] is not None
+        ]
         return min(scored)[1] if scored else None
 
 
 def newest_identity(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe and data of the run whose checkpoints these are, as dotted keys; None if there is no readable checkpoint."""
+    """Return the recipe and data of the run whose checkpoints these are, as dotted keys.
+
+    None if there is no readable checkpoint.
+    """
     found = filter(None, map(_read_marker, reversed(_markers(folder))))
     return next((marker["identity"] for marker in found), None)
 
 
-def changed_run(identity: Mapping[str, Any], config: RunConfig, data_fingerprint: str | None) -> str:
-    """Describe how a recipe and its data differ from the run that wrote a checkpoint; "" if it is the same run.
+def changed_run(
+    identity: Mapping[str, Any], config: RunConfig, data_fingerprint: str | None
+) -> str:
+    """Describe how a recipe and its data differ from the run that wrote a checkpoint.
+
+    "" if it is the same run.
 
     Args:
         identity: the dotted keys of that run's recipe, and its data's fingerprint as `data`.
@@ -248,7 +312,10 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
 
 
 def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Map flat names to the tensors in use, so that loading fills them in place. Only tensors: nothing is pickled."""
+    """Map flat names to the tensors in use, so that loading fills them in place.
+
+    Only tensors: nothing is pickled.
+    """
     state: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         state[f"model.{name}"] = parameter.data
@@ -258,7 +325,8 @@ def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    # A step with learning rate 0 on zero gradients creates AdamW's state and changes no weight; loading overwrites it.
+    # A step with learning rate 0 on zero gradients creates AdamW's state and changes no weight;
+    # loading overwrites it.
     for group in optimizer.param_groups:
         group["lr"], before = 0.0, group["lr"]
         for parameter in group["params"]:
@@ -271,7 +339,10 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _files(sizes: dict[str, int]) -> dict[str, int]:
-    """Assign each tensor's part of a rank's shard to a file, numbered from 1; equal on all ranks up to an uneven split."""
+    """Assign each tensor's part of a rank's shard to a file, numbered from 1.
+
+    Equal on all ranks up to an uneven split.
+    """
     files, filled = {}, 0
     for name, size in sizes.items():
         files[name] = 1 + filled // _FILE_BYTES
@@ -280,7 +351,7 @@ def _files(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Wait for this rank's part, flush it, and return size and SHA-256 of this rank's share of all files."""
+    """Wait for this rank's part; return size and SHA-256 of this rank's share of all files."""
     try:
         staged.result()
         mine = sorted(path.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
@@ -288,7 +359,10 @@ def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
             fsync(file)
         return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in mine}
     except CheckpointException as error:
-        reasons = {f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()}
+        reasons = {
+            f"rank {rank}: {type(cause).__name__}: {cause}"
+            for rank, (cause, _) in error.failures.items()
+        }
         raise UserError("; ".join(sorted(reasons))) from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}") from None

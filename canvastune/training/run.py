@@ -43,11 +43,18 @@ from canvastune.training.trainer import Trainer, export_path
 logger = logging.getLogger(__name__)
 
 # Messages of collectives after another process has exited.
-_LOST = re.compile(r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|[Tt]imed out|Socket")
+_LOST = re.compile(
+    r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|"
+    r"[Tt]imed out|Socket"
+)
 
 
 def train(
-    config: RunConfig, data: Path | None, output: Path, metrics_run: FindRun | None = None, rank_registry: RankRegistry | None = None
+    config: RunConfig,
+    data: Path | None,
+    output: Path,
+    metrics_run: FindRun | None = None,
+    rank_registry: RankRegistry | None = None,
 ) -> dict[str, Any] | None:
     """Train on the ranks of this process group; every rank makes this call.
 
@@ -55,7 +62,8 @@ def train(
         data: a prepared data set; None: prepared below `output`.
         output: gets checkpoints/, metrics.jsonl, adapter/ or model/, and result.json last.
         metrics_run: finds the MLflow run that also gets the metrics; None: only metrics.jsonl.
-        rank_registry: finds ranks that hang or have exited; None: a hang ends with the process group's timeout.
+        rank_registry: finds ranks that hang or have exited; None: a hang ends with the process
+            group's timeout.
 
     Returns:
         The content of result.json; None if a stop was requested and the state saved.
@@ -67,16 +75,27 @@ def train(
     device = select_device()
     if config.train.attention == "flex" and device.type != "cuda":
         raise UserError(
-            "train.attention: found 'flex' without a CUDA device: FlexAttention has no backward pass on a CPU",
+            "train.attention: found 'flex' without a CUDA device: FlexAttention has no backward "
+            "pass on a CPU",
             hint="Set train.attention=sdpa.",
         )
     base = run_on_rank0(lambda: resolve_model(config.model))
     model_config = run_on_all_ranks(lambda: read_model_config(base))
     text = model_config.text_config
-    dims = ParallelDims.of(config, world_size, experts=text.num_experts, hidden=text.hidden_size, expert_size=text.moe_intermediate_size)
+    dims = ParallelDims.of(
+        config,
+        world_size,
+        experts=text.num_experts,
+        hidden=text.hidden_size,
+        expert_size=text.moe_intermediate_size,
+    )
     if data is None:
         data = output / "data"
-        run_on_rank0(lambda: check_prepared(data, config) if data.exists() else prepare_data(config, base, data))
+        run_on_rank0(
+            lambda: (
+                check_prepared(data, config) if data.exists() else prepare_data(config, base, data)
+            )
+        )
     fingerprint = run_on_rank0(lambda: data_fingerprint(data))
     model = build_model(config, model_config)
     shard_model(model, dims.build_meshes(device.type), config)
@@ -106,11 +125,18 @@ def train(
             metrics.close()
     if not finished:
         return None
-    step = trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
+    step = (
+        trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
+    )
     if step != trainer.progress.step:
-        logger.info(f"canvastune: exporting the weights of step {step}, which have the lowest validation loss")
+        logger.info(
+            f"canvastune: exporting the weights of step {step}, which have the lowest validation "
+            "loss"
+        )
     out = export_path(output, config)
-    if rank == 0 and out.exists():  # by an attempt that was killed right after the export, from the same weights
+    if (
+        rank == 0 and out.exists()
+    ):  # by an attempt that was killed right after the export, from the same weights
         shutil.rmtree(out)
     (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
     result = {
@@ -160,7 +186,9 @@ def find_metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun 
     if options.mlflow_run:
         return lambda client: str(options.mlflow_run)
     if options.mlflow_job:
-        return training_run(PipelineRun(config, options.output.absolute().parent, options.mlflow_job))
+        return training_run(
+            PipelineRun(config, options.output.absolute().parent, options.mlflow_job)
+        )
     return None
 
 
@@ -179,16 +207,27 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{output}: cannot write here ({error.strerror})", hint="Choose an --output that you can write to.") from None
+        raise UserError(
+            f"{output}: cannot write here ({error.strerror})",
+            hint="Choose an --output that you can write to.",
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{output}: locked by another trainer", hint="Wait for it to end, or choose another --output.") from None
+        raise UserError(
+            f"{output}: locked by another trainer",
+            hint="Wait for it to end, or choose another --output.",
+        ) from None
     for stale in output.glob(".*.partial-*"):  # the lock is ours: no one writes them
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    started = (output / "result.json").is_file() or any(output.glob("checkpoints/step-*/complete.json"))
+    started = (output / "result.json").is_file() or any(
+        output.glob("checkpoints/step-*/complete.json")
+    )
     if export.exists() and not started:
-        raise UserError(f"{export}: already exists, but {output} holds no run", hint="Choose another --output, or move it away.")
+        raise UserError(
+            f"{export}: already exists, but {output} holds no run",
+            hint="Choose another --output, or move it away.",
+        )
     return lock
 
 
@@ -196,7 +235,8 @@ def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | N
     """Return a message for the user if this run is already finished, None otherwise.
 
     Args:
-        data: as for `train`. Data that were prepared below `output` and deleted since cannot be compared.
+        data: as for `train`. Data that were prepared below `output` and deleted since cannot be
+            compared.
 
     Raises:
         UserError: `output` holds a finished run of another recipe or other data.
@@ -209,31 +249,48 @@ def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | N
     if identity is not None:
         fingerprint = data_fingerprint(data) if data else None
     else:  # the checkpoints were deleted to free disk space
-        identity = flatten(load_yaml_file(output / "config.yaml")) | {"data": _hashed_inputs(output)["data"]}
+        identity = flatten(load_yaml_file(output / "config.yaml")) | {
+            "data": _hashed_inputs(output)["data"]
+        }
         fingerprint = hash_path(data) if data else None
     changed = changed_run(identity, config, fingerprint)
     if changed:
         raise UserError(
             f"{output}: found a finished run with other settings or data: {changed}",
-            hint="Choose another --output, or use the recipe and data that this run was trained with.",
+            hint=(
+                "Choose another --output, or use the recipe and data that this run was trained "
+                "with."
+            ),
         )
     if below:
         check_prepared(output / "data", config)
-    unused = [key for key, *_ in changed_settings(identity, config, affecting_weights=False) if key.startswith("train.")]
-    note = f" (changed since, without effect on a finished run: {', '.join(unused)})" if unused else ""
-    return f"already finished: {output / 'result.json'} exists{note}. Choose another --output to train again"
+    unused = [
+        key
+        for key, *_ in changed_settings(identity, config, affecting_weights=False)
+        if key.startswith("train.")
+    ]
+    note = (
+        f" (changed since, without effect on a finished run: {', '.join(unused)})" if unused else ""
+    )
+    result = output / "result.json"
+    return f"already finished: {result} exists{note}. Choose another --output to train again"
 
 
 def check_prepared(data: Path, config: RunConfig) -> None:
-    """Check that the data set that an earlier attempt prepared below the output is the one that this recipe asks for.
+    """Check that data that an earlier attempt prepared below the output fit this recipe.
 
     Raises:
-        UserError: other settings of `data` or `model`, or rows of a local source that changed since.
+        UserError: other settings of `data` or `model`, or rows of a local source that changed
+            since.
     """
     if not (data / "provenance.json").is_file():  # not prepared by this program
         return
     changes = changed_settings(load_yaml_file(data / "config.yaml"), config)
-    found = [f"{key} was {before!r} and is now {after!r}" for key, before, after in changes if key.startswith(("data.", "model."))]
+    found = [
+        f"{key} was {before!r} and is now {after!r}"
+        for key, before, after in changes
+        if key.startswith(("data.", "model."))
+    ]
     source, before = Path(config.data.source).expanduser(), _hashed_inputs(data).get("data")
     if not found and before is not None and source.exists() and hash_path(source) != before:
         found.append(f"the content of {source} changed")
@@ -254,4 +311,7 @@ def _hashed_inputs(folder: Path) -> dict[str, str]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["inputs"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: expected the record of a finished output, found {error!r}", hint="Choose another --output.") from None
+        raise UserError(
+            f"{path}: expected the record of a finished output, found {error!r}",
+            hint="Choose another --output.",
+        ) from None

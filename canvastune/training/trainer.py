@@ -1,4 +1,7 @@
-"""The training loop. A step is that of docs/method.md: examples and their noise, two losses over global counts, one update."""
+"""The training loop. A step is that of docs/method.md.
+
+Examples and their noise, two losses over global counts, one update.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +64,22 @@ class Trainer:
         """
         self.config, self.model, self.data = config, model, data
         self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
-        self.heartbeat: Callable[[str], object] = str  # called before each piece of work, with its name
+        self.heartbeat: Callable[[str], object] = (
+            str  # called before each piece of work, with its name
+        )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
         self.place = device_name(self.device, self.world_size)
         self.architecture = describe(model, config)
         accelerator = accelerator_of(self.place.get("device_name", ""))
-        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None  # per rank
-        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.peak_flops = (
+            peak_rate(self.architecture, accelerator) if accelerator else None
+        )  # per rank
+        self.trained = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         self.optimizer = build_optimizer(list(self.trained.values()), config.optimizer)
         self.progress = TrainState()
         self.stop_requested: float | None = None  # when it was requested
@@ -77,10 +88,13 @@ class Trainer:
         self.micro_batch_size = config.train.micro_batch_size or share
 
     def run(self) -> bool:
-        """Train to the end, from the newest checkpoint if there is one; return False if a stop was requested and the state saved.
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Return False if a stop was requested and the state saved.
 
         Raises:
-            UserError: the loss stays non-finite, or a checkpoint cannot be read or written; the last good one is kept.
+            UserError: the loss stays non-finite, or a checkpoint cannot be read or written; the
+                last good one is kept.
         """
         try:
             return self._loop()
@@ -94,13 +108,19 @@ class Trainer:
         while True:
             due = progress.step % train.validate_every == 0 or progress.step == train.steps
             validated = due and progress.validation is None and self._validate()
-            done = progress.step == train.steps or (train.early_stopping is not None and progress.not_better >= train.early_stopping)
+            done = progress.step == train.steps or (
+                train.early_stopping is not None and progress.not_better >= train.early_stopping
+            )
             done = done and not (due and progress.validation is None)
             stop = self._agreed_to_stop() and not done
-            if progress.step > saved and (progress.step % train.checkpoint_every == 0 or done or stop):
+            if progress.step > saved and (
+                progress.step % train.checkpoint_every == 0 or done or stop
+            ):
                 self._save()
                 saved = progress.step
-            elif validated and progress.step == saved > 0:  # the last attempt was stopped during this validation
+            elif (
+                validated and progress.step == saved > 0
+            ):  # the last attempt was stopped during this validation
                 self.checkpoints.update_metadata(saved, asdict(progress))
             if done or stop:
                 break
@@ -108,13 +128,22 @@ class Trainer:
         self.checkpoints.wait()
         if self.stop_requested is not None:
             took = time.monotonic() - self.stop_requested
-            self._report("event", {"event": "stopped", "detail": f"state saved {took:.1f} s after the request, of {train.stop_grace} s"})
+            self._report(
+                "event",
+                {
+                    "event": "stopped",
+                    "detail": (
+                        f"state saved {took:.1f} s after the request, of {train.stop_grace} s"
+                    ),
+                },
+            )
         return done
 
     def train_step(self) -> dict[str, Any]:
         """Train one step on the next global batch; return its record for metrics.jsonl.
 
-        If the loss or its gradient is not finite, no weight changes, and the record holds the offending `examples`.
+        If the loss or its gradient is not finite, no weight changes, and the record holds the
+        offending `examples`.
         """
         started = time.perf_counter()
         batch_size = self.config.train.global_batch_size
@@ -125,10 +154,14 @@ class Trainer:
         weights = (1 / counts[0], encoder_weight / counts[1])
         sums = torch.zeros(len(micro_batches), 2, device=self.device)
         for index, (batch, any_self_conditioned) in enumerate(micro_batches):
-            loss, diffusion, autoregressive = self.compute_losses(batch, weights, any_self_conditioned)
+            loss, diffusion, autoregressive = self.compute_losses(
+                batch, weights, any_self_conditioned
+            )
             loss.backward()
             sums[index] = torch.stack([diffusion, autoregressive])
-        gradient_norm = clip_gradients(list(self.trained.values()), self.config.optimizer.max_grad_norm)
+        gradient_norm = clip_gradients(
+            list(self.trained.values()), self.config.optimizer.max_grad_norm
+        )
         totals = sums.sum(0, dtype=torch.float64)
         dist.all_reduce(totals)
         # The only wait for the device in a step.
@@ -163,7 +196,10 @@ class Trainer:
         }
 
     def load_best_checkpoint(self) -> int:
-        """Load the weights of the best checkpoint (lowest validation loss) unless it is the last; return their step."""
+        """Load the weights of the best checkpoint (lowest validation loss) unless it is the last.
+
+        Return their step.
+        """
         best = self.checkpoints.best()
         if best is None or best == self.progress.step:
             return self.progress.step
@@ -172,7 +208,9 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:
-        """Measure the held-out losses at fixed corruption levels with fixed noise; return the record for metrics.jsonl.
+        """Measure the held-out losses at fixed corruption levels with fixed noise.
+
+        Return the record for metrics.jsonl.
 
         Returns None if a stop was requested before it was done.
         """
@@ -185,19 +223,39 @@ class Trainer:
             self.heartbeat(f"validating at step {self.progress.step}")
             if self._agreed_to_stop():
                 return None
-            own = range(start + self.rank * self.micro_batch_size, start + (self.rank + 1) * self.micro_batch_size)
+            own = range(
+                start + self.rank * self.micro_batch_size,
+                start + (self.rank + 1) * self.micro_batch_size,
+            )
             real = [row < rows for row in own]
             # Every rank makes the same number of passes; rows past the end do not count.
-            examples = list(itertools.compress(self.data.validation_examples(own), real if any(real) else [True]))
+            examples = list(
+                itertools.compress(
+                    self.data.validation_examples(own), real if any(real) else [True]
+                )
+            )
             for index, level in enumerate(levels):
-                batch = pack(examples, [self.data.validation_draws(example, level) for example in examples])
+                batch = pack(
+                    examples, [self.data.validation_draws(example, level) for example in examples]
+                )
                 if index:  # the encoder's loss does not depend on the level
-                    batch = replace(batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0])
-                _, diffusion, autoregressive = self.compute_losses(batch.to(self.device), (0.0, 0.0), any_self_conditioned=False)
+                    batch = replace(
+                        batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0]
+                    )
+                _, diffusion, autoregressive = self.compute_losses(
+                    batch.to(self.device), (0.0, 0.0), any_self_conditioned=False
+                )
                 if any(real):
-                    sums[index] += torch.stack([diffusion, diffusion.new_tensor(len(batch.canvas_targets))])
-                    sums[-1] += torch.stack([autoregressive, autoregressive.new_tensor(len(batch.next_targets))])
-        means = [a / b for a, b in zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True)]
+                    sums[index] += torch.stack(
+                        [diffusion, diffusion.new_tensor(len(batch.canvas_targets))]
+                    )
+                    sums[-1] += torch.stack(
+                        [autoregressive, autoregressive.new_tensor(len(batch.next_targets))]
+                    )
+        means = [
+            a / b
+            for a, b in zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True)
+        ]
         by_level = {str(level): mean for level, mean in zip(levels, means, strict=False)}
         return {
             "loss": sum(by_level.values()) / len(by_level),
@@ -207,27 +265,37 @@ class Trainer:
         }
 
     def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
-        """Pack this rank's micro-batches of the global batch that starts at a position, each with whether any rank self-conditions."""
+        """Pack this rank's micro-batches, each with whether any rank self-conditions."""
         result = []
         for everyone in self._shares(first):
             own = everyone[self.rank]
             examples = self.data.train_examples(own)
-            draws = [self.data.train_draws(example, position) for example, position in zip(examples, own, strict=True)]
+            draws = [
+                self.data.train_draws(example, position)
+                for example, position in zip(examples, own, strict=True)
+            ]
             any_self_conditioned = self.data.any_self_conditioned(itertools.chain(*everyone))
             result.append((pack(examples, draws).to(self.device), any_self_conditioned))
         return result
 
     def _shares(self, first: int) -> list[list[list[int]]]:
-        """Return the positions of the global batch that starts at one: [micro-batch][rank], so that ranks finish each forward together."""
+        """Return the positions of the global batch that starts at one.
+
+        [micro-batch][rank], so that ranks finish each forward together.
+        """
         positions = range(first, first + self.config.train.global_batch_size)
         return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size)
 
     def compute_losses(
         self, batch: PackedBatch, weights: LossWeights, any_self_conditioned: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the weighted loss and the sums of the diffusion and the autoregressive loss of a batch, scalars."""
+        """Return a batch's weighted loss and its diffusion and autoregressive sums."""
         return self.model.run_under_fsdp(
-            losses, batch, weights, any_self_conditioned=any_self_conditioned, checkpointing=self.config.train.activation_checkpointing
+            losses,
+            batch,
+            weights,
+            any_self_conditioned=any_self_conditioned,
+            checkpointing=self.config.train.activation_checkpointing,
         )
 
     def _train_one_step(self) -> None:
@@ -240,17 +308,26 @@ class Trainer:
             return
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
-        found = f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, on examples {', '.join(record['examples'])}"
+        found = (
+            f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, "
+            f"on examples {', '.join(record['examples'])}"
+        )
         self._report("event", {"event": "skipped_step", "detail": found})
         if self.progress.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {self.progress.step}: loss or gradient is not finite, as in {self.config.train.max_skipped_steps} steps before "
+                f"step {self.progress.step}: loss or gradient is not finite, as in "
+                f"{self.config.train.max_skipped_steps} steps before "
                 f"it (train.max_skipped_steps): {found}",
-                hint="Inspect these examples, or lower optimizer.lr; the last checkpoint is intact.",
+                hint=(
+                    "Inspect these examples, or lower optimizer.lr; the last checkpoint is intact."
+                ),
             )
 
     def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
-        """Return the ids of the examples in the micro-batches whose loss is not finite; all, if only the gradient is not."""
+        """Return the ids of the examples in the micro-batches whose loss is not finite.
+
+        All, if only the gradient is not.
+        """
         bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
         shares = self._shares(first)
         own = [position for index in bad for position in shares[index][self.rank]]
@@ -264,7 +341,9 @@ class Trainer:
             return False
         progress = self.progress
         progress.validation = record["loss"]
-        if math.isfinite(record["loss"]) and (progress.best is None or record["loss"] < progress.best):
+        if math.isfinite(record["loss"]) and (
+            progress.best is None or record["loss"] < progress.best
+        ):
             progress.best, progress.not_better = record["loss"], 0
         else:
             progress.not_better += 1
@@ -273,13 +352,21 @@ class Trainer:
 
     def _save(self) -> None:
         self.heartbeat(f"saving step {self.progress.step}")
-        self.checkpoints.save(self.progress.step, self.trained, self.optimizer, asdict(self.progress))
-        self._report("event", {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""})
+        self.checkpoints.save(
+            self.progress.step, self.trained, self.optimizer, asdict(self.progress)
+        )
+        self._report(
+            "event",
+            {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""},
+        )
 
     def _resume(self) -> TrainState:
         found, damages = self.checkpoints.restore(self.trained, self.optimizer)
         if found is None:
-            self._report("event", {"event": "started", "detail": f"on {_format_event(self.place)}", **self.place})
+            self._report(
+                "event",
+                {"event": "started", "detail": f"on {_format_event(self.place)}", **self.place},
+            )
             return self.progress
         self.progress = TrainState(**found)
         if self.metrics is not None:
@@ -300,15 +387,23 @@ class Trainer:
             self.display.show(record)
 
     def _agreed_to_stop(self) -> bool:
-        stop, failed = self._global_sum([float(self.stop_requested is not None), float(self.checkpoints.failed)])
+        stop, failed = self._global_sum(
+            [float(self.stop_requested is not None), float(self.checkpoints.failed)]
+        )
         if failed:
             self.checkpoints.wait()  # raises, on all ranks
         return stop > 0
 
     def _global_counts(self, batches: list[PackedBatch]) -> torch.Tensor:
-        """float64[4] on the device: scored canvas positions, scored pairs, tokens and FLOPs of all ranks' batches together."""
+        """Sum canvas targets, pair targets, tokens and FLOPs over all ranks, float64[4]."""
         sizes = [
-            (len(b.canvas_targets), len(b.next_targets), len(b.clean) + len(b.canvas), needed_flops(self.architecture, b)) for b in batches
+            (
+                len(b.canvas_targets),
+                len(b.next_targets),
+                len(b.clean) + len(b.canvas),
+                needed_flops(self.architecture, b),
+            )
+            for b in batches
         ]
         counts = torch.tensor(sizes, dtype=torch.float64).sum(0).to(self.device, non_blocking=True)
         dist.all_reduce(counts)
@@ -341,5 +436,7 @@ def _format_event(place: dict[str, Any]) -> str:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open(f"/proc/{os.getpid()}/status", encoding="ascii") as status:  # high-water mark of resident memory, in KiB
+    with open(
+        f"/proc/{os.getpid()}/status", encoding="ascii"
+    ) as status:  # high-water mark of resident memory, in KiB
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

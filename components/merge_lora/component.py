@@ -1,4 +1,4 @@
-"""The step `merge_lora`: from the base model and an adapter to one complete checkpoint, verified."""
+"""The step `merge_lora`: from base model and adapter to one complete, verified checkpoint."""
 
 from kfp.dsl import Input, Model, Output
 

@@ -11,7 +11,7 @@ from canvastune.tracking import StepRun
 
 
 def merge_lora(config: RunConfig, adapter: Path, run_directory: Path, record: StepRun) -> Path:
-    """Write the merged model below `run_directory`, add it to the step's run in MLflow, and return its folder.
+    """Write the merged model below `run_directory`, add it to MLflow, and return its folder.
 
     Raises:
         UserError: as `canvastune.merge.merge_lora`.

@@ -20,11 +20,30 @@ def resolve(
     compare: str,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Settings",
-    [("config", str), ("method", str), ("data_config", str), ("data_fingerprint", str), ("run_folder", str), ("mlflow_run_id", str)],
+    [
+        ("config", str),
+        ("method", str),
+        ("data_config", str),
+        ("data_fingerprint", str),
+        ("run_folder", str),
+        ("mlflow_run_id", str),
+    ],
 ):
     """Validate the recipe, claim the run's folder and open its MLflow run."""
     from components.resolve.step import resolve
     from components.runtime import exit_on_user_error
 
     with exit_on_user_error():
-        return resolve(recipe, overrides, dataset, workspace, run_name, job_name, job_id, cluster, pipeline_image, kubeflow_url, compare)
+        return resolve(
+            recipe,
+            overrides,
+            dataset,
+            workspace,
+            run_name,
+            job_name,
+            job_id,
+            cluster,
+            pipeline_image,
+            kubeflow_url,
+            compare,
+        )

@@ -1,4 +1,4 @@
-"""From a recipe's text to the run's config, its folder, and the key under which its prepared data may be reused."""
+"""Resolve a recipe's text to the run's config, its folder, and the cache key of its data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.preparation import PREPARATION_VERSION
 from components.earlier_runs import compared_folders, find_compared
-from components.run_directory import RunRecord, read_record, run_directory, with_tracking_uri, write_record
+from components.run_directory import (
+    RunRecord,
+    read_record,
+    run_directory,
+    with_tracking_uri,
+    write_record,
+)
 
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
-_TOKENIZER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 class Resolved(NamedTuple):
@@ -26,7 +38,8 @@ class Resolved(NamedTuple):
 
     config: str  # the whole config, as JSON
     method: str  # lora or full
-    data_config: str  # as JSON: the sections that the prepared data depends on, every other key at its default
+    # as JSON: the sections that the prepared data depends on, every other key at its default
+    data_config: str
     data_fingerprint: str
     run_folder: str  # named like the output of the component
     mlflow_run_id: str
@@ -53,31 +66,59 @@ def resolve(
         dataset: replaces `data.source`; "" keeps the recipe's.
         workspace: the folder that outlives the run's pods.
         run_name: name of the run's folder; "": the pipeline job's name.
-        job_id: the pipeline job; the same one may come again (a retried task), another one only to resume an unfinished run.
-        pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags in MLflow; "": not known.
-        cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives them.
+        job_id: the pipeline job; the same one may come again (a retried task), another one only to
+            resume an unfinished run.
+        pipeline_image, kubeflow_url: the steps' image and the address of Kubeflow's page, for tags
+            in MLflow; "": not known.
+        cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives
+            them.
         compare: earlier runs that the report will lay over this one, found here and not days later.
 
     Raises:
-        UserError: one line per problem of the recipe; a workspace that is not there; a run folder that belongs to a run
-            with another recipe or other data, or that is finished; no run where one is to be compared with.
+        UserError: one line per problem of the recipe; a workspace that is not there; a run folder
+            that belongs to a run with another recipe or other data, or that is finished; no run
+            where one is to be compared with.
     """
     settings = [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)]
     config = _tracked(loads(recipe, overrides=settings, defaults=_cluster_defaults(cluster)))
     folder = run_directory(workspace, run_name, job_name)
     find_compared(compared_folders(compare, Path(workspace)))
-    data_config = parse_config({"name": "prepared-data", "model": config.model.model_dump(), "data": config.data.model_dump()})
+    data_config = parse_config(
+        {
+            "name": "prepared-data",
+            "model": config.model.model_dump(),
+            "data": config.data.model_dump(),
+        }
+    )
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
     earlier = read_record(folder)
     if earlier is not None:
         _refuse_other(folder, earlier, claim, config)
-        _remove_outdated(folder, [key for key, *_ in changed_settings(json.loads(earlier.config), config, affecting_weights=False)])
+        _remove_outdated(
+            folder,
+            [
+                key
+                for key, *_ in changed_settings(
+                    json.loads(earlier.config), config, affecting_weights=False
+                )
+            ],
+        )
     write_record(folder, claim)
     url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
     about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}
-    parent = tracking.start(with_tracking_uri(config, folder, ""), {f"canvastune.{name}": value for name, value in about.items() if value})
+    parent = tracking.start(
+        with_tracking_uri(config, folder, ""),
+        {f"canvastune.{name}": value for name, value in about.items() if value},
+    )
     write_record(folder, replace(claim, mlflow_run_id=parent))
-    return Resolved(claim.config, config.train.method, data_config.model_dump_json(), claim.data_fingerprint, str(folder), parent)
+    return Resolved(
+        claim.config,
+        config.train.method,
+        data_config.model_dump_json(),
+        claim.data_fingerprint,
+        str(folder),
+        parent,
+    )
 
 
 def _cluster_defaults(text: str) -> dict[str, Any]:
@@ -102,7 +143,7 @@ def _cluster_defaults(text: str) -> dict[str, Any]:
 
 
 def _tracked(config: RunConfig) -> RunConfig:
-    """Copy the chart's MLflow address from the training pods' environment into the config, which every step reads."""
+    """Copy the chart's MLflow address from the training pods' environment into the config."""
     uri = config.cluster.env.get("MLFLOW_TRACKING_URI")
     if uri is None or config.tracking.uri is not None:
         return config
@@ -110,12 +151,17 @@ def _tracked(config: RunConfig) -> RunConfig:
 
 
 def dataset_override(dataset: str) -> list[str]:
-    """Return the override for `dataset`; quoted, since a path may be parsed as another YAML type."""
+    """Return the override for `dataset`.
+
+    Quoted, since a path may be parsed as another YAML type.
+    """
     return [f"data.source={json.dumps(dataset)}"] if dataset else []
 
 
 def data_fingerprint(config: RunConfig) -> str:
-    """Hash what prepared data depends on in addition to its config: content, tokenizer, PREPARATION_VERSION.
+    """Hash what prepared data depends on in addition to its config.
+
+    Content, tokenizer, PREPARATION_VERSION.
 
     Content on the Hub is identified by the config's revision and is not included.
     """
@@ -123,29 +169,36 @@ def data_fingerprint(config: RunConfig) -> str:
     source, model = Path(config.data.source).expanduser(), Path(config.model.id)
     if source.exists():
         parts.append(f"source {hash_path(source, whole=True)}")
-    parts += [f"{name} {hash_path(model / name)}" for name in _TOKENIZER_FILES if (model / name).is_file()]
+    parts += [
+        f"{name} {hash_path(model / name)}" for name in _TOKENIZER_FILES if (model / name).is_file()
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _refuse_other(folder: Path, earlier: RunRecord, claim: RunRecord, config: RunConfig) -> None:
     if earlier.finished and earlier.job_id != claim.job_id:
         raise UserError(
-            f"{folder}: found a finished run, expected a new or an unfinished one; a finished run is never overwritten",
+            f"{folder}: found a finished run, expected a new or an unfinished one; a finished run "
+            "is never overwritten",
             hint="Choose another run name.",
         )
     if earlier.data_fingerprint != claim.data_fingerprint:
         raise UserError(
-            f"{folder}: an earlier run of this name used other data, another tokenizer, or an earlier version of the data preparation",
+            f"{folder}: an earlier run of this name used other data, another tokenizer, or an "
+            "earlier version of the data preparation",
             hint="Choose another run name.",
         )
     changed = changed_settings(json.loads(earlier.config), config)
     if changed:
         found = "; ".join(f"{key} = {before!r}, now {after!r}" for key, before, after in changed)
-        raise UserError(f"{folder}: an earlier run of this name had {found}", hint="Choose another run name, or use the same recipe.")
+        raise UserError(
+            f"{folder}: an earlier run of this name had {found}",
+            hint="Choose another run name, or use the same recipe.",
+        )
 
 
 def _remove_outdated(folder: Path, changed: list[str]) -> None:
-    """Remove what an earlier attempt's later steps left and would be kept, though these settings changed since."""
+    """Remove outputs of an earlier attempt's later steps that depend on changed settings."""
     answers = [key for key in changed if key.startswith(("evaluate.", "train.validation_"))]
     for name in [*(("plan", "report") if changed else ()), *(("evaluation",) if answers else ())]:
         shutil.rmtree(folder / name, ignore_errors=True)

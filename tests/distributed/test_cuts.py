@@ -1,4 +1,4 @@
-"""However a global batch is cut into micro-batches and ranks, `Trainer.train_step` makes the plain step (float32, ragged examples)."""
+"""However a global batch is split over micro-batches and ranks, the step is the plain one."""
 
 from __future__ import annotations
 
@@ -51,10 +51,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "base")
     rows = []
     for example, (prefix, response) in zip(
-        examples_and_draws()[0], ((12, 20), (40, 33), (7, 8), (60, 5), (3, 40), (21, 16), (50, 24), (9, 1)), strict=True
+        examples_and_draws()[0],
+        ((12, 20), (40, 33), (7, 8), (60, 5), (3, 40), (21, 16), (50, 24), (9, 1)),
+        strict=True,
     ):
         cut = len(example.tokens) == prefix + response and response % CANVAS != 0
-        row = {"input_ids": example.tokens[: prefix + response].tolist(), "prefix_length": prefix, "complete": not cut, "id": example.id}
+        row = {
+            "input_ids": example.tokens[: prefix + response].tolist(),
+            "prefix_length": prefix,
+            "complete": not cut,
+            "id": example.id,
+        }
         rows.append(row)
     for part in ("train", "validation"):
         Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
@@ -75,7 +82,13 @@ def prepared(ground: Path) -> TrainingDataset:
 def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     """One step of the trainer: its record, and the gradients as the optimizer saw them, whole."""
     model = build_model(config, read_model_config(ground / "base"))
-    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
+    shard_model(
+        model,
+        ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes(
+            "cpu"
+        ),
+        config,
+    )
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     adapters_that_act(model)
     unused: Any = None
@@ -83,34 +96,52 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
-        gradients.update({name: whole(parameter.grad).clone() for name, parameter in trained(model).items()})
+        gradients.update(
+            {name: whole(parameter.grad).clone() for name, parameter in trained(model).items()}
+        )
 
     trainer.optimizer.register_step_pre_hook(keep)
     record = trainer.train_step()
-    numbers = {key: record[key] for key in ("loss", "diffusion_loss", "autoregressive_loss", "grad_norm")}
-    return {**numbers, "flops": record["tflops"] * 1e12 * record["seconds"] * dist.get_world_size(), "gradients": gradients}
+    numbers = {
+        key: record[key] for key in ("loss", "diffusion_loss", "autoregressive_loss", "grad_norm")
+    }
+    return {
+        **numbers,
+        "flops": record["tflops"] * 1e12 * record["seconds"] * dist.get_world_size(),
+        "gradients": gradients,
+    }
 
 
 def every_cut(folder: Path, ground: Path) -> None:
     world_size = dist.get_world_size()
     results = {
-        (method, micro): trained_step(ground, recipe(method, micro_batch_size=micro)) for method in METHODS for micro in CUTS[world_size]
+        (method, micro): trained_step(ground, recipe(method, micro_batch_size=micro))
+        for method in METHODS
+        for micro in CUTS[world_size]
     }
     if dist.get_rank() == 0:
         torch.save(results, folder / f"{world_size}.pt")
 
 
 @pytest.fixture(scope="module")
-def cuts(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
+def cuts(
+    ground: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in CUTS:
         run_ranks(every_cut, world_size, folder, ground)
-    return {world_size: torch.load(folder / f"{world_size}.pt", weights_only=True) for world_size in CUTS}
+    return {
+        world_size: torch.load(folder / f"{world_size}.pt", weights_only=True)
+        for world_size in CUTS
+    }
 
 
 @pytest.fixture(scope="module")
 def plain(ground: Path) -> dict[str, dict[str, Any]]:
-    """The plain step of stock modules, one example at a time. An adapter's gradient follows from its merged weight's, W + s B A."""
+    """The plain step of stock modules, one example at a time.
+
+    An adapter's gradient follows from its merged weight's, W + s B A.
+    """
     data = prepared(ground)
     examples = data.train_examples(range(BATCH))
     draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
@@ -119,25 +150,39 @@ def plain(ground: Path) -> dict[str, dict[str, Any]]:
         config = recipe(method)
         ours, stock = shared_model(ground / "base", config), stock_model(ground / "base")
         adapters_that_act(ours)
-        weights = {name.replace("model.encoder.language_model.", "model.decoder."): p for name, p in stock.named_parameters()}
+        weights = {
+            name.replace("model.encoder.language_model.", "model.decoder."): p
+            for name, p in stock.named_parameters()
+        }
         names = {parameter: name for name, parameter in ours.named_parameters()}
-        adapted = {names[a].partition(".lora_A.")[0] + ".weight": (a, b) for _, a, b in lora_factors(ours)}
+        adapted = {
+            names[a].partition(".lora_A.")[0] + ".weight": (a, b) for _, a, b in lora_factors(ours)
+        }
         with torch.no_grad():
             for name, (a, b) in adapted.items():
                 weights[name] += config.lora.scale * b @ a
         loss, diffusion, autoregressive = plain_loss(stock, examples, draws)
         loss.backward()
-        gradients: dict[str, Any] = {name: weights[name].grad for name in trained(ours) if name in weights}
+        gradients: dict[str, Any] = {
+            name: weights[name].grad for name in trained(ours) if name in weights
+        }
         for name, (a, b) in adapted.items():
             upstream = config.lora.scale * weights[name].grad
             gradients |= {names[a]: b.detach().T @ upstream, names[b]: upstream @ a.detach().T}
-        losses = {"loss": float(loss.detach()), "diffusion_loss": diffusion, "autoregressive_loss": autoregressive}
+        losses = {
+            "loss": float(loss.detach()),
+            "diffusion_loss": diffusion,
+            "autoregressive_loss": autoregressive,
+        }
         results[method] = {**losses, "gradients": gradients}
     return results
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("world_size", "micro"), [(world_size, micro) for world_size, sizes in CUTS.items() for micro in sizes])
+@pytest.mark.parametrize(
+    ("world_size", "micro"),
+    [(world_size, micro) for world_size, sizes in CUTS.items() for micro in sizes],
+)
 def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
     plain: dict[str, dict], cuts: dict[int, dict], method: str, world_size: int, micro: int
 ) -> None:
@@ -146,30 +191,50 @@ def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
     for key in ("loss", "diffusion_loss", "autoregressive_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5), f"{where}: another {key}"
     worst, name = worst_difference(found["gradients"], expected["gradients"])
-    assert worst < 1e-5, f"{where}: the gradient of {name} is off by {worst:.1e} relative to the plain step"
+    assert worst < 1e-5, (
+        f"{where}: the gradient of {name} is off by {worst:.1e} relative to the plain step"
+    )
     norm = torch.stack([gradient.norm() for gradient in expected["gradients"].values()]).norm()
-    assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-5), f"{where}: another gradient norm"
+    assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-5), (
+        f"{where}: another gradient norm"
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(cuts: dict[int, dict], ground: Path, method: str) -> None:
+def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(
+    cuts: dict[int, dict], ground: Path, method: str
+) -> None:
     data, config = prepared(ground), recipe(method)
     examples = data.train_examples(range(BATCH))
     draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
     needed = needed_flops(read_architecture(config, ground / "base"), pack(examples, draws))
-    found = {(ranks, size): cuts[ranks][method, size]["flops"] for ranks, sizes in CUTS.items() for size in sizes}
-    assert found == pytest.approx(dict.fromkeys(found, needed), rel=1e-9), "ranks that wait or compute twice are not worth more"
+    found = {
+        (ranks, size): cuts[ranks][method, size]["flops"]
+        for ranks, sizes in CUTS.items()
+        for size in sizes
+    }
+    assert found == pytest.approx(dict.fromkeys(found, needed), rel=1e-9), (
+        "ranks that wait or compute twice are not worth more"
+    )
 
 
 def test_the_cuts_hold_every_case_of_ragged_work(ground: Path) -> None:
     data = prepared(ground)
     examples = data.train_examples(range(BATCH))
     coins = [data.any_self_conditioned([position]) for position in range(BATCH)]
-    pairs = {(coins[step], coins[step + 1]) for step in range(0, BATCH, 2)}  # of two ranks, an example each
-    assert (True, False) in pairs or (False, True) in pairs, "no cut leaves only one rank with a self-conditioned example"
+    pairs = {
+        (coins[step], coins[step + 1]) for step in range(0, BATCH, 2)
+    }  # of two ranks, an example each
+    assert (True, False) in pairs or (False, True) in pairs, (
+        "no cut leaves only one rank with a self-conditioned example"
+    )
     assert (False, False) in pairs, "no forward of all ranks skips the self-conditioning pass"
     assert (True, True) in pairs
-    halves = {(any(coins[step : step + 2]), any(coins[step + 2 : step + 4])) for step in (0, 4)}  # two examples each
+    halves = {
+        (any(coins[step : step + 2]), any(coins[step + 2 : step + 4])) for step in (0, 4)
+    }  # two examples each
     assert (True, False) in halves or (False, True) in halves
     assert len({len(example.tokens) for example in examples}) > 5
-    assert any(len(example.tokens) % CANVAS != example.prefix_length % CANVAS for example in examples), "no last block is cut"
+    assert any(
+        len(example.tokens) % CANVAS != example.prefix_length % CANVAS for example in examples
+    ), "no last block is cut"

@@ -1,4 +1,7 @@
-"""What a training run survives, and how it ends where it does not; the long form is `make test-faults`."""
+"""What a training run survives, and how it ends where it does not.
+
+The long form is `make test-faults`.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +50,16 @@ def same(output: Path, whole: Path) -> None:
     assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), "other weights"
 
 
-def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(ground: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(
+    ground: Path, whole: Path, tmp_path: Path
+) -> None:
     kills = faults.kill_test(ground, whole, tmp_path, [None, None])
     assert all(kill.phase == "saving" for kill in kills), kills
 
 
-def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_own_run(ground: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_own_run(
+    ground: Path, whole: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "checkpoints").rename(tmp_path / "checkpoints")  # as a user does who needs disk space
@@ -70,7 +77,9 @@ def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_ow
     assert (output / ADAPTER).exists(), "a refused run took away what was there"
 
 
-def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(ground: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(
+    ground: Path, tmp_path: Path
+) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").touch()
     done = train(ground, tmp_path, 1, *KILLS, "parallel.ep=1")
@@ -102,18 +111,25 @@ def test_a_dead_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> 
 
 
 def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: Path) -> None:
-    """A token that the model does not have, in one row: the rank that gets it fails inside its forward pass."""
+    """A token that the model does not have, in one row.
+
+    The rank that gets it fails inside its forward pass.
+    """
     rows = load_from_disk(str(ground / "data" / "train")).to_list()
     rows[0]["input_ids"] = [*rows[0]["input_ids"][:-1], 10**6]
     shutil.copytree(ground / "data" / "validation", tmp_path / "data" / "validation")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "data" / "train"))
     line = command(ground, tmp_path / "run", RANKS, *KILLS)
     line[line.index("--data") + 1] = str(tmp_path / "data")
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        line, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, done.stderr
-    assert re.search(r"rank [01] died in step [1-5]: IndexError: index out of range", errors[0]), errors
+    assert re.search(r"rank [01] died in step [1-5]: IndexError: index out of range", errors[0]), (
+        errors
+    )
 
 
 @pytest.mark.slow  # torchrun gives a frozen process half a minute before it kills it
@@ -123,7 +139,9 @@ def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) 
     assert "rank 0 does not respond" in said, said
 
 
-def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(ground: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(
+    ground: Path, tmp_path: Path
+) -> None:
     _, said = faults.preempt(ground, tmp_path)
     assert "the state is saved" in said, said
     (event,) = [record for record in records(tmp_path, "event") if record["event"] == "stopped"]
@@ -131,7 +149,9 @@ def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(ground:
     assert complete(tmp_path) == [event["step"]]
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(ground: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    ground: Path, whole: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "result.json").unlink()  # the adapter stays, as if the kill had come between the two
@@ -142,22 +162,36 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(grou
     assert done.returncode == 0, done.stderr
     assert f"step-{newest:06d} is damaged" in done.stderr
     assert f"resumed from the checkpoint of step {before}" in done.stderr
-    assert [r["event"] for r in records(output, "event") if r["step"] == before and r["event"] == "damaged_checkpoint"]
+    assert [
+        r["event"]
+        for r in records(output, "event")
+        if r["step"] == before and r["event"] == "damaged_checkpoint"
+    ]
     same(output, whole)
 
 
-def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(ground: Path, whole: Path, tmp_path: Path) -> None:
-    """A separate file system that is too small, in a separate namespace, so that it needs no privileges."""
+def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
+    ground: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Train on a too small file system, in a namespace, so that it needs no privileges."""
     size = sum(f.stat().st_size for f in (whole / "checkpoints" / "step-000060").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
     inside = command(ground, disk / "run", RANKS, *KILLS, "train.keep_checkpoints=9")
-    script = f'mount -t tmpfs -o size={int(2.5 * size)} tmpfs {disk} && "$@"; code=$?; cp -r {disk}/run {tmp_path}/run; exit $code'
+    script = (
+        f'mount -t tmpfs -o size={int(2.5 * size)} tmpfs {disk} && "$@"; code=$?; '
+        f"cp -r {disk}/run {tmp_path}/run; exit $code"
+    )
     tried = subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True)
     if tried.returncode:
         pytest.skip("this machine gives no user namespaces, so there is no small disk to fill")
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *inside], env=environment(), capture_output=True, text=True, timeout=200, check=False
+        ["unshare", "-rm", "sh", "-c", script, "sh", *inside],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
@@ -186,10 +220,20 @@ def test_two_nodes_train_as_one_does(ground: Path, whole: Path, tmp_path: Path) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1")
+    meeting = (
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-id=test",
+        "--local-addr=127.0.0.1",
+    )
     nodes = [
         subprocess.Popen(
-            command(ground, tmp_path, 1, *KILLS, torchrun=meeting), env=environment(), stderr=subprocess.PIPE, text=True, cwd=os.getcwd()
+            command(ground, tmp_path, 1, *KILLS, torchrun=meeting),
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=os.getcwd(),
         )
         for _ in range(2)
     ]

@@ -1,4 +1,4 @@
-"""A wrong base, wrong data or wrong checkpoints end a training command in one message, and change no file."""
+"""A wrong base, data or checkpoint ends a training command in one message; no file changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from tests.support.data_fixtures import problems, write_lines
 from tests.support.training import make_ground
 
 SHARD = "model-00002-of-00004.safetensors"
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # as torchrun says it
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}  # as torchrun says it
 LAST = "out/checkpoints/step-000002"
 
 
@@ -34,14 +40,28 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def command(ground: Path, *settings: str) -> list[str]:
-    few = ("train.steps=2", "train.checkpoint_every=1", "train.validate_every=2", "parallel.ep=1", "train.async_checkpoints=false")
+    few = (
+        "train.steps=2",
+        "train.checkpoint_every=1",
+        "train.validate_every=2",
+        "parallel.ep=1",
+        "train.async_checkpoints=false",
+    )
     changed = [part for each in ("model.id=./base", *few, *settings) for part in ("--set", each)]
-    return ["-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(ground / "out"), *changed]
+    return [
+        "-c",
+        str(ground / "recipe.yaml"),
+        "--data",
+        str(ground / "data"),
+        "--output",
+        str(ground / "out"),
+        *changed,
+    ]
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data, a recipe, and a run with two checkpoints that was killed before it was finished; read-only."""
+    """A base, data, a recipe and an unfinished run with two checkpoints; read-only."""
     ground = make_ground(tmp_path_factory.mktemp("begun"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ALONE.items():
@@ -55,7 +75,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ground(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)  # the recipe names the base from here: the copied run is the same run
+    monkeypatch.chdir(
+        tmp_path
+    )  # the recipe names the base from here: the copied run is the same run
     return tmp_path
 
 
@@ -68,7 +90,9 @@ def written(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def gone(name: str) -> Callable[[Path], object]:
-    return lambda ground: shutil.rmtree(ground / name) if (ground / name).is_dir() else (ground / name).unlink()
+    return lambda ground: (
+        shutil.rmtree(ground / name) if (ground / name).is_dir() else (ground / name).unlink()
+    )
 
 
 def fresh(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -114,7 +138,9 @@ def other_architecture(ground: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
 
 
-Case = tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]  # what is broken, further settings, what the message names
+Case = tuple[
+    Callable[[Path], object], tuple[str, ...], tuple[str, ...]
+]  # what is broken, further settings, what the message names
 CASES: dict[str, Case] = {
     "a shard that is missing": (fresh(gone(f"base/{SHARD}")), (), (SHARD, "missing", INDEX)),
     "a shard that was cut": (fresh(cut(f"base/{SHARD}", 9_000)), (), (SHARD, "9000 bytes")),
@@ -127,18 +153,38 @@ CASES: dict[str, Case] = {
     "pickled weights": (fresh(pickled), (), ("base", "pytorch_model.bin")),
     "an index that was cut": (fresh(cut(f"base/{INDEX}")), (), (INDEX, "JSONDecodeError")),
     "weights that are not there": (fresh(gone("base")), (), ("model.id", "./base")),
-    "a base without its config": (fresh(gone("base/config.json")), (), ("model.id", "base", "config.json")),
-    "another architecture": (fresh(other_architecture), (), ("config.json", "'llama'", "expected 'diffusion_gemma'")),
-    "data that were not prepared": (fresh(gone("data/train/dataset_info.json")), (), ("data/train",)),
+    "a base without its config": (
+        fresh(gone("base/config.json")),
+        (),
+        ("model.id", "base", "config.json"),
+    ),
+    "another architecture": (
+        fresh(other_architecture),
+        (),
+        ("config.json", "'llama'", "expected 'diffusion_gemma'"),
+    ),
+    "data that were not prepared": (
+        fresh(gone("data/train/dataset_info.json")),
+        (),
+        ("data/train",),
+    ),
     "ranks that do not divide": (fresh(), ("parallel.ep=3",), ("parallel.ep: ", "3")),
-    "a batch that does not divide": (fresh(), ("train.micro_batch_size=3",), ("train.global_batch_size: ", "8")),
+    "a batch that does not divide": (
+        fresh(),
+        ("train.micro_batch_size=3",),
+        ("train.global_batch_size: ", "8"),
+    ),
     "a file in the output's place": (fresh(written("out", b"mine")), (), ("out: ",)),
     "checkpoints of another seed": (
         lambda _: None,
         ("seed=7",),
         (LAST, "another run: seed was 42 and is now 7", "another --output"),
     ),
-    "checkpoints of other data": (other_data, (), (LAST, "another run: data was", "another --output")),
+    "checkpoints of other data": (
+        other_data,
+        (),
+        (LAST, "another run: data was", "another --output"),
+    ),
     "a finished run of another recipe": (
         finished,
         ("optimizer.lr=0.02", "train.log_every=1"),
@@ -160,16 +206,27 @@ CASES: dict[str, Case] = {
         ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "another --output"),
     ),
     "missing data": (gone("data/validation"), (), ("data/validation",)),
-    "checkpoints with a bit flipped": (flipped, (), (LAST, "SHA-256 differs", "no other checkpoint", "another --output")),
+    "checkpoints with a bit flipped": (
+        flipped,
+        (),
+        (LAST, "SHA-256 differs", "no other checkpoint", "another --output"),
+    ),
     "checkpoints that were cut": (truncated, (), (LAST, "bytes", "expected", "another --output")),
-    "checkpoints whose markers were cut": (unmarked, (), (LAST, "no readable marker", "another --output")),
+    "checkpoints whose markers were cut": (
+        unmarked,
+        (),
+        (LAST, "no readable marker", "another --output"),
+    ),
 }
 
 
 def content(folder: Path) -> dict[str, str]:
     """Return the hash of every file by its name, but not of the lock."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def test_the_unbroken_run_goes_on(ground: Path) -> None:
@@ -177,14 +234,22 @@ def test_the_unbroken_run_goes_on(ground: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["checkpoints", "config.yaml"])
-def test_a_finished_run_answers_the_same_recipe_and_data_only(kept: str, ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_answers_the_same_recipe_and_data_only(
+    kept: str, ground: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     finished(ground)
     if kept == "config.yaml":
         shutil.rmtree(ground / "out" / "checkpoints")
     shutil.copytree(ground / "data", ground / "moved")
     before = content(ground)
-    moved = [part if part != str(ground / "data") else str(ground / "moved") for part in command(ground)]
-    for line in (command(ground), command(ground, "evaluate.rows=3", "parallel.nproc_per_node=1"), moved):
+    moved = [
+        part if part != str(ground / "data") else str(ground / "moved") for part in command(ground)
+    ]
+    for line in (
+        command(ground),
+        command(ground, "evaluate.rows=3", "parallel.nproc_per_node=1"),
+        moved,
+    ):
         assert main(line) == 0
         assert "already finished" in capsys.readouterr().err
     assert main(command(ground, "train.export=last")) == 0
@@ -227,11 +292,15 @@ def test_data_prepared_below_the_output_belong_to_their_recipe_and_rows(
     shutil.rmtree(ground / "out" / "data")  # to free disk space
     code, said = run()
     assert (code, "already finished" in said) == (0, True), said
-    assert {name: digest for name, digest in before.items() if not name.startswith("data/")} == content(ground / "out")
+    assert {
+        name: digest for name, digest in before.items() if not name.startswith("data/")
+    } == content(ground / "out")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_refuses_in_one_message_and_keeps_what_is_there(case: str, ground: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_refuses_in_one_message_and_keeps_what_is_there(
+    case: str, ground: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, settings, words = CASES[case]
     spoil(ground)
     before = content(ground)

@@ -24,7 +24,10 @@ from tests.support.small import stock_model
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Every kind that a checkpoint may hold: odd sizes before wide types, a scalar, an empty one."""
+    """Every kind that a checkpoint may hold.
+
+    Odd sizes before wide types, a scalar, an empty one.
+    """
     torch.manual_seed(0)
     return {
         "flags": torch.tensor([True, False, True]),
@@ -40,7 +43,11 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 def specs(values: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -58,7 +65,9 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -
     for name, value in values.items():
         assert same(read[name], value), f"{name} changed on its way through the file"
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}, "transformers refuses a file that does not say it holds PyTorch tensors"
+        assert file.metadata() == {"format": "pt"}, (
+            "transformers refuses a file that does not say it holds PyTorch tensors"
+        )
 
 
 def test_what_the_safetensors_library_writes_is_read(tmp_path: Path) -> None:
@@ -84,32 +93,45 @@ def test_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     values = tensors()
     save_file(values, tmp_path / WEIGHTS)
     reader = CheckpointReader(tmp_path)
-    for slices in ((slice(2, 5),), (slice(0, 7), slice(1, 2)), (slice(3, 4), slice(0, 3), slice(1, 2)), (slice(4, 4),)):
-        assert same(reader.get_slice("brain", slices).contiguous(), values["brain"][slices].contiguous()), (
-            f"brain[{slices}] is read wrongly"
-        )
+    for slices in (
+        (slice(2, 5),),
+        (slice(0, 7), slice(1, 2)),
+        (slice(3, 4), slice(0, 3), slice(1, 2)),
+        (slice(4, 4),),
+    ):
+        assert same(
+            reader.get_slice("brain", slices).contiguous(), values["brain"][slices].contiguous()
+        ), f"brain[{slices}] is read wrongly"
 
 
-def test_shards_and_index_load_in_transformers_with_every_value(checkpoint: Path, tmp_path: Path) -> None:
+def test_shards_and_index_load_in_transformers_with_every_value(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     limit = 120_000
     reader = CheckpointReader(checkpoint)
     copy_side_files(checkpoint, tmp_path)
     with CheckpointWriter(tmp_path, reader.specs(), limit) as writer:
-        finished = [shard for name in reader.names() if (shard := writer.write(name, reader.get(name)))]
+        finished = [
+            shard for name in reader.names() if (shard := writer.write(name, reader.get(name)))
+        ]
     shards = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert sorted(finished) == shards
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     for shard in shards:
         held = load_file(tmp_path / shard)
-        assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= limit, f"{shard} is larger than was asked for"
+        assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= limit, (
+            f"{shard} is larger than was asked for"
+        )
     index = json.loads((tmp_path / INDEX).read_text())
     theirs = json.loads((checkpoint / INDEX).read_text())
     assert index["weight_map"].keys() == theirs["weight_map"].keys()
     assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     expected, found = stock_model(checkpoint).state_dict(), stock_model(tmp_path).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert CheckpointReader(tmp_path).fingerprint() == reader.fingerprint(), "the fingerprint depends on the sharding"
+    assert CheckpointReader(tmp_path).fingerprint() == reader.fingerprint(), (
+        "the fingerprint depends on the sharding"
+    )
 
 
 def test_fingerprint_sees_one_changed_value(checkpoint: Path, broken: Path) -> None:
@@ -119,12 +141,18 @@ def test_fingerprint_sees_one_changed_value(checkpoint: Path, broken: Path) -> N
     first = sorted(values)[0]
     values[first].view(-1)[0] += 1
     save_file(values, shard, metadata={"format": "pt"})
-    assert CheckpointReader(broken).fingerprint() != before == CheckpointReader(checkpoint).fingerprint()
+    assert (
+        CheckpointReader(broken).fingerprint()
+        != before
+        == CheckpointReader(checkpoint).fingerprint()
+    )
 
 
 def test_writer_refuses_what_its_specs_do_not_say(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, {"a": ((2, 3), torch.float32), "b": ((1,), torch.float32)})
-    with pytest.raises(ValueError, match=r"'a': found \[3, 2\] torch.float32, expected \[2, 3\] torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"'a': found \[3, 2\] torch.float32, expected \[2, 3\] torch.float32"
+    ):
         writer.write("a", torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"found .*bfloat16, expected .*float32"):
         writer.write("a", torch.zeros(2, 3, dtype=torch.bfloat16))
@@ -137,7 +165,9 @@ def test_writer_refuses_what_its_specs_do_not_say(tmp_path: Path) -> None:
         writer.close()
 
 
-def test_checkpoint_larger_than_the_disk_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+def test_checkpoint_larger_than_the_disk_is_refused_before_a_byte_is_written(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(UserError, match=r"4000000\.0 GB"):
         CheckpointWriter(tmp_path, {"a": ((10**15,), torch.float32)})
     assert not list(tmp_path.iterdir())
@@ -166,7 +196,12 @@ def test_truncated_file_is_named_with_its_tensor(broken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", (7).to_bytes(8, "little") + b"nothing"]
+    "content",
+    [
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+        (7).to_bytes(8, "little") + b"nothing",
+    ],
 )
 def test_file_that_is_not_safetensors_is_named(broken: Path, content: bytes) -> None:
     shard = broken / "model-00001-of-00004.safetensors"
@@ -188,7 +223,9 @@ def test_index_that_points_elsewhere_is_refused(broken: Path) -> None:
 
 
 def test_missing_tensor_is_named_with_its_folder(checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(str(checkpoint)) + r".*no tensor 'model\.decoder\.layers\.9\.x'"):
+    with pytest.raises(
+        UserError, match=re.escape(str(checkpoint)) + r".*no tensor 'model\.decoder\.layers\.9\.x'"
+    ):
         CheckpointReader(checkpoint).get("model.decoder.layers.9.x")
 
 
@@ -198,11 +235,19 @@ def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
     refuse(tmp_path, "pickled", "pytorch_model.bin", "safetensors")
 
 
-def test_side_files_are_copied_byte_for_byte_and_weights_are_not(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_side_files_are_copied_byte_for_byte_and_weights_are_not(
+    broken: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     out = tmp_path_factory.mktemp("out")
     (broken / "config.json").write_text('{ "kept":   "as it stands" }')
     (broken / "additional_chat_templates").mkdir()
-    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "provenance.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "provenance.json",
+    ):
         (broken / name).write_text(name)
     copied = copy_side_files(broken, out)
     kept = {

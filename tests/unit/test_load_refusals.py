@@ -1,4 +1,7 @@
-"""A wrong or damaged base checkpoint ends a run before it trains, with one line: the file, the tensor, what was found and expected."""
+"""A wrong or damaged base checkpoint ends a run before it trains, with one line.
+
+The file, the tensor, what was found and expected.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def shard_of(folder: Path, name: str) -> Path:
 
 
 def change(folder: Path, name: str, *changed: tuple[str, torch.Tensor]) -> str:
-    """Replace a tensor in its shard by others, index included; return the shard's path as a message shows it."""
+    """Replace a tensor in its shard by others, index included.
+
+    Return the shard's path as a message shows it.
+    """
     shard = shard_of(folder, name)
     tensors = load_file(shard)
     del tensors[name]
@@ -95,8 +101,13 @@ def test_a_tensor_that_the_model_does_not_have_is_named_with_its_file(broken: Pa
     refuse(broken, shard, repr(f"{GATE}_scale"), "config.json")
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.int8, "int8"), (torch.bool, "bool"), (torch.float8_e4m3fn, "float8_e4m3fn")])
-def test_a_tensor_that_does_not_hold_plain_numbers_is_named_with_its_file_and_dtype(broken: Path, dtype: torch.dtype, said: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.int8, "int8"), (torch.bool, "bool"), (torch.float8_e4m3fn, "float8_e4m3fn")],
+)
+def test_a_tensor_that_does_not_hold_plain_numbers_is_named_with_its_file_and_dtype(
+    broken: Path, dtype: torch.dtype, said: str
+) -> None:
     shard = change(broken, GATE, (GATE, torch.zeros(64, 32).to(dtype)))
     refuse(broken, shard, repr(GATE), said, "bfloat16, float16, float32, float64")
 
@@ -118,15 +129,24 @@ def test_a_missing_shard_is_named(broken: Path) -> None:
     refuse(broken, str(shard), "missing", INDEX)
 
 
-@pytest.mark.parametrize("where", ["in the middle of a tensor", "in the middle of the header", "in the header's length"])
+@pytest.mark.parametrize(
+    "where", ["in the middle of a tensor", "in the middle of the header", "in the header's length"]
+)
 def test_a_truncated_shard_is_named(broken: Path, where: str) -> None:
     shard = shard_of(broken, GATE)
     data = shard.read_bytes()
     header = int.from_bytes(data[:8], "little")
     start = json.loads(data[8 : 8 + header])[GATE]["data_offsets"][0]
-    cut = {"in the middle of a tensor": 8 + header + start + 100, "in the middle of the header": header // 2, "in the header's length": 5}
+    cut = {
+        "in the middle of a tensor": 8 + header + start + 100,
+        "in the middle of the header": header // 2,
+        "in the header's length": 5,
+    }
     shard.write_bytes(data[: cut[where]])
-    named = {"in the middle of a tensor": (repr(GATE),), "in the middle of the header": (str(8 + header),)}
+    named = {
+        "in the middle of a tensor": (repr(GATE),),
+        "in the middle of the header": (str(8 + header),),
+    }
     refuse(broken, str(shard), f"{cut[where]} bytes", *named.get(where, ()))
 
 
@@ -143,14 +163,20 @@ def header_with(text: str) -> bytes:
         ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}', "header"),
         ('{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}', "shape"),
         ('{"a": {"dtype": "Q4", "shape": [4], "data_offsets": [0, 16]}}', "Q4"),
-        ('{"a": {"dtype": "F8_E8M0", "shape": [64], "data_offsets": [0, 64]}}', "'a': found dtype F8_E8M0"),
         (
-            '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [4], "data_offsets": [12, 28]}}',
+            '{"a": {"dtype": "F8_E8M0", "shape": [64], "data_offsets": [0, 64]}}',
+            "'a': found dtype F8_E8M0",
+        ),
+        (
+            '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, '
+            '"b": {"dtype": "F32", "shape": [4], "data_offsets": [12, 28]}}',
             "b",
         ),
     ],
 )
-def test_an_impossible_header_is_refused_with_its_file_and_the_reason(tmp_path: Path, text: str, named: str) -> None:
+def test_an_impossible_header_is_refused_with_its_file_and_the_reason(
+    tmp_path: Path, text: str, named: str
+) -> None:
     (tmp_path / WEIGHTS).write_bytes(header_with(text))
     with pytest.raises(UserError, match=re.escape(named)) as error:
         SafetensorsFile(tmp_path / WEIGHTS)
@@ -170,7 +196,9 @@ def test_an_index_that_places_a_tensor_in_a_wrong_file_is_refused(broken: Path) 
 def test_an_index_that_names_a_tensor_twice_is_refused(broken: Path) -> None:
     text = (broken / INDEX).read_text()
     name = f'"{GATE}": '
-    (broken / INDEX).write_text(text.replace(name, f'{name}"model-00001-of-00004.safetensors", {name}', 1))
+    (broken / INDEX).write_text(
+        text.replace(name, f'{name}"model-00001-of-00004.safetensors", {name}', 1)
+    )
     refuse(broken, str(broken / INDEX), repr(GATE), "duplicate")
 
 
@@ -196,11 +224,16 @@ def test_pickled_weights_are_refused(broken: Path) -> None:
     [
         ({"model_type": "gemma3"}, "model_type 'gemma3', expected 'diffusion_gemma'"),
         ({"model_type": None}, "model_type None"),
-        ({"text_config": {"model_type": "diffusion_gemma_text", "hidden_size": "wide"}}, "hidden_size"),
+        (
+            {"text_config": {"model_type": "diffusion_gemma_text", "hidden_size": "wide"}},
+            "hidden_size",
+        ),
         ({"text_config": 7}, "text_config"),
     ],
 )
-def test_a_config_of_another_model_is_refused_by_its_key(broken: Path, changed: dict[str, Any], said: str) -> None:
+def test_a_config_of_another_model_is_refused_by_its_key(
+    broken: Path, changed: dict[str, Any], said: str
+) -> None:
     tree = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**tree, **changed}))
     refuse(broken, str(broken / "config.json"), said)
@@ -216,7 +249,10 @@ def test_a_config_that_is_not_json_is_refused(broken: Path, text: str) -> None:
 def ground(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set and a recipe for the broken checkpoint."""
     folder = tmp_path_factory.mktemp("ground")
-    rows = [{"input_ids": [2, 7, 8, 9, 10, 11], "prefix_length": 3, "complete": True, "id": str(index)} for index in range(8)]
+    rows = [
+        {"input_ids": [2, 7, 8, 9, 10, 11], "prefix_length": 3, "complete": True, "id": str(index)}
+        for index in range(8)
+    ]
     for part in ("train", "validation"):
         Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
     recipe = {
@@ -231,11 +267,29 @@ def ground(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_on_a_wrong_checkpoint_ends_with_one_line_before_it_trains(broken: Path, ground: Path) -> None:
+def test_a_run_on_a_wrong_checkpoint_ends_with_one_line_before_it_trains(
+    broken: Path, ground: Path
+) -> None:
     shard = change(broken, GATE, (GATE, torch.zeros(64, 48)))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "canvastune.train")
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "canvastune.train",
+    )
     done = subprocess.run(
-        [*launcher, "-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(ground / "run")],
+        [
+            *launcher,
+            "-c",
+            str(ground / "recipe.yaml"),
+            "--data",
+            str(ground / "data"),
+            "--output",
+            str(ground / "run"),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -256,7 +310,9 @@ def one_rank_cannot_read(folder: Path, ground: Path) -> None:
 
     def unreadable(reader: CheckpointReader, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         if name == GATE and dist.get_rank() == 1:
-            raise UserError(f"{reader.path(name)}: tensor {name!r} cannot be read: Input/output error")
+            raise UserError(
+                f"{reader.path(name)}: tensor {name!r} cannot be read: Input/output error"
+            )
         return get_slice(reader, name, slices)
 
     with (
@@ -266,5 +322,7 @@ def one_rank_cannot_read(folder: Path, ground: Path) -> None:
         train(load_config(ground / "recipe.yaml"), ground / "data", ground / "run")
 
 
-def test_a_slice_that_one_rank_cannot_read_ends_all_ranks_with_its_words(ground: Path, tmp_path: Path) -> None:
+def test_a_slice_that_one_rank_cannot_read_ends_all_ranks_with_its_words(
+    ground: Path, tmp_path: Path
+) -> None:
     run_ranks(one_rank_cannot_read, 2, tmp_path, ground)

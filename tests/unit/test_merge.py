@@ -1,4 +1,7 @@
-"""An adapter on disk and its merge into the base: stock PEFT and stock transformers are the judges (objective.md section 6)."""
+"""An adapter on disk and its merge into the base.
+
+Stock PEFT and stock transformers are the judges (objective.md section 6).
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,20 @@ from tests.support.small import (
 CONFIGURATION = run_config("lora")
 KINDS: dict[str, RunConfig] = {
     "attention and MLP": CONFIGURATION,
-    "with experts, rank-stabilised": run_config("lora", lora={"experts": True, "rslora": True, "dropout": 0.1}),
+    "with experts, rank-stabilised": run_config(
+        "lora", lora={"experts": True, "rslora": True, "dropout": 0.1}
+    ),
 }
 EXPERTS = ("gate_up_proj", "down_proj")
-TARGETED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+TARGETED = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 FACTORS = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -65,11 +78,16 @@ def factors(base: Path, config: RunConfig) -> FACTORS:
     """What training leaves: the engine's own adapters, B no longer zero."""
     generator = torch.Generator().manual_seed(1)
     shared = shared_model(base, config)
-    return {name: (a.detach().clone(), torch.randn(b.shape, generator=generator) * 0.05) for name, a, b in trained_factors(shared)}
+    return {
+        name: (a.detach().clone(), torch.randn(b.shape, generator=generator) * 0.05)
+        for name, a, b in trained_factors(shared)
+    }
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, config: RunConfig, factors: FACTORS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(
+    base: Path, config: RunConfig, factors: FACTORS, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     write_adapter(folder, factors, config, base)
     return folder
@@ -124,39 +142,82 @@ def test_adapter_loads_in_stock_peft_and_acts_on_encoder_and_decoder(
         model: Any = PeftModel.from_pretrained(stock_model(base), str(adapter))
     said = [str(warning.message) for warning in caught if "key" in str(warning.message).lower()]
     assert not said, f"stock PEFT warns of missing or unexpected keys: {said}"
-    loaded, stored = get_peft_model_state_dict(model, save_embedding_layers=False), load_file(adapter / WEIGHTS)
+    loaded, stored = (
+        get_peft_model_state_dict(model, save_embedding_layers=False),
+        load_file(adapter / WEIGHTS),
+    )
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], value) for key, value in stored.items())
     expected, plain = outputs(updated(base, config, factors)), outputs(stock_model(base))
     for found, wanted, before, what in zip(
-        outputs(model.base_model.model), expected, plain, ("canvas logits", "encoder states"), strict=True
+        outputs(model.base_model.model),
+        expected,
+        plain,
+        ("canvas logits", "encoder states"),
+        strict=True,
     ):
         scale = float(wanted.abs().max())
-        assert float((before - wanted).abs().max()) > 0.1 * scale, "the adapter is too small to prove anything"
-        assert float((found - wanted).abs().max()) < 1e-5 * scale, f"{what}: stock PEFT does not compute W + scale * B A"
+        assert float((before - wanted).abs().max()) > 0.1 * scale, (
+            "the adapter is too small to prove anything"
+        )
+        assert float((found - wanted).abs().max()) < 1e-5 * scale, (
+            f"{what}: stock PEFT does not compute W + scale * B A"
+        )
 
 
-def test_adapter_hits_the_layers_and_nothing_else(base: Path, config: RunConfig, adapter: Path) -> None:
+def test_adapter_hits_the_layers_and_nothing_else(
+    base: Path, config: RunConfig, adapter: Path
+) -> None:
     model: Any = PeftModel.from_pretrained(stock_model(base), str(adapter))
-    wrapped = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    layers = [f"model.{stack}.layers.{index}." for stack in ("decoder", "encoder.language_model") for index in range(4)]
+    wrapped = {
+        name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")
+    }
+    layers = [
+        f"model.{stack}.layers.{index}."
+        for stack in ("decoder", "encoder.language_model")
+        for index in range(4)
+    ]
     expected = {layer + part for layer in layers for part in TARGETED}
     # Full layers have no v_proj.
-    expected -= {f"model.{stack}.layers.3.self_attn.v_proj" for stack in ("decoder", "encoder.language_model")}
+    expected -= {
+        f"model.{stack}.layers.3.self_attn.v_proj"
+        for stack in ("decoder", "encoder.language_model")
+    }
     if config.lora.experts:  # a wrapper for each of their two weights
         expected |= {layer + part for layer in layers for part in ("experts", "experts.base_layer")}
-    assert wrapped == expected, f"wrapped by mistake, or not at all: {sorted(wrapped ^ expected)[:3]}"
+    assert wrapped == expected, (
+        f"wrapped by mistake, or not at all: {sorted(wrapped ^ expected)[:3]}"
+    )
 
 
-def test_adapter_is_read_back_once_per_shared_weight(base: Path, config: RunConfig, adapter: Path, factors: FACTORS) -> None:
-    read = read_adapter(adapter, CheckpointReader(base), "another id")  # the fingerprint decides, not the name
-    assert (read.rank, read.alpha, read.rslora, read.scale) == (8, 32, config.lora.rslora, config.lora.scale)
+def test_adapter_is_read_back_once_per_shared_weight(
+    base: Path, config: RunConfig, adapter: Path, factors: FACTORS
+) -> None:
+    read = read_adapter(
+        adapter, CheckpointReader(base), "another id"
+    )  # the fingerprint decides, not the name
+    assert (read.rank, read.alpha, read.rslora, read.scale) == (
+        8,
+        32,
+        config.lora.rslora,
+        config.lora.scale,
+    )
     assert read.factors.keys() == factors.keys()
-    assert all(torch.equal(x, y) for name in factors for x, y in zip(read.factors[name], factors[name], strict=True))
+    assert all(
+        torch.equal(x, y)
+        for name in factors
+        for x, y in zip(read.factors[name], factors[name], strict=True)
+    )
 
 
-def test_merged_logits_equal_base_plus_adapter(base: Path, config: RunConfig, merged: Path, factors: FACTORS) -> None:
-    for found, expected in zip(outputs(load_stock(merged, torch.device("cpu"))), outputs(updated(base, config, factors)), strict=True):
+def test_merged_logits_equal_base_plus_adapter(
+    base: Path, config: RunConfig, merged: Path, factors: FACTORS
+) -> None:
+    for found, expected in zip(
+        outputs(load_stock(merged, torch.device("cpu"))),
+        outputs(updated(base, config, factors)),
+        strict=True,
+    ):
         assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     proof = json.loads((merged / "merge_proof.json").read_text())
     assert proof["passed"]
@@ -172,20 +233,28 @@ def test_merged_checkpoint_loads_in_stock_transformers_and_generates(merged: Pat
     left = {kind: keys for kind, keys in report.items() if keys}
     assert not left, f"stock transformers does not find everything: {left}"
     prompt = torch.arange(5, 25)[None]
-    output = model.generate(prompt, max_new_tokens=2 * CANVAS, max_denoising_steps=3, eos_token_id=EOS, pad_token_id=0)
+    output = model.generate(
+        prompt, max_new_tokens=2 * CANVAS, max_denoising_steps=3, eos_token_id=EOS, pad_token_id=0
+    )
     assert output.sequences.shape[1] > prompt.shape[1]
 
 
-def test_everything_that_was_not_adapted_is_the_base_byte_for_byte(base: Path, merged: Path, factors: FACTORS) -> None:
+def test_everything_that_was_not_adapted_is_the_base_byte_for_byte(
+    base: Path, merged: Path, factors: FACTORS
+) -> None:
     before, after = CheckpointReader(base), CheckpointReader(merged)
     assert after.specs() == before.specs()
-    changed = {name for name in before.names() if not torch.equal(before.get(name), after.get(name))}
+    changed = {
+        name for name in before.names() if not torch.equal(before.get(name), after.get(name))
+    }
     assert changed == set(factors)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (merged / name).read_bytes() == (base / name).read_bytes(), f"{name} was rewritten"
 
 
-def test_bfloat16_base_is_merged_in_float32_and_rounded_once(base: Path, config: RunConfig, factors: FACTORS, tmp_path: Path) -> None:
+def test_bfloat16_base_is_merged_in_float32_and_rounded_once(
+    base: Path, config: RunConfig, factors: FACTORS, tmp_path: Path
+) -> None:
     stock_model(base).bfloat16().save_pretrained(tmp_path / "base")
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", factors, config, tmp_path / "base")
@@ -194,11 +263,17 @@ def test_bfloat16_base_is_merged_in_float32_and_rounded_once(base: Path, config:
     for name, (a, b) in factors.items():
         weight = before.get(name)
         assert weight.dtype == torch.bfloat16
-        expected = (weight.double() + config.lora.scale * b.double() @ a.double()).to(torch.bfloat16)
+        expected = (weight.double() + config.lora.scale * b.double() @ a.double()).to(
+            torch.bfloat16
+        )
         wrong = int((after.get(name) != expected).sum())
-        assert wrong <= weight.numel() // 1000, f"{name}: {wrong} weights are not the nearest bfloat16"  # but for ties in float32
+        assert wrong <= weight.numel() // 1000, (
+            f"{name}: {wrong} weights are not the nearest bfloat16"
+        )  # but for ties in float32
     assert proof["passed"]
-    assert proof["max_abs_difference"] <= 1e-4 * proof["max_abs_logit"], "with the rounding taken out, nothing may differ"
+    assert proof["max_abs_difference"] <= 1e-4 * proof["max_abs_logit"], (
+        "with the rounding taken out, nothing may differ"
+    )
     assert proof["rounding_effect"] > 1e-3, "bfloat16 weights must be seen to round"
 
 
@@ -208,8 +283,12 @@ def test_model_that_does_not_fit_in_memory_is_proved_weight_by_weight(
     monkeypatch.setattr(merge_step, "load_stock", lambda *_: pytest.fail("the model was loaded"))
     asked: list[int] = []
     proof = merge_lora(CONFIGURATION, base, adapter, tmp_path / "merged", find_device=asked.append)
-    parameters = sum(torch.Size(shape).numel() for shape, _ in CheckpointReader(base).specs().values())
-    assert asked == [pytest.approx(1.25 * 4 * parameters, abs=1)], "float32 weights and a quarter more"
+    parameters = sum(
+        torch.Size(shape).numel() for shape, _ in CheckpointReader(base).specs().values()
+    )
+    assert asked == [pytest.approx(1.25 * 4 * parameters, abs=1)], (
+        "float32 weights and a quarter more"
+    )
     assert proof["passed"]
     assert proof["method"] == "weights"
     assert "GB" in proof["reason"]
@@ -218,7 +297,9 @@ def test_model_that_does_not_fit_in_memory_is_proved_weight_by_weight(
     assert proof["weights"]["unchanged"] == len(CheckpointReader(base).names()) - len(factors)
 
 
-def test_merge_holds_a_few_tensors_at_a_time(two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_holds_a_few_tensors_at_a_time(
+    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     get, given, most = CheckpointReader.get, [], 0
 
     def counted(self: CheckpointReader, name: str) -> torch.Tensor:
@@ -231,7 +312,9 @@ def test_merge_holds_a_few_tensors_at_a_time(two: tuple[Path, Path], tmp_path: P
     monkeypatch.setattr(CheckpointReader, "get", counted)
     merge_lora(CONFIGURATION, *two, tmp_path / "merged", find_device=lambda _: None)
     assert len(given) > 300
-    assert most <= 2, f"{most} tensors of the checkpoints were in memory at once, expected one of each side"
+    assert most <= 2, (
+        f"{most} tensors of the checkpoints were in memory at once, expected one of each side"
+    )
 
 
 @pytest.mark.parametrize("method", ["logits and weights", "weights"])
@@ -265,7 +348,9 @@ def test_wrong_merge_is_never_kept(
     assert not list(tmp_path.iterdir()), "a checkpoint that failed its proof was left behind"
 
 
-def test_logits_alone_catch_an_adapter_that_peft_would_scale_otherwise(base: Path, adapter: Path, broken: Path, tmp_path: Path) -> None:
+def test_logits_alone_catch_an_adapter_that_peft_would_scale_otherwise(
+    base: Path, adapter: Path, broken: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "merged"
     merge_lora(CONFIGURATION, base, adapter, out)
     settings = json.loads((broken / CONFIG).read_text())
@@ -293,7 +378,7 @@ def refuse(folder: Path, base: Path, *said: str, base_id: str = CONFIGURATION.mo
 
 
 def change(folder: Path, **tensors: torch.Tensor) -> None:
-    """Replace the factors whose key contains the name, with `_` for a dot, in the adapter's file."""
+    """Replace the factors in the adapter's file whose key has the name, `_` being a dot."""
     stored = load_file(folder / WEIGHTS)
     for part, tensor in tensors.items():
         keys = [key for key in stored if part in key.replace(".", "_")]
@@ -317,7 +402,9 @@ def test_adapter_of_another_base_is_refused(base: Path, broken: Path, tmp_path: 
         merge_lora(CONFIGURATION, other, broken, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     (broken / ORIGIN).unlink()  # as another tool writes it: the name is all there is
-    refuse(broken, base, "'google/diffusiongemma-26B-A4B-it'", "'other/model'", base_id="other/model")
+    refuse(
+        broken, base, "'google/diffusiongemma-26B-A4B-it'", "'other/model'", base_id="other/model"
+    )
     read_adapter(broken, CheckpointReader(base), CONFIGURATION.model.id)
 
 
@@ -353,7 +440,9 @@ def test_values_that_are_not_finite_are_refused(base: Path, broken: Path) -> Non
         ({"r": None}, "r = None"),
     ],
 )
-def test_adapter_that_is_more_than_a_plain_lora_is_refused_by_its_key(base: Path, broken: Path, setting: dict[str, Any], said: str) -> None:
+def test_adapter_that_is_more_than_a_plain_lora_is_refused_by_its_key(
+    base: Path, broken: Path, setting: dict[str, Any], said: str
+) -> None:
     (broken / CONFIG).write_text(json.dumps(json.loads((broken / CONFIG).read_text()) | setting))
     refuse(broken, base, CONFIG, said)
 
@@ -362,8 +451,12 @@ def test_folder_without_an_adapter_is_refused(base: Path, tmp_path: Path) -> Non
     refuse(tmp_path, base, str(tmp_path), CONFIG, WEIGHTS)
 
 
-def test_factors_that_miss_a_layer_are_not_written(base: Path, factors: FACTORS, tmp_path: Path) -> None:
-    for missed in [name for name in factors if re.search(r"layers\.1\.(mlp\.up_proj|experts\.down_proj)", name)]:
+def test_factors_that_miss_a_layer_are_not_written(
+    base: Path, factors: FACTORS, tmp_path: Path
+) -> None:
+    for missed in [
+        name for name in factors if re.search(r"layers\.1\.(mlp\.up_proj|experts\.down_proj)", name)
+    ]:
         kept = {name: pair for name, pair in factors.items() if name != missed}
         with pytest.raises(ValueError, match=re.escape(missed)):
             write_adapter(tmp_path, kept, CONFIGURATION, base)
@@ -373,7 +466,9 @@ def test_experts_factors_are_stacked_as_peft_stacks_them(base: Path, tmp_path: P
     """Written by stock PEFT itself, with one weight adapted or both, and read by us."""
     for targets in (EXPERTS, EXPERTS[:1], EXPERTS[1:]):
         folder = tmp_path / "-".join(targets)
-        settings = PeftLoraConfig(r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in targets])
+        settings = PeftLoraConfig(
+            r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in targets]
+        )
         model: Any = get_peft_model(stock_model(base), settings)
         generator = torch.Generator().manual_seed(0)
         deltas: dict[str, torch.Tensor] = {}
@@ -381,23 +476,38 @@ def test_experts_factors_are_stacked_as_peft_stacks_them(base: Path, tmp_path: P
             for name, parameter in model.named_parameters():
                 if ".lora_" in name:  # encoder and decoder alike
                     layer = int(re.findall(r"layers\.(\d+)", name)[0])
-                    generator.manual_seed(layer * 10 + ("base_layer" in name) * 2 + ("lora_A" in name))
+                    generator.manual_seed(
+                        layer * 10 + ("base_layer" in name) * 2 + ("lora_A" in name)
+                    )
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
             for name, module in model.base_model.model.named_modules():
                 if isinstance(module, ParamWrapper) and "decoder" in name:
-                    deltas[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = module.get_delta_weight("default")
+                    deltas[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = (
+                        module.get_delta_weight("default")
+                    )
         model.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": "x"}))
+        (folder / CONFIG).write_text(
+            json.dumps(json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": "x"})
+        )
         read = read_adapter(folder, CheckpointReader(base), "x")
         assert read.factors.keys() == deltas.keys()
         for name, (a, b) in read.factors.items():
-            assert torch.allclose(read.scale * b @ a, deltas[name], atol=1e-5), f"{name}: another order of experts and ranks"
+            assert torch.allclose(read.scale * b @ a, deltas[name], atol=1e-5), (
+                f"{name}: another order of experts and ranks"
+            )
 
 
 @pytest.mark.parametrize("config", ["with experts, rank-stabilised"], indirect=True)
 def test_expert_factors_that_do_not_fit_are_refused_by_name(base: Path, broken: Path) -> None:
     settings = json.loads((broken / CONFIG).read_text())
     change(broken, layers_2_experts_base_layer_lora_A=torch.zeros(8, 32))
-    refuse(broken, base, "layers.2.experts.base_layer.lora_A", "[8, 32]", "[64, 32]", "experts.gate_up_proj")
+    refuse(
+        broken,
+        base,
+        "layers.2.experts.base_layer.lora_A",
+        "[8, 32]",
+        "[64, 32]",
+        "experts.gate_up_proj",
+    )
     (broken / CONFIG).write_text(json.dumps(settings | {"target_parameters": None}))
     refuse(broken, base, "'model.decoder.layers.0.experts'", str(base))

@@ -1,4 +1,7 @@
-"""Whose folder a run's is, and what its config is made of: recipe, overrides and the chart's defaults."""
+"""Whose folder a run's is, and what its config is made of.
+
+Recipe, overrides and the chart's defaults.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +50,14 @@ def test_another_job_goes_on_with_an_unfinished_run_only(resolve: Any) -> None:
         resolve("job-3")
 
 
-def test_a_run_folder_is_refused_to_another_recipe_or_other_data(resolve: Any, tmp_path: Path) -> None:
+def test_a_run_folder_is_refused_to_another_recipe_or_other_data(
+    resolve: Any, tmp_path: Path
+) -> None:
     resolve("job-1")
-    with pytest.raises(UserError, match=r"runs/mine: .*train\.method = 'lora', now 'full'; optimizer\.lr = 0\.00015, now 0\.01"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.method = 'lora', now 'full'; optimizer\.lr = 0\.00015, now 0\.01",
+    ):
         resolve("job-2", overrides="optimizer.lr=0.01\ntrain.method=full")
     with (tmp_path / "rows.jsonl").open("a") as rows:
         rows.write('{"question": "1+2?", "answer": "#### 3"}\n')
@@ -59,21 +67,41 @@ def test_a_run_folder_is_refused_to_another_recipe_or_other_data(resolve: Any, t
 
 def test_another_job_may_change_what_affects_no_weight(resolve: Any) -> None:
     resolve("job-1")
-    changes = ("evaluate.rows=2", "tracking.promote=never", "train.log_every=1", "parallel.nproc_per_node=1", "hardware.gpu_memory=9")
-    config = json.loads(resolve("job-2", overrides="\n".join(changes), cluster='{"backend": "trainjob"}').config)
-    assert (config["evaluate"]["rows"], config["tracking"]["promote"], config["train"]["log_every"]) == (2, "never", 1)
+    changes = (
+        "evaluate.rows=2",
+        "tracking.promote=never",
+        "train.log_every=1",
+        "parallel.nproc_per_node=1",
+        "hardware.gpu_memory=9",
+    )
+    config = json.loads(
+        resolve("job-2", overrides="\n".join(changes), cluster='{"backend": "trainjob"}').config
+    )
+    assert (
+        config["evaluate"]["rows"],
+        config["tracking"]["promote"],
+        config["train"]["log_every"],
+    ) == (2, "never", 1)
     assert (config["parallel"]["nproc_per_node"], config["cluster"]["backend"]) == (1, "trainjob")
 
 
 def test_the_charts_defaults_lie_beneath_the_recipe_and_its_overrides(resolve: Any) -> None:
-    chart = {"backend": "pytorchjob", "nodes": 2, "cpu": "32", "env": {"NCCL_DEBUG": "WARN", "HTTPS_PROXY": "proxy"}}
+    chart = {
+        "backend": "pytorchjob",
+        "nodes": 2,
+        "cpu": "32",
+        "env": {"NCCL_DEBUG": "WARN", "HTTPS_PROXY": "proxy"},
+    }
     config = json.loads(resolve(overrides="cluster.cpu=8", cluster=json.dumps(chart)).config)
     assert (config["cluster"]["cpu"], config["cluster"]["nodes"]) == ("8", 2)
 
 
 def test_the_charts_mlflow_is_that_of_every_step_unless_the_recipe_names_one(resolve: Any) -> None:
     chart = json.dumps({"env": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}})
-    assert json.loads(resolve("job-1", cluster=chart).config)["tracking"]["uri"] == "http://mlflow:5000"
+    assert (
+        json.loads(resolve("job-1", cluster=chart).config)["tracking"]["uri"]
+        == "http://mlflow:5000"
+    )
     shutil.rmtree(resolve("job-1", cluster=chart).run_folder)
     named = resolve("job-1", overrides="tracking.uri=http://other", cluster=chart)
     assert json.loads(named.config)["tracking"]["uri"] == "http://other"
@@ -94,17 +122,28 @@ def test_what_an_earlier_attempt_evaluated_and_reported_with_other_settings_is_m
     for name in ("train", "model", "evaluation", "plan", "report"):
         (folder / name).mkdir()
     resolve("job-2", overrides=change)
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"train", "model", "evaluation", "plan", "report"} - outdated
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "train",
+        "model",
+        "evaluation",
+        "plan",
+        "report",
+    } - outdated
 
 
-@pytest.mark.parametrize(("cluster", "words"), [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "'cluster.nodes'?")])
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [("{", "not JSON"), ("[]", "a JSON object"), ('{"nods": 1}', "'cluster.nodes'?")],
+)
 def test_wrong_defaults_of_the_chart_are_refused(resolve: Any, cluster: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         resolve(cluster=cluster)
     assert words in f"{error.value} {error.value.hint}"
 
 
-def test_prepared_data_depends_on_content_and_on_data_settings_alone(resolve: Any, tmp_path: Path) -> None:
+def test_prepared_data_depends_on_content_and_on_data_settings_alone(
+    resolve: Any, tmp_path: Path
+) -> None:
     first = resolve()
     read = lambda resolved: (resolved.data_config, resolved.data_fingerprint)  # noqa: E731
     (tmp_path / "runs/mine/run.json").unlink()
@@ -114,8 +153,12 @@ def test_prepared_data_depends_on_content_and_on_data_settings_alone(resolve: An
     (tmp_path / "runs/mine/run.json").unlink()
     assert read(resolve(overrides="data.seq_length=64")) != read(first)
     (tmp_path / "runs/mine/run.json").unlink()
-    (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "#### 3"}\n')  # the same size
-    assert read(resolve()) != read(first), "a changed file at the same path would be answered from the cache"
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "1+1?", "answer": "#### 3"}\n'
+    )  # the same size
+    assert read(resolve()) != read(first), (
+        "a changed file at the same path would be answered from the cache"
+    )
 
 
 def test_dataset_replaces_the_recipes_source(resolve: Any, tmp_path: Path) -> None:
@@ -130,12 +173,24 @@ def test_a_run_name_cannot_lead_out_of_the_workspace(name: str, tmp_path: Path) 
         resolution.run_directory(str(tmp_path), name, "")
 
 
-def test_mlflow_is_told_where_the_run_is_in_kubeflow(resolve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlflow_is_told_where_the_run_is_in_kubeflow(
+    resolve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     told: dict[str, str] = {}
     monkeypatch.setattr(resolution.tracking, "start", lambda _, tags: told.update(tags) or "")
     recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
     image, host = "registry.example/pipeline@sha256:1", "https://kubeflow.example/pipeline/"
-    resolution.resolve(recipe, "", "", str(tmp_path), "mine", "gsm8k", "job-1", pipeline_image=image, kubeflow_url=host)
+    resolution.resolve(
+        recipe,
+        "",
+        "",
+        str(tmp_path),
+        "mine",
+        "gsm8k",
+        "job-1",
+        pipeline_image=image,
+        kubeflow_url=host,
+    )
     assert told == {
         "canvastune.pipeline_job": "gsm8k",
         "canvastune.pipeline_url": "https://kubeflow.example/pipeline/#/runs/details/job-1",

@@ -1,4 +1,4 @@
-"""The tiny model is the real architecture in the Hub's layout, and the word problems are what they claim to be."""
+"""The tiny model has the real architecture in the Hub's layout; its word problems are right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(checkpoint: Path) -> GemmaTokenizer:
     loaded = AutoTokenizer.from_pretrained(checkpoint)
     assert type(loaded) is GemmaTokenizer, (
-        f"the checkpoint's tokenizer loads as {type(loaded).__name__}, not as transformers' own for this model"
+        f"the checkpoint's tokenizer loads as {type(loaded).__name__}, not as transformers' own "
+        "for this model"
     )
     return loaded
 
@@ -43,7 +44,9 @@ def loaded(checkpoint: Path) -> tuple[DiffusionGemmaForBlockDiffusion, dict[str,
     return DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, output_loading_info=True)
 
 
-def test_stock_transformers_loads_every_tensor_and_no_other(loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]) -> None:
+def test_stock_transformers_loads_every_tensor_and_no_other(
+    loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]],
+) -> None:
     problems = {what: found for what, found in loaded[1].items() if found}
     assert not problems, f"the tiny checkpoint does not load cleanly: {problems}"
 
@@ -52,16 +55,22 @@ def test_stock_generate_runs_with_the_checkpoint_s_own_settings(
     loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]], tokenizer: GemmaTokenizer
 ) -> None:
     model = loaded[0]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Tom has 3."}], add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tom has 3."}], add_generation_prompt=True, return_tensors="pt"
+    )
     torch.manual_seed(0)
     sequences = model.generate(**prompt, max_new_tokens=32).sequences
-    assert sequences[0, : prompt["input_ids"].shape[1]].equal(prompt["input_ids"][0]), "generate() changed the prompt"
-    assert sequences.shape[1] in {prompt["input_ids"].shape[1] + 16, prompt["input_ids"].shape[1] + 32}, (
-        "generate() did not add whole canvases"
+    assert sequences[0, : prompt["input_ids"].shape[1]].equal(prompt["input_ids"][0]), (
+        "generate() changed the prompt"
     )
-    assert model.generation_config.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<turn|>")], (
-        "generation would not stop at the end of a turn"
-    )
+    assert sequences.shape[1] in {
+        prompt["input_ids"].shape[1] + 16,
+        prompt["input_ids"].shape[1] + 32,
+    }, "generate() did not add whole canvases"
+    assert model.generation_config.eos_token_id == [
+        1,
+        tokenizer.convert_tokens_to_ids("<turn|>"),
+    ], "generation would not stop at the end of a turn"
 
 
 def test_layout_is_the_hub_s(checkpoint: Path) -> None:
@@ -85,7 +94,9 @@ def test_layout_is_the_hub_s(checkpoint: Path) -> None:
     assert index == held, "the index names other tensors than the shards hold"
 
 
-def test_architecture_is_that_of_the_26b_model(checkpoint: Path, loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]) -> None:
+def test_architecture_is_that_of_the_26b_model(
+    checkpoint: Path, loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]
+) -> None:
     names = set(json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"])
     config = AutoConfig.from_pretrained(checkpoint)
     text, layers = config.text_config, range(config.text_config.num_hidden_layers)
@@ -93,41 +104,74 @@ def test_architecture_is_that_of_the_26b_model(checkpoint: Path, loaded: tuple[D
     sliding = [index for index in layers if text.layer_types[index] == "sliding_attention"]
     assert text.layer_types[-1] == "full_attention", f"layer types are {text.layer_types}"
     assert sliding, "there is no sliding layer"
-    assert not [i for i in full if f"model.decoder.layers.{i}.self_attn.v_proj.weight" in names], "a full layer has a v_proj"
-    assert not [i for i in sliding if f"model.decoder.layers.{i}.self_attn.v_proj.weight" not in names], "a sliding layer has no v_proj"
+    assert not [i for i in full if f"model.decoder.layers.{i}.self_attn.v_proj.weight" in names], (
+        "a full layer has a v_proj"
+    )
+    assert not [
+        i for i in sliding if f"model.decoder.layers.{i}.self_attn.v_proj.weight" not in names
+    ], "a sliding layer has no v_proj"
     one, other = text.per_layer_config[sliding[0]], text.per_layer_config[full[0]]
-    assert one.head_dim != other.head_dim, "sliding and full layers have one head_dim: a mix-up would go unseen"
-    assert one.num_key_value_heads != other.num_key_value_heads, "sliding and full layers have one number of KV heads"
-    assert (text.num_experts % 8, text.top_k_experts) == (0, 2), "the experts do not divide over 8 ranks, top 2"
-    assert not names & {"lm_head.weight", "model.encoder.language_model.norm.weight"}, "tied weights are stored twice"
-    for part in ("model.decoder.self_conditioning.down_proj.weight", "model.encoder.embed_vision.embedding_projection.weight"):
+    assert one.head_dim != other.head_dim, (
+        "sliding and full layers have one head_dim: a mix-up would go unseen"
+    )
+    assert one.num_key_value_heads != other.num_key_value_heads, (
+        "sliding and full layers have one number of KV heads"
+    )
+    assert (text.num_experts % 8, text.top_k_experts) == (0, 2), (
+        "the experts do not divide over 8 ranks, top 2"
+    )
+    assert not names & {"lm_head.weight", "model.encoder.language_model.norm.weight"}, (
+        "tied weights are stored twice"
+    )
+    for part in (
+        "model.decoder.self_conditioning.down_proj.weight",
+        "model.encoder.embed_vision.embedding_projection.weight",
+    ):
         assert part in names, f"{part} is missing"
-    assert any(name.startswith("model.encoder.vision_tower.") for name in names), "the vision tower is missing"
+    assert any(name.startswith("model.encoder.vision_tower.") for name in names), (
+        "the vision tower is missing"
+    )
     for index in layers:
         for side in ("decoder", "encoder.language_model"):
-            assert f"model.{side}.layers.{index}.layer_scalar" in names, f"layer_scalar of {side} layer {index} is missing"
+            assert f"model.{side}.layers.{index}.layer_scalar" in names, (
+                f"layer_scalar of {side} layer {index} is missing"
+            )
     parameters = sum(parameter.numel() for parameter in loaded[0].parameters())
     assert 1.2e6 < parameters < 2e6, f"{parameters} parameters"
 
 
-def test_every_matrix_of_the_stack_divides_over_8_ranks(loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]) -> None:
-    odd = [name for name, p in loaded[0].model.decoder.named_parameters() if p.ndim > 1 and any(size % 8 for size in p.shape)]
+def test_every_matrix_of_the_stack_divides_over_8_ranks(
+    loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]],
+) -> None:
+    odd = [
+        name
+        for name, p in loaded[0].model.decoder.named_parameters()
+        if p.ndim > 1 and any(size % 8 for size in p.shape)
+    ]
     assert not odd, f"cannot be sharded evenly over 8 ranks: {odd}"
 
 
-def test_attention_of_random_weights_is_well_conditioned(loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]) -> None:
+def test_attention_of_random_weights_is_well_conditioned(
+    loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]],
+) -> None:
     for layer in loaded[0].model.decoder.layers:
         weight = layer.self_attn.q_norm.weight
-        assert torch.allclose(weight, torch.full_like(weight, layer.self_attn.head_dim**-0.5)), "q_norm does not carry 1/sqrt(head_dim)"
+        assert torch.allclose(weight, torch.full_like(weight, layer.self_attn.head_dim**-0.5)), (
+            "q_norm does not carry 1/sqrt(head_dim)"
+        )
 
 
-def test_random_model_starts_near_the_loss_of_a_guess(loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]]) -> None:
+def test_random_model_starts_near_the_loss_of_a_guess(
+    loaded: tuple[DiffusionGemmaForBlockDiffusion, dict[str, Any]],
+) -> None:
     model = loaded[0]
     torch.manual_seed(0)
     ids = torch.randint(0, model.config.text_config.vocab_size, (4, 48))
     with torch.no_grad():
         logits = model(input_ids=ids[:, :32], decoder_input_ids=ids[:, 32:]).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, logits.shape[-1], (4 * 16,)))
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.randint(0, logits.shape[-1], (4 * 16,))
+    )
     assert abs(loss.item() - math.log(logits.shape[-1])) < 0.5, (
         f"loss of random weights is {loss.item():.2f}, a guess has {math.log(logits.shape[-1]):.2f}"
     )
@@ -135,19 +179,33 @@ def test_random_model_starts_near_the_loss_of_a_guess(loaded: tuple[DiffusionGem
 
 def test_same_seed_same_weights_and_other_seed_others(checkpoint: Path, tmp_path: Path) -> None:
     def weights(folder: Path) -> dict[str, torch.Tensor]:
-        return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+        return {
+            name: tensor
+            for shard in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(shard).items()
+        }
 
     state = torch.get_rng_state()
     make_tiny_model(tmp_path / "again")
     make_tiny_model(tmp_path / "other", seed=1)
-    assert torch.get_rng_state().equal(state), "making the model disturbed the caller's random stream"
-    first, again, other = weights(checkpoint), weights(tmp_path / "again"), weights(tmp_path / "other")
-    assert all(again[name].equal(tensor) for name, tensor in first.items()), "one seed gave two models"
+    assert torch.get_rng_state().equal(state), (
+        "making the model disturbed the caller's random stream"
+    )
+    first, again, other = (
+        weights(checkpoint),
+        weights(tmp_path / "again"),
+        weights(tmp_path / "other"),
+    )
+    assert all(again[name].equal(tensor) for name, tensor in first.items()), (
+        "one seed gave two models"
+    )
     key = "model.decoder.layers.0.experts.down_proj"
     assert not other[key].equal(first[key]), "the seed is not used"
 
 
-def test_failure_leaves_no_half_written_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_no_half_written_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
@@ -197,7 +255,9 @@ def test_special_tokens_have_gemma_4_s_ids(tokenizer: GemmaTokenizer) -> None:
     assert len(tokenizer) == tiny._VOCABULARY, "the tokenizer and the embedding differ in size"
 
 
-def test_digits_are_single_tokens_and_words_of_the_problems_whole(tokenizer: GemmaTokenizer) -> None:
+def test_digits_are_single_tokens_and_words_of_the_problems_whole(
+    tokenizer: GemmaTokenizer,
+) -> None:
     pieces = tokenizer.tokenize("Tom has 1234 apples", add_special_tokens=False)
     assert pieces == ["Tom", "▁has", "▁", "1", "2", "3", "4", "▁apples"], f"tokens are {pieces}"
 
@@ -210,48 +270,75 @@ def test_template_renders_turns_as_gemma_4_does(tokenizer: GemmaTokenizer) -> No
         {"role": "user", "content": [{"type": "text", "text": "Bye "}]},
     ]
     expected = (
-        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nHello<turn|>\n<|turn>user\nBye<turn|>\n<|turn>model\n"
+        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nHello<turn|>\n"
+        "<|turn>user\nBye<turn|>\n<|turn>model\n"
     )
-    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    assert (
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("kind", list(tiny.KINDS))
-def test_problems_are_right_distinct_and_repeatable(kind: str, tmp_path: Path, tokenizer: GemmaTokenizer) -> None:
+def test_problems_are_right_distinct_and_repeatable(
+    kind: str, tmp_path: Path, tokenizer: GemmaTokenizer
+) -> None:
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         write_problems(tmp_path / f"{name}.jsonl", kind, 2000, seed)
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes(), "one seed gave two files"
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes(), (
+        "one seed gave two files"
+    )
     rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    assert len({row["question"] for row in rows}) == 2000, "a problem occurs twice: a held-out row could be one that was trained on"
+    assert len({row["question"] for row in rows}) == 2000, (
+        "a problem occurs twice: a held-out row could be one that was trained on"
+    )
     for row in rows:
         match = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)\n#### (\d+)", row["answer"])
         assert match, f"not in GSM8K's form: {row['answer']!r}"
         a, b = int(match[1]), int(match[3])
         value = a + b if match[2] == "+" else a - b
-        assert value == int(match[4]) == int(match[5]), f"wrong answer to {row['question']!r}: {row['answer']!r}"
+        assert value == int(match[4]) == int(match[5]), (
+            f"wrong answer to {row['question']!r}: {row['answer']!r}"
+        )
         assert sorted(map(int, re.findall(r"\d+", row["question"]))) == sorted([a, b]), (
             f"{row['answer']!r} uses other numbers than {row['question']!r}"
         )
-        assert len(tokenizer(row["answer"] + "<turn|>\n", add_special_tokens=False)["input_ids"]) <= 16, (
-            "the answer does not fit one canvas"
-        )
-    assert {path.name for path in tmp_path.iterdir()} == {"one.jsonl", "again.jsonl", "other.jsonl"}, "a half-written file is left"
+        assert (
+            len(tokenizer(row["answer"] + "<turn|>\n", add_special_tokens=False)["input_ids"]) <= 16
+        ), "the answer does not fit one canvas"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "one.jsonl",
+        "again.jsonl",
+        "other.jsonl",
+    }, "a half-written file is left"
 
 
 def test_the_new_kind_asks_for_what_the_base_never_learned(tmp_path: Path) -> None:
     for kind in ("change", "compare"):
         write_problems(tmp_path / f"{kind}.jsonl", kind, 2000, 0)
-    rows = {kind: [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()] for kind in ("change", "compare")}
+    rows = {
+        kind: [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
+        for kind in ("change", "compare")
+    }
     for row in rows["change"]:
         first, second = re.findall(r"\d+", row["question"])
-        assert re.match(rf"{first}[+-]{second}=", row["answer"]), "the base kind takes its numbers out of order, as the new kind does"
+        assert re.match(rf"{first}[+-]{second}=", row["answer"]), (
+            "the base kind takes its numbers out of order, as the new kind does"
+        )
     for row in rows["compare"]:
         small, large = map(int, re.findall(r"\d+", row["question"]))
         assert small < large, "the larger number comes first, as in the base kind"
-        assert row["answer"].startswith(f"{large}-{small}="), "the new kind takes its numbers in order, as the base kind does"
-        assert re.search(r"\b(more|fewer)\b.*\bthan\b", row["question"]), "the new kind is not a comparison"
+        assert row["answer"].startswith(f"{large}-{small}="), (
+            "the new kind takes its numbers in order, as the base kind does"
+        )
+        assert re.search(r"\b(more|fewer)\b.*\bthan\b", row["question"]), (
+            "the new kind is not a comparison"
+        )
 
 
-def test_impossible_requests_for_problems_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_requests_for_problems_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="change, compare"):
         write_problems(tmp_path / "x.jsonl", "poetry", 10, 0)
     monkeypatch.setitem(tiny.KINDS, "compare", lambda rng: (f"{rng.randint(1, 5)}?", "1"))
@@ -260,7 +347,9 @@ def test_impossible_requests_for_problems_say_what_to_do(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir()), "a refused request left files behind"
 
 
-@pytest.mark.parametrize(("recipe", "method"), [("tiny_lora.yaml", "lora"), ("tiny_sft.yaml", "full")])
+@pytest.mark.parametrize(
+    ("recipe", "method"), [("tiny_lora.yaml", "lora"), ("tiny_sft.yaml", "full")]
+)
 def test_tiny_recipes_load(recipe: str, method: str) -> None:
     config = load_config(RECIPES / recipe)
     assert config.train.method == method

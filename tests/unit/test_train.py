@@ -1,4 +1,7 @@
-"""`torchrun -m canvastune.train`: the same curve on any number of ranks, resume, and what is refused."""
+"""`torchrun -m canvastune.train`.
+
+The same curve on any number of ranks, resume, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,13 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_processes(
     done = train(ground, tmp_path / "run", ranks, f"parallel.ep={ep}", "train.method=full")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=1e-4)
-    assert records(tmp_path / "run", "event")[0].items() >= {"event": "started", "ranks": 2, "device": "cpu", "threads": 1}.items()
-    for found, expected in zip(records(tmp_path / "run", "validation"), records(one_rank, "validation"), strict=True):
+    assert (
+        records(tmp_path / "run", "event")[0].items()
+        >= {"event": "started", "ranks": 2, "device": "cpu", "threads": 1}.items()
+    )
+    for found, expected in zip(
+        records(tmp_path / "run", "validation"), records(one_rank, "validation"), strict=True
+    ):
         assert found["levels"] == pytest.approx(expected["levels"], rel=1e-4)
 
 
@@ -46,8 +54,12 @@ def test_the_losses_fall(one_rank: Path) -> None:
     assert [v["step"] for v in validations] == [0, 10, 20]
 
 
-def test_the_exported_model_is_complete_and_loads_in_stock_transformers(one_rank: Path, ground: Path) -> None:
-    model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(one_rank / "model", output_loading_info=True)
+def test_the_exported_model_is_complete_and_loads_in_stock_transformers(
+    one_rank: Path, ground: Path
+) -> None:
+    model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        one_rank / "model", output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     base, tuned = CheckpointReader(ground / "base"), CheckpointReader(one_rank / "model")
@@ -56,13 +68,25 @@ def test_the_exported_model_is_complete_and_loads_in_stock_transformers(one_rank
         changed = not torch.equal(base.get(name), tuned.get(name))
         frozen = ".router." in name or "vision" in name or "layer_scalar" in name
         assert changed != frozen, f"{name} {'changed' if changed else 'did not change'}"
-    assert (one_rank / "model" / "config.json").read_bytes() == (ground / "base" / "config.json").read_bytes()
-    assert model.generate(torch.tensor([[2, 7, 8]]), max_new_tokens=8, max_denoising_steps=2).sequences.shape[1] > 3
+    assert (one_rank / "model" / "config.json").read_bytes() == (
+        ground / "base" / "config.json"
+    ).read_bytes()
+    assert (
+        model.generate(
+            torch.tensor([[2, 7, 8]]), max_new_tokens=8, max_denoising_steps=2
+        ).sequences.shape[1]
+        > 3
+    )
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(ground: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    settings = ("parallel.ep=1", "train.method=lora", "train.steps=5000", "train.checkpoint_every=5000")
+    settings = (
+        "parallel.ep=1",
+        "train.method=lora",
+        "train.steps=5000",
+        "train.checkpoint_every=5000",
+    )
     process = start(ground, output, 1, *settings)
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").exists() or not records(output, "train"):

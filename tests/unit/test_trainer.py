@@ -1,4 +1,7 @@
-"""The loop outside its steps: schedules, decay, skipped steps, early stopping, the best checkpoint, other numbers of ranks."""
+"""The loop outside its steps.
+
+Schedules, decay, skipped steps, early stopping, the best checkpoint, other numbers of ranks.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +46,33 @@ def make_trainer(ground: Path, output: Path, *settings: str) -> Trainer:
     """A trainer of the small run, on every rank of this process group."""
     config = load_config(ground / "recipe.yaml", list(settings))
     model = build_model(config, read_model_config(ground / "base"))
-    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
+    shard_model(
+        model,
+        ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes(
+            "cpu"
+        ),
+        config,
+    )
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
     data = TrainingDataset(ground / "data", **sizes, seed=config.seed, objective=config.objective)
     metrics = MetricsWriter(output / "metrics.jsonl") if dist.get_rank() == 0 else None
-    return Trainer(config, model, data, Checkpoints(output / "checkpoints", config, "data"), metrics, None)
+    return Trainer(
+        config, model, data, Checkpoints(output / "checkpoints", config, "data"), metrics, None
+    )
 
 
 def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Every trained weight and moment, gathered."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in trainer.trained.items():
-        for key, value in {"weight": parameter.detach(), **trainer.optimizer.state.get(parameter, {})}.items():
-            state[f"{key} {name}"] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for key, value in {
+            "weight": parameter.detach(),
+            **trainer.optimizer.state.get(parameter, {}),
+        }.items():
+            state[f"{key} {name}"] = (
+                value.full_tensor() if isinstance(value, DTensor) else value
+            ).clone()
     return state
 
 
@@ -64,7 +80,9 @@ def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
     """Make the loss of some steps not a number on one rank, in its second micro-batch."""
     compute, calls = trainer.compute_losses, [0]
 
-    def losses(batch: Any, weights: LossWeights, any_self_conditioned: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(
+        batch: Any, weights: LossWeights, any_self_conditioned: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = compute(batch, weights, any_self_conditioned)
         if weights == (0.0, 0.0):  # a validation
             return found
@@ -77,7 +95,13 @@ def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
 
 
 def spoiled_runs(folder: Path, ground: Path) -> None:
-    settings = ("train.method=lora", "parallel.ep=2", "train.steps=12", "train.micro_batch_size=2", "train.checkpoint_every=4")
+    settings = (
+        "train.method=lora",
+        "parallel.ep=2",
+        "train.steps=12",
+        "train.micro_batch_size=2",
+        "train.checkpoint_every=4",
+    )
     trainer = make_trainer(ground, folder / "some", *settings)
     spoil(trainer, {2, 5, 6, 7}, rank=1)
     before = {}
@@ -93,23 +117,42 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
     assert trainer.progress.skipped_in_a_row == 0
     for step in (2, 5, 6, 7):
         for name, value in before[step].items():
-            assert torch.equal(value, before[step + 1][name]), f"the skipped step {step} changed {name}"
-    assert any(not torch.equal(value, before[4][name]) for name, value in before[3].items()), "no step changes anything"
+            assert torch.equal(value, before[step + 1][name]), (
+                f"the skipped step {step} changed {name}"
+            )
+    assert any(not torch.equal(value, before[4][name]) for name, value in before[3].items()), (
+        "no step changes anything"
+    )
 
     trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
     spoil(trainer, set(range(6, 13)), rank=0)
-    with pytest.raises(UserError, match=r"step 8: .* 2 steps .*train\.max_skipped_steps.*on examples \d+, \d+$"):
+    with pytest.raises(
+        UserError, match=r"step 8: .* 2 steps .*train\.max_skipped_steps.*on examples \d+, \d+$"
+    ):
         trainer.run()
     if dist.get_rank() == 0:
-        assert [p.name for p in (folder / "many" / "checkpoints").glob("*/complete.json")] == ["complete.json"]
+        assert [p.name for p in (folder / "many" / "checkpoints").glob("*/complete.json")] == [
+            "complete.json"
+        ]
         assert (folder / "many" / "checkpoints" / "step-000004" / "complete.json").exists()
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them_ends_the_run(ground: Path, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them_ends_the_run(
+    ground: Path, tmp_path: Path
+) -> None:
     run_ranks(spoiled_runs, 2, tmp_path, ground)
-    told = [record for record in records(tmp_path / "some", "event") if record["event"] == "skipped_step"]
+    told = [
+        record
+        for record in records(tmp_path / "some", "event")
+        if record["event"] == "skipped_step"
+    ]
     assert [record["step"] for record in told] == [2, 5, 6, 7]
-    assert [record["step"] for record in records(tmp_path / "some", "train")] == [1, 3, 4, *range(8, 13)]
+    assert [record["step"] for record in records(tmp_path / "some", "train")] == [
+        1,
+        3,
+        4,
+        *range(8, 13),
+    ]
     recipe = load_config(ground / "recipe.yaml")
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
     data = TrainingDataset(ground / "data", **sizes, seed=recipe.seed, objective=recipe.objective)
@@ -123,18 +166,38 @@ def validated(trainer: Trainer, by_step: dict[int, float]) -> Trainer:
     """Give the trainer these held-out losses."""
 
     def validate() -> dict[str, Any]:
-        return {"loss": by_step[trainer.progress.step], "levels": {}, "autoregressive_loss": 0.0, "seconds": 0.0}
+        return {
+            "loss": by_step[trainer.progress.step],
+            "levels": {},
+            "autoregressive_loss": 0.0,
+            "seconds": 0.0,
+        }
 
     trainer.validate = validate  # type: ignore[method-assign]
     return trainer
 
 
 CURVE = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2, 10: 3.4, 12: 2.0}
-SPARSE = ("train.method=lora", "parallel.ep=1", "train.steps=12", "train.validate_every=2", "train.checkpoint_every=2")
+SPARSE = (
+    "train.method=lora",
+    "parallel.ep=1",
+    "train.steps=12",
+    "train.validate_every=2",
+    "train.checkpoint_every=2",
+)
 
 
 def best_runs(folder: Path, ground: Path) -> None:
-    trainer = validated(make_trainer(ground, folder / "stopped", *SPARSE, "train.early_stopping=3", "train.keep_checkpoints=1"), CURVE)
+    trainer = validated(
+        make_trainer(
+            ground,
+            folder / "stopped",
+            *SPARSE,
+            "train.early_stopping=3",
+            "train.keep_checkpoints=1",
+        ),
+        CURVE,
+    )
     at_best: dict[str, torch.Tensor] = {}
     train_step = trainer.train_step
 
@@ -146,16 +209,23 @@ def best_runs(folder: Path, ground: Path) -> None:
     trainer.train_step = watched  # type: ignore[method-assign]
     assert trainer.run()
     assert trainer.progress.step == 10, "three validations in a row were not better than step 4's"
-    complete = sorted(marker.parent.name for marker in (folder / "stopped" / "checkpoints").glob("*/complete.json"))
+    complete = sorted(
+        marker.parent.name
+        for marker in (folder / "stopped" / "checkpoints").glob("*/complete.json")
+    )
     assert complete == ["step-000004", "step-000010"], "the best one is kept with the newest"
     assert trainer.load_best_checkpoint() == 4
     for name, value in whole(trainer).items():
         if name.startswith("weight"):
             assert torch.equal(value, at_best[name]), f"{name} is not that of the best checkpoint"
 
-    again = validated(make_trainer(ground, folder / "stopped", *SPARSE, "train.early_stopping=3"), CURVE)
+    again = validated(
+        make_trainer(ground, folder / "stopped", *SPARSE, "train.early_stopping=3"), CURVE
+    )
     assert again.run()
-    assert again.progress.step == 10, "a run that stopped early is over: the same command trains no further"
+    assert again.progress.step == 10, (
+        "a run that stopped early is over: the same command trains no further"
+    )
 
     patient = validated(make_trainer(ground, folder / "patient", *SPARSE), CURVE)
     assert patient.run()
@@ -183,11 +253,15 @@ def stopped_in_validation(folder: Path, ground: Path) -> None:
     assert make_trainer(ground, folder / "whole", *SPARSE).run()
 
 
-def test_a_stop_in_the_middle_of_a_validation_loses_no_validation(ground: Path, tmp_path: Path) -> None:
+def test_a_stop_in_the_middle_of_a_validation_loses_no_validation(
+    ground: Path, tmp_path: Path
+) -> None:
     run_ranks(stopped_in_validation, 1, tmp_path, ground)
     found, expected = (records(tmp_path / name, "validation") for name in ("run", "whole"))
     assert [(v["step"], v["levels"]) for v in found] == [(v["step"], v["levels"]) for v in expected]
-    marker = json.loads((tmp_path / "run" / "checkpoints" / "step-000012" / "complete.json").read_text())
+    marker = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step-000012" / "complete.json").read_text()
+    )
     assert marker["progress"]["best"] == min(v["loss"] for v in found)
 
 
@@ -217,14 +291,23 @@ def damaged_runs(folder: Path, ground: Path) -> None:
         last = make_trainer(ground, copied, *SPARSE, "train.steps=4")
         with pytest.raises(UserError, match=r"step-000002 is damaged.*no other checkpoint in "):
             last.checkpoints.restore(last.trained, last.optimizer)
-        assert (copied / "checkpoints" / "step-000002" / "complete.json").exists(), "a checkpoint was thrown away"
+        assert (copied / "checkpoints" / "step-000002" / "complete.json").exists(), (
+            "a checkpoint was thrown away"
+        )
 
 
-def test_a_damaged_checkpoint_is_found_out_and_set_aside_and_the_last_one_never(ground: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_found_out_and_set_aside_and_the_last_one_never(
+    ground: Path, tmp_path: Path
+) -> None:
     run_ranks(damaged_runs, 1, tmp_path, ground)
 
 
-RESHARD = ("train.method=full", "train.steps=4", "train.checkpoint_every=2", "train.validate_every=100")
+RESHARD = (
+    "train.method=full",
+    "train.steps=4",
+    "train.checkpoint_every=2",
+    "train.validate_every=100",
+)
 
 
 def save_at_four(folder: Path, ground: Path) -> None:
@@ -234,9 +317,16 @@ def save_at_four(folder: Path, ground: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(state, folder / "state.pt")
         plan = make_plan(trainer.config, ground / "base", 4)
-        written = sum(file.stat().st_size for file in (folder / "run" / "checkpoints" / "step-000004").glob("*.safetensors"))
+        written = sum(
+            file.stat().st_size
+            for file in (folder / "run" / "checkpoints" / "step-000004").glob("*.safetensors")
+        )
         headers = 4 * 400 * len(state)  # each rank names each tensor
-        assert plan.checkpoint_bytes <= written <= plan.checkpoint_bytes + headers, (plan.checkpoint_bytes, written, headers)
+        assert plan.checkpoint_bytes <= written <= plan.checkpoint_bytes + headers, (
+            plan.checkpoint_bytes,
+            written,
+            headers,
+        )
         assert plan.host_copy_bytes * 4 == pytest.approx(plan.checkpoint_bytes, abs=4)
 
 
@@ -251,13 +341,17 @@ def reload(folder: Path, ground: Path, degrees: tuple[int, ...]) -> None:
         found = whole(trainer)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.equal(found[name], value), f"{name} at {dist.get_world_size()} ranks, EP {ep}"
+            assert torch.equal(found[name], value), (
+                f"{name} at {dist.get_world_size()} ranks, EP {ep}"
+            )
         # Written again at this number of ranks, for the next one to read.
         trainer.checkpoints.save(4, trainer.trained, trainer.optimizer, progress)
         trainer.checkpoints.wait()
 
 
-def test_a_checkpoint_is_read_at_other_numbers_of_ranks_and_expert_parallel_degrees(ground: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_at_other_numbers_of_ranks_and_expert_parallel_degrees(
+    ground: Path, tmp_path: Path
+) -> None:
     run_ranks(save_at_four, 4, tmp_path, ground)
     run_ranks(reload, 2, tmp_path, ground, (1, 2))
     run_ranks(reload, 8, tmp_path, ground, (2, 8))
@@ -265,19 +359,31 @@ def test_a_checkpoint_is_read_at_other_numbers_of_ranks_and_expert_parallel_degr
 
 def test_schedules() -> None:
     def rates(schedule: str) -> list[float]:
-        config = parse_config({"name": "x", "data": {"source": "-"}, "optimizer": {"schedule": schedule, "warmup_steps": 2}}).optimizer
+        config = parse_config(
+            {
+                "name": "x",
+                "data": {"source": "-"},
+                "optimizer": {"schedule": schedule, "warmup_steps": 2},
+            }
+        ).optimizer
         return [learning_rate(config, step, 6) for step in range(1, 7)]
 
     low, high = 1.5e-5, 1.5e-4
     assert rates("constant") == pytest.approx([high / 2, *[high] * 5])
-    assert rates("linear") == pytest.approx([high / 2, high, *(high - (high - low) * k / 4 for k in (1, 2, 3, 4))])
-    assert rates("cosine")[3:] == pytest.approx([(high + low) / 2, low + (high - low) * 0.5 * (1 - 2**-0.5), low])
+    assert rates("linear") == pytest.approx(
+        [high / 2, high, *(high - (high - low) * k / 4 for k in (1, 2, 3, 4))]
+    )
+    assert rates("cosine")[3:] == pytest.approx(
+        [(high + low) / 2, low + (high - low) * 0.5 * (1 - 2**-0.5), low]
+    )
 
 
 @pytest.mark.parametrize("decay_vectors", [False, True])
 def test_norms_decay_only_where_that_is_asked_for(decay_vectors: bool) -> None:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer([matrix, vector], OptimizerConfig(lr=0.1, weight_decay=0.5, decay_vectors=decay_vectors))
+    optimizer = build_optimizer(
+        [matrix, vector], OptimizerConfig(lr=0.1, weight_decay=0.5, decay_vectors=decay_vectors)
+    )
     for parameter in (matrix, vector):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
