@@ -163,7 +163,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
 
 
 def validated(trainer: Trainer, by_step: dict[int, float]) -> Trainer:
-    """Give the trainer these held-out losses."""
+    """Replace the validation by these held-out losses."""
 
     def validate() -> dict[str, Any]:
         return {
