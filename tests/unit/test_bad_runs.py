@@ -95,9 +95,14 @@ def gone(name: str) -> Callable[[Path], object]:
     )
 
 
+def several(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Break several things, in this order."""
+    return lambda ground: [each(ground) for each in breaks]
+
+
 def fresh(*breaks: Callable[[Path], object]) -> Callable[[Path], object]:
     """Break these things where no run was started."""
-    return lambda ground: [each(ground) for each in (gone("out"), *breaks)] and None
+    return several(gone("out"), *breaks)
 
 
 def pickled(ground: Path) -> None:
@@ -191,17 +196,17 @@ CASES: dict[str, Case] = {
         ("out: ", "finished run", "optimizer.lr was 0.01 and is now 0.02", "another --output"),
     ),
     "a finished run of other data": (
-        lambda ground: (finished(ground), other_data(ground)),
+        several(finished, other_data),
         (),
         ("out: ", "finished run", "data was", "and is now", "another --output"),
     ),
     "a finished run without checkpoints of other data": (
-        lambda ground: (finished(ground), gone("out/checkpoints")(ground), other_data(ground)),
+        several(finished, gone("out/checkpoints"), other_data),
         (),
         ("out: ", "finished run", "data was", "and is now", "another --output"),
     ),
     "a finished run without checkpoints of another method": (
-        lambda ground: (finished(ground), gone("out/checkpoints")(ground)),
+        several(finished, gone("out/checkpoints")),
         ("train.method=full",),
         ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "another --output"),
     ),
