@@ -1,1 +1,3 @@
-"""What the engine's claims of size and speed rest on: each module measures one and writes benchmarks/results/."""
+"""What the engine's claims of size and speed rest on: each module measures one and writes
+benchmarks/results/.
+"""

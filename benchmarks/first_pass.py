@@ -1,12 +1,18 @@
-"""`python -m benchmarks.first_pass`: pass 1 of self-conditioning in three forms, each on one rank and on four, at S 512, 2,048 and 4,096.
+"""`python -m benchmarks.first_pass`: pass 1 of self-conditioning in three forms, each on one rank
+and on four, at S 512, 2,048 and 4,096.
 
 - whole: the example is packed again, all of its clean tokens.
-- before: packed again, but of the clean tokens only those before the chosen block, which are all that the canvas sees.
-- reused: nothing is packed again. Clean rows go through the layers once, with gradient; each layer keeps their keys and values, and
-  the canvas of pass 1 is computed with them, without gradient. Pass 2 is only the canvas; its gradients flow into the kept keys.
+- before: packed again, but of the clean tokens only those before the chosen block, which are all
+  that the canvas sees.
+- reused: nothing is packed again. Clean rows go through the layers once, with gradient; each layer
+  keeps their keys and values, and
+  the canvas of pass 1 is computed with them, without gradient. Pass 2 is only the canvas; its
+  gradients flow into the kept keys.
 
-One example a rank, denoised twice, checkpointed, full fine-tuning in float32; real gloo ranks, FSDP2 as the engine shards. Four ranks
-share two cores, so there FLOPs and bytes say more than seconds. Writes benchmarks/results/first_pass.json.
+One example a rank, denoised twice, checkpointed, full fine-tuning in float32; real gloo ranks,
+FSDP2 as the engine shards. Four ranks
+share two cores, so there FLOPs and bytes say more than seconds. Writes
+benchmarks/results/first_pass.json.
 """
 
 from __future__ import annotations
@@ -50,7 +56,10 @@ from canvastune.objective import losses
 MODEL = {"layers": 3, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 64}
 LENGTHS, PREFIX = (512, 2048, 4096), 64
 LAYOUTS = ((1, 1), (4, 1), (4, 4))  # ranks, and how many of them share a layer's experts
-CHOSEN = ("middle", "uniform")  # the block: in the middle of the response, or drawn again in every step
+CHOSEN = (
+    "middle",
+    "uniform",
+)  # the block: in the middle of the response, or drawn again in every step
 FORMS = ("whole", "before", "reused")
 ROUNDS = 3  # on one rank; once on four
 SEED, EXACT = 7, 1e-5
@@ -67,10 +76,14 @@ class CleanRows:
     kept: list[torch.Tensor]
     row_keys: None = None
 
-    def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """Attend as `Packing.attend` does."""
         self.kept[:] = key, value
-        return dataclasses.replace(self.packing, canvas_lengths=(0,)).attend(kind, query, key, value, scale)
+        return dataclasses.replace(self.packing, canvas_lengths=(0,)).attend(
+            kind, query, key, value, scale
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +94,24 @@ class CanvasRows:
     kept: Kept
     row_keys: None = None
 
-    def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """Attend as `Packing.attend` does."""
         (seen,) = self.packing.prefix_slices[kind]
-        keys, values = (torch.cat([old[:, :, seen], new], dim=2) for old, new in zip(self.kept, (key, value), strict=True))
-        return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        keys, values = (
+            torch.cat([old[:, :, seen], new], dim=2)
+            for old, new in zip(self.kept, (key, value), strict=True)
+        )
+        return F.scaled_dot_product_attention(
+            query, keys, values, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
 
 
 class ReusedKeys:
-    """The form `reused` behind the engine's own `losses`: it takes the place of the model's `hidden_states`."""
+    """The form `reused` behind the engine's own `losses`: it takes the place of the model's
+    `hidden_states`.
+    """
 
     def __init__(self, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> None:
         """Lay out a batch of one self-conditioned example."""
@@ -98,7 +120,9 @@ class ReusedKeys:
         self.clean: torch.Tensor | None = None  # [N, H], after the last norm
         self.kept: list[Kept] = []  # of each layer
 
-    def hidden_states(self, _: PackedBatch, canvas: torch.Tensor, __: Packing, *, checkpointing: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(
+        self, _: PackedBatch, canvas: torch.Tensor, __: Packing, *, checkpointing: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`losses` calls it for pass 1 without gradients, then for pass 2 with them."""
         decoder, batch = self.model.model.decoder, self.batch
         kinds, hidden = self.model.config.text_config.layer_types, canvas[None]
@@ -106,7 +130,9 @@ class ReusedKeys:
         if torch.is_grad_enabled():
             assert self.clean is not None
             for layer, kind, kept in zip(decoder.layers, kinds, self.kept, strict=True):
-                hidden = checkpoint(_canvas, layer, hidden, rotary[kind], CanvasRows(self.packing, kept), **_HOW)
+                hidden = checkpoint(
+                    _canvas, layer, hidden, rotary[kind], CanvasRows(self.packing, kept), **_HOW
+                )
             return self.clean, decoder.norm(hidden)[0]
         with torch.enable_grad():
             clean = decoder.embed_tokens(batch.clean)[None]
@@ -122,22 +148,44 @@ class ReusedKeys:
 
     def _rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
         decoder = self.model.model.decoder
-        return {kind: decoder.rotary_emb(hidden, positions[None], kind) for kind in decoder.unique_layer_types}
+        return {
+            kind: decoder.rotary_emb(hidden, positions[None], kind)
+            for kind in decoder.unique_layer_types
+        }
 
 
 _HOW: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def _canvas(layer: Any, hidden: torch.Tensor, rotary: Any, packing: CanvasRows) -> torch.Tensor:
-    return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+    return layer(
+        hidden,
+        position_embeddings=rotary,
+        attention_mask=None,
+        past_key_values=None,
+        packing=packing,
+    )
 
 
-def _both(layer: Any, first: torch.Tensor, done: list[torch.Tensor], packing: Packing, rotary_first: Any, *clean: Any) -> Any:
+def _both(
+    layer: Any,
+    first: torch.Tensor,
+    done: list[torch.Tensor],
+    packing: Packing,
+    rotary_first: Any,
+    *clean: Any,
+) -> Any:
     return layer.both(*clean, first, done, packing, rotary_first)
 
 
 def _layer_of_both(
-    layer: Any, clean: torch.Tensor, rotary: Any, first: torch.Tensor, done: list[torch.Tensor], packing: Packing, rotary_first: Any
+    layer: Any,
+    clean: torch.Tensor,
+    rotary: Any,
+    first: torch.Tensor,
+    done: list[torch.Tensor],
+    packing: Packing,
+    rotary_first: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Run a layer once gathered on clean rows with gradient and on pass 1's canvas rows without.
 
@@ -145,11 +193,15 @@ def _layer_of_both(
     """
     kept: list[torch.Tensor] = []
     how = {"attention_mask": None, "past_key_values": None}
-    clean = layer.forward(clean, position_embeddings=rotary, packing=CleanRows(packing, kept), **how)
+    clean = layer.forward(
+        clean, position_embeddings=rotary, packing=CleanRows(packing, kept), **how
+    )
     if not done:
         with torch.no_grad():
             against = CanvasRows(packing, (kept[0], kept[1]))
-            done.append(layer.forward(first, position_embeddings=rotary_first, packing=against, **how))
+            done.append(
+                layer.forward(first, position_embeddings=rotary_first, packing=against, **how)
+            )
     return clean, *kept
 
 
@@ -166,11 +218,17 @@ def form_of(name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> I
         yield
 
 
-def step(model: WeightTiedDiffusionGemma, form: str, batch: PackedBatch, weights: tuple[float, float]) -> torch.Tensor:
-    """Run forward and backward, leaving the gradients in the model, and return this rank's part of the loss []."""
+def step(
+    model: WeightTiedDiffusionGemma, form: str, batch: PackedBatch, weights: tuple[float, float]
+) -> torch.Tensor:
+    """Run forward and backward, leaving the gradients in the model, and return this rank's part of
+    the loss [].
+    """
     model.zero_grad(set_to_none=True)
     with form_of(form, model, batch):
-        loss, _, _ = model.run_under_fsdp(losses, batch, weights, any_self_conditioned=True, checkpointing=True)
+        loss, _, _ = model.run_under_fsdp(
+            losses, batch, weights, any_self_conditioned=True, checkpointing=True
+        )
         loss.backward()
     return loss.detach()
 
@@ -189,7 +247,15 @@ def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
     for length in LENGTHS:
         for chosen in CHOSEN:
             started = time.monotonic()
-            rows.append({"tokens": length, "chosen": chosen, "ranks": world_size, "ep": ep, **figures(model, length, chosen)})
+            rows.append(
+                {
+                    "tokens": length,
+                    "chosen": chosen,
+                    "ranks": world_size,
+                    "ep": ep,
+                    **figures(model, length, chosen),
+                }
+            )
             if dist.get_rank() == 0:
                 say("first_pass", f"{described_row(rows[-1])} ({time.monotonic() - started:.0f} s)")
     if dist.get_rank() == 0:
@@ -197,25 +263,44 @@ def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
 
 
 def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[str, Any]:
-    """Return counts of the first batch (drawn blocks: means over all batches), differences from `whole`, and median seconds."""
+    """Return counts of the first batch (drawn blocks: means over all batches), differences from
+    `whole`, and median seconds.
+    """
     world_size, drawn = dist.get_world_size(), chosen == "uniform"
-    batches = [made_batch(length, drawn, turn * world_size + dist.get_rank()) for turn in range(4 // world_size if drawn else 1)]
+    batches = [
+        made_batch(length, drawn, turn * world_size + dist.get_rank())
+        for turn in range(4 // world_size if drawn else 1)
+    ]
     weights = 1 / (world_size * MODEL["canvas"]), 1 / (world_size * (length - 1))
-    result: dict[str, Any] = {"blocks_start": mean([float(batch.block_starts[0]) for batch in batches])}
+    result: dict[str, Any] = {
+        "blocks_start": mean([float(batch.block_starts[0]) for batch in batches])
+    }
     first: list[torch.Tensor] = []
     for form in FORMS:
         counts: list[tuple[float, float, float]] = []
         for batch in batches:
-            traffic = Traffic([local_tensor(parameter.detach()) for parameter in model.parameters()])
+            traffic = Traffic(
+                [local_tensor(parameter.detach()) for parameter in model.parameters()]
+            )
             with Flops() as flops, traffic.watching():
                 loss = step(model, form, batch, weights)
             counts.append((flops.total, sum(traffic.received_by_kind.values()), traffic.peak))
             if len(counts) == 1:
                 gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
                 losses_found = total(loss)
-                first = first or [torch.tensor(losses_found), *[gradient.clone() for gradient in gradients]]
-                off = total(*((a - b).square().sum(dtype=torch.float64) for a, b in zip(gradients, first[1:], strict=True)))
-                size = total(*(gradient.square().sum(dtype=torch.float64) for gradient in first[1:]))
+                first = first or [
+                    torch.tensor(losses_found),
+                    *[gradient.clone() for gradient in gradients],
+                ]
+                off = total(
+                    *(
+                        (a - b).square().sum(dtype=torch.float64)
+                        for a, b in zip(gradients, first[1:], strict=True)
+                    )
+                )
+                size = total(
+                    *(gradient.square().sum(dtype=torch.float64) for gradient in first[1:])
+                )
                 apart = abs(losses_found / float(first[0]) - 1), math.sqrt(off / size)
                 gathers = max(traffic.gathers.values(), default=0)
             del traffic
@@ -229,7 +314,13 @@ def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[s
             "gradient_difference": apart[1],
         }
     sides = {form: side(model, form, batches, weights) for form in FORMS}
-    seconds = alternate(sides, ROUNDS) if world_size == 1 else {} if drawn else {form: once(run) for form, run in sides.items()}
+    seconds = (
+        alternate(sides, ROUNDS)
+        if world_size == 1
+        else {}
+        if drawn
+        else {form: once(run) for form, run in sides.items()}
+    )
     for form, value in seconds.items():
         result[form]["seconds"] = highest(value)
     return result
@@ -243,7 +334,12 @@ def once(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def side(model: WeightTiedDiffusionGemma, form: str, batches: list[PackedBatch], weights: tuple[float, float]) -> Callable[[], object]:
+def side(
+    model: WeightTiedDiffusionGemma,
+    form: str,
+    batches: list[PackedBatch],
+    weights: tuple[float, float],
+) -> Callable[[], object]:
     """Step after step of a form, over the batches in turn."""
     turn = iter(range(10**6))
     return lambda: step(model, form, batches[next(turn) % len(batches)], weights)
@@ -252,7 +348,9 @@ def side(model: WeightTiedDiffusionGemma, form: str, batches: list[PackedBatch],
 def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:
     """Make a batch of one self-conditioned example of this many tokens, prefix and whole blocks."""
     canvas, vocabulary = MODEL["canvas"], MODEL["vocabulary"]
-    tokens = torch.randint(5, vocabulary, (length,), generator=torch.Generator().manual_seed(position))
+    tokens = torch.randint(
+        5, vocabulary, (length,), generator=torch.Generator().manual_seed(position)
+    )
     example = Example(tokens, PREFIX, canvas, str(position))
     draw = training_draws(
         SEED,
@@ -263,18 +361,24 @@ def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:
         min_corruption=0.001,
         self_conditioning_probability=1.0,
     )
-    batch = pack([example], [draw if drawn else dataclasses.replace(draw, block=example.blocks // 2)])
+    batch = pack(
+        [example], [draw if drawn else dataclasses.replace(draw, block=example.blocks // 2)]
+    )
     return dataclasses.replace(batch, row_keys=None)  # nothing is dropped
 
 
 def run_config(ep: int) -> RunConfig:
     train = {"method": "full", "precision": "float32", "activation_checkpointing": True}
-    return parse_config({"name": "first-pass", "data": {"source": "none"}, "train": train, "parallel": {"ep": ep}})
+    return parse_config(
+        {"name": "first-pass", "data": {"source": "none"}, "train": train, "parallel": {"ep": ep}}
+    )
 
 
 def mean(values: list[float]) -> float:
     """Over the values and the ranks."""
-    return total(torch.tensor(sum(values) / len(values), dtype=torch.float64)) / dist.get_world_size()
+    return (
+        total(torch.tensor(sum(values) / len(values), dtype=torch.float64)) / dist.get_world_size()
+    )
 
 
 def total(*values: torch.Tensor) -> float:
@@ -294,15 +398,27 @@ def highest(value: float) -> float:
 def described_row(row: dict[str, Any]) -> str:
     def of(form: str) -> str:
         found = row[form]
-        sizes = f"{found['flops'] / 1e9:.1f} GFLOP, {found['received_bytes'] / 1e6:.1f} MB in, {found['peak_bytes'] / 1e6:.0f} MB"
+        sizes = (
+            f"{found['flops'] / 1e9:.1f} GFLOP, {found['received_bytes'] / 1e6:.1f} MB in,"
+            f" {found['peak_bytes'] / 1e6:.0f} MB"
+        )
         seconds = f"{found['seconds']:.2f} s, " if "seconds" in found else ""
-        return f"{form} {seconds}{sizes}, off by {found['loss_difference']:.0e} and {found['gradient_difference']:.0e}"
+        return (
+            f"{form} {seconds}{sizes}, off by {found['loss_difference']:.0e} and"
+            f" {found['gradient_difference']:.0e}"
+        )
 
-    return f"S {row['tokens']}, {row['ranks']} / {row['ep']}, {row['chosen']} block: {'; '.join(map(of, FORMS))}"
+    return (
+        f"S {row['tokens']}, {row['ranks']} / {row['ep']}, {row['chosen']} block:"
+        f" {'; '.join(map(of, FORMS))}"
+    )
 
 
 def main() -> int:
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}  # ranks that spin while they wait starve each other
+    os.environ |= {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
+    }  # ranks that spin while they wait starve each other
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
         ground = Path(scratch) / "model"
@@ -316,10 +432,24 @@ def main() -> int:
     worst = max(max(form["loss_difference"], form["gradient_difference"]) for form in forms)
     for form in FORMS[1:]:
         for name in ("seconds", "flops", "received_bytes", "peak_bytes"):
-            ratios = [row[form][name] / row["whole"][name] for row in rows if row["whole"].get(name)] or [1.0]  # one rank receives nothing
+            ratios = [
+                row[form][name] / row["whole"][name] for row in rows if row["whole"].get(name)
+            ] or [1.0]  # one rank receives nothing
             say("first_pass", f"{form}: {name} of whole: {min(ratios):.3f} to {max(ratios):.3f}")
-    say("first_pass", f"loss and gradients differ by {worst:.0e} at most; {time.monotonic() - started:.0f} s")
-    write_result("first_pass", {"model": MODEL, "prefix": PREFIX, "rounds": ROUNDS, "cases": rows, "worst_difference": worst})
+    say(
+        "first_pass",
+        f"loss and gradients differ by {worst:.0e} at most; {time.monotonic() - started:.0f} s",
+    )
+    write_result(
+        "first_pass",
+        {
+            "model": MODEL,
+            "prefix": PREFIX,
+            "rounds": ROUNDS,
+            "cases": rows,
+            "worst_difference": worst,
+        },
+    )
     return int(worst >= EXACT)
 
 

@@ -1,13 +1,18 @@
-"""`python -m benchmarks.gpu [--small]`: one device: training against its plan, our step against the plain one, and where its time goes.
+"""`python -m benchmarks.gpu [--small]`: one device: training against its plan, our step against the
+plain one, and where its time goes.
 
-The released model's layers at their real size, as many of them as fit, in bfloat16, with random weights that are made in memory.
+The released model's layers at their real size, as many of them as fit, in bfloat16, with random
+weights that are made in memory.
 
-- 20 steps of LoRA and of full fine-tuning with the trainer: every loss and gradient norm must be finite, and the peak memory within
+- 20 steps of LoRA and of full fine-tuning with the trainer: every loss and gradient norm must be
+  finite, and the peak memory within
   10% of the plan.
-- Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and utilization of our step, with both kinds
+- Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and
+  utilization of our step, with both kinds
   of attention, and of the plain one; the five largest costs of ours.
 
-Writes benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and writes nothing.
+Writes benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -47,25 +52,42 @@ NEAR = 0.1  # how far the plan's memory may be off
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small model, to try the command without a GPU")
-    parser.add_argument("--seq-length", type=int, default=1024, help="of the 20 steps with the trainer")
+    parser = argparse.ArgumentParser(
+        "benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a small model, to try the command without a GPU"
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=1024, help="of the 20 steps with the trainer"
+    )
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     if not cuda and not options.small:
         raise SystemExit("benchmarks.gpu: no CUDA device; --small tries the command on the CPU")
     kept = cuda and not options.small
-    if cuda:  # steps of unlike sizes take turns: what one leaves in pieces must not be missing to another
+    if (
+        cuda
+    ):  # steps of unlike sizes take turns: what one leaves in pieces must not be missing to another
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     memory = torch.cuda.mem_get_info()[1] if cuda else 12 * 10**9
     result: dict[str, Any] = {"cuda": torch.version.cuda, "memory_bytes": memory}
     with tempfile.TemporaryDirectory() as scratch:
-        result["steps"] = measured_steps(Path(scratch) / "steps", device, memory, small=options.small)
+        result["steps"] = measured_steps(
+            Path(scratch) / "steps", device, memory, small=options.small
+        )
         rate = result["steps"]["matmul_flops_per_second"]
         if kept:
             write_result("gpu", result)  # what follows may take the process with it
-        result["runs"] = trained(Path(scratch), device, memory, small=options.small, seq_length=options.seq_length, rate=rate)
+        result["runs"] = trained(
+            Path(scratch),
+            device,
+            memory,
+            small=options.small,
+            seq_length=options.seq_length,
+            rate=rate,
+        )
     print(json.dumps(result, indent=2))
     if kept:
         write_result("gpu", result)
@@ -78,20 +100,36 @@ def main(arguments: list[str] | None = None) -> int:
 def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
     """List what failed and, with `goals`, what missed them."""
     for row in result["steps"]["lengths"]:
-        broken = (name for name, side in row["sides"].items() if not side.get("failed", "out of memory").startswith("out of memory"))
+        broken = (
+            name
+            for name, side in row["sides"].items()
+            if not side.get("failed", "out of memory").startswith("out of memory")
+        )
         yield from (f"S {row['seq_length']}: {name} failed" for name in broken)
-        best = max((row["sides"][name].get("utilisation", 0.0) for name in OURS if name in row["sides"]), default=0.0)
+        best = max(
+            (row["sides"][name].get("utilisation", 0.0) for name in OURS if name in row["sides"]),
+            default=0.0,
+        )
         if goals and best < EFFICIENT:
-            yield f"S {row['seq_length']}: {best:.0%} of the matmul rate at best, the goal is {EFFICIENT:.0%}"
+            yield (
+                f"S {row['seq_length']}: {best:.0%} of the matmul rate at best, the goal is"
+                f" {EFFICIENT:.0%}"
+            )
     for method, run in result["runs"].items():
         if not run["finite"]:
             yield f"{method}: a loss or a gradient norm is not finite"
         if goals and abs(run["planned_over_measured"] - 1) > NEAR:
-            yield f"{method}: planned memory is {run['planned_over_measured']:.2f} of the measured, the goal is within {NEAR:.0%}"
+            yield (
+                f"{method}: planned memory is {run['planned_over_measured']:.2f} of the measured,"
+                f" the goal is within {NEAR:.0%}"
+            )
 
 
-def trained(folder: Path, device: torch.device, memory: int, *, small: bool, seq_length: int, rate: float) -> dict[str, Any]:
-    """Run LoRA and full fine-tuning with the whole trainer, optimizer included, in a process group of one.
+def trained(
+    folder: Path, device: torch.device, memory: int, *, small: bool, seq_length: int, rate: float
+) -> dict[str, Any]:
+    """Run LoRA and full fine-tuning with the whole trainer, optimizer included, in a process group
+    of one.
 
     Args:
         memory: bytes of the device.
@@ -101,12 +139,23 @@ def trained(folder: Path, device: torch.device, memory: int, *, small: bool, seq
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
     try:
-        return {method: _run(method, folder / method, device, memory, small, seq_length, rate) for method in ("lora", "full")}
+        return {
+            method: _run(method, folder / method, device, memory, small, seq_length, rate)
+            for method in ("lora", "full")
+        }
     finally:
         dist.destroy_process_group()
 
 
-def _run(method: str, folder: Path, device: torch.device, memory: int, small: bool, seq_length: int, rate: float) -> dict[str, Any]:
+def _run(
+    method: str,
+    folder: Path,
+    device: torch.device,
+    memory: int,
+    small: bool,
+    seq_length: int,
+    rate: float,
+) -> dict[str, Any]:
     cuda = device.type == "cuda"
     config = parse_config(
         {
@@ -118,7 +167,11 @@ def _run(method: str, folder: Path, device: torch.device, memory: int, small: bo
         }
     )
     model_config, plan = largest_model(folder, small, lambda found: _fitting(config, found))
-    say("gpu", f"{method}: {model_config.text_config.num_hidden_layers} layers, planned {plan.memory_bytes / 1e9:.2f} GB")
+    say(
+        "gpu",
+        f"{method}: {model_config.text_config.num_hidden_layers} layers, planned"
+        f" {plan.memory_bytes / 1e9:.2f} GB",
+    )
     _make_data(folder / "data", config.data.seq_length, model_config.text_config.vocab_size)
     gc.collect()  # what the part before this one held
     if cuda:
@@ -127,14 +180,26 @@ def _run(method: str, folder: Path, device: torch.device, memory: int, small: bo
     model = build_model(config, model_config)
     shard_model(model, ParallelDims(1, 1).build_meshes(device.type), config)
     load_weights(model, SyntheticCheckpoint(model_config), device, config.seed)
-    sizes = {"canvas_length": model_config.canvas_length, "vocab_size": model_config.text_config.vocab_size, "eos_token_id": 1}
+    sizes = {
+        "canvas_length": model_config.canvas_length,
+        "vocab_size": model_config.text_config.vocab_size,
+        "eos_token_id": 1,
+    }
     data = TrainingDataset(folder / "data", **sizes, seed=config.seed, objective=config.objective)
-    trainer = Trainer(config, model, data, Checkpoints(folder / "checkpoints", config, "made"), None, None)
+    trainer = Trainer(
+        config, model, data, Checkpoints(folder / "checkpoints", config, "made"), None, None
+    )
     records = []
     for _ in range(STEPS):
         records.append(trainer.train_step())
-        say("gpu", f"{method}: step {len(records)}, loss {records[-1]['loss']:.3f}, {records[-1]['seconds']:.2f} s")
-    seconds = mean(record["seconds"] for record in records[WARM_UP:])  # about half of the steps run pass 1
+        say(
+            "gpu",
+            f"{method}: step {len(records)}, loss {records[-1]['loss']:.3f},"
+            f" {records[-1]['seconds']:.2f} s",
+        )
+    seconds = mean(
+        record["seconds"] for record in records[WARM_UP:]
+    )  # about half of the steps run pass 1
     measured = records[-1]["memory_bytes"]
     return {
         "layers": model_config.text_config.num_hidden_layers,

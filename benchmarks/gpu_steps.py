@@ -1,7 +1,10 @@
-"""Our step against the plain one on one device, over sequence lengths: part of `python -m benchmarks.gpu`.
+"""Our step against the plain one on one device, over sequence lengths: part of `python -m
+benchmarks.gpu`.
 
-Forward and backward of full fine-tuning in bfloat16, without an update, on the same weights, batch and draws: of two examples of a
-length, half of it response, one is self-conditioned. Utilization is the FLOPs that the loss needs over the seconds times the device's rate in
+Forward and backward of full fine-tuning in bfloat16, without an update, on the same weights, batch
+and draws: of two examples of a
+length, half of it response, one is self-conditioned. Utilization is the FLOPs that the loss needs
+over the seconds times the device's rate in
 a large matmul.
 """
 
@@ -33,8 +36,11 @@ from canvastune.perf_model.flops import needed_flops
 
 LENGTHS, SMALL_LENGTHS = (512, 1024, 2048, 4096), (128, 256)
 EXAMPLES = 2
-WEIGHTS_SHARE = 0.25  # of the device's memory for weights and gradients; the plain step needs the rest for logits and activations
-OURS = {  # attention, and whether each layer is recomputed in the backward pass, as a recipe's default is
+# of the device's memory for weights and gradients; the plain step needs the rest for logits and
+# activations
+WEIGHTS_SHARE = 0.25
+# attention, and whether each layer is recomputed in the backward pass, as a recipe's default is
+OURS = {
     "ours": ("sdpa", False),
     "ours, checkpointed": ("sdpa", True),
     "ours, flex": ("flex", False),
@@ -49,22 +55,37 @@ Sides = dict[str, Callable[[], torch.Tensor]]
 class Models:
     """Our model and the plain one, on the same weights and the same gradients."""
 
-    def __init__(self, folder: Path, device: torch.device, memory: float, dtype: torch.dtype, small: bool) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, memory: float, dtype: torch.dtype, small: bool
+    ) -> None:
         """
         Args:
             folder: gets the model's config.json.
             memory: bytes of the device.
             small: a small model, for a CPU.
         """
-        config = parse_config({"name": "gpu", "data": {"source": "made"}, "train": {"method": "full"}, "parallel": {"ep": 1}})
-        self.config, self.architecture = largest_model(folder, small, lambda found: _fitting(config, found, memory))
+        config = parse_config(
+            {
+                "name": "gpu",
+                "data": {"source": "made"},
+                "train": {"method": "full"},
+                "parallel": {"ep": 1},
+            }
+        )
+        self.config, self.architecture = largest_model(
+            folder, small, lambda found: _fitting(config, found, memory)
+        )
         self.device = device
         self.ours = build_model(config, self.config)
         for parameter in self.ours.parameters():
-            parameter.data = parameter.data.to(dtype)  # what layers compute in; the trainer's float32 masters are FSDP's
+            parameter.data = parameter.data.to(
+                dtype
+            )  # what layers compute in; the trainer's float32 masters are FSDP's
         load_weights(self.ours, SyntheticCheckpoint(self.config), device, config.seed)
         self.plain = plain_twin(self.ours, self.config)
-        self.trained = [parameter for parameter in self.ours.parameters() if parameter.requires_grad]
+        self.trained = [
+            parameter for parameter in self.ours.parameters() if parameter.requires_grad
+        ]
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
@@ -72,43 +93,78 @@ class Models:
             parameter.grad = torch.zeros_like(parameter)
 
     def gradient_norm(self) -> float:
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.trained if p.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+            for p in self.trained
+            if p.grad is not None
+        ]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def measured_steps(
-    folder: Path, device: torch.device, memory: float, *, small: bool, dtype: torch.dtype = torch.bfloat16, rounds: int = 3
+    folder: Path,
+    device: torch.device,
+    memory: float,
+    *,
+    small: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    rounds: int = 3,
 ) -> dict[str, Any]:
     """Measure all lengths; see `Models` for the arguments."""
     rate = matmul_rate(1024 if small else 8192, device=device, dtype=dtype)
     models = Models(folder, device, memory, dtype, small)
     layers = models.config.text_config.num_hidden_layers
-    say("gpu", f"steps: {layers} layers, {str(dtype).removeprefix('torch.')} matmul at {rate / 1e12:.3g} TFLOP/s")
+    say(
+        "gpu",
+        f"steps: {layers} layers, {str(dtype).removeprefix('torch.')} matmul at {rate / 1e12:.3g}"
+        " TFLOP/s",
+    )
     rows = []
     for length in SMALL_LENGTHS if small else LENGTHS:
         rows.append(_of_length(models, length, rate, rounds))
         say("gpu", described_row(rows[-1]))
-    held = sum(2 * parameter.nbytes if parameter.requires_grad else parameter.nbytes for parameter in models.ours.parameters())
-    return {"layers": layers, "examples": EXAMPLES, "weights_and_gradients_bytes": held, "matmul_flops_per_second": rate, "lengths": rows}
+    held = sum(
+        2 * parameter.nbytes if parameter.requires_grad else parameter.nbytes
+        for parameter in models.ours.parameters()
+    )
+    return {
+        "layers": layers,
+        "examples": EXAMPLES,
+        "weights_and_gradients_bytes": held,
+        "matmul_flops_per_second": rate,
+        "lengths": rows,
+    }
 
 
 def described_row(row: dict[str, Any]) -> str:
     """Return a length's figures as lines of text."""
     apart = row["gradient_difference"]
-    lines = [f"S {row['seq_length']}" + (f", gradients differ by {apart:.1e}" if apart is not None else "")]
+    lines = [
+        f"S {row['seq_length']}"
+        + (f", gradients differ by {apart:.1e}" if apart is not None else "")
+    ]
     for name, side in row["sides"].items():
         if "failed" in side:
             lines.append(f"  {name:<26} {side['failed']}")
             continue
-        rates = f"{side['seconds']:8.3f} s {side['tokens_per_second']:9.0f} tokens/s {side['utilisation']:6.1%} utilization"
-        lines.append(f"  {name:<26} {rates} {side['memory_bytes'] / 1e9:7.2f} GB above weights and gradients")
+        rates = (
+            f"{side['seconds']:8.3f} s {side['tokens_per_second']:9.0f} tokens/s"
+            f" {side['utilisation']:6.1%} utilization"
+        )
+        lines.append(
+            f"  {name:<26} {rates} {side['memory_bytes'] / 1e9:7.2f} GB above weights and gradients"
+        )
     return "\n".join([*lines, costs_table(row["profile"])] if row["profile"] else lines)
 
 
 def _fitting(config: RunConfig, folder: Path, memory: float) -> Architecture | None:
     """Return the model's sizes if its weights and gradients of two bytes leave enough memory."""
     architecture = read_architecture(config, folder)
-    held = sum(2 * weight.numel * (1 + weight.trained) for weight in architecture.weights if weight.kind != VISION_KIND)
+    held = sum(
+        2 * weight.numel * (1 + weight.trained)
+        for weight in architecture.weights
+        if weight.kind != VISION_KIND
+    )
     return architecture if held <= WEIGHTS_SHARE * memory else None
 
 
@@ -119,12 +175,14 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
     packed = pack(examples, draws).to(models.device)
     cuda = models.device.type == "cuda"
     sides: Sides = {
-        name: (lambda how=how: our_step(models.ours, packed, *how))  # type: ignore[misc]
+        name: lambda how=how: our_step(models.ours, packed, *how)  # type: ignore[misc]
         for name, how in OURS.items()
         if cuda or how[0] != "flex"  # which has no backward pass on a CPU
     }
     for name, all_blocks in PLAIN.items():
-        batch = PlainBatch.of(examples, draws, text.sliding_window, all_blocks=all_blocks).to(models.device)
+        batch = PlainBatch.of(examples, draws, text.sliding_window, all_blocks=all_blocks).to(
+            models.device
+        )
         sides[name] = lambda batch=batch: plain_step(models.plain, batch)  # type: ignore[misc]
     tried = {name: _tried(name, run, models) for name, run in sides.items()}
     running = {name: run for name, run in sides.items() if isinstance(tried[name], float)}
@@ -152,12 +210,26 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
     }
 
 
-def our_step(model: WeightTiedDiffusionGemma, batch: PackedBatch, attention: str, checkpointing: bool, sign: int = 1) -> torch.Tensor:
-    """Forward and backward of a packed batch as the trainer does it, attention laid out as `train.attention` says."""
+def our_step(
+    model: WeightTiedDiffusionGemma,
+    batch: PackedBatch,
+    attention: str,
+    checkpointing: bool,
+    sign: int = 1,
+) -> torch.Tensor:
+    """Forward and backward of a packed batch as the trainer does it, attention laid out as
+    `train.attention` says.
+    """
     window = model.config.text_config.sliding_window
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
     with mock.patch.object(model, "packing", lambda rows: PACKINGS[attention].of(rows, window)):
-        loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.self_conditioned), checkpointing=checkpointing)
+        loss, _, _ = losses(
+            model,
+            batch,
+            weights,
+            any_self_conditioned=any(batch.self_conditioned),
+            checkpointing=checkpointing,
+        )
         (sign * loss).backward()
     return loss.detach()
 
@@ -170,7 +242,9 @@ def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> tor
 
 
 def _difference(models: Models, packed: PackedBatch, running: Sides) -> float | None:
-    """|plain - ours| / |plain| over all gradients together: ours is taken off where the plain ones stand. None: one of them cannot run."""
+    """|plain - ours| / |plain| over all gradients together: ours is taken off where the plain ones
+    stand. None: one of them cannot run.
+    """
     if not {"chosen block", DEFAULT} <= running.keys():
         return None
     models.zero_gradients()
@@ -181,7 +255,9 @@ def _difference(models: Models, packed: PackedBatch, running: Sides) -> float | 
 
 
 def _tried(name: str, run: Callable[[], torch.Tensor], models: Models) -> float | str:
-    """Return a side's loss, or why it cannot run here, whatever the error: the others' measurements must not be lost."""
+    """Return a side's loss, or why it cannot run here, whatever the error: the others' measurements
+    must not be lost.
+    """
     try:
         return float(run())
     except torch.OutOfMemoryError as error:

@@ -1,9 +1,14 @@
-"""`python -m benchmarks.growth`: how a step's time and memory grow from 1 to 64 ragged examples in one forward, checkpointed.
+"""`python -m benchmarks.growth`: how a step's time and memory grow from 1 to 64 ragged examples in
+one forward, checkpointed.
 
-The n examples have lengths spread evenly over one range, so that their mean length is the same for every n, and all are denoised twice.
-One process, two threads, float32, full fine-tuning. Memory is what the step takes above weights and gradients. Seconds are taken twice:
-as it is, where glibc maps every tensor above 32 MiB again and the kernel clears its pages each time, and with memory kept by the process
-between uses, as CUDA's allocator keeps it. The second is the engine's own growth, and is judged. Writes benchmarks/results/growth.json.
+The n examples have lengths spread evenly over one range, so that their mean length is the same for
+every n, and all are denoised twice.
+One process, two threads, float32, full fine-tuning. Memory is what the step takes above weights and
+gradients. Seconds are taken twice:
+as it is, where glibc maps every tensor above 32 MiB again and the kernel clears its pages each
+time, and with memory kept by the process
+between uses, as CUDA's allocator keeps it. The second is the engine's own growth, and is judged.
+Writes benchmarks/results/growth.json.
 """
 
 from __future__ import annotations
@@ -36,7 +41,12 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SHORTEST, LONGEST = 32, 352  # tokens, of which half are the prefix
 THREADS, ROUNDS, SEED = 2, 3, 5
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-LINEAR, FLAT = 1.05, 1.05  # times what fewer examples take, per token and per example: the measurement's own noise is a few percent
+LINEAR, FLAT = (
+    1.05,
+    1.05,
+    # times what fewer examples take, per token and per example: the measurement's own noise is a few
+    # percent
+)
 
 
 def main() -> int:
@@ -47,7 +57,7 @@ def main() -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     batches = {n: ragged(n) for n in COUNTS}
-    sides = {str(n): (lambda n=n: our_step(model, *batches[n], True)) for n in COUNTS}
+    sides = {str(n): lambda n=n: our_step(model, *batches[n], True) for n in COUNTS}
     mapped = alternate(sides, ROUNDS)
     memory = {n: extra_memory(sides[str(n)]) for n in COUNTS}
     keep_memory()
@@ -55,7 +65,14 @@ def main() -> int:
     rows = []
     for n, (examples, _) in batches.items():
         lengths = [len(example.tokens) + MODEL["canvas"] for example in examples]
-        with LiveBytes([local_tensor(tensor) for p in model.parameters() for tensor in (p.detach(), p.grad) if tensor is not None]) as live:
+        with LiveBytes(
+            [
+                local_tensor(tensor)
+                for p in model.parameters()
+                for tensor in (p.detach(), p.grad)
+                if tensor is not None
+            ]
+        ) as live:
             sides[str(n)]()
         rows.append(
             {
@@ -70,10 +87,16 @@ def main() -> int:
         )
         say("growth", described_row(rows[-1]))
     verdict = judged(rows)
-    write_result("growth", {"model": MODEL, "lengths": [SHORTEST, LONGEST], "rounds": ROUNDS, "rows": rows, **verdict})
+    write_result(
+        "growth",
+        {"model": MODEL, "lengths": [SHORTEST, LONGEST], "rounds": ROUNDS, "rows": rows, **verdict},
+    )
     for name, value in verdict.items():
         say("growth", f"{name}: {value:.3f}")
-    return int(verdict["worst_seconds_per_token"] > LINEAR or verdict["worst_live_bytes_per_example"] > FLAT)
+    return int(
+        verdict["worst_seconds_per_token"] > LINEAR
+        or verdict["worst_live_bytes_per_example"] > FLAT
+    )
 
 
 def keep_memory() -> None:
@@ -84,14 +107,17 @@ def keep_memory() -> None:
 
 
 def judged(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the exponents of seconds in tokens (least squares of logarithms), and the worst growth per unit.
+    """Return the exponents of seconds in tokens (least squares of logarithms), and the worst growth
+    per unit.
 
     The growth is from any count to any larger one.
     """
     tokens = [math.log(row["tokens"]) for row in rows]
     found = {}
     for name in ("seconds", "seconds_mapped_anew"):
-        found[f"exponent_of_{name}"] = statistics.linear_regression(tokens, [math.log(row[name]) for row in rows]).slope
+        found[f"exponent_of_{name}"] = statistics.linear_regression(
+            tokens, [math.log(row[name]) for row in rows]
+        ).slope
         found[f"worst_{name}_per_token"] = worst([row[name] / row["tokens"] for row in rows])
     for name in ("live_bytes", "extra_memory_bytes"):
         found[f"worst_{name}_per_example"] = worst([row[name] / row["examples"] for row in rows])
@@ -105,21 +131,29 @@ def worst(values: list[float]) -> float:
 
 def loaded(folder: Path) -> WeightTiedDiffusionGemma:
     train = {"method": "full", "precision": "float32"}
-    config = parse_config({"name": "growth", "data": {"source": "none"}, "train": train, "parallel": {"ep": 1}})
+    config = parse_config(
+        {"name": "growth", "data": {"source": "none"}, "train": train, "parallel": {"ep": 1}}
+    )
     model = build_model(config, read_model_config(folder))
     load_weights(model, CheckpointReader(folder), torch.device("cpu"), SEED)
     return model
 
 
 def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
-    """So many examples, in the middles of equal parts of the range of lengths, a random block of each chosen and denoised twice."""
+    """So many examples, in the middles of equal parts of the range of lengths, a random block of
+    each chosen and denoised twice.
+    """
     generator, canvas = torch.Generator().manual_seed(count), MODEL["canvas"]
     examples, draws = [], []
     for position in range(count):
         length = round(SHORTEST + (LONGEST - SHORTEST) * (position + 0.5) / count)
         tokens = torch.randint(5, MODEL["vocabulary"], (length,), generator=generator)
         fill = -(length - length // 2) % canvas
-        examples.append(Example(torch.cat([tokens, tokens.new_full((fill,), 1)]), length // 2, canvas, str(position)))
+        examples.append(
+            Example(
+                torch.cat([tokens, tokens.new_full((fill,), 1)]), length // 2, canvas, str(position)
+            )
+        )
         draw = training_draws(
             SEED,
             position,
@@ -136,11 +170,23 @@ def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
 def described_row(row: dict[str, Any]) -> str:
     per_token, mapped, per_padded = (
         1e6 * row[name] / row[unit]
-        for name, unit in (("seconds", "tokens"), ("seconds_mapped_anew", "tokens"), ("seconds", "padded_tokens"))
+        for name, unit in (
+            ("seconds", "tokens"),
+            ("seconds_mapped_anew", "tokens"),
+            ("seconds", "padded_tokens"),
+        )
     )
-    memory, live = (row[name] / row["examples"] / 1e6 for name in ("extra_memory_bytes", "live_bytes"))
-    time = f"{row['seconds']:.2f} s, {per_token:.0f} us per token ({mapped:.0f} with fresh mappings, {per_padded:.0f} per padded token)"
-    return f"{row['examples']} examples, {row['tokens']} tokens: {time}, {memory:.1f} MB an example, live tensors {live:.2f} MB"
+    memory, live = (
+        row[name] / row["examples"] / 1e6 for name in ("extra_memory_bytes", "live_bytes")
+    )
+    time = (
+        f"{row['seconds']:.2f} s, {per_token:.0f} us per token ({mapped:.0f} with fresh mappings,"
+        f" {per_padded:.0f} per padded token)"
+    )
+    return (
+        f"{row['examples']} examples, {row['tokens']} tokens: {time}, {memory:.1f} MB an example,"
+        f" live tensors {live:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""`python -m benchmarks.large_checkpoint [--gb 5] [--ranks 2] [--work DIR]`: a checkpoint that is large for its machine, end to end.
+"""`python -m benchmarks.large_checkpoint [--gb 5] [--ranks 2] [--work DIR]`: a checkpoint that is
+large for its machine, end to end.
 
-Makes a synthetic checkpoint, loads it into shards, trains one LoRA step, merges the adapter, and exports a model whose every weight
-is trained; samples the memory of each process from outside, and compares it with the plan and with "a shard and one tensor".
-Writes benchmarks/results/large_checkpoint.json. Takes three times the checkpoint's size on disk, which is freed at the end.
+Makes a synthetic checkpoint, loads it into shards, trains one LoRA step, merges the adapter, and
+exports a model whose every weight
+is trained; samples the memory of each process from outside, and compares it with the plan and with
+"a shard and one tensor".
+Writes benchmarks/results/large_checkpoint.json. Takes three times the checkpoint's size on disk,
+which is freed at the end.
 """
 
 from __future__ import annotations
@@ -40,11 +44,15 @@ MEMORY_GB = 24
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        "benchmarks.large_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "benchmarks.large_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--gb", type=float, default=5.0, help="size of the checkpoint, 1e9 bytes")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder for the checkpoints; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the checkpoints; default: a temporary one"
+    )
     parser.add_argument("--worker", choices=["load", "merge", "export"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -63,7 +71,10 @@ def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
     total = write_synthetic(work / "base", described_by_size(gigabytes))
     recipe = _write_recipe(work, ranks)
     base = CheckpointReader(work / "base")
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in base.specs().items()}
+    sizes = {
+        name: torch.Size(shape).numel() * dtype.itemsize
+        for name, (shape, dtype) in base.specs().items()
+    }
     result: dict[str, Any] = {
         "ranks": ranks,
         "checkpoint_bytes": total,
@@ -71,17 +82,40 @@ def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
         "largest_tensor_bytes": max(sizes.values()),
         "write_seconds": time.monotonic() - started,
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+    ]
     worker = ["benchmarks.large_checkpoint", "--work", str(work), "--worker"]
-    train = ["canvastune.train", "-c", str(recipe), "--data", str(work / "data"), "--output", str(work / "run")]
+    train = [
+        "canvastune.train",
+        "-c",
+        str(recipe),
+        "--data",
+        str(work / "data"),
+        "--output",
+        str(work / "run"),
+    ]
     result["load"] = _phase("loading into shards, LoRA", [*torchrun, *worker, "load"], work, ranks)
     result["train"] = _phase("one LoRA step", [*torchrun, *train], work, ranks)
     result["train"] |= _against_plan(load_config(recipe), work, ranks)
     result["merge"] = _phase("merging", [sys.executable, "-m", *worker, "merge"], work, 1)
     shutil.rmtree(work / "merged")
-    result["export"] = _phase("loading and exporting, full", [*torchrun, *worker, "export"], work, ranks)
-    result["export"]["same_as_base"] = CheckpointReader(work / "exported").fingerprint() == base.fingerprint()
-    largest = max(phase["anonymous_bytes_all_ranks"] for phase in result.values() if isinstance(phase, dict) and "seconds" in phase)
+    result["export"] = _phase(
+        "loading and exporting, full", [*torchrun, *worker, "export"], work, ranks
+    )
+    result["export"]["same_as_base"] = (
+        CheckpointReader(work / "exported").fingerprint() == base.fingerprint()
+    )
+    largest = max(
+        phase["anonymous_bytes_all_ranks"]
+        for phase in result.values()
+        if isinstance(phase, dict) and "seconds" in phase
+    )
     result["fits"] = {"limit_bytes": MEMORY_GB * 10**9, "anonymous_bytes_all_ranks": largest}
     return result
 
@@ -104,15 +138,28 @@ def _phase(what: str, command: list[str], work: Path, ranks: int) -> dict[str, A
         path.unlink()
     if reports:
         # What the call took beyond the interpreter and its libraries, against the claim.
-        found |= {"ranks": reports, "over_start_bytes": max(p.anonymous for p in workers) - min(r["start_bytes"] for r in reports)}
-        found["over_shard_bytes"] = found["over_start_bytes"] - max(report["shard_bytes"] for report in reports)
-    say("large_checkpoint", f"{what}: {found['seconds']:.0f} s, {max(peak.anonymous for peak in workers) / 1e9:.2f} GB a process")
+        found |= {
+            "ranks": reports,
+            "over_start_bytes": (
+                max(p.anonymous for p in workers) - min(r["start_bytes"] for r in reports)
+            ),
+        }
+        found["over_shard_bytes"] = found["over_start_bytes"] - max(
+            report["shard_bytes"] for report in reports
+        )
+    say(
+        "large_checkpoint",
+        f"{what}: {found['seconds']:.0f} s, {max(peak.anonymous for peak in workers) / 1e9:.2f} GB"
+        " a process",
+    )
     return found
 
 
 def _against_plan(config: RunConfig, work: Path, ranks: int) -> dict[str, Any]:
     plan = make_plan(config, work / "base", ranks)
-    records = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     step = next(record for record in records if record["kind"] == "train")
     return {
         "step_seconds": step["seconds"],
@@ -129,14 +176,27 @@ def _worker(phase: str, work: Path) -> None:
     start = read_status(os.getpid())["RssAnon"]
     shard = 0
     if phase == "merge":
-        # The proof by logits loads the whole model if it fits; this measures the memory of a merge where it does not.
-        proof = merge_lora(config, work / "base", work / "run" / "adapter", work / "merged", find_device=lambda _: None)
+        # The proof by logits loads the whole model if it fits; this measures the memory of a merge
+        # where it does not.
+        proof = merge_lora(
+            config,
+            work / "base",
+            work / "run" / "adapter",
+            work / "merged",
+            find_device=lambda _: None,
+        )
         assert proof["passed"]
         _report(work, 0, start, shard)
         return
     dist.init_process_group("gloo")
     model = build_model(config, read_model_config(work / "base"))
-    shard_model(model, ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
+    shard_model(
+        model,
+        ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes(
+            "cpu"
+        ),
+        config,
+    )
     start = read_status(os.getpid())["RssAnon"]
     load_weights(model, CheckpointReader(work / "base"), torch.device("cpu"), config.seed)
     shard = sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())
@@ -148,7 +208,9 @@ def _worker(phase: str, work: Path) -> None:
 
 
 def _report(work: Path, rank: int, start: int, shard: int) -> None:
-    (work / f"report-{rank}.json").write_text(json.dumps({"rank": rank, "start_bytes": start, "shard_bytes": shard}))
+    (work / f"report-{rank}.json").write_text(
+        json.dumps({"rank": rank, "start_bytes": start, "shard_bytes": shard})
+    )
 
 
 def _write_recipe(work: Path, ranks: int) -> Path:
@@ -170,7 +232,13 @@ def _write_recipe(work: Path, ranks: int) -> Path:
         "name": "large",
         "model": {"id": str(work / "base")},
         "data": {"source": "unused", "seq_length": SEQ_LENGTH},
-        "train": {"method": "lora", "steps": 1, "global_batch_size": ranks, "validation_levels": [0.5], "export": "last"},
+        "train": {
+            "method": "lora",
+            "steps": 1,
+            "global_batch_size": ranks,
+            "validation_levels": [0.5],
+            "export": "last",
+        },
         "parallel": {"ep": ranks},
         "hardware": {"accelerator": "cpu", "gpu_memory": MEMORY_GB / ranks},
     }

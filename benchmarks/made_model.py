@@ -1,4 +1,6 @@
-"""The released model's layers at their real size, as many of them as fit, with random weights that are made in memory."""
+"""The released model's layers at their real size, as many of them as fit, with random weights that
+are made in memory.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from canvastune.planner.planner import SHIPPED_CONFIG
 
 Found = TypeVar("Found")
 
-_BLOCK = 2**20  # random values that are repeated to fill a tensor: billions of fresh ones would take minutes
+_BLOCK = (
+    2**20
+)  # random values that are repeated to fill a tensor: billions of fresh ones would take minutes
 _SMALL = {"hidden": 128, "experts": 16, "vocabulary": 4096, "canvas": 32}
 SMALL_LAYERS = 6
 
@@ -46,14 +50,19 @@ class SyntheticCheckpoint(CheckpointReader):
         count = math.prod(shape)
         if count <= _BLOCK:
             return synthetic_value(name, shape, seed=0)
-        return synthetic_value(name, (_BLOCK,), seed=0).repeat(-(-count // _BLOCK))[:count].view(shape)
+        return (
+            synthetic_value(name, (_BLOCK,), seed=0).repeat(-(-count // _BLOCK))[:count].view(shape)
+        )
 
     def get_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         return self.get(name)[slices]
 
 
-def largest_model(folder: Path, small: bool, fits: Callable[[Path], Found | None]) -> tuple[DiffusionGemmaConfig, Found]:
-    """Find the model with the most layers that fits; write its config.json to `folder` and return what `fits` found.
+def largest_model(
+    folder: Path, small: bool, fits: Callable[[Path], Found | None]
+) -> tuple[DiffusionGemmaConfig, Found]:
+    """Find the model with the most layers that fits; write its config.json to `folder` and return
+    what `fits` found.
 
     Args:
         small: layers of a small model instead, for a CPU.
@@ -64,7 +73,11 @@ def largest_model(folder: Path, small: bool, fits: Callable[[Path], Found | None
     folder.mkdir(parents=True, exist_ok=True)
     for layers in range(SMALL_LAYERS if small else text["num_hidden_layers"], 0, -1):
         last = {"num_hidden_layers": layers, "layer_types": text["layer_types"][-layers:]}
-        config = described(layers, **_SMALL) if small else DiffusionGemmaConfig.from_dict(released | {"text_config": text | last})
+        config = (
+            described(layers, **_SMALL)
+            if small
+            else DiffusionGemmaConfig.from_dict(released | {"text_config": text | last})
+        )
         config.save_pretrained(folder)
         found = fits(folder)
         if found is not None:

@@ -1,4 +1,6 @@
-"""One way to measure: sides that alternate, medians of several rounds, memory above a baseline, and results with their machine."""
+"""One way to measure: sides that alternate, medians of several rounds, memory above a baseline, and
+results with their machine.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,15 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 5, *, settle: bool = False) -> dict[str, float]:
-    """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows the machine slows all of them.
+def alternate(
+    sides: Mapping[str, Callable[[], object]], rounds: int = 5, *, settle: bool = False
+) -> dict[str, float]:
+    """Median seconds of each side: one warm-up each, then the sides in turn, so that whatever slows
+    the machine slows all of them.
 
     Args:
-        settle: at its turn a side runs twice and the second run counts, as in a separate loop: the first finds the caches and the
+        settle: at its turn a side runs twice and the second run counts, as in a separate loop: the
+            first finds the caches and the
             allocator as the other side left them.
     """
     for run in sides.values():
@@ -67,14 +73,23 @@ def extra_memory(run: Callable[[], object], device: torch.device | None = None) 
         run()
         return torch.cuda.max_memory_allocated(device) - held
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="ascii"
+    )  # the kernel's high-water mark starts again from here
     before = read_status(os.getpid())["VmRSS"]
     run()
     return read_status(os.getpid())["VmHWM"] - before
 
 
-def matmul_rate(size: int = 2048, rounds: int = 7, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of matmuls of square matrices on this device, on a CPU with torch's current number of threads: the best of some."""
+def matmul_rate(
+    size: int = 2048,
+    rounds: int = 7,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """FLOP/s of matmuls of square matrices on this device, on a CPU with torch's current number of
+    threads: the best of some.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: a @ b) for _ in range(rounds))
     return 2 * size**3 / best
@@ -87,8 +102,16 @@ def _finish() -> None:
 
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: commit, device, threads, versions."""
-    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    model = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
         "cores": os.cpu_count(),
@@ -104,12 +127,17 @@ def machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def work_folder(name: str, parent: Path | None, gigabytes: float) -> Iterator[Path]:
-    """Yield a temporary folder below `parent` (None: the default) that has so many GB free on its disk."""
+    """Yield a temporary folder below `parent` (None: the default) that has so many GB free on its
+    disk.
+    """
     work = Path(tempfile.mkdtemp(prefix=f"benchmark-{name}-", dir=parent))
     try:
         free = shutil.disk_usage(work).free / 1e9
         if free < gigabytes:
-            raise SystemExit(f"{work}: {free:.1f} GB free on the disk, {gigabytes:.1f} are needed. Set --work to a folder on another disk")
+            raise SystemExit(
+                f"{work}: {free:.1f} GB free on the disk, {gigabytes:.1f} are needed. Set --work to"
+                " a folder on another disk"
+            )
         yield work
     finally:
         shutil.rmtree(work)

@@ -1,8 +1,12 @@
-"""`python -m benchmarks.merge [--gb 2] [--work DIR]`: merging an adapter into a sharded checkpoint, against copying the same bytes.
+"""`python -m benchmarks.merge [--gb 2] [--work DIR]`: merging an adapter into a sharded checkpoint,
+against copying the same bytes.
 
-Makes a synthetic checkpoint and an adapter on every attention projection, every dense MLP and every expert. Three runs, each in a
-separate process: a plain read and write of every file, flushed to the disk; the merge without its proof; and the whole step with the
-proof weight by weight. Writes benchmarks/results/merge.json. Takes twice the checkpoint's size on disk, which is freed at the end.
+Makes a synthetic checkpoint and an adapter on every attention projection, every dense MLP and every
+expert. Three runs, each in a
+separate process: a plain read and write of every file, flushed to the disk; the merge without its
+proof; and the whole step with the
+proof weight by weight. Writes benchmarks/results/merge.json. Takes twice the checkpoint's size on
+disk, which is freed at the end.
 """
 
 from __future__ import annotations
@@ -29,16 +33,32 @@ from canvastune.io.atomic import fsync_tree
 from canvastune.merge import merge_lora
 
 RANK = 16
-ADAPTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+ADAPTED = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+    "o_proj.weight",
+    "gate_proj.weight",
+    "up_proj.weight",
+    "down_proj.weight",
+)
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 PHASES = ("copy", "merge", "merge_and_proof")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "benchmarks.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, 1e9 bytes")
-    parser.add_argument("--rounds", type=int, default=3, help="the phases take turns; the median round is reported")
-    parser.add_argument("--work", type=Path, help="folder on the disk that is measured; default: a temporary one")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="the phases take turns; the median round is reported"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder on the disk that is measured; default: a temporary one"
+    )
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.phase:
@@ -62,7 +82,10 @@ def _measure(work: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
         for phase in PHASES:
             found[phase].append(_one_run(work, phase, total))
             say("merge", f"round {number + 1}, {phase}: {json.dumps(found[phase][-1])}")
-    median = {phase: sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2] for phase, runs in found.items()}
+    median = {
+        phase: sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+        for phase, runs in found.items()
+    }
     adapter = (work / "adapter" / "adapter_model.safetensors").stat().st_size
     return {
         "checkpoint_bytes": total,
@@ -77,15 +100,24 @@ def _measure(work: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
 
 
 def _one_run(work: Path, phase: str, total: int) -> dict[str, float]:
-    """Run one phase in a separate process: seconds of its work, GB/s of the checkpoint, anonymous memory above its start."""
+    """Run one phase in a separate process: seconds of its work, GB/s of the checkpoint, anonymous
+    memory above its start.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    code, peaks = run_watched([sys.executable, "-m", "benchmarks.merge", "--work", str(work), "--phase", phase], environment)
+    code, peaks = run_watched(
+        [sys.executable, "-m", "benchmarks.merge", "--work", str(work), "--phase", phase],
+        environment,
+    )
     if code:
         raise SystemExit(f"{phase}: exit code {code}")
     report = json.loads((work / "report.json").read_text(encoding="utf-8"))
     shutil.rmtree(work / "out")
     seconds = report["seconds"]
-    return {"seconds": seconds, "gb_per_second": total / 1e9 / seconds, "extra_bytes": peaks[0].anonymous - report["start_bytes"]}
+    return {
+        "seconds": seconds,
+        "gb_per_second": total / 1e9 / seconds,
+        "extra_bytes": peaks[0].anonymous - report["start_bytes"],
+    }
 
 
 def _run_phase(phase: str, work: Path) -> None:
@@ -95,11 +127,17 @@ def _run_phase(phase: str, work: Path) -> None:
         shutil.copytree(work / "base", work / "out", copy_function=_copy)
         fsync_tree(work / "out")
     elif phase == "merge":
-        with mock.patch("canvastune.merge.verify_merge", return_value={"passed": True, "method": "nothing: only the merge is measured"}):
+        with mock.patch(
+            "canvastune.merge.verify_merge",
+            return_value={"passed": True, "method": "nothing: only the merge is measured"},
+        ):
             merge_lora(config, work / "base", work / "adapter", work / "out")
     else:
-        # The proof by logits loads the whole model if it fits: this measures the proof that is always made.
-        merge_lora(config, work / "base", work / "adapter", work / "out", find_device=lambda _: None)
+        # The proof by logits loads the whole model if it fits: this measures the proof that is
+        # always made.
+        merge_lora(
+            config, work / "base", work / "adapter", work / "out", find_device=lambda _: None
+        )
     report = {"seconds": time.perf_counter() - started, "start_bytes": start}
     (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
@@ -116,7 +154,9 @@ def _write_adapter(work: Path, base: CheckpointReader) -> None:
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for name, (shape, _) in base.specs().items():
-        if name.startswith("model.decoder.layers.") and (name.endswith(EXPERTS) or (name.endswith(ADAPTED) and len(shape) == 2)):
+        if name.startswith("model.decoder.layers.") and (
+            name.endswith(EXPERTS) or (name.endswith(ADAPTED) and len(shape) == 2)
+        ):
             *experts, outputs, inputs = shape
             a = torch.randn(*experts, RANK, inputs, generator=generator) * inputs**-0.5
             factors[name] = (a, torch.randn(*experts, outputs, RANK, generator=generator) * 0.01)
@@ -125,7 +165,12 @@ def _write_adapter(work: Path, base: CheckpointReader) -> None:
 
 
 def _tree(work: Path) -> dict[str, Any]:
-    return {"name": "merge", "model": {"id": str(work / "base")}, "data": {"source": "unused"}, "lora": {"rank": RANK, "experts": True}}
+    return {
+        "name": "merge",
+        "model": {"id": str(work / "base")},
+        "data": {"source": "unused"},
+        "lora": {"rank": RANK, "experts": True},
+    }
 
 
 if __name__ == "__main__":

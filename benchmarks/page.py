@@ -1,4 +1,6 @@
-"""`python -m benchmarks.page`: write docs/performance.md, scaling.md and planner.md from benchmarks/results/."""
+"""`python -m benchmarks.page`: write docs/performance.md, scaling.md and planner.md from
+benchmarks/results/.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
-    results = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in (*FILES, "scaling", "planner")}
+    results = {
+        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in (*FILES, "scaling", "planner")
+    }
     measured = results["scaling"]
     pages = {
         PAGE: page(**{name: results[name] for name in FILES}),
@@ -40,7 +45,10 @@ def page(
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
-    goals = "; ".join(f"against {plain}, {faster}x faster and {leaner}x leaner" for plain, (faster, leaner) in GOALS.items())
+    goals = "; ".join(
+        f"against {plain}, {faster}x faster and {leaner}x leaner"
+        for plain, (faster, leaner) in GOALS.items()
+    )
     return f"""# Speed and memory
 
 Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]}, {here["threads"]} threads,
@@ -154,12 +162,21 @@ def _at(result: dict[str, Any]) -> str:
 def _step_rows(row: dict[str, Any]) -> list[str]:
     lines = []
     for name in OURS:
-        ratios = " | ".join(f"{row[name][plain]['faster']:.2f}x faster, {row[name][plain]['leaner']:.1f}x leaner" for plain in GOALS)
+        ratios = " | ".join(
+            f"{row[name][plain]['faster']:.2f}x faster, {row[name][plain]['leaner']:.1f}x leaner"
+            for plain in GOALS
+        )
         memory = f"{row['extra_memory_bytes'][name] / 1e6:.0f}"
-        lines.append(f"| {row['about']} | {name} | {row['seconds'][name]:.2f} | {memory} | {row['efficiency'][name]:.0%} | {ratios} |")
+        lines.append(
+            f"| {row['about']} | {name} | {row['seconds'][name]:.2f} | {memory} |"
+            f" {row['efficiency'][name]:.0%} | {ratios} |"
+        )
     for plain in GOALS:
         seconds, memory = row["seconds"][plain], row["extra_memory_bytes"][plain]
-        lines.append(f"| | {plain} | {seconds:.2f} | {memory / 1e6:.0f} | {row['efficiency'][plain]:.0%} | | |")
+        lines.append(
+            f"| | {plain} | {seconds:.2f} | {memory / 1e6:.0f} | {row['efficiency'][plain]:.0%}"
+            " | | |"
+        )
     return lines
 
 
@@ -180,7 +197,9 @@ def _verdict(step: dict[str, Any]) -> str:
         for quantity, goal in zip(("faster", "leaner"), GOALS[plain], strict=True)
         if ratios[quantity] < goal
     ]
-    slow = [row["about"] for row in step["shapes"].values() if row["efficiency"]["ours"] < EFFICIENT]
+    slow = [
+        row["about"] for row in step["shapes"].values() if row["efficiency"]["ours"] < EFFICIENT
+    ]
     said = f"Goals missed: {'; '.join(missed)}." if missed else "Every ratio reaches its goal."
     return said + (f" Efficiency is below its goal in: {'; '.join(slow)}." if slow else "")
 
@@ -190,13 +209,20 @@ def _rounds(step: dict[str, Any]) -> str:
 
 
 def _ceiling(step: dict[str, Any]) -> str:
-    """Describe the ratios of a step that took only its needed FLOPs at the machine's rate in a large matmul."""
+    """Describe the ratios of a step that took only its needed FLOPs at the machine's rate in a
+    large matmul.
+    """
     rate = step["matmul_flops_per_second"]
     means = {
-        plain: statistics.geometric_mean(row["seconds"][plain] * rate / row["flops_needed"] for row in step["shapes"].values())
+        plain: statistics.geometric_mean(
+            row["seconds"][plain] * rate / row["flops_needed"] for row in step["shapes"].values()
+        )
         for plain in GOALS
     }
-    most = " and ".join(f"{ratio:.1f}x faster than {plain.replace('chosen', 'the chosen')}" for plain, ratio in means.items())
+    most = " and ".join(
+        f"{ratio:.1f}x faster than {plain.replace('chosen', 'the chosen')}"
+        for plain, ratio in means.items()
+    )
     return f"At full matmul rate and with nothing else to do, a step would be {most}."
 
 
@@ -205,14 +231,23 @@ def _first_pass(case: dict[str, Any]) -> str:
 
     def of_whole(form: str) -> str:
         names = ("flops", "seconds", "received_bytes", "peak_bytes")
-        return " | ".join(f"{case[form][name] / whole[name]:.2f}" if whole.get(name) else "-" for name in names)
+        return " | ".join(
+            f"{case[form][name] / whole[name]:.2f}" if whole.get(name) else "-" for name in names
+        )
 
-    return f"| {case['tokens']:,}, {case['ranks']} / {case['ep']} | {of_whole('before')} | {of_whole('reused')} |"
+    return (
+        f"| {case['tokens']:,}, {case['ranks']} / {case['ep']} | {of_whole('before')} |"
+        f" {of_whole('reused')} |"
+    )
 
 
 def _growth(row: dict[str, Any]) -> str:
-    a_token = [f"{1e3 * row[name] / row['tokens']:.2f}" for name in ("seconds_mapped_anew", "seconds")]
-    an_example = [f"{row[name] / row['examples'] / 1e6:.1f}" for name in ("live_bytes", "extra_memory_bytes")]
+    a_token = [
+        f"{1e3 * row[name] / row['tokens']:.2f}" for name in ("seconds_mapped_anew", "seconds")
+    ]
+    an_example = [
+        f"{row[name] / row['examples'] / 1e6:.1f}" for name in ("live_bytes", "extra_memory_bytes")
+    ]
     return f"| {row['examples']} | {row['tokens']:,} | {' | '.join([*a_token, *an_example])} |"
 
 

@@ -1,7 +1,10 @@
-"""`python -m benchmarks.pipeline [--rounds 3]`: the wall time of the local pipeline outside of its steps.
+"""`python -m benchmarks.pipeline [--rounds 3]`: the wall time of the local pipeline outside of its
+steps.
 
-Runs `canvastune run` on a tiny model and a few training steps, and times what it says: a step begins with its name and ends with its
-seconds. What is left is the command's own start, compiling, and handing over between steps. Writes benchmarks/results/pipeline.json.
+Runs `canvastune run` on a tiny model and a few training steps, and times what it says: a step
+begins with its name and ends with its
+seconds. What is left is the command's own start, compiling, and handing over between steps. Writes
+benchmarks/results/pipeline.json.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ _ENDED = re.compile(r"    \d+\.\d s")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "benchmarks.pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as folder:
@@ -39,7 +46,11 @@ def main() -> int:
         runs = []
         for number in range(options.rounds):
             runs.append(_one_run(recipe, work / f"workspace-{number}"))
-            say("pipeline", f"round {number + 1}: {runs[-1]['seconds']:.1f} s, {runs[-1]['outside']:.2f} s of them outside of the steps")
+            say(
+                "pipeline",
+                f"round {number + 1}: {runs[-1]['seconds']:.1f} s, {runs[-1]['outside']:.2f} s of"
+                " them outside of the steps",
+            )
     median = sorted(runs, key=lambda run: run["outside"])[len(runs) // 2]
     write_result("pipeline", {"rounds": options.rounds, **median})
     print(json.dumps(median, indent=2))
@@ -48,14 +59,24 @@ def main() -> int:
 
 def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
     """Run once from an empty workspace: seconds in total, of each step, and outside of the steps."""
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--workspace", str(workspace)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "run",
+        str(recipe),
+        "--workspace",
+        str(workspace),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     steps: dict[str, float] = {}
     said: list[str] = []
     begun = before = between = last = 0.0
     name = ""
     started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         for line in map(str.rstrip, process.stdout):
             now = time.monotonic() - started
@@ -70,7 +91,17 @@ def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
                 steps[name], last, name = now - begun, now, ""
     total = time.monotonic() - started
     if process.returncode or set(steps) != set(STEPS):
-        raise SystemExit("\n".join([*said, f"the pipeline ended with exit code {process.returncode}; steps seen: {', '.join(steps)}"]))
+        raise SystemExit(
+            "\n".join(
+                [
+                    *said,
+                    (
+                        f"the pipeline ended with exit code {process.returncode}; steps seen:"
+                        f" {', '.join(steps)}"
+                    ),
+                ]
+            )
+        )
     return {
         "seconds": total,
         "outside": total - sum(steps.values()),
@@ -86,7 +117,13 @@ def _write_recipe(work: Path) -> Path:
         "name": "overhead",
         "model": {"id": str(work / "base")},
         "data": {"source": str(work / "problems.jsonl"), "seq_length": 128, "validation_rows": 32},
-        "train": {"method": "lora", "steps": 4, "global_batch_size": 8, "precision": "float32", "validation_batches": 1},
+        "train": {
+            "method": "lora",
+            "steps": 4,
+            "global_batch_size": 8,
+            "precision": "float32",
+            "validation_batches": 1,
+        },
         "parallel": {"nproc_per_node": 1, "ep": 1},
         "evaluate": {"rows": 8, "batch_size": 8, "max_new_tokens": 16, "max_denoising_steps": 4},
         "hardware": {"accelerator": "cpu", "gpu_memory": 12},

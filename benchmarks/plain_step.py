@@ -1,10 +1,14 @@
-"""The plain step: what an engineer would write on Hugging Face's modules, as the published recipes do. Yardstick and numerical oracle.
+"""The plain step: what an engineer would write on Hugging Face's modules, as the published recipes
+do. Yardstick and numerical oracle.
 
-A right-padded batch, whole float32 logits, dense boolean masks, and a second full call for self-conditioning that every example
-takes part in. Two variants: all response blocks decoded and one of them scored (as NeMo AutoModel's recipe does), or the
+A right-padded batch, whole float32 logits, dense boolean masks, and a second full call for
+self-conditioning that every example
+takes part in. Two variants: all response blocks decoded and one of them scored (as NeMo AutoModel's
+recipe does), or the
 chosen block only (as TRL's example does). Unlike either, its masks are right everywhere.
 
-Shape letters: B examples, S longest example, K blocks decoded per example, C canvas length, V vocabulary.
+Shape letters: B examples, S longest example, K blocks decoded per example, C canvas length, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -37,16 +41,30 @@ class PlainBatch:
     decoder_masks: dict[str, torch.Tensor]  # by layer type: bool[B, 1, K*C, S + K*C]
 
     @classmethod
-    def of(cls, examples: list[Example], draws: list[NoiseSample], sliding_window: int, *, all_blocks: bool) -> PlainBatch:
-        """Pad and mask; the noise of a block that is decoded and not scored is that of the chosen one."""
+    def of(
+        cls,
+        examples: list[Example],
+        draws: list[NoiseSample],
+        sliding_window: int,
+        *,
+        all_blocks: bool,
+    ) -> PlainBatch:
+        """Pad and mask; the noise of a block that is decoded and not scored is that of the chosen
+        one.
+        """
         size = examples[0].canvas_length
         longest = max(len(example.tokens) for example in examples)
         blocks = max(example.blocks for example in examples) if all_blocks else 1
         tokens = torch.zeros(len(examples), longest, dtype=torch.int64)
         next_targets = torch.full_like(tokens, IGNORED)
         canvas = torch.zeros(len(examples), blocks * size, dtype=torch.int64)
-        canvas_targets, canvas_positions = torch.full_like(canvas, IGNORED), torch.zeros_like(canvas)
-        starts = torch.zeros(len(examples), blocks * size, dtype=torch.int64)  # of the block that a canvas position is in
+        canvas_targets, canvas_positions = (
+            torch.full_like(canvas, IGNORED),
+            torch.zeros_like(canvas),
+        )
+        starts = torch.zeros(
+            len(examples), blocks * size, dtype=torch.int64
+        )  # of the block that a canvas position is in
         valid = torch.zeros_like(canvas, dtype=torch.bool)
         for row, (example, draw) in enumerate(zip(examples, draws, strict=True)):
             length = len(example.tokens)
@@ -56,7 +74,9 @@ class PlainBatch:
                 start = example.prefix_length + block * size
                 clean = example.tokens[start : start + size]
                 there = slice(place * size, place * size + len(clean))
-                noisy = torch.where(draw.corrupted[: len(clean)], draw.replacement[: len(clean)], clean)
+                noisy = torch.where(
+                    draw.corrupted[: len(clean)], draw.replacement[: len(clean)], clean
+                )
                 canvas[row, there] = noisy
                 canvas_positions[row, there] = torch.arange(start, start + len(clean))
                 starts[row, place * size : (place + 1) * size] = start
@@ -67,8 +87,12 @@ class PlainBatch:
         own_block = torch.arange(blocks * size) // size
         column, row_ = torch.arange(longest)[None], torch.arange(longest)[:, None]
         causal = (column <= row_) & (column < lengths[:, None, None])
-        causal = causal | (column == row_)  # a padded row sees itself, since a softmax over nothing is not a number
-        own = (own_block[:, None] == own_block[None]) & valid[:, None] | torch.eye(blocks * size, dtype=torch.bool)
+        causal = causal | (
+            column == row_
+        )  # a padded row sees itself, since a softmax over nothing is not a number
+        own = (own_block[:, None] == own_block[None]) & valid[:, None] | torch.eye(
+            blocks * size, dtype=torch.bool
+        )
         past = torch.arange(longest)[None, None] < starts[:, :, None]
         near = torch.arange(longest)[None, None] > starts[:, :, None] - sliding_window
         return cls(
@@ -92,30 +116,44 @@ class PlainBatch:
         """Return the batch with its tensors on `device`."""
 
         def moved(value: Any) -> Any:
-            return {kind: mask.to(device) for kind, mask in value.items()} if isinstance(value, dict) else value.to(device)
+            return (
+                {kind: mask.to(device) for kind, mask in value.items()}
+                if isinstance(value, dict)
+                else value.to(device)
+            )
 
-        return PlainBatch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+        return PlainBatch(
+            **{field.name: moved(getattr(self, field.name)) for field in fields(self)}
+        )
 
 
 def plain_twin(model: nn.Module, config: DiffusionGemmaConfig) -> DiffusionGemmaForBlockDiffusion:
-    """Hugging Face's model on another model's own weights and buffers, found by their names: it takes no memory for them.
+    """Hugging Face's model on another model's own weights and buffers, found by their names: it
+    takes no memory for them.
 
     Args:
         model: the shared stack, whose names are the decoder's.
-        config: read again, so that attention and experts are Hugging Face's own, whatever the other model has set in it.
+        config: read again, so that attention and experts are Hugging Face's own, whatever the other
+            model has set in it.
     """
     with torch.device("meta"):
         twin = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config.to_dict()))
-    twin.model.encoder.vision_tower = twin.model.encoder.embed_vision = None  # no text goes through them
+    twin.model.encoder.vision_tower = twin.model.encoder.embed_vision = (
+        None  # no text goes through them
+    )
     for kind in ("parameters", "buffers"):
         found = dict(getattr(model, f"named_{kind}")(remove_duplicate=False))
         for name, _ in list(getattr(twin, f"named_{kind}")(remove_duplicate=False)):
             module, _, leaf = name.rpartition(".")
-            getattr(twin.get_submodule(module), f"_{kind}")[leaf] = found[name.replace("model.encoder.language_model.", "model.decoder.")]
+            getattr(twin.get_submodule(module), f"_{kind}")[leaf] = found[
+                name.replace("model.encoder.language_model.", "model.decoder.")
+            ]
     return twin
 
 
-def plain_loss(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch, encoder_loss_weight: float = 1.0) -> torch.Tensor:
+def plain_loss(
+    model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch, encoder_loss_weight: float = 1.0
+) -> torch.Tensor:
     """Compute the batch's loss, with gradient."""
 
     def call(conditioning: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +176,10 @@ def plain_loss(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch, encode
     logits, encoded = call(first)
     cap = model.final_logit_softcapping
     encoder_logits = torch.tanh(model.lm_head(encoded).float() / cap) * cap
-    diffusion = F.cross_entropy(logits.flatten(0, 1), batch.canvas_targets.flatten(), ignore_index=IGNORED)
-    autoregressive = F.cross_entropy(encoder_logits.flatten(0, 1), batch.next_targets.flatten(), ignore_index=IGNORED)
+    diffusion = F.cross_entropy(
+        logits.flatten(0, 1), batch.canvas_targets.flatten(), ignore_index=IGNORED
+    )
+    autoregressive = F.cross_entropy(
+        encoder_logits.flatten(0, 1), batch.next_targets.flatten(), ignore_index=IGNORED
+    )
     return diffusion + encoder_loss_weight * autoregressive

@@ -1,7 +1,10 @@
-"""`python -m benchmarks.planner`: the plan against the engine, on models from tiny to mid-size and 1 to 8 ranks, without a GPU.
+"""`python -m benchmarks.planner`: the plan against the engine, on models from tiny to mid-size and
+1 to 8 ranks, without a GPU.
 
-Runs the forwards and backwards of one rank's step for each case, with every collective's memory but no other rank, and counts
-the storages that are alive, the FLOPs of every operation, and the bytes that the collectives would bring from other ranks.
+Runs the forwards and backwards of one rank's step for each case, with every collective's memory but
+no other rank, and counts
+the storages that are alive, the FLOPs of every operation, and the bytes that the collectives would
+bring from other ranks.
 Writes docs/planner.md and benchmarks/results/planner.json.
 """
 
@@ -67,7 +70,9 @@ class Case:
 
     def __str__(self) -> str:
         forwards = f"{self.micro_steps} x " if self.micro_steps > 1 else ""
-        extras = ("checkpointed" if self.checkpointing else "all kept") + ("" if self.self_conditioned else ", one pass")
+        extras = ("checkpointed" if self.checkpointing else "all kept") + (
+            "" if self.self_conditioned else ", one pass"
+        )
         kind = f"{self.model}, {self.method}, {self.precision} | {self.ranks} / {self.ep}"
         return f"{kind} | {forwards}{self.micro_batch} x {self.seq_length}, {extras}"
 
@@ -76,14 +81,34 @@ CASES = [
     Case("tiny", "full", "float32", 1, 1, 128),
     Case("tiny", "full", "bfloat16", 1, 1, 128, micro_batch=4, checkpointing=False),
     Case("tiny", "lora", "bfloat16", 1, 1, 256, micro_batch=2),
-    Case("tiny", "full", "bfloat16", 2, 1, 128, micro_batch=2, checkpointing=False, self_conditioned=False),
+    Case(
+        "tiny",
+        "full",
+        "bfloat16",
+        2,
+        1,
+        128,
+        micro_batch=2,
+        checkpointing=False,
+        self_conditioned=False,
+    ),
     Case("tiny", "lora", "float32", 2, 2, 128, micro_batch=2),
     Case("tiny", "full", "bfloat16", 4, 2, 128, micro_steps=2),
     Case("tiny", "lora", "bfloat16", 8, 8, 256, micro_batch=2),
     Case("tiny", "full", "float32", 8, 4, 128, micro_batch=4, checkpointing=False),
     Case("small", "full", "float32", 1, 1, 256),
     Case("small", "full", "bfloat16", 1, 1, 256, micro_batch=2, checkpointing=False),
-    Case("small", "lora", "bfloat16", 1, 1, 512, micro_batch=2, checkpointing=False, self_conditioned=False),
+    Case(
+        "small",
+        "lora",
+        "bfloat16",
+        1,
+        1,
+        512,
+        micro_batch=2,
+        checkpointing=False,
+        self_conditioned=False,
+    ),
     Case("small", "full", "bfloat16", 2, 2, 256, micro_batch=2),
     Case("small", "lora", "bfloat16", 2, 1, 256, micro_batch=4),
     Case("small", "full", "float32", 4, 4, 256, micro_batch=2, self_conditioned=False),
@@ -101,15 +126,21 @@ CASES = [
 
 
 class Flops(TorchDispatchMode):
-    """Only PyTorch's count of FLOPs: its `FlopCounterMode` also follows modules, and so keeps what checkpointing frees."""
+    """Only PyTorch's count of FLOPs: its `FlopCounterMode` also follows modules, and so keeps what
+    checkpointing frees.
+    """
 
-    formulas = flop_registry | {operation: shape_wrapper(formula) for operation, formula in CPU_FORMULAS.items()}
+    formulas = flop_registry | {
+        operation: shape_wrapper(formula) for operation, formula in CPU_FORMULAS.items()
+    }
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
@@ -118,11 +149,17 @@ class Flops(TorchDispatchMode):
 
 
 def compare(case: Case) -> dict[str, dict[str, float]]:
-    """Return the predicted and measured value of each quantity: peak bytes, FLOPs and bytes received of a rank's step."""
+    """Return the predicted and measured value of each quantity: peak bytes, FLOPs and bytes
+    received of a rank's step.
+    """
     tree = {
         "name": "bench",
         "data": {"source": "none"},
-        "train": {"method": case.method, "precision": case.precision, "activation_checkpointing": case.checkpointing},
+        "train": {
+            "method": case.method,
+            "precision": case.precision,
+            "activation_checkpointing": case.checkpointing,
+        },
         "parallel": {"ep": case.ep},
     }
     config, model, step = parse_config(tree), described(**MODELS[case.model]), case.step()
@@ -139,12 +176,19 @@ def compare(case: Case) -> dict[str, dict[str, float]]:
     with pytest.MonkeyPatch.context() as patched, Flops() as counter:
         live = measure(patched, config, model, step)
     measured = {"memory": live.peak, "flops": counter.total, "bytes": sum(live.received.values())}
-    return {name: {"predicted": float(predicted[name]), "measured": float(measured[name])} for name in QUANTITIES}
+    return {
+        name: {"predicted": float(predicted[name]), "measured": float(measured[name])}
+        for name in QUANTITIES
+    }
 
 
 def ratio(values: dict[str, float]) -> float:
     """Predicted over measured; nothing predicted where nothing was measured is exact."""
-    return values["predicted"] / values["measured"] if values["measured"] else 1.0 + values["predicted"]
+    return (
+        values["predicted"] / values["measured"]
+        if values["measured"]
+        else 1.0 + values["predicted"]
+    )
 
 
 def main() -> int:
@@ -160,7 +204,10 @@ def main() -> int:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(rows), encoding="utf-8")
     worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
-    say("planner", f"the worst errors: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}")
+    say(
+        "planner",
+        f"the worst errors: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}",
+    )
     return int(max(worst.values()) > BOUND)
 
 
@@ -168,12 +215,14 @@ def page(rows: list[dict[str, Any]]) -> str:
     """Return docs/planner.md."""
     worst = {name: max(abs(ratio(row[name]) - 1) for row in rows) for name in QUANTITIES}
     models = "\n".join(
-        f"- **{name}**: {m['layers']} layers, hidden size {m['hidden']}, {m['experts']} experts of {m['hidden'] // 4} (8 per token), "
-        f"vocabulary {m['vocabulary']}, canvas {m['canvas']}"
+        f"- **{name}**: {m['layers']} layers, hidden size {m['hidden']}, {m['experts']} experts of"
+        f" {m['hidden'] // 4} (8 per token), vocabulary {m['vocabulary']}, canvas {m['canvas']}"
         for name, m in MODELS.items()
     )
     table = "\n".join(
-        f"| {Case(**row['case'])} | " + " | ".join(_cells(row[name], 1e9 if name == "flops" else 1e6) for name in QUANTITIES) + " |"
+        f"| {Case(**row['case'])} | "
+        + " | ".join(_cells(row[name], 1e9 if name == "flops" else 1e6) for name in QUANTITIES)
+        + " |"
         for row in rows
     )
     return f"""# The plan against the engine
@@ -204,7 +253,10 @@ The second column is the number of ranks / the expert-parallel degree; the third
 
 
 def _cells(values: dict[str, float], unit: float) -> str:
-    return f"{values['predicted'] / unit:,.1f} / {values['measured'] / unit:,.1f} | {ratio(values):.3f}"
+    return (
+        f"{values['predicted'] / unit:,.1f} / {values['measured'] / unit:,.1f} |"
+        f" {ratio(values):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Where a step's time goes: its operators by their own time on the device, and how much of the step the device was busy."""
+"""Where a step's time goes: its operators by their own time on the device, and how much of the step
+the device was busy.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ def largest_costs(run: Callable[[], object], device: torch.device) -> dict[str, 
     """Profile one call of `run`, which was called before.
 
     Returns:
-        `seconds` with the profiler on, `busy_seconds` of the device, and `costs`, the operators that take most of the latter: each its
-        own time and share, how often it was called, and the shapes of its inputs that take most of its time.
+        `seconds` with the profiler on, `busy_seconds` of the device, and `costs`, the operators
+        that take most of the latter: each its
+        own time and share, how often it was called, and the shapes of its inputs that take most of
+        its time.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -28,7 +32,9 @@ def largest_costs(run: Callable[[], object], device: torch.device) -> dict[str, 
         seconds = timed(run)
     by_name: dict[str, list[tuple[float, int, list[Any]]]] = defaultdict(list)
     for event in found.key_averages(group_by_input_shape=True):
-        if event.device_type == DeviceType.CPU:  # the operators: a GPU's kernels are their time, and would count twice
+        if (
+            event.device_type == DeviceType.CPU
+        ):  # the operators: a GPU's kernels are their time, and would count twice
             own = event.self_device_time_total if cuda else event.self_cpu_time_total
             by_name[event.key].append((own / 1e6, event.count, event.input_shapes))
     totals = {name: sum(own for own, _, _ in calls) for name, calls in by_name.items()}
@@ -53,10 +59,19 @@ def costs_table(found: dict[str, Any]) -> str:
     """Return the costs as text, one per line."""
     lines = [f"  {'operator':<60} {'ms':>9} {'share':>6} {'calls':>6}  largest inputs"]
     lines += [
-        f"  {cost['name'][:60]:<60} {cost['seconds'] * 1e3:>9.2f} {cost['share']:>6.1%} {cost['calls']:>6}  {_shapes(cost['shapes'])}"
+        f"  {cost['name'][:60]:<60} {cost['seconds'] * 1e3:>9.2f} {cost['share']:>6.1%}"
+        f" {cost['calls']:>6}  {_shapes(cost['shapes'])}"
         for cost in found["costs"]
     ]
-    return "\n".join([*lines, f"  busy for {found['busy_seconds']:.3f} s of {found['seconds']:.3f} s, the profiler included"])
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"  busy for {found['busy_seconds']:.3f} s of {found['seconds']:.3f} s, the"
+                " profiler included"
+            ),
+        ]
+    )
 
 
 def _shapes(shapes: list[Any]) -> str:

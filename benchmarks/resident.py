@@ -15,7 +15,9 @@ _FAMILY_SECONDS = 0.2  # between looks for new processes
 
 @dataclass
 class Peak:
-    """The highest values of one process, in bytes; a file that is mapped counts as long as the kernel leaves its pages in memory."""
+    """The highest values of one process, in bytes; a file that is mapped counts as long as the
+    kernel leaves its pages in memory.
+    """
 
     anonymous: int = 0  # what the process itself allocated and touched
     file: int = 0
@@ -23,7 +25,9 @@ class Peak:
 
 
 class Watch:
-    """Samples processes in a thread until it is closed; `peaks` then holds what was seen, by process id."""
+    """Samples processes in a thread until it is closed; `peaks` then holds what was seen, by
+    process id.
+    """
 
     def __init__(self, pid: int) -> None:
         """
@@ -52,7 +56,10 @@ class Watch:
         while not self._closed.wait(_SECONDS):
             if rounds % round(_FAMILY_SECONDS / _SECONDS) == 0:
                 try:
-                    pids = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
+                    pids = [
+                        self._root.pid,
+                        *(child.pid for child in self._root.children(recursive=True)),
+                    ]
                 except psutil.NoSuchProcess:
                     return
             rounds += 1

@@ -1,7 +1,10 @@
-"""`python -m benchmarks.scaling`: one global batch on 1, 2, 4 and 8 ranks, its traffic against the least that FSDP and EP can send.
+"""`python -m benchmarks.scaling`: one global batch on 1, 2, 4 and 8 ranks, its traffic against the
+least that FSDP and EP can send.
 
-Real gloo ranks train one small model with the engine's trainer, in float32. In the second step each counts the bytes that every collective
-brings it from other ranks, and the storages alive. Writes docs/scaling.md and benchmarks/results/scaling.json.
+Real gloo ranks train one small model with the engine's trainer, in float32. In the second step each
+counts the bytes that every collective
+brings it from other ranks, and the storages alive. Writes docs/scaling.md and
+benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -68,26 +71,61 @@ class Case:
 
     def step(self, self_conditioning: float) -> StepShape:
         """Return one rank's share of the global batch, in one forward."""
-        share, canvas, start = BATCH // self.ranks, MODEL["canvas"], (PREFIX + CLEAN - MODEL["canvas"]) // 2  # blocks drawn evenly
-        return StepShape(self.ranks, self.ep, share, 1, CLEAN, canvas, True, self_conditioning, chosen_start=start)
+        share, canvas, start = (
+            BATCH // self.ranks,
+            MODEL["canvas"],
+            (PREFIX + CLEAN - MODEL["canvas"]) // 2,
+        )  # blocks drawn evenly
+        return StepShape(
+            self.ranks,
+            self.ep,
+            share,
+            1,
+            CLEAN,
+            canvas,
+            True,
+            self_conditioning,
+            chosen_start=start,
+        )
 
     def config(self, self_conditioning: float) -> RunConfig:
-        train = {"method": self.method, "steps": 2, "global_batch_size": BATCH, "precision": "float32", "activation_checkpointing": True}
-        tree = {"name": "scaling", "seed": SEED, "data": {"source": "none"}, "train": train, "parallel": {"ep": self.ep}}
-        return parse_config(tree | {"objective": {"self_conditioning_probability": self_conditioning}})
+        train = {
+            "method": self.method,
+            "steps": 2,
+            "global_batch_size": BATCH,
+            "precision": "float32",
+            "activation_checkpointing": True,
+        }
+        tree = {
+            "name": "scaling",
+            "seed": SEED,
+            "data": {"source": "none"},
+            "train": train,
+            "parallel": {"ep": self.ep},
+        }
+        return parse_config(
+            tree | {"objective": {"self_conditioning_probability": self_conditioning}}
+        )
 
     def __str__(self) -> str:
         return f"{self.method}, {self.ranks} / {self.ep}"
 
 
-CASES = [Case(method, ranks, ep) for ranks, degrees in DEGREES.items() for method in METHODS for ep in degrees]
+CASES = [
+    Case(method, ranks, ep)
+    for ranks, degrees in DEGREES.items()
+    for method in METHODS
+    for ep in degrees
+]
 
 
 def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> dict[str, float]:
-    """Return the bytes that a rank must receive in an optimizer step, on average, by collective (see docs/scaling.md).
+    """Return the bytes that a rank must receive in an optimizer step, on average, by collective
+    (see docs/scaling.md).
 
     Args:
-        pass_1: how often the layers are used for self-conditioning in a micro-batch: 1 if any example of it is denoised twice.
+        pass_1: how often the layers are used for self-conditioning in a micro-batch: 1 if any
+            example of it is denoised twice.
     """
     apart = step.ep > 1
     spread = [weight for weight in architecture.weights if apart and weight.expert]
@@ -96,55 +134,102 @@ def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> d
     all_ranks, some_ranks = 1 - 1 / step.world_size, (1 - 1 / step.efsdp) / step.ep
 
     def uses(weights: list[Weight]) -> float:
-        """Elements gathered: every layer once a pass, but the last one's at hand where the backward pass begins."""
-        layers = [sum(weight.numel for weight in weights if weight.layer == index) for index in range(len(architecture.layers))]
+        """Elements gathered: every layer once a pass, but the last one's at hand where the backward
+        pass begins.
+        """
+        layers = [
+            sum(weight.numel for weight in weights if weight.layer == index)
+            for index in range(len(architecture.layers))
+        ]
         return (2 + pass_1) * sum(layers) - layers[-1]
 
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
-    passes = 2 + flops.recomputed_share(architecture, step) + step.self_conditioning * flops.self_conditioning_share(step)
+    passes = (
+        2
+        + flops.recomputed_share(architecture, step)
+        + step.self_conditioning * flops.self_conditioning_share(step)
+    )
     crossings = 2 * passes  # there and back
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
-        ROOT_GATHER: forwards * c * all_ranks * sum(weight.numel for weight in shared if weight.layer is None),
-        REDUCE: forwards * FLOAT * all_ranks * sum(weight.numel for weight in shared if weight.trained),
+        ROOT_GATHER: (
+            forwards
+            * c
+            * all_ranks
+            * sum(weight.numel for weight in shared if weight.layer is None)
+        ),
+        REDUCE: (
+            forwards * FLOAT * all_ranks * sum(weight.numel for weight in shared if weight.trained)
+        ),
         EXPERTS_GATHER: forwards * c * some_ranks * uses(spread),
-        EXPERTS_REDUCE: forwards * FLOAT * some_ranks * sum(weight.numel for weight in spread if weight.trained),
+        EXPERTS_REDUCE: (
+            forwards * FLOAT * some_ranks * sum(weight.numel for weight in spread if weight.trained)
+        ),
         EXCHANGE: forwards * c * (1 - 1 / step.ep) * crossings * rows * architecture.hidden,
     }
 
 
 def remote_ranks(experts: int, experts_per_token: int, ep: int) -> float:
-    """Other ranks among those of a token's K experts, expected for K experts drawn evenly: rows it would send if each went once a rank."""
-    return (ep - 1) * (1 - math.comb(experts - experts // ep, experts_per_token) / math.comb(experts, experts_per_token))
+    """Other ranks among those of a token's K experts, expected for K experts drawn evenly: rows it
+    would send if each went once a rank.
+    """
+    return (ep - 1) * (
+        1
+        - math.comb(experts - experts // ep, experts_per_token)
+        / math.comb(experts, experts_per_token)
+    )
 
 
 def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning: float) -> None:
-    """Run two optimizer steps of every case on this rank, counting the second; results go to `folder`."""
+    """Run two optimizer steps of every case on this rank, counting the second; results go to
+    `folder`.
+    """
     for case in cases:
         started = time.monotonic()
-        config, described_model = case.config(self_conditioning), read_model_config(ground / "model")
+        config, described_model = (
+            case.config(self_conditioning),
+            read_model_config(ground / "model"),
+        )
         model = build_model(config, described_model)
         shard_model(model, ParallelDims(case.ranks // case.ep, case.ep).build_meshes("cpu"), config)
         load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
-        sizes = {"canvas_length": MODEL["canvas"], "vocab_size": MODEL["vocabulary"], "eos_token_id": 1}
+        sizes = {
+            "canvas_length": MODEL["canvas"],
+            "vocab_size": MODEL["vocabulary"],
+            "eos_token_id": 1,
+        }
         data = TrainingDataset(ground / "data", **sizes, seed=SEED, objective=config.objective)
         trainer = Trainer(config, model, data, Checkpoints(folder / "none", config, ""), None, None)
         records = [trainer.train_step()]
-        states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
-        traffic = Traffic([local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)])
+        states = [
+            value
+            for state in trainer.optimizer.state.values()
+            for value in state.values()
+            if value.ndim
+        ]
+        traffic = Traffic(
+            [local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)]
+        )
         shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks)
         own = [position for forward in shares for position in forward[dist.get_rank()]]
-        has_coin = any(draw_self_conditioning(SEED, position, self_conditioning) for position in own)
+        has_coin = any(
+            draw_self_conditioning(SEED, position, self_conditioning) for position in own
+        )
         for layer in model.model.decoder.layers if case.ep > 1 else ():
             traffic.watch_routing(layer.experts, has_coin)
         with traffic.watching():
             records.append(trainer.train_step())
-        result = {name: getattr(traffic, name) for name in ("received_by_kind", "gathers", "needed", "peak", "held")} | {
+        result = {
+            name: getattr(traffic, name)
+            for name in ("received_by_kind", "gathers", "needed", "peak", "held")
+        } | {
             "has_coin": has_coin,
             "losses": [record["loss"] for record in records],
             "norms": [record["grad_norm"] for record in records],
         }
-        (folder / f"{case}-{dist.get_rank()}.json".replace(" / ", "-")).write_text(json.dumps(result), encoding="utf-8")
+        (folder / f"{case}-{dist.get_rank()}.json".replace(" / ", "-")).write_text(
+            json.dumps(result), encoding="utf-8"
+        )
         if dist.get_rank() == 0:
             say("scaling", f"{case}: {time.monotonic() - started:.1f} s")
 
@@ -152,25 +237,43 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
 def make_ground(folder: Path) -> Path:
     """Write a checkpoint and a prepared data set of one global batch, all examples of one length."""
     write_synthetic(folder / "model", described(**MODEL))
-    tokens = torch.randint(5, MODEL["vocabulary"], (BATCH, CLEAN), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [{"input_ids": row, "prefix_length": PREFIX, "complete": True, "id": str(index)} for index, row in enumerate(tokens)]
+    tokens = torch.randint(
+        5, MODEL["vocabulary"], (BATCH, CLEAN), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    rows = [
+        {"input_ids": row, "prefix_length": PREFIX, "complete": True, "id": str(index)}
+        for index, row in enumerate(tokens)
+    ]
     for part in ("train", "validation"):
         Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
     return folder
 
 
-def collect(folder: Path, case: Case, architecture: Architecture, self_conditioning: float) -> dict[str, Any]:
+def collect(
+    folder: Path, case: Case, architecture: Architecture, self_conditioning: float
+) -> dict[str, Any]:
     """Return a case's row: its ranks' counts, the plan and the bound."""
-    found = [json.loads((folder / f"{case}-{rank}.json".replace(" / ", "-")).read_text(encoding="utf-8")) for rank in range(case.ranks)]
+    found = [
+        json.loads((folder / f"{case}-{rank}.json".replace(" / ", "-")).read_text(encoding="utf-8"))
+        for rank in range(case.ranks)
+    ]
     step = case.step(self_conditioning)
     totals = [sum(rank["received_by_kind"].values()) for rank in found]
     bound = lower_bound(architecture, step, pass_1=float(self_conditioning > 0))
     rows = sum(rank["needed"] for rank in found) / case.ranks
-    bound[EXCHANGE] = rows * architecture.hidden * architecture.compute_bytes  # of the experts that the router chose
-    peaks, planned = [rank["peak"] for rank in found], sum(peak(memory_timeline(architecture, step))[1].values())
+    bound[EXCHANGE] = (
+        rows * architecture.hidden * architecture.compute_bytes
+    )  # of the experts that the router chose
+    peaks, planned = (
+        [rank["peak"] for rank in found],
+        sum(peak(memory_timeline(architecture, step))[1].values()),
+    )
     return {
         "case": dataclasses.asdict(case),
-        "received": {kind: sum(rank["received_by_kind"][kind] for rank in found) / case.ranks for kind in KINDS},
+        "received": {
+            kind: sum(rank["received_by_kind"][kind] for rank in found) / case.ranks
+            for kind in KINDS
+        },
         "received_mean": sum(totals) / case.ranks,
         "received_most": max(totals),
         "planned": flops.count_bytes(architecture, step),
@@ -187,39 +290,80 @@ def collect(folder: Path, case: Case, architecture: Architecture, self_condition
 
 
 def released() -> list[dict[str, Any]]:
-    """Return the released model's steps by the same formulas: bfloat16, one example of 1,024 tokens per rank, p = 0.5."""
+    """Return the released model's steps by the same formulas: bfloat16, one example of 1,024 tokens
+    per rank, p = 0.5.
+    """
     rows = []
     for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
-        tree = {"name": "released", "data": {"source": "none"}, "train": {"method": method, "precision": "bfloat16"}}
+        tree = {
+            "name": "released",
+            "data": {"source": "none"},
+            "train": {"method": method, "precision": "bfloat16"},
+        }
         architecture = read_architecture(parse_config(tree), SHIPPED_CONFIG)
-        step = StepShape(ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5)
-        planned, bound = flops.count_bytes(architecture, step), lower_bound(architecture, step, flops.any_self_conditioning_share(step))
+        step = StepShape(
+            ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5
+        )
+        planned, bound = (
+            flops.count_bytes(architecture, step),
+            lower_bound(architecture, step, flops.any_self_conditioning_share(step)),
+        )
         most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank
-        once = remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most if most else 0.0
-        rows.append({"case": dataclasses.asdict(Case(method, ranks, ep)), "planned": planned, "bound": bound, "once_per_rank": once})
+        once = (
+            remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most
+            if most
+            else 0.0
+        )
+        rows.append(
+            {
+                "case": dataclasses.asdict(Case(method, ranks, ep)),
+                "planned": planned,
+                "bound": bound,
+                "once_per_rank": once,
+            }
+        )
     return rows
 
 
 def main() -> int:
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}  # ranks that spin while they wait starve each other
+    os.environ |= {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
+    }  # ranks that spin while they wait starve each other
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
         ground = make_ground(Path(scratch) / "ground")
         for ranks in DEGREES:
             cases = [case for case in CASES if case.ranks == ranks]
             run_ranks(rank_steps, ranks, Path(scratch), ground, cases, 0.5)
-            rows += [collect(Path(scratch), case, read_architecture(case.config(0.5), ground / "model"), 0.5) for case in cases]
+            rows += [
+                collect(
+                    Path(scratch), case, read_architecture(case.config(0.5), ground / "model"), 0.5
+                )
+                for case in cases
+            ]
     alone = {row["case"]["method"]: row for row in rows if row["case"]["ranks"] == 1}
     for row in rows:
         for name in ("losses", "norms"):
             pairs = zip(row[name], alone[row["case"]["method"]][name], strict=True)
             row[f"{name}_difference"] = max(abs(found / expected - 1) for found, expected in pairs)
-        say("scaling", f"{Case(**row['case'])}: {row['ratio']:.3f} x the bound, loss off by {row['losses_difference']:.0e}")
+        say(
+            "scaling",
+            f"{Case(**row['case'])}: {row['ratio']:.3f} x the bound, loss off by"
+            f" {row['losses_difference']:.0e}",
+        )
     of_released = released()
     write_result("scaling", {"model": MODEL, "seed": SEED, "cases": rows, "released": of_released})
     PAGE.write_text(page(rows, of_released, machine()), encoding="utf-8")
     say("scaling", f"{PAGE.relative_to(ROOT)} written, {time.monotonic() - started:.0f} s")
-    return int(not all(row["ratio"] <= BOUND and row["losses_difference"] <= EQUAL and row["off_plan"] <= PLANNED for row in rows))
+    return int(
+        not all(
+            row["ratio"] <= BOUND
+            and row["losses_difference"] <= EQUAL
+            and row["off_plan"] <= PLANNED
+            for row in rows
+        )
+    )
 
 
 def weight_share(hidden: int, compute_bytes: int) -> float:
@@ -227,17 +371,32 @@ def weight_share(hidden: int, compute_bytes: int) -> float:
     return FLOAT / (2 * hidden * compute_bytes)
 
 
-def page(rows: list[dict[str, Any]], of_released: list[dict[str, Any]], here: dict[str, Any]) -> str:
+def page(
+    rows: list[dict[str, Any]], of_released: list[dict[str, Any]], here: dict[str, Any]
+) -> str:
     """Return docs/scaling.md.
 
     Args:
         here: the machine of the results, as `measure.machine` describes it.
     """
     several, m = [row for row in rows if row["case"]["ranks"] > 1], MODEL
-    over = [f"{Case(**row['case'])} ({row['ratio']:.3f})" for row in several if row["ratio"] > BOUND]
-    verdict = f"above {BOUND} in {'; '.join(over)}, for the reasons below" if over else f"within {BOUND} everywhere"
-    wide, loss, memory = several[-1], max(row["losses_difference"] for row in rows), max(row["off_plan"] for row in rows)
-    first, last = (sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name) for i in (0, m["layers"] - 1))
+    over = [
+        f"{Case(**row['case'])} ({row['ratio']:.3f})" for row in several if row["ratio"] > BOUND
+    ]
+    verdict = (
+        f"above {BOUND} in {'; '.join(over)}, for the reasons below"
+        if over
+        else f"within {BOUND} everywhere"
+    )
+    wide, loss, memory = (
+        several[-1],
+        max(row["losses_difference"] for row in rows),
+        max(row["off_plan"] for row in rows),
+    )
+    first, last = (
+        sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name)
+        for i in (0, m["layers"] - 1)
+    )
     along = wide["bound"][EXCHANGE] * weight_share(m["hidden"], FLOAT)
     idle = wide["received"][EXCHANGE] - wide["bound"][EXCHANGE] - along
     return f"""# Scaling: communication and memory per rank
@@ -317,27 +476,52 @@ choice, drawn evenly.
 
 def _total(row: dict[str, Any]) -> str:
     sizes = (row["received_mean"], sum(row["planned"].values()), sum(row["bound"].values()))
-    cells = " | ".join(f"{size / 1e6:.2f}" for size in sizes) + f" | {row['ratio']:.3f} | {row['received_most'] / 1e6:.2f}"
-    return f"| {Case(**row['case'])} | {cells} | {row['losses_difference']:.0e} | {row['norms_difference']:.0e} |"
+    cells = (
+        " | ".join(f"{size / 1e6:.2f}" for size in sizes)
+        + f" | {row['ratio']:.3f} | {row['received_most'] / 1e6:.2f}"
+    )
+    return (
+        f"| {Case(**row['case'])} | {cells} | {row['losses_difference']:.0e} |"
+        f" {row['norms_difference']:.0e} |"
+    )
 
 
 def _by_kind(row: dict[str, Any]) -> str:
     pairs = [(row["received"][kind] / 1e6, row["bound"].get(kind, 0) / 1e6) for kind in KINDS]
-    return f"| {Case(**row['case'])} | {' | '.join(f'{found:.2f} / {bound:.2f}' if found else '-' for found, bound in pairs)} |"
+    return (
+        f"| {Case(**row['case'])} |"
+        f" {' | '.join(f'{found:.2f} / {bound:.2f}' if found else '-' for found, bound in pairs)} |"
+    )
 
 
 def _memory(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    one = next(other for other in rows if other["case"] == dataclasses.asdict(Case(row["case"]["method"], 1, 1)))
-    peaks = " | ".join(f"{row[name] / 1e6:.1f}" for name in ("peak_bytes", "peak_bytes_most", "planned_peak_bytes"))
+    one = next(
+        other
+        for other in rows
+        if other["case"] == dataclasses.asdict(Case(row["case"]["method"], 1, 1))
+    )
+    peaks = " | ".join(
+        f"{row[name] / 1e6:.1f}" for name in ("peak_bytes", "peak_bytes_most", "planned_peak_bytes")
+    )
     share = f"{row['held_bytes'] / 1e6:.1f} | {row['held_bytes'] / one['held_bytes']:.3f}"
-    return f"| {Case(**row['case'])} | {share} | {peaks} | {row['peak_bytes'] / row['planned_peak_bytes']:.3f} |"
+    return (
+        f"| {Case(**row['case'])} | {share} | {peaks} |"
+        f" {row['peak_bytes'] / row['planned_peak_bytes']:.3f} |"
+    )
 
 
 def _released(row: dict[str, Any]) -> str:
     planned, bound = sum(row["planned"].values()), sum(row["bound"].values())
-    rows = [row["planned"][EXCHANGE], row["bound"][EXCHANGE], row["bound"][EXCHANGE] * row["once_per_rank"]]
+    rows = [
+        row["planned"][EXCHANGE],
+        row["bound"][EXCHANGE],
+        row["bound"][EXCHANGE] * row["once_per_rank"],
+    ]
     cells = " | ".join(f"{size / 1e9:.2f}" if size else "-" for size in rows)
-    return f"| {Case(**row['case'])} | {planned / 1e9:.2f} | {bound / 1e9:.2f} | {planned / bound:.3f} | {cells} |"
+    return (
+        f"| {Case(**row['case'])} | {planned / 1e9:.2f} | {bound / 1e9:.2f} | {planned / bound:.3f}"
+        f" | {cells} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""`python -m benchmarks.step [SHAPE ...]`: our step against the plain one, on the same weights, batch and draws.
+"""`python -m benchmarks.step [SHAPE ...]`: our step against the plain one, on the same weights,
+batch and draws.
 
-Per shape: median seconds, memory above weights and gradients, FLOPs that ran and FLOPs that the loss needs, and how far loss and
+Per shape: median seconds, memory above weights and gradients, FLOPs that ran and FLOPs that the
+loss needs, and how far loss and
 gradients are apart. One process, two threads, float32. Writes benchmarks/results/step.json.
 """
 
@@ -39,7 +41,11 @@ THREADS = 2
 GOALS = {"all blocks": (3.0, 4.0), "chosen block": (1.7, 3.0)}  # times faster, times less memory
 EXACT, EFFICIENT = 1e-5, 0.45
 # By train.activation_checkpointing; a recipe's default is the last.
-OURS: dict[str, Checkpointing] = {"ours": False, "ours, selective": "selective", "ours, checkpointed": True}
+OURS: dict[str, Checkpointing] = {
+    "ours": False,
+    "ours, selective": "selective",
+    "ours, checkpointed": True,
+}
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,32 @@ SHAPES = {
     "short": Shape("short answers: one block each", _BASE, ((192, 64),) * 4),
     "long": Shape("a long answer: eight blocks", _BASE, ((512, 512),)),
     "longest": Shape("a longer one: S 2,048, sixteen blocks", _BASE, ((1024, 1024),), rounds=2),
-    "vocabulary": Shape("the released model's vocabulary", _BASE | {"vocabulary": 262144}, ((192, 64),) * 2, rounds=2),
+    "vocabulary": Shape(
+        "the released model's vocabulary",
+        _BASE | {"vocabulary": 262144},
+        ((192, 64),) * 2,
+        rounds=2,
+    ),
     "experts": Shape("128 experts", _BASE | {"experts": 128}, ((256, 256),) * 2),
-    "ragged": Shape("lengths from 64 to 1,024", _BASE, ((48, 16), (64, 64), (96, 100), (160, 96), (300, 84), (600, 424)), rounds=2),
+    "ragged": Shape(
+        "lengths from 64 to 1,024",
+        _BASE,
+        ((48, 16), (64, 64), (96, 100), (160, 96), (300, 84), (600, 424)),
+        rounds=2,
+    ),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}")
-    parser.add_argument("--rounds", type=int, help="timed runs of each side; default: 2 or 3 by shape")
+    parser = argparse.ArgumentParser(
+        "benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="timed runs of each side; default: 2 or 3 by shape"
+    )
     chosen = parser.parse_args()
     if unknown := set(chosen.shapes) - set(SHAPES):
         parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
@@ -80,15 +102,22 @@ def main() -> int:
     for name in chosen.shapes or SHAPES:
         shape = SHAPES[name]
         rows[name] = measure(dataclasses.replace(shape, rounds=chosen.rounds or shape.rounds))
-        rate = max(rate, matmul_rate())  # the best that was seen: an efficiency is not flattered by a slow moment
+        rate = max(
+            rate, matmul_rate()
+        )  # the best that was seen: an efficiency is not flattered by a slow moment
         say("step", f"{name}: {described_row(rows[name])}")
     for name, row in rows.items():
-        row["efficiency"] = {side: row["flops_needed"] / seconds / rate for side, seconds in row["seconds"].items()}
+        row["efficiency"] = {
+            side: row["flops_needed"] / seconds / rate for side, seconds in row["seconds"].items()
+        }
         of_sides = ", ".join(f"{side} {value:.0%}" for side, value in row["efficiency"].items())
         say("step", f"{name}: of {rate / 1e9:.0f} GFLOP/s: {of_sides}")
     summary = {
         ours: {
-            plain: {quantity: _geometric([row[ours][plain][quantity] for row in rows.values()]) for quantity in ("faster", "leaner")}
+            plain: {
+                quantity: _geometric([row[ours][plain][quantity] for row in rows.values()])
+                for quantity in ("faster", "leaner")
+            }
             for plain in GOALS
         }
         for ours in OURS
@@ -96,32 +125,51 @@ def main() -> int:
     for ours, by_plain in summary.items():
         for plain, (faster, leaner) in GOALS.items():
             found = by_plain[plain]
-            ratios = f"{found['faster']:.2f}x faster (goal {faster}), {found['leaner']:.2f}x leaner (goal {leaner})"
+            ratios = (
+                f"{found['faster']:.2f}x faster (goal {faster}), {found['leaner']:.2f}x leaner"
+                f" (goal {leaner})"
+            )
             say("step", f"{ours} against {plain}: {ratios}")
     if not chosen.shapes:
-        write_result("step", {"matmul_flops_per_second": rate, "shapes": rows, "geometric_mean": summary})
+        write_result(
+            "step", {"matmul_flops_per_second": rate, "shapes": rows, "geometric_mean": summary}
+        )
     best = summary["ours"]
-    met = all(best[plain]["faster"] >= goal[0] and best[plain]["leaner"] >= goal[1] for plain, goal in GOALS.items())
+    met = all(
+        best[plain]["faster"] >= goal[0] and best[plain]["leaner"] >= goal[1]
+        for plain, goal in GOALS.items()
+    )
     exact = all(row["gradient_difference"] < EXACT for row in rows.values())
-    return int(not (met and exact and all(row["efficiency"]["ours"] >= EFFICIENT for row in rows.values())))
+    return int(
+        not (met and exact and all(row["efficiency"]["ours"] >= EFFICIENT for row in rows.values()))
+    )
 
 
 def measure(shape: Shape) -> dict[str, Any]:
     """Measure all figures of a shape."""
     model_config = shape.config()
     config = parse_config(
-        {"name": "bench", "data": {"source": "none"}, "train": {"method": "full", "precision": "float32"}, "parallel": {"ep": 1}}
+        {
+            "name": "bench",
+            "data": {"source": "none"},
+            "train": {"method": "full", "precision": "float32"},
+            "parallel": {"ep": 1},
+        }
     )
     torch.manual_seed(0)
     stock = DiffusionGemmaForBlockDiffusion(model_config)
     with torch.no_grad():
         for layer in stock.model.decoder.layers:
-            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)  # attention has scale 1: else it is ill-conditioned
+            layer.self_attn.q_norm.weight.mul_(
+                layer.self_attn.head_dim**-0.5
+            )  # attention has scale 1: else it is ill-conditioned
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         stock.save_pretrained(folder)
         model_config.save_pretrained(folder)
-        ours = build_model(config, copy.deepcopy(model_config))  # it writes its own kinds of attention and experts there
+        ours = build_model(
+            config, copy.deepcopy(model_config)
+        )  # it writes its own kinds of attention and experts there
         load_weights(ours, CheckpointReader(folder), torch.device("cpu"), config.seed)
         architecture = read_architecture(config, folder)
     for name, parameter in stock.named_parameters():
@@ -134,10 +182,10 @@ def measure(shape: Shape) -> dict[str, Any]:
         "chosen block": PlainBatch.of(examples, draws, window, all_blocks=False),
     }
     sides: dict[str, Callable[[], torch.Tensor]] = {
-        name: (lambda checkpointing=checkpointing: our_step(ours, examples, draws, checkpointing))  # type: ignore[misc]
+        name: lambda checkpointing=checkpointing: our_step(ours, examples, draws, checkpointing)  # type: ignore[misc]
         for name, checkpointing in OURS.items()
     }
-    sides |= {name: (lambda batch=batch: plain_step(stock, batch)) for name, batch in plain.items()}  # type: ignore[misc]
+    sides |= {name: lambda batch=batch: plain_step(stock, batch) for name, batch in plain.items()}  # type: ignore[misc]
 
     loss = {name: float(sides[name]()) for name in ("ours", "chosen block")}
     difference = gradient_difference(ours, stock)
@@ -164,17 +212,29 @@ def measure(shape: Shape) -> dict[str, Any]:
         "gradient_difference": difference,
     }
     for side in OURS:
-        result[side] = {name: {"faster": seconds[name] / seconds[side], "leaner": memory[name] / memory[side]} for name in GOALS}
+        result[side] = {
+            name: {"faster": seconds[name] / seconds[side], "leaner": memory[name] / memory[side]}
+            for name in GOALS
+        }
     return result
 
 
 def our_step(
-    model: WeightTiedDiffusionGemma, examples: list[Example], draws: list[NoiseSample], checkpointing: Checkpointing
+    model: WeightTiedDiffusionGemma,
+    examples: list[Example],
+    draws: list[NoiseSample],
+    checkpointing: Checkpointing,
 ) -> torch.Tensor:
     """Forward and backward of a batch as the trainer does it, packing included."""
     batch = pack(examples, draws)
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
-    loss, _, _ = losses(model, batch, weights, any_self_conditioned=any(batch.self_conditioned), checkpointing=checkpointing)
+    loss, _, _ = losses(
+        model,
+        batch,
+        weights,
+        any_self_conditioned=any(batch.self_conditioned),
+        checkpointing=checkpointing,
+    )
     loss.backward()
     return loss.detach()
 
@@ -186,9 +246,14 @@ def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> tor
     return loss.detach()
 
 
-def gradient_difference(ours: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion) -> float:
+def gradient_difference(
+    ours: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion
+) -> float:
     """|ours - plain| / |plain| over the gradients of all weights together."""
-    expected = {name.replace("model.encoder.language_model.", "model.decoder."): p.grad for name, p in stock.named_parameters()}
+    expected = {
+        name.replace("model.encoder.language_model.", "model.decoder."): p.grad
+        for name, p in stock.named_parameters()
+    }
     off = total = 0.0
     for name, parameter in ours.named_parameters():
         if parameter.grad is not None:
@@ -200,7 +265,9 @@ def gradient_difference(ours: WeightTiedDiffusionGemma, stock: DiffusionGemmaFor
 
 
 def made_examples(shape: Shape) -> tuple[list[Example], list[NoiseSample]]:
-    """Random tokens; every second example is denoised twice, beginning with the first; the block in the middle is chosen."""
+    """Random tokens; every second example is denoised twice, beginning with the first; the block in
+    the middle is chosen.
+    """
     generator = torch.Generator().manual_seed(3)
     canvas, vocabulary = shape.model["canvas"], shape.model["vocabulary"]
     examples, draws = [], []
@@ -218,14 +285,20 @@ def made_examples(shape: Shape) -> tuple[list[Example], list[NoiseSample]]:
             self_conditioning_probability=0.5,
         )
         examples.append(example)
-        draws.append(dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0))
+        draws.append(
+            dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0)
+        )
     return examples, draws
 
 
 def described_row(row: dict[str, Any]) -> str:
     def side(name: str) -> str:
         found = row[name]
-        ratios = ", ".join(f"{found[plain]['faster']:.2f}x faster and {found[plain]['leaner']:.2f}x leaner than {plain}" for plain in GOALS)
+        ratios = ", ".join(
+            f"{found[plain]['faster']:.2f}x faster and {found[plain]['leaner']:.2f}x leaner than"
+            f" {plain}"
+            for plain in GOALS
+        )
         size = f"{row['seconds'][name]:.2f} s, {row['extra_memory_bytes'][name] / 1e6:.0f} MB"
         return f"{name}: {size}, {ratios}"
 

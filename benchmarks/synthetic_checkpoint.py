@@ -1,6 +1,8 @@
-"""`python -m benchmarks.synthetic_checkpoint DIR [--gb 5]`: a DiffusionGemma of any size with the 26B model's proportions.
+"""`python -m benchmarks.synthetic_checkpoint DIR [--gb 5]`: a DiffusionGemma of any size with the
+26B model's proportions.
 
-Seeded random bfloat16 values in the Hub's layout, with index, vision tower and encoder scalars; written tensor by tensor.
+Seeded random bfloat16 values in the Hub's layout, with index, vision tower and encoder scalars;
+written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -33,15 +35,22 @@ _VISION = {
 }
 
 
-def described(layers: int, hidden: int = 1024, experts: int = 128, vocabulary: int = 65536, canvas: int = 64) -> DiffusionGemmaConfig:
-    """Return a config with the released proportions: dense MLP 3/4, experts 1/4 of hidden, five sliding layers to a full one."""
+def described(
+    layers: int, hidden: int = 1024, experts: int = 128, vocabulary: int = 65536, canvas: int = 64
+) -> DiffusionGemmaConfig:
+    """Return a config with the released proportions: dense MLP 3/4, experts 1/4 of hidden, five
+    sliding layers to a full one.
+    """
     head = hidden // 8
     text = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": hidden * 3 // 4,
         "num_hidden_layers": layers,
-        "layer_types": ["full_attention" if index % 6 == 5 or index == layers - 1 else "sliding_attention" for index in range(layers)],
+        "layer_types": [
+            "full_attention" if index % 6 == 5 or index == layers - 1 else "sliding_attention"
+            for index in range(layers)
+        ],
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": head,
@@ -52,7 +61,9 @@ def described(layers: int, hidden: int = 1024, experts: int = 128, vocabulary: i
         "top_k_experts": 8,
         "moe_intermediate_size": hidden // 4,
     }
-    return DiffusionGemmaConfig(text_config=text, vision_config=_VISION, canvas_length=canvas, dtype="bfloat16")
+    return DiffusionGemmaConfig(
+        text_config=text, vision_config=_VISION, canvas_length=canvas, dtype="bfloat16"
+    )
 
 
 def described_by_size(gigabytes: float) -> DiffusionGemmaConfig:
@@ -73,7 +84,9 @@ def checkpoint_specs(config: DiffusionGemmaConfig) -> Specs:
     return {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
 
 
-def write_synthetic(folder: Path, config: DiffusionGemmaConfig, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
+def write_synthetic(
+    folder: Path, config: DiffusionGemmaConfig, seed: int = 0, shard_bytes: int = SHARD_BYTES
+) -> int:
     """Write a checkpoint of random values; memory is one tensor. Returns its bytes."""
     specs = checkpoint_specs(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,17 +99,25 @@ def write_synthetic(folder: Path, config: DiffusionGemmaConfig, seed: int = 0, s
             written += value.nbytes
             if time.monotonic() - shown > _SHOWN_SECONDS:
                 shown = time.monotonic()
-                print(f"synthetic checkpoint: {written / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+                print(
+                    f"synthetic checkpoint: {written / 1e9:.1f} of {total / 1e9:.1f} GB",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return total
 
 
 def synthetic_value(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Return a tensor of the checkpoint: random weights, norms and scales of one."""
-    if name.endswith("q_norm.weight"):  # attention has scale 1: with unit q_norm its softmax would be one-hot
+    if name.endswith(
+        "q_norm.weight"
+    ):  # attention has scale 1: with unit q_norm its softmax would be one-hot
         return torch.full(shape, shape[0] ** -0.5, dtype=torch.bfloat16)
     if "norm" in name or "scale" in name or name.endswith("layer_scalar"):
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, _STD, generator=weight_generator(seed, name))
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(
+        0, _STD, generator=weight_generator(seed, name)
+    )
 
 
 def _bytes(specs: Specs) -> int:

@@ -1,4 +1,6 @@
-"""What collectives bring a rank from other ranks, counted at c10d as a step runs, with what is alive meanwhile."""
+"""What collectives bring a rank from other ranks, counted at c10d as a step runs, with what is
+alive meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ KINDS = (LAYERS_GATHER, ROOT_GATHER, REDUCE, EXPERTS_GATHER, EXPERTS_REDUCE, EXC
 
 
 class Traffic(LiveBytes):
-    """What is alive, and what each collective brings from other ranks; a collective that it does not know is an error."""
+    """What is alive, and what each collective brings from other ranks; a collective that it does
+    not know is an error.
+    """
 
     def __init__(self, held: list[torch.Tensor]) -> None:
         super().__init__(held)
@@ -36,7 +40,9 @@ class Traffic(LiveBytes):
         self.needed = 0  # rows that have to cross to or from other ranks' experts
         self._kind = ""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace == "c10d":
             kind, count = self._brought(func.__name__.split(".")[0], args)
@@ -44,13 +50,17 @@ class Traffic(LiveBytes):
         return out
 
     def watch_routing(self, experts: Any, has_coin: bool) -> None:
-        """Count at a layer's router the rows that need another rank's experts: there and back, and the gradients in a forward pass."""
+        """Count at a layer's router the rows that need another rank's experts: there and back, and
+        the gradients in a forward pass.
+        """
         group: dist.ProcessGroup = experts.ep_group
 
         def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             away = int((inputs[1] // (experts.num_experts // group.size()) != group.rank()).sum())
             in_backward = torch._C._current_graph_task_id() >= 0  # recomputed
-            self.needed += away * (2 if in_backward else 4 if torch.is_grad_enabled() else 2 * has_coin)
+            self.needed += away * (
+                2 if in_backward else 4 if torch.is_grad_enabled() else 2 * has_coin
+            )
 
         experts.register_forward_pre_hook(before)
 
@@ -63,19 +73,36 @@ class Traffic(LiveBytes):
             resize(storage, size)
             self.resized(storage)
 
-        gathers, reductions = (EXPERTS_GATHER, LAYERS_GATHER, ROOT_GATHER), (EXPERTS_REDUCE, REDUCE, REDUCE)
+        gathers, reductions = (
+            (EXPERTS_GATHER, LAYERS_GATHER, ROOT_GATHER),
+            (
+                EXPERTS_REDUCE,
+                REDUCE,
+                REDUCE,
+            ),
+        )
         with (
             mock.patch.object(torch.UntypedStorage, "resize_", resize_),
-            mock.patch.object(fsdp, "foreach_all_gather", self._told(fsdp.foreach_all_gather, gathers)),
+            mock.patch.object(
+                fsdp, "foreach_all_gather", self._told(fsdp.foreach_all_gather, gathers)
+            ),
             mock.patch.object(fsdp, "foreach_reduce", self._told(fsdp.foreach_reduce, reductions)),
             self,
         ):
             yield
 
-    def _told(self, function: Callable[..., Any], kinds: tuple[str, str, str]) -> Callable[..., Any]:
+    def _told(
+        self, function: Callable[..., Any], kinds: tuple[str, str, str]
+    ) -> Callable[..., Any]:
         def told(parameters: list[Any], *args: Any, **kwargs: Any) -> Any:
             names = [parameter._param_fqn for parameter in parameters]
-            part = 0 if all(".experts." in name for name in names) else 1 if ".layers." in names[0] else 2
+            part = (
+                0
+                if all(".experts." in name for name in names)
+                else 1
+                if ".layers." in names[0]
+                else 2
+            )
             self._kind = kinds[part]
             if "gather" in self._kind:
                 self.gathers[names[0]] += 1
@@ -84,9 +111,13 @@ class Traffic(LiveBytes):
         return told
 
     def _brought(self, operation: str, args: tuple) -> tuple[str, float]:
-        """Return the kind of a collective, and the bytes it receives by definition, whatever its algorithm."""
+        """Return the kind of a collective, and the bytes it receives by definition, whatever its
+        algorithm.
+        """
         if operation == "allreduce_":
-            return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * (1 - 1 / dist.ProcessGroup.unbox(args[1]).size())
+            return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * (
+                1 - 1 / dist.ProcessGroup.unbox(args[1]).size()
+            )
         output, given = args[:2]
         group = dist.ProcessGroup.unbox(args[2])
         if operation in ("_allgather_base_", "_reduce_scatter_base_"):
@@ -94,5 +125,7 @@ class Traffic(LiveBytes):
         if operation == "alltoall_base_":
             whole = args[3] or [len(output) // group.size()] * group.size()
             others = sum(whole) - whole[group.rank()]
-            return EXCHANGE if output.is_floating_point() else SMALL, others * output[:1].nbytes if len(output) else 0
+            return EXCHANGE if output.is_floating_point() else SMALL, (
+                others * output[:1].nbytes if len(output) else 0
+            )
         raise RuntimeError(f"{operation}: a collective that the benchmark cannot count")

@@ -11,7 +11,8 @@ _HINT_PREFIX = "  hint: "
 
 
 class UserError(Exception):
-    """A mistake in the input, not in the program: shown as its message and hint, never as a traceback.
+    """A mistake in the input, not in the program: shown as its message and hint, never as a
+    traceback.
 
     Args:
         message: names the file, row or key, what was found and what was expected, for example
@@ -28,13 +29,17 @@ class UserError(Exception):
 
 
 def format_error(error: UserError) -> str:
-    """Return the text that a command prints for an error: its message and, on a separate line, its hint."""
+    """Return the text that a command prints for an error: its message and, on a separate line, its
+    hint.
+    """
     hint = f"\n{_HINT_PREFIX}{error.hint}" if error.hint else ""
     return f"{ERROR_PREFIX}{error}{hint}"
 
 
 def parse_error(output: str) -> UserError | None:
-    """Find the last error that a command logged in its output, as text or as a JSON event; None if there is none."""
+    """Find the last error that a command logged in its output, as text or as a JSON event; None if
+    there is none.
+    """
     _, mark, text = output.rpartition(ERROR_PREFIX)
     if mark:
         message, _, hint = text.partition(f"\n{_HINT_PREFIX}")
@@ -48,7 +53,9 @@ def parse_error(output: str) -> UserError | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return a library's error text on one line, at most 300 characters; its type's name if it has no text."""
+    """Return a library's error text on one line, at most 300 characters; its type's name if it has
+    no text.
+    """
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
 
 

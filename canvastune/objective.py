@@ -1,6 +1,7 @@
 """The two losses of a step from hidden states, in chunks: no [rows, V] tensor outlives its chunk.
 
-Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V vocabulary, r rows of a
+Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V
+vocabulary, r rows of a
 chunk.
 """
 
@@ -18,8 +19,10 @@ from canvastune.data.packing import PackedBatch
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.tied_embedding import SharedGradBuffer, accumulate_gradients
 
-# Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and updates its gradient, which
-# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in tiles that fit its caches.
+# Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and
+# updates its gradient, which
+# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in
+# tiles that fit its caches.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 LossWeights = tuple[float | torch.Tensor, float | torch.Tensor]
@@ -28,18 +31,26 @@ _SATURATED = 40.0  # 2x above which tanh(x) is 1 in float32
 
 
 def losses(
-    model: WeightTiedDiffusionGemma, batch: PackedBatch, weights: LossWeights, *, any_self_conditioned: bool, checkpointing: Checkpointing
+    model: WeightTiedDiffusionGemma,
+    batch: PackedBatch,
+    weights: LossWeights,
+    *,
+    any_self_conditioned: bool,
+    checkpointing: Checkpointing,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the loss of a packed batch; call it through `model.run_under_fsdp`.
 
     Args:
-        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and `encoder_loss_weight` / its
+        weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and
+            `encoder_loss_weight` / its
             count; numbers, or tensors [] on the device, which need no synchronization.
-        any_self_conditioned: whether any rank has a self-conditioned example: then all ranks run the self-conditioning
+        any_self_conditioned: whether any rank has a self-conditioned example: then all ranks run
+            the self-conditioning
             pass, since their collectives must match.
 
     Returns:
-        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain sums of
+        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain
+        sums of
         cross-entropy, without.
     """
     table, cap = model.lm_head.weight, model.final_logit_softcapping
@@ -48,7 +59,9 @@ def losses(
         signal = _self_conditioning_signal(model, batch, gradient) if any_self_conditioned else None
         packing = model.packing(batch)
         canvas = model.embed_canvas(batch.canvas, signal)
-        clean_hidden, canvas_hidden = model.hidden_states(batch, canvas, packing, checkpointing=checkpointing)
+        clean_hidden, canvas_hidden = model.hidden_states(
+            batch, canvas, packing, checkpointing=checkpointing
+        )
     canvas_rows = len(batch.canvas_targets)
     hidden = torch.cat([canvas_hidden, clean_hidden[batch.next_rows]])
     targets = torch.cat([batch.canvas_targets, batch.next_targets])
@@ -58,39 +71,67 @@ def losses(
     return loss, each[:canvas_rows].sum(), each[canvas_rows:].sum()
 
 
-def _self_conditioning_signal(model: WeightTiedDiffusionGemma, batch: PackedBatch, gradient: SharedGradBuffer | None) -> torch.Tensor:
-    """Run the self-conditioning pass: denoise the chosen examples from a zero signal -> [M, H], zero for the others.
+def _self_conditioning_signal(
+    model: WeightTiedDiffusionGemma, batch: PackedBatch, gradient: SharedGradBuffer | None
+) -> torch.Tensor:
+    """Run the self-conditioning pass: denoise the chosen examples from a zero signal -> [M, H],
+    zero for the others.
 
     A rank without such an example takes part with two padding tokens, for the collectives only.
     """
     used = any(batch.self_conditioned)
-    twice, rows = batch.select(list(batch.self_conditioned)) if used else (_padding_batch(batch), batch.clean[:0])
+    twice, rows = (
+        batch.select(list(batch.self_conditioned))
+        if used
+        else (_padding_batch(batch), batch.clean[:0])
+    )
     twice = twice.before_blocks()
     packing = model.packing(twice)
     with torch.no_grad():
-        _, hidden = model.hidden_states(twice, model.embed_canvas(twice.canvas, None), packing, checkpointing=False)
+        _, hidden = model.hidden_states(
+            twice, model.embed_canvas(twice.canvas, None), packing, checkpointing=False
+        )
     signal = hidden.new_zeros(len(batch.canvas), hidden.shape[1])
     if not used:
         return signal
     scale = model.model.decoder.embed_tokens.embed_scale.to(hidden.dtype)
-    soft = _SoftEmbedding.apply(hidden, model.lm_head.weight, model.final_logit_softcapping, gradient) * scale
+    soft = (
+        _SoftEmbedding.apply(hidden, model.lm_head.weight, model.final_logit_softcapping, gradient)
+        * scale
+    )
     return signal.index_copy(0, rows, soft)
 
 
 def _padding_batch(batch: PackedBatch) -> PackedBatch:
     """Return a batch of one clean token and one canvas token."""
-    one = {name: getattr(batch, name)[:1] for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")}
+    one = {
+        name: getattr(batch, name)[:1]
+        for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")
+    }
     none = {name: getattr(batch, name)[:0] for name in ("next_rows", "next_targets")}
-    lengths: dict[str, Any] = dict.fromkeys(("clean_lengths", "canvas_lengths", "block_starts"), (1,))
-    return replace(batch, **one, **none, **lengths, self_condition=batch.self_condition[:1], self_conditioned=(False,), row_keys=None)
+    lengths: dict[str, Any] = dict.fromkeys(
+        ("clean_lengths", "canvas_lengths", "block_starts"), (1,)
+    )
+    return replace(
+        batch,
+        **one,
+        **none,
+        **lengths,
+        self_condition=batch.self_condition[:1],
+        self_conditioned=(False,),
+        row_keys=None,
+    )
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum_r weight_r * CE(softcap(hidden_r . E^T), target_r), and each row's CE without gradient.
 
-    The gradients are computed together with the logits in the forward pass, chunk by chunk, so that no logit is computed
-    twice or kept. With t = tanh(logit / cap), the softmax's terms are e^(cap t): they are bounded, so no maximum needs
-    to be subtracted. The gradient of a logit is weight * (softmax - onehot) * (1 - t^2); factors that are constant over
+    The gradients are computed together with the logits in the forward pass, chunk by chunk, so that
+    no logit is computed
+    twice or kept. With t = tanh(logit / cap), the softmax's terms are e^(cap t): they are bounded,
+    so no maximum needs
+    to be subtracted. The gradient of a logit is weight * (softmax - onehot) * (1 - t^2); factors
+    that are constant over
     a row are applied to the row's other operand.
     """
 
@@ -109,7 +150,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
         rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
-        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)  # gradients of a chunk's logits
+        kept = hidden.new_empty(
+            len(table) * rows_at_once, dtype=torch.float32
+        )  # gradients of a chunk's logits
         for start in range(0, len(hidden), rows_at_once):
             part = hidden[start : start + rows_at_once]
             rows = slice(start, start + len(part))
@@ -145,12 +188,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (each * weights).sum(), each
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, upstream: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, table_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = hidden_grad * upstream
         if table_grad is not None:
-            table_grad = table_grad.mul_(upstream).to(ctx.table_dtype)  # in place: a second backward pass is refused
+            table_grad = table_grad.mul_(upstream).to(
+                ctx.table_dtype
+            )  # in place: a second backward pass is refused
             if ctx.gradient is not None:
                 ctx.gradient.sum = table_grad
                 table_grad = ctx.gradient.release()
@@ -160,11 +207,18 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 class _SoftEmbedding(torch.autograd.Function):
     """softmax(softcap(hidden . E^T)) @ E without keeping probabilities: [R, H], [V, H] -> [R, H].
 
-    The probabilities are detached (no gradient reaches `hidden`); E receives its gradient through the product only.
+    The probabilities are detached (no gradient reaches `hidden`); E receives its gradient through
+    the product only.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, cap: float, gradient: SharedGradBuffer | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        table: torch.Tensor,
+        cap: float,
+        gradient: SharedGradBuffer | None,
+    ) -> torch.Tensor:
         totals = hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
         sums = torch.zeros_like(hidden, dtype=torch.float32)
         for rows, columns, terms in _softmax_tiles(hidden, table, cap):
@@ -193,7 +247,10 @@ class _SoftEmbedding(torch.autograd.Function):
 
 
 def softmax_terms(
-    hidden: torch.Tensor, table: torch.Tensor, cap: float, into: tuple[torch.Tensor, torch.Tensor] | None = None
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    cap: float,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the softmax's terms in float32.
 
@@ -206,14 +263,22 @@ def softmax_terms(
         tanh(logits / cap) [v, r], e^(cap * tanh) [v, r] and its sum over v [r].
     """
     if cap > _MAX_CAP:
-        raise ValueError(f"final_logit_softcapping is {cap}: expected at most {_MAX_CAP}, so that e^cap can be summed in float32")
+        raise ValueError(
+            f"final_logit_softcapping is {cap}: expected at most {_MAX_CAP}, so that e^cap can be"
+            " summed in float32"
+        )
     empty = hidden.new_empty(0, dtype=torch.float32)
-    tanh, terms = into or (empty.new_empty(len(table), len(hidden)), empty.new_empty(len(table), len(hidden)))
+    tanh, terms = into or (
+        empty.new_empty(len(table), len(hidden)),
+        empty.new_empty(len(table), len(hidden)),
+    )
     if hidden.dtype == torch.float32:
         torch.mm(table, hidden.T, out=tanh)
     else:
         tanh.copy_(table @ hidden.T)
-    if hidden.device.type == "cpu":  # tanh x = (e^2x - 1) / (e^2x + 1): as accurate as the library's, in half the time
+    if (
+        hidden.device.type == "cpu"
+    ):  # tanh x = (e^2x - 1) / (e^2x + 1): as accurate as the library's, in half the time
         tanh.mul_(2 / cap).clamp_(max=_SATURATED).expm1_()
         tanh.div_(torch.add(tanh, 2, out=terms))
     else:
@@ -222,19 +287,29 @@ def softmax_terms(
     return tanh, terms, terms.sum(dim=0)
 
 
-def _softmax_tiles(hidden: torch.Tensor, table: torch.Tensor, cap: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def _softmax_tiles(
+    hidden: torch.Tensor, table: torch.Tensor, cap: float
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Yield rows, columns, and the softmax's terms [columns, rows] there."""
     rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
     for start in range(0, len(hidden), rows_at_once):
         part = hidden[start : start + rows_at_once]
         for columns, tanh, terms in _tiles(len(part), table, None):
-            yield slice(start, start + len(part)), columns, softmax_terms(part, table[columns], cap, (tanh, terms))[1]
+            yield (
+                slice(start, start + len(part)),
+                columns,
+                softmax_terms(part, table[columns], cap, (tanh, terms))[1],
+            )
 
 
-def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield tiles of a chunk's logits: columns and two float32 buffers [columns, rows], the second within `kept` if given.
+def _tiles(
+    rows: int, table: torch.Tensor, kept: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield tiles of a chunk's logits: columns and two float32 buffers [columns, rows], the second
+    within `kept` if given.
 
-    A tile stays in a CPU's caches while it is processed, and matmuls with the table are faster with the tile's rows in
+    A tile stays in a CPU's caches while it is processed, and matmuls with the table are faster with
+    the tile's rows in
     the last dimension. On a GPU the chunk is one tile.
     """
     vocabulary = len(table)
@@ -243,7 +318,11 @@ def _tiles(rows: int, table: torch.Tensor, kept: torch.Tensor | None) -> Iterato
     for start in range(0, vocabulary, width):
         columns = slice(start, min(vocabulary, start + width))
         size = rows * (columns.stop - start)
-        second = scratch[rows * width : rows * width + size] if kept is None else kept[rows * start : rows * start + size]
+        second = (
+            scratch[rows * width : rows * width + size]
+            if kept is None
+            else kept[rows * start : rows * start + size]
+        )
         yield columns, scratch[:size].view(-1, rows), second.view(-1, rows)
 
 
@@ -264,7 +343,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Return how many rows have their logits alive at once."""
-    rows = min(_MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary) if device == "cpu" else GPU_CHUNK_ELEMENTS // vocabulary
+    rows = (
+        min(_MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+        if device == "cpu"
+        else GPU_CHUNK_ELEMENTS // vocabulary
+    )
     return max(1, rows)
 
 

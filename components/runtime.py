@@ -1,4 +1,5 @@
-"""Run the body of a step in its process: read its config, record it in MLflow, and report its error.
+"""Run the body of a step in its process: read its config, record it in MLflow, and report its
+error.
 
 Apart from `decorator`, because Kubeflow's executor runs without `kfp.dsl.component`.
 """

@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     0: done; 1: refused or failed, with the reason on standard error; 130: interrupted."""
     options = build_parser().parse_args(arguments)
     configure_logging(getattr(options, "log_format", "text"))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the run's processes too
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # SIGTERM ends the run's processes too
     try:
         return COMMANDS[options.command](options) or 0
     except UserError as error:
@@ -121,7 +123,9 @@ def _compile(options: argparse.Namespace) -> None:
         compile_pipeline(partial)
         partial.replace(out)
     except OSError as error:
-        raise UserError(f"-o {out}: cannot write ({error.strerror})", hint="Choose a file that you can write.") from None
+        raise UserError(
+            f"-o {out}: cannot write ({error.strerror})", hint="Choose a file that you can write."
+        ) from None
     finally:
         if partial.is_file():
             partial.unlink()
@@ -175,9 +179,13 @@ def _completion(options: argparse.Namespace) -> None:
         import shtab
     except ImportError:
         hint = "Install it: pip install 'canvastune[pipeline]'."
-        raise UserError("completion needs the package shtab, which is not installed", hint=hint) from None
+        raise UserError(
+            "completion needs the package shtab, which is not installed", hint=hint
+        ) from None
     parser = build_parser()
-    for action in (action for command in subcommands(parser).values() for action in command._actions):
+    for action in (
+        action for command in subcommands(parser).values() for action in command._actions
+    ):
         if action.type is Path or action.dest == "recipe":
             setattr(action, "complete", shtab.FILE)  # noqa: B010
     print(shtab.complete(parser, shell=options.shell))

@@ -1,4 +1,5 @@
-"""`python -m tools.durations REPORT`: write tests/durations.json from a JUnit report of `pytest --junitxml=REPORT`.
+"""`python -m tools.durations REPORT`: write tests/durations.json from a JUnit report of `pytest
+--junitxml=REPORT`.
 
 The tests start with the files that took longest, so that parallel processes finish together.
 """
@@ -31,7 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser("tools.durations", description=__doc__)
     parser.add_argument("report", type=Path, help="JUnit XML that pytest wrote")
     options = parser.parse_args()
-    DURATIONS.write_text(json.dumps(seconds_by_file(options.report), indent=2) + "\n", encoding="utf-8")
+    DURATIONS.write_text(
+        json.dumps(seconds_by_file(options.report), indent=2) + "\n", encoding="utf-8"
+    )
     print(f"{DURATIONS.relative_to(ROOT)} written")
     return 0
 

@@ -81,7 +81,7 @@ def steps_done(output: Path) -> int:
 
 
 def complete(output: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Return the steps of the complete checkpoints."""
     return sorted(
         int(marker.parent.name.removeprefix("step-"))
         for marker in output.glob("checkpoints/step-*/complete.json")
@@ -116,7 +116,7 @@ def phase_of(output: Path, before: set[tuple[Path, int]]) -> str:
 
 
 def _mark_of(output: Path) -> tuple[int, int] | None:
-    """Changes when an attempt writes its first record."""
+    """Return a value that changes when an attempt writes its first record."""
     file = output / "metrics.jsonl"
     return (file.stat().st_ino, file.stat().st_size) if file.exists() else None
 

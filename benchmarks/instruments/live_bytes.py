@@ -1,4 +1,6 @@
-"""One rank's step in one process: what it holds, tensor by tensor, and what it would receive from other ranks."""
+"""One rank's step in one process: what it holds, tensor by tensor, and what it would receive from
+other ranks.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class LiveBytes(TorchDispatchMode):
             self._see(tensor)
         self.held = self.now
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if "allgather_base" in str(func):
             self.received["all-gather"] += args[0].nbytes - args[1].nbytes
@@ -72,7 +76,9 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def lone_rank(world_size: int) -> Iterator[None]:
-    """Rank 0 of a world whose other ranks do not exist: collectives take and give memory, and bring nothing."""
+    """Rank 0 of a world whose other ranks do not exist: collectives take and give memory, and bring
+    nothing.
+    """
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         yield
@@ -80,19 +86,34 @@ def lone_rank(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def sharded_model(config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int) -> WeightTiedDiffusionGemma:
+def sharded_model(
+    config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int
+) -> WeightTiedDiffusionGemma:
     """Build the engine's model on the meta device, sharded over the world of one simulated rank."""
     model = build_model(config, model_config)
-    shard_model(model, ParallelDims(world_size // config.parallel.ep, config.parallel.ep).build_meshes("cpu"), config)
+    shard_model(
+        model,
+        ParallelDims(world_size // config.parallel.ep, config.parallel.ep).build_meshes("cpu"),
+        config,
+    )
     return model
 
 
-def measure(monkeypatch: pytest.MonkeyPatch, config: RunConfig, model_config: DiffusionGemmaConfig, step: StepShape) -> LiveBytes:
-    """Run the forwards and backwards of one optimizer step, with the optimizer state allocated; the values are arbitrary."""
+def measure(
+    monkeypatch: pytest.MonkeyPatch,
+    config: RunConfig,
+    model_config: DiffusionGemmaConfig,
+    step: StepShape,
+) -> LiveBytes:
+    """Run the forwards and backwards of one optimizer step, with the optimizer state allocated; the
+    values are arbitrary.
+    """
     received: Counter[str] = Counter()
 
     def echo(output: torch.Tensor, rows: torch.Tensor, *_: object, **__: object) -> None:
-        """Return the rows as if every other rank sent what it receives: the experts get as many rows as the rank has."""
+        """Return the rows as if every other rank sent what it receives: the experts get as many
+        rows as the rank has.
+        """
         output.copy_(rows)
         if rows.is_floating_point():
             received["all-to-all"] += rows.nbytes * (step.ep - 1) // step.ep
@@ -104,7 +125,11 @@ def measure(monkeypatch: pytest.MonkeyPatch, config: RunConfig, model_config: Di
         for tensor in [*model.parameters(), *model.buffers()]:
             local_tensor(tensor.detach()).fill_(0.01)
         parameters = [local_tensor(parameter.detach()) for parameter in model.parameters()]
-        trained = [local_tensor(parameter.detach()) for parameter in model.parameters() if parameter.requires_grad]
+        trained = [
+            local_tensor(parameter.detach())
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ]
         states = [torch.zeros_like(tensor) for tensor in trained for _ in ("exp_avg", "exp_avg_sq")]
         live = LiveBytes([*parameters, *states])
         resize = torch.UntypedStorage.resize_
@@ -118,7 +143,11 @@ def measure(monkeypatch: pytest.MonkeyPatch, config: RunConfig, model_config: Di
             for _ in range(step.micro_steps):
                 any_self_conditioned = step.self_conditioning > 0
                 loss, _, _ = model.run_under_fsdp(
-                    losses, batch, (1.0, 1.0), any_self_conditioned=any_self_conditioned, checkpointing=step.checkpointing
+                    losses,
+                    batch,
+                    (1.0, 1.0),
+                    any_self_conditioned=any_self_conditioned,
+                    checkpointing=step.checkpointing,
                 )
                 loss.backward()
                 del loss
@@ -127,7 +156,9 @@ def measure(monkeypatch: pytest.MonkeyPatch, config: RunConfig, model_config: Di
 
 
 def batch_of(step: StepShape, vocabulary: int) -> PackedBatch:
-    """Examples of one length, all denoised twice if self-conditioning is on; the last block is the chosen one."""
+    """Examples of one length, all denoised twice if self-conditioning is on; the last block is the
+    chosen one.
+    """
     examples, clean, canvas = step.micro_batch, step.clean, step.canvas
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(examples * clean).view(examples, clean)
@@ -161,7 +192,9 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 
 def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
-    """[R, k] by [E, k, n], each row by one expert; or [m, R] by [R, n], summed over each expert's rows."""
+    """[R, k] by [E, k, n], each row by one expert; or [m, R] by [R, n], summed over each expert's
+    rows.
+    """
     return 2 * first[0] * first[1] * second[-1]
 
 
@@ -169,7 +202,8 @@ def _added(_: Any, first: Any, second: Any, *__: Any, **___: Any) -> int:
     return 2 * first[0] * first[1] * second[1]
 
 
-# What torch counts no FLOPs for: its CPU attention, the grouped matmul, and a product that is added in place.
+# What torch counts no FLOPs for: its CPU attention, the grouped matmul, and a product that is added
+# in place.
 CPU_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -12,21 +12,40 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported these once: fifteen seconds less for eight ranks on two cores.
-mp.get_context("forkserver").set_forkserver_preload(["canvastune.training.trainer", "tests.support.small"])
+# Ranks are forked from a server that has imported these once: fifteen seconds less for eight ranks
+# on two cores.
+mp.get_context("forkserver").set_forkserver_preload(
+    ["canvastune.training.trainer", "tests.support.small"]
+)
 
 
 def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *args: Any) -> None:
-    """Call `function(folder, *args)` on every rank of a fresh process group and wait for all; a failure on any rank is raised here."""
+    """Call `function(folder, *args)` on every rank of a fresh process group and wait for all; a
+    failure on any rank is raised here.
+    """
     meeting = folder / f"meeting-{function.__name__}-{world_size}"
-    mp.start_processes(_rank, args=(function, world_size, str(meeting), folder, args), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(
+        _rank,
+        args=(function, world_size, str(meeting), folder, args),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
 
 
-def _rank(rank: int, function: Callable[..., None], world_size: int, meeting: str, folder: Path, args: tuple) -> None:
+def _rank(
+    rank: int,
+    function: Callable[..., None],
+    world_size: int,
+    meeting: str,
+    folder: Path,
+    args: tuple,
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size
+    )
     try:
         function(folder, *args)
         dist.barrier()

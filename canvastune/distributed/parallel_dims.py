@@ -1,4 +1,5 @@
-"""How the ranks of a run divide into mesh dimensions, and whether a model and a batch divide over them.
+"""How the ranks of a run divide into mesh dimensions, and whether a model and a batch divide over
+them.
 
 The planner asks before anything is reserved, the trainer before it builds the model.
 """
@@ -30,7 +31,9 @@ class ParallelDims:
     ep: int  # ranks that the experts are divided over
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int, *, experts: int, hidden: int, expert_size: int) -> ParallelDims:
+    def of(
+        cls, config: RunConfig, world_size: int, *, experts: int, hidden: int, expert_size: int
+    ) -> ParallelDims:
         """Return the degrees that a recipe gives a number of ranks.
 
         Args:
@@ -49,10 +52,15 @@ class ParallelDims:
             ("the model's number of experts", experts),
         ):
             if count % ep:
-                divisors = [d for d in range(1, world_size + 1) if world_size % d == 0 and experts % d == 0]
+                divisors = [
+                    d for d in range(1, world_size + 1) if world_size % d == 0 and experts % d == 0
+                ]
                 raise UserError(
                     f"parallel.ep: found {ep}, which does not divide {name}, {count}",
-                    hint=f"Choose one of {', '.join(map(str, divisors))} for {world_size} ranks and {experts} experts.",
+                    hint=(
+                        f"Choose one of {', '.join(map(str, divisors))} for {world_size} ranks and"
+                        f" {experts} experts."
+                    ),
                 )
         dims = cls(efsdp=world_size // ep, ep=ep)
         has_expert_adapters = config.train.method == "lora" and config.lora.experts
@@ -60,14 +68,18 @@ class ParallelDims:
         for width in widths:
             if ep > 1 and width % dims.efsdp:
                 raise UserError(
-                    f"parallel.ep: found {ep}, which makes {world_size} ranks shard each expert over "
-                    f"{dims.efsdp}; that does not divide the expert's width {width}",
-                    hint=f"Choose an ep such that {world_size} / ep divides {widths[1]} and {widths[0]}.",
+                    f"parallel.ep: found {ep}, which makes {world_size} ranks shard each expert"
+                    f" over {dims.efsdp}; that does not divide the expert's width {width}",
+                    hint=(
+                        f"Choose an ep such that {world_size} / ep divides {widths[1]} and"
+                        f" {widths[0]}."
+                    ),
                 )
         if batch % (world_size * micro):
             nearest = max(1, round(batch / (world_size * micro))) * world_size * micro
             raise UserError(
-                f"train.global_batch_size: found {batch}, which does not divide over {world_size} ranks x {micro} examples per forward",
+                f"train.global_batch_size: found {batch}, which does not divide over {world_size}"
+                f" ranks x {micro} examples per forward",
                 hint=f"Try --set train.global_batch_size={nearest}, or another number of ranks.",
             )
         return dims
@@ -81,7 +93,8 @@ class ParallelDims:
 def expert_shard_dim(name: str) -> int:
     """Return the dimension of an expert parameter that is sharded over efsdp; dimension 0 is ep's.
 
-    Weights [E, out, in] and factors B [E, out, r] are sharded along their output, factors A [E, r, in]
+    Weights [E, out, in] and factors B [E, out, r] are sharded along their output, factors A [E, r,
+    in]
     along their input, so that efsdp need not divide the rank of the adapter.
     """
     return 2 if ".lora_A." in f".{name}" else 1

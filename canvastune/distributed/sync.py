@@ -31,7 +31,9 @@ def run_on_rank0(function: Callable[[], Result]) -> Result:
     return shared[0]
 
 
-def gather_results(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+def gather_results(
+    function: Callable[[], Result], group: dist.ProcessGroup | None = None
+) -> list[Result]:
     """Call a function on every rank and return all results, by rank, on every rank.
 
     Raises:

@@ -51,19 +51,31 @@ class RankRegistry:
             return None
         missing = sorted(set(range(self._world_size)) - set(locations))
         if not missing:
-            return f"the connection between ranks broke {activity}, and all ranks are still running: check the network"
-        return "; ".join(f"rank {rank} died {activity}: {self._last_error(rank)}" for rank in missing)
+            return (
+                f"the connection between ranks broke {activity}, and all ranks are still running:"
+                " check the network"
+            )
+        return "; ".join(
+            f"rank {rank} died {activity}: {self._last_error(rank)}" for rank in missing
+        )
 
     def hung_ranks(self, activity: str, frame: FrameType | None) -> str:
         """Describe the ranks that hang, for a rank whose main thread is in `frame`."""
         locations = self._answers(f"{activity}: {_stack_location(frame)}")
         absent = sorted(set(range(self._world_size)) - set(locations))
         if absent:
-            return f"rank {', '.join(map(str, absent))} does not respond: its process is stopped, or its node is down"
+            return (
+                f"rank {', '.join(map(str, absent))} does not respond: its process is stopped, or"
+                " its node is down"
+            )
         (usual, count), *_ = Counter(locations.values()).most_common(1)
         suspects = [rank for rank in sorted(locations) if _WAITING not in locations[rank]]
         if len(suspects) in (0, self._world_size):
-            suspects = [rank for rank in sorted(locations) if locations[rank] != usual or count == self._world_size]
+            suspects = [
+                rank
+                for rank in sorted(locations)
+                if locations[rank] != usual or count == self._world_size
+            ]
         described = "; ".join(f"rank {rank} is {locations[rank]}" for rank in suspects)
         return f"{described}; most ranks are {usual}"
 
@@ -78,7 +90,9 @@ class RankRegistry:
                         answers[rank] = self._store.get(f"standing/{rank}").decode()
                 time.sleep(0.1)
         except RuntimeError as error:
-            logger.warning("rank %d: the rendezvous store does not respond either: %s", self._rank, error)
+            logger.warning(
+                "rank %d: the rendezvous store does not respond either: %s", self._rank, error
+            )
         return answers
 
     def _last_error(self, rank: int) -> str:
@@ -91,7 +105,8 @@ class RankRegistry:
 class Watchdog:
     """End this process when its main thread hangs, and name the rank that hangs.
 
-    A collective waits for its last rank, so one rank that hangs stops all of them, and none can tell
+    A collective waits for its last rank, so one rank that hangs stops all of them, and none can
+    tell
     from inside a collective which one is missing. A thread on each rank can.
     """
 
@@ -104,7 +119,9 @@ class Watchdog:
         self._last, self.activity = time.monotonic(), "at its start"
         self._closed = threading.Event()
         main_thread = threading.get_ident()
-        threading.Thread(target=self._watch, args=(main_thread,), name="watchdog", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(main_thread,), name="watchdog", daemon=True
+        ).start()
 
     def heartbeat(self, activity: str) -> None:
         """Record progress, and what the main thread does next (`in step 12`)."""

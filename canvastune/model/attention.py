@@ -1,9 +1,12 @@
-"""Attention over a packed batch: clean rows are causal; canvas rows see the prefix, earlier blocks and their own block.
+"""Attention over a packed batch: clean rows are causal; canvas rows see the prefix, earlier blocks
+and their own block.
 
-Each example attends by itself, so nothing is padded, and the keys that a canvas sees are contiguous, so it needs no mask.
+Each example attends by itself, so nothing is padded, and the keys that a canvas sees are
+contiguous, so it needs no mask.
 `canvastune.model.flex_attention` is the alternative for `train.attention: flex`.
 
-Shape letters: S and C clean and canvas length of an example, N and M their sums over the batch, A query heads, G key and value
+Shape letters: S and C clean and canvas length of an example, N and M their sums over the batch, A
+query heads, G key and value
 heads, D head size.
 """
 
@@ -30,10 +33,16 @@ class Packing:
 
     clean_lengths: tuple[int, ...]  # S of each example
     canvas_lengths: tuple[int, ...]  # C of each example
-    prefix_slices: dict[str, tuple[slice, ...]]  # layer type -> clean positions of each example that its canvas sees
-    clean_masks: dict[str, torch.Tensor | None]  # layer type -> bool[S, S] for the longest example; None: causal
+    prefix_slices: dict[
+        str, tuple[slice, ...]
+    ]  # layer type -> clean positions of each example that its canvas sees
+    clean_masks: dict[
+        str, torch.Tensor | None
+    ]  # layer type -> bool[S, S] for the longest example; None: causal
     window: int  # positions that a row of a sliding layer sees, where `clean_masks` has a mask
-    row_keys: torch.Tensor | None = None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
+    row_keys: torch.Tensor | None = (
+        None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
+    )
 
     @property
     def clean_rows(self) -> int:
@@ -43,28 +52,42 @@ class Packing:
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
-        # Only what precedes the block, never its own clean tokens. On sliding layers, the last window - 1 positions
-        # before the block's start, the same for each of its rows: what block-by-block inference keeps in its cache.
+        # Only what precedes the block, never its own clean tokens. On sliding layers, the last
+        # window - 1 positions
+        # before the block's start, the same for each of its rows: what block-by-block inference
+        # keeps in its cache.
         full = tuple(slice(0, start) for start in batch.block_starts)
-        sliding = tuple(slice(max(0, start - (sliding_window - 1)), start) for start in batch.block_starts)
+        sliding = tuple(
+            slice(max(0, start - (sliding_window - 1)), start) for start in batch.block_starts
+        )
         mask = _sliding_causal(max(batch.clean_lengths), sliding_window)
         return cls(
             clean_lengths=batch.clean_lengths,
             canvas_lengths=batch.canvas_lengths,
             prefix_slices={"full_attention": full, "sliding_attention": sliding},
-            clean_masks={"full_attention": None, "sliding_attention": None if mask is None else mask.to(batch.clean.device)},
+            clean_masks={
+                "full_attention": None,
+                "sliding_attention": None if mask is None else mask.to(batch.clean.device),
+            },
             window=sliding_window,
             row_keys=batch.row_keys,
         )
 
-    def attend(self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attend in a layer of this type: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1, A, N+M, D]."""
+    def attend(
+        self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend in a layer of this type: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1,
+        A, N+M, D].
+        """
         options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
         mask, prefixes = self.clean_masks[kind], self.prefix_slices[kind]
         lengths = [*self.clean_lengths, *self.canvas_lengths]
         queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
         examples = len(prefixes)
-        clean = [_causal(*rows, mask, self.window, options) for rows in zip(queries[:examples], keys, values, strict=False)]
+        clean = [
+            _causal(*rows, mask, self.window, options)
+            for rows in zip(queries[:examples], keys, values, strict=False)
+        ]
         canvas = [
             F.scaled_dot_product_attention(
                 queries[examples + index],
@@ -89,19 +112,32 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Implement transformers' attention interface: query [1, A, N+M, D], key and value [1, G, N+M, D] -> [1, N+M, A, D].
+    """Implement transformers' attention interface: query [1, A, N+M, D], key and value [1, G, N+M,
+    D] -> [1, N+M, A, D].
 
-    Without `packing` this is stock SDPA, which `generate()` needs; the encoder's calls (`write_cache`) are causal.
+    Without `packing` this is stock SDPA, which `generate()` needs; the encoder's calls
+    (`write_cache`) are causal.
     """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=write_cache, **kwargs)
-    return packing.attend(module.layer_type, query, key, value, module.scaling).transpose(1, 2), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, is_causal=write_cache, **kwargs
+        )
+    return (
+        packing.attend(module.layer_type, query, key, value, module.scaling).transpose(1, 2),
+        None,
+    )
 
 
 def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, window: int, options: dict[str, Any]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    window: int,
+    options: dict[str, Any],
 ) -> torch.Tensor:
-    """Attend over one example's clean rows: causally, and on a sliding layer of a long example within its window.
+    """Attend over one example's clean rows: causally, and on a sliding layer of a long example
+    within its window.
 
     The latter takes half a window of rows at a time, with all keys that any of them sees.
     """
@@ -114,7 +150,9 @@ def _causal(
         seen = slice(max(0, start - window + 1), stop)
         part_mask = mask[start:stop, seen]
         parts.append(
-            F.scaled_dot_product_attention(rows, key[:, :, seen], value[:, :, seen], attn_mask=part_mask, **options)
+            F.scaled_dot_product_attention(
+                rows, key[:, :, seen], value[:, :, seen], attn_mask=part_mask, **options
+            )
         )
     return torch.cat(parts, dim=2)
 
@@ -126,7 +164,10 @@ def _sliding_causal(length: int, window: int) -> torch.Tensor | None:
     return (column <= row) & (column > row - window)
 
 
-PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {"sdpa": Packing, "flex": FlexPacking}  # by `train.attention`
+PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {
+    "sdpa": Packing,
+    "flex": FlexPacking,
+}  # by `train.attention`
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 

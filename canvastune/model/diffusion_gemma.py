@@ -30,13 +30,17 @@ Result = TypeVar("Result")
 
 
 class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
-    """A DiffusionGemma whose encoder and decoder call one list of layers, one norm, one embedding and one rotary module.
+    """A DiffusionGemma whose encoder and decoder call one list of layers, one norm, one embedding
+    and one rotary module.
 
-    Every shared weight has one name, the decoder's. The vision tower is left out: text training never calls it, and its
+    Every shared weight has one name, the decoder's. The vision tower is left out: text training
+    never calls it, and its
     tensors are copied from checkpoint to checkpoint. Stock `generate()` works.
     """
 
-    def __init__(self, config: DiffusionGemmaConfig, packing: type[Packing] | type[FlexPacking] = Packing) -> None:
+    def __init__(
+        self, config: DiffusionGemmaConfig, packing: type[Packing] | type[FlexPacking] = Packing
+    ) -> None:
         """
         Args:
             packing: how the rows of a batch attend.
@@ -50,7 +54,9 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
         encoder.embed_vision = None
         for layer in decoder.layers:
             layer.__class__ = _SharedLayer
-            layer.self_attn.__class__ = _SharedAttention  # the decoder's own, and able to write the encoder's cache
+            layer.self_attn.__class__ = (
+                _SharedAttention  # the decoder's own, and able to write the encoder's cache
+            )
         decoder.embed_tokens.__class__ = SharedEmbedding
         make_memory_efficient(decoder)
         text = encoder.language_model
@@ -81,28 +87,48 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
         """
         decoder = self.model.decoder
         embedded = decoder.embed_tokens(canvas)
-        return decoder.self_conditioning(embedded, torch.zeros_like(embedded) if signal is None else signal)
+        return decoder.self_conditioning(
+            embedded, torch.zeros_like(embedded) if signal is None else signal
+        )
 
     def hidden_states(
-        self, batch: PackedBatch, canvas: torch.Tensor, packing: Packing | FlexPacking, *, checkpointing: Checkpointing
+        self,
+        batch: PackedBatch,
+        canvas: torch.Tensor,
+        packing: Packing | FlexPacking,
+        *,
+        checkpointing: Checkpointing,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the stack once over `[clean ; canvas]`.
 
         Args:
             canvas: [M, H] embedded canvas, self-conditioning applied.
-            checkpointing: which layers keep only their input and are recomputed in the backward pass.
+            checkpointing: which layers keep only their input and are recomputed in the backward
+                pass.
 
         Returns:
             The last hidden states of the clean rows [N, H] and of the canvas rows [M, H].
         """
         decoder = self.model.decoder
-        hidden = torch.cat([decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)])[None]
+        hidden = torch.cat(
+            [decoder.embed_tokens(batch.clean), canvas.to(decoder.embed_tokens.weight.dtype)]
+        )[None]
         positions = torch.cat([batch.clean_positions, batch.canvas_positions])[None]
-        rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in decoder.unique_layer_types}
+        rotary = {
+            kind: decoder.rotary_emb(hidden, positions, kind) for kind in decoder.unique_layer_types
+        }
         layer_types = self.config.text_config.layer_types
         for index, (layer, kind) in enumerate(zip(decoder.layers, layer_types, strict=True)):
             if is_recomputed(checkpointing, index):
-                hidden = checkpoint(_run_layer, layer, hidden, rotary[kind], packing, use_reentrant=False, preserve_rng_state=False)
+                hidden = checkpoint(
+                    _run_layer,
+                    layer,
+                    hidden,
+                    rotary[kind],
+                    packing,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 hidden = _run_layer(layer, hidden, rotary[kind], packing)
         hidden = decoder.norm(hidden)[0]
@@ -110,16 +136,28 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
 
 
 def _run_layer(
-    layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing | FlexPacking
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    packing: Packing | FlexPacking,
 ) -> torch.Tensor:
-    with keyed_dropout(packing.row_keys):  # inside, so that a recomputed layer drops the same inputs
-        return layer(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None, packing=packing)
+    with keyed_dropout(
+        packing.row_keys
+    ):  # inside, so that a recomputed layer drops the same inputs
+        return layer(
+            hidden,
+            position_embeddings=rotary,
+            attention_mask=None,
+            past_key_values=None,
+            packing=packing,
+        )
 
 
 class _SharedLayer(DiffusionGemmaDecoderTextLayer):
     """The stock layer with expert dispatch overlapped with the dense MLP under expert parallelism.
 
-    On one rank the operations run in the same order, so that gradients are summed in that order too.
+    On one rank the operations run in the same order, so that gradients are summed in that order
+    too.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -131,22 +169,30 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
         rows, sent = self.pre_feedforward_layernorm_2(tokens), None
         if moe.is_expert_parallel(self.experts):
             sent = moe.dispatch(self.experts, rows, index, weights)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(residual)))
+        dense = self.post_feedforward_layernorm_1(
+            self.mlp(self.pre_feedforward_layernorm(residual))
+        )
         if sent is not None:
             rows, weights = sent.wait()
-        routed = self.post_feedforward_layernorm_2(self.experts(rows, index, weights, sent=sent).view_as(residual))
+        routed = self.post_feedforward_layernorm_2(
+            self.experts(rows, index, weights, sent=sent).view_as(residual)
+        )
         out = residual + self.post_feedforward_layernorm(dense + routed)
         out *= self.layer_scalar  # in place, to keep the dtype: the scalar is float32
         return out
 
 
 class _EncoderView:
-    """A shared layer as the encoder calls it: causal, and it writes its keys and values to the cache."""
+    """A shared layer as the encoder calls it: causal, and it writes its keys and values to the
+    cache.
+    """
 
     def __init__(self, layer: DiffusionGemmaDecoderTextLayer) -> None:
         self._layer = layer
 
-    def __call__(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         written = None if past_key_values is None else _WrittenCache(past_key_values)
         return self._layer(*args, past_key_values=written, write_cache=True, **kwargs)
 
@@ -170,5 +216,7 @@ class _SharedAttention(DiffusionGemmaDecoderTextAttention):
 
 
 def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
-    """Return whether the backward pass recomputes a layer; `selective` recomputes every second one, from the first on."""
+    """Return whether the backward pass recomputes a layer; `selective` recomputes every second one,
+    from the first on.
+    """
     return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)

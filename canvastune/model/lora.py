@@ -1,6 +1,8 @@
-"""Adapters on the shared stack, one per shared weight, used for the encoder's and the decoder's rows alike.
+"""Adapters on the shared stack, one per shared weight, used for the encoder's and the decoder's
+rows alike.
 
-Linear layers carry PEFT's LoRA layers. Experts carry separate factors, which `model.moe` multiplies with: PEFT would add
+Linear layers carry PEFT's LoRA layers. Experts carry separate factors, which `model.moe` multiplies
+with: PEFT would add
 the update to every expert's weight in each forward pass.
 
 Shape letters: r rank, E experts.
@@ -28,14 +30,20 @@ from canvastune.noise import dropout_mask, dropout_module_key, weight_generator
 ADAPTER = "default"  # PEFT's name for the only adapter
 # Full names: bare ones would also match the vision tower and the self-conditioning block.
 TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # [E, out, in] each, in the order of the stock module
-_STRIDE = 16  # bytes: the grouped matmul needs strides that are multiples of it, and a row of B has r elements
+EXPERT_WEIGHTS = (
+    "gate_up_proj",
+    "down_proj",
+)  # [E, out, in] each, in the order of the stock module
+# bytes: the grouped matmul needs strides that are multiples of it, and a row of B has r elements
+_STRIDE = 16
 
 _ROW_KEYS: ContextVar[torch.Tensor | None] = ContextVar("row_keys", default=None)
 
 
 class ExpertFactors(nn.Module):
-    """One factor of each of a layer's expert weights: A [E, r, in] or B [E, out, r], on the device of the weights."""
+    """One factor of each of a layer's expert weights: A [E, r, in] or B [E, out, r], on the device
+    of the weights.
+    """
 
     def __init__(self, experts: Any, factor: str, rank: int) -> None:
         super().__init__()
@@ -47,7 +55,8 @@ class ExpertFactors(nn.Module):
 
 
 class CounterBasedDropout(nn.Module):
-    """Dropout whose mask depends only on the run's seed, the row's example and position, and the module's name.
+    """Dropout whose mask depends only on the run's seed, the row's example and position, and the
+    module's name.
 
     It is active inside `keyed_dropout`, and the identity elsewhere.
     """
@@ -57,11 +66,15 @@ class CounterBasedDropout(nn.Module):
         self.probability, self.key = probability, dropout_module_key(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero entries of x [..., rows, features] with `probability`, and divide the others by 1 - probability."""
+        """Zero entries of x [..., rows, features] with `probability`, and divide the others by 1 -
+        probability.
+        """
         rows = _ROW_KEYS.get()
         if rows is None or not self.training:
             return x
-        return x.masked_fill(dropout_mask(rows, x.shape[-1], self.key, self.probability), 0) * (1 / (1 - self.probability))
+        return x.masked_fill(dropout_mask(rows, x.shape[-1], self.key, self.probability), 0) * (
+            1 / (1 - self.probability)
+        )
 
 
 @contextlib.contextmanager
@@ -75,7 +88,8 @@ def keyed_dropout(row_keys: torch.Tensor | None) -> Iterator[None]:
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> None:
-    """Add an adapter to every targeted linear layer, and to the experts if the recipe says so, in place.
+    """Add an adapter to every targeted linear layer, and to the experts if the recipe says so, in
+    place.
 
     Args:
         model: on the meta device.
@@ -84,7 +98,13 @@ def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> 
     Raises:
         UserError: a LoRA rank that the grouped matmul does not support.
     """
-    peft_config = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS, bias="none", use_rslora=config.rslora)
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=TARGETS,
+        bias="none",
+        use_rslora=config.rslora,
+    )
     inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     for name, module in list(model.named_modules()):
         if config.dropout and isinstance(module, LoraLayer):
@@ -115,7 +135,9 @@ def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor
 
 
 def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Yield each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B [(E,) out, r]."""
+    """Yield each adapted weight's name in the checkpoint with its factors A [(E,) r, in] and B
+    [(E,) out, r].
+    """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         module, found, weight = name.partition(f".lora_A.{ADAPTER}.")
@@ -126,10 +148,13 @@ def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Param
 def _adapt_experts(experts: Any, config: LoraConfig, compute: torch.dtype) -> None:
     multiple = _STRIDE // compute.itemsize
     if config.rank % multiple:
-        dtype, next_rank = str(compute).removeprefix("torch."), -(-config.rank // multiple) * multiple
+        dtype, next_rank = (
+            str(compute).removeprefix("torch."),
+            -(-config.rank // multiple) * multiple,
+        )
         raise UserError(
-            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts in {dtype}, "
-            "since the grouped matmul of the experts needs aligned rows",
+            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts"
+            f" in {dtype}, since the grouped matmul of the experts needs aligned rows",
             hint=f"Try --set lora.rank={next_rank}.",
         )
     # The names that PEFT gives its layers' factors.

@@ -1,6 +1,8 @@
-"""Norms and gated MLPs that keep only their inputs for the backward pass, where autograd keeps every intermediate.
+"""Norms and gated MLPs that keep only their inputs for the backward pass, where autograd keeps
+every intermediate.
 
-A norm as transformers writes it keeps four tensors of its input's size, a gated activation three; both are cheap to
+A norm as transformers writes it keeps four tensors of its input's size, a gated activation three;
+both are cheap to
 recompute.
 
 Shape letters: T tokens, H hidden size, I size of a gated layer.
@@ -14,21 +16,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaRMSNorm, DiffusionGemmaText4MLP
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaRMSNorm,
+    DiffusionGemmaText4MLP,
+)
 
 
 def make_memory_efficient(model: nn.Module) -> None:
-    """Replace every stock norm and gated MLP by its memory-efficient form, in place; weights keep their names."""
+    """Replace every stock norm and gated MLP by its memory-efficient form, in place; weights keep
+    their names.
+    """
     for module in model.modules():
-        for stock, efficient in ((DiffusionGemmaRMSNorm, MemoryEfficientNorm), (DiffusionGemmaText4MLP, MemoryEfficientMLP)):
+        for stock, efficient in (
+            (DiffusionGemmaRMSNorm, MemoryEfficientNorm),
+            (DiffusionGemmaText4MLP, MemoryEfficientMLP),
+        ):
             if type(module) is stock:
                 module.__class__ = efficient
 
 
 def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """Return `function(*inputs)`, recomputing its cheap elementwise operations in the backward pass.
+    """Return `function(*inputs)`, recomputing its cheap elementwise operations in the backward
+    pass.
 
-    The function may call the `forward` of a module but not the module: hooks would see tensors outside the graph.
+    The function may call the `forward` of a module but not the module: hooks would see tensors
+    outside the graph.
     """
     return _Recomputed.apply(function, *inputs)
 
@@ -43,7 +55,9 @@ class MemoryEfficientNorm(DiffusionGemmaRMSNorm):
         return _Norm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalize with torch's fused norm, which on CUDA is one kernel each way and keeps as little."""
+        """Normalize with torch's fused norm, which on CUDA is one kernel each way and keeps as
+        little.
+        """
         weight = self.weight.to(hidden_states.dtype) if self.with_scale else None
         return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
 
@@ -53,12 +67,18 @@ class MemoryEfficientMLP(DiffusionGemmaText4MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., H] -> [..., H]."""
-        return self.down_proj(recomputed(lambda gate, up: self.act_fn.forward(gate) * up, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(
+            recomputed(
+                lambda gate, up: self.act_fn.forward(gate) * up, self.gate_proj(x), self.up_proj(x)
+            )
+        )
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(*inputs)
         ctx.function = function
         return function(*inputs)
@@ -66,15 +86,24 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
+        inputs = [
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         with torch.enable_grad():
             out = ctx.function(*inputs)
-        found = iter(torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], upstream))
+        found = iter(
+            torch.autograd.grad(
+                out, [tensor for tensor in inputs if tensor.requires_grad], upstream
+            )
+        )
         return None, *(next(found) if need else None for need in needed)
 
 
 class _Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; keeps x and one number per row."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; keeps x and one
+    number per row.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -87,7 +116,9 @@ class _Norm(torch.autograd.Function):
         return normed.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, inverse, weight = ctx.saved_tensors
         normed, gradient, weight_gradient = x.float() * inverse, upstream.float(), None
         if weight is not None:
@@ -97,4 +128,8 @@ class _Norm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, weight_gradient, None
         share = (gradient * normed).mean(-1, keepdim=True)
-        return torch.addcmul(gradient, normed, share, value=-1).mul_(inverse).to(x.dtype), weight_gradient, None
+        return (
+            torch.addcmul(gradient, normed, share, value=-1).mul_(inverse).to(x.dtype),
+            weight_gradient,
+            None,
+        )

@@ -1,6 +1,8 @@
-"""The mixture of experts as one sorted grouped matmul, with all-to-all dispatch under expert parallelism.
+"""The mixture of experts as one sorted grouped matmul, with all-to-all dispatch under expert
+parallelism.
 
-Shape letters: T tokens, K experts per token, E experts, L = E / ep experts of this rank, R rows that this rank's experts
+Shape letters: T tokens, K experts per token, E experts, L = E / ep experts of this rank, R rows
+that this rank's experts
 receive, H hidden size, I expert size, r rank of an adapter.
 """
 
@@ -30,7 +32,9 @@ class AllToAllPlan:
     receive: list[int]  # rows from each rank
     group: dist.ProcessGroup
     work: dist.Work | None = None
-    pending: tuple[torch.Tensor, torch.Tensor] | None = None  # gradients being sent, and their destination
+    pending: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # gradients being sent, and their destination
+    )
 
     def reverse(self) -> AllToAllPlan:
         """Return the plan of the opposite direction."""
@@ -60,17 +64,23 @@ def is_expert_parallel(module: Any) -> bool:
     return group is not None and group.size() > 1
 
 
-def dispatch(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> DispatchedTokens:
-    """Start sending each token's row and weight to the ranks of its experts; arguments as of `experts_forward`.
+def dispatch(
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> DispatchedTokens:
+    """Start sending each token's row and weight to the ranks of its experts; arguments as of
+    `experts_forward`.
 
-    Work done before `DispatchedTokens.wait` overlaps with the communication, and its backward pass with that of the
+    Work done before `DispatchedTokens.wait` overlaps with the communication, and its backward pass
+    with that of the
     gradients.
     """
     order, inverse, counts = _sort_by_expert(module, top_k_index)
     group: dist.ProcessGroup = module.ep_group
     ranks = group.size()
     received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)  # received[r * L + l]: rows from rank r for my expert l
+    dist.all_to_all_single(
+        received, counts, group=group
+    )  # received[r * L + l]: rows from rank r for my expert l
     send, receive = (numbers.view(ranks, -1).sum(1).tolist() for numbers in (counts, received))
     plans = AllToAllPlan(send, receive, group), AllToAllPlan(send, receive, group)
     rows = _AllToAllStart.apply(_DispatchedRows.apply(hidden, order, inverse), plans[0])
@@ -79,12 +89,17 @@ def dispatch(module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k
 
 
 def experts_forward(
-    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, sent: DispatchedTokens | None = None
+    module: Any,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    sent: DispatchedTokens | None = None,
 ) -> torch.Tensor:
     """Implement transformers' experts interface: hidden [T, H], index and weights [T, K] -> [T, H].
 
     Args:
-        sent: the dispatch started earlier, with experts on several ranks; `hidden` and `top_k_weights` are then what
+        sent: the dispatch started earlier, with experts on several ranks; `hidden` and
+            `top_k_weights` are then what
             was received.
     """
     if is_expert_parallel(module):
@@ -100,25 +115,39 @@ def experts_forward(
         out = _apply_experts(module, _DispatchedRows.apply(hidden, order, inverse), weights, counts)
     else:
         ends = _ends(counts)
-        gate_up = _DispatchedProduct.apply(hidden, local_tensor(module.gate_up_proj), order, inverse, ends)
+        gate_up = _DispatchedProduct.apply(
+            hidden, local_tensor(module.gate_up_proj), order, inverse, ends
+        )
         out = _gated_product(module, gate_up, weights, ends)
     return _CombinedRows.apply(out, order, inverse)
 
 
-def _sort_by_expert(module: Any, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sort_by_expert(
+    module: Any, top_k_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort rows by expert: index [T, K] -> order [T*K], its inverse [T, K], rows per expert [E]."""
     expert_of_row = top_k_index.flatten()
     order = torch.argsort(expert_of_row, stable=True)
-    return order, _inverse(order).view_as(top_k_index), torch.bincount(expert_of_row, minlength=module.num_experts)
+    return (
+        order,
+        _inverse(order).view_as(top_k_index),
+        torch.bincount(expert_of_row, minlength=module.num_experts),
+    )
 
 
-def _apply_experts(module: Any, rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Apply the experts to rows [R, H] sorted by expert, with routing weights [R, 1] and counts [L] -> [R, H]."""
+def _apply_experts(
+    module: Any, rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Apply the experts to rows [R, H] sorted by expert, with routing weights [R, 1] and counts [L]
+    -> [R, H].
+    """
     ends = _ends(counts)
     return _gated_product(module, _multiply(module, "gate_up_proj", rows, ends), weights, ends)
 
 
-def _gated_product(module: Any, gate_up: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _gated_product(
+    module: Any, gate_up: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """Gate, weight and project down: gate and up [R, 2I], routing weights [R, 1] -> [R, H].
 
     A row is weighted before the last projection, where it is narrowest.
@@ -136,29 +165,44 @@ def _ends(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Multiply rows [R, in], sorted by expert up to ends [L], by their experts' weights and adapters -> [R, out]."""
+    """Multiply rows [R, in], sorted by expert up to ends [L], by their experts' weights and
+    adapters -> [R, out].
+    """
     weight = local_tensor(getattr(module, name))
     rows = rows.to(weight.dtype)
     out = grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     if not hasattr(module, "lora_A"):
         return out
     a, b = (
-        local_tensor(getattr(factors[ADAPTER], name)).to(rows.dtype) for factors in (module.lora_A, module.lora_B)
+        local_tensor(getattr(factors[ADAPTER], name)).to(rows.dtype)
+        for factors in (module.lora_A, module.lora_B)
     )
     low = grouped_mm(rows, a.transpose(-2, -1), offs=ends) * module.lora_scale  # [R, r]
     return out.add_(grouped_mm(low, b.transpose(-2, -1), offs=ends))
 
 
-def _apply_to_dispatched(module: Any, rows: torch.Tensor, weights: torch.Tensor, sent: DispatchedTokens) -> torch.Tensor:
-    """Apply this rank's experts to the rows it received, and return the results in the order they were sent."""
+def _apply_to_dispatched(
+    module: Any, rows: torch.Tensor, weights: torch.Tensor, sent: DispatchedTokens
+) -> torch.Tensor:
+    """Apply this rank's experts to the rows it received, and return the results in the order they
+    were sent.
+    """
     plan = sent.plans[0]
     ranks = plan.group.size()
     # Rows arrive ordered by sender and then by expert; the grouped matmul takes them by expert.
-    expert = torch.arange(len(sent.received) // ranks, device=rows.device).repeat(ranks).repeat_interleave(sent.received)
+    expert = (
+        torch.arange(len(sent.received) // ranks, device=rows.device)
+        .repeat(ranks)
+        .repeat_interleave(sent.received)
+    )
     by_expert = torch.argsort(expert, stable=True)
     by_sender = _inverse(by_expert)
     rows, weights = (_PermutedTokens.apply(part, by_expert, by_sender) for part in (rows, weights))
-    out = _PermutedTokens.apply(_apply_experts(module, rows, weights, sent.received.view(ranks, -1).sum(0)), by_sender, by_expert)
+    out = _PermutedTokens.apply(
+        _apply_experts(module, rows, weights, sent.received.view(ranks, -1).sum(0)),
+        by_sender,
+        by_expert,
+    )
     return _AllToAll.apply(out, plan.reverse())
 
 
@@ -169,10 +213,14 @@ def _inverse(permutation: torch.Tensor) -> torch.Tensor:
 
 
 class _DispatchedRows(torch.autograd.Function):
-    """Each token's row K times, sorted by expert; the gradient is the sum of the K rows, in token order."""
+    """Each token's row K times, sorted by expert; the gradient is the sum of the K rows, in token
+    order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         return _dispatch(hidden, order, inverse)
 
@@ -182,7 +230,9 @@ class _DispatchedRows(torch.autograd.Function):
 
 
 class _DispatchedProduct(torch.autograd.Function):
-    """`_DispatchedRows`, then the grouped matmul with the experts' weight [E, out, H], without keeping the rows."""
+    """`_DispatchedRows`, then the grouped matmul with the experts' weight [E, out, H], without
+    keeping the rows.
+    """
 
     @staticmethod
     def forward(
@@ -193,7 +243,9 @@ class _DispatchedProduct(torch.autograd.Function):
         inverse: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, order, inverse, ends)
+        ctx.save_for_backward(
+            hidden if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
+        )
         rows = _dispatch(hidden, order, inverse).to(weight.dtype)
         return grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 
@@ -213,7 +265,9 @@ class _CombinedRows(torch.autograd.Function):
     """The sum of each token's K rows, in token order; the gradient is `_DispatchedRows`."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(order, inverse)
         return _combine(rows, inverse)
 
@@ -228,15 +282,21 @@ def _dispatch(hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) 
 
 
 def _combine(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Sum each token's rows: rows [T*K, H], inverse [T, K] -> [T, H]; deterministic, without a reordered copy."""
+    """Sum each token's rows: rows [T*K, H], inverse [T, K] -> [T, H]; deterministic, without a
+    reordered copy.
+    """
     return F.embedding_bag(inverse, rows, mode="sum")
 
 
 class _PermutedTokens(torch.autograd.Function):
-    """Permuted rows; the gradient is permuted back, where autograd would add it to zeros row by row."""
+    """Permuted rows; the gradient is permuted back, where autograd would add it to zeros row by
+    row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         return rows.index_select(0, order)
 
@@ -300,8 +360,12 @@ class _AllToAllWait(torch.autograd.Function):
         return gradient, None
 
 
-def _exchange(rows: torch.Tensor, plan: AllToAllPlan, *, wait: bool = True) -> tuple[torch.Tensor, dist.Work | None]:
-    """Exchange rows ordered by receiver for rows ordered by sender, complete once the work, if any, is waited for."""
+def _exchange(
+    rows: torch.Tensor, plan: AllToAllPlan, *, wait: bool = True
+) -> tuple[torch.Tensor, dist.Work | None]:
+    """Exchange rows ordered by receiver for rows ordered by sender, complete once the work, if any,
+    is waited for.
+    """
     out = rows.new_empty(sum(plan.receive), *rows.shape[1:])
     work = dist.all_to_all_single(
         out, rows.contiguous(), plan.receive, plan.send, group=plan.group, async_op=not wait

@@ -1,7 +1,9 @@
 """The embedding table, which a step uses in three ways, with its gradient summed in one buffer.
 
-With plain autograd, each use (lookups, soft embedding, head) allocates a full [V, H] gradient, of which a lookup fills a
-few rows, and all of them are kept until they are added. Here each use adds to one buffer, and the last use returns it.
+With plain autograd, each use (lookups, soft embedding, head) allocates a full [V, H] gradient, of
+which a lookup fills a
+few rows, and all of them are kept until they are added. Here each use adds to one buffer, and the
+last use returns it.
 
 Shape letters: V vocabulary, H hidden size, R rows.
 """
@@ -16,7 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd import Variable
-from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextScaledWordEmbedding
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaTextScaledWordEmbedding,
+)
 
 
 class SharedGradBuffer:
@@ -34,9 +38,13 @@ class SharedGradBuffer:
         self._pending += 1
 
     def release(self) -> torch.Tensor | None:
-        """Return the gradient that a use, having added its part, gives autograd: the sum for the last use, else None."""
+        """Return the gradient that a use, having added its part, gives autograd: the sum for the
+        last use, else None.
+        """
         if not self._pending:
-            raise RuntimeError("the table's gradient was already returned: a second backward pass through one step")
+            raise RuntimeError(
+                "the table's gradient was already returned: a second backward pass through one step"
+            )
         Variable._execution_engine.queue_callback(self._check)
         self._pending -= 1
         if self._pending:
@@ -48,7 +56,8 @@ class SharedGradBuffer:
         """Check at the end of the backward pass that no use withheld the others' gradient."""
         if self._pending:
             raise RuntimeError(
-                f"{self._pending} uses of the embedding table took no part in the backward pass: its gradient is lost"
+                f"{self._pending} uses of the embedding table took no part in the backward pass:"
+                " its gradient is lost"
             )
 
 
@@ -66,19 +75,29 @@ def accumulate_gradients(gradient: SharedGradBuffer | None) -> Iterator[None]:
 
 
 class SharedEmbedding(DiffusionGemmaTextScaledWordEmbedding):
-    """The stock table and lookup; inside `accumulate_gradients`, the lookup's gradient goes to the buffer."""
+    """The stock table and lookup; inside `accumulate_gradients`, the lookup's gradient goes to the
+    buffer.
+    """
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed token ids int64[...] -> [..., H]."""
         gradient = _CURRENT.get()
         if gradient is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(input_ids)
-        return _Lookup.apply(self.weight, input_ids, self.padding_idx, gradient) * self.embed_scale.to(self.weight.dtype)
+        return _Lookup.apply(
+            self.weight, input_ids, self.padding_idx, gradient
+        ) * self.embed_scale.to(self.weight.dtype)
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: torch.Tensor, ids: torch.Tensor, padding: int | None, gradient: SharedGradBuffer) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        table: torch.Tensor,
+        ids: torch.Tensor,
+        padding: int | None,
+        gradient: SharedGradBuffer,
+    ) -> torch.Tensor:
         gradient.register_use()
         ctx.save_for_backward(ids)
         ctx.table, ctx.padding, ctx.gradient = (table.shape, table.dtype), padding, gradient
@@ -94,8 +113,11 @@ class _Lookup(torch.autograd.Function):
         return gradient.release(), None, None, None
 
 
-def _add_rows(table: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, padding: int | None) -> None:
-    """Add rows to table[ids], except for the padding id; deterministic on every device, without synchronization.
+def _add_rows(
+    table: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, padding: int | None
+) -> None:
+    """Add rows to table[ids], except for the padding id; deterministic on every device, without
+    synchronization.
 
     Rows of the same id are summed first, so that the addition to the table writes no row twice.
     """

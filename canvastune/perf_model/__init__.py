@@ -1,1 +1,3 @@
-"""The planner's rooms: what the model is (`sizes`), what a step holds (`memory`), does (`work`) and takes (`accelerators`, `time`)."""
+"""The planner's rooms: what the model is (`sizes`), what a step holds (`memory`), does (`work`) and
+takes (`accelerators`, `time`).
+"""

@@ -1,6 +1,8 @@
-"""The model as the planner counts it: every weight as the engine will hold it, read from the meta device.
+"""The model as the planner counts it: every weight as the engine will hold it, read from the meta
+device.
 
-Letters: H hidden size, V vocabulary, E experts, K experts per token, A query heads, G key and value heads, D head size.
+Letters: H hidden size, V vocabulary, E experts, K experts per token, A query heads, G key and value
+heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,7 +26,18 @@ from canvastune.model.lora import is_adapter
 
 VISION_KIND = "vision tower (not in memory)"
 EXPERT_KINDS = ("experts", "expert adapters")
-KINDS = ("experts", "attention", "embedding", "dense MLP", "self-conditioning", "router", "norms", "adapters", EXPERT_KINDS[1], VISION_KIND)
+KINDS = (
+    "experts",
+    "attention",
+    "embedding",
+    "dense MLP",
+    "self-conditioning",
+    "router",
+    "norms",
+    "adapters",
+    EXPERT_KINDS[1],
+    VISION_KIND,
+)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -50,7 +63,8 @@ class Weight:
     def shard(self, ranks: int, ep: int) -> int:
         """Return the number of elements of the largest shard.
 
-        FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer; experts are divided over ep first.
+        FSDP gives each rank ceil(size / ranks) slices, the last ranks fewer; experts are divided
+        over ep first.
         """
         divided = self.expert and ep > 1
         dim = expert_shard_dim(self.name) if divided else 0
@@ -103,7 +117,8 @@ class ParameterCount:
 
 
 def read_architecture(config: RunConfig, model: Path) -> Architecture:
-    """Build the engine's model on the meta device from `config.json` (a folder's, or the file itself) and list its weights.
+    """Build the engine's model on the meta device from `config.json` (a folder's, or the file
+    itself) and list its weights.
 
     Raises:
         UserError: the file cannot be read, or is not that of a DiffusionGemma.
@@ -113,28 +128,43 @@ def read_architecture(config: RunConfig, model: Path) -> Architecture:
 
 
 def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
-    """Count parameters by kind, in the order of KINDS, and their `total`; kinds without parameters are left out."""
+    """Count parameters by kind, in the order of KINDS, and their `total`; kinds without parameters
+    are left out.
+    """
     counts = {}
     for kind in KINDS:
         weights = [weight for weight in architecture.weights if weight.kind == kind]
-        total = architecture.vision if kind == VISION_KIND else sum(weight.numel for weight in weights)
+        total = (
+            architecture.vision if kind == VISION_KIND else sum(weight.numel for weight in weights)
+        )
         active = total
         if kind == VISION_KIND:
             active = 0
         elif kind in EXPERT_KINDS:
             active = total * architecture.experts_per_token // architecture.experts
         if total:
-            counts[kind] = ParameterCount(total, active, sum(weight.numel for weight in weights if weight.trained))
+            counts[kind] = ParameterCount(
+                total, active, sum(weight.numel for weight in weights if weight.trained)
+            )
     values = list(counts.values())
-    counts["total"] = ParameterCount(sum(c.total for c in values), sum(c.active for c in values), sum(c.trained for c in values))
+    counts["total"] = ParameterCount(
+        sum(c.total for c in values), sum(c.active for c in values), sum(c.trained for c in values)
+    )
     return counts
 
 
-@functools.lru_cache(maxsize=8)  # the search for a change that fits asks for the same few repeatedly
+@functools.lru_cache(
+    maxsize=8
+)  # the search for a change that fits asks for the same few repeatedly
 def _architecture(model_config: str, method: str, lora: LoraConfig, precision: str) -> Architecture:
     described = DiffusionGemmaConfig.from_dict(json.loads(model_config))
     run = parse_config(
-        {"name": "plan", "data": {"source": "-"}, "train": {"method": method, "precision": precision}, "lora": lora.model_dump()}
+        {
+            "name": "plan",
+            "data": {"source": "-"},
+            "train": {"method": method, "precision": precision},
+            "lora": lora.model_dump(),
+        }
     )
     return describe(build_model(run, described), run, _vision_parameters(described))
 
@@ -194,10 +224,14 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
 
 
 def _vision_parameters(described: DiffusionGemmaConfig) -> int:
-    """Count the parameters of the vision tower, which is in the checkpoint but not in the engine's model."""
+    """Count the parameters of the vision tower, which is in the checkpoint but not in the engine's
+    model.
+    """
     with torch.device("meta"):
         stock = DiffusionGemmaForBlockDiffusion(described)
-    return sum(parameter.numel() for name, parameter in stock.named_parameters() if name.startswith(VISION))
+    return sum(
+        parameter.numel() for name, parameter in stock.named_parameters() if name.startswith(VISION)
+    )
 
 
 def _kind(name: str) -> str:

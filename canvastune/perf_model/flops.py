@@ -1,9 +1,12 @@
 """What one rank computes and sends in an optimizer step: FLOPs by part, bytes by collective.
 
-A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the full rectangle of queries and keys,
-as a masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are left out.
+A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the full rectangle
+of queries and keys,
+as a masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are
+left out.
 
-Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V vocabulary, E experts, K experts per token.
+Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V vocabulary, E
+experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ from canvastune.perf_model.memory import FLOAT, StepShape, fsdp_units
 
 Parts = dict[str, float]  # by part of the model
 
-PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = "pass 1 (self-conditioning)", "forward", "backward", "recomputed", "idle pass 1"
+PASS_1, FORWARD, BACKWARD, RECOMPUTED, IDLE = (
+    "pass 1 (self-conditioning)",
+    "forward",
+    "backward",
+    "recomputed",
+    "idle pass 1",
+)
 _PADDING_TOKENS = 2  # one clean and one canvas token
 LAYERS_GATHER, ROOT_GATHER = "all-gather of layers", "all-gather of the embedding"
 REDUCE, EXPERTS_GATHER = "reduce-scatter of gradients", "all-gather of experts"
@@ -45,12 +54,19 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
     """Count the FLOPs of one rank's step, with its share of the global batch."""
     tokens = step.clean + step.canvas
     products = _products(architecture, step.checkpointing)
-    forward, backward, recomputed = ({kind: product * tokens for kind, product in parts.items()} for parts in products)
+    forward, backward, recomputed = (
+        {kind: product * tokens for kind, product in parts.items()} for parts in products
+    )
     scores = scores_again = 0.0
     for index, layer in enumerate(architecture.layers):
-        own, again_here = _scores(step, step.clean, layer, architecture.window), is_recomputed(step.checkpointing, index)
+        own, again_here = (
+            _scores(step, step.clean, layer, architecture.window),
+            is_recomputed(step.checkpointing, index),
+        )
         scores += own
-        _add(recomputed, {"attention": own * (again_here + 0.5)})  # fused kernels recompute the scores
+        _add(
+            recomputed, {"attention": own * (again_here + 0.5)}
+        )  # fused kernels recompute the scores
         scores_again += _scores(step, step.past, layer, architecture.window)
     again = {kind: product * self_conditioning_share(step) for kind, product in forward.items()}
     _add(forward, {"attention": scores})
@@ -60,12 +76,17 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
     row = 2 * architecture.hidden * architecture.vocabulary
     soft = row * step.canvas  # canvas logits to the embedding, or their gradient
     idle = _sum(forward, {"self-conditioning": block})
-    pass_1 = _sum(again, {"attention": scores_again, "head": soft, "self-conditioning": block + soft})
+    pass_1 = _sum(
+        again, {"attention": scores_again, "head": soft, "self-conditioning": block + soft}
+    )
     scored = row * (step.clean - 1 + step.canvas)
     _add(forward, {"self-conditioning": block, "head": scored})
     _add(backward, {"head": scored})
     if architecture.full:
-        _add(backward, {"head": scored, "self-conditioning": 2 * block + step.self_conditioning * soft})
+        _add(
+            backward,
+            {"head": scored, "self-conditioning": 2 * block + step.self_conditioning * soft},
+        )
         _add(recomputed, {"head": step.self_conditioning * soft})
 
     examples = step.micro_batch * step.micro_steps
@@ -74,7 +95,13 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
         FORWARD: (forward, examples),
         BACKWARD: (backward, examples),
         RECOMPUTED: (recomputed, examples),
-        IDLE: (idle, padding_pass_share(step) * step.micro_steps * _PADDING_TOKENS / (step.clean + step.canvas)),
+        IDLE: (
+            idle,
+            padding_pass_share(step)
+            * step.micro_steps
+            * _PADDING_TOKENS
+            / (step.clean + step.canvas),
+        ),
     }
     by_part: Parts = {}
     for parts, times in passes.values():
@@ -84,22 +111,46 @@ def count_flops(architecture: Architecture, step: StepShape) -> Flops:
 
 
 def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
-    """Count the FLOPs that a batch's loss and gradients need, without recomputation and padding passes."""
-    examples = zip(batch.clean_lengths, batch.canvas_lengths, batch.block_starts, batch.self_conditioned, strict=True)
+    """Count the FLOPs that a batch's loss and gradients need, without recomputation and padding
+    passes.
+    """
+    examples = zip(
+        batch.clean_lengths,
+        batch.canvas_lengths,
+        batch.block_starts,
+        batch.self_conditioned,
+        strict=True,
+    )
     steps = (
-        StepShape(1, 1, 1, 1, clean, canvas, checkpointing=False, self_conditioning=float(coin), chosen_start=start)
+        StepShape(
+            1,
+            1,
+            1,
+            1,
+            clean,
+            canvas,
+            checkpointing=False,
+            self_conditioning=float(coin),
+            chosen_start=start,
+        )
         for clean, canvas, start, coin in examples
     )
     return sum(count_flops(architecture, step).model for step in steps)
 
 
 def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]:
-    """Count the bytes that one rank receives from others in an optimizer step, by collective; it sends as many."""
+    """Count the bytes that one rank receives from others in an optimizer step, by collective; it
+    sends as many.
+    """
     groups = fsdp_units(architecture, step)
     anyone = any_self_conditioning_share(step)
-    # Self-conditioning, forward and backward pass; the last layer stays gathered between the latter two.
+    # Self-conditioning, forward and backward pass; the last layer stays gathered between the latter
+    # two.
     passes = 2 + anyone
-    exchanged, idle = _exchanged(architecture, step), padding_pass_share(step) * _PADDING_TOKENS / step.tokens
+    exchanged, idle = (
+        _exchanged(architecture, step),
+        padding_pass_share(step) * _PADDING_TOKENS / step.tokens,
+    )
 
     def gathered(received: list[int]) -> float:
         return float(step.micro_steps * (passes * sum(received[:-1]) + received[-1]))
@@ -108,9 +159,19 @@ def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]
         LAYERS_GATHER: gathered([group.received for group in groups.layers]),
         EXPERTS_GATHER: gathered([group.received for group in groups.experts]),
         ROOT_GATHER: float(step.micro_steps * groups.root.received),
-        REDUCE: float(step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))),
+        REDUCE: float(
+            step.micro_steps * sum(group.reduced for group in (groups.root, *groups.layers))
+        ),
         EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
-        EXCHANGE: exchanged * (2 + recomputed_share(architecture, step) + step.self_conditioning * self_conditioning_share(step) + idle),
+        EXCHANGE: (
+            exchanged
+            * (
+                2
+                + recomputed_share(architecture, step)
+                + step.self_conditioning * self_conditioning_share(step)
+                + idle
+            )
+        ),
     }
 
 
@@ -129,7 +190,8 @@ def any_self_conditioning_share(step: StepShape) -> float:
 
 
 def padding_pass_share(step: StepShape) -> float:
-    """Return the probability that a rank has no self-conditioned example in a micro-batch while another has one.
+    """Return the probability that a rank has no self-conditioned example in a micro-batch while
+    another has one.
 
     It then runs the self-conditioning pass on two padding tokens.
     """
@@ -138,12 +200,16 @@ def padding_pass_share(step: StepShape) -> float:
 
 
 def self_conditioning_share(step: StepShape) -> float:
-    """Return the share of an example's tokens that the self-conditioning pass computes: canvas and prefix."""
+    """Return the share of an example's tokens that the self-conditioning pass computes: canvas and
+    prefix.
+    """
     return (step.past + step.canvas) / (step.clean + step.canvas)
 
 
 def slowest_self_conditioning(step: StepShape) -> float:
-    """Return the expected self-conditioned share of a micro-batch on the rank with the most; the others wait for it."""
+    """Return the expected self-conditioned share of a micro-batch on the rank with the most; the
+    others wait for it.
+    """
     probability, batch = step.self_conditioning, step.micro_batch
     cumulative, expected, term = 0.0, 0.0, (1 - probability) ** batch
     for coins in range(batch):  # E[max] = sum over k of P(max > k)
@@ -158,13 +224,21 @@ def _exchanged(architecture: Architecture, step: StepShape) -> float:
     """Count the bytes of one dispatch and one combine, over all layers and examples of the step."""
     rows = step.tokens * step.micro_steps * architecture.experts_per_token
     away = (step.ep - 1) / step.ep  # with balanced experts
-    row = 2 * architecture.hidden * architecture.compute_bytes + FLOAT  # both ways, and its weight one way
+    row = (
+        2 * architecture.hidden * architecture.compute_bytes + FLOAT
+    )  # both ways, and its weight one way
     return len(architecture.layers) * rows * row * away
 
 
-@functools.lru_cache(maxsize=8)  # there are a thousand weights, and the trainer asks for each example
-def _products(architecture: Architecture, checkpointing: Checkpointing) -> tuple[Parts, Parts, Parts]:
-    """Count one token's products with the layers' weights, by kind: forward, backward and recomputed."""
+@functools.lru_cache(
+    maxsize=8
+)  # there are a thousand weights, and the trainer asks for each example
+def _products(
+    architecture: Architecture, checkpointing: Checkpointing
+) -> tuple[Parts, Parts, Parts]:
+    """Count one token's products with the layers' weights, by kind: forward, backward and
+    recomputed.
+    """
     forward: Parts = {}
     backward: Parts = {}
     recomputed: Parts = {}
@@ -172,7 +246,14 @@ def _products(architecture: Architecture, checkpointing: Checkpointing) -> tuple
         if weight.layer is not None:
             product = _matmul(architecture, weight)
             _add(forward, {weight.kind: product})
-            _add(backward, {weight.kind: product * (_input_needs_gradient(architecture, weight) + weight.trained)})
+            _add(
+                backward,
+                {
+                    weight.kind: (
+                        product * (_input_needs_gradient(architecture, weight) + weight.trained)
+                    )
+                },
+            )
             _add(recomputed, {weight.kind: product * is_recomputed(checkpointing, weight.layer)})
     return forward, backward, recomputed
 
@@ -187,21 +268,27 @@ def _matmul(architecture: Architecture, weight: Weight) -> float:
 def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
     """Return whether a product's input needs a gradient.
 
-    With a frozen embedding, the inputs of the first layer's query, key and value projections do not.
+    With a frozen embedding, the inputs of the first layer's query, key and value projections do
+    not.
     """
     first = weight.layer == 0 and re.search(r"\.[qkv]_proj\.", weight.name) is not None
     return architecture.full or not first or ".lora_B." in weight.name
 
 
 def _scores(step: StepShape, rows: int, layer: LayerShape, window: int) -> float:
-    """Count one example's attention: clean `rows` over each other, its canvas over its prefix and itself."""
+    """Count one example's attention: clean `rows` over each other, its canvas over its prefix and
+    itself.
+    """
     past, clean = step.past, float(rows**2)
     if layer.sliding:
         past = min(past, window - 1)
     if layer.sliding and rows > window:
         starts = range(0, rows, sliding_window_rows(window))
         stops = [min(start + sliding_window_rows(window), rows) for start in starts]
-        clean = sum(float((stop - start) * (stop - max(0, start - window + 1))) for start, stop in zip(starts, stops, strict=True))
+        clean = sum(
+            float((stop - start) * (stop - max(0, start - window + 1)))
+            for start, stop in zip(starts, stops, strict=True)
+        )
     return 4.0 * layer.query_width * (clean + step.canvas * (past + step.canvas))
 
 

@@ -1,16 +1,24 @@
 """The table of accelerators, from the vendors' public datasheets, and the time of a step on one.
 
-Dense bfloat16 and float32 TFLOP/s (no sparsity, no TF32), memory in GB, memory bandwidth and links in GB/s. `link` is
-what one GPU sends to others of its node, one way (half of the datasheets' bidirectional figure); `network` is its share
+Dense bfloat16 and float32 TFLOP/s (no sparsity, no TF32), memory in GB, memory bandwidth and links
+in GB/s. `link` is
+what one GPU sends to others of its node, one way (half of the datasheets' bidirectional figure);
+`network` is its share
 of the node's adapters.
 
-- h100, h200: NVIDIA H100 and H200 Tensor Core GPU datasheets, SXM: 989 TFLOP/s (1,979 with sparsity), 67 in float32, NVLink
-  900 GB/s both ways; 80 GB at 3.35 TB/s, 141 GB at 4.8 TB/s. One 400 Gb/s adapter per GPU (DGX H100 datasheet).
-- a100: NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 19.5 in float32, 2,039 GB/s, NVLink 600 GB/s; 200 Gb/s adapters (DGX A100).
-- b200: NVIDIA HGX B200 and DGX B200 datasheets, per GPU: 2.25 PFLOP/s (4.5 with sparsity), 75 TFLOP/s in float32, 180 GB at
+- h100, h200: NVIDIA H100 and H200 Tensor Core GPU datasheets, SXM: 989 TFLOP/s (1,979 with
+  sparsity), 67 in float32, NVLink
+  900 GB/s both ways; 80 GB at 3.35 TB/s, 141 GB at 4.8 TB/s. One 400 Gb/s adapter per GPU (DGX H100
+  datasheet).
+- a100: NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 19.5 in float32, 2,039 GB/s, NVLink 600 GB/s;
+  200 Gb/s adapters (DGX A100).
+- b200: NVIDIA HGX B200 and DGX B200 datasheets, per GPU: 2.25 PFLOP/s (4.5 with sparsity), 75
+  TFLOP/s in float32, 180 GB at
   8 TB/s, NVLink 1.8 TB/s.
-- l40s: NVIDIA L40S datasheet: 362 TFLOP/s (733 with sparsity), 91.6 in float32, 48 GB at 864 GB/s, PCIe 4.0 x16 at 64 GB/s.
-- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo over loopback. Call
+- l40s: NVIDIA L40S datasheet: 362 TFLOP/s (733 with sparsity), 91.6 in float32, 48 GB at 864 GB/s,
+  PCIe 4.0 x16 at 64 GB/s.
+- cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo
+  over loopback. Call
   overhead dominates the time of small models; this table does not include it.
 """
 
@@ -35,10 +43,14 @@ from canvastune.perf_model.flops import (
 )
 from canvastune.perf_model.memory import StepShape, fsdp_units, local_numel
 
-MATMUL_SHARE = 0.45  # of the peak, over a whole step: what well-tuned mixture-of-experts training reaches
+MATMUL_SHARE = (
+    0.45  # of the peak, over a whole step: what well-tuned mixture-of-experts training reaches
+)
 BANDWIDTH_SHARE = 0.8  # of memory bandwidth
 LINK_SHARE = 0.7  # of a link
-UPDATE_BYTES = 40  # per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors
+UPDATE_BYTES = (
+    40  # per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors
+)
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
 
@@ -55,7 +67,9 @@ class Accelerator:
     network: float  # GB/s
     per_node: int
     outside: float  # GB outside the allocator: driver context, buffers of collectives
-    process: float = 0.0  # GB of interpreter and libraries, if memory is measured as that of the process
+    process: float = (
+        0.0  # GB of interpreter and libraries, if memory is measured as that of the process
+    )
 
 
 ACCELERATORS = {
@@ -64,7 +78,9 @@ ACCELERATORS = {
     "a100": Accelerator("NVIDIA A100 80GB SXM", 312, 19.5, 80, 2039, 300, 25, 8, 1.5),
     "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 8, 1.5),
     "l40s": Accelerator("NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0),
-    "cpu": Accelerator("CPU, one core per rank", 0.2, 0.094, None, 20, 1, 1, 1024, outside=0.0, process=0.55),
+    "cpu": Accelerator(
+        "CPU, one core per rank", 0.2, 0.094, None, 20, 1, 1, 1024, outside=0.0, process=0.55
+    ),
 }
 
 
@@ -110,7 +126,14 @@ def accelerator_of(device: str) -> Accelerator | None:
     """
     if re.search(r"\b(MIG|PCIe|NVL)\b", device, re.IGNORECASE):
         return None
-    return next((row for name, row in ACCELERATORS.items() if re.search(rf"\b{name}\b", device, re.IGNORECASE)), None)
+    return next(
+        (
+            row
+            for name, row in ACCELERATORS.items()
+            if re.search(rf"\b{name}\b", device, re.IGNORECASE)
+        ),
+        None,
+    )
 
 
 def peak_rate(architecture: Architecture, accelerator: Accelerator) -> float:
@@ -118,33 +141,65 @@ def peak_rate(architecture: Architecture, accelerator: Accelerator) -> float:
     return (accelerator.bfloat16 if architecture.compute_bytes == 2 else accelerator.float32) * 1e12
 
 
-def step_time(architecture: Architecture, step: StepShape, flops: Flops, received: dict[str, float], accelerator: Accelerator) -> Seconds:
-    """Estimate the time of a step: each part takes the longer of its arithmetic and reading its weights.
+def step_time(
+    architecture: Architecture,
+    step: StepShape,
+    flops: Flops,
+    received: dict[str, float],
+    accelerator: Accelerator,
+) -> Seconds:
+    """Estimate the time of a step: each part takes the longer of its arithmetic and reading its
+    weights.
 
-    The rank with the most self-conditioned examples determines the time of the self-conditioning pass, since the others
+    The rank with the most self-conditioned examples determines the time of the self-conditioning
+    pass, since the others
     wait in its collectives.
     """
     rate = peak_rate(architecture, accelerator) * MATMUL_SHARE
     bandwidth = accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE
     computed = flops.total
     if step.self_conditioning:  # padding passes run while the slowest rank runs its own pass
-        computed += flops.by_pass[PASS_1] * (slowest_self_conditioning(step) / step.self_conditioning - 1) - flops.by_pass[IDLE]
+        computed += (
+            flops.by_pass[PASS_1] * (slowest_self_conditioning(step) / step.self_conditioning - 1)
+            - flops.by_pass[IDLE]
+        )
     in_experts = computed * sum(flops.by_part.get(kind, 0.0) for kind in EXPERT_KINDS) / flops.total
-    # Each pass reads the weights once; the backward pass does for the gradients of inputs and of weights.
-    passes = step.micro_steps * (3 + recomputed_share(architecture, step) + any_self_conditioning_share(step))
+    # Each pass reads the weights once; the backward pass does for the gradients of inputs and of
+    # weights.
+    passes = step.micro_steps * (
+        3 + recomputed_share(architecture, step) + any_self_conditioning_share(step)
+    )
     compute_bytes = architecture.compute_bytes
-    expert_bytes = sum(weight.numel for weight in architecture.weights if weight.expert) // step.ep * compute_bytes
+    expert_bytes = (
+        sum(weight.numel for weight in architecture.weights if weight.expert)
+        // step.ep
+        * compute_bytes
+    )
     groups = fsdp_units(architecture, step)
-    all_bytes = sum(group.gathered for group in (groups.root, *groups.layers)) + (expert_bytes if step.ep > 1 else 0)
+    all_bytes = sum(group.gathered for group in (groups.root, *groups.layers)) + (
+        expert_bytes if step.ep > 1 else 0
+    )
     trained = sum(local_numel(weight, step) for weight in architecture.weights if weight.trained)
-    everywhere, across_nodes = _rate(accelerator, 1, step.world_size), _rate(accelerator, step.ep, step.efsdp)
+    everywhere, across_nodes = (
+        _rate(accelerator, 1, step.world_size),
+        _rate(accelerator, step.ep, step.efsdp),
+    )
     gathered = [(name, size) for name, size in received.items() if name != EXCHANGE]
     return Seconds(
         experts=max(in_experts / rate, passes * expert_bytes / bandwidth),
-        everything_else=max((computed - in_experts) / rate, passes * (all_bytes - expert_bytes) / bandwidth),
-        gathering=sum(size / (across_nodes if name in (EXPERTS_GATHER, EXPERTS_REDUCE) else everywhere) for name, size in gathered),
+        everything_else=max(
+            (computed - in_experts) / rate, passes * (all_bytes - expert_bytes) / bandwidth
+        ),
+        gathering=sum(
+            size / (across_nodes if name in (EXPERTS_GATHER, EXPERTS_REDUCE) else everywhere)
+            for name, size in gathered
+        ),
         exchange=received[EXCHANGE]
-        / (_rate(accelerator, 1, step.ep) if step.ep <= accelerator.per_node else accelerator.network * LINK_SHARE * 1e9),
+        / (
+            _rate(accelerator, 1, step.ep)
+            if step.ep <= accelerator.per_node
+            else accelerator.network * LINK_SHARE * 1e9
+        ),
         update=trained * UPDATE_BYTES / bandwidth,
     )
 
@@ -152,7 +207,8 @@ def step_time(architecture: Architecture, step: StepShape, flops: Flops, receive
 def _rate(accelerator: Accelerator, stride: int, ranks: int) -> float:
     """Return the bytes/s that each rank receives in a ring whose members are `stride` ranks apart.
 
-    Across nodes a ring uses the adapters of all its members on a node: a ring of all ranks uses every adapter, a ring of
+    Across nodes a ring uses the adapters of all its members on a node: a ring of all ranks uses
+    every adapter, a ring of
     experts' shards, with one member per node, only that member's.
     """
     rate = accelerator.link

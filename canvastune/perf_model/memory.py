@@ -1,12 +1,18 @@
-"""The memory of one rank over a step: the peak is the largest moment of the timeline, and its parts add up to it.
+"""The memory of one rank over a step: the peak is the largest moment of the timeline, and its parts
+add up to it.
 
-The timeline follows the engine: `objective.losses` (the embedding's gradient is summed in float32 over chunks of rows),
-`model.moe` (of the rows, only those that other ranks sent are kept), `model.memory_efficient` (norms and gated MLPs keep
-only their inputs), and FSDP2 (a forward pass copies a gathered unit out of a flat buffer; a backward pass gathers the
-next unit while it computes, and keeps the last reduction's input). What each moment holds was measured tensor by tensor;
+The timeline follows the engine: `objective.losses` (the embedding's gradient is summed in float32
+over chunks of rows),
+`model.moe` (of the rows, only those that other ranks sent are kept), `model.memory_efficient`
+(norms and gated MLPs keep
+only their inputs), and FSDP2 (a forward pass copies a gathered unit out of a flat buffer; a
+backward pass gathers the
+next unit while it computes, and keeps the last reduction's input). What each moment holds was
+measured tensor by tensor;
 tests hold these formulas to the engine.
 
-Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the compute dtype.
+Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the
+compute dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +29,15 @@ from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
 
 FLOAT = 4  # bytes of float32
 # Keys of plan.json, whose spelling is kept. prose: ok
-PARTS = ("weights", "gradients", "optimiser", "activations", "layer workspace", "logits and loss", "communication")  # prose: ok
+PARTS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "activations",
+    "layer workspace",
+    "logits and loss",
+    "communication",
+)  # prose: ok
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,9 @@ class StepShape:
     checkpointing: Checkpointing
     self_conditioning: float  # probability that an example is self-conditioned
     device: str = "cpu"  # or "cuda"; decides the size of a chunk of logits
-    chosen_start: int | None = None  # clean tokens before an example's chosen block; None: before its last block
+    chosen_start: int | None = (
+        None  # clean tokens before an example's chosen block; None: before its last block
+    )
 
     @property
     def efsdp(self) -> int:
@@ -86,7 +102,9 @@ def fsdp_units(architecture: Architecture, step: StepShape) -> FsdpUnits:
 @functools.lru_cache(maxsize=64)  # the searches change the batch more often than the mesh
 def _fsdp_units(architecture: Architecture, world_size: int, ep: int) -> FsdpUnits:
     separate = ep > 1
-    ignored = separate and ep == world_size  # each expert is on one rank: FSDP ignores it if it is frozen
+    ignored = (
+        separate and ep == world_size
+    )  # each expert is on one rank: FSDP ignores it if it is frozen
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
     root: list[Weight] = []
@@ -115,29 +133,56 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
     trained = [weight for weight in architecture.weights if weight.trained]
     weights = sum(local_numel(weight, step) * weight.itemsize for weight in architecture.weights)
     optimizer = sum(local_numel(weight, step) for weight in trained) * 2 * FLOAT
-    of_layer = [layer.shard + experts.shard for layer, experts in zip(groups.layers, groups.experts, strict=True)]
+    of_layer = [
+        layer.shard + experts.shard
+        for layer, experts in zip(groups.layers, groups.experts, strict=True)
+    ]
     all_gradients = groups.root.shard + sum(of_layer)
     accumulating = step.micro_steps > 1
     before = all_gradients if accumulating else 0
     steady = _steady(architecture, step)
-    kept = [steady + part for part in _running(_kept(architecture, step, index) for index in range(len(architecture.layers)))]
+    kept = [
+        steady + part
+        for part in _running(
+            _kept(architecture, step, index) for index in range(len(architecture.layers))
+        )
+    ]
     table = architecture.vocabulary * architecture.hidden
     table_gradient = architecture.compute_bytes * table if architecture.full else 0
     last = len(architecture.layers) - 1
     found: dict[str, dict[str, int]] = {}
 
-    def moment(name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int) -> None:
-        found[name] = dict(zip(PARTS, (weights, gradients, optimizer, activations, workspace, loss, communication), strict=True))
+    def moment(
+        name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int
+    ) -> None:
+        found[name] = dict(
+            zip(
+                PARTS,
+                (weights, gradients, optimizer, activations, workspace, loss, communication),
+                strict=True,
+            )
+        )
 
-    held = groups.layers[-1].gathered + groups.experts[-1].gathered  # the last layer stays gathered until its backward pass
+    held = (
+        groups.layers[-1].gathered + groups.experts[-1].gathered
+    )  # the last layer stays gathered until its backward pass
     first = groups.layers[0]
-    moment("gathering, embedding", before, 0, 0, 0, groups.root.gathered + groups.root.flat + first.gathered + first.flat)
+    moment(
+        "gathering, embedding",
+        before,
+        0,
+        0,
+        0,
+        groups.root.gathered + groups.root.flat + first.gathered + first.flat,
+    )
     for index in _heaviest(groups.layers):
         layer, experts = groups.layers[index], groups.experts[index]
         waiting = groups.root.gathered + (held if step.self_conditioning and index < last else 0)
         gathering = waiting + layer.gathered + layer.flat
         previous = groups.layers[max(0, index - 1)].flat
-        moment(f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous)
+        moment(
+            f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous
+        )
         moment(
             f"forward, layer {index + 1}",
             before,
@@ -147,20 +192,38 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
             waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
         )
     all_kept = kept[last] + _tail(architecture, step)
-    # The last unit's flat buffer, if it was gathered in this pass, is freed when the root's forward pass ends, after the loss.
-    flat = (groups.experts if groups.experts[last].gathered else groups.layers)[last].flat if not step.self_conditioning else 0
-    moment("loss", before, all_kept, 0, _loss_workspace(architecture, step), groups.root.gathered + held + flat)
+    # The last unit's flat buffer, if it was gathered in this pass, is freed when the root's forward
+    # pass ends, after the loss.
+    flat = (
+        (groups.experts if groups.experts[last].gathered else groups.layers)[last].flat
+        if not step.self_conditioning
+        else 0
+    )
+    moment(
+        "loss",
+        before,
+        all_kept,
+        0,
+        _loss_workspace(architecture, step),
+        groups.root.gathered + held + flat,
+    )
     if architecture.full:
         sums = FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
         moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered + held)
     done = 0
     for index in range(last, -1, -1):
-        layer, experts, shape = groups.layers[index], groups.experts[index], architecture.layers[index]
+        layer, experts, shape = (
+            groups.layers[index],
+            groups.experts[index],
+            architecture.layers[index],
+        )
         ahead = groups.root.gathered + (groups.layers[index - 1].flat if index else 0)
         behind = groups.layers[index + 1].reduction if index < last else 0
         gradients = all_gradients if accumulating else done
         rest, rows = _saved(architecture, step, shape)
-        inputs = kept[index] if is_recomputed(step.checkpointing, index) else kept[index] - rest - rows
+        inputs = (
+            kept[index] if is_recomputed(step.checkpointing, index) else kept[index] - rest - rows
+        )
         moment(
             f"backward, experts of layer {index + 1}",
             gradients,
@@ -188,8 +251,11 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
         )
         done += of_layer[index]
     if architecture.full:
-        # The gradients of the lookups and the soft embedding are added to the head's; in float32 in place.
-        temporary = table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
+        # The gradients of the lookups and the soft embedding are added to the head's; in float32 in
+        # place.
+        temporary = (
+            table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
+        )
         sums = table_gradient + temporary
         moment(
             "backward, embedding",
@@ -263,33 +329,57 @@ def _kept(architecture: Architecture, step: StepShape, index: int) -> int:
 def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a layer: (all but the experts, the experts' rows)."""
     c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
-    inputs = trained or architecture.expert_rank > 0  # whether the experts' projections keep their inputs
-    norms = hidden * (6 + (3 if inputs else 2))  # inputs of the norms, three of which share one, and outputs of matmuls
-    heads = layer.query_width + layer.key_width * (2 if layer.own_values else 1)  # inputs of the heads' norms
+    inputs = (
+        trained or architecture.expert_rank > 0
+    )  # whether the experts' projections keep their inputs
+    norms = hidden * (
+        6 + (3 if inputs else 2)
+    )  # inputs of the norms, three of which share one, and outputs of matmuls
+    heads = layer.query_width + layer.key_width * (
+        2 if layer.own_values else 1
+    )  # inputs of the heads' norms
     seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
-    joined = (seen + step.canvas) / (step.clean + step.canvas)  # keys and values of the canvas's attention call
-    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)  # queries, both calls' outputs, joined output
+    joined = (seen + step.canvas) / (
+        step.clean + step.canvas
+    )  # keys and values of the canvas's attention call
+    attention = 3 * layer.query_width + 2 * layer.key_width * (
+        1 + joined
+    )  # queries, both calls' outputs, joined output
     mlp = 3 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
     adapters = c * architecture.rank * (7 if layer.own_values else 6)
-    if architecture.dropout:  # a mask and a copy of each input, while projections without dropout share one
-        dropped = hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
+    if (
+        architecture.dropout
+    ):  # a mask and a copy of each input, while projections without dropout share one
+        dropped = (
+            hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
+        )
         adapters += dropped + c * hidden * (3 if layer.own_values else 2)
     per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
     keys = architecture.window + sliding_window_rows(architecture.window)  # width of a row's mask
     mask = c * keys * step.clean if layer.sliding and step.clean > architecture.window else 0
-    # Gate and up; their weighted product if the next projection is trained; the rows if they came from other ranks.
+    # Gate and up; their weighted product if the next projection is trained; the rows if they came
+    # from other ranks.
     rows_kept = inputs and (step.ep > 1 or architecture.expert_rank > 0)
-    row = c * (architecture.expert_size * (3 if inputs else 2) + hidden * rows_kept + 2 * architecture.expert_rank)
+    row = c * (
+        architecture.expert_size * (3 if inputs else 2)
+        + hidden * rows_kept
+        + 2 * architecture.expert_rank
+    )
     return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
 
 
 def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
-    """Return the bytes in addition to a layer's saved tensors while the experts are differentiated, its widest point."""
+    """Return the bytes in addition to a layer's saved tensors while the experts are differentiated,
+    its widest point.
+    """
     c, hidden = architecture.compute_bytes, architecture.hidden
-    # A row as sent and as received, of which the latter stays until the layer's end; float32 where it is weighted.
-    received = not (architecture.full or architecture.expert_rank)  # otherwise it is saved, and counted there
+    # A row as sent and as received, of which the latter stays until the layer's end; float32 where
+    # it is weighted.
+    received = not (
+        architecture.full or architecture.expert_rank
+    )  # otherwise it is saved, and counted there
     row = c * hidden * (2 + received if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (
         1 if step.ep > 1 else 2
     )
@@ -297,20 +387,33 @@ def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
 
 
 def _row_gradients(architecture: Architecture, step: StepShape) -> int:
-    return step.tokens * architecture.experts_per_token * architecture.hidden * architecture.compute_bytes
+    return (
+        step.tokens
+        * architecture.experts_per_token
+        * architecture.hidden
+        * architecture.compute_bytes
+    )
 
 
 def _forward_workspace(architecture: Architecture, step: StepShape, index: int) -> int:
-    """Return the bytes of a layer's forward pass at its widest, in addition to what it keeps: the experts' rows."""
+    """Return the bytes of a layer's forward pass at its widest, in addition to what it keeps: the
+    experts' rows.
+    """
     c, hidden, several_ranks = architecture.compute_bytes, architecture.hidden, step.ep > 1
     if not is_recomputed(step.checkpointing, index):
-        return step.tokens * c * architecture.experts_per_token * hidden * (2 if several_ranks else 1)
-    rows = architecture.experts_per_token * (hidden * (3 if several_ranks else 1) + 3 * architecture.expert_size)
+        return (
+            step.tokens * c * architecture.experts_per_token * hidden * (2 if several_ranks else 1)
+        )
+    rows = architecture.experts_per_token * (
+        hidden * (3 if several_ranks else 1) + 3 * architecture.expert_size
+    )
     return step.tokens * c * (rows + 6 * hidden)
 
 
 def _steady(architecture: Architecture, step: StepShape) -> int:
-    """Return the bytes kept from the embedding to the end of the backward pass: rotary tables, self-conditioning."""
+    """Return the bytes kept from the embedding to the end of the backward pass: rotary tables,
+    self-conditioning.
+    """
     c, hidden = architecture.compute_bytes, architecture.hidden
     head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
     canvas = step.micro_batch * step.canvas
@@ -325,7 +428,9 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
 
 
 def _tail(architecture: Architecture, step: StepShape) -> int:
-    """Return the bytes between the last layer and the loss: the last norm, the scored rows and their gradient."""
+    """Return the bytes between the last layer and the loss: the last norm, the scored rows and
+    their gradient.
+    """
     c = architecture.compute_bytes
     norm = FLOAT * (2 if architecture.full else 1) + c
     scored = step.micro_batch * (step.clean - 1 + step.canvas)
@@ -333,9 +438,13 @@ def _tail(architecture: Architecture, step: StepShape) -> int:
 
 
 def _loss_workspace(architecture: Architecture, step: StepShape) -> int:
-    """Return the bytes of a chunk of logits, a tile of it, and the float32 gradient of a trained embedding."""
+    """Return the bytes of a chunk of logits, a tile of it, and the float32 gradient of a trained
+    embedding.
+    """
     c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
-    rows = min(chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas))
+    rows = min(
+        chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas)
+    )
     columns = tile_columns(rows, vocabulary, step.device)
     found = FLOAT * rows * (vocabulary + columns + 2 * hidden)
     if c < FLOAT:  # an operand, and a product that cannot be added in place

@@ -21,11 +21,14 @@ from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 _BFLOAT16_KERNELS = 250_000_000
 
 
-def step_shape(config: RunConfig, architecture: Architecture, world_size: int, *, longest: bool) -> StepShape:
+def step_shape(
+    config: RunConfig, architecture: Architecture, world_size: int, *, longest: bool
+) -> StepShape:
     """Return the shape of one rank's step.
 
     Args:
-        longest: assume the longest examples, as memory has to: the last block is filled after the cut to `seq_length`.
+        longest: assume the longest examples, as memory has to: the last block is filled after the
+            cut to `seq_length`.
     """
     train = config.train
     micro = train.micro_batch_size or train.global_batch_size // world_size
@@ -55,9 +58,14 @@ def device_memory_timeline(
     process = round(accelerator.process * 1e9)
     if process and architecture.compute_bytes == 2:
         process += _BFLOAT16_KERNELS
-    if process and step.world_size > 1:  # gloo copies what it gathers, of which the embedding is the largest
+    if (
+        process and step.world_size > 1
+    ):  # gloo copies what it gathers, of which the embedding is the largest
         process += architecture.vocabulary * architecture.hidden * architecture.compute_bytes
-    return {moment: parts | ({"process": process} if process else {}) for moment, parts in memory_timeline(architecture, step).items()}
+    return {
+        moment: parts | ({"process": process} if process else {})
+        for moment, parts in memory_timeline(architecture, step).items()
+    }
 
 
 def needed_bytes(architecture: Architecture, step: StepShape, accelerator: Accelerator) -> int:
@@ -67,7 +75,9 @@ def needed_bytes(architecture: Architecture, step: StepShape, accelerator: Accel
 
 
 def reserved_bytes(peak_bytes: int, accelerator: Accelerator) -> int:
-    """Return the bytes needed in addition to the allocator's peak: driver, collectives, fragmentation."""
+    """Return the bytes needed in addition to the allocator's peak: driver, collectives,
+    fragmentation.
+    """
     return round(accelerator.outside * 1e9 + FRAGMENTATION * peak_bytes)
 
 
@@ -77,7 +87,9 @@ def available_bytes(config: RunConfig, accelerator: Accelerator) -> int:
 
 
 def largest_fitting(fits: Callable[[int], bool], most: int) -> int | None:
-    """Return the largest number from 1 to `most` that fits, given that all smaller ones do; None if 1 does not."""
+    """Return the largest number from 1 to `most` that fits, given that all smaller ones do; None if
+    1 does not.
+    """
     if not fits(1):
         return None
     low, high = 1, most
@@ -98,4 +110,10 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
             f"--gpus: found {world_size}, expected at least 1",
             hint="Pass the number of GPUs of all nodes.",
         )
-    ParallelDims.of(config, world_size, experts=architecture.experts, hidden=architecture.hidden, expert_size=architecture.expert_size)
+    ParallelDims.of(
+        config,
+        world_size,
+        experts=architecture.experts,
+        hidden=architecture.hidden,
+        expert_size=architecture.expert_size,
+    )

@@ -50,11 +50,14 @@ class Plan:
     memory: dict[str, int]  # by part at the moment of the peak
     moment: str  # when the peak occurs
     phases: dict[str, int]  # the peak of each phase of a step
-    memory_bytes: int  # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
+    # at the peak, as the trainer measures it: the allocator's on a GPU, the process's on CPU
+    memory_bytes: int
     reserved_bytes: int  # in addition to the peak: driver, collectives, fragmentation
     limit_bytes: int
     checkpoint_bytes: int  # of a resume checkpoint on disk, over all ranks
-    checkpoints: int  # on disk at the same time: the newest ones, the best and the one being written
+    checkpoints: (
+        int  # on disk at the same time: the newest ones, the best and the one being written
+    )
     host_copy_bytes: int  # in host memory, while a checkpoint is written in the background
     flops_by_pass: dict[str, float]  # of a rank's step
     flops_by_part: dict[str, float]
@@ -87,18 +90,25 @@ def refuse_if_too_big(plan: Plan) -> None:
     """
     if plan.fits:
         return
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7)
+    parts = ", ".join(
+        f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7
+    )
     message = (
-        f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, and has {plan.limit_bytes / 1e9:.1f} GB "
-        f"(peak in {plan.moment}: {parts}; reserved {plan.reserved_bytes / 1e9:.1f})"
+        f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, and has"
+        f" {plan.limit_bytes / 1e9:.1f} GB (peak in {plan.moment}: {parts}; reserved"
+        f" {plan.reserved_bytes / 1e9:.1f})"
     )
     if not plan.changes:
         raise UserError(
             message,
-            hint="No change of batch, sequence, method or number of ranks fits; use accelerators with more memory.",
+            hint=(
+                "No change of batch, sequence, method or number of ranks fits; use accelerators"
+                " with more memory."
+            ),
         )
     changes = (
-        f"{' '.join(_as_option(setting) for setting in change.settings)} ({change.memory_bytes / 1e9:.1f} GB)"
+        f"{' '.join(_as_option(setting) for setting in change.settings)}"
+        f" ({change.memory_bytes / 1e9:.1f} GB)"
         for change in plan.changes
     )
     raise UserError(message, hint=f"The smallest change that fits: {'; or '.join(changes)}.")

@@ -1,4 +1,6 @@
-"""`canvastune plan`: plan what a run needs of its hardware from the model's config.json, and refuse what cannot fit."""
+"""`canvastune plan`: plan what a run needs of its hardware from the model's config.json, and refuse
+what cannot fit.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         model: a checkpoint's folder, of which only config.json is read, or a config.json.
 
     Raises:
-        UserError: ranks, experts and batch do not divide, or the model or the accelerator is unknown. A plan that does
+        UserError: ranks, experts and batch do not divide, or the model or the accelerator is
+            unknown. A plan that does
             not fit the memory is returned; `refuse_if_too_big` and `write_plan` refuse it.
     """
     architecture = read_architecture(config, model)
@@ -119,15 +122,23 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         seconds=seconds,
         step_seconds=seconds.total,
         run_seconds=seconds.total * config.train.steps,
-        model_flops_utilisation=flops.model / (seconds.total * peak_rate(architecture, accelerator)),
+        model_flops_utilisation=flops.model
+        / (seconds.total * peak_rate(architecture, accelerator)),
         tokens_per_step=config.train.global_batch_size * (step.clean + step.canvas),
         largest_micro_batch=largest_fitting(
-            lambda size: needed_bytes(architecture, dataclasses.replace(longest, micro_batch=size), accelerator)
-            <= limit,
+            lambda size: (
+                needed_bytes(
+                    architecture, dataclasses.replace(longest, micro_batch=size), accelerator
+                )
+                <= limit
+            ),
             _MAX_EXAMPLES,
         ),
         largest_sequence=largest_fitting(
-            lambda length: needed_bytes(architecture, with_longest_example(longest, length), accelerator) <= limit,
+            lambda length: (
+                needed_bytes(architecture, with_longest_example(longest, length), accelerator)
+                <= limit
+            ),
             architecture.longest,
         ),
         changes=(),
@@ -146,16 +157,31 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
     """
     refuse_if_too_big(plan)
     with atomic_directory(out) as partial:
-        (partial / "plan.json").write_text(json.dumps(as_tree(plan), indent=2) + "\n", encoding="utf-8")
+        (partial / "plan.json").write_text(
+            json.dumps(as_tree(plan), indent=2) + "\n", encoding="utf-8"
+        )
         (partial / "plan.txt").write_text(render(plan), encoding="utf-8")
         write_provenance(partial, "plan", config, {})
 
 
 def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
     if model == SHIPPED_CONFIG:
-        yield "config.json is not available from the Hub: planned from the copy of it that canvastune ships."
+        yield (
+            "config.json is not available from the Hub: planned from the copy of it that canvastune"
+            " ships."
+        )
     if accelerator.process:
-        yield "On CPU, call overhead dominates the time of small models: the estimated time is a lower bound."
+        yield (
+            "On CPU, call overhead dominates the time of small models: the estimated time is a"
+            " lower bound."
+        )
     memory = config.hardware.gpu_memory
-    if accelerator.memory and memory and abs(memory - accelerator.memory) > 0.01 * accelerator.memory:
-        yield f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has {accelerator.memory:g} GB."
+    if (
+        accelerator.memory
+        and memory
+        and abs(memory - accelerator.memory) > 0.01 * accelerator.memory
+    ):
+        yield (
+            f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has"
+            f" {accelerator.memory:g} GB."
+        )

@@ -18,9 +18,15 @@ def render(plan: Plan) -> str:
     lines += [f"  {note}" for note in plan.notes]
     lines += [
         "",
-        f"  {plan.world_size} ranks on {plan.accelerator} = efsdp {plan.efsdp} x ep {plan.ep}, compute in {plan.precision}",
-        f"  global batch {plan.global_batch_size} = {plan.world_size} ranks x {plan.micro_batch_size} examples x {plan.micro_steps} "
-        f"forwards; sequences of {plan.seq_length} tokens, canvas {plan.canvas_length}",
+        (
+            f"  {plan.world_size} ranks on {plan.accelerator} = efsdp {plan.efsdp} x ep {plan.ep},"
+            f" compute in {plan.precision}"
+        ),
+        (
+            f"  global batch {plan.global_batch_size} = {plan.world_size} ranks x"
+            f" {plan.micro_batch_size} examples x {plan.micro_steps} forwards; sequences of"
+            f" {plan.seq_length} tokens, canvas {plan.canvas_length}"
+        ),
         f"  activation checkpointing {_CHECKPOINTING[plan.activation_checkpointing]}",
         "",
         *_parameters(plan),
@@ -37,7 +43,10 @@ def render(plan: Plan) -> str:
 
 
 def _parameters(plan: Plan) -> list[str]:
-    rows = [(kind, _count(c.total), _count(c.active), _count(c.trained)) for kind, c in plan.parameters.items()]
+    rows = [
+        (kind, _count(c.total), _count(c.active), _count(c.trained))
+        for kind, c in plan.parameters.items()
+    ]
     return _table(("Parameters", "total", "active per token", "trained"), rows)
 
 
@@ -45,7 +54,10 @@ def _memory(plan: Plan) -> list[str]:
     rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
     rows += [
         ("peak", f"{plan.memory_bytes / 1e9:.2f}"),
-        (f"driver, collectives, fragmentation ({FRAGMENTATION:.0%})", f"{plan.reserved_bytes / 1e9:.2f}"),
+        (
+            f"driver, collectives, fragmentation ({FRAGMENTATION:.0%})",
+            f"{plan.reserved_bytes / 1e9:.2f}",
+        ),
         ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
         ("available", f"{plan.limit_bytes / 1e9:.2f}"),
     ]
@@ -54,8 +66,13 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *_table((f"Memory per rank, at the peak: {plan.moment}", "GB"), rows),
         f"  Assumes examples of {longest} tokens, with the last block filled.",
-        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} on disk at once"
-        + (f"; each rank copies {plan.host_copy_bytes / 1e9:.2f} GB to host memory." if plan.host_copy_bytes else "."),
+        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} on"
+        " disk at once"
+        + (
+            f"; each rank copies {plan.host_copy_bytes / 1e9:.2f} GB to host memory."
+            if plan.host_copy_bytes
+            else "."
+        ),
         "",
         *_table(("Memory per rank, peak of each phase of a step", "GB"), phases),
     ]
@@ -63,12 +80,25 @@ def _memory(plan: Plan) -> list[str]:
 
 def _work(plan: Plan) -> list[str]:
     total = sum(plan.flops_by_pass.values())
-    passes = [(name, f"{value / 1e12:.2f}", f"{value / total:.0%}") for name, value in plan.flops_by_pass.items() if value]
-    parts = [(name, f"{value / 1e12:.2f}", f"{value / total:.0%}") for name, value in plan.flops_by_part.items() if value]
-    received = [(name, f"{value / 1e9:.3f}") for name, value in plan.bytes_received.items() if value]
+    passes = [
+        (name, f"{value / 1e12:.2f}", f"{value / total:.0%}")
+        for name, value in plan.flops_by_pass.items()
+        if value
+    ]
+    parts = [
+        (name, f"{value / 1e12:.2f}", f"{value / total:.0%}")
+        for name, value in plan.flops_by_part.items()
+        if value
+    ]
+    received = [
+        (name, f"{value / 1e9:.3f}") for name, value in plan.bytes_received.items() if value
+    ]
     received.append(("total", f"{sum(plan.bytes_received.values()) / 1e9:.3f}"))
     return [
-        *_table(("Compute per rank and step", "TFLOP", "share"), [*passes, ("total", f"{total / 1e12:.2f}", "")]),
+        *_table(
+            ("Compute per rank and step", "TFLOP", "share"),
+            [*passes, ("total", f"{total / 1e12:.2f}", "")],
+        ),
         "",
         *_table(("of which", "TFLOP", "share"), sorted(parts, key=lambda row: -float(row[1]))),
         "",
@@ -90,8 +120,11 @@ def _time(plan: Plan) -> list[str]:
     rate = plan.tokens_per_step / plan.step_seconds
     return [
         *_table(("Time, estimated", ""), rows),
-        f"  {plan.tokens_per_step:,} tokens per step, {rate:,.0f} tokens/s; {plan.model_flops_utilisation:.0%} of the "
-        f"peak rate, assuming {MATMUL_SHARE:.0%} of it in matmuls",
+        (
+            f"  {plan.tokens_per_step:,} tokens per step, {rate:,.0f} tokens/s;"
+            f" {plan.model_flops_utilisation:.0%} of the peak rate, assuming {MATMUL_SHARE:.0%} of"
+            " it in matmuls"
+        ),
         "  Assumes examples of full length; shorter ones take less time.",
     ]
 
@@ -102,9 +135,13 @@ def _verdict(plan: Plan) -> list[str]:
     if batch:
         lines.append(f"  Largest micro-batch at {plan.seq_length} tokens: {batch}")
     if length:
-        lines.append(f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens")
+        lines.append(
+            f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens"
+        )
     for change in plan.changes:
-        lines.append(f"  Would fit with {' and '.join(change.settings)}: {change.memory_bytes / 1e9:.1f} GB")
+        lines.append(
+            f"  Would fit with {' and '.join(change.settings)}: {change.memory_bytes / 1e9:.1f} GB"
+        )
     return lines
 
 
@@ -115,7 +152,10 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     def line(row: tuple[str, ...], indent: str) -> str:
         first = indent + row[0]
         return (
-            first.ljust(widths[0] + 2) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            first.ljust(widths[0] + 2)
+            + "".join(
+                f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True)
+            )
         ).rstrip()
 
     return [line(head, ""), *(line(row, "  ") for row in everything[1:])]

@@ -25,12 +25,18 @@ _MAX_RANKS = 4096
 Candidates = Iterator[tuple[RunConfig, int, tuple[str, ...]]]
 
 
-def smallest_changes(config: RunConfig, model: Path, world_size: int, accelerator: Accelerator, limit: int) -> Iterator[Change]:
-    """Yield changes that fit, the mildest first, of at most three levers; none that contains a smaller one."""
+def smallest_changes(
+    config: RunConfig, model: Path, world_size: int, accelerator: Accelerator, limit: int
+) -> Iterator[Change]:
+    """Yield changes that fit, the mildest first, of at most three levers; none that contains a
+    smaller one.
+    """
 
     @functools.cache
     def architecture_with(method: Literal["lora", "full"], experts: bool) -> Architecture:
-        return read_architecture(_with(_with(config, "train", method=method), "lora", experts=experts), model)
+        return read_architecture(
+            _with(_with(config, "train", method=method), "lora", experts=experts), model
+        )
 
     def needed(changed: RunConfig, ranks: int) -> int | None:
         try:
@@ -38,9 +44,13 @@ def smallest_changes(config: RunConfig, model: Path, world_size: int, accelerato
             check_layout(changed, architecture, ranks)
         except UserError:
             return None
-        return needed_bytes(architecture, step_shape(changed, architecture, ranks, longest=True), accelerator)
+        return needed_bytes(
+            architecture, step_shape(changed, architecture, ranks, longest=True), accelerator
+        )
 
-    combinations = [levers for count in (1, 2, 3) for levers in itertools.combinations(_LEVERS, count)]
+    combinations = [
+        levers for count in (1, 2, 3) for levers in itertools.combinations(_LEVERS, count)
+    ]
     found: list[set[Callable[..., Candidates]]] = []
     for levers in sorted(combinations, key=lambda levers: sum(_LEVERS[lever] for lever in levers)):
         if any(smaller <= set(levers) for smaller in found):
@@ -62,13 +72,21 @@ def smallest_changes(config: RunConfig, model: Path, world_size: int, accelerato
 
 def _checkpoint(config: RunConfig, ranks: int) -> Candidates:
     if config.train.activation_checkpointing is not True:
-        yield _with(config, "train", activation_checkpointing=True), ranks, ("train.activation_checkpointing=true",)
+        yield (
+            _with(config, "train", activation_checkpointing=True),
+            ranks,
+            ("train.activation_checkpointing=true",),
+        )
 
 
 def _fewer_examples(config: RunConfig, ranks: int) -> Candidates:
     size = (config.train.micro_batch_size or config.train.global_batch_size // ranks) // 2
     while size >= 1:
-        yield _with(config, "train", micro_batch_size=size), ranks, (f"train.micro_batch_size={size}",)
+        yield (
+            _with(config, "train", micro_batch_size=size),
+            ranks,
+            (f"train.micro_batch_size={size}",),
+        )
         size //= 2
 
 
@@ -85,7 +103,10 @@ def _more_ranks(config: RunConfig, ranks: int) -> Candidates:
         batch = config.train.global_batch_size
         each = config.train.micro_batch_size or 1
         grown = -(-batch // (more * each)) * more * each
-        settings = (f"{more} ranks", *((f"train.global_batch_size={grown}",) if grown != batch else ()))
+        settings = (
+            f"{more} ranks",
+            *((f"train.global_batch_size={grown}",) if grown != batch else ()),
+        )
         yield _with(config, "train", global_batch_size=grown), more, settings
         more *= 2
 

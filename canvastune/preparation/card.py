@@ -35,7 +35,10 @@ def render_card(card: dict[str, Any]) -> str:
 
 def _token_chart(card: dict[str, Any]) -> dict[str, Any]:
     edges, counts = card["token_histogram"]["edges"], card["token_histogram"]["counts"]
-    bars = [(f"{low:,} to {high - 1:,} tokens", count) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+    bars = [
+        (f"{low:,} to {high - 1:,} tokens", count)
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
     first, last, limit = edges[0], edges[-1], card["seq_length"]
     share = (limit - first) / (last - first) if first < limit < last else None
     return _chart(bars, [f"{first:,}", f"{last:,} tokens"], share)
@@ -73,7 +76,10 @@ def _chart(bars: list[tuple[str, int]], ends: list[str], limit: float | None) ->
         "base": base,
         "tallest": tallest,
         "limit": None if limit is None else limit * _WIDTH,
-        "labels": [{"x": x, "anchor": anchor, "text": text} for (x, anchor), text in zip(anchors, ends, strict=True)],
+        "labels": [
+            {"x": x, "anchor": anchor, "text": text}
+            for (x, anchor), text in zip(anchors, ends, strict=True)
+        ],
         "bars": [
             {
                 "name": name,

@@ -37,7 +37,9 @@ class EncodedConversation(NamedTuple):
     """
 
     tokens: array[int]
-    prefix_length: int  # tokens that inference feeds, with the header of the model turn; the response follows
+    prefix_length: (
+        int  # tokens that inference feeds, with the header of the model turn; the response follows
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class ChatEncoder:
                 f"{where}: the tokenizer has no chat template",
                 hint="Use a model whose directory has chat_template.jinja.",
             )
-        tokenizer([_SENTINEL], add_special_tokens=False)  # resets the padding and truncation of tokenizer.json
+        tokenizer(
+            [_SENTINEL], add_special_tokens=False
+        )  # resets the padding and truncation of tokenizer.json
         added = tokenizer.added_tokens_decoder
         self._added = frozenset(added)
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
@@ -89,7 +93,8 @@ class ChatEncoder:
             ) from None
         if rendered.count(_SENTINEL) != 1:
             raise UserError(
-                f"{where}: the chat template shows an assistant's content {rendered.count(_SENTINEL)} times, expected once",
+                f"{where}: the chat template shows an assistant's content"
+                f" {rendered.count(_SENTINEL)} times, expected once",
                 hint=_HINT,
             )
         # The newline after the marker belongs to the template's next turn, not to this one.
@@ -106,9 +111,13 @@ class ChatEncoder:
         # Control tokens: all special ones, and those that open or close a turn even if they are not
         # marked special.
         markers = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
-        self._control = {i for i, token in added.items() if token.special} | (self._added & set(markers))
+        self._control = {i for i, token in added.items() if token.special} | (
+            self._added & set(markers)
+        )
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[EncodedConversation | InvalidRow]:
+    def encode(
+        self, conversations: Sequence[Conversation]
+    ) -> list[EncodedConversation | InvalidRow]:
         """Encode a batch; an InvalidRow with the reason takes the place of a conversation that
         cannot be trained on.
         """
@@ -134,11 +143,17 @@ class ChatEncoder:
         before the answer that inference never sees.
         """
         answer = _SENTINEL + self.closing
-        whole = self._tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+        whole = self._tokenizer(
+            prompt + answer, add_special_tokens=False, return_offsets_mapping=True
+        )
         starts = [start for start, _ in whole["offset_mapping"]]
-        if len(prompt) not in starts:  # a token straddles the boundary: inference only has the two separately
+        if (
+            len(prompt) not in starts
+        ):  # a token straddles the boundary: inference only has the two separately
             return
-        if whole["input_ids"] != [token for tokens in self._tokenize([prompt, answer]) for token in tokens]:
+        if whole["input_ids"] != [
+            token for tokens in self._tokenize([prompt, answer]) for token in tokens
+        ]:
             raise UserError(
                 f"{where}: the tokenizer encodes an answer differently after the prompt and "
                 "separately, perhaps with a "
@@ -146,7 +161,9 @@ class ChatEncoder:
                 hint=_HINT,
             )
 
-    def _texts(self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]) -> list[tuple[str, str] | InvalidRow]:
+    def _texts(
+        self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]
+    ) -> list[tuple[str, str] | InvalidRow]:
         """Return prefix and response text of each conversation, checked against the template's own
         rendering.
         """
@@ -159,14 +176,18 @@ class ChatEncoder:
             prompts = [self._render_one(history, generation=True) for history in histories]
             renderings = [self._render_one(whole) for whole in wholes]
         texts: list[tuple[str, str] | InvalidRow] = []
-        for conversation, template, prompt, rendering in zip(conversations, templates, prompts, renderings, strict=True):
+        for conversation, template, prompt, rendering in zip(
+            conversations, templates, prompts, renderings, strict=True
+        ):
             if isinstance(prompt, InvalidRow) or isinstance(rendering, InvalidRow):
                 texts.append(prompt if isinstance(prompt, InvalidRow) else rendering)  # type: ignore[arg-type]
             else:
                 texts.append(self._split(conversation, template, prompt, rendering))
         return texts
 
-    def _split(self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str) -> tuple[str, str] | InvalidRow:
+    def _split(
+        self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str
+    ) -> tuple[str, str] | InvalidRow:
         if template.problem:
             return InvalidRow(template.problem)
         stock_prefix = prompt.removesuffix(template.thought)
@@ -174,11 +195,19 @@ class ChatEncoder:
             conversation.answer.strip(),
             conversation.answer,
         ):  # Gemma's templates strip contents
-            if prompt.endswith(template.thought) and rendering == stock_prefix + answer + template.closing:
+            if (
+                prompt.endswith(template.thought)
+                and rendering == stock_prefix + answer + template.closing
+            ):
                 return prompt, answer + self.closing
-        return InvalidRow("the chat template changes the answer (it holds a thought or another control sequence that the template removes)")
+        return InvalidRow(
+            "the chat template changes the answer (it holds a thought or another control sequence"
+            " that the template removes)"
+        )
 
-    def _check(self, template: _TurnTemplate, prefix: list[int], response: list[int]) -> EncodedConversation | InvalidRow:
+    def _check(
+        self, template: _TurnTemplate, prefix: list[int], response: list[int]
+    ) -> EncodedConversation | InvalidRow:
         """Refuse text that became a control token: it would open or close a turn that is not in the
         data.
         """
@@ -189,12 +218,17 @@ class ChatEncoder:
         )
         if found == template.markers and not inside and end == self.closing_ids and content:
             return EncodedConversation(array("i", prefix + response), len(prefix))
-        extra = [token for token in content if token in inside] or _first_difference(found, template.markers)
+        extra = [token for token in content if token in inside] or _first_difference(
+            found, template.markers
+        )
         unknown = self._tokenizer.unk_token_id
         if extra == [unknown]:
             return InvalidRow("the text holds a character that the tokenizer has no token for")
         name = self._tokenizer.convert_ids_to_tokens(extra[0]) if extra else self.closing
-        return InvalidRow(f"the text holds the control token {name!r}, which would become a marker of the chat, not text")
+        return InvalidRow(
+            f"the text holds the control token {name!r}, which would become a marker of the chat,"
+            " not text"
+        )
 
     def _template(self, conversation: Conversation) -> _TurnTemplate:
         roles = tuple([message["role"] for message in conversation.messages])
@@ -208,7 +242,9 @@ class ChatEncoder:
         """Render one conversation with these roles and a sentinel as the answer; find what the
         template writes around it.
         """
-        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [{"role": roles[-1], "content": _SENTINEL}]
+        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [
+            {"role": roles[-1], "content": _SENTINEL}
+        ]
         sequence = ", ".join(roles)
         rendering, prompt = (
             self._render_one(messages),
@@ -216,7 +252,9 @@ class ChatEncoder:
         )
         if isinstance(rendering, InvalidRow) or isinstance(prompt, InvalidRow):
             reason = rendering if isinstance(rendering, InvalidRow) else prompt
-            return _TurnTemplate("", "", [], f"the chat template refuses the turns {sequence}: {reason}")
+            return _TurnTemplate(
+                "", "", [], f"the chat template refuses the turns {sequence}: {reason}"
+            )
         before, sentinel, closing = rendering.partition(_SENTINEL)
         thought = prompt[len(before) :]
         if not sentinel or _SENTINEL in closing or closing.rstrip() != self.closing:
@@ -232,11 +270,15 @@ class ChatEncoder:
         markers = [token for token in self._tokenize([prompt])[0] if token in self._control]
         return _TurnTemplate(thought, closing, markers)
 
-    def _render(self, conversations: list[list[dict[str, str]]], *, generation: bool = False) -> list[str]:
+    def _render(
+        self, conversations: list[list[dict[str, str]]], *, generation: bool = False
+    ) -> list[str]:
         """Render as the tokenizer's apply_chat_template, without its copies of messages and
         variables, half of the time.
         """
-        template = _compile_jinja_template(self._tokenizer.get_chat_template())  # cached by the library
+        template = _compile_jinja_template(
+            self._tokenizer.get_chat_template()
+        )  # cached by the library
         tokens = self._tokenizer.special_tokens_map
         variables = {
             **template.globals,
@@ -245,10 +287,15 @@ class ChatEncoder:
             "documents": None,
             "add_generation_prompt": generation,
         }
-        contexts = (template.new_context({**variables, "messages": messages}, shared=True) for messages in conversations)
+        contexts = (
+            template.new_context({**variables, "messages": messages}, shared=True)
+            for messages in conversations
+        )
         return ["".join(template.root_render_func(context)) for context in contexts]
 
-    def _render_one(self, messages: list[dict[str, str]], *, generation: bool = False) -> str | InvalidRow:
+    def _render_one(
+        self, messages: list[dict[str, str]], *, generation: bool = False
+    ) -> str | InvalidRow:
         try:
             return self._render([messages], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise

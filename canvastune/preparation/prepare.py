@@ -33,7 +33,13 @@ from canvastune.io.provenance import write_provenance
 from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.readers import Row, Source, open_source
-from canvastune.preparation.row_formats import Conversation, InvalidRow, detect_format, read_conversation, unknown_format
+from canvastune.preparation.row_formats import (
+    Conversation,
+    InvalidRow,
+    detect_format,
+    read_conversation,
+    unknown_format,
+)
 from canvastune.preparation.stats import DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
 from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
@@ -54,7 +60,9 @@ _SCHEMA = pa.schema(
 _HASHED_ROWS = 512  # rows hashed at a time
 _UNDETECTED = 100  # rows searched for a known format
 _SAMPLES = 3
-_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would create an encoder for every row
+_to_json = json.JSONEncoder(
+    ensure_ascii=False
+).encode  # json.dumps would create an encoder for every row
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class Throughput:
 
     batch_rows: int = 512  # conversations rendered and tokenized at a time
     batch_characters: int = 4 * 2**20  # fewer conversations if they are long
-    local_batches: int = 2  # encoded in this process before others are started, which takes a second
+    local_batches: int = (
+        2  # encoded in this process before others are started, which takes a second
+    )
     progress_seconds: float = 2.0
     pool: Callable[[ChatEncoder, int], EncoderPool] = EncoderPool
 
@@ -109,7 +119,9 @@ def prepare_data(
             stack.enter_context(_frozen_garbage())
             rows = stack.enter_context(contextlib.closing(source.rows()))
             limited = itertools.islice(rows, config.data.max_rows)
-            found = _conversations(_read(limited, source, stats, progress, fingerprint), config.data, stats)
+            found = _conversations(
+                _read(limited, source, stats, progress, fingerprint), config.data, stats
+            )
             batches = _batches(found, throughput)
             count = processes or usable_cpus()
             encoding = stack.enter_context(
@@ -126,7 +138,9 @@ def prepare_data(
             for batch, answers in encoding:
                 tokens = iter(answers)
                 for row, conversation in batch:
-                    encoded = next(tokens) if isinstance(conversation, Conversation) else conversation
+                    encoded = (
+                        next(tokens) if isinstance(conversation, Conversation) else conversation
+                    )
                     if isinstance(conversation, InvalidRow) or isinstance(encoded, InvalidRow):
                         stats.drop_invalid(row, str(encoded))
                         continue
@@ -147,7 +161,9 @@ def prepare_data(
         card: dict[str, Any] = {
             "source": source.label,
             "format": stats.row_format,
-            "fingerprint": fingerprint.hexdigest() if source.path is None else hash_path(source.path),
+            "fingerprint": (
+                fingerprint.hexdigest() if source.path is None else hash_path(source.path)
+            ),
             **stats.card(),
             "train": len(splits["train"]),
             "validation": len(splits["validation"]),
@@ -169,7 +185,10 @@ def prepare_data(
         )
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
-        logger.info(f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in {card['seconds']} s")
+        logger.info(
+            f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in"
+            f" {card['seconds']} s"
+        )
     return card
 
 
@@ -191,7 +210,9 @@ def _read(
         yield row
 
 
-def _conversations(rows: Iterator[Row], config: DataConfig, stats: DatasetStats) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
+def _conversations(
+    rows: Iterator[Row], config: DataConfig, stats: DatasetStats
+) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
     """Turn each row into a conversation, or into the reason why it is not one; duplicates are
     counted and left out.
     """
@@ -226,7 +247,9 @@ def _conversations(rows: Iterator[Row], config: DataConfig, stats: DatasetStats)
         yield row, InvalidRow(row.problem)
 
 
-def _batches(found: Iterator[tuple[Row, Conversation | InvalidRow]], limits: Throughput) -> Iterator[Batch]:
+def _batches(
+    found: Iterator[tuple[Row, Conversation | InvalidRow]], limits: Throughput
+) -> Iterator[Batch]:
     """Group conversations for one call of the tokenizer, bounded in rows and in characters."""
     batch: Batch = []
     characters = 0
@@ -241,7 +264,9 @@ def _batches(found: Iterator[tuple[Row, Conversation | InvalidRow]], limits: Thr
         yield batch
 
 
-def _example(row: Row, conversation: Conversation, encoded: EncodedConversation, seq_length: int) -> dict[str, Any] | None:
+def _example(
+    row: Row, conversation: Conversation, encoded: EncodedConversation, seq_length: int
+) -> dict[str, Any] | None:
     """Return the row of the prepared data set, cut to `seq_length` tokens; None if no response
     token would be left.
     """
@@ -277,14 +302,22 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
 def _refuse_empty(train: _Split, validation: _Split, config: DataConfig) -> None:
     if train.count == 0:
         raise UserError(
-            f"{config.source}: all of the {validation.count} rows kept are in the validation split, expected at least one to train on",
-            hint=f"Use more rows, or lower data.validation_fraction (now {config.validation_fraction:g}).",
+            f"{config.source}: all of the {validation.count} rows kept are in the validation split,"
+            " expected at least one to train on",
+            hint=(
+                "Use more rows, or lower data.validation_fraction (now"
+                f" {config.validation_fraction:g})."
+            ),
         )
     if validation.count == 0:
         enough = math.ceil(train.lowest * 10_000 + 1) / 10_000
         raise UserError(
-            f"{config.source}: none of the {train.count} rows kept is in the validation split, expected at least one",
-            hint=f"Use more rows, or raise data.validation_fraction (now {config.validation_fraction:g}) to {enough:g}.",
+            f"{config.source}: none of the {train.count} rows kept is in the validation split,"
+            " expected at least one",
+            hint=(
+                "Use more rows, or raise data.validation_fraction (now"
+                f" {config.validation_fraction:g}) to {enough:g}."
+            ),
         )
 
 
@@ -303,7 +336,9 @@ def _content_hash(splits: dict[str, datasets.Dataset]) -> str:
             columns["tokens"].update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
             columns["prefix"].update(table["prefix_length"].to_numpy().tobytes())
             columns["complete"].update(bytes(table["complete"].to_pylist()))
-        digest.update(f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode())
+        digest.update(
+            f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -357,7 +392,10 @@ class _Split:
         self._lengths[0].append(example["prefix_length"])
         self._lengths[1].append(response)
         self.lowest = min(self.lowest, _split_position(example["id"]))
-        if len(self._rows) == self._limits.batch_rows or self._tokens > self._limits.batch_characters:
+        if (
+            len(self._rows) == self._limits.batch_rows
+            or self._tokens > self._limits.batch_characters
+        ):
             self._flush()
 
     def keep_smallest_ids(self, limit: int | None) -> list[tuple[int, int]]:
@@ -377,7 +415,9 @@ class _Split:
         file = self._close()
         # The library's own fingerprint depends on the path and the time: equal rows must be equal
         # files.
-        dataset = datasets.Dataset(MemoryMappedTable.from_file(str(file)), fingerprint=hash_path(file)[:16])
+        dataset = datasets.Dataset(
+            MemoryMappedTable.from_file(str(file)), fingerprint=hash_path(file)[:16]
+        )
         if self._chosen is not None:
             dataset = dataset.select(self._chosen, keep_in_memory=True)
         with _no_bars():
@@ -398,6 +438,9 @@ class _Split:
             ends = itertools.accumulate((len(row["input_ids"]) for row in self._rows), initial=0)
             flat = pa.Array.from_buffers(pa.int32(), len(tokens), [None, pa.py_buffer(tokens)])
             columns = [pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat)]
-            columns += [pa.array([row[field.name] for row in self._rows], field.type) for field in list(_SCHEMA)[1:]]
+            columns += [
+                pa.array([row[field.name] for row in self._rows], field.type)
+                for field in list(_SCHEMA)[1:]
+            ]
             self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
             self._rows, self._tokens = [], 0

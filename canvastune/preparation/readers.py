@@ -90,7 +90,9 @@ class Source:
         """
         for file, name, part in self._parts:
             is_table = isinstance(part, datasets.Dataset)
-            read = _read_arrow(file, name, part) if is_table else _read_file(file, name, part, limits)
+            read = (
+                _read_arrow(file, name, part) if is_table else _read_file(file, name, part, limits)
+            )
             empty = True
             for row in read:
                 empty = False
@@ -117,11 +119,16 @@ def open_source(config: DataConfig) -> Source:
     text = config.source
     path = Path(text).expanduser()
     if path.is_dir():
-        return _open_repository(config, str(path), path) if _is_repository(path) else _open_folder(path)
+        return (
+            _open_repository(config, str(path), path)
+            if _is_repository(path)
+            else _open_folder(path)
+        )
     if path.is_file():
         if not path.name.endswith(_SUFFIXES):
             raise UserError(
-                f"data.source: {path}: unsupported file type, expected one of {', '.join(_SUFFIXES)}",
+                f"data.source: {path}: unsupported file type, expected one of"
+                f" {', '.join(_SUFFIXES)}",
                 hint="Convert the file.",
             )
         return Source(str(path), path, ((str(path), path.name, path),))
@@ -130,27 +137,40 @@ def open_source(config: DataConfig) -> Source:
         near = difflib.get_close_matches(path.name, names, n=1)
         raise UserError(
             f"data.source: {text}: no such file or folder",
-            hint=f"Did you mean {path.parent / near[0]}?" if near else "Check the path, or use a Hub data set id.",
+            hint=(
+                f"Did you mean {path.parent / near[0]}?"
+                if near
+                else "Check the path, or use a Hub data set id."
+            ),
         )
     return _open_repository(config, text, None)
 
 
 def _open_folder(folder: Path) -> Source:
     files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_SUFFIXES) and not _is_hidden(path.relative_to(folder))
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name.endswith(_SUFFIXES)
+        and not _is_hidden(path.relative_to(folder))
     )
     if not files:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"data.source: {folder}: no data file in this folder: found {found}, expected {', '.join(_SUFFIXES)}",
+            f"data.source: {folder}: no data file in this folder: found {found}, expected"
+            f" {', '.join(_SUFFIXES)}",
             hint="Use a folder with data files.",
         )
-    words = {file: set(re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower())) for file in files}
+    words = {
+        file: set(re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower()))
+        for file in files
+    }
     train = [file for file in files if words[file] & _TRAIN_WORDS]
     held_out = [file for file in files if words[file] & _HELD_OUT_WORDS]
     if train and held_out:  # reading both would silently train on the test set
         raise UserError(
-            f"data.source: {folder}: the folder mixes splits ({train[0].relative_to(folder)}, {held_out[0].relative_to(folder)})",
+            f"data.source: {folder}: the folder mixes splits ({train[0].relative_to(folder)},"
+            f" {held_out[0].relative_to(folder)})",
             hint="Use one file, or a folder with only the training files.",
         )
     return Source(
@@ -190,16 +210,23 @@ def _open_repository(config: DataConfig, location: str, path: Path | None) -> So
     """Open a data set repository: `location` is a Hub id, or a local folder in the Hub's layout
     (then `path` is set).
     """
-    what = " ".join(["data.source:", location, *([f"(config {config.config})"] if config.config else [])])
+    what = " ".join(
+        ["data.source:", location, *([f"(config {config.config})"] if config.config else [])]
+    )
     revision = config.revision if path is None else None
     try:
-        table = datasets.load_dataset(location, name=config.config, split=config.split, revision=revision)
+        table = datasets.load_dataset(
+            location, name=config.config, split=config.split, revision=revision
+        )
     except DatasetNotFoundError as error:
         raise UserError(
-            f"{what}: data set not found on the Hub at revision {revision or 'main'}, or access denied ({one_line(error)})",
+            f"{what}: data set not found on the Hub at revision {revision or 'main'}, or access"
+            f" denied ({one_line(error)})",
             hint="Check the name, the revision and HF_TOKEN, or use a local file.",
         ) from None
-    except ValueError as error:  # a missing configuration or split: the message lists the existing ones
+    except (
+        ValueError
+    ) as error:  # a missing configuration or split: the message lists the existing ones
         raise UserError(
             f"{what}: {one_line(error)}",
             hint=f"Set data.config and data.split (now {config.split!r}) to one of those.",
@@ -313,7 +340,8 @@ def _read_lines(file: str, name: str, stream: BinaryIO, max_row: int) -> Iterato
                 name,
                 number,
                 None,
-                f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1} of the line",
+                f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1} of the"
+                " line",
             )
         except RecursionError:
             yield Row(file, name, number, None, "not JSON: nested too deeply")
@@ -358,7 +386,9 @@ class _JsonText:
         while True:
             try:
                 value, end = self._decode(self._window, self._at)
-                if end < len(self._window) or self._at_end:  # else a number may continue after the window
+                if (
+                    end < len(self._window) or self._at_end
+                ):  # else a number may continue after the window
                     self._at = end
                     return value
             except RecursionError:
@@ -367,7 +397,9 @@ class _JsonText:
                 if self._at_end:
                     raise
                 if len(self._window) - self._at > self._limits.row:
-                    raise ValueError(f"longer than {self._limits.row // 2**20} MiB, or an open string or bracket") from None
+                    raise ValueError(
+                        f"longer than {self._limits.row // 2**20} MiB, or an open string or bracket"
+                    ) from None
             self._grow(max(self._limits.window, len(self._window) - self._at))
 
     def _grow(self, characters: int) -> None:
@@ -397,7 +429,8 @@ def _read_array(file: str, name: str, stream: BinaryIO, limits: ReadLimits) -> I
             raise
         except ValueError as error:
             raise UserError(
-                f"{file}: row {number}: not JSON ({one_line(error)}); the rest of the array cannot be read",
+                f"{file}: row {number}: not JSON ({one_line(error)}); the rest of the array cannot"
+                " be read",
                 hint="Correct this row, or write one object per line (.jsonl).",
             ) from None
         yield Row(file, name, number, value)
@@ -429,7 +462,9 @@ def _read_parquet(file: str, name: str, stream: BinaryIO) -> Iterator[Row]:
 
 def _read_arrow(file: str, name: str, table: datasets.Dataset) -> Iterator[Row]:
     number = 0
-    for batch in table.with_format("arrow").iter(batch_size=_BATCH):  # as Arrow: no image or audio is decoded
+    for batch in table.with_format("arrow").iter(
+        batch_size=_BATCH
+    ):  # as Arrow: no image or audio is decoded
         for value in batch.to_pylist():
             number += 1
             yield Row(file, name, number, value)

@@ -81,7 +81,8 @@ def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
     """
     if not isinstance(value, dict):
         return UserError(
-            f"{where}: found {type(value).__name__}, expected an object; no row after it has a known format",
+            f"{where}: found {type(value).__name__}, expected an object; no row after it has a"
+            " known format",
             hint="Write one object with named columns per row.",
         )
     found = ", ".join(map(str, value)) or "none"
@@ -91,12 +92,22 @@ def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
             f"{where}: unknown row format: found the columns {found}, expected messages; or "
             "question and answer; "
             f"or {prompt} and {response}",
-            hint="Name your columns with data.format=columns data.columns.prompt=... data.columns.response=...",
+            hint=(
+                "Name your columns with data.format=columns data.columns.prompt=..."
+                " data.columns.response=..."
+            ),
         )
-    missing = ", ".join(key for key in required_columns(config.format, config.columns) if key not in value)
-    keys = "data.columns.prompt and data.columns.response" if config.format == "columns" else "data.format"
+    missing = ", ".join(
+        key for key in required_columns(config.format, config.columns) if key not in value
+    )
+    keys = (
+        "data.columns.prompt and data.columns.response"
+        if config.format == "columns"
+        else "data.format"
+    )
     return UserError(
-        f"{where}: no column {missing}, which data.format {config.format} requires; found the columns {found}",
+        f"{where}: no column {missing}, which data.format {config.format} requires; found the"
+        f" columns {found}",
         hint=f"Set {keys} to match.",
     )
 
@@ -110,11 +121,14 @@ def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig)
     """
     if not isinstance(value, dict):
         raise InvalidRow(
-            f"the row is {_kind(value)}, expected an object with the columns {', '.join(required_columns(row_format, columns))}"
+            f"the row is {_kind(value)}, expected an object with the columns"
+            f" {', '.join(required_columns(row_format, columns))}"
         )
     missing = [key for key in required_columns(row_format, columns) if key not in value]
     if missing:
-        raise InvalidRow(f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}")
+        raise InvalidRow(
+            f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}"
+        )
     if row_format == "messages":
         messages = _check_messages(value["messages"])
     else:
@@ -123,9 +137,15 @@ def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig)
             _turn("user", value[prompt], f"column {prompt!r}"),
             _turn("assistant", value[response], f"column {response!r}"),
         ]
-        if row_format == "columns" and columns.system is not None and value.get(columns.system) not in (None, ""):
+        if (
+            row_format == "columns"
+            and columns.system is not None
+            and value.get(columns.system) not in (None, "")
+        ):
             messages.insert(0, _turn("system", value[columns.system], f"column {columns.system!r}"))
-    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    last = max(
+        (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None
+    )
     if last is None:
         raise InvalidRow("no assistant turn")
     if last == 0:
@@ -135,19 +155,33 @@ def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig)
 
 def _check_messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise InvalidRow(f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects")
+        raise InvalidRow(
+            f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects"
+        )
     if not value:
         raise InvalidRow("column 'messages' is an empty list")
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            raise InvalidRow(f"message {number} is {_kind(message)}, expected an object with 'role' and 'content'")
+            raise InvalidRow(
+                f"message {number} is {_kind(message)}, expected an object with 'role' and"
+                " 'content'"
+            )
         if "role" not in message:
-            raise InvalidRow(f"message {number} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}")
+            raise InvalidRow(
+                f"message {number} has no 'role'; its keys:"
+                f" {', '.join(map(str, message)) or 'none'}"
+            )
         if message["role"] not in _ROLES:
-            raise InvalidRow(f"message {number}: unknown role {str(message['role'])[:40]!r}, expected {', '.join(_ROLES)}")
+            raise InvalidRow(
+                f"message {number}: unknown role {str(message['role'])[:40]!r}, expected"
+                f" {', '.join(_ROLES)}"
+            )
         if lost := [key for key in _UNTRAINABLE if message.get(key)]:
-            raise InvalidRow(f"message {number} carries {lost[0]!r}, which is not supported; only 'content' would be trained on")
+            raise InvalidRow(
+                f"message {number} carries {lost[0]!r}, which is not supported; only 'content'"
+                " would be trained on"
+            )
         if "content" not in message:
             raise InvalidRow(f"message {number} ({message['role']}) has no 'content'")
         messages.append(_turn(message["role"], message["content"], f"message {number}"))
@@ -163,7 +197,8 @@ def _turn(role: str, content: Any, where: str) -> dict[str, str]:
         content.encode()
     except UnicodeEncodeError as error:
         raise InvalidRow(
-            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at character {error.start + 1})"
+            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at"
+            f" character {error.start + 1})"
         ) from None
     return {"role": role, "content": content}
 

@@ -93,9 +93,14 @@ class DatasetStats:
             "dropped": {reason: self.dropped[reason] for reason in reasons if self.dropped[reason]},
             "cut": self.cut,
             "bad": self.dropped[INVALID],
-            "bad_rows": [{"file": row.file, "row": row.number, "reason": reason} for row, reason in self.invalid_rows],
+            "bad_rows": [
+                {"file": row.file, "row": row.number, "reason": reason}
+                for row, reason in self.invalid_rows
+            ],
             "token_histogram": histogram(+self._lengths),
-            "block_histogram": {str(blocks): count for blocks, count in sorted((+self._blocks).items())},
+            "block_histogram": {
+                str(blocks): count for blocks, count in sorted((+self._blocks).items())
+            },
             "prefix_tokens": spread(+self._prefixes),
             "response_tokens": spread(+self._responses),
         }
@@ -112,7 +117,10 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
     """
     read, invalid, repeated = stats.rows_read, stats.dropped[INVALID], stats.dropped[DUPLICATE]
     if invalid > config.max_bad_row_fraction * read:
-        named = [f"  {row.file}: row {row.number}: {reason}" for row, reason in stats.invalid_rows[:_NAMED]]
+        named = [
+            f"  {row.file}: row {row.number}: {reason}"
+            for row, reason in stats.invalid_rows[:_NAMED]
+        ]
         if (more := invalid - len(named)) > 0:
             named.append(f"  and {more:,} more")
         rows = "\n".join(named)
@@ -120,8 +128,10 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             f"{label}: {invalid:,} of {read:,} rows cannot be trained on ({invalid / read:.1%}), "
             f"expected at most {config.max_bad_row_fraction:.1%} "
             f"(data.max_bad_row_fraction):\n{rows}",
-            hint="Correct or remove these rows, or raise data.max_bad_row_fraction: invalid rows "
-            "are then left out and listed in the data card.",
+            hint=(
+                "Correct or remove these rows, or raise data.max_bad_row_fraction: invalid rows "
+                "are then left out and listed in the data card."
+            ),
         )
     if repeated > config.max_duplicate_fraction * read:
         rows = "\n".join(f"  {row.file}: row {row.number}" for row in stats.duplicates)
@@ -130,16 +140,22 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             f"({repeated / read:.1%}), "
             f"expected at most {config.max_duplicate_fraction:.1%} (data.max_duplicate_fraction). "
             f"The first ones:\n{rows}",
-            hint="Check whether a file was given twice. Remove the duplicates, or raise "
-            "data.max_duplicate_fraction: each conversation is then kept once.",
+            hint=(
+                "Check whether a file was given twice. Remove the duplicates, or raise "
+                "data.max_duplicate_fraction: each conversation is then kept once."
+            ),
         )
     if stats.kept == 0:
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in stats.dropped.items() if count)
+        reasons = "; ".join(
+            f"{reason}: {count:,}" for reason, count in stats.dropped.items() if count
+        )
         raise UserError(
             f"{label}: none of the {read:,} rows is left to train on ({reasons})",
-            hint=f"The longest prefix has {stats.longest_prefix} tokens; raise data.seq_length."
-            if stats.longest_prefix
-            else "Use other data.",
+            hint=(
+                f"The longest prefix has {stats.longest_prefix} tokens; raise data.seq_length."
+                if stats.longest_prefix
+                else "Use other data."
+            ),
         )
 
 
@@ -159,7 +175,9 @@ class ProgressLog:
             self._shown = now
             read, kept = self._stats.rows_read, self._stats.kept
             rate = read / (now - self._started)
-            logger.info(f"prepare_data: {read:,} rows read{self._limit}, {kept:,} kept, {rate:,.0f} rows/s")
+            logger.info(
+                f"prepare_data: {read:,} rows read{self._limit}, {kept:,} kept, {rate:,.0f} rows/s"
+            )
 
 
 def spread(lengths: Counter[int]) -> dict[str, float]:

@@ -110,7 +110,9 @@ class EncoderPool:
     the block ends.
     """
 
-    def __init__(self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None) -> None:
+    def __init__(
+        self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None
+    ) -> None:
         """Prepare the pool; entering it starts the processes.
 
         Args:
@@ -214,7 +216,9 @@ class EncoderProcess:
         self._process.kill()
         self._process.wait()
         for pipe in (self._requests, self._answers):
-            with contextlib.suppress(BrokenPipeError):  # part of a request, to a process that has exited
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # part of a request, to a process that has exited
                 pipe.close()
 
 

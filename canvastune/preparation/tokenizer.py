@@ -44,17 +44,24 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{model / 'config.json'}: cannot be read ({one_line(error)})", hint=_HINT) from None
-    if not isinstance(config, DiffusionGemmaConfig) or not isinstance(config.text_config, DiffusionGemmaTextConfig):
         raise UserError(
-            f"{model / 'config.json'}: model_type is {config.model_type!r}, expected 'diffusion_gemma'",
+            f"{model / 'config.json'}: cannot be read ({one_line(error)})", hint=_HINT
+        ) from None
+    if not isinstance(config, DiffusionGemmaConfig) or not isinstance(
+        config.text_config, DiffusionGemmaTextConfig
+    ):
+        raise UserError(
+            f"{model / 'config.json'}: model_type is {config.model_type!r}, expected"
+            " 'diffusion_gemma'",
             hint=_HINT,
         )
     if not config.canvas_length:
         raise UserError(f"{model / 'config.json'}: canvas_length is missing", hint=_HINT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot parse
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises plain Exception for a file that it cannot parse
         raise UserError(
             f"{model}: the tokenizer cannot be loaded ({one_line(error)})",
             hint="Use the directory of an unchanged checkpoint, including tokenizer.json.",
@@ -65,7 +72,9 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
     return ModelTokenizer(tokenizer, config.text_config.vocab_size, config.canvas_length)
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, text: DiffusionGemmaTextConfig, model: Path) -> None:
+def _check_ids(
+    tokenizer: PreTrainedTokenizerBase, text: DiffusionGemmaTextConfig, model: Path
+) -> None:
     """Refuse a tokenizer of another model.
 
     Raises:

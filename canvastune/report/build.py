@@ -99,7 +99,10 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
             "evaluation": run.evaluation,
             "merge": run.merge,
         }
-        inputs |= {f"compared with {name}": each.metrics for name, each in zip(names[1:], compare, strict=True)}
+        inputs |= {
+            f"compared with {name}": each.metrics
+            for name, each in zip(names[1:], compare, strict=True)
+        }
         found = {name: path for name, path in inputs.items() if path is not None}
         write_provenance(folder, "report", run.config, found)
     return out / "report.html"
@@ -140,7 +143,9 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "events": events[:_MAX_EVENTS],
         "event_count": len(events),
         "checkpoints": count_checkpoints(records),
-        "warnings": find_warnings(config, records, evaluation=evaluation, merge=proof, card=card or {}),
+        "warnings": find_warnings(
+            config, records, evaluation=evaluation, merge=proof, card=card or {}
+        ),
         "compared": [],
         "differing": [],
         "ended": max((record.get("time", 0) for record in records), default=0),
@@ -207,10 +212,16 @@ def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:
     A required key has no default.
     """
     required = {"name": config.name, "data": {"source": config.data.source}}
-    defaults = flatten(parse_config(required).model_dump(mode="json")) | dict.fromkeys(flatten(required))
+    defaults = flatten(parse_config(required).model_dump(mode="json")) | dict.fromkeys(
+        flatten(required)
+    )
     found = flatten(config.model_dump(mode="json"))
     keys = sorted({*found, *defaults}, key=[*found, *defaults].index)
-    return [{"key": key, "value": found.get(key), "default": defaults.get(key)} for key in keys if found.get(key) != defaults.get(key)]
+    return [
+        {"key": key, "value": found.get(key), "default": defaults.get(key)}
+        for key in keys
+        if found.get(key) != defaults.get(key)
+    ]
 
 
 def _read_plan_text(plan: Path | None) -> str | None:

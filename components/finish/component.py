@@ -6,7 +6,9 @@ from components.decorator import component
 
 
 @component
-def finish(workspace: str, run_name: str, job_name: str, job_id: str, status: PipelineTaskFinalStatus) -> None:
+def finish(
+    workspace: str, run_name: str, job_name: str, job_id: str, status: PipelineTaskFinalStatus
+) -> None:
     """Mark the run finished or failed, in its folder and in MLflow."""
     from components.finish.step import finish
     from components.runtime import exit_on_user_error

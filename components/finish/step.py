@@ -12,7 +12,10 @@ from canvastune.tracking.client import connect
 from components.jobs.launcher import delete_jobs
 from components.run_directory import read_record, run_directory, with_tracking_uri, write_record
 
-_WELL = ("COMPLETE", "SUCCEEDED")  # how Kubeflow's launcher on a cluster, and its local runner, call tasks that ended well
+_WELL = (
+    "COMPLETE",
+    "SUCCEEDED",
+)  # how Kubeflow's launcher on a cluster, and its local runner, call tasks that ended well
 
 
 def finish(workspace: str, run_name: str, job_name: str, job_id: str, state: str) -> None:

@@ -168,9 +168,7 @@ class KubernetesClient:
         """Return a claim, secret or training runtime; None if missing, True if unreadable."""
         if resource == _RUNTIMES:
             path = (*self._job_path[:3], resource, name)
-            call: Callable[..., Any] = partial(
-                self._custom.get_namespaced_custom_object, *path
-            )
+            call: Callable[..., Any] = partial(self._custom.get_namespaced_custom_object, *path)
         else:
             call = self._core(f"{resource}/{name}")
         try:

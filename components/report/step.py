@@ -73,7 +73,9 @@ def publish(
     return summary
 
 
-def _mlflow_metrics(summary: RunSummary, result: EvaluationResult, stats: TrainingStats) -> dict[str, float]:
+def _mlflow_metrics(
+    summary: RunSummary, result: EvaluationResult, stats: TrainingStats
+) -> dict[str, float]:
     """Return the figures by which runs and models are compared in MLflow."""
     evaluated, figures = result.figures(), summary.figures()
     names = {

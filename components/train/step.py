@@ -56,7 +56,8 @@ def train(
     record.outputs(output)
     record.model(weights, "adapter" if config.train.method == "lora" else "full")
     record.note(
-        f"{result['steps']} steps on {result['world_size']} ranks; the weights of step {result['exported_step']} are exported."
+        f"{result['steps']} steps on {result['world_size']} ranks; the weights of step"
+        f" {result['exported_step']} are exported."
     )
     return weights
 

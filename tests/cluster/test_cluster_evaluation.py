@@ -1,4 +1,6 @@
-"""Evaluation of a large model: a job of one pod with one accelerator, next to the run's training job."""
+"""Evaluation of a large model: a job of one pod with one accelerator, next to the run's training
+job.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ RESULT = sample_result(after=32)
 
 
 def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluationResult:
-    """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result after 50 seconds."""
+    """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result
+    after 50 seconds.
+    """
     for name in ("artifact/validation", "runs/a/model"):
         (folder / name).mkdir(parents=True)
     write_record(folder / "runs/a", RunRecord("run-1", "", ""))
@@ -35,8 +39,17 @@ def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         RESULT.write(folder / "runs/a/evaluation")
 
     cluster.at(elapsed + 50, write)
-    tree = config_of(cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)).model_dump(mode="json")
-    return run_evaluation(parse_config(tree), folder / "artifact", folder / "runs/a/model", folder / "runs/a", folder / "out", StepRun())
+    tree = config_of(
+        cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)
+    ).model_dump(mode="json")
+    return run_evaluation(
+        parse_config(tree),
+        folder / "artifact",
+        folder / "runs/a/model",
+        folder / "runs/a",
+        folder / "out",
+        StepRun(),
+    )
 
 
 def test_it_is_a_job_of_one_pod_with_one_accelerator(
@@ -64,7 +77,9 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     assert "step 1/800" in capsys.readouterr().out, "the pod's log is not shown"
 
 
-def test_the_training_job_of_the_run_is_not_changed(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_job_of_the_run_is_not_changed(
+    pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytorch.goes_well()
     pytorch.launch()
     trained = pytorch.operator.job["metadata"]["name"]
@@ -78,7 +93,9 @@ def test_the_training_job_of_the_run_is_not_changed(pytorch: Cluster, tmp_path: 
     assert len(names) == 2
 
 
-def test_a_failed_evaluation_reports_the_reason(pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_evaluation_reports_the_reason(
+    pytorch: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytorch.at(2, pytorch.operator.pending)
     pytorch.at(5, pytorch.operator.running)
     pytorch.log(6, "canvastune: error: evaluate.answer_pattern: matches none")

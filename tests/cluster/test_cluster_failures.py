@@ -1,4 +1,6 @@
-"""Pods that do not start, pods that fail, and every end of a job: what the launcher reports and does."""
+"""Pods that do not start, pods that fail, and every end of a job: what the launcher reports and
+does.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,8 @@ def test_a_failed_job_shows_the_last_lines_of_the_rank_that_failed_first(cluster
         cluster, [*lines, *SUMMARY.splitlines()]
     ).splitlines()
     assert first == snapshot(
-        "canvastune: error: pod POD exited with code 1 (Error): rank 5 exited with code 1; its last lines:"
+        "canvastune: error: pod POD exited with code 1 (Error): rank 5 exited with code 1; its last"
+        " lines:"
     )
     assert [*shown, error] == [*(f"line {number}" for number in range(51, 100)), "ValueError: here"]
     assert [reason, hint] == snapshot(
@@ -206,8 +209,16 @@ def test_an_evicted_pod_is_replaced_as_often_as_allowed(cluster: Cluster) -> Non
     restarts = [line for line in cluster.output.splitlines() if "reason=PodEvicted" in line]
     assert [cluster.without_names(line) for line in restarts] == snapshot(
         [
-            "WARNING pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 1 of 2, reason=PodEvicted)",
-            "WARNING pod POD was evicted from its node (Evicted: The node was low on resource: ephemeral-storage.): a new job resumes from the newest checkpoint (restart 2 of 2, reason=PodEvicted)",
+            (
+                "WARNING pod POD was evicted from its node (Evicted: The node was low on resource:"
+                " ephemeral-storage.): a new job resumes from the newest checkpoint (restart 1 of"
+                " 2, reason=PodEvicted)"
+            ),
+            (
+                "WARNING pod POD was evicted from its node (Evicted: The node was low on resource:"
+                " ephemeral-storage.): a new job resumes from the newest checkpoint (restart 2 of"
+                " 2, reason=PodEvicted)"
+            ),
         ]
     )
     elapsed = cluster.clock.now - cluster.clock.start

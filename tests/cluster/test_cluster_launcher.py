@@ -1,4 +1,6 @@
-"""The real launcher and client against a fake API server: the states of a job, one job only, and outages."""
+"""The real launcher and client against a fake API server: the states of a job, one job only, and
+outages.
+"""
 
 from __future__ import annotations
 

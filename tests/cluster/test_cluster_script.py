@@ -174,7 +174,8 @@ def test_an_unreachable_kubeflow_is_refused_before_anything_is_created(
 def test_a_port_forward_is_found_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(
-        '#!/bin/sh\necho "$@" > said\necho "Forwarding from 127.0.0.1:43210 -> 3000"\nexec /bin/sleep 60\n'
+        '#!/bin/sh\necho "$@" > said\necho "Forwarding from 127.0.0.1:43210 -> 3000"\nexec'
+        " /bin/sleep 60\n"
     )
     kubectl.chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path))

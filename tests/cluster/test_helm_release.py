@@ -1,4 +1,6 @@
-"""Real Helm installs, upgrades, rolls back and uninstalls the chart: data and passwords stay as they are, whatever happens."""
+"""Real Helm installs, upgrades, rolls back and uninstalls the chart: data and passwords stay as
+they are, whatever happens.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ SECRETS = {  # those that the files in ci/ name, with their keys and passwords
 
 @pytest.fixture
 def api() -> Iterator[FakeApiServer]:
-    """Yield an API server with the secrets; fail if a secret was changed or created, or a claim lost."""
+    """Yield an API server with the secrets; fail if a secret was changed or created, or a claim
+    lost.
+    """
     with FakeApiServer() as server:
         server.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         for name, content in SECRETS.items():
@@ -102,7 +106,9 @@ def states(helm: helm_python.Config) -> list[str]:
 
 
 def as_if_by_helm_3(api: FakeApiServer) -> None:
-    """Remove the apply method from the records, as Helm 3 wrote them: Helm 4 then patches client-side."""
+    """Remove the apply method from the records, as Helm 3 wrote them: Helm 4 then patches
+    client-side.
+    """
     for record in api.all("Secret").values():
         if record["type"] == "helm.sh/release.v1":
             release = json.loads(

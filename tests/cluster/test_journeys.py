@@ -1,4 +1,6 @@
-"""Journeys three and four of docs/journeys.md, command by command: from an empty namespace to a run, on a stand-in for a cluster."""
+"""Journeys three and four of docs/journeys.md, command by command: from an empty namespace to a
+run, on a stand-in for a cluster.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ workspace: {size: 2Gi}
 training: {gpuResource: "", cpu: 500m, memory: 3Gi, shm: 256Mi, env: {OMP_NUM_THREADS: "1"}, deadlineHours: 1, queueHours: 0.5, ttlHours: 1}
 """
 # pipelines/recipes/gsm8k_lora.yaml needs the Hub and eight GPUs: this stands in its place.
-_TREE = yaml.safe_load(images.RECIPE) | {"name": "gsm8k-lora", "hardware": {"accelerator": "cpu", "gpu_memory": 12}}
+_TREE = yaml.safe_load(images.RECIPE) | {
+    "name": "gsm8k-lora",
+    "hardware": {"accelerator": "cpu", "gpu_memory": 12},
+}
 del _TREE["tracking"]
 _TREE["train"] |= {"steps": 4, "log_every": 2, "validate_every": 4, "checkpoint_every": 4}
 _TREE["evaluate"] |= {"max_new_tokens": 8}
@@ -46,11 +51,19 @@ DIFFERENCES = {  # all in which the reader here differs from one of the page on 
     "my-values.yaml": "with SMALLER on top",
     "pipelines/recipes/gsm8k_lora.yaml": "RECIPE",
     "helm": "real Helm 4, as a package",
-    "kubectl port-forward": "from then on `localhost:8080` is read as the Service's address: no fixed port of this machine is taken",
-    "before canvastune submit": "puts a tiny model and its rows on the claim, where the page's recipe takes both from the Hub",
+    "kubectl port-forward": (
+        "from then on `localhost:8080` is read as the Service's address: no fixed port of this"
+        " machine is taken"
+    ),
+    "before canvastune submit": (
+        "puts a tiny model and its rows on the claim, where the page's recipe takes both from"
+        " the Hub"
+    ),
     "PIPELINE_ID": "of what `kfp pipeline list` prints",
     "VERSION_ID": "of what `kfp pipeline list-versions PIPELINE_ID` prints",
-    "after submit": "the runs that Kubeflow's own command and client start are created, and not executed",
+    "after submit": (
+        "the runs that Kubeflow's own command and client start are created, and not executed"
+    ),
 }
 
 
@@ -79,7 +92,10 @@ class Reader:
             write_problems(workspace / "rows.jsonl", "change", rows=24, seed=1)
         own = {"helm": self._helm, "kubectl": self._kubectl}
         said = own[words[0]](words[1:]) if words[0] in own else self.execute("bash", "-c", command)
-        self._meant |= {f"{kind.upper()}_ID": number for number, kind in re.findall(r"\b((pipeline|version)-\d+)\b", said)}
+        self._meant |= {
+            f"{kind.upper()}_ID": number
+            for number, kind in re.findall(r"\b((pipeline|version)-\d+)\b", said)
+        }
         self.said[" ".join(words)] = said
         print(f"{time.strftime('%H:%M:%S')} $ {command}\n{said}", flush=True)
 
@@ -89,7 +105,11 @@ class Reader:
         filled = [re.sub(known, lambda found: self._meant[found[0]], word) for word in words]
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "HOME": str(self._home), "PATH": programs, "NO_PROXY": "*"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         done = subprocess.run(filled, cwd=self._home, env=environment, check=False, **pipes)
         assert done.returncode == 0, f"{' '.join(filled)}\n{done.stdout}"
         return str(done.stdout)
@@ -102,18 +122,29 @@ class Reader:
         known.add_argument("-n", required=True)
         known.add_argument("-f")
         given = known.parse_args(words)
-        with helm_python.Config(kubeconfig_content=self._cluster.kubeconfig, namespace=given.n) as helm:
+        with helm_python.Config(
+            kubeconfig_content=self._cluster.kubeconfig, namespace=given.n
+        ) as helm:
             if given.command == "test":
                 return str(helm.test(given.name, timeout=60, logs=True)["logs"])
             assert given.command == "install", f"helm {given.command} is not built here"
-            values = helm_python.values_from_yaml((self._home / given.f).read_text()) if given.f else {}
-            return str(helm.install(self._home / given.chart, given.name, values, namespace=given.n, timeout=60)["notes"])
+            values = (
+                helm_python.values_from_yaml((self._home / given.f).read_text()) if given.f else {}
+            )
+            return str(
+                helm.install(
+                    self._home / given.chart, given.name, values, namespace=given.n, timeout=60
+                )["notes"]
+            )
 
     def _kubectl(self, words: list[str]) -> str:
         line, of = " ".join(words), f"-n {self._cluster.namespace}"
         if line.startswith(rollout := f"rollout status {of} deployment/"):
             name = line.removeprefix(rollout)
-            until(f"{name} is ready", lambda: self._cluster.all("Deployment")[name]["status"].get("readyReplicas"))
+            until(
+                f"{name} is ready",
+                lambda: self._cluster.all("Deployment")[name]["status"].get("readyReplicas"),
+            )
             return f'deployment "{name}" successfully rolled out'
         found = re.fullmatch(rf"port-forward {of} svc/(\S+) (\d+):(\d+) &", line)
         assert found is not None, f"kubectl {line}: nothing of that kind is built here"
@@ -124,7 +155,9 @@ class Reader:
 def told(journey: int) -> list[Block]:
     """The blocks of one of the journeys."""
     text = JOURNEYS.read_text(encoding="utf-8")
-    first, last = (text.count("\n", 0, text.index(f"\n## {number}. ")) for number in (journey, journey + 1))
+    first, last = (
+        text.count("\n", 0, text.index(f"\n## {number}. ")) for number in (journey, journey + 1)
+    )
     return [block for block in blocks(JOURNEYS) if first < block.line <= last]
 
 
@@ -144,11 +177,17 @@ def in_mlflow(address: str, experiment: str) -> list[dict[str, Any]]:
 
     def ask(path: str, **body: Any) -> Any:
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(f"http://{address}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        request = urllib.request.Request(
+            f"http://{address}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=20
+        ) as answer:
             return json.load(answer)
 
-    number = ask(f"experiments/get-by-name?experiment_name={experiment}")["experiment"]["experiment_id"]
+    number = ask(f"experiments/get-by-name?experiment_name={experiment}")["experiment"][
+        "experiment_id"
+    ]
     return [run["info"] for run in ask("runs/search", experiment_ids=[number])["runs"]]
 
 
@@ -156,16 +195,34 @@ def job_states(cluster: FakeCluster) -> dict[str, tuple[str, set[str]]]:
     """By role: the conditions that hold, and the owner of its one job."""
     found: dict[str, tuple[str, set[str]]] = {}
     for job in cluster.all("PyTorchJob").values():
-        role, (owner,) = job["metadata"]["labels"]["app.kubernetes.io/component"], job["metadata"]["ownerReferences"]
+        role, (owner,) = (
+            job["metadata"]["labels"]["app.kubernetes.io/component"],
+            job["metadata"]["ownerReferences"],
+        )
         assert role not in found, f"two jobs for {role}"
-        found[role] = owner["name"], {condition["type"] for condition in job["status"]["conditions"] if condition["status"] == "True"}
+        found[role] = (
+            owner["name"],
+            {
+                condition["type"]
+                for condition in job["status"]["conditions"]
+                if condition["status"] == "True"
+            },
+        )
     return found
 
 
 @pytest.mark.timeout(280)
-def test_a_reader_goes_from_an_empty_namespace_to_a_finished_run(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_reader_goes_from_an_empty_namespace_to_a_finished_run(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     (values, install), (submit, plain, client) = told(3), told(4)
-    assert [block.language for block in (values, install, submit, plain, client)] == ["yaml", "sh", "sh", "sh", "python"]
+    assert [block.language for block in (values, install, submit, plain, client)] == [
+        "yaml",
+        "sh",
+        "sh",
+        "sh",
+        "python",
+    ]
     with FakeCluster(tmp_path / "cluster", NAMESPACE) as cluster:
         reader = Reader(cluster, tmp_path / "checkout", tiny_model, values.text)
         print(*(f"{what}: {why}" for what, why in DIFFERENCES.items()), sep="\n")
@@ -184,7 +241,9 @@ def test_a_reader_goes_from_an_empty_namespace_to_a_finished_run(tmp_path: Path,
 
 
 def check_install(cluster: FakeCluster, reader: Reader) -> None:
-    """The chart's own job has uploaded the pipeline with the chart's settings; its tests have asked what they are there for."""
+    """The chart's own job has uploaded the pipeline with the chart's settings; its tests have asked
+    what they are there for.
+    """
     (version,) = cluster.kubeflow.versions
     assert "uploaded" in cluster.node.said("canvastune-upload-0")
     parameters = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
@@ -194,18 +253,32 @@ def check_install(cluster: FakeCluster, reader: Reader) -> None:
     (tested,) = [said for command, said in reader.said.items() if command.startswith("helm test")]
     assert len(re.findall(r"^200 http://canvastune-mlflow", tested, re.MULTILINE)) == 4
     assert "yes create kubeflow.org/pytorchjobs" in tested
-    assert "is already there" in next(said for command, said in reader.said.items() if command.startswith("canvastune submit"))
+    assert "is already there" in next(
+        said for command, said in reader.said.items() if command.startswith("canvastune submit")
+    )
 
 
 def check_run(cluster: FakeCluster, reader: Reader) -> None:
-    """Every step is shown, one job per role has succeeded, and what a run leaves stands on the claim and in MLflow."""
+    """Every step is shown, one job per role has succeeded, and what a run leaves stands on the
+    claim and in MLflow.
+    """
     (run,) = cluster.kubeflow.runs
-    (said,) = [said for command, said in reader.said.items() if command.startswith("canvastune submit")]
-    shown = {(name, state) for name, state in re.findall(r"^[\d:]{8}  (\S+) +(\w+)$", said, re.MULTILINE)}
+    (said,) = [
+        said for command, said in reader.said.items() if command.startswith("canvastune submit")
+    ]
+    shown = {
+        (name, state) for name, state in re.findall(r"^[\d:]{8}  (\S+) +(\w+)$", said, re.MULTILINE)
+    }
     assert {(step.replace("_", "-"), "succeeded") for step in (*STEPS, "run")} <= shown
-    made = {pod["spec"]["containers"][0]["image"] for name, pod in cluster.all("Pod").items() if "-worker-" in name}
+    made = {
+        pod["spec"]["containers"][0]["image"]
+        for name, pod in cluster.all("Pod").items()
+        if "-worker-" in name
+    }
     assert made == {f"registry.example.com/team/canvastune/trainer:{__version__}"}
-    assert job_states(cluster) == dict.fromkeys(("evaluate", "train"), (run["run_id"], {"Created", "Succeeded"}))
+    assert job_states(cluster) == dict.fromkeys(
+        ("evaluate", "train"), (run["run_id"], {"Created", "Succeeded"})
+    )
     (folder,) = (cluster.node.claim("canvastune-workspace") / "runs").iterdir()
     assert (folder / "report" / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())["train_loss_last"] > 0
@@ -221,8 +294,14 @@ def run_experiment(run: dict[str, Any]) -> str:
 
 def check_plain_runs(cluster: FakeCluster) -> None:
     """Kubeflow's own command and its client have started the uploaded version on the recipe."""
-    (_, by_command, by_client) = cluster.kubeflow.runs
+    _, by_command, by_client = cluster.kubeflow.runs
     for run in (by_command, by_client):
-        assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-1", "pipeline_version_id": "version-1"}
-    assert by_command["runtime_config"]["parameters"] == {"recipe": RECIPE.rstrip("\n"), "overrides": "lora.rank=32"}
+        assert run["pipeline_version_reference"] == {
+            "pipeline_id": "pipeline-1",
+            "pipeline_version_id": "version-1",
+        }
+    assert by_command["runtime_config"]["parameters"] == {
+        "recipe": RECIPE.rstrip("\n"),
+        "overrides": "lora.rank=32",
+    }
     assert by_client["runtime_config"]["parameters"] == {"recipe": RECIPE}

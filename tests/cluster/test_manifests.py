@@ -1,4 +1,6 @@
-"""Rendered jobs pass the operators' CRDs and webhooks and PodSecurity restricted, and follow the config."""
+"""Rendered jobs pass the operators' CRDs and webhooks and PodSecurity restricted, and follow the
+config.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def config_of(backend: str, nodes: int = 1, gpus: int = 8, **cluster: Any) -> Ru
 
 
 def pods_of(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the pods that an operator creates for a job; a TrainJob's with the fields of its trainer."""
+    """Return the pods that an operator creates for a job; a TrainJob's with the fields of its
+    trainer.
+    """
     if job["kind"] == "PyTorchJob":
         return [
             replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()
@@ -190,9 +194,10 @@ def test_a_queue_and_its_priority_are_labels(backend: str) -> None:
 @BOTH
 def test_the_pods_run_the_command_that_a_user_would(backend: str) -> None:
     command = " ".join(container_of(manifest(config_of(backend), CONTEXT))["command"])
-    assert command == (
-        "python -m torch.distributed.run --shutdown-timeout=60 --tee=3 -m canvastune.train -c /workspace/runs/a/train/recipe.yaml "
-        "--output /workspace/runs/a/train --mlflow-run abc"
+    assert (
+        command
+        == "python -m torch.distributed.run --shutdown-timeout=60 --tee=3 -m canvastune.train -c"
+        " /workspace/runs/a/train/recipe.yaml --output /workspace/runs/a/train --mlflow-run abc"
     )
 
 
@@ -316,10 +321,12 @@ canvastune: error: cluster.claim: found other, but the train step mounts claim-a
 """)
     assert refusal(
         config_of("pytorchjob"), {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
-    ) == snapshot("""\
+    ) == snapshot(
+        """\
 canvastune: error: parallel.nproc_per_node: found 8, but the train step requests 4 nvidia.com/gpu
   hint: Use the same number in both places.\
-""")
+"""
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,7 +351,9 @@ canvastune: error: parallel.nproc_per_node: found 8, but the train step requests
         ({"nods": 1}, "Did you mean 'cluster.nodes'"),
     ],
 )
-def test_a_section_that_cannot_be_is_refused_with_its_reason(section: dict[str, Any], words: str) -> None:
+def test_a_section_that_cannot_be_is_refused_with_its_reason(
+    section: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UserError) as error:
         parse_config({"name": "a", "data": {"source": "x"}, "cluster": section})
     assert re.search(words, f"{error.value}: {error.value.hint}")

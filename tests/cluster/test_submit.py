@@ -168,9 +168,10 @@ def test_a_recipe_overrides_the_uploaded_settings_only_where_it_says_so(
 ) -> None:
     assert _submit(kubeflow, "--set", "cluster.backend=pytorchjob", "--set", "cluster.nodes=2") == 0
     sent = yaml.safe_load(kubeflow.runs[0]["runtime_config"]["parameters"]["recipe"])
-    assert sent["cluster"] == {"backend": "pytorchjob", "nodes": 2}, (
-        "defaults of this machine would hide the chart's"
-    )
+    assert sent["cluster"] == {
+        "backend": "pytorchjob",
+        "nodes": 2,
+    }, "defaults of this machine would hide the chart's"
 
 
 def test_a_cluster_file_of_submit_is_for_that_run(kubeflow: FakeKubeflow, tmp_path: Path) -> None:
@@ -298,8 +299,8 @@ def test_wait_ends_with_code_1_and_the_steps_name(
     kubeflow.script = [_state("FAILED", _task("plan", "FAILED"))]
     assert _submit(kubeflow, "--wait") == 1
     assert str(_error(capsys)) == snapshot(
-        "step plan failed: its log has the reason (kubectl logs -n kubeflow -l pipeline/runid=run-1 "
-        "-c main --tail=-1 | grep error:)"
+        "step plan failed: its log has the reason (kubectl logs -n kubeflow -l pipeline/runid=run-1"
+        " -c main --tail=-1 | grep error:)"
     )
 
 
@@ -443,7 +444,10 @@ def test_an_address_without_its_scheme(host: str, capsys: pytest.CaptureFixture[
             401,
             "",
             {},
-            "authentication failed (401)\n  hint: Pass a token with --token-file FILE or in KF_PIPELINES_TOKEN.",
+            (
+                "authentication failed (401)\n  hint: Pass a token with --token-file FILE or in"
+                " KF_PIPELINES_TOKEN."
+            ),
         ),
         (403, "RBAC: access denied", {}, "RBAC: access denied"),
         (503, "no healthy upstream", {}, "503: no healthy upstream"),

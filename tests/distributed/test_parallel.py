@@ -1,4 +1,6 @@
-"""The same loss, gradients, weights and answers on any number of ranks and any expert-parallel degree (float32, gloo)."""
+"""The same loss, gradients, weights and answers on any number of ranks and any expert-parallel
+degree (float32, gloo).
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,12 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def some_steps(model: WeightTiedDiffusionGemma, rank: int, world_size: int, steps: int = STEPS) -> dict[str, Any]:
-    """Run optimizer steps on this rank's share: losses, first gradients, norms and final trained weights, whole."""
+def some_steps(
+    model: WeightTiedDiffusionGemma, rank: int, world_size: int, steps: int = STEPS
+) -> dict[str, Any]:
+    """Run optimizer steps on this rank's share: losses, first gradients, norms and final trained
+    weights, whole.
+    """
     examples, draws = examples_and_draws()
     canvas_rows, pairs = counts(examples, draws)
     share = len(examples) // world_size
@@ -68,7 +74,11 @@ def some_steps(model: WeightTiedDiffusionGemma, rank: int, world_size: int, step
     first: dict[str, torch.Tensor] = {}
     for _ in range(steps):
         loss, _, _ = model.run_under_fsdp(
-            losses, pack(examples[mine], draws[mine]), (1 / canvas_rows, 1 / pairs), any_self_conditioned=True, checkpointing=True
+            losses,
+            pack(examples[mine], draws[mine]),
+            (1 / canvas_rows, 1 / pairs),
+            any_self_conditioned=True,
+            checkpointing=True,
         )
         loss.backward()
         total = loss.detach().clone()
@@ -79,14 +89,25 @@ def some_steps(model: WeightTiedDiffusionGemma, rank: int, world_size: int, step
         norms.append(float(clip_gradients(list(trained.values()), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
-    return {"losses": totals, "norms": norms, "gradients": first, "weights": {n: whole(p.detach()).clone() for n, p in trained.items()}}
+    return {
+        "losses": totals,
+        "norms": norms,
+        "gradients": first,
+        "weights": {n: whole(p.detach()).clone() for n, p in trained.items()},
+    }
 
 
 def answer(model: WeightTiedDiffusionGemma) -> torch.Tensor:
     prompt = torch.randint(5, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     with torch.no_grad():
-        return model.generate(prompt, max_new_tokens=2 * CANVAS, max_denoising_steps=3, eos_token_id=VOCABULARY, pad_token_id=0).sequences
+        return model.generate(
+            prompt,
+            max_new_tokens=2 * CANVAS,
+            max_denoising_steps=3,
+            eos_token_id=VOCABULARY,
+            pad_token_id=0,
+        ).sequences
 
 
 def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...], steps: int) -> None:
@@ -94,11 +115,16 @@ def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...], step
         for ep in degrees:
             config = run_config(method, ep, lora)
             model = build_model(config, read_model_config(checkpoint))
-            shard_model(model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config)
+            shard_model(
+                model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config
+            )
             load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
             result = some_steps(model, dist.get_rank(), dist.get_world_size(), steps)
             parts = dict(model.model.decoder.layers[0].experts.named_parameters())
-            result["held"] = {part: local_tensor(expert).numel() / expert.numel() for part, expert in parts.items()}
+            result["held"] = {
+                part: local_tensor(expert).numel() / expert.numel()
+                for part, expert in parts.items()
+            }
             if steps == STEPS:
                 result["answer"] = answer(model)
             if dist.get_rank() == 0:
@@ -114,29 +140,47 @@ def one_process(checkpoint: Path) -> dict[str, dict]:
     return results
 
 
-@pytest.mark.parametrize(("world_size", "degrees", "steps"), [(2, (1, 2), STEPS), (4, (1, 2, 4), STEPS), (8, (1, 2, 4, 8), 1)])
+@pytest.mark.parametrize(
+    ("world_size", "degrees", "steps"),
+    [(2, (1, 2), STEPS), (4, (1, 2, 4), STEPS), (8, (1, 2, 4, 8), 1)],
+)
 def test_loss_gradients_norm_and_weights_do_not_depend_on_the_ranks(
-    one_process: dict[str, dict], checkpoint: Path, tmp_path: Path, world_size: int, degrees: tuple[int, ...], steps: int
+    one_process: dict[str, dict],
+    checkpoint: Path,
+    tmp_path: Path,
+    world_size: int,
+    degrees: tuple[int, ...],
+    steps: int,
 ) -> None:
     run_ranks(sharded_steps, world_size, tmp_path, checkpoint, degrees, steps)
     for method, expected in one_process.items():
         for ep in degrees:
             found = torch.load(tmp_path / f"{method}-{ep}.pt", weights_only=True)
             where = f"{method}, {world_size} ranks, EP {ep}"
-            assert found["losses"] == pytest.approx(expected["losses"][:steps], rel=1e-5), f"{where}: other losses"
-            assert found["norms"] == pytest.approx(expected["norms"][:steps], rel=1e-5), f"{where}: another gradient norm"
+            assert found["losses"] == pytest.approx(expected["losses"][:steps], rel=1e-5), (
+                f"{where}: other losses"
+            )
+            assert found["norms"] == pytest.approx(expected["norms"][:steps], rel=1e-5), (
+                f"{where}: another gradient norm"
+            )
             worst, name = worst_difference(found["gradients"], expected["gradients"])
             assert worst < 1e-5, f"{where}: gradient of {name} is off by {worst:.1e}"
-            assert set(found["held"].values()) == {1 / world_size}, f"{where}: a rank holds {found['held']} of its experts' parameters"
+            assert set(found["held"].values()) == {1 / world_size}, (
+                f"{where}: a rank holds {found['held']} of its experts' parameters"
+            )
             if steps < STEPS:
                 continue
             worst, name = worst_difference(found["weights"], expected["weights"])
             assert worst < 1e-4, f"{where}: after {STEPS} steps {name} is off by {worst:.1e}"
-            assert torch.equal(found["answer"], expected["answer"]), f"{where}: generate() on the sharded model answers differently"
+            assert torch.equal(found["answer"], expected["answer"]), (
+                f"{where}: generate() on the sharded model answers differently"
+            )
 
 
 def watched_step(folder: Path, checkpoint: Path) -> None:
-    """Two ranks, one pass: what the last layer's dense part and its rows' travel did, in their order."""
+    """Two ranks, one pass: what the last layer's dense part and its rows' travel did, in their
+    order.
+    """
     config = run_config(ep=2)
     model = build_model(config, read_model_config(checkpoint))
     shard_model(model, ParallelDims(1, 2).build_meshes("cpu"), config)
@@ -159,7 +203,11 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
         examples, draws = examples_and_draws()
         mine = slice(dist.get_rank(), None, 2)
         loss, _, _ = model.run_under_fsdp(
-            losses, pack(examples[mine], draws[mine]), (0.1, 0.1), any_self_conditioned=False, checkpointing=False
+            losses,
+            pack(examples[mine], draws[mine]),
+            (0.1, 0.1),
+            any_self_conditioned=False,
+            checkpointing=False,
         )
         at = len(events)
         loss.backward()
@@ -167,7 +215,9 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
         (folder / "events.json").write_text(json.dumps([events[at - 6 : at], events[at : at + 6]]))
 
 
-def test_rows_and_their_gradients_travel_while_the_dense_layer_computes(checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_and_their_gradients_travel_while_the_dense_layer_computes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     run_ranks(watched_step, 2, tmp_path, checkpoint)
     forward, backward = json.loads((tmp_path / "events.json").read_text())
     # Rows and their weights each; the results' own way is waited for.
@@ -179,7 +229,9 @@ def test_adapters_start_the_same_on_any_number_of_ranks(checkpoint: Path) -> Non
     config = run_config("lora", lora=LORA_WITH_ALL)
     one, two = (dict(shared_model(checkpoint, config).named_parameters()) for _ in range(2))
     for name, parameter in one.items():
-        assert torch.equal(parameter, two[name]), f"{base_name(name)} does not depend on the seed only"
+        assert torch.equal(parameter, two[name]), (
+            f"{base_name(name)} does not depend on the seed only"
+        )
         if ".lora_B." in name:
             assert not parameter.any(), "an adapter must start as the identity"
 
@@ -192,7 +244,9 @@ def test_an_expert_parallel_degree_that_does_not_divide_is_refused() -> None:
 
 
 def test_a_global_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_size: found 6, .* 4 ranks x 1 ") as error:
+    with pytest.raises(
+        UserError, match=r"train\.global_batch_size: found 6, .* 4 ranks x 1 "
+    ) as error:
         ParallelDims.of(run_config(global_batch_size=6), 4, **SIZES)
     assert "train.global_batch_size=8" in error.value.hint
 

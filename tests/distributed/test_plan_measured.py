@@ -54,20 +54,35 @@ def configured(kind: str, ep: int = 1, **train: object) -> RunConfig:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "lora with experts"])
-def test_planned_weights_and_optimiser_are_those_of_the_sharded_model(method: str, middling: Path) -> None:
+def test_planned_weights_and_optimiser_are_those_of_the_sharded_model(
+    method: str, middling: Path
+) -> None:
     for world_size, ep in ((3, 1), (4, 4), (8, 2), (2, 2)):
         config = configured(method, ep, precision="bfloat16")
-        step = StepShape(world_size, ep, 1, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5)
+        step = StepShape(
+            world_size, ep, 1, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.5
+        )
         planned = next(iter(memory_timeline(read_architecture(config, middling), step).values()))
         with lone_rank(world_size):
             model = sharded_model(config, described(middling), world_size)
-            local = [(p.to_local() if hasattr(p, "to_local") else p, p.requires_grad) for p in model.parameters()]
-        assert planned["weights"] == sum(tensor.nbytes for tensor, _ in local), f"{world_size} ranks, ep {ep}"
-        assert planned["optimiser"] == sum(2 * tensor.nbytes for tensor, trained in local if trained), f"{world_size} ranks, ep {ep}"
+            local = [
+                (p.to_local() if hasattr(p, "to_local") else p, p.requires_grad)
+                for p in model.parameters()
+            ]
+        assert planned["weights"] == sum(tensor.nbytes for tensor, _ in local), (
+            f"{world_size} ranks, ep {ep}"
+        )
+        assert planned["optimiser"] == sum(
+            2 * tensor.nbytes for tensor, trained in local if trained
+        ), f"{world_size} ranks, ep {ep}"
 
 
 CASES = {
-    "one rank": ("full", "bfloat16", StepShape(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5)),
+    "one rank": (
+        "full",
+        "bfloat16",
+        StepShape(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5),
+    ),
     "data parallel, all activations kept": (
         "full",
         "float32",
@@ -78,9 +93,21 @@ CASES = {
         "bfloat16",
         StepShape(4, 4, 1, 2, 96, CANVAS, checkpointing=True, self_conditioning=1),
     ),
-    "experts sharded twice": ("full", "float32", StepShape(8, 2, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=1)),
-    "adapters, frozen experts left alone": ("lora", "bfloat16", StepShape(4, 4, 2, 1, 96, CANVAS, checkpointing=True, self_conditioning=1)),
-    "adapters, experts sharded twice": ("lora", "float32", StepShape(8, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0)),
+    "experts sharded twice": (
+        "full",
+        "float32",
+        StepShape(8, 2, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "adapters, frozen experts left alone": (
+        "lora",
+        "bfloat16",
+        StepShape(4, 4, 2, 1, 96, CANVAS, checkpointing=True, self_conditioning=1),
+    ),
+    "adapters, experts sharded twice": (
+        "lora",
+        "float32",
+        StepShape(8, 2, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=0),
+    ),
     "expert adapters, one rank": (
         "lora with experts",
         "bfloat16",
@@ -120,7 +147,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planned_peak_and_traffic_are_those_of_the_engine(
+    case: str, middling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method, precision, step = CASES[case]
     config = configured(method, step.ep, precision=precision)
     architecture = read_architecture(config, middling)
@@ -128,9 +157,15 @@ def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: P
     found = memory_timeline(architecture, step)
     found.pop("update")  # not part of what was measured
     moment, parts = peak(found)
-    assert sum(parts.values()) == pytest.approx(live.peak, rel=0.04), f"planned peak: {moment}, {parts}"
-    received = work.count_bytes(architecture, dataclasses.replace(step, self_conditioning=float(step.self_conditioning > 0)))
-    gathered = received[work.LAYERS_GATHER] + received[work.EXPERTS_GATHER] + received[work.ROOT_GATHER]
+    assert sum(parts.values()) == pytest.approx(live.peak, rel=0.04), (
+        f"planned peak: {moment}, {parts}"
+    )
+    received = work.count_bytes(
+        architecture, dataclasses.replace(step, self_conditioning=float(step.self_conditioning > 0))
+    )
+    gathered = (
+        received[work.LAYERS_GATHER] + received[work.EXPERTS_GATHER] + received[work.ROOT_GATHER]
+    )
     assert gathered == live.received["all-gather"]
     assert received[work.REDUCE] + received[work.EXPERTS_REDUCE] == live.received["reduce-scatter"]
     assert received[work.EXCHANGE] == live.received["all-to-all"]
@@ -147,14 +182,20 @@ def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: P
         ("lora with experts", True, 1),
     ],
 )
-def test_planned_flops_are_those_of_the_engines_step(method: str, checkpointing: Checkpointing, coins: int, checkpoint: Path) -> None:
+def test_planned_flops_are_those_of_the_engines_step(
+    method: str, checkpointing: Checkpointing, coins: int, checkpoint: Path
+) -> None:
     config = configured(method)
     architecture = read_architecture(config, checkpoint)
-    step = StepShape(1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins)
+    step = StepShape(
+        1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins
+    )
     model = shared_model(checkpoint, config)
     with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
         batch = batch_of(step, architecture.vocabulary)
-        loss, _, _ = losses(model, batch, (1.0, 1.0), any_self_conditioned=bool(coins), checkpointing=checkpointing)
+        loss, _, _ = losses(
+            model, batch, (1.0, 1.0), any_self_conditioned=bool(coins), checkpointing=checkpointing
+        )
         loss.backward()
     planned = work.count_flops(architecture, step)
     assert planned.total == counter.get_total_flops()
@@ -168,7 +209,9 @@ def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> No
     flops = work.count_flops(architecture, step)
     kept = work.count_flops(architecture, dataclasses.replace(step, checkpointing=False))
     assert flops.model == kept.model
-    assert flops.model + flops.by_pass[work.RECOMPUTED] + flops.by_pass[work.IDLE] == pytest.approx(flops.total)
+    assert flops.model + flops.by_pass[work.RECOMPUTED] + flops.by_pass[work.IDLE] == pytest.approx(
+        flops.total
+    )
     assert flops.by_pass[work.IDLE] > 0
 
 
@@ -176,7 +219,12 @@ def test_longer_examples_never_need_less(middling: Path) -> None:
     architecture: Architecture = read_architecture(run_config("full"), middling)
     sizes = [
         sum(
-            peak(memory_timeline(architecture, StepShape(4, 2, 2, 1, clean, CANVAS, checkpointing=True, self_conditioning=0.5)))[1].values()
+            peak(
+                memory_timeline(
+                    architecture,
+                    StepShape(4, 2, 2, 1, clean, CANVAS, checkpointing=True, self_conditioning=0.5),
+                )
+            )[1].values()
         )
         for clean in range(8, 400, 3)
     ]

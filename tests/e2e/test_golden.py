@@ -1,6 +1,8 @@
-"""What users rely on does not change: losses, prepared tokens, options, exit codes, resuming old checkpoints.
+"""What users rely on does not change: losses, prepared tokens, options, exit codes, resuming old
+checkpoints.
 
-The expected values are in `tests/golden/`; its README says when and how they may change. The tests drive
+The expected values are in `tests/golden/`; its README says when and how they may change. The tests
+drive
 commands and read files only. `python -m tools.loss_compare --base REV` compares more, bit for bit.
 """
 
@@ -17,14 +19,24 @@ from tools.loss_compare import snapshot
 from tools.loss_compare.side import Side, exit_codes, options_of_commands, prepared_forms, training
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("train.steps=3", "train.global_batch_size=4", "train.checkpoint_every=100", "train.validate_every=100")
-RUNS = {"full": (("full", 1), ("full", 2)), "lora with experts": (("lora-experts", 1), ("lora-experts", 2))}
+SHORT = (
+    "train.steps=3",
+    "train.global_batch_size=4",
+    "train.checkpoint_every=100",
+    "train.validate_every=100",
+)
+RUNS = {
+    "full": (("full", 1), ("full", 2)),
+    "lora with experts": (("lora-experts", 1), ("lora-experts", 2)),
+}
 CHECKPOINT = ("train.method=lora", "train.global_batch_size=4", "parallel.ep=1")
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Side]:
-    """The commands of this tree, in a folder with a recipe, its rows, the prepared rows, and the tiny model."""
+    """The commands of this tree, in a folder with a recipe, its rows, the prepared rows, and the
+    tiny model.
+    """
     with Side(ROOT, tmp_path_factory.mktemp("golden") / "here") as side:
         (side.folder / "model").symlink_to(tiny_model)
         shutil.copytree(FOLDER / "prepared", side.folder / "prepared")
@@ -32,10 +44,16 @@ def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=list(RUNS))
-def test_the_same_recipe_gives_the_losses_that_it_gave(here: Side, runs: tuple[tuple[str, int], ...]) -> None:
+def test_the_same_recipe_gives_the_losses_that_it_gave(
+    here: Side, runs: tuple[tuple[str, int], ...]
+) -> None:
     for method, ranks in runs:
         output = f"{method}-{ranks}"
-        found = snapshot.losses(here.train(output, *snapshot.METHODS[method], *SHORT, f"parallel.ep={ranks}", ranks=ranks))
+        found = snapshot.losses(
+            here.train(
+                output, *snapshot.METHODS[method], *SHORT, f"parallel.ep={ranks}", ranks=ranks
+            )
+        )
         expected = golden(f"losses-{output}", found)
         assert found.keys() == expected.keys()
         for name, values in expected.items():  # not bit for bit: another CPU sums in another order
@@ -45,8 +63,8 @@ def test_the_same_recipe_gives_the_losses_that_it_gave(here: Side, runs: tuple[t
 def test_rows_of_every_form_are_prepared_as_they_were(here: Side) -> None:
     found = prepared_forms(here)
     assert found == golden("prepared", found), (
-        "prepared data changed. If this is intended, raise PREPARATION_VERSION, so that no run resumes "
-        "on different data, and update the values (tests/golden/README.md)"
+        "prepared data changed. If this is intended, raise PREPARATION_VERSION, so that no run"
+        " resumes on different data, and update the values (tests/golden/README.md)"
     )
 
 
@@ -69,5 +87,11 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(here: Side) -> None:
     found = snapshot.losses(run)
     expected = golden("losses-checkpoint", found)
     for name, values in expected.items():
-        assert found[name] == pytest.approx(values, rel=1e-5), f"{name} after the checkpoint is not what it would have been"
-    assert snapshot.file_names(run / "adapter") == ["adapter_config.json", "adapter_model.safetensors", "canvastune.json"]
+        assert found[name] == pytest.approx(values, rel=1e-5), (
+            f"{name} after the checkpoint is not what it would have been"
+        )
+    assert snapshot.file_names(run / "adapter") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "canvastune.json",
+    ]

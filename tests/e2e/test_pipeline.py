@@ -1,4 +1,6 @@
-"""The graph is what it says, and the same graph runs here from end to end, fails with the reason, and never overwrites."""
+"""The graph is what it says, and the same graph runs here from end to end, fails with the reason,
+and never overwrites.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,12 @@ def test_committed_pipeline_is_what_the_code_compiles_to(tmp_path: Path) -> None
     for seed in ("1", "2"):  # sets in another order must not matter
         out = tmp_path / f"{seed}.yaml"
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-m", "pipelines.cli", "compile", "-o", str(out)], cwd=ROOT, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", "compile", "-o", str(out)],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+        )
         compiled.append(out.read_bytes())
     assert compiled[0] == compiled[1], "compiling twice gives two different files"
     assert COMPILED.read_bytes() == compiled[0], (
@@ -71,12 +78,18 @@ def _compiled() -> dict[str, Any]:
 
 def _tasks(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     dags = [tree["root"], *tree["components"].values()]
-    return {name: task for dag in dags for name, task in dag.get("dag", {}).get("tasks", {}).items()}
+    return {
+        name: task for dag in dags for name, task in dag.get("dag", {}).get("tasks", {}).items()
+    }
 
 
 def test_preparation_alone_is_answered_from_the_cache() -> None:
     tree = _compiled()
-    steps = {name: task for name, task in _tasks(tree).items() if "executorLabel" in tree["components"][task["componentRef"]["name"]]}
+    steps = {
+        name: task
+        for name, task in _tasks(tree).items()
+        if "executorLabel" in tree["components"][task["componentRef"]["name"]]
+    }
     assert {name.removesuffix("-2").replace("-", "_") for name in steps} == set(STEPS)
     cached = [name for name, task in steps.items() if task["cachingOptions"].get("enableCache")]
     assert cached == ["prepare-data"]
@@ -92,8 +105,15 @@ def test_exit_task_runs_however_the_run_ended() -> None:
 
 
 def test_the_evaluation_shows_its_own_figures_in_kubeflow() -> None:
-    (evaluate, _) = [component for name, component in _compiled()["components"].items() if name.startswith("comp-evaluate")]
-    assert evaluate["outputDefinitions"]["artifacts"]["figures"]["artifactType"]["schemaTitle"] == "system.Metrics"
+    evaluate, _ = [
+        component
+        for name, component in _compiled()["components"].items()
+        if name.startswith("comp-evaluate")
+    ]
+    assert (
+        evaluate["outputDefinitions"]["artifacts"]["figures"]["artifactType"]["schemaTitle"]
+        == "system.Metrics"
+    )
 
 
 def test_every_step_mounts_the_workspace() -> None:
@@ -108,7 +128,9 @@ def test_every_step_mounts_the_workspace() -> None:
 
 def test_what_is_set_on_the_train_task_goes_to_the_training_pods() -> None:
     (train,) = [c for c in _compiled()["components"].values() if "taskConfigPassthroughs" in c]
-    both = {given["field"]: given.get("applyToTask", False) for given in train["taskConfigPassthroughs"]}
+    both = {
+        given["field"]: given.get("applyToTask", False) for given in train["taskConfigPassthroughs"]
+    }
     assert both == {
         "RESOURCES": False,  # the launcher's own pod asks for no GPU
         "KUBERNETES_TOLERATIONS": False,
@@ -126,12 +148,20 @@ def test_a_step_has_its_folder_and_a_short_body(step: str) -> None:
     metadata = yaml.safe_load((folder / "metadata.yaml").read_text())
     assert metadata["name"] == step
     assert metadata["cached"] == (step == "prepare_data")
-    (function,) = [node for node in ast.parse((folder / "component.py").read_text()).body if isinstance(node, ast.FunctionDef)]
+    (function,) = [
+        node
+        for node in ast.parse((folder / "component.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert function.name == step
-    body = [node for node in ast.walk(function) if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom)]
-    assert len(body) - 2 < 10, (
+    body = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert len(body) - 2 < 10, (  # less def, docstring
         f"{step}: {len(body) - 2} statements: this is work for the engine, not for a component"
-    )  # less def, docstring
+    )
 
 
 def test_the_engine_knows_nothing_of_the_rooms_above_it() -> None:
@@ -145,7 +175,9 @@ def test_the_engine_knows_nothing_of_the_rooms_above_it() -> None:
                 if isinstance(node, ast.ImportFrom)
                 else []
             )
-            assert not above & {name.split(".")[0] for name in names}, f"{file} imports upward: {names}"
+            assert not above & {name.split(".")[0] for name in names}, (
+                f"{file} imports upward: {names}"
+            )
 
 
 # --- the pipeline, here ------------------------------------------------------------------------------------------------
@@ -157,11 +189,28 @@ class Run:
     def __init__(self, recipe: Path, workspace: Path, scratch: Path, *arguments: str) -> None:
         scratch.mkdir()
         self.workspace, self.scratch, self.said, self.code = workspace, scratch, "", -1
-        (recipe.parent / "datasets.py").write_text("raise RuntimeError('this is not the library')\n")  # in the current folder
-        command = [sys.executable, "-P", "-m", "pipelines.cli", "run", str(recipe), "--workspace", str(workspace), *arguments]
+        (recipe.parent / "datasets.py").write_text(
+            "raise RuntimeError('this is not the library')\n"
+        )  # in the current folder
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipelines.cli",
+            "run",
+            str(recipe),
+            "--workspace",
+            str(workspace),
+            *arguments,
+        ]
         environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            command, cwd=recipe.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=recipe.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def wait_for(self, words: str) -> None:
@@ -191,12 +240,19 @@ class Run:
 
 
 def _processes_of(workspace: Path) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if any(str(workspace) in part for part in p.info["cmdline"] or ())]
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if any(str(workspace) in part for part in p.info["cmdline"] or ())
+    ]
 
 
 @dataclass
 class Runs:
-    """What the tests below look at. They run side by side: most of a step is one process that loads libraries."""
+    """What the tests below look at.
+
+    They run side by side: most of a step is one process that loads libraries.
+    """
 
     workspace: Path
     prepared: list[Path]  # prepared data sets when the LoRA run had one
@@ -211,7 +267,9 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
-    folder = tmp_path_factory.mktemp("python3-projects")  # Kubeflow's local runner replaces `python3` in paths
+    folder = tmp_path_factory.mktemp(
+        "python3-projects"
+    )  # Kubeflow's local runner replaces `python3` in paths
     write_problems(folder / "problems.jsonl", "change", rows=40, seed=1)
     lines = (folder / "problems.jsonl").read_text().splitlines()
     lines[6] = '{"question": "How many?", "answer":'
@@ -220,15 +278,34 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
     recipe.write_text(RECIPE.format(model=tiny_model, data=folder / "problems.jsonl"))
     workspace, elsewhere = folder / "workspace", folder / "elsewhere"
 
-    full = ("--run-name", "full", "--set", "train.method=full", "--set", "train.steps=60", "--set", "tracking.uri=sqlite:///full.db")
+    full = (
+        "--run-name",
+        "full",
+        "--set",
+        "train.method=full",
+        "--set",
+        "train.steps=60",
+        "--set",
+        "tracking.uri=sqlite:///full.db",
+    )
     with contextlib.ExitStack() as stack:
-        # As in a terminal: whatever runs in a script's background ignores Ctrl-C, and so would its children.
-        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        # As in a terminal: whatever runs in a script's background ignores Ctrl-C, and so would its
+        # children.
+        stack.callback(
+            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
+        )
 
         def start(name: str, where: Path, *arguments: str) -> Run:
             return stack.enter_context(Run(recipe, where, folder / f"scratch-{name}", *arguments))
 
-        broken = start("broken", elsewhere, "--run-name", "broken", "--set", f"data.source={folder / 'broken.jsonl'}")
+        broken = start(
+            "broken",
+            elsewhere,
+            "--run-name",
+            "broken",
+            "--set",
+            f"data.source={folder / 'broken.jsonl'}",
+        )
         lora = start("lora", workspace)
         lora.wait_for("train\n")
         prepared = list(workspace.glob("kfp/*/prepare-data/dataset"))
@@ -241,7 +318,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
         again = start("again", workspace, *full)
         for run in (lora, again, broken):
             run.join()
-    return Runs(workspace, prepared, print_then, hash_path(prepared[0]), lora, interrupted, left, again, broken)
+    return Runs(
+        workspace,
+        prepared,
+        print_then,
+        hash_path(prepared[0]),
+        lora,
+        interrupted,
+        left,
+        again,
+        broken,
+    )
 
 
 def _folder(run: Run) -> Path:
@@ -258,8 +345,12 @@ def test_a_run_leaves_a_model_a_report_and_its_figures(runs: Runs) -> None:
     assert '<th scope="row">train</th>' in report.read_text(), "what made the weights is not told"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_loss_last"] < summary["validation_loss_first"]
-    assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, "the end does not say where the report is"
-    assert f"mlflow ui --backend-store-uri sqlite:///{runs.workspace / 'mlflow.db'}" in runs.lora.said
+    assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, (
+        "the end does not say where the report is"
+    )
+    assert (
+        f"mlflow ui --backend-store-uri sqlite:///{runs.workspace / 'mlflow.db'}" in runs.lora.said
+    )
     assert "Traceback" not in runs.lora.said
 
 
@@ -287,22 +378,30 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     assert record is not None
     parent = client.get_run(record.mlflow_run_id)
     assert parent.info.status == "FINISHED"
-    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
     assert {run.info.run_name: run.info.status for run in children} == dict.fromkeys(
         ("prepare_data", "plan", "train", "merge_lora", "evaluate", "report"), "FINISHED"
     )
     summary = json.loads((_folder(runs.lora) / "summary.json").read_text())
     assert parent.data.metrics["eval/exact_match_after"] == summary["exact_match_after"]
-    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(parent.data.params["train.steps"])
+    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(
+        parent.data.params["train.steps"]
+    )
     assert parent.data.tags["canvastune.verdict"] in ("better", "worse", "undecided")
     assert "exact match" in parent.data.tags["mlflow.note.content"]
     recorded = json.loads((_folder(runs.lora) / "steps.json").read_text())["steps"]
-    assert {name: step["status"] for name, step in recorded.items()} == dict.fromkeys(STEPS, "FINISHED")
+    assert {name: step["status"] for name, step in recorded.items()} == dict.fromkeys(
+        STEPS, "FINISHED"
+    )
     (evaluated,) = [run.data.metrics for run in children if run.info.run_name == "evaluate"]
     assert evaluated["eval/exact_match_after"] == summary["exact_match_after"]
     for side, moment in (("before", "first"), ("after", "last")):
         expected = pytest.approx(summary[f"validation_loss_{moment}"], rel=1e-3)
-        assert evaluated[f"eval/validation_loss_{side}"] == expected, f"the loss {side} is not the one that training saw {moment}"
+        assert evaluated[f"eval/validation_loss_{side}"] == expected, (
+            f"the loss {side} is not the one that training saw {moment}"
+        )
 
 
 def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:
@@ -316,7 +415,9 @@ def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
     assert runs.full.code == 0, runs.full.said
     folder = runs.workspace / "runs" / "full"
     records = read_metrics(folder / "train" / "metrics.jsonl")
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 61)), "a step is missing or was made twice"
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 61)), (
+        "a step is missing or was made twice"
+    )
     assert (folder / "train" / "model" / "config.json").is_file()
     assert not (folder / "model").exists(), "full fine-tuning has nothing to merge"
     record = read_record(folder)
@@ -328,7 +429,9 @@ def test_prepared_data_is_reused_and_never_overwritten(runs: Runs) -> None:
     assert "reused: the same data" in runs.interrupted.said
     assert "reused: the same data" in runs.full.said
     assert len(runs.prepared) == 1
-    assert list(runs.workspace.glob("kfp/*/prepare-data/dataset")) == runs.prepared, "the data was prepared again"
+    assert list(runs.workspace.glob("kfp/*/prepare-data/dataset")) == runs.prepared, (
+        "the data was prepared again"
+    )
     assert runs.print_now == runs.print_then, "an earlier run's data changed"
     assert _folder(runs.lora) != runs.workspace / "runs" / "full"
 
@@ -340,7 +443,9 @@ def test_a_broken_row_fails_the_pipeline_with_its_place(runs: Runs) -> None:
     assert "broken.jsonl" in said, "the file is not named"
     assert "7" in said.split("broken.jsonl")[-1][:20], f"the row is not named: {reason}"
     assert "Traceback" not in said
-    assert not (runs.broken.workspace / "runs/broken/train").exists(), "training began on data that could not be read"
+    assert not (runs.broken.workspace / "runs/broken/train").exists(), (
+        "training began on data that could not be read"
+    )
     (task,) = runs.broken.workspace.glob("kfp/*/prepare-data")
     assert not list(task.iterdir()), "half a data set was left behind"
 

@@ -1,4 +1,6 @@
-"""The report page in a real browser: its charts are interactive, nothing is fetched, and a phone shows all of it."""
+"""The report page in a real browser: its charts are interactive, nothing is fetched, and a phone
+shows all of it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ _FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)")
+pytestmark = pytest.mark.skipif(
+    _CHROMIUM is None,
+    reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)",
+)
 _CHARTS = 9
 _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 
@@ -28,7 +33,9 @@ _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 class _Tab:
     """The report in its own tab, with its console messages and requests."""
 
-    def __init__(self, browser: sync_api.Browser, report: Path, width: int = 1280, **options: Any) -> None:
+    def __init__(
+        self, browser: sync_api.Browser, report: Path, width: int = 1280, **options: Any
+    ) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
         self.messages: list[str] = []
         self.requests: list[str] = []
@@ -65,7 +72,10 @@ class _Tab:
         self.page.mouse.up()
 
     def until(self, condition: str, seconds: float = 20) -> None:
-        """Wait for a JavaScript condition. Playwright's `wait_for_function` evaluates text in the page, which its policy forbids."""
+        """Wait for a JavaScript condition.
+
+        Playwright's `wait_for_function` evaluates text in the page, which its policy forbids.
+        """
         deadline = time.monotonic() + seconds
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, f"still false after {seconds} seconds: {condition}"
@@ -96,7 +106,9 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture
 def tab(browser: sync_api.Browser, report: Path) -> Iterator[_Tab]:
-    """Open the page, wide and light; whatever a test does there, it logs no message and fetches nothing."""
+    """Open the page, wide and light; whatever a test does there, it logs no message and fetches
+    nothing.
+    """
     tab = _Tab(browser, report)
     yield tab
     assert tab.messages == []
@@ -107,7 +119,13 @@ def tab(browser: sync_api.Browser, report: Path) -> Iterator[_Tab]:
 def test_hovering_reads_every_run_at_a_step(tab: _Tab) -> None:
     lines = tab.hover("total_loss", 0.1).splitlines()
     assert lines[0].startswith("step ")
-    assert [line.split(":")[0] for line in lines[1:]] == ["tiny_lora", "rank8", "rank32", "<b>x", "sft"]
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "tiny_lora",
+        "rank8",
+        "rank32",
+        "<b>x",
+        "sft",
+    ]
     assert "(single step " in lines[1]
     ended = tab.hover("total_loss", 0.9)
     assert "tiny_lora" in ended
@@ -146,12 +164,16 @@ def test_the_log_scale_is_each_charts_own_and_keeps_the_zoom(tab: _Tab) -> None:
 def test_smoothing_moves_the_strong_line_and_leaves_the_recorded_one(tab: _Tab) -> None:
     slider, output = tab.page.get_by_label("Smoothing"), tab.page.locator("output[for=smoothing]")
     assert output.inner_text() == "20 steps", "by default as in the images"
-    before, recorded = (tab.chart(name).evaluate(_IMAGE) for name in ("diffusion_loss", "learning_rate"))
+    before, recorded = (
+        tab.chart(name).evaluate(_IMAGE) for name in ("diffusion_loss", "learning_rate")
+    )
     slider.focus()
     slider.press("End")
     assert output.inner_text() == "100 steps"
     assert tab.chart("diffusion_loss").evaluate(_IMAGE) != before
-    assert tab.chart("learning_rate").evaluate(_IMAGE) == recorded, "what is not noisy is not smoothed"
+    assert tab.chart("learning_rate").evaluate(_IMAGE) == recorded, (
+        "what is not noisy is not smoothed"
+    )
     assert "(single step " in tab.hover("diffusion_loss", 0.5)
     slider.press("Home")
     assert output.inner_text() == "off"
@@ -170,7 +192,9 @@ def test_runs_can_be_switched_off_and_on(tab: _Tab) -> None:
 
 
 def test_the_keyboard_reads_and_zooms(tab: _Tab) -> None:
-    plot = tab.chart("diffusion_loss").get_by_role("group", name="Diffusion loss. Left and right arrow")
+    plot = tab.chart("diffusion_loss").get_by_role(
+        "group", name="Diffusion loss. Left and right arrow"
+    )
     plot.focus()
     plot.press("ArrowRight")
     plot.press("ArrowRight")
@@ -195,7 +219,10 @@ def test_answers_are_filtered_by_outcome_and_by_text(tab: _Tab) -> None:
     assert sum(row.is_visible() for row in rows.all()) == 5
     tab.page.get_by_label("containing").fill("APPLES AND gives 5")
     found = [row.inner_text() for row in rows.all() if row.is_visible()]
-    assert tab.page.locator("#filter output").inner_text() == f"{len(found)} of 64 answers on this page"
+    assert (
+        tab.page.locator("#filter output").inner_text()
+        == f"{len(found)} of 64 answers on this page"
+    )
     assert 0 < len(found) < 5
     assert all("gives 5" in text for text in found)
     tab.page.get_by_label("containing").fill("")
@@ -216,15 +243,30 @@ def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab:
     assert slider.get_attribute("aria-valuetext") == "Block 1, before at step 9, after at step 2"
     slider.press("ArrowRight")
     slider.press("ArrowRight")
-    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5"], "it has fewer steps, and waits"
+    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5"], (
+        "it has fewer steps, and waits"
+    )
     slider.press("ArrowRight")
-    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 0"]
-    assert [note.split(":")[0] for note in shown("Before")] == ["Block 1 of 1, step 47"], "its answer was shorter"
+    assert [note.split(":")[0] for note in shown("After")] == [
+        "Block 1 of 2, step 5",
+        "Block 2 of 2, step 0",
+    ]
+    assert [note.split(":")[0] for note in shown("Before")] == ["Block 1 of 1, step 47"], (
+        "its answer was shorter"
+    )
     height = trace.bounding_box()
     slider.press("End")
     assert trace.bounding_box() == height, "the page moves while the slider does"
-    assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5", "Block 2 of 2, step 5"]
-    assert trace.locator(".shown mark").first.evaluate("(mark) => getComputedStyle(mark).textDecorationLine") == "underline"
+    assert [note.split(":")[0] for note in shown("After")] == [
+        "Block 1 of 2, step 5",
+        "Block 2 of 2, step 5",
+    ]
+    assert (
+        trace.locator(".shown mark").first.evaluate(
+            "(mark) => getComputedStyle(mark).textDecorationLine"
+        )
+        == "underline"
+    )
 
 
 class _Phone(_Tab):
@@ -264,26 +306,37 @@ def test_fingers_read_pinch_and_reset(browser: sync_api.Browser, report: Path) -
     assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) > 100
     reset.tap()
     assert not reset.is_visible()
-    assert tab.chart("total_loss").locator(".live-plot").evaluate("(plot) => getComputedStyle(plot).touchAction") == "pan-y", (
-        "a finger that goes up or down would not scroll the page"
-    )
+    assert (
+        tab.chart("total_loss")
+        .locator(".live-plot")
+        .evaluate("(plot) => getComputedStyle(plot).touchAction")
+        == "pan-y"
+    ), "a finger that goes up or down would not scroll the page"
     tab.page.touchscreen.tap(*at(0.05))
     assert int(tip.inner_text().splitlines()[0].removeprefix("step ")) < 30
     assert tab.messages == []
     tab.page.close()
 
 
-def test_hostile_text_is_text_and_a_foreign_request_is_refused(browser: sync_api.Browser, report: Path) -> None:
+def test_hostile_text_is_text_and_a_foreign_request_is_refused(
+    browser: sync_api.Browser, report: Path
+) -> None:
     tab = _Tab(browser, report)
-    assert tab.page.title() == "tiny_lora: Canvastune report", "an answer that holds a script did not run"
-    tab.page.evaluate("document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/' }))")
+    assert tab.page.title() == "tiny_lora: Canvastune report", (
+        "an answer that holds a script did not run"
+    )
+    tab.page.evaluate(
+        "document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/' }))"
+    )
     tab.until("performance.now() > 0")
     assert any("Content Security Policy" in line for line in tab.messages)
     tab.page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_it_without_scrolling_sideways(scheme: str, browser: sync_api.Browser, report: Path) -> None:
+def test_a_phone_shows_it_without_scrolling_sideways(
+    scheme: str, browser: sync_api.Browser, report: Path
+) -> None:
     tab = _Tab(browser, report, width=400, color_scheme=scheme)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
     for canvas in tab.page.locator(".live-plot").all():
@@ -305,14 +358,21 @@ def test_the_charts_follow_the_color_scheme(tab: _Tab) -> None:
 
 
 @pytest.mark.parametrize("way", ["scripts are off", "print"])
-def test_without_scripts_and_in_print_every_chart_is_an_image(way: str, browser: sync_api.Browser, report: Path) -> None:
+def test_without_scripts_and_in_print_every_chart_is_an_image(
+    way: str, browser: sync_api.Browser, report: Path
+) -> None:
     tab = _Tab(browser, report, java_script_enabled=way == "print")
     if way == "print":
         tab.page.emulate_media(media="print")
     tab.page.locator("img.still").first.wait_for(state="visible")
     assert sum(image.is_visible() for image in tab.page.locator("img.still").all()) == _CHARTS
-    widths = tab.page.locator("img.still").evaluate_all("(images) => images.map((image) => image.naturalWidth)")
+    widths = tab.page.locator("img.still").evaluate_all(
+        "(images) => images.map((image) => image.naturalWidth)"
+    )
     assert min(widths) > 0, "an image cannot be decoded"
-    assert not any(control.is_visible() for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all())
+    assert not any(
+        control.is_visible()
+        for control in tab.page.locator(".live-plot, .controls, .toolbar, .toggles").all()
+    )
     assert all(frame.is_visible() for frame in tab.page.locator(".frames li").all())
     tab.page.close()

@@ -1,4 +1,7 @@
-"""What MLflow shows of a pipeline run: runs, figures, data, models. Outages: test_tracking_outages."""
+"""What MLflow shows of a pipeline run: runs, figures, data, models.
+
+Outages: test_tracking_outages.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,19 @@ def pipeline_run(workspace: Path, name: str, **branches: Any) -> tracking.Pipeli
 
 
 def test_metrics_have_mlflows_names() -> None:
-    validation = {"kind": "validation", "step": 5, "time": 2.0, "loss": 1.5, "levels": {"0.5": 1.25}, "autoregressive_loss": None}
+    validation = {
+        "kind": "validation",
+        "step": 5,
+        "time": 2.0,
+        "loss": 1.5,
+        "levels": {"0.5": 1.25},
+        "autoregressive_loss": None,
+    }
     event = {"kind": "event", "step": 5, "time": 2.0, "event": "checkpoint", "detail": ""}
     system = {"kind": "system", "step": 0, "time": 2.0, "cpu_utilization_percentage": 97.0}
-    points = points_of([train_record(1, **{"a(b)": 2.0, "bad": math.inf}), validation, event, system])
+    points = points_of(
+        [train_record(1, **{"a(b)": 2.0, "bad": math.inf}), validation, event, system]
+    )
     assert {point.key: point.value for point in points} == {
         "train/loss": 1.0,
         "train/lr": 1e-3,
@@ -58,23 +70,38 @@ def test_metrics_have_mlflows_names() -> None:
         "val/loss_t0.5": 1.25,
         "system/cpu_utilization_percentage": 97.0,
     }
-    assert {point.step for point in points if point.key.startswith("val/")} == {5}, "the step axis is the training step"
+    assert {point.step for point in points if point.key.startswith("val/")} == {5}, (
+        "the step axis is the training step"
+    )
 
 
 # Where MLflow is
 
 
-def test_the_tracking_server_comes_from_environment_then_recipe_then_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracking_server_comes_from_environment_then_recipe_then_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tracking.tracking_uri(config(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.tracking_uri(config(tracking={"uri": "sqlite:///own/m.db"}), tmp_path) == f"sqlite:///{tmp_path}/own/m.db"
-    assert tracking.tracking_uri(config(tracking={"uri": "http://mlflow:5000"}), tmp_path) == "http://mlflow:5000"
+    assert (
+        tracking.tracking_uri(config(tracking={"uri": "sqlite:///own/m.db"}), tmp_path)
+        == f"sqlite:///{tmp_path}/own/m.db"
+    )
+    assert (
+        tracking.tracking_uri(config(tracking={"uri": "http://mlflow:5000"}), tmp_path)
+        == "http://mlflow:5000"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:5000")
-    assert tracking.tracking_uri(config(tracking={"uri": "http://mlflow:5000"}), tmp_path) == "http://other:5000"
+    assert (
+        tracking.tracking_uri(config(tracking={"uri": "http://mlflow:5000"}), tmp_path)
+        == "http://other:5000"
+    )
 
 
 def test_importing_the_room_does_not_import_mlflow() -> None:
     check = "import sys, canvastune.tracking; sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0, "every rank would pay MLflow's two seconds"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0, (
+        "every rank would pay MLflow's two seconds"
+    )
 
 
 # Runs
@@ -85,7 +112,10 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     tags = {"canvastune.pipeline_url": "https://kubeflow.example/#/runs/details/1"}
     parent = tracking.start(run, tags)
     assert parent
-    assert client_of(workspace).get_experiment("1").tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (
+        client_of(workspace).get_experiment("1").tags["mlflow.experimentKind"]
+        == "custom_model_development"
+    )
     assert tracking.start(run) == parent
     assert tracking.start(replace(run, job="another")) != parent
     found = client_of(workspace).get_run(parent)
@@ -103,31 +133,53 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
 
 
 def test_a_run_is_described_from_its_start(workspace: Path) -> None:
-    run = pipeline_run(workspace, "described", data={"source": "rows|of `mine`.jsonl"}, lora={"rank": 32})
+    run = pipeline_run(
+        workspace, "described", data={"source": "rows|of `mine`.jsonl"}, lora={"rank": 32}
+    )
     note = client_of(workspace).get_run(tracking.start(run)).data.tags["mlflow.note.content"]
-    assert note.startswith("LoRA of rank 32 of `google/diffusiongemma-26B-A4B-it` on 'rows\\|of `mine`.jsonl', 800 steps of 8 examples.")
+    assert note.startswith(
+        "LoRA of rank 32 of `google/diffusiongemma-26B-A4B-it` on 'rows\\|of `mine`.jsonl', 800"
+        " steps of 8 examples."
+    )
     assert f"| run folder | `{run.folder}` |" in note
     assert "canvastune run config.yaml" in note
 
 
 def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -> None:
     run = pipeline_run(workspace, "reported")
-    figures = {"val/loss_first": 3.0, "val/loss_last": 1.5, "train/loss_first": 5.3, "train/loss_last": 0.8}
+    figures = {
+        "val/loss_first": 3.0,
+        "val/loss_last": 1.5,
+        "train/loss_first": 5.3,
+        "train/loss_last": 0.8,
+    }
     found = sample_result(64, before=8, after=40, lost=1)
     note = describe_report(run.config, run.folder, figures, found)
-    assert note.startswith("**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows).")
-    assert "| exact match on 64 held-out rows (95% interval) | 12.5% (6.5% to 22.8%) | 62.5% (50.3% to 73.3%) |" in note
+    assert note.startswith(
+        "**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows)."
+    )
+    assert (
+        "| exact match on 64 held-out rows (95% interval) | 12.5% (6.5% to 22.8%) | 62.5% (50.3% to"
+        " 73.3%) |" in note
+    )
     assert "| validation loss | 3.000 | 1.500 |" in note
     own = {"eval/validation_loss_before": 2.9, "eval/validation_loss_after": 1.4}
-    assert "| validation loss | 2.900 | 1.400 |" in describe_report(run.config, run.folder, figures | own, found)
+    assert "| validation loss | 2.900 | 1.400 |" in describe_report(
+        run.config, run.folder, figures | own, found
+    )
     for place in ("report/report.html", "train/adapter", "model", "train/checkpoints"):
         assert f"`{run.folder / place}`" in note
     unscored = sample_result(0, 0, 0, 0)
-    assert "no held-out row was scored" in describe_report(run.config, run.folder, figures, unscored)
+    assert "no held-out row was scored" in describe_report(
+        run.config, run.folder, figures, unscored
+    )
 
 
 def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = pipeline_run(workspace, "late")
     write_record(run.folder, RunRecord("job", run.config.model_dump_json(), ""))
@@ -147,7 +199,9 @@ def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
     assert "run.json" in str(error)
 
 
-def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Path, tmp_path: Path) -> None:
+def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(
+    workspace: Path, tmp_path: Path
+) -> None:
     started = pipeline_run(workspace, "steps")
     parent = tracking.start(started)
     client = client_of(workspace)
@@ -158,7 +212,15 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Pa
             run.parameters({"rank": 16, "long": "x" * 7000})
             run.model(_weights(tmp_path), "adapter")
             run.table([{"id": "a", "after": "<b>4</b>"}, {"id": "b", "after": "5"}])
-            run.metrics({"eval/exact_match_after": 0.75, "ratio (t/s)": 2.0, "endless": math.inf, "passed": True, "word": "better"})
+            run.metrics(
+                {
+                    "eval/exact_match_after": 0.75,
+                    "ratio (t/s)": 2.0,
+                    "endless": math.inf,
+                    "passed": True,
+                    "word": "better",
+                }
+            )
             if broken:
                 raise UserError("the adapter belongs to another base")
             return run.run_id
@@ -175,14 +237,25 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(workspace: Pa
     assert run.info.status == "FINISHED"
     assert run.data.params["long"] == "x" * 6000
     assert run.data.metrics == {"eval/exact_match_after": 0.75, "ratio _t/s_": 2.0}
-    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}], "the page shows no table"
-    table = json.loads((workspace / "mlartifacts" / run_id / "artifacts" / "answers.json").read_text())
-    assert table == {"columns": ["id", "after"], "data": [["a", "<b>4</b>"], ["b", "5"]]}, "a second attempt replaces the table"
-    assert [model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")] == ["steps-adapter"]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [
+        {"path": "answers.json", "type": "table"}
+    ], "the page shows no table"
+    table = json.loads(
+        (workspace / "mlartifacts" / run_id / "artifacts" / "answers.json").read_text()
+    )
+    assert table == {
+        "columns": ["id", "after"],
+        "data": [["a", "<b>4</b>"], ["b", "5"]],
+    }, "a second attempt replaces the table"
+    assert [
+        model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")
+    ] == ["steps-adapter"]
     assert tracking.pending(started) == [], "something was not sent although MLflow was there"
 
 
-def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(workspace: Path, tmp_path: Path) -> None:
+def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
+    workspace: Path, tmp_path: Path
+) -> None:
     run = pipeline_run(workspace, "figures")
     parent = tracking.start(run)
     with tracking.step_run(run, "train") as record:
@@ -197,19 +270,38 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
         for _ in range(2):  # the step was repeated
             record.summary({"eval/exact_match_after": 0.75, "val/loss_last": 1.5}, data)
     client = client_of(workspace)
-    assert client.get_run(parent).data.metrics == {"eval/exact_match_after": 0.75, "val/loss_last": 1.5}
-    found = [client.search_logged_models(["1"], f"source_run_id = '{nested.info.run_id}'") for nested in _nested(client, parent)]
+    assert client.get_run(parent).data.metrics == {
+        "eval/exact_match_after": 0.75,
+        "val/loss_last": 1.5,
+    }
+    found = [
+        client.search_logged_models(["1"], f"source_run_id = '{nested.info.run_id}'")
+        for nested in _nested(client, parent)
+    ]
     logged = {model.model_type: model for each in found for model in each}
     assert sorted(logged) == ["adapter", "merged"]
     linked = client.get_run(parent).outputs.model_outputs
-    assert sorted(output.model_id for output in linked) == sorted(model.model_id for model in logged.values()), "the run names no model"
+    assert sorted(output.model_id for output in linked) == sorted(
+        model.model_id for model in logged.values()
+    ), "the run names no model"
     for model in logged.values():
-        assert {(metric.key, metric.value) for metric in model.metrics} == {("eval/exact_match_after", 0.75), ("val/loss_last", 1.5)}
-        assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("openai/gsm8k", "cd" * 8)}
+        assert {(metric.key, metric.value) for metric in model.metrics} == {
+            ("eval/exact_match_after", 0.75),
+            ("val/loss_last", 1.5),
+        }
+        assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {
+            ("openai/gsm8k", "cd" * 8)
+        }
         assert model.tags["canvastune.recipe"] == "tiny_lora"
-    (run_id,) = (nested.info.run_id for nested in _nested(client, parent) if nested.info.run_name == "evaluate")
+    (run_id,) = (
+        nested.info.run_id
+        for nested in _nested(client, parent)
+        if nested.info.run_name == "evaluate"
+    )
     evaluated = client.get_run(run_id)  # a search does not load models
-    assert [entry.model_id for entry in evaluated.inputs.model_inputs] == [logged["merged"].model_id], "what was evaluated is not linked"
+    assert [entry.model_id for entry in evaluated.inputs.model_inputs] == [
+        logged["merged"].model_id
+    ], "what was evaluated is not linked"
     assert [entry.tags[0].value for entry in evaluated.inputs.dataset_inputs] == ["evaluation"]
 
 
@@ -220,12 +312,17 @@ def test_a_model_of_tens_of_gigabytes_is_a_pointer(workspace: Path, tmp_path: Pa
     with tracking.step_run(pipeline_run(workspace, "pointer"), "merge_lora") as run:
         run.model(tmp_path, "merged")
     (model,) = client_of(workspace).search_logged_models(["1"], f"source_run_id = '{run.run_id}'")
-    assert (model.tags["canvastune.path"], model.tags["canvastune.size_bytes"]) == (str(tmp_path), "250000002")
+    assert (model.tags["canvastune.path"], model.tags["canvastune.size_bytes"]) == (
+        str(tmp_path),
+        "250000002",
+    )
     uploaded = Path(model.artifact_location.removeprefix("file://"))
     assert [file.name for file in uploaded.iterdir()] == ["config.json"]
 
 
-def test_a_cached_preparation_is_logged_once_by_the_next_step(workspace: Path, tmp_path: Path) -> None:
+def test_a_cached_preparation_is_logged_once_by_the_next_step(
+    workspace: Path, tmp_path: Path
+) -> None:
     data = prepared(tmp_path)
     client = client_of(workspace)
     run = pipeline_run(workspace, "cached")
@@ -235,18 +332,28 @@ def test_a_cached_preparation_is_logged_once_by_the_next_step(workspace: Path, t
     (logged,) = _nested(client, parent)
     assert (logged.info.run_name, logged.info.status) == ("prepare_data", "FINISHED")
     assert logged.data.metrics["data/dropped/duplicate"] == 7
-    assert logged.data.tags["mlflow.note.content"] == "90 examples of 100 rows: 80 to train on, 10 held out."
-    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["card.html", "card.json"]
+    assert (
+        logged.data.tags["mlflow.note.content"]
+        == "90 examples of 100 rows: 80 to train on, 10 held out."
+    )
+    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == [
+        "card.html",
+        "card.json",
+    ]
     for each in (logged, client.get_run(parent)):
         (dataset,) = (entry.dataset for entry in each.inputs.dataset_inputs)
         assert (dataset.name, dataset.digest) == ("openai/gsm8k", "cd" * 8)
 
 
-def test_the_run_that_kubeflow_gives_is_used(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_that_kubeflow_gives_is_used(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = client_of(workspace)
     experiment = connect(tracking.tracking_uri(config(), workspace)).experiment("canvastune")
     above = client.create_run(experiment, run_name="pipeline").info.run_id
-    given = client.create_run(experiment, run_name="train", tags={"mlflow.parentRunId": above}).info.run_id
+    given = client.create_run(
+        experiment, run_name="train", tags={"mlflow.parentRunId": above}
+    ).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     run = pipeline_run(workspace, "ignored")
     parent = tracking.start(run)
@@ -279,7 +386,9 @@ def test_without_a_pipeline_run_nothing_is_recorded_and_nothing_breaks(tmp_path:
 
 def test_a_password_in_the_address_is_not_shown(workspace: Path) -> None:
     assert str(connect("http://me:hunter2@127.0.0.1:9")) == "http://127.0.0.1:9"
-    assert "hunter2" not in server._short(OSError("API request to http://me:hunter2@mlflow/health failed"))
+    assert "hunter2" not in server._short(
+        OSError("API request to http://me:hunter2@mlflow/health failed")
+    )
 
 
 def _weights(folder: Path) -> Path:

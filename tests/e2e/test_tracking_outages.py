@@ -58,16 +58,24 @@ def pipeline_run(folder: Path, uri: str, name: str) -> tracking.PipelineRun:
     tree = {"name": "tiny_lora", "data": {"source": "openai/gsm8k"}}
     tracked = {"uri": uri, "experiment": "outages", "registered_model": name}
     quick(uri)
-    run = tracking.PipelineRun(parse_config({**tree, "tracking": tracked}), folder / "runs" / name, "job")
+    run = tracking.PipelineRun(
+        parse_config({**tree, "tracking": tracked}), folder / "runs" / name, "job"
+    )
     (run.folder / "train").mkdir(parents=True)
-    (run.folder / "train/metrics.jsonl").write_text("".join(json.dumps(train_record(step)) + "\n" for step in range(1, 21)))
-    (run.folder / "train/system.jsonl").write_text(json.dumps({"kind": "system", "step": 0, "time": 1.7e9, "cpu": 50.0}) + "\n")
+    (run.folder / "train/metrics.jsonl").write_text(
+        "".join(json.dumps(train_record(step)) + "\n" for step in range(1, 21))
+    )
+    (run.folder / "train/system.jsonl").write_text(
+        json.dumps({"kind": "system", "step": 0, "time": 1.7e9, "cpu": 50.0}) + "\n"
+    )
     (run.folder / "model").mkdir()
     (run.folder / "model/model.safetensors").write_bytes(b"weights")
     return run
 
 
-def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str], object] = str) -> list[float]:
+def go_through(
+    run: tracking.PipelineRun, scratch: Path, before: Callable[[str], object] = str
+) -> list[float]:
     """A pipeline run as its steps record it; returns the seconds that each of them took.
 
     Args:
@@ -121,24 +129,45 @@ def go_through(run: tracking.PipelineRun, scratch: Path, before: Callable[[str],
 
 
 def seen(uri: str, name: str) -> dict[str, Any]:
-    """Everything that MLflow has of a run, without ids, names and times that differ from run to run."""
+    """Everything that MLflow has of a run, without ids, names and times that differ from run to
+    run.
+    """
     client = load_mlflow().MlflowClient(uri, registry_uri=uri)
     experiment = client.get_experiment_by_name("outages")
     found: dict[str, Any] = {}
     (parent,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-    nested = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    nested = client.search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
     for run in (parent, *nested):
-        models = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run.info.run_id}'")
-        histories = {key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+        models = client.search_logged_models(
+            [experiment.experiment_id], f"source_run_id = '{run.info.run_id}'"
+        )
+        histories = {
+            key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
         found[run.info.run_name.replace(name, "parent")] = {
             "status": run.info.status,
             "ended": run.info.end_time >= run.info.start_time,
             "metrics": {key: sorted(points) for key, points in histories.items()},
-            "parameters": {key: value for key, value in run.data.params.items() if not key.startswith("tracking.")},
-            "tags": {key: value.replace(name, "N") for key, value in run.data.tags.items() if key != "mlflow.parentRunId"},
+            "parameters": {
+                key: value
+                for key, value in run.data.params.items()
+                if not key.startswith("tracking.")
+            },
+            "tags": {
+                key: value.replace(name, "N")
+                for key, value in run.data.tags.items()
+                if key != "mlflow.parentRunId"
+            },
             "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
-            "data": sorted((each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs),
-            "judged": len(client.get_run(run.info.run_id).inputs.model_inputs),  # a search does not load them
+            "data": sorted(
+                (each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs
+            ),
+            "judged": len(
+                client.get_run(run.info.run_id).inputs.model_inputs
+            ),  # a search does not load them
             "models": [
                 (
                     m.name.replace(name, "N"),
@@ -150,7 +179,9 @@ def seen(uri: str, name: str) -> dict[str, Any]:
             ],
         }
     registered = client.get_registered_model(name)
-    return found | {"aliases": {alias: str(version) for alias, version in registered.aliases.items()}}
+    return found | {
+        "aliases": {alias: str(version) for alias, version in registered.aliases.items()}
+    }
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +194,33 @@ def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) ->
         tracking.finish(run, failed=False)
     found = seen(server.uri, "healthy")
     assert found["parent"]["status"] == "FINISHED"
-    assert list(found) == ["parent", "report", "evaluate", "merge_lora", "train", "prepare_data", "aliases"]
+    assert list(found) == [
+        "parent",
+        "report",
+        "evaluate",
+        "merge_lora",
+        "train",
+        "prepare_data",
+        "aliases",
+    ]
     assert found["aliases"] == {"candidate": "1", "champion": "1"}
-    assert found["parent"]["metrics"]["train/loss"] == [(step, 1 / step) for step in range(1, 21)], "runs are compared by their parents"
+    assert found["parent"]["metrics"]["train/loss"] == [
+        (step, 1 / step) for step in range(1, 21)
+    ], "runs are compared by their parents"
     assert found["train"]["metrics"]["system/cpu"] == [(0, 50.0)]
     return found
 
 
-@pytest.mark.parametrize(("lost", "back"), [("evaluate", "report"), ("resolve", "finish"), ("merge_lora", "sync")])
+@pytest.mark.parametrize(
+    ("lost", "back"), [("evaluate", "report"), ("resolve", "finish"), ("merge_lora", "sync")]
+)
 def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
-    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any], caplog: pytest.LogCaptureFixture, lost: str, back: str
+    server: TrackingServer,
+    tmp_path: Path,
+    healthy: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    lost: str,
+    back: str,
 ) -> None:
     run = pipeline_run(tmp_path, server.uri, f"lost-{lost}")
 
@@ -193,7 +241,9 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
         assert tracking.sync(run) == []
     assert seen(server.uri, run.folder.name) == healthy
     assert tracking.pending(run) == []
-    assert max(seconds) < 10, f"a server that is down delayed a step: {dict(zip(STEPS, seconds, strict=True))}"
+    assert max(seconds) < 10, (
+        f"a server that is down delayed a step: {dict(zip(STEPS, seconds, strict=True))}"
+    )
     assert caplog.text.count("cannot be reached") == 1, caplog.text
 
 
@@ -227,7 +277,9 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
         seconds = go_through(run, tmp_path)
         tracking.finish(run, failed=False)
     assert max(seconds) < 8, f"a step waited: {dict(zip(STEPS, seconds, strict=True))}"
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "canvastune.tracking"]
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == "canvastune.tracking"
+    ]
     assert line.startswith(f"MLflow at {uri} {said}")
     assert f"canvastune sync {run.folder}" in line, "the warning names no way to send the rest"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -256,7 +308,9 @@ def test_a_server_whose_store_hangs_is_given_up_after_two_timeouts(
     assert tracking.sync(run) == []
 
 
-def test_what_is_refused_holds_nothing_else_up_and_stays(server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_refused_holds_nothing_else_up_and_stays(
+    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = pipeline_run(tmp_path, server.uri, "refused")
     with tracking.step_run(run, "train") as record:
         record.parameters({"rank": 16})
@@ -267,14 +321,24 @@ def test_what_is_refused_holds_nothing_else_up_and_stays(server: TrackingServer,
     assert (found.data.metrics, found.info.status) == ({"a": 1.0}, "FINISHED")
     assert caplog.text.count("refuses (INVALID_PARAMETER_VALUE: ") == 1
     (reason,) = tracking.sync(run)
-    assert reason.startswith(f"parameters of train: MLflow at {server.uri} refuses (INVALID_PARAMETER_VALUE: ")
+    assert reason.startswith(
+        f"parameters of train: MLflow at {server.uri} refuses (INVALID_PARAMETER_VALUE: "
+    )
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"job": "jo')], ids=["lost", "cut off"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_text('{"job": "jo')], ids=["lost", "cut off"]
+)
 def test_what_was_published_may_be_forgotten_and_is_sent_again_with_the_same_result(
-    server: TrackingServer, tmp_path: Path, healthy: dict[str, Any], damage: Callable[[Path], object], request: pytest.FixtureRequest
+    server: TrackingServer,
+    tmp_path: Path,
+    healthy: dict[str, Any],
+    damage: Callable[[Path], object],
+    request: pytest.FixtureRequest,
 ) -> None:
-    run = pipeline_run(tmp_path, server.uri, f"forgotten-{request.node.callspec.id.replace(' ', '-')}")
+    run = pipeline_run(
+        tmp_path, server.uri, f"forgotten-{request.node.callspec.id.replace(' ', '-')}"
+    )
     go_through(run, tmp_path)
     tracking.finish(run, failed=False)
     (state,) = (run.folder / ".tracking").glob("published.json")
@@ -284,7 +348,9 @@ def test_what_was_published_may_be_forgotten_and_is_sent_again_with_the_same_res
     assert seen(server.uri, run.folder.name) == healthy
 
 
-def test_nothing_is_sent_twice_and_only_what_changed_is_sent_again(server: TrackingServer, tmp_path: Path) -> None:
+def test_nothing_is_sent_twice_and_only_what_changed_is_sent_again(
+    server: TrackingServer, tmp_path: Path
+) -> None:
     run = pipeline_run(tmp_path, server.uri, "twice")
     go_through(run, tmp_path)
     tracking.finish(run, failed=False)
@@ -293,9 +359,10 @@ def test_nothing_is_sent_twice_and_only_what_changed_is_sent_again(server: Track
     assert server.requests("POST", "PUT") == quiet
     (run.folder / "evaluation/evaluation.json").write_text('{"scored": 1}')
     assert tracking.sync(run) == []
-    assert [line.rpartition("/")[2] for line in server.requests("PUT")[len([x for x in quiet if x.startswith("PUT")]) :]] == [
-        "evaluation.json"
-    ]
+    assert [
+        line.rpartition("/")[2]
+        for line in server.requests("PUT")[len([x for x in quiet if x.startswith("PUT")]) :]
+    ] == ["evaluation.json"]
 
 
 def test_a_server_without_the_run_gets_all_of_it(
@@ -324,7 +391,9 @@ def test_processes_that_publish_at_the_same_time_show_everything_once(
     assert seen(server.uri, "at-once") == healthy
 
 
-def test_a_disk_that_takes_nothing_and_no_server_are_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_takes_nothing_and_no_server_are_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = pipeline_run(tmp_path, "http://127.0.0.1:9", "full")
     (run.folder / "steps.json").mkdir()  # no file can be written here
     with tracking.step_run(run, "train") as record:
@@ -342,7 +411,10 @@ def steps_in(client: Any, run_id: str, metric: str) -> list[int]:
 
 
 def test_metrics_of_an_outage_arrive_when_the_server_is_back(
-    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: TrackingServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
@@ -352,15 +424,23 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     writer = open_metrics(tmp_path / "metrics.jsonl", lambda client: run_id, server.uri)
     for step in range(1, 11):
         writer.write(train_record(step))
-    _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 11)), "metrics are not sent while training")
+    _until(
+        lambda: steps_in(client, run_id, "train/loss") == list(range(1, 11)),
+        "metrics are not sent while training",
+    )
     _until(lambda: len(steps_in(client, run_id, cpu)) > 1, "no system metrics")
     server.kill()
     for step in range(11, 211):
         writer.write(train_record(step))
-    _until(lambda: "cannot be reached" in caplog.text, "there is no warning that the server is down")
+    _until(
+        lambda: "cannot be reached" in caplog.text, "there is no warning that the server is down"
+    )
     server.start()
     writer.write(train_record(211))
-    _until(lambda: steps_in(client, run_id, "train/loss") == list(range(1, 212)), "the outage's metrics are lost")
+    _until(
+        lambda: steps_in(client, run_id, "train/loss") == list(range(1, 212)),
+        "the outage's metrics are lost",
+    )
     writer.close()
     measured = steps_in(client, run_id, cpu)
     assert measured == list(range(len(measured))), "what the machine did during the outage is lost"
@@ -384,10 +464,24 @@ def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends
         def there() -> list[Any]:
             experiment = [one.experiment_id for one in client.search_experiments()]
             (parent,) = client.search_runs(experiment, "attributes.run_name = 'late'") or [None]
-            return list(client.search_runs(experiment, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")) if parent else []
+            return (
+                list(
+                    client.search_runs(
+                        experiment, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+                    )
+                )
+                if parent
+                else []
+            )
 
-        _until(lambda: [run.data.metrics.get("train/loss") for run in there()] == [1.0], "no curve before the end of training")
-        _until(lambda: "system/cpu_utilization_percentage" in there()[0].data.metrics, "no system metrics")
+        _until(
+            lambda: [run.data.metrics.get("train/loss") for run in there()] == [1.0],
+            "no curve before the end of training",
+        )
+        _until(
+            lambda: "system/cpu_utilization_percentage" in there()[0].data.metrics,
+            "no system metrics",
+        )
         writer.close()
     (found,) = there()
     assert (found.info.status, record.run_id) == ("FINISHED", found.info.run_id)
@@ -401,7 +495,9 @@ def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
     path = tmp_path / "metrics.jsonl"
     writer = open_metrics(path, lambda client: run_id, server.uri)
     writer.write(train_record(1))
-    _until(lambda: steps_in(client, run_id, "train/loss") == [1], "metrics are not sent while training")
+    _until(
+        lambda: steps_in(client, run_id, "train/loss") == [1], "metrics are not sent while training"
+    )
     server.freeze()
     try:
         started = time.perf_counter()
@@ -423,7 +519,9 @@ def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
         return steps_in(client, run_id, "train/loss") == list(range(1, 102))
 
     _until(synced, "what the frozen server missed is never sent")
-    assert MetricsSender(server.uri, lambda client: run_id, path).send() == 0, "what has arrived is not sent twice"
+    assert MetricsSender(server.uri, lambda client: run_id, path).send() == 0, (
+        "what has arrived is not sent twice"
+    )
 
 
 def test_a_resumed_training_has_each_step_once_in_mlflow_too(
@@ -439,7 +537,10 @@ def test_a_resumed_training_has_each_step_once_in_mlflow_too(
         for step in range(max(resume_at, 0) + 1, last + 1):
             writer.write({**train_record(step), "time": time.time()})
         had = system.read_bytes().count(b"\n") if system.exists() else 0
-        _until(lambda had=had: system.exists() and system.read_bytes().count(b"\n") > had, "nothing of the machine is measured")
+        _until(
+            lambda had=had: system.exists() and system.read_bytes().count(b"\n") > had,
+            "nothing of the machine is measured",
+        )
         writer.close()
         with system.open("a") as stream:
             stream.write('{"kind": "sys')  # killed in the middle of a line

@@ -1,7 +1,10 @@
-"""A cluster of one node for the whole product: what is installed, uploaded and submitted runs (`fake_node`).
+"""A cluster of one node for the whole product: what is installed, uploaded and submitted runs
+(`fake_node`).
 
-One object store (`fake_api_server`) for Helm and for the pipeline's steps; the Role that Helm put there is enforced. Kubeflow
-(`fake_kubeflow`) runs the graph of the version that was uploaded to it, by its own local runner. Nothing that fails is started again.
+One object store (`fake_api_server`) for Helm and for the pipeline's steps; the Role that Helm put
+there is enforced. Kubeflow
+(`fake_kubeflow`) runs the graph of the version that was uploaded to it, by its own local runner.
+Nothing that fails is started again.
 """
 
 from __future__ import annotations
@@ -83,7 +86,10 @@ class FakeCluster(FakeApiServer):
                 work.result()
 
     def address(self, service: str, port: int) -> str:
-        """Return this machine's HOST:PORT behind a Service's port. Raises: KeyError, if there is none."""
+        """Return this machine's HOST:PORT behind a Service's port.
+
+        Raises: KeyError, if there is none.
+        """
         host, number = self.node.names[f"{service}:{port}"]
         return f"{host}:{number}"
 
@@ -118,7 +124,10 @@ class FakeCluster(FakeApiServer):
             )
             what = "/".join((rest[0], *rest[2:]))
             if not self._may(account, verb, group, what, namespace):
-                words = f'{rest[0]} is forbidden: User "{account}" cannot {verb} resource "{what}" in API group "{group}"'
+                words = (
+                    f'{rest[0]} is forbidden: User "{account}" cannot {verb} resource "{what}" in'
+                    f' API group "{group}"'
+                )
                 raise Refused(403, "Forbidden", f'{words} in the namespace "{namespace}"')
         if parts[-1] == "log" and parts[-2] in self.node.logs:
             return 200, self._log(parts[-2], dict(urllib.parse.parse_qsl(address.query)))
@@ -307,7 +316,9 @@ class FakeCluster(FakeApiServer):
         )
 
     def _pytorchjob(self, job: dict[str, Any]) -> None:
-        """Run a job without a Master as the training operator 1.9 does; its pods connect over loopback."""
+        """Run a job without a Master as the training operator 1.9 does; its pods connect over
+        loopback.
+        """
         name, spec, conditions = job["metadata"]["name"], job["spec"], list[dict[str, str]]()
 
         def become(state: str) -> None:
@@ -369,7 +380,9 @@ class FakeCluster(FakeApiServer):
         self.node.say(run["run_id"], f"{_REPORT}run {state}")
 
     def _run_graph(self, run: dict[str, Any]) -> int:
-        """Run the uploaded graph with its defaults in a process, with steps as children; return its code."""
+        """Run the uploaded graph with its defaults in a process, with steps as children; return its
+        code.
+        """
         run_id, place = run["run_id"], run["pipeline_version_reference"]["pipeline_version_id"]
         (version,) = [one for one in self.kubeflow.versions if one["pipeline_version_id"] == place]
         spec, platform = (

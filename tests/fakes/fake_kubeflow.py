@@ -1,6 +1,8 @@
-"""A Kubeflow Pipelines API server on the loopback, as far as the client of kfp 2.17 calls it; it records every call.
+"""A Kubeflow Pipelines API server on the loopback, as far as the client of kfp 2.17 calls it; it
+records every call.
 
-Answers as the real server does: a pipeline's first version has the pipeline's name and description; uploads, lists, runs
+Answers as the real server does: a pipeline's first version has the pipeline's name and description;
+uploads, lists, runs
 and errors have its fields. It keeps no more than the tests look at.
 """
 
@@ -40,7 +42,8 @@ class FakeKubeflow:
     Attributes:
         token: the one that is let in; None: anybody is.
         namespaces: those of a server with several teams; empty: it has one for all.
-        script: what `GET runs/ID` answers, one after the other, the last one for ever: the run's state and its tasks'.
+        script: what `GET runs/ID` answers, one after the other, the last one for ever: the run's
+            state and its tasks'.
         started: is told of each run that is created; None: nobody is.
         watched: by run id, what tells the run's state in place of the script.
         broken: path parts and the (status, body, headers) that a request to them gets instead.
@@ -59,9 +62,13 @@ class FakeKubeflow:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def __enter__(self) -> FakeKubeflow:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self})
+        )
         self.host = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,10 +82,21 @@ class FakeKubeflow:
     def answer(self, call: Call) -> tuple[int, Any]:
         """Status and JSON for a request."""
         if self.token is not None and call.token != self.token:
-            return 401, {"code": 16, "message": "Request header error: there is no user identity header."}
-        where = call.query.get("namespace") or (call.body.get("namespace") if isinstance(call.body, dict) else None)
+            return 401, {
+                "code": 16,
+                "message": "Request header error: there is no user identity header.",
+            }
+        where = call.query.get("namespace") or (
+            call.body.get("namespace") if isinstance(call.body, dict) else None
+        )
         if self.namespaces and where is not None and where not in self.namespaces:
-            return 403, {"code": 7, "message": f"User 'ann' is not authorized with reason: cannot list in the namespace {where}"}
+            return 403, {
+                "code": 7,
+                "message": (
+                    "User 'ann' is not authorized with reason: cannot list in the namespace"
+                    f" {where}"
+                ),
+            }
         for (method, pattern), handle in _ROUTES.items():
             if method == call.method and (found := re.fullmatch(API + pattern, call.path)):
                 return 200, handle(self, call, *found.groups())
@@ -90,13 +108,23 @@ class FakeKubeflow:
 
     def list_pipelines(self, call: Call) -> Any:
         """By display name, in a namespace."""
-        return {"pipelines": [p for p in _named(self.pipelines, call) if p["namespace"] == call.query.get("namespace", "")]}
+        return {
+            "pipelines": [
+                p
+                for p in _named(self.pipelines, call)
+                if p["namespace"] == call.query.get("namespace", "")
+            ]
+        }
 
     def upload(self, call: Call) -> Any:
         """A pipeline and its first version."""
         number = str(len(self.pipelines) + 1)
         made = {"pipeline_id": f"pipeline-{number}", "namespace": call.query.get("namespace", "")}
-        made |= {"display_name": call.query["name"], "description": call.query.get("description", ""), "created_at": _NOW}
+        made |= {
+            "display_name": call.query["name"],
+            "description": call.query.get("description", ""),
+            "created_at": _NOW,
+        }
         self.pipelines.append(made)
         self._add_version(made["pipeline_id"], call)
         return made
@@ -113,14 +141,20 @@ class FakeKubeflow:
             "display_name": call.query["name"],
         }
         made["description"] = call.query.get("description", "")
-        made["pipeline_spec"] = {"pipeline_spec": spec, "platform_spec": platform[0]} if platform else spec
+        made["pipeline_spec"] = (
+            {"pipeline_spec": spec, "platform_spec": platform[0]} if platform else spec
+        )
         made["created_at"] = f"2026-01-01T00:00:{len(self.versions):02d}Z"
         self.versions.append(made)
         return made
 
     def list_versions(self, call: Call, pipeline_id: str) -> Any:
         """In the order that is asked for: newest first."""
-        return {"pipeline_versions": [v for v in reversed(self.versions) if v["pipeline_id"] == pipeline_id]}
+        return {
+            "pipeline_versions": [
+                v for v in reversed(self.versions) if v["pipeline_id"] == pipeline_id
+            ]
+        }
 
     def list_experiments(self, call: Call) -> Any:
         """By display name."""
@@ -128,12 +162,25 @@ class FakeKubeflow:
 
     def create_experiment(self, call: Call) -> Any:
         """With an id."""
-        self.experiments.append({"experiment_id": f"experiment-{len(self.experiments) + 1}", "created_at": _NOW, **call.body})
+        self.experiments.append(
+            {
+                "experiment_id": f"experiment-{len(self.experiments) + 1}",
+                "created_at": _NOW,
+                **call.body,
+            }
+        )
         return self.experiments[-1]
 
     def create_run(self, call: Call) -> Any:
         """With an id."""
-        self.runs.append({"run_id": f"run-{len(self.runs) + 1}", "state": "PENDING", "created_at": _NOW, **call.body})
+        self.runs.append(
+            {
+                "run_id": f"run-{len(self.runs) + 1}",
+                "state": "PENDING",
+                "created_at": _NOW,
+                **call.body,
+            }
+        )
         if self.started is not None:
             self.started(self.runs[-1])
         return self.runs[-1]
@@ -183,12 +230,27 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         query = {key: values[0] for key, values in parse_qs(address.query).items()}
-        call = Call(self.command, unquote(address.path), query, self._decoded(raw), token if scheme == "Bearer" else None)
+        call = Call(
+            self.command,
+            unquote(address.path),
+            query,
+            self._decoded(raw),
+            token if scheme == "Bearer" else None,
+        )
         self.fake.calls.append(call)
         headers = {"Content-Type": "application/json"}
-        status, text = next(((code, said) for part, (code, said, _) in self.fake.broken.items() if part in call.path), (0, ""))
+        status, text = next(
+            (
+                (code, said)
+                for part, (code, said, _) in self.fake.broken.items()
+                if part in call.path
+            ),
+            (0, ""),
+        )
         if status:
-            headers = next(extra for part, (_, _, extra) in self.fake.broken.items() if part in call.path)
+            headers = next(
+                extra for part, (_, _, extra) in self.fake.broken.items() if part in call.path
+            )
         else:
             status, tree = self.fake.answer(call)
             text = json.dumps(tree)
@@ -202,7 +264,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = self.headers.get("Content-Type", "")
         if kind.startswith("multipart/form-data"):
             message = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw)
-            (part,) = [p for p in message.walk() if p.get_param("name", header="content-disposition") == "uploadfile"]
+            (part,) = [
+                p
+                for p in message.walk()
+                if p.get_param("name", header="content-disposition") == "uploadfile"
+            ]
             content = part.get_payload(decode=True)
             assert isinstance(content, bytes)
             return content.decode()

@@ -1,7 +1,8 @@
 """A fake node: the commands of a pod's containers run as processes of this machine.
 
 Mounts are folders, Services are loopback ports, a container's output is its pod's log. Nothing is
-isolated, but a container gets only paths that its pod mounts, and nothing of this machine's environment.
+isolated, but a container gets only paths that its pod mounts, and nothing of this machine's
+environment.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class FakeNode:
         return folder
 
     def secret(self, name: str, key: str, optional: bool = False) -> str | None:
-        """Return a secret's value; None if it is optional and missing. Raises: KeyError, if required."""
+        """Return a secret's value; None if it is optional and missing.
+
+        Raises: KeyError, if required.
+        """
         try:
             return base64.b64decode(self._objects("Secret")[name]["data"][key]).decode()
         except KeyError:
@@ -190,7 +194,10 @@ class FakeNode:
         scratch: Path,
         labels: Mapping[str, str],
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Return a container's environment and mounts. Raises: KeyError, AssertionError, if invalid."""
+        """Return a container's environment and mounts.
+
+        Raises: KeyError, AssertionError, if invalid.
+        """
         volumes, places = (
             {volume["name"]: volume for volume in spec.get("volumes", ())},
             dict[str, str](),

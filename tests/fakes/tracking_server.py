@@ -1,4 +1,6 @@
-"""A real MLflow server in a separate process, which a test can kill, freeze and start again on the same port."""
+"""A real MLflow server in a separate process, which a test can kill, freeze and start again on the
+same port.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# MLflow's own application on a small HTTP server: `mlflow server` takes twenty seconds to start on two cores, this takes three.
+# MLflow's own application on a small HTTP server: `mlflow server` takes twenty seconds to start on
+# two cores, this takes three.
 _SERVE = """
 import sys
 from werkzeug.serving import make_server
@@ -53,7 +56,12 @@ class TrackingServer:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         with (self.folder / "server.log").open("ab") as output:
-            self._process = subprocess.Popen([sys.executable, "-c", _SERVE, str(self.port)], env=environment, stdout=output, stderr=output)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, str(self.port)],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
@@ -62,7 +70,9 @@ class TrackingServer:
             except OSError:
                 assert self._process.poll() is None, (self.folder / "server.log").read_text()
                 time.sleep(0.05)
-        raise TimeoutError(f"no MLflow server after a minute: {(self.folder / 'server.log').read_text()}")
+        raise TimeoutError(
+            f"no MLflow server after a minute: {(self.folder / 'server.log').read_text()}"
+        )
 
     def kill(self) -> None:
         """As a node that is lost."""
@@ -74,7 +84,11 @@ class TrackingServer:
     def requests(self, *methods: str) -> list[str]:
         """Return the requests that changed something, as `METHOD PATH`, as the server logged them."""
         found = re.findall(r'"(\w+) (\S+) HTTP', (self.folder / "server.log").read_text())
-        return [f"{method} {path}" for method, path in found if method in methods and "search" not in path]
+        return [
+            f"{method} {path}"
+            for method, path in found
+            if method in methods and "search" not in path
+        ]
 
     def freeze(self) -> None:
         """Accepts connections and never answers, until thawed."""
@@ -96,7 +110,9 @@ class TrackingServer:
 
 @contextlib.contextmanager
 def no_outer_mlflow() -> Iterator[None]:
-    """No MLflow but a test's own, whatever the environment or an earlier test says; the environment is then as it was."""
+    """No MLflow but a test's own, whatever the environment or an earlier test says; the environment
+    is then as it was.
+    """
     with mock.patch.dict(os.environ):
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             os.environ.pop(name, None)
@@ -104,13 +120,32 @@ def no_outer_mlflow() -> Iterator[None]:
 
 
 def train_record(step: int, **values: float) -> dict[str, Any]:
-    return {"kind": "train", "step": step, "time": 1.7e9 + step, "loss": 1 / step, "lr": 1e-3, **values}
+    return {
+        "kind": "train",
+        "step": step,
+        "time": 1.7e9 + step,
+        "loss": 1 / step,
+        "lr": 1e-3,
+        **values,
+    }
 
 
 def prepared(folder: Path) -> Path:
     """What is logged of a prepared data set."""
-    card = {"source": "openai/gsm8k", "format": "gsm8k", "fingerprint": "ab" * 32, "content_hash": "cd" * 32, "rows_read": 100, "kept": 90}
-    card |= {"train": 80, "validation": 10, "cut": 1, "dropped": {"empty answer": 3, "duplicate": 7}}
+    card = {
+        "source": "openai/gsm8k",
+        "format": "gsm8k",
+        "fingerprint": "ab" * 32,
+        "content_hash": "cd" * 32,
+        "rows_read": 100,
+        "kept": 90,
+    }
+    card |= {
+        "train": 80,
+        "validation": 10,
+        "cut": 1,
+        "dropped": {"empty answer": 3, "duplicate": 7},
+    }
     data = folder / "data"
     data.mkdir(parents=True)
     (data / "card.json").write_text(json.dumps(card))

@@ -69,12 +69,15 @@ def pod_security_problems(pod_spec: dict[str, Any]) -> list[str]:
 
 
 def crd_problems(document: dict[str, Any], crd_path: Path) -> list[str]:
-    """Return where a custom resource violates its CRD, unknown fields included: they would be dropped."""
+    """Return where a custom resource violates its CRD, unknown fields included: they would be
+    dropped.
+    """
     group, _, version = document.get("apiVersion", "").partition("/")
     crd, validators = _crd(crd_path)
     if (document.get("kind"), group) != (crd["names"]["kind"], crd["group"]):
         return [
-            f"kind: found {document.get('kind')} of {group!r}, expected {crd['names']['kind']} of {crd['group']!r}"
+            f"kind: found {document.get('kind')} of {group!r}, expected {crd['names']['kind']} of"
+            f" {crd['group']!r}"
         ]
     if version not in validators:
         return [f"apiVersion: found {version!r}, the CRD serves {', '.join(validators)}"]
@@ -149,7 +152,10 @@ def _container_problems(path: str, container: dict[str, Any], pod: dict[str, Any
         yield f"{path}.securityContext.runAsNonRoot: must be true, here or for the pod"
     seccomp = (context.get("seccompProfile") or pod.get("seccompProfile") or {}).get("type")
     if seccomp not in ("RuntimeDefault", "Localhost"):
-        yield f"{path}.securityContext.seccompProfile.type: found {seccomp}, must be RuntimeDefault or Localhost, here or for the pod"
+        yield (
+            f"{path}.securityContext.seccompProfile.type: found {seccomp}, must be RuntimeDefault"
+            " or Localhost, here or for the pod"
+        )
     capabilities = context.get("capabilities") or {}
     if "ALL" not in (capabilities.get("drop") or []):
         yield f"{path}.securityContext.capabilities.drop: must include ALL"
@@ -182,7 +188,10 @@ def _shared_context_problems(path: str, context: dict[str, Any]) -> Iterator[str
         yield f"{path}.windowsOptions.hostProcess: must not be true"
     selinux = context.get("seLinuxOptions") or {}
     if selinux.get("type", "") not in _SELINUX_TYPES or selinux.get("user") or selinux.get("role"):
-        yield f"{path}.seLinuxOptions: must not choose a user, a role or another type than a container's"
+        yield (
+            f"{path}.seLinuxOptions: must not choose a user, a role or another type than a"
+            " container's"
+        )
     if (context.get("appArmorProfile") or {}).get("type") == "Unconfined":
         yield f"{path}.appArmorProfile.type: must not be Unconfined"
     if (context.get("seccompProfile") or {}).get("type") == "Unconfined":
@@ -284,7 +293,10 @@ def _runtime_problems(runtime: dict[str, Any]) -> Iterator[str]:
         if pod.get("priorityClassName") and ancestor != "trainer":
             yield f"{path}: only the job of the trainer may have a priority class"
     if "trainer" not in ancestors:
-        yield f"spec.template.spec.replicatedJobs: none is labeled {_ANCESTOR}: trainer, so a TrainJob's trainer would be ignored"
+        yield (
+            f"spec.template.spec.replicatedJobs: none is labeled {_ANCESTOR}: trainer, so a"
+            " TrainJob's trainer would be ignored"
+        )
 
 
 def _containers_of(runtime: dict[str, Any]) -> dict[str, set[str]]:
@@ -301,9 +313,15 @@ def _containers_of(runtime: dict[str, Any]) -> dict[str, set[str]]:
 def _name_problems(document: dict[str, Any], suffix: str) -> Iterator[str]:
     name = document.get("metadata", {}).get("name", "")
     if not _DNS_1035.fullmatch(name):
-        yield f"metadata.name: {name!r} is not a DNS-1035 label: a letter, then a-z, 0-9 and '-', at most 63"
+        yield (
+            f"metadata.name: {name!r} is not a DNS-1035 label: a letter, then a-z, 0-9 and '-', at"
+            " most 63"
+        )
     elif len(name + suffix) > 63:
-        yield f"metadata.name: {name!r} leaves no room for {suffix!r} in the name of a pod's host, at most 63"
+        yield (
+            f"metadata.name: {name!r} leaves no room for {suffix!r} in the name of a pod's host, at"
+            " most 63"
+        )
 
 
 @functools.cache
@@ -319,15 +337,19 @@ def _crd(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _closed(schema: Any) -> Any:
-    """Return the schema with `additionalProperties: false` where the API server drops unknown fields."""
+    """Return the schema with `additionalProperties: false` where the API server drops unknown
+    fields.
+    """
     if isinstance(schema, list):
         return [_closed(child) for child in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {
-        key: {name: _closed(child) for name, child in value.items()}
-        if key == "properties"
-        else _closed(value)
+        key: (
+            {name: _closed(child) for name, child in value.items()}
+            if key == "properties"
+            else _closed(value)
+        )
         for key, value in schema.items()
     }
     if (

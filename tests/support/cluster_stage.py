@@ -92,7 +92,9 @@ class Cluster:
         return self.without_names(format_error(caught.value))
 
     def without_names(self, text: str) -> str:
-        """Replace the kind and name of the job and the names of its pods: hashes change with any setting."""
+        """Replace the kind and name of the job and the names of its pods: hashes change with any
+        setting.
+        """
         text = re.sub(r"\b(train|evaluate)-gsm8k-lora-\w{8}-\w{8}\b", "JOB", text)
         return re.sub(r"JOB-(worker|node-0)-0", "POD", text).replace(self.kind.kind, "KIND")
 

@@ -1,4 +1,7 @@
-"""Expected values in `tests/golden/`. UPDATE_GOLDEN=1 writes them, except the losses after the old checkpoint."""
+"""Expected values in `tests/golden/`.
+
+UPDATE_GOLDEN=1 writes them, except the losses after the old checkpoint.
+"""
 
 from __future__ import annotations
 

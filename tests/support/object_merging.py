@@ -1,4 +1,6 @@
-"""How a Kubernetes API server changes an object: server-side apply, merge patch and strategic merge patch."""
+"""How a Kubernetes API server changes an object: server-side apply, merge patch and strategic merge
+patch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _ITEM_KEYS = {  # lists that are merged by item
 
 
 def apply(live: Any, before: Any, now: Any, field: str = "") -> Any:
-    """Apply server-side: keep the new fields and other managers' fields, drop the manager's old ones.
+    """Apply server-side: keep the new fields and other managers' fields, drop the manager's old
+    ones.
 
     A null is no value: it clears nothing that the manager did not give before.
     """
@@ -36,7 +39,10 @@ def apply(live: Any, before: Any, now: Any, field: str = "") -> Any:
 
 
 def merge(live: Any, patch: Any, *, by_item: bool = False) -> Any:
-    """Merge maps; null removes, all else replaces. Strategic merge adds list items and directives."""
+    """Merge maps; null removes, all else replaces.
+
+    Strategic merge adds list items and directives.
+    """
     if not isinstance(patch, Mapping):
         return patch
     old = live if isinstance(live, Mapping) else {}

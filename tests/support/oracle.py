@@ -1,6 +1,8 @@
-"""The plain step: stock modules called twice per example, whole logits, explicit masks. What the engine must equal.
+"""The plain step: stock modules called twice per example, whole logits, explicit masks. What the
+engine must equal.
 
-Written from objective.md alone and for one example at a time, so that nothing here is shared with the engine but the draws.
+Written from objective.md alone and for one example at a time, so that nothing here is shared with
+the engine but the draws.
 """
 
 from __future__ import annotations
@@ -24,23 +26,39 @@ def plain_loss(
     encoder_loss_weight: float = 1.0,
     stage: Stage = lambda _: None,
 ) -> tuple[torch.Tensor, float, float]:
-    """(total with gradient, diffusion mean, autoregressive mean) of a global batch on a stock model.
+    """(total with gradient, diffusion mean, autoregressive mean) of a global batch on a stock
+    model.
 
-    `stage` is called before each pass with whose rows it runs, and "clean" or "canvas"; None: all of pass 1.
+    `stage` is called before each pass with whose rows it runs, and "clean" or "canvas"; None: all
+    of pass 1.
     """
     diffusion, autoregressive = [], []
     for example, draw in zip(examples, draws, strict=True):
         logits, targets, encoder_logits = plain_forward(model, example, draw, stage)
         diffusion.append(F.cross_entropy(logits, targets, reduction="none"))
-        autoregressive.append(F.cross_entropy(encoder_logits[:-1], example.tokens[1:], reduction="none"))
-    diffusion_loss, autoregressive_loss = torch.cat(diffusion).mean(), torch.cat(autoregressive).mean()
-    return diffusion_loss + encoder_loss_weight * autoregressive_loss, float(diffusion_loss.detach()), float(autoregressive_loss.detach())
+        autoregressive.append(
+            F.cross_entropy(encoder_logits[:-1], example.tokens[1:], reduction="none")
+        )
+    diffusion_loss, autoregressive_loss = (
+        torch.cat(diffusion).mean(),
+        torch.cat(autoregressive).mean(),
+    )
+    return (
+        diffusion_loss + encoder_loss_weight * autoregressive_loss,
+        float(diffusion_loss.detach()),
+        float(autoregressive_loss.detach()),
+    )
 
 
 def plain_forward(
-    model: DiffusionGemmaForBlockDiffusion, example: Example, draw: NoiseSample, stage: Stage = lambda _: None
+    model: DiffusionGemmaForBlockDiffusion,
+    example: Example,
+    draw: NoiseSample,
+    stage: Stage = lambda _: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(canvas logits [C, V], targets [C], encoder logits [S, V]) of one example, both passes in full."""
+    """(canvas logits [C, V], targets [C], encoder logits [S, V]) of one example, both passes in
+    full.
+    """
     window = model.config.text_config.sliding_window
     length, start = len(example.tokens), example.prefix_length + draw.block * example.canvas_length
     targets = example.tokens[start : start + example.canvas_length]
@@ -51,9 +69,13 @@ def plain_forward(
     encoder_mask = {"full_attention": causal, "sliding_attention": causal & (column > row - window)}
 
     def encode() -> tuple[DynamicCache, torch.Tensor]:
-        cache = DynamicCache()  # without a config: with one, sliding layers would forget the block's past
+        cache = (
+            DynamicCache()
+        )  # without a config: with one, sliding layers would forget the block's past
         masks = {k: m[None, None] for k, m in encoder_mask.items()}
-        encoded = model.model.encoder(input_ids=example.tokens[None], attention_mask=masks, past_key_values=cache)
+        encoded = model.model.encoder(
+            input_ids=example.tokens[None], attention_mask=masks, past_key_values=cache
+        )
         return cache, encoded.last_hidden_state
 
     past = torch.arange(length)[None].expand(len(targets), -1)

@@ -1,4 +1,6 @@
-"""A small DiffusionGemma for numerics, well conditioned in float32, and ragged examples that exercise every boundary."""
+"""A small DiffusionGemma for numerics, well conditioned in float32, and ragged examples that
+exercise every boundary.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +52,21 @@ def model_config() -> DiffusionGemmaConfig:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Random weights, large enough that every part matters to the loss; layer scalars other than one."""
+    """Random weights, large enough that every part matters to the loss; layer scalars other than
+    one.
+    """
     torch.manual_seed(0)
     model = DiffusionGemmaForBlockDiffusion(model_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "scale" not in name:
                 parameter.mul_(3)
-        for index, (layer, twin) in enumerate(zip(model.model.decoder.layers, model.model.encoder.language_model.layers, strict=True)):
-            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)  # attention has scale 1: unit q_norm is ill-conditioned
+        for index, (layer, twin) in enumerate(
+            zip(model.model.decoder.layers, model.model.encoder.language_model.layers, strict=True)
+        ):
+            layer.self_attn.q_norm.weight.mul_(
+                layer.self_attn.head_dim**-0.5
+            )  # attention has scale 1: unit q_norm is ill-conditioned
             layer.router.per_expert_scale.copy_(torch.linspace(0.5, 1.5, 8))
             layer.layer_scalar.fill_(0.8 + 0.1 * index)
             twin.layer_scalar.copy_(layer.layer_scalar)
@@ -70,7 +78,9 @@ def stock_model(folder: Path) -> DiffusionGemmaForBlockDiffusion:
     return DiffusionGemmaForBlockDiffusion.from_pretrained(folder)
 
 
-def run_config(method: str = "full", ep: int = 1, lora: dict[str, object] | None = None, **train: object) -> RunConfig:
+def run_config(
+    method: str = "full", ep: int = 1, lora: dict[str, object] | None = None, **train: object
+) -> RunConfig:
     """A recipe in float32, with adapters of rank 8."""
     tree = {
         "name": "test",
@@ -90,7 +100,9 @@ def shared_model(folder: Path, config: RunConfig) -> WeightTiedDiffusionGemma:
 
 
 def examples_and_draws() -> tuple[list[Example], list[NoiseSample]]:
-    """Eight ragged examples: one to five blocks, several windows long, one cut, one with the padding id, every coin seen twice."""
+    """Eight ragged examples: one to five blocks, several windows long, one cut, one with the
+    padding id, every coin seen twice.
+    """
     generator = torch.Generator().manual_seed(3)
     examples, draws = [], []
     shapes = [(12, 20), (40, 33), (7, 8), (60, 5), (3, 40), (21, 16), (50, 24), (9, 1)]
@@ -102,28 +114,46 @@ def examples_and_draws() -> tuple[list[Example], list[NoiseSample]]:
         example = Example(tokens, prefix, CANVAS, str(position))
         draw = noise(position, example.blocks)
         examples.append(example)
-        draws.append(dataclasses.replace(draw, block=(position * 3) % example.blocks, self_condition=position % 2 == 1))
+        draws.append(
+            dataclasses.replace(
+                draw, block=(position * 3) % example.blocks, self_condition=position % 2 == 1
+            )
+        )
     return examples, draws
 
 
 def noise(position: int, blocks: int, seed: int = 5) -> NoiseSample:
     """The engine's draws with this model's sizes."""
     return training_draws(
-        seed, position, blocks=blocks, canvas_length=CANVAS, vocab_size=VOCABULARY, min_corruption=0.001, self_conditioning_probability=0.5
+        seed,
+        position,
+        blocks=blocks,
+        canvas_length=CANVAS,
+        vocab_size=VOCABULARY,
+        min_corruption=0.001,
+        self_conditioning_probability=0.5,
     )
 
 
 def counts(examples: list[Example], draws: list[NoiseSample]) -> tuple[int, int]:
     """(scored canvas rows, scored pairs) of a global batch, counted from the definition."""
-    canvas = sum(min(CANVAS, len(e.tokens) - e.prefix_length - d.block * CANVAS) for e, d in zip(examples, draws, strict=True))
+    canvas = sum(
+        min(CANVAS, len(e.tokens) - e.prefix_length - d.block * CANVAS)
+        for e, d in zip(examples, draws, strict=True)
+    )
     return canvas, sum(len(e.tokens) - 1 for e in examples)
 
 
-def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+def worst_difference(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> tuple[float, str]:
     """The largest relative difference |found - expected| / |expected| over all names, and its name."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:5]
     scale = max(float(value.norm()) for value in expected.values())
-    return max((float((found[n] - e).norm()) / max(float(e.norm()), 1e-6 * scale), n) for n, e in expected.items())
+    return max(
+        (float((found[n] - e).norm()) / max(float(e.norm()), 1e-6 * scale), n)
+        for n, e in expected.items()
+    )
 
 
 def write_middling(folder: Path) -> None:
@@ -152,4 +182,6 @@ def write_middling(folder: Path) -> None:
         "num_key_value_heads": 2,
         "head_dim": 8,
     }
-    DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=MIDDLING_CANVAS).save_pretrained(folder)
+    DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=MIDDLING_CANVAS
+    ).save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""A small training run as its user starts it: torchrun, a recipe, a prepared data set, and what it leaves behind."""
+"""A small training run as its user starts it: torchrun, a recipe, a prepared data set, and what it
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,17 @@ def make_ground(folder: Path) -> Path:
         made = []
         for index in range(count):
             prefix, response = 4 + index % 9, 3 + index % 20
-            tokens = torch.randint(5, VOCABULARY, (prefix + response,), generator=generator).tolist()
-            made.append({"input_ids": tokens, "prefix_length": prefix, "complete": True, "id": f"{offset + index}"})
+            tokens = torch.randint(
+                5, VOCABULARY, (prefix + response,), generator=generator
+            ).tolist()
+            made.append(
+                {
+                    "input_ids": tokens,
+                    "prefix_length": prefix,
+                    "complete": True,
+                    "id": f"{offset + index}",
+                }
+            )
         return Dataset.from_list(made)
 
     rows(40, 0).save_to_disk(str(folder / "data" / "train"))
@@ -39,7 +50,13 @@ def make_ground(folder: Path) -> Path:
         "name": "small",
         "model": {"id": str(folder / "base")},
         "data": {"source": "unused"},
-        "train": {"steps": STEPS, "global_batch_size": 8, "precision": "float32", "validate_every": 10, "checkpoint_every": 5},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "precision": "float32",
+            "validate_every": 10,
+            "checkpoint_every": 5,
+        },
         "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4},
         "lora": {"rank": 8},
     }
@@ -47,27 +64,63 @@ def make_ground(folder: Path) -> Path:
     return folder
 
 
-def command(ground: Path, output: Path, ranks: int, *settings: str, torchrun: tuple[str, ...] = ("--standalone",)) -> list[str]:
+def command(
+    ground: Path,
+    output: Path,
+    ranks: int,
+    *settings: str,
+    torchrun: tuple[str, ...] = ("--standalone",),
+) -> list[str]:
     """The command line; settings are `key=value`, `torchrun` its options."""
     changed = [part for setting in settings for part in ("--set", setting)]
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}", "-m", "canvastune.train"),
-        *("-c", str(ground / "recipe.yaml"), "--data", str(ground / "data"), "--output", str(output), *changed),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *torchrun,
+            f"--nproc-per-node={ranks}",
+            "-m",
+            "canvastune.train",
+        ),
+        *(
+            "-c",
+            str(ground / "recipe.yaml"),
+            "--data",
+            str(ground / "data"),
+            "--output",
+            str(output),
+            *changed,
+        ),
     ]
 
 
 def train(
-    ground: Path, output: Path, ranks: int, *settings: str, torchrun: tuple[str, ...] = ("--standalone",)
+    ground: Path,
+    output: Path,
+    ranks: int,
+    *settings: str,
+    torchrun: tuple[str, ...] = ("--standalone",),
 ) -> subprocess.CompletedProcess[str]:
     """Run it until it exits."""
     line = command(ground, output, ranks, *settings, torchrun=torchrun)
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        line, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
 
 
-def start(ground: Path, output: Path, ranks: int, *settings: str, torchrun: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen[str]:
+def start(
+    ground: Path,
+    output: Path,
+    ranks: int,
+    *settings: str,
+    torchrun: tuple[str, ...] = ("--standalone",),
+) -> subprocess.Popen[str]:
     """Start it in a new session."""
     line = command(ground, output, ranks, *settings, torchrun=torchrun)
-    return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def environment() -> dict[str, str]:
@@ -85,11 +138,16 @@ def rank_processes(torchrun: subprocess.Popen[str]) -> dict[int, psutil.Process]
 
 
 def kill_all(torchrun: subprocess.Popen[str]) -> None:
-    """SIGKILL to torchrun and everything below it, as when a node is lost; nothing where it has ended."""
+    """SIGKILL to torchrun and everything below it, as when a node is lost; nothing where it has
+    ended.
+    """
     if torchrun.poll() is not None:
         torchrun.communicate()
         return
-    processes = [psutil.Process(torchrun.pid), *psutil.Process(torchrun.pid).children(recursive=True)]
+    processes = [
+        psutil.Process(torchrun.pid),
+        *psutil.Process(torchrun.pid).children(recursive=True),
+    ]
     for process in processes:
         process.kill()
     psutil.wait_procs(processes[1:])
@@ -99,16 +157,29 @@ def kill_all(torchrun: subprocess.Popen[str]) -> None:
 def records(output: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind in metrics.jsonl."""
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [record for record in (json.loads(line) for line in lines if line.endswith("\n")) if record["kind"] == kind]
+    return [
+        record
+        for record in (json.loads(line) for line in lines if line.endswith("\n"))
+        if record["kind"] == kind
+    ]
 
 
 def losses(output: Path) -> list[float]:
     """Losses and gradient norm of every step, each step standing once."""
     steps = records(output, "train")
-    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1)), "each step is once in metrics.jsonl"
-    return [record[key] for record in steps for key in ("diffusion_loss", "autoregressive_loss", "grad_norm", "lr")]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1)), (
+        "each step is once in metrics.jsonl"
+    )
+    return [
+        record[key]
+        for record in steps
+        for key in ("diffusion_loss", "autoregressive_loss", "grad_norm", "lr")
+    ]
 
 
 def validations(output: Path) -> list[tuple[int, dict[str, float], float]]:
     """(step, loss by level, autoregressive loss) of every validation."""
-    return [(record["step"], record["levels"], record["autoregressive_loss"]) for record in records(output, "validation")]
+    return [
+        (record["step"], record["levels"], record["autoregressive_loss"])
+        for record in records(output, "validation")
+    ]

@@ -31,7 +31,9 @@ def test_a_device_is_known_by_its_drivers_name(name: str, row: str | None) -> No
 
 
 def test_utilisation_is_a_share_of_the_peak_where_every_runs_is_known() -> None:
-    known: list[dict[str, Any]] = [{"kind": "train", "step": step, "tflops": 400.0, "mfu": 0.4} for step in (1, 2)]
+    known: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "tflops": 400.0, "mfu": 0.4} for step in (1, 2)
+    ]
     unknown = [{name: value for name, value in record.items() if name != "mfu"} for record in known]
     slow = [{**record, "tflops": 0.02} for record in unknown]
     for runs, unit, value in (
@@ -39,5 +41,9 @@ def test_utilisation_is_a_share_of_the_peak_where_every_runs_is_known() -> None:
         ([known, unknown], "TFLOP/s per process", 400.0),
         ([slow, slow], "GFLOP/s per process", 20.0),
     ):
-        (chart,) = [chart for chart in build_charts([(str(at), run) for at, run in enumerate(runs)]) if chart.name == "utilisation"]
+        (chart,) = [
+            chart
+            for chart in build_charts([(str(at), run) for at, run in enumerate(runs)])
+            if chart.name == "utilisation"
+        ]
         assert (chart.unit, chart.lines[0].values[0]) == (unit, pytest.approx(value))

@@ -1,4 +1,6 @@
-"""What a user can get wrong ends in one message (where, what was found, what to do), exit code 1, and nothing half-written or lost."""
+"""What a user can get wrong ends in one message (where, what was found, what to do), exit code 1,
+and nothing half-written or lost.
+"""
 
 from __future__ import annotations
 
@@ -55,104 +57,296 @@ def ground(sound_model: Path, tmp_path: Path) -> Ground:
 
 
 RECIPES: dict[str, Case] = {
-    "an unknown key is answered with the nearest": (added("lorra:\n  rank: 8\n"), ("unknown key 'lorra'", "Did you mean 'lora'?")),
-    "an unknown key of a section too": (added("lora:\n  rnak: 8\n"), ("unknown key 'lora.rnak'", "Did you mean 'lora.rank'?")),
-    "a word where a number goes": (setting("train.steps=many"), ("train.steps: ", "found 'many'", "valid integer")),
-    "a fraction where a whole number goes": (setting("train.steps=2.5"), ("train.steps: ", "found 2.5", "valid integer")),
-    "true where a whole number goes": (setting("train.steps=true"), ("train.steps: ", "found True", "a number, not true or false")),
-    "false where a number may be missing": (setting("train.micro_batch_size=off"), ("micro_batch_size", "found False", "a number, not")),
-    "true where a fraction goes": (setting("optimizer.lr=yes"), ("optimizer.lr: ", "found True", "a number, not true or false")),
-    "true among numbers": (setting("optimizer.betas=[true, 0.9]"), ("optimizer.betas: ","[True, 0.9]", "a number, not true or false")),
-    "a list where a section goes": (added("train: [1, 2]\n"), ("train: ","found [1, 2]", "expected")),
-    "nothing where a section goes": (added("train:\n"), ("train: ","found None", "expected")),
-    "a number below its range": (setting("train.steps=0"), ("train.steps: ", "found 0", "greater than or equal to 1")),
-    "a number above its range": (setting("data.validation_fraction=1"), ("validation_fraction", "found 1", "less than 1")),
-    "an infinite learning rate": (setting("optimizer.lr=.inf"), ("optimizer.lr: ", "found inf", "finite number")),
-    "a learning rate that is no number": (setting("optimizer.lr=.nan"), ("optimizer.lr: ", "found nan", "expected")),
-    "a word that is not among the choices": (setting("train.method=qlora"), ("train.method: ", "'qlora'", "'lora' or 'full'")),
-    "two keys that contradict": (setting("optimizer.min_lr=1"), ("optimizer.min_lr (1.0)", "above optimizer.lr")),
-    "a corruption level outside its range": (setting("train.validation_levels=[0.5, 2]"), ("validation_levels", "2.0", "(0, 1]")),
-    "nodes without a cluster": (setting("cluster.nodes=2"), ("cluster.nodes: found 2", "to pytorchjob or trainjob")),
-    "a name that no folder can have": (setting("name=My Run"), ("name: ", "'My Run'", "should match pattern")),
-    "a key that stands twice": (added("name: again\n"), ("duplicate key 'name'", "line ", "Correct this line")),
-    "a key that stands twice in a section": (added("lora: {rank: 8, rank: 16}\n"), ("duplicate key 'rank'", "Correct this line")),
-    "a tab as indentation": (recipe("name: x\ndata:\n\tsource: y\n"), ("line 3, column 1", "\\t", "Correct this line")),
-    "a bracket that is not closed": (added("lora: {rank: 8\n"), ("line ", "invalid YAML", "Correct this line")),
-    "a date that is none": (setting("name=2001-13-45"), ("--set name=2001-13-45", "month must be in 1..12", "Put the value in quotes")),
-    "two documents in one file": (added("---\nname: b\n"), ("single document", "another document", "Correct this line")),
-    "brackets nested ten thousand deep": (recipe("[" * 10_000), ("nested too deeply", "sections and keys")),
-    "a list instead of a mapping": (recipe("- name: x\n"), ("mapping of keys", "found a list", "tiny_lora.yaml")),
-    "a recipe that is one word": (recipe("recipe"), ("mapping of keys", "found a str", "tiny_lora.yaml")),
+    "an unknown key is answered with the nearest": (
+        added("lorra:\n  rank: 8\n"),
+        ("unknown key 'lorra'", "Did you mean 'lora'?"),
+    ),
+    "an unknown key of a section too": (
+        added("lora:\n  rnak: 8\n"),
+        ("unknown key 'lora.rnak'", "Did you mean 'lora.rank'?"),
+    ),
+    "a word where a number goes": (
+        setting("train.steps=many"),
+        ("train.steps: ", "found 'many'", "valid integer"),
+    ),
+    "a fraction where a whole number goes": (
+        setting("train.steps=2.5"),
+        ("train.steps: ", "found 2.5", "valid integer"),
+    ),
+    "true where a whole number goes": (
+        setting("train.steps=true"),
+        ("train.steps: ", "found True", "a number, not true or false"),
+    ),
+    "false where a number may be missing": (
+        setting("train.micro_batch_size=off"),
+        ("micro_batch_size", "found False", "a number, not"),
+    ),
+    "true where a fraction goes": (
+        setting("optimizer.lr=yes"),
+        ("optimizer.lr: ", "found True", "a number, not true or false"),
+    ),
+    "true among numbers": (
+        setting("optimizer.betas=[true, 0.9]"),
+        ("optimizer.betas: ", "[True, 0.9]", "a number, not true or false"),
+    ),
+    "a list where a section goes": (
+        added("train: [1, 2]\n"),
+        ("train: ", "found [1, 2]", "expected"),
+    ),
+    "nothing where a section goes": (added("train:\n"), ("train: ", "found None", "expected")),
+    "a number below its range": (
+        setting("train.steps=0"),
+        ("train.steps: ", "found 0", "greater than or equal to 1"),
+    ),
+    "a number above its range": (
+        setting("data.validation_fraction=1"),
+        ("validation_fraction", "found 1", "less than 1"),
+    ),
+    "an infinite learning rate": (
+        setting("optimizer.lr=.inf"),
+        ("optimizer.lr: ", "found inf", "finite number"),
+    ),
+    "a learning rate that is no number": (
+        setting("optimizer.lr=.nan"),
+        ("optimizer.lr: ", "found nan", "expected"),
+    ),
+    "a word that is not among the choices": (
+        setting("train.method=qlora"),
+        ("train.method: ", "'qlora'", "'lora' or 'full'"),
+    ),
+    "two keys that contradict": (
+        setting("optimizer.min_lr=1"),
+        ("optimizer.min_lr (1.0)", "above optimizer.lr"),
+    ),
+    "a corruption level outside its range": (
+        setting("train.validation_levels=[0.5, 2]"),
+        ("validation_levels", "2.0", "(0, 1]"),
+    ),
+    "nodes without a cluster": (
+        setting("cluster.nodes=2"),
+        ("cluster.nodes: found 2", "to pytorchjob or trainjob"),
+    ),
+    "a name that no folder can have": (
+        setting("name=My Run"),
+        ("name: ", "'My Run'", "should match pattern"),
+    ),
+    "a key that stands twice": (
+        added("name: again\n"),
+        ("duplicate key 'name'", "line ", "Correct this line"),
+    ),
+    "a key that stands twice in a section": (
+        added("lora: {rank: 8, rank: 16}\n"),
+        ("duplicate key 'rank'", "Correct this line"),
+    ),
+    "a tab as indentation": (
+        recipe("name: x\ndata:\n\tsource: y\n"),
+        ("line 3, column 1", "\\t", "Correct this line"),
+    ),
+    "a bracket that is not closed": (
+        added("lora: {rank: 8\n"),
+        ("line ", "invalid YAML", "Correct this line"),
+    ),
+    "a date that is none": (
+        setting("name=2001-13-45"),
+        ("--set name=2001-13-45", "month must be in 1..12", "Put the value in quotes"),
+    ),
+    "two documents in one file": (
+        added("---\nname: b\n"),
+        ("single document", "another document", "Correct this line"),
+    ),
+    "brackets nested ten thousand deep": (
+        recipe("[" * 10_000),
+        ("nested too deeply", "sections and keys"),
+    ),
+    "a list instead of a mapping": (
+        recipe("- name: x\n"),
+        ("mapping of keys", "found a list", "tiny_lora.yaml"),
+    ),
+    "a recipe that is one word": (
+        recipe("recipe"),
+        ("mapping of keys", "found a str", "tiny_lora.yaml"),
+    ),
     "an empty recipe": (recipe(""), ("mapping of keys", "found nothing", "tiny_lora.yaml")),
-    "a recipe of comments alone": (recipe("# later\n"), ("mapping of keys", "found nothing", "tiny_lora.yaml")),
+    "a recipe of comments alone": (
+        recipe("# later\n"),
+        ("mapping of keys", "found nothing", "tiny_lora.yaml"),
+    ),
     "a recipe without data": (recipe("name: x\n"), ("key 'data' is missing",)),
-    "a recipe with NUL bytes": (recipe(b"name: x\0\n"), ("recipe.yaml", "#x0000", "Save it as plain UTF-8")),
-    "a binary file as a recipe": (recipe(b"\x7fELF\x02\x01\xff\xfe"), ("recipe.yaml", "not UTF-8 text", "Save the file as UTF-8")),
-    "a recipe in UTF-16": (recipe("name: x\n".encode("utf-16")), ("not UTF-8 text (byte 0xff at 0)", "Save the file as UTF-8")),
-    "a recipe in Latin-1": (recipe("name: café\n".encode("latin-1")), ("byte 0xe9 at 9", "Save the file as UTF-8")),
-    "a recipe that is not there": (lambda ground: ground.recipe.unlink(), ("no such recipe file", "Check the path")),
+    "a recipe with NUL bytes": (
+        recipe(b"name: x\0\n"),
+        ("recipe.yaml", "#x0000", "Save it as plain UTF-8"),
+    ),
+    "a binary file as a recipe": (
+        recipe(b"\x7fELF\x02\x01\xff\xfe"),
+        ("recipe.yaml", "not UTF-8 text", "Save the file as UTF-8"),
+    ),
+    "a recipe in UTF-16": (
+        recipe("name: x\n".encode("utf-16")),
+        ("not UTF-8 text (byte 0xff at 0)", "Save the file as UTF-8"),
+    ),
+    "a recipe in Latin-1": (
+        recipe("name: café\n".encode("latin-1")),
+        ("byte 0xe9 at 9", "Save the file as UTF-8"),
+    ),
+    "a recipe that is not there": (
+        lambda ground: ground.recipe.unlink(),
+        ("no such recipe file", "Check the path"),
+    ),
     "a folder as a recipe": (folder_as_recipe, ("no such recipe file", "Check the path")),
-    "--set without a value": (setting("lora.rank"), ("--set lora.rank", "expected key=value", "--set lora.rank=32")),
+    "--set without a value": (
+        setting("lora.rank"),
+        ("--set lora.rank", "expected key=value", "--set lora.rank=32"),
+    ),
     "--set without a key": (setting("=3"), ("--set =3", "expected key=value")),
-    "--set with an open bracket": (setting("lora.rank=[8"), ("--set lora.rank=[8", "invalid YAML", "Correct this line")),
-    "--set of a key that is not there": (setting("lora.dropuot=0.1"), ("unknown key 'lora.dropuot'", "'lora.dropout'")),
+    "--set with an open bracket": (
+        setting("lora.rank=[8"),
+        ("--set lora.rank=[8", "invalid YAML", "Correct this line"),
+    ),
+    "--set of a key that is not there": (
+        setting("lora.dropuot=0.1"),
+        ("unknown key 'lora.dropuot'", "'lora.dropout'"),
+    ),
     "--set of a section to a word": (setting("lora=big"), ("lora: ", "found 'big'", "expected")),
 }
 
 PAIR = {"question": "q", "answer": "a"}
 DATA: dict[str, Case] = {
-    "data that are not there": (setting("data.source=./dta.jsonl"), ("data.source", "no such file or folder")),
-    "a kind of file that is not read": (data("rows.csv", b"a,b\n"), ("rows.csv", "unsupported file type", "Convert the file", ".parquet")),
+    "data that are not there": (
+        setting("data.source=./dta.jsonl"),
+        ("data.source", "no such file or folder"),
+    ),
+    "a kind of file that is not read": (
+        data("rows.csv", b"a,b\n"),
+        ("rows.csv", "unsupported file type", "Convert the file", ".parquet"),
+    ),
     "an empty file": (data("rows.jsonl", b""), ("rows.jsonl", "0 bytes", "Write the file again")),
     "blanks alone": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "has no rows", "Use a file")),
-    "UTF-16": (data("rows.jsonl", LINES.decode().encode("utf-16")), ("rows.jsonl: row 1", "UTF-16", "iconv")),
-    "UTF-16 in an array": (data("rows.json", "[]".encode("utf-16")), ("rows.json", "UTF-16", "iconv")),
-    "UTF-16 without its mark": (data("rows.jsonl", LINES.decode().encode("utf-16-le")), ("row 1", "not JSON", "Correct or remove")),
-    "Latin-1": (data("rows.jsonl", '{"question": "é", "answer": "a"}'.encode("latin-1")), ("row 1", "byte 0xe9", "Correct or remove")),
-    "Latin-1 in an array": (data("rows.json", '["é"]'.encode("latin-1")), ("rows.json: ", "not UTF-8", "Convert the file")),
-    "NUL bytes": (data("rows.jsonl", b'{"question": "q\0", "answer": "a"}'), ("row 1", "control character", "Correct or remove")),
-    "zeros of a torn copy": (data("rows.jsonl", LINES + b"\0" * 200), ("row 41", "not JSON", "Correct or remove")),
-    "a line that was cut": (data("rows.jsonl", LINES[:-20]), ("row 40", "not JSON", "data.max_bad_row_fraction")),
+    "UTF-16": (
+        data("rows.jsonl", LINES.decode().encode("utf-16")),
+        ("rows.jsonl: row 1", "UTF-16", "iconv"),
+    ),
+    "UTF-16 in an array": (
+        data("rows.json", "[]".encode("utf-16")),
+        ("rows.json", "UTF-16", "iconv"),
+    ),
+    "UTF-16 without its mark": (
+        data("rows.jsonl", LINES.decode().encode("utf-16-le")),
+        ("row 1", "not JSON", "Correct or remove"),
+    ),
+    "Latin-1": (
+        data("rows.jsonl", '{"question": "é", "answer": "a"}'.encode("latin-1")),
+        ("row 1", "byte 0xe9", "Correct or remove"),
+    ),
+    "Latin-1 in an array": (
+        data("rows.json", '["é"]'.encode("latin-1")),
+        ("rows.json: ", "not UTF-8", "Convert the file"),
+    ),
+    "NUL bytes": (
+        data("rows.jsonl", b'{"question": "q\0", "answer": "a"}'),
+        ("row 1", "control character", "Correct or remove"),
+    ),
+    "zeros of a torn copy": (
+        data("rows.jsonl", LINES + b"\0" * 200),
+        ("row 41", "not JSON", "Correct or remove"),
+    ),
+    "a line that was cut": (
+        data("rows.jsonl", LINES[:-20]),
+        ("row 40", "not JSON", "data.max_bad_row_fraction"),
+    ),
     "quotes that are not escaped": (
         data("rows.jsonl", b'{"question": "he said "hi"", "answer": "a"}'),
         ("row 1", "not JSON: Expecting ','"),
     ),
-    "JSON within JSON": (lines(json.dumps(json.dumps(PAIR))), ("row 1", "expected an object", "Write one object")),
-    "Python instead of JSON": (data("rows.jsonl", b"{'question': 'q', 'answer': None}"), ("row 1", "not JSON", "Correct or remove")),
+    "JSON within JSON": (
+        lines(json.dumps(json.dumps(PAIR))),
+        ("row 1", "expected an object", "Write one object"),
+    ),
+    "Python instead of JSON": (
+        data("rows.jsonl", b"{'question': 'q', 'answer': None}"),
+        ("row 1", "not JSON", "Correct or remove"),
+    ),
     "a line beyond the limit": (
         data("rows.jsonl", b'{"question": "' + b"x" * (64 * 2**20 + 9)),
         ("row 1", "longer than 64 MiB", "one JSON object"),
     ),
-    "brackets that never close": (data("rows.jsonl", b"[" * 100_000), ("row 1", "nested too deeply", "Correct or remove")),
-    "an array of lines": (data("rows.json", LINES), ("rows.json", "expected one JSON array", "rename the file to .jsonl")),
-    "an array that was cut": (data("rows.json", as_bytes("json", GOOD)[:-30]), ("rows.json: row 40", "not JSON", "Correct this row")),
+    "brackets that never close": (
+        data("rows.jsonl", b"[" * 100_000),
+        ("row 1", "nested too deeply", "Correct or remove"),
+    ),
+    "an array of lines": (
+        data("rows.json", LINES),
+        ("rows.json", "expected one JSON array", "rename the file to .jsonl"),
+    ),
+    "an array that was cut": (
+        data("rows.json", as_bytes("json", GOOD)[:-30]),
+        ("rows.json: row 40", "not JSON", "Correct this row"),
+    ),
     "gzip that was cut": (
         data("rows.jsonl.gz", gzip.compress(LINES)[:-9]),
         ("rows.jsonl.gz", "incomplete or invalid gzip", "compress the file again"),
     ),
-    "gzip that is none": (data("rows.jsonl.gz", LINES), ("rows.jsonl.gz", "Not a gzipped file", "compress the file again")),
-    "gzip with a plain name": (data("rows.jsonl", gzip.compress(LINES)), ("rows.jsonl", "is gzip", "Rename it to rows.jsonl.gz")),
-    "Parquet that is none": (data("rows.parquet", LINES), ("rows.parquet", "not a readable Parquet", "Write or copy")),
+    "gzip that is none": (
+        data("rows.jsonl.gz", LINES),
+        ("rows.jsonl.gz", "Not a gzipped file", "compress the file again"),
+    ),
+    "gzip with a plain name": (
+        data("rows.jsonl", gzip.compress(LINES)),
+        ("rows.jsonl", "is gzip", "Rename it to rows.jsonl.gz"),
+    ),
+    "Parquet that is none": (
+        data("rows.parquet", LINES),
+        ("rows.parquet", "not a readable Parquet", "Write or copy"),
+    ),
     "Parquet that was cut": (
         data("rows.parquet", as_bytes("parquet", GOOD)[:-7]),
         ("rows.parquet", "not a readable Parquet", "Write or copy"),
     ),
-    "Parquet of other types": (data("rows.parquet", as_bytes("parquet", [{"question": 1, "answer": 2}])), ("row 1", "is a int", "Correct")),
+    "Parquet of other types": (
+        data("rows.parquet", as_bytes("parquet", [{"question": 1, "answer": 2}])),
+        ("row 1", "is a int", "Correct"),
+    ),
     "columns of no known form": (lines({"q": 1, "a": 2}), ("row 1", "q, a", "data.format")),
-    "a column that is named and missing": (lines(PAIR, format="columns"), ("row 1", "prompt", "data.columns")),
+    "a column that is named and missing": (
+        lines(PAIR, format="columns"),
+        ("row 1", "prompt", "data.columns"),
+    ),
     "rows that are numbers": (lines(1, 2, 3), ("row 1", "expected an object", "Write one object")),
-    "an answer that is a list": (lines({**PAIR, "answer": ["a"]}), ("row 1", "is a list, expected text", "Correct or remove")),
-    "an empty answer": (lines({**PAIR, "answer": " "}), ("row 1", "(assistant): the content is empty", "Correct or remove")),
-    "half of a character": (lines({**PAIR, "answer": "\ud83d"}), ("row 1", "not valid Unicode", "Correct or remove")),
-    "an unknown role": (talk(said("robot", "x"), said("assistant", "y")), ("row 1", "unknown role 'robot'", "Correct or remove")),
-    "a role that is a list": (talk(said(["user"], "x"), said("assistant", "y")), ("row 1", "unknown role", "Correct or remove")),
-    "no assistant turn": (talk(said("user", "x")), ("row 1", "no assistant turn", "Correct or remove")),
-    "nothing before the assistant": (talk(said("assistant", "x")), ("row 1", "no turn before", "Correct or remove")),
+    "an answer that is a list": (
+        lines({**PAIR, "answer": ["a"]}),
+        ("row 1", "is a list, expected text", "Correct or remove"),
+    ),
+    "an empty answer": (
+        lines({**PAIR, "answer": " "}),
+        ("row 1", "(assistant): the content is empty", "Correct or remove"),
+    ),
+    "half of a character": (
+        lines({**PAIR, "answer": "\ud83d"}),
+        ("row 1", "not valid Unicode", "Correct or remove"),
+    ),
+    "an unknown role": (
+        talk(said("robot", "x"), said("assistant", "y")),
+        ("row 1", "unknown role 'robot'", "Correct or remove"),
+    ),
+    "a role that is a list": (
+        talk(said(["user"], "x"), said("assistant", "y")),
+        ("row 1", "unknown role", "Correct or remove"),
+    ),
+    "no assistant turn": (
+        talk(said("user", "x")),
+        ("row 1", "no assistant turn", "Correct or remove"),
+    ),
+    "nothing before the assistant": (
+        talk(said("assistant", "x")),
+        ("row 1", "no turn before", "Correct or remove"),
+    ),
     "messages that are a text": (
         lines({"messages": json.dumps([said("user", "x")])}),
         ("row 1", "'messages' is a str", "Correct or remove"),
     ),
-    "repeats above the threshold": (lines(*GOOD[:4] * 5), ("16 of 20 rows repeat", "row 5", "data.max_duplicate_fraction")),
+    "repeats above the threshold": (
+        lines(*GOOD[:4] * 5),
+        ("16 of 20 rows repeat", "row 5", "data.max_duplicate_fraction"),
+    ),
     "prompts longer than the cut": (
         lines({"question": "q " * 900, "answer": "a"}, seq_length=64),
         ("none of the 1 rows", "raise data.seq_length"),
@@ -162,36 +356,68 @@ DATA: dict[str, Case] = {
         data_folder("train.jsonl", "test.jsonl"),
         ("train.jsonl", "mixes splits", "Use one file"),
     ),
-    "a folder without data": (data_folder("notes.txt"), ("no data file", "found notes.txt", "expected .jsonl")),
-    "data that the system does not give": (unreadable, ("rows.jsonl", "cannot be read", "Input/output error", "you may read it")),
+    "a folder without data": (
+        data_folder("notes.txt"),
+        ("no data file", "found notes.txt", "expected .jsonl"),
+    ),
+    "data that the system does not give": (
+        unreadable,
+        ("rows.jsonl", "cannot be read", "Input/output error", "you may read it"),
+    ),
 }
 
 MODELS: dict[str, Case] = {
-    "a model that is not there": (setting("model.id=./nowhere"), ("model.id", "no such folder", "make-tiny-model")),
-    "a model without its config": (without("config.json"), ("model", "no config.json", "folder of a checkpoint")),
-    "a config that is cut": (model(lambda f: (f / "config.json").write_text('{"model_type"')), ("config.json", "cannot be read", "Use the directory")),
-    "another architecture": (in_json("config.json", model_type="bert"), ("config.json", "'bert'", "expected 'diffusion_gemma'")),
+    "a model that is not there": (
+        setting("model.id=./nowhere"),
+        ("model.id", "no such folder", "make-tiny-model"),
+    ),
+    "a model without its config": (
+        without("config.json"),
+        ("model", "no config.json", "folder of a checkpoint"),
+    ),
+    "a config that is cut": (
+        model(lambda f: (f / "config.json").write_text('{"model_type"')),
+        ("config.json", "cannot be read", "Use the directory"),
+    ),
+    "another architecture": (
+        in_json("config.json", model_type="bert"),
+        ("config.json", "'bert'", "expected 'diffusion_gemma'"),
+    ),
     "a vocabulary that is too small": (
         in_json("config.json", text_config={"vocab_size": 9}),
         ("does not belong to the model", "vocab_size of config.json is 9"),
     ),
-    "another model's tokenizer": (model(other_tokenizer), ("the tokenizer does not belong", "vocab_size", "unchanged checkpoint")),
+    "another model's tokenizer": (
+        model(other_tokenizer),
+        ("the tokenizer does not belong", "vocab_size", "unchanged checkpoint"),
+    ),
     "a tokenizer that was cut": (
-        model(lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:900])),
+        model(
+            lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:900])
+        ),
         ("the tokenizer cannot be loaded", "including tokenizer.json"),
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),
         ("model", "do not belong together", "unchanged checkpoint"),
     ),
-    "no chat template": (without("chat_template.jinja"), ("no chat template", "chat_template.jinja")),
-    "a template that is not closed": (template("{% for m in messages %}"), ("model", "chat template", "unchanged checkpoint")),
+    "no chat template": (
+        without("chat_template.jinja"),
+        ("no chat template", "chat_template.jinja"),
+    ),
+    "a template that is not closed": (
+        template("{% for m in messages %}"),
+        ("model", "chat template", "unchanged checkpoint"),
+    ),
     "a template that drops the answer": (
         template("{{ bos_token }}hello"),
         ("shows an assistant's content 0 times", "unchanged checkpoint"),
     ),
     "a template with other markers": (
-        template("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"),
+        template(
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{%"
+            " endfor %}"
+        ),
         ("'<|im_end|>'", "not a token of the tokenizer", "unchanged checkpoint"),
     ),
     "an end of turn that does not stop": (
@@ -205,7 +431,9 @@ MODELS: dict[str, Case] = {
 }
 
 
-def ends_well(ground: Ground, command: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def ends_well(
+    ground: Ground, command: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exit code 1, one message with these words as all that is said, and everything as before."""
     before = ground.content()
     assert main(command) == 1
@@ -223,60 +451,122 @@ CASES = RECIPES | DATA | MODELS
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_message_and_nothing_half_written(case: str, ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_message_and_nothing_half_written(
+    case: str, ground: Ground, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, words = CASES[case]
     extra = spoil(ground)
     ends_well(ground, ground.command(*(extra if isinstance(extra, list) else [])), words, capsys)
 
 
 PLACES: dict[str, Case] = {
-    "an output that holds something": (output(lambda out: (out / "mine").mkdir(parents=True)), ("not empty", "Choose another")),
-    "a file in the output's place": (output(lambda out: out.write_text("x")), ("already exists", "move this one")),
-    "a file where a folder of the output goes": (output(lambda out: out.write_text("x"), "inside"), ("cannot create", "Choose a directory")),
-    "an output where nothing can be made": (output(lambda _: None, "/proc/nowhere"), ("/proc/nowhere", "cannot create", "Choose a directory")),
+    "an output that holds something": (
+        output(lambda out: (out / "mine").mkdir(parents=True)),
+        ("not empty", "Choose another"),
+    ),
+    "a file in the output's place": (
+        output(lambda out: out.write_text("x")),
+        ("already exists", "move this one"),
+    ),
+    "a file where a folder of the output goes": (
+        output(lambda out: out.write_text("x"), "inside"),
+        ("cannot create", "Choose a directory"),
+    ),
+    "an output where nothing can be made": (
+        output(lambda _: None, "/proc/nowhere"),
+        ("/proc/nowhere", "cannot create", "Choose a directory"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_an_output_that_cannot_be_is_refused_before_any_work(case: str, ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    case: str, ground: Ground, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, words = PLACES[case]
     out = spoil(ground)
     ends_well(ground, ["prepare", str(ground.recipe), "--output", str(out)], words, capsys)
 
 
 @pytest.mark.parametrize("room", [0, 1_000, 4_000])
-def test_a_disk_that_takes_no_more_leaves_nothing_behind(room: int, ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_takes_no_more_leaves_nothing_behind(
+    room: int, ground: Ground, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No file may grow beyond `room` bytes: what a full disk, or a quota, does to whoever writes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        ends_well(ground, ground.command(), ("out", "file too large", "the partial output was removed", "Free some disk space"), capsys)
+        ends_well(
+            ground,
+            ground.command(),
+            ("out", "file too large", "the partial output was removed", "Free some disk space"),
+            capsys,
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "a workspace that is a file": (["run", "recipe.yaml", "--workspace", "data.jsonl"], ("--workspace", "cannot create", "Choose a folder")),
-    "a tiny model over somebody's files": (["make-tiny-model", "model"], ("model", "not empty", "Choose another output directory")),
+    "a workspace that is a file": (
+        ["run", "recipe.yaml", "--workspace", "data.jsonl"],
+        ("--workspace", "cannot create", "Choose a folder"),
+    ),
+    "a tiny model over somebody's files": (
+        ["make-tiny-model", "model"],
+        ("model", "not empty", "Choose another output directory"),
+    ),
     "a model without experts": (
         ["plan", "recipe.yaml", "--set", "model.id=dense"],
         ("config.json", "moe_intermediate_size is missing", "Fetch the checkpoint"),
     ),
-    "a plan for no GPU": (["plan", "recipe.yaml", "--gpus", "0"], ("--gpus", "found 0", "expected at least 1")),
-    "a plan for less than no GPU": (["plan", "recipe.yaml", "--gpus", "-1"], ("--gpus", "found -1", "expected at least 1")),
-    "a pipeline in a file of another kind": (["compile", "-o", "pipeline.txt"], ("-o pipeline.txt", ".yaml", "For example finetune.yaml")),
-    "a pipeline below a file": (["compile", "-o", "data.jsonl/finetune.yaml"], ("data.jsonl/finetune.yaml", "cannot write", "Choose a file")),
-    "a pipeline in place of a folder": (["compile", "-o", "dense.yaml"], ("-o dense.yaml", "Is a directory", "Choose a file")),
-    "a pipeline where nothing can be made": (["compile", "-o", "/proc/x/finetune.yaml"], ("/proc/x/", "cannot write", "Choose a file")),
-    "a report of no run": (["report", "model"], ("model: no run found", "run.json", "WORKSPACE/runs/RUN")),
+    "a plan for no GPU": (
+        ["plan", "recipe.yaml", "--gpus", "0"],
+        ("--gpus", "found 0", "expected at least 1"),
+    ),
+    "a plan for less than no GPU": (
+        ["plan", "recipe.yaml", "--gpus", "-1"],
+        ("--gpus", "found -1", "expected at least 1"),
+    ),
+    "a pipeline in a file of another kind": (
+        ["compile", "-o", "pipeline.txt"],
+        ("-o pipeline.txt", ".yaml", "For example finetune.yaml"),
+    ),
+    "a pipeline below a file": (
+        ["compile", "-o", "data.jsonl/finetune.yaml"],
+        ("data.jsonl/finetune.yaml", "cannot write", "Choose a file"),
+    ),
+    "a pipeline in place of a folder": (
+        ["compile", "-o", "dense.yaml"],
+        ("-o dense.yaml", "Is a directory", "Choose a file"),
+    ),
+    "a pipeline where nothing can be made": (
+        ["compile", "-o", "/proc/x/finetune.yaml"],
+        ("/proc/x/", "cannot write", "Choose a file"),
+    ),
+    "a report of no run": (
+        ["report", "model"],
+        ("model: no run found", "run.json", "WORKSPACE/runs/RUN"),
+    ),
     "an accelerator that nobody knows": (
         ["plan", "recipe.yaml", "--gpus", "8", "--set", "hardware.accelerator=h1000"],
         ("hardware.accelerator", "'h1000'", "Did you mean 'h100'?"),
     ),
-    "ranks that do not divide": (["plan", "recipe.yaml", "--gpus", "3"], ("parallel.ep: found 8", "Choose one of")),
-    "a host that is no address": (["submit", "hub.yaml", "--host", "localhost"], ("--host localhost", "expected an http", "For example")),
-    "a host where nobody is": (["submit", "hub.yaml", "--host", "http://127.0.0.1:1"], ("127.0.0.1:1", "no response", "Use the address")),
-    "data that no pod sees": (["submit", "recipe.yaml", "--host", "http://127.0.0.1:1"], ("data.source", "no pod", "Copy it")),
+    "ranks that do not divide": (
+        ["plan", "recipe.yaml", "--gpus", "3"],
+        ("parallel.ep: found 8", "Choose one of"),
+    ),
+    "a host that is no address": (
+        ["submit", "hub.yaml", "--host", "localhost"],
+        ("--host localhost", "expected an http", "For example"),
+    ),
+    "a host where nobody is": (
+        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1"],
+        ("127.0.0.1:1", "no response", "Use the address"),
+    ),
+    "data that no pod sees": (
+        ["submit", "recipe.yaml", "--host", "http://127.0.0.1:1"],
+        ("data.source", "no pod", "Copy it"),
+    ),
     "a token file that is not there": (
         ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--token-file", "no-token"],
         ("token file no-token", "No such file", "only the token"),
@@ -301,7 +591,9 @@ def test_every_command_refuses_in_one_message(
     case: str, ground: Ground, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ground.folder)
-    (ground.folder / "hub.yaml").write_text(yaml.safe_dump({"name": "hub", "data": {"source": "openai/gsm8k"}}))
+    (ground.folder / "hub.yaml").write_text(
+        yaml.safe_dump({"name": "hub", "data": {"source": "openai/gsm8k"}})
+    )
     dense = json.loads((ground.model / "config.json").read_text())
     dense["text_config"]["moe_intermediate_size"] = None
     (ground.folder / "dense").mkdir()
@@ -313,7 +605,12 @@ def test_every_command_refuses_in_one_message(
 
 def test_a_user_sees_the_same_from_a_shell(ground: Ground) -> None:
     (ground.folder / "data.jsonl").write_bytes(LINES[:-20])
-    done = subprocess.run([sys.executable, "-m", "pipelines.cli", *ground.command()], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *ground.command()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "data.max_bad_row_fraction" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout

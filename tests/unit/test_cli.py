@@ -255,7 +255,8 @@ def test_training_in_json_says_each_step_with_its_numbers(tmp_path: Path) -> Non
 def test_preparing_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
     write_problems(tmp_path / "rows.jsonl", "change", 200, seed=0)
     (tmp_path / "recipe.yaml").write_text(
-        f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction: 0.1}}\n"
+        f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction:"
+        " 0.1}\n"
     )
     command = [
         "-m",

@@ -1,4 +1,6 @@
-"""Twenty steps are the same on any number of ranks, at any expert-parallel degree, for every method (float32, gloo)."""
+"""Twenty steps are the same on any number of ranks, at any expert-parallel degree, for every method
+(float32, gloo).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ METHODS = {
     "lora with experts": ("train.method=lora", "lora.experts=true"),
 }
 # At the small run's own rate, 1e-2, float32's rounding alone grows to 1e-4 within twenty steps.
-COMMON = ("train.steps=20", "train.validate_every=10", "train.validation_levels=[0.5]", "train.checkpoint_every=20", "optimizer.lr=2e-3")
+COMMON = (
+    "train.steps=20",
+    "train.validate_every=10",
+    "train.validation_levels=[0.5]",
+    "train.checkpoint_every=20",
+    "optimizer.lr=2e-3",
+)
 
 Runs = tuple[tuple[str, int], ...]  # methods and expert-parallel degrees
 
@@ -27,7 +35,9 @@ def grid(*degrees: int) -> Runs:
 
 def train_all(folder: Path, ground: Path, runs: Runs) -> None:
     for method, ep in runs:
-        assert make_trainer(ground, folder / f"{method}-{ep}", *COMMON, *METHODS[method], f"parallel.ep={ep}").run()
+        assert make_trainer(
+            ground, folder / f"{method}-{ep}", *COMMON, *METHODS[method], f"parallel.ep={ep}"
+        ).run()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,9 @@ def one_rank(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["2", "4", "8"],
 )
-def test_metrics_do_not_depend_on_the_ranks(ranks: int, runs: Runs, one_rank: Path, ground: Path, tmp_path: Path) -> None:
+def test_metrics_do_not_depend_on_the_ranks(
+    ranks: int, runs: Runs, one_rank: Path, ground: Path, tmp_path: Path
+) -> None:
     run_ranks(train_all, ranks, tmp_path, ground, runs)
     for method, ep in runs:
         expected, found = one_rank / f"{method}-1", tmp_path / f"{method}-{ep}"

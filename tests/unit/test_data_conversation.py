@@ -18,7 +18,12 @@ from benchmarks.resident import read_status
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
-from canvastune.preparation.row_formats import Conversation, InvalidRow, detect_format, read_conversation
+from canvastune.preparation.row_formats import (
+    Conversation,
+    InvalidRow,
+    detect_format,
+    read_conversation,
+)
 from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
@@ -198,8 +203,8 @@ def test_an_answer_whose_thought_the_template_removes_is_refused() -> None:
 
 def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() -> None:
     alternate = (
-        "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%- endif -%}"
-        + PLAIN
+        "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%-"
+        " endif -%}" + PLAIN
     )
     encoder = ChatEncoder(make_tokenizer(alternate), "model")
     good, bad, also_good = encoder.encode(

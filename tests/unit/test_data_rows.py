@@ -126,8 +126,10 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "truncated gzip": (
         "a.jsonl.gz",
         gzip.compress(as_bytes("jsonl", ROWS))[:-9],
-        "incomplete or invalid gzip file (Compressed file ended before the end-of-stream marker "
-        "was reached). Copy or compress the file again",
+        (
+            "incomplete or invalid gzip file (Compressed file ended before the end-of-stream marker"
+            " was reached). Copy or compress the file again"
+        ),
     ),
     "damaged gzip": (
         "a.jsonl.gz",
@@ -221,8 +223,8 @@ def test_a_missing_file_is_told_with_a_near_name(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     missing = tmp_path / "trian.jsonl"
     assert (
-        refusal(missing)
-        == f"data.source: {missing}: no such file or folder. Did you mean {tmp_path / 'train.jsonl'}?"
+        refusal(missing) == f"data.source: {missing}: no such file or folder. Did you mean"
+        f" {tmp_path / 'train.jsonl'}?"
     )
     assert refusal("nowhere/at/all.jsonl").startswith(
         "data.source: nowhere/at/all.jsonl: no such file or folder"
@@ -355,9 +357,12 @@ def test_what_the_hub_answers_becomes_one_sentence(
     """No hub is reachable from a test: the library's answers are played back."""
 
     def answer(location: str, *, name: str | None, split: str, revision: str | None) -> None:
-        assert (location, name, split, revision) == ("a/b", "main", "train", "v1"), (
-            "the recipe's words do not reach the Hub"
-        )
+        assert (location, name, split, revision) == (
+            "a/b",
+            "main",
+            "train",
+            "v1",
+        ), "the recipe's words do not reach the Hub"
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", answer)

@@ -1,4 +1,6 @@
-"""`canvastune doctor` reports what is missing in the order to fix it, and works where nothing is installed."""
+"""`canvastune doctor` reports what is missing in the order to fix it, and works where nothing is
+installed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The step: counts match the answers, nothing is computed twice, and a killed process loses nothing."""
+"""The step: counts match the answers, nothing is computed twice, and a killed process loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,43 @@ KEYS = [  # of evaluation.json, which other programs read
     *("correct_before", "exact_match_before", "exact_match_before_low", "exact_match_before_high"),
     *("correct_after", "exact_match_after", "exact_match_after_low", "exact_match_after_high"),
     *("gained", "lost", "p_value", "verdict"),
-    *("tokens_before", "seconds_before", "tokens_per_second_before", "tokens_per_forward_before", "validation_loss_before"),
+    *(
+        "tokens_before",
+        "seconds_before",
+        "tokens_per_second_before",
+        "tokens_per_forward_before",
+        "validation_loss_before",
+    ),
     *(f"validation_loss_before_t{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)),
-    *("tokens_after", "seconds_after", "tokens_per_second_after", "tokens_per_forward_after", "validation_loss_after"),
+    *(
+        "tokens_after",
+        "seconds_after",
+        "tokens_per_second_after",
+        "tokens_per_forward_after",
+        "validation_loss_after",
+    ),
     *(f"validation_loss_after_t{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9)),
-    *("validation_rows", "answer_pattern", "asked", "batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
+    *(
+        "validation_rows",
+        "answer_pattern",
+        "asked",
+        "batch_size",
+        "max_new_tokens",
+        "max_denoising_steps",
+        "seed",
+        "device",
+    ),
 ]
 TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
 
 
 def recipe(problems: Path, **evaluation: Any) -> RunConfig:
-    settings = {"rows": 6, "batch_size": 4, "max_new_tokens": 16, "max_denoising_steps": 2} | evaluation
+    settings = {
+        "rows": 6,
+        "batch_size": 4,
+        "max_new_tokens": 16,
+        "max_denoising_steps": 2,
+    } | evaluation
     data = {"source": str(problems), "seq_length": 96, "validation_fraction": 0.3}
     return parse_config({"name": "test", "data": data, "evaluate": settings})
 
@@ -76,7 +104,9 @@ def test_prompt_is_the_prefix_that_was_trained_on(prepared: Path, tiny_model: Pa
         assert question.tokens == prefixes[question.id]
 
 
-def test_rows_are_chosen_by_content_and_not_by_their_place(prepared: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_rows_are_chosen_by_content_and_not_by_their_place(
+    prepared: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     rows: Any = load_from_disk(str(prepared / "validation"))
     backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
     backwards.save_to_disk(str(tmp_path / "validation"))
@@ -85,7 +115,9 @@ def test_rows_are_chosen_by_content_and_not_by_their_place(prepared: Path, tiny_
 
 
 @pytest.fixture(scope="module")
-def evaluated(problems: Path, prepared: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(
+    problems: Path, prepared: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("evaluated") / "evaluation"
     evaluate(recipe(problems), prepared, tiny_model, tiny_model, out)
     return out
@@ -94,11 +126,15 @@ def evaluated(problems: Path, prepared: Path, tiny_model: Path, tmp_path_factory
 def test_chance_is_the_same_before_and_after(evaluated: Path) -> None:
     answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 6
-    assert all(answer["before"] == answer["after"] for answer in answers), "one model gave two answers: the draws differ"
+    assert all(answer["before"] == answer["after"] for answer in answers), (
+        "one model gave two answers: the draws differ"
+    )
     assert len({answer["before"] for answer in answers}) > 1
 
 
-def test_every_answer_is_listed_with_its_question_and_reference(evaluated: Path, prepared: Path) -> None:
+def test_every_answer_is_listed_with_its_question_and_reference(
+    evaluated: Path, prepared: Path
+) -> None:
     answers = [json.loads(line) for line in (evaluated / "answers.jsonl").read_text().splitlines()]
     rows: Any = load_from_disk(str(prepared / "validation"))
     held_out = {row["id"]: row for row in rows}
@@ -106,32 +142,52 @@ def test_every_answer_is_listed_with_its_question_and_reference(evaluated: Path,
         row = held_out[answer["id"]]
         assert answer["prompt"] == json.loads(row["prompt"])[-1]["content"]
         assert answer["reference"] == row["answer"]
-        assert answer.keys() == {"id", "prompt", "reference", "before", "after", "correct_before", "correct_after"}
+        assert answer.keys() == {
+            "id",
+            "prompt",
+            "reference",
+            "before",
+            "after",
+            "correct_before",
+            "correct_after",
+        }
     result = json.loads((evaluated / "evaluation.json").read_text())
     assert (result["rows"], result["scored"]) == (6, 6)
     for side in ("before", "after"):
         assert result[f"correct_{side}"] == sum(answer[f"correct_{side}"] for answer in answers)
         assert 0 < result[f"tokens_{side}"] <= 6 * 16
-        assert result[f"tokens_per_second_{side}"] == pytest.approx(result[f"tokens_{side}"] / result[f"seconds_{side}"])
+        assert result[f"tokens_per_second_{side}"] == pytest.approx(
+            result[f"tokens_{side}"] / result[f"seconds_{side}"]
+        )
         assert 0 < result[f"tokens_per_forward_{side}"] <= 16
     written = {"evaluation.json", "answers.jsonl", "film.json", "config.yaml", "provenance.json"}
     assert {file.name for file in evaluated.iterdir()} == written
 
 
 def test_one_model_has_one_loss_and_one_trace(evaluated: Path) -> None:
-    result, film = (json.loads((evaluated / name).read_text()) for name in ("evaluation.json", "film.json"))
+    result, film = (
+        json.loads((evaluated / name).read_text()) for name in ("evaluation.json", "film.json")
+    )
     losses = {
-        name.removeprefix("validation_loss_before"): loss for name, loss in result.items() if name.startswith("validation_loss_before")
+        name.removeprefix("validation_loss_before"): loss
+        for name, loss in result.items()
+        if name.startswith("validation_loss_before")
     }
     assert set(losses) == {"", "_t0.1", "_t0.3", "_t0.5", "_t0.7", "_t0.9"}
     assert losses == {name: result[f"validation_loss_after{name}"] for name in losses}
     first = json.loads((evaluated / "answers.jsonl").read_text().splitlines()[0])
-    assert {name: first[name] for name in ("id", "prompt", "reference")} == {name: film[name] for name in ("id", "prompt", "reference")}
+    assert {name: first[name] for name in ("id", "prompt", "reference")} == {
+        name: film[name] for name in ("id", "prompt", "reference")
+    }
     assert film["before"] == film["after"]
     assert film["before"]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, answers: Callable[[Question, str], str], interrupted_at: int | None = None) -> list[str]:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Callable[[Question, str], str],
+    interrupted_at: int | None = None,
+) -> list[str]:
     """Replace both models by given answers and losses; return the requests, in order."""
     asked: list[str] = []
     monkeypatch.setattr(run, "load_stock", lambda checkpoint, _: checkpoint.name)
@@ -141,12 +197,24 @@ def pretend(monkeypatch: pytest.MonkeyPatch, answers: Callable[[Question, str], 
             raise KeyboardInterrupt
         asked.append(f"{model} {' '.join(question.id for question in batch)}")
         texts = {question.id: answers(question, model) for question in batch}
-        return {"texts": texts, "tokens": 10 * len(batch), "seconds": 0.5, "tokens_per_forward": 2.5 * len(batch), "trace": []}
+        return {
+            "texts": texts,
+            "tokens": 10 * len(batch),
+            "seconds": 0.5,
+            "tokens_per_forward": 2.5 * len(batch),
+            "trace": [],
+        }
 
-    def denoising_loss(model: str, examples: Sequence[Any], levels: Sequence[float]) -> dict[str, Any]:
+    def denoising_loss(
+        model: str, examples: Sequence[Any], levels: Sequence[float]
+    ) -> dict[str, Any]:
         assert len(levels) == 5
         asked.append(f"{model} denoises")
-        return {"sums": [10.0, 20.0, 30.0, 40.0, 50.0], "tokens": 10 if model == "base" else 20, "seconds": 0.5}
+        return {
+            "sums": [10.0, 20.0, 30.0, 40.0, 50.0],
+            "tokens": 10 if model == "base" else 20,
+            "seconds": 0.5,
+        }
 
     monkeypatch.setattr(run, "generate_answers", generate_answers)
     monkeypatch.setattr(run, "denoising_loss", denoising_loss)
@@ -162,7 +230,11 @@ def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_counts_are_those_of_the_answers(
-    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five right after; two before, one of which is lost."""
     questions = select_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
@@ -178,31 +250,49 @@ def test_counts_are_those_of_the_answers(
     assert (before.exact_match, after.exact_match) == (2 / 6, 5 / 6)
     for model in (before, after):
         assert (model.exact_match_low, model.exact_match_high) == wilson(model.correct, 6)
-    assert (result.gained, result.lost, result.p_value, result.verdict) == (4, 1, mcnemar(4, 1), "undecided")
+    assert (result.gained, result.lost, result.p_value, result.verdict) == (
+        4,
+        1,
+        mcnemar(4, 1),
+        "undecided",
+    )
     assert (before.tokens, before.seconds, before.tokens_per_second) == (60, 1.5, 40)
     assert after.tokens_per_forward == 2.5
     assert before.validation_loss == 3
-    assert (before.validation_loss_by_level["0.1"], after.validation_loss_by_level["0.9"]) == (1, 2.5)
+    assert (before.validation_loss_by_level["0.1"], after.validation_loss_by_level["0.9"]) == (
+        1,
+        2.5,
+    )
     figures = result.figures()
     assert figures["p_value"] == result.p_value
-    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & figures.keys(), "a setting is logged as a figure"
+    assert not {"seed", "batch_size", "verdict", "answer_pattern"} & figures.keys(), (
+        "a setting is logged as a figure"
+    )
     assert EvaluationResult.read(tmp_path / "out") == result
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())) == KEYS
 
 
 def test_rows_whose_reference_has_no_answer_are_not_scored(
-    prepared: Path, models: tuple[Path, Path], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows: Any = load_from_disk(str(prepared / "validation"))
     unanswerable = min(rows["id"])
-    rows.map(lambda row: {"answer": "I do not know" if row["id"] == unanswerable else row["answer"]}).save_to_disk(
-        str(tmp_path / "validation")
-    )
+    rows.map(
+        lambda row: {"answer": "I do not know" if row["id"] == unanswerable else row["answer"]}
+    ).save_to_disk(str(tmp_path / "validation"))
     pretend(monkeypatch, lambda question, _: "I do not know")
     result = evaluate(recipe(problems), tmp_path, *models, tmp_path / "out")
     assert (result.rows, result.scored, result.after.correct) == (6, 5, 0)
     first = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
-    assert (first["id"], first["correct_before"], first["correct_after"]) == (unanswerable, None, None)
+    assert (first["id"], first["correct_before"], first["correct_after"]) == (
+        unanswerable,
+        None,
+        None,
+    )
 
 
 def test_an_interrupted_evaluation_asks_only_the_rest(
@@ -231,15 +321,26 @@ def test_an_interrupted_evaluation_asks_only_the_rest(
     assert [request.split()[0] for request in asked] == ["base"] * 4 + ["tuned"]
     assert asked[:4] == first[:4], "the loss, which does not depend on it, is measured again"
     asked = pretend(monkeypatch, lambda question, _: question.reference)
-    result = attempt(recipe(problems, **settings, answer_pattern="= *(.+)"))  # scoring asks no model
+    result = attempt(
+        recipe(problems, **settings, answer_pattern="= *(.+)")
+    )  # scoring asks no model
     assert [request.split()[0] for request in asked] == ["tuned"] * 5
     assert (result.scored, result.before.correct, result.before.tokens) == (4, 4, 40)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "out"}, "working files are left behind"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "base",
+        "tuned",
+        "out",
+    }, "working files are left behind"
     assert f"resuming from {tmp_path / '.out.unfinished.jsonl'}" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_the_results(
-    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Path,
+    problems: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pretend(monkeypatch, lambda *_: "", interrupted_at=1)
     assert main(command(recipe(problems, batch_size=1), prepared, tiny_model, tmp_path)) == 130
@@ -255,23 +356,49 @@ def test_the_examples_of_the_help_are_valid_commands() -> None:
     ]
     assert examples
     for example in examples:
-        assert (Path(__file__).parents[2] / build_parser().parse_args(example[3:]).config).is_file(), example
+        assert (
+            Path(__file__).parents[2] / build_parser().parse_args(example[3:]).config
+        ).is_file(), example
 
 
 def command(config: RunConfig, prepared: Path, model: Path, folder: Path) -> list[str]:
     """Return the options of a command that evaluates a model against itself into `out`."""
     tree = config.model_dump(mode="json") | {"model": {"id": str(model)}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return ["-c", str(folder / "recipe.yaml"), "--data", str(prepared), "--tuned", str(model), "--output", str(folder / "out")]
+    return [
+        "-c",
+        str(folder / "recipe.yaml"),
+        "--data",
+        str(prepared),
+        "--tuned",
+        str(model),
+        "--output",
+        str(folder / "out"),
+    ]
 
 
 def test_a_killed_evaluation_ends_as_one_that_was_not(
-    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    problems: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = recipe(problems, rows=5, batch_size=1, max_denoising_steps=16)
-    options, cache = command(config, prepared, tiny_model, tmp_path), tmp_path / ".out.unfinished.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other sums
-    process = subprocess.Popen([sys.executable, "-m", "canvastune.evaluate", *options], env=environment, stderr=subprocess.PIPE, text=True)
+    options, cache = (
+        command(config, prepared, tiny_model, tmp_path),
+        tmp_path / ".out.unfinished.jsonl",
+    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # other threads, other sums
+    process = subprocess.Popen(
+        [sys.executable, "-m", "canvastune.evaluate", *options],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and not (cache.exists() and cache.read_bytes().count(b"\n") >= 3):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -292,22 +419,43 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
     assert main(options) == 0
     assert 3 <= done <= 11
     assert len(made) == 2 * (5 + 1) - done, "what was done is done again"
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "out"}, "working files are left behind"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.yaml",
+        "out",
+    }, "working files are left behind"
 
-    evaluate(parse_config(yaml.safe_load((tmp_path / "recipe.yaml").read_text())), prepared, tiny_model, tiny_model, tmp_path / "whole")
+    evaluate(
+        parse_config(yaml.safe_load((tmp_path / "recipe.yaml").read_text())),
+        prepared,
+        tiny_model,
+        tiny_model,
+        tmp_path / "whole",
+    )
     for name in ("answers.jsonl", "film.json", "config.yaml"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    found, expected = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "whole"))
-    assert {key: value for key, value in found.items() if key not in TIMES} == {k: v for k, v in expected.items() if k not in TIMES}
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            name
+        )
+    found, expected = (
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "whole")
+    )
+    assert {key: value for key, value in found.items() if key not in TIMES} == {
+        k: v for k, v in expected.items() if k not in TIMES
+    }
 
 
 def test_one_model_at_a_time_is_in_memory(
-    prepared: Path, problems: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    problems: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded: list[weakref.ref] = []
 
     def load(checkpoint: Path, device: torch.device) -> Any:
-        assert not any(model() for model in loaded), "the base is still there when the tuned model is loaded"
+        assert not any(model() for model in loaded), (
+            "the base is still there when the tuned model is loaded"
+        )
         model = load_stock(checkpoint, device)
         loaded.append(weakref.ref(model))
         return model
@@ -318,17 +466,33 @@ def test_one_model_at_a_time_is_in_memory(
 
 
 def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(
-    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    tiny_model: Path,
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "load_stock", lambda *_: pytest.fail("a model was loaded"))
     for pattern in ("(", "####", "is exactly (never)"):
-        with pytest.raises(UserError, match=r"evaluate\.answer_pattern.*" + re.escape(repr(pattern))):
-            evaluate(recipe(problems, answer_pattern=pattern), prepared, tiny_model, tiny_model, tmp_path / "out")
+        with pytest.raises(
+            UserError, match=r"evaluate\.answer_pattern.*" + re.escape(repr(pattern))
+        ):
+            evaluate(
+                recipe(problems, answer_pattern=pattern),
+                prepared,
+                tiny_model,
+                tiny_model,
+                tmp_path / "out",
+            )
         assert not list(tmp_path.iterdir())
 
 
 def test_some_answers_are_logged_at_the_end(
-    prepared: Path, tiny_model: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Path,
+    tiny_model: Path,
+    problems: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
     logged = capsys.readouterr().err
@@ -338,7 +502,9 @@ def test_some_answers_are_logged_at_the_end(
         assert f"after {answer['after']!r}"[:90] in logged, "no answer is logged"
 
 
-def test_folder_that_is_no_prepared_data_set_is_refused(tiny_model: Path, problems: Path, tmp_path: Path) -> None:
+def test_folder_that_is_no_prepared_data_set_is_refused(
+    tiny_model: Path, problems: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"nothing: .*`validation`"):
         evaluate(recipe(problems), tmp_path / "nothing", tiny_model, tiny_model, tmp_path / "out")
 
@@ -347,7 +513,9 @@ def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Pa
     lost = "model.decoder.layers.1.mlp.up_proj.weight"
     whole = CheckpointReader(tiny_model)
     copy_side_files(tiny_model, tmp_path)
-    with CheckpointWriter(tmp_path, {name: spec for name, spec in whole.specs().items() if name != lost}) as writer:
+    with CheckpointWriter(
+        tmp_path, {name: spec for name, spec in whole.specs().items() if name != lost}
+    ) as writer:
         for name in set(whole.names()) - {lost}:
             writer.write(name, whole.get(name))
     with pytest.raises(UserError, match=r"missing keys.*layers\.1\.mlp\.up_proj") as error:

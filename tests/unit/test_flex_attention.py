@@ -1,4 +1,6 @@
-"""FlexAttention's form of a packed batch against the form that attends example by example (tests/unit/test_objective.py holds that one)."""
+"""FlexAttention's form of a packed batch against the form that attends example by example
+(tests/unit/test_objective.py holds that one).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ Batch = tuple[list[Example], list[NoiseSample]]
 
 @pytest.fixture(autouse=True)
 def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch refuses gradients on a CPU, where it has no kernel for them; its own dense definition of the operator has them."""
+    """PyTorch refuses gradients on a CPU, where it has no kernel for them; its own dense definition
+    of the operator has them.
+    """
     torch._dynamo.reset()
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
 
@@ -48,13 +52,24 @@ def ragged() -> Batch:
 
 
 def long() -> Batch:
-    """Several tiles of rows, some of them seen as a whole, some not at all; a first block, a last one, and one that was cut."""
+    """Several tiles of rows, some of them seen as a whole, some not at all; a first block, a last
+    one, and one that was cut.
+    """
     generator = torch.Generator().manual_seed(1)
     examples, draws = [], []
     for position, (prefix, rows, block) in enumerate([(300, 40, 0), (20, 64, 7), (150, 27, 2)]):
-        example = Example(torch.randint(1, VOCABULARY, (prefix + rows,), generator=generator), prefix, CANVAS, str(position))
+        example = Example(
+            torch.randint(1, VOCABULARY, (prefix + rows,), generator=generator),
+            prefix,
+            CANVAS,
+            str(position),
+        )
         examples.append(example)
-        draws.append(dataclasses.replace(noise(position, example.blocks), block=block, self_condition=position != 1))
+        draws.append(
+            dataclasses.replace(
+                noise(position, example.blocks), block=block, self_condition=position != 1
+            )
+        )
     return examples, draws
 
 
@@ -63,15 +78,25 @@ def without_coins() -> Batch:
     return examples, [dataclasses.replace(draw, self_condition=False) for draw in draws]
 
 
-def loss_and_gradients(model: WeightTiedDiffusionGemma, batch: Batch, checkpointing: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: WeightTiedDiffusionGemma, batch: Batch, checkpointing: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
     examples, draws = batch
     canvas_rows, pairs = counts(examples, draws)
     model.zero_grad(set_to_none=True)
     packed = pack(examples, draws)
     coin = any(packed.self_conditioned)
-    loss, _, _ = model.run_under_fsdp(losses, packed, (1 / canvas_rows, 1 / pairs), any_self_conditioned=coin, checkpointing=checkpointing)
+    loss, _, _ = model.run_under_fsdp(
+        losses,
+        packed,
+        (1 / canvas_rows, 1 / pairs),
+        any_self_conditioned=coin,
+        checkpointing=checkpointing,
+    )
     loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -80,8 +105,12 @@ def loss_and_gradients(model: WeightTiedDiffusionGemma, batch: Batch, checkpoint
 def test_loss_and_every_gradient_equal_those_of_attention_by_example(
     checkpoint: Path, method: str, batch: Callable[[], Batch], checkpointing: bool
 ) -> None:
-    by_example = loss_and_gradients(shared_model(checkpoint, run_config(method)), batch(), checkpointing)
-    flex = loss_and_gradients(shared_model(checkpoint, run_config(method, attention="flex")), batch(), checkpointing)
+    by_example = loss_and_gradients(
+        shared_model(checkpoint, run_config(method)), batch(), checkpointing
+    )
+    flex = loss_and_gradients(
+        shared_model(checkpoint, run_config(method, attention="flex")), batch(), checkpointing
+    )
     assert flex[0] == pytest.approx(by_example[0], rel=1e-6)
     worst, name = worst_difference(flex[1], by_example[1])
     assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e}"
@@ -108,36 +137,60 @@ def seen_by_definition(batch: PackedBatch, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [ragged, long])
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
-def test_each_row_sees_what_the_objective_says_and_each_tile_is_classed_as_torch_would(batch: Callable[[], Batch], kind: str) -> None:
+def test_each_row_sees_what_the_objective_says_and_each_tile_is_classed_as_torch_would(
+    batch: Callable[[], Batch], kind: str
+) -> None:
     packed = pack(*batch())
     found = FlexPacking.of(packed, WINDOW).masks[kind]
     rows = len(packed.clean) + len(packed.canvas)
     at = torch.arange(rows)
     zero = torch.zeros((), dtype=torch.int64)
-    assert torch.equal(found.mask_mod(zero, zero, at[:, None], at[None]), seen_by_definition(packed, kind))
-    expected = create_block_mask(found.mask_mod, None, None, rows, rows, device="cpu", BLOCK_SIZE=TILE)
-    for count, order in [("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")]:
+    assert torch.equal(
+        found.mask_mod(zero, zero, at[:, None], at[None]), seen_by_definition(packed, kind)
+    )
+    expected = create_block_mask(
+        found.mask_mod, None, None, rows, rows, device="cpu", BLOCK_SIZE=TILE
+    )
+    for count, order in [
+        ("kv_num_blocks", "kv_indices"),
+        ("full_kv_num_blocks", "full_kv_indices"),
+    ]:
         counts_found, counts_expected = getattr(found, count), getattr(expected, count)
         assert torch.equal(counts_found, counts_expected), f"{count} of {kind}"
         for tile, many in enumerate(counts_expected[0, 0].tolist()):
-            chosen = [sorted(getattr(mask, order)[0, 0, tile, :many].tolist()) for mask in (found, expected)]
+            chosen = [
+                sorted(getattr(mask, order)[0, 0, tile, :many].tolist())
+                for mask in (found, expected)
+            ]
             assert chosen[0] == chosen[1], f"{order} of tile {tile}, {kind}"
 
 
-def test_batches_of_all_lengths_share_a_few_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for a GPU, with gradients and without, in both kinds of layer: more lengths compile nothing more."""
+def test_batches_of_all_lengths_share_a_few_compiled_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Traced as for a GPU, with gradients and without, in both kinds of layer: more lengths compile
+    nothing more.
+    """
     counter = CompileCounterWithBackend("aot_eager")
     how = flex_attention.COMPILATION | {"backend": counter}
-    monkeypatch.setattr(flex_attention, "flex_attention", torch.compile(torch_flex.flex_attention, **how))
+    monkeypatch.setattr(
+        flex_attention, "flex_attention", torch.compile(torch_flex.flex_attention, **how)
+    )
     examples, draws = long()
     compiled = []
     for cut in (0, 5, 12, 44, 83, 100):
-        shorter = [dataclasses.replace(e, tokens=e.tokens[cut:], prefix_length=e.prefix_length - cut) for e in examples[::2]]
+        shorter = [
+            dataclasses.replace(e, tokens=e.tokens[cut:], prefix_length=e.prefix_length - cut)
+            for e in examples[::2]
+        ]
         packing = FlexPacking.of(pack(shorter, draws[::2]), WINDOW)
         for grad in (False, True):
             for kind, size, heads in (("sliding_attention", 16, 2), ("full_attention", 32, 1)):
                 rows = packing.masks[kind].shape[-1]
-                query, key, value = (torch.randn(1, count, rows, size, requires_grad=grad) for count in (4, heads, heads))
+                query, key, value = (
+                    torch.randn(1, count, rows, size, requires_grad=grad)
+                    for count in (4, heads, heads)
+                )
                 out = packing.attend(kind, query, key, value, 1.0)
                 if grad:
                     out.sum().backward()
@@ -145,7 +198,9 @@ def test_batches_of_all_lengths_share_a_few_compiled_kernels(monkeypatch: pytest
     assert compiled[-1] == compiled[0] <= 8
 
 
-def test_flex_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_is_refused_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
@@ -153,7 +208,9 @@ def test_flex_is_refused_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pyte
         train(run_config(attention="flex"), None, tmp_path)
 
 
-def test_generation_stays_with_stock_attention(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_stays_with_stock_attention(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("generate() calls FlexAttention")
 
@@ -164,6 +221,12 @@ def test_generation_stays_with_stock_attention(checkpoint: Path, monkeypatch: py
         model = shared_model(checkpoint, run_config(attention=form))
         torch.manual_seed(1)
         answers.append(
-            model.generate(prompt, max_new_tokens=CANVAS, max_denoising_steps=3, eos_token_id=VOCABULARY, pad_token_id=0).sequences
+            model.generate(
+                prompt,
+                max_new_tokens=CANVAS,
+                max_denoising_steps=3,
+                eos_token_id=VOCABULARY,
+                pad_token_id=0,
+            ).sequences
         )
     assert torch.equal(answers[0], answers[1])

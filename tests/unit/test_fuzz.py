@@ -1,4 +1,6 @@
-"""Whatever a file holds, reading it ends in rows, a config, or one UserError: no other exception gets out."""
+"""Whatever a file holds, reading it ends in rows, a config, or one UserError: no other exception
+gets out.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,25 @@ FAST = settings(
 )
 TREES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 ROLES = st.sampled_from(["system", "user", "assistant", "model", ""])
-MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"role": ROLES | TREES, "content": st.text(max_size=12) | TREES}), max_size=4)
-ROWS = st.dictionaries(st.sampled_from(["question", "answer", "prompt", "response", "messages"]), TREES | MESSAGES)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"role": ROLES | TREES, "content": st.text(max_size=12) | TREES}
+    ),
+    max_size=4,
+)
+ROWS = st.dictionaries(
+    st.sampled_from(["question", "answer", "prompt", "response", "messages"]), TREES | MESSAGES
+)
 VALID = [{"question": f"What is {n} + {n}? é", "answer": f'"{n}" #### {2 * n}'} for n in range(20)]
-RECIPE = (Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny_lora.yaml").read_text(encoding="utf-8")
+RECIPE = (Path(__file__).parents[2] / "pipelines" / "recipes" / "tiny_lora.yaml").read_text(
+    encoding="utf-8"
+)
 
 
 def parquet() -> bytes:
@@ -73,7 +86,9 @@ def read(folder: Path, kind: str, data: bytes) -> list[Row] | None:
         rows = list(open_source(DataConfig(source=str(file))).rows())
     except UserError as error:
         refusal = str(error)
-    assert rows or str(file) in refusal, f"a file without a row was taken, or is not named: {refusal}"
+    assert rows or str(file) in refusal, (
+        f"a file without a row was taken, or is not named: {refusal}"
+    )
     return rows
 
 
@@ -121,7 +136,9 @@ def test_random_bytes_are_rows_or_refused(kind: str, data: bytes, tmp_path: Path
 @KINDS
 @FAST
 @given(data=st.data())
-def test_a_damaged_file_gives_rows_or_is_refused(kind: str, data: st.DataObject, tmp_path: Path) -> None:
+def test_a_damaged_file_gives_rows_or_is_refused(
+    kind: str, data: st.DataObject, tmp_path: Path
+) -> None:
     for row in read(tmp_path, kind, data.draw(damage(WHOLE[kind]))) or []:
         if row.problem is None:
             conversation(row.value, "gsm8k")
@@ -130,7 +147,9 @@ def test_a_damaged_file_gives_rows_or_is_refused(kind: str, data: st.DataObject,
 @pytest.mark.parametrize("kind", ["parquet.gz", "jsonl.gz"])
 @FAST
 @given(data=st.data())
-def test_a_damaged_file_inside_sound_gzip_gives_rows_or_is_refused(kind: str, data: st.DataObject, tmp_path: Path) -> None:
+def test_a_damaged_file_inside_sound_gzip_gives_rows_or_is_refused(
+    kind: str, data: st.DataObject, tmp_path: Path
+) -> None:
     read(tmp_path, kind, gzip.compress(data.draw(damage(WHOLE[kind.removesuffix(".gz")])), mtime=0))
 
 
@@ -144,13 +163,30 @@ def test_any_json_is_a_conversation_or_a_bad_row(form: RowFormat, value: Any) ->
 @FAST
 @given(values=st.lists(ROWS | TREES, min_size=1, max_size=5))
 def test_json_and_json_lines_give_the_same_rows(values: list[Any], tmp_path: Path) -> None:
-    lines = read(tmp_path, "jsonl", b"".join(json.dumps(value).encode() + b"\n" for value in values))
+    lines = read(
+        tmp_path, "jsonl", b"".join(json.dumps(value).encode() + b"\n" for value in values)
+    )
     array = read(tmp_path, "json", json.dumps(values, indent=1).encode())
     assert repr([row.value for row in lines or []]) == repr([row.value for row in array or []])
 
 
 MARKERS = [*SPECIAL, "<eos>", "<bos>", "<pad>", "<mask>"]
-PIECES = st.sampled_from([*MARKERS, "<|turn>model\n", "<turn|>\n<|turn>user\n", "<", "|", "turn", ">", "model", "\n", " ", "a", "é"])
+PIECES = st.sampled_from(
+    [
+        *MARKERS,
+        "<|turn>model\n",
+        "<turn|>\n<|turn>user\n",
+        "<",
+        "|",
+        "turn",
+        ">",
+        "model",
+        "\n",
+        " ",
+        "a",
+        "é",
+    ]
+)
 CONTENTS = st.lists(PIECES, min_size=1, max_size=5).map("".join)
 TALKS = st.lists(st.tuples(CONTENTS, CONTENTS, CONTENTS), min_size=1, max_size=6)
 
@@ -160,18 +196,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "model")
 
 
-def prepared(model: Path, talks: list[tuple[str, str, str]]) -> list[tuple[list[dict[str, str]], str, list[str]]]:
-    """History, answer and control tokens of each row that a preparation keeps of these (system, user, assistant), beside sound ones."""
+def prepared(
+    model: Path, talks: list[tuple[str, str, str]]
+) -> list[tuple[list[dict[str, str]], str, list[str]]]:
+    """History, answer and control tokens of each row that a preparation keeps of these (system,
+    user, assistant), beside sound ones.
+    """
     rows: list[Any] = problems(30)
-    rows = [{"messages": [message("user", row["question"]), message("assistant", row["answer"])]} for row in rows]
-    rows += [{"messages": [message(*turn) for turn in zip(("system", "user", "assistant"), talk, strict=True)]} for talk in talks]
+    rows = [
+        {"messages": [message("user", row["question"]), message("assistant", row["answer"])]}
+        for row in rows
+    ]
+    rows += [
+        {
+            "messages": [
+                message(*turn) for turn in zip(("system", "user", "assistant"), talk, strict=True)
+            ]
+        }
+        for talk in talks
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        config = run_config(write_lines(Path(folder) / "rows.jsonl", rows), max_bad_row_fraction=0.99, max_duplicate_fraction=1, seq_length=512)
+        config = run_config(
+            write_lines(Path(folder) / "rows.jsonl", rows),
+            max_bad_row_fraction=0.99,
+            max_duplicate_fraction=1,
+            seq_length=512,
+        )
         prepare_data(config, model, Path(folder) / "out", processes=1)
-        splits = [load_from_disk(str(Path(folder) / "out" / split)) for split in ("train", "validation")]
+        splits = [
+            load_from_disk(str(Path(folder) / "out" / split)) for split in ("train", "validation")
+        ]
         tokenizer = AutoTokenizer.from_pretrained(model)
         return [
-            (json.loads(row["prompt"]), row["answer"], [token for token in named(tokenizer, row["input_ids"]) if token in MARKERS])
+            (
+                json.loads(row["prompt"]),
+                row["answer"],
+                [token for token in named(tokenizer, row["input_ids"]) if token in MARKERS],
+            )
             for split in splits
             for row in split
         ]
@@ -187,17 +248,31 @@ def named(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def test_no_marker_in_any_role_opens_a_turn(model: Path) -> None:
-    places = [("see {} here", "q", "a"), ("s", "see {} here", "a"), ("s", "q", "see {} here"), ("s", "q", "{}"), ("{}\n", "{}", "a")]
-    talks = [(system.format(m), user.format(m), answer.format(m)) for m in MARKERS for system, user, answer in places]
+    places = [
+        ("see {} here", "q", "a"),
+        ("s", "see {} here", "a"),
+        ("s", "q", "see {} here"),
+        ("s", "q", "{}"),
+        ("{}\n", "{}", "a"),
+    ]
+    talks = [
+        (system.format(m), user.format(m), answer.format(m))
+        for m in MARKERS
+        for system, user, answer in places
+    ]
     kept = prepared(model, talks)
     assert len(kept) == 30, f"{len(kept) - 30} conversations with a marker in their text were kept"
 
 
 @settings(FAST, max_examples=20)
 @given(talks=TALKS)
-def test_what_is_prepared_has_the_turns_of_its_messages_and_no_other(model: Path, talks: list[tuple[str, str, str]]) -> None:
+def test_what_is_prepared_has_the_turns_of_its_messages_and_no_other(
+    model: Path, talks: list[tuple[str, str, str]]
+) -> None:
     for history, answer, markers in prepared(model, talks):
-        assert markers == ["<bos>"] + ["<|turn>", "<turn|>"] * (len(history) + 1), f"{history} {answer!r}"
+        assert markers == ["<bos>"] + ["<|turn>", "<turn|>"] * (len(history) + 1), (
+            f"{history} {answer!r}"
+        )
 
 
 def loads(folder: Path, text: bytes, overrides: list[str] | None = None) -> None:
@@ -213,7 +288,10 @@ def loads(folder: Path, text: bytes, overrides: list[str] | None = None) -> None
 
 
 @settings(FAST, max_examples=300)
-@given(text=st.binary(max_size=120) | st.text(max_size=120).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@given(
+    text=st.binary(max_size=120)
+    | st.text(max_size=120).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
 def test_random_text_is_a_recipe_or_refused(text: bytes, tmp_path: Path) -> None:
     loads(tmp_path, text)
 
@@ -224,9 +302,42 @@ def test_a_damaged_recipe_is_read_or_refused(text: bytes, tmp_path: Path) -> Non
     loads(tmp_path, text)
 
 
-TAGS = ["!!int", "!!float", "!!bool", "!!timestamp", "!!binary", "!!set", "!!omap", "&a", "*a", "<<:", "2001-99-99", "1:99"]
+TAGS = [
+    "!!int",
+    "!!float",
+    "!!bool",
+    "!!timestamp",
+    "!!binary",
+    "!!set",
+    "!!omap",
+    "&a",
+    "*a",
+    "<<:",
+    "2001-99-99",
+    "1:99",
+]
 WORDS = [".inf", ".nan", "1e999", "0x", "---", "name", "data", "seed"]
-PUNCTUATION = ["{", "}", "[", "]", ":", ",", "- ", "? ", "|", ">", "'", '"', "#", "\t", "\n", " ", "=", "%", "9" * 5000]
+PUNCTUATION = [
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    ",",
+    "- ",
+    "? ",
+    "|",
+    ">",
+    "'",
+    '"',
+    "#",
+    "\t",
+    "\n",
+    " ",
+    "=",
+    "%",
+    "9" * 5000,
+]
 
 
 @settings(FAST, max_examples=200)
@@ -238,13 +349,22 @@ def test_the_odd_corners_of_yaml_are_values_or_refused(pieces: list[str], tmp_pa
 
 
 @settings(FAST, max_examples=300)
-@given(override=st.text(max_size=30) | st.builds("{}={}".format, st.sampled_from(["lora", "lora.rank", "train.steps", "name"]), st.text()))
+@given(
+    override=st.text(max_size=30)
+    | st.builds(
+        "{}={}".format, st.sampled_from(["lora", "lora.rank", "train.steps", "name"]), st.text()
+    )
+)
 def test_any_override_is_applied_or_refused(override: str, tmp_path: Path) -> None:
     loads(tmp_path, RECIPE.encode(), [override])
 
 
 @settings(FAST, max_examples=300)
-@given(tree=st.dictionaries(st.sampled_from(list(RunConfig.model_fields)) | st.text(max_size=5), TREES, max_size=4))
+@given(
+    tree=st.dictionaries(
+        st.sampled_from(list(RunConfig.model_fields)) | st.text(max_size=5), TREES, max_size=4
+    )
+)
 def test_any_tree_is_a_config_or_refused(tree: dict[str, Any]) -> None:
     base = {"name": "fuzz", "data": {"source": "x"}}
     for form in ({**base, **tree}, json.dumps({**base, **tree})):

@@ -1,4 +1,6 @@
-"""The model is asked as a user would ask it: stock `generate`, prompts padded on the left, answers that end where they end."""
+"""The model is asked as a user would ask it: stock `generate`, prompts padded on the left, answers
+that end where they end.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,12 @@ class Logits:
         self.steps.append(logits.clone())
 
 
-def test_prompts_padded_on_the_left_are_answered_as_if_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through stock `generate`, over several canvases, with prompts shorter and longer than the sliding window."""
+def test_prompts_padded_on_the_left_are_answered_as_if_alone(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through stock `generate`, over several canvases, with prompts shorter and longer than the
+    sliding window.
+    """
     start = torch.randint(0, VOCABULARY, (1, CANVAS), generator=torch.Generator().manual_seed(7))
 
     def chosen(self: EntropyBoundSampler, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -59,7 +65,11 @@ def test_prompts_padded_on_the_left_are_answered_as_if_alone(model: Any, monkeyp
 
     # Chance would fall differently for another batch size: take it out.
     monkeypatch.setattr(EntropyBoundSampler, "initialize_canvas", chosen)
-    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: probabilities.argmax(-1, keepdim=True))
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda probabilities, num_samples: probabilities.argmax(-1, keepdim=True),
+    )
     settings: dict[str, Any] = {
         "max_new_tokens": 4 * CANVAS,
         "max_denoising_steps": 3,
@@ -71,15 +81,23 @@ def test_prompts_padded_on_the_left_are_answered_as_if_alone(model: Any, monkeyp
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, VOCABULARY, (length,), generator=generator) for length in lengths]
     width = max(lengths)
-    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    ids = torch.stack(
+        [torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
+    )
     mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
     together = Logits()
-    padded = model.generate(ids, attention_mask=mask, streamer=together, **settings).sequences[:, width:]
+    padded = model.generate(ids, attention_mask=mask, streamer=together, **settings).sequences[
+        :, width:
+    ]
     for row, prompt in enumerate(prompts):
         alone = Logits()
-        expected = model.generate(prompt[None], streamer=alone, **settings).sequences[0, len(prompt) :]
+        expected = model.generate(prompt[None], streamer=alone, **settings).sequences[
+            0, len(prompt) :
+        ]
         assert len(alone.steps) == len(together.steps) == 4 * 3
-        assert torch.equal(padded[row], expected), f"padding changes the answer to a prompt of {len(prompt)} tokens"
+        assert torch.equal(padded[row], expected), (
+            f"padding changes the answer to a prompt of {len(prompt)} tokens"
+        )
         for found, wanted in zip(together.steps, alone.steps, strict=True):
             assert float((found[row] - wanted[0]).abs().max()) < 1e-5 * float(wanted.abs().max())
 
@@ -89,47 +107,99 @@ class Parrot:
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], stops: Any) -> None:
         self.answers = answers
-        self.generation_config = type("Generation", (), {"eos_token_id": stops, "pad_token_id": 0})()
-        self.config = type("Config", (), {"text_config": type("Text", (), {"eos_token_id": EOS, "pad_token_id": 0})()})()
+        self.generation_config = type(
+            "Generation", (), {"eos_token_id": stops, "pad_token_id": 0}
+        )()
+        self.config = type(
+            "Config",
+            (),
+            {"text_config": type("Text", (), {"eos_token_id": EOS, "pad_token_id": 0})()},
+        )()
         self.lm_head = torch.nn.Linear(1, 1)
 
     def generate(self, ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
-        said = [self.answers[tuple(row[keep.bool()].tolist())] for row, keep in zip(ids, attention_mask, strict=True)]
-        sequences = torch.cat([ids, torch.tensor([answer + [0] * (12 - len(answer)) for answer in said])], dim=1)
-        return type("Output", (), {"sequences": sequences, "tokens_per_forward": torch.full((len(said),), 2.5)})()
+        said = [
+            self.answers[tuple(row[keep.bool()].tolist())]
+            for row, keep in zip(ids, attention_mask, strict=True)
+        ]
+        sequences = torch.cat(
+            [ids, torch.tensor([answer + [0] * (12 - len(answer)) for answer in said])], dim=1
+        )
+        return type(
+            "Output",
+            (),
+            {"sequences": sequences, "tokens_per_forward": torch.full((len(said),), 2.5)},
+        )()
 
 
-QUESTIONS = [Question(f"{number}", "", [number, *range(10, 9 + length)], "") for number, length in enumerate((7, 3, 9, 3, 5))]
+QUESTIONS = [
+    Question(f"{number}", "", [number, *range(10, 9 + length)], "")
+    for number, length in enumerate((7, 3, 9, 3, 5))
+]
 
 
 def test_an_answer_stands_beside_its_question_and_ends_at_the_end_of_its_turn() -> None:
-    said = {tuple(question.tokens): [50 + place, 60, 106, 70] for place, question in enumerate(QUESTIONS)}
+    said = {
+        tuple(question.tokens): [50 + place, 60, 106, 70]
+        for place, question in enumerate(QUESTIONS)
+    }
     batches = batch_questions(QUESTIONS, 2)
-    assert [[len(question.tokens) for question in batch] for batch in batches] == [[3, 3], [5, 7], [9]], "padding is computed for nothing"
-    found = [generate_answers(Parrot(said, [EOS, 106]), batch, NUMBERS, EvaluateConfig(), 0, None) for batch in batches]
-    assert found[0]["texts"] | found[1]["texts"] | found[2]["texts"] == {f"{place}": f"{50 + place} 60" for place in range(5)}
-    assert [each["tokens"] for each in found] == [6, 6, 3], "the token that ends an answer is generated too"
+    assert [[len(question.tokens) for question in batch] for batch in batches] == [
+        [3, 3],
+        [5, 7],
+        [9],
+    ], "padding is computed for nothing"
+    found = [
+        generate_answers(Parrot(said, [EOS, 106]), batch, NUMBERS, EvaluateConfig(), 0, None)
+        for batch in batches
+    ]
+    assert found[0]["texts"] | found[1]["texts"] | found[2]["texts"] == {
+        f"{place}": f"{50 + place} 60" for place in range(5)
+    }
+    assert [each["tokens"] for each in found] == [
+        6,
+        6,
+        3,
+    ], "the token that ends an answer is generated too"
     assert [each["tokens_per_forward"] for each in found] == [5, 5, 2.5]
 
 
-@pytest.mark.parametrize("stops", [EOS, None])  # None: the generation config names none, the model's configuration does
+@pytest.mark.parametrize(
+    "stops", [EOS, None]
+)  # None: the generation config names none, the model's configuration does
 def test_an_answer_ends_where_the_checkpoint_says(stops: int | None) -> None:
-    found = generate_answers(Parrot({(1, 10, 11): [50, EOS, 60]}, stops), QUESTIONS[1:2], NUMBERS, EvaluateConfig(), 0, None)
+    found = generate_answers(
+        Parrot({(1, 10, 11): [50, EOS, 60]}, stops),
+        QUESTIONS[1:2],
+        NUMBERS,
+        EvaluateConfig(),
+        0,
+        None,
+    )
     assert found["texts"] == {"1": "50"}
 
 
-def test_generation_stops_when_every_answer_has_ended(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_stops_when_every_answer_has_ended(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = []
     handle = model.model.decoder.register_forward_hook(lambda *_: steps.append(1))
     settings = EvaluateConfig(max_new_tokens=4 * CANVAS, max_denoising_steps=3)
     try:
-        monkeypatch.setattr(model.generation_config, "eos_token_id", [VOCABULARY])  # no token has this id
+        monkeypatch.setattr(
+            model.generation_config, "eos_token_id", [VOCABULARY]
+        )  # no token has this id
         whole = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
         assert (whole["tokens"], len(steps)) == (3 * 4 * CANVAS, 4 * 3)
         steps.clear()
-        monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(VOCABULARY)))  # every token ends an answer
+        monkeypatch.setattr(
+            model.generation_config, "eos_token_id", list(range(VOCABULARY))
+        )  # every token ends an answer
         ended = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, None)
-        assert (ended["tokens"], len(steps)) == (3, 3), "the model continues after the end of all answers"
+        assert (ended["tokens"], len(steps)) == (
+            3,
+            3,
+        ), "the model continues after the end of all answers"
     finally:
         handle.remove()
 
@@ -145,10 +215,14 @@ def test_answers_follow_from_the_seed_and_the_rows_of_the_batch(model: Any) -> N
     assert texts(QUESTIONS[:2]) != texts(QUESTIONS[:2], seed=1)
     before = torch.random.get_rng_state()
     generate_answers(model, QUESTIONS[:2], NUMBERS, settings, 0, None)
-    assert torch.equal(before, torch.random.get_rng_state()), "an evaluation disturbs the draws of its caller"
+    assert torch.equal(before, torch.random.get_rng_state()), (
+        "an evaluation disturbs the draws of its caller"
+    )
 
 
-def test_a_batch_that_does_not_fit_names_the_setting(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_names_the_setting(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -161,7 +235,9 @@ def test_a_batch_that_does_not_fit_names_the_setting(model: Any, monkeypatch: py
 
 
 @pytest.mark.parametrize(("blocks", "shown"), [(1, 1), (3, 3), (6, 4)])
-def test_the_last_frame_of_each_block_is_the_answer(model: Any, monkeypatch: pytest.MonkeyPatch, blocks: int, shown: int) -> None:
+def test_the_last_frame_of_each_block_is_the_answer(
+    model: Any, monkeypatch: pytest.MonkeyPatch, blocks: int, shown: int
+) -> None:
     monkeypatch.setattr(model.generation_config, "eos_token_id", [VOCABULARY])
     settings = EvaluateConfig(max_new_tokens=blocks * CANVAS, max_denoising_steps=11)
     found = generate_answers(model, QUESTIONS[:3], NUMBERS, settings, 0, QUESTIONS[1].id)
@@ -174,10 +250,14 @@ def test_the_last_frame_of_each_block_is_the_answer(model: Any, monkeypatch: pyt
         assert 2 <= len(own) <= 8
         assert steps == sorted(set(steps))
         assert steps[0] == 0
-        assert [text for text, _ in own[-1]["tokens"]] == said[block * CANVAS : (block + 1) * CANVAS]
+        assert [text for text, _ in own[-1]["tokens"]] == said[
+            block * CANVAS : (block + 1) * CANVAS
+        ]
         assert all(changed == 1 for _, changed in own[0]["tokens"])
         for earlier, later in itertools.pairwise(own):
-            for (before, _), (after, changed) in zip(earlier["tokens"], later["tokens"], strict=True):
+            for (before, _), (after, changed) in zip(
+                earlier["tokens"], later["tokens"], strict=True
+            ):
                 assert changed == (before != after)
     assert max(frame["block"] for frame in frames) == shown - 1
 
@@ -185,7 +265,11 @@ def test_the_last_frame_of_each_block_is_the_answer(model: Any, monkeypatch: pyt
 def test_the_trace_ends_with_the_answer() -> None:
     drafts = DenoisingTrace(1)
     drafts.put(torch.zeros(2, 5))
-    for block in ([[1, 2, 3], [1, 5, 3], [4, 5, 3]], [[7, 8, 9], [7, 8, 9], [7, 8, 9]], [[0, 0, 0]]):
+    for block in (
+        [[1, 2, 3], [1, 5, 3], [4, 5, 3]],
+        [[7, 8, 9], [7, 8, 9], [7, 8, 9]],
+        [[0, 0, 0]],
+    ):
         for canvas in block:
             drafts.put_draft(torch.tensor([[9, 9, 9], canvas]))
         drafts.put(torch.zeros(2, 3))
@@ -193,5 +277,9 @@ def test_the_trace_ends_with_the_answer() -> None:
         {"block": 0, "step": 0, "tokens": [["1", 1], ["2", 1], ["3", 1]]},
         {"block": 0, "step": 1, "tokens": [["1", 0], ["5", 1], ["3", 0]]},
         {"block": 0, "step": 2, "tokens": [["4", 1], ["5", 0], ["3", 0]]},
-        {"block": 1, "step": 0, "tokens": [["7", 1], ["8", 1]]},  # nothing changed any more; what follows the end is left out
+        {
+            "block": 1,
+            "step": 0,
+            "tokens": [["7", 1], ["8", 1]],
+        },  # nothing changed any more; what follows the end is left out
     ]

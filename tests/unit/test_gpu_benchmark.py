@@ -34,9 +34,14 @@ def two_layers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def steps(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("steps")
-    return {"dtype": request.param, **measured_steps(folder, CPU, MEMORY, small=True, dtype=request.param, rounds=1)}
+    return {
+        "dtype": request.param,
+        **measured_steps(folder, CPU, MEMORY, small=True, dtype=request.param, rounds=1),
+    }
 
 
 def test_every_length_has_every_figure_of_every_side(steps: dict[str, Any]) -> None:
@@ -63,8 +68,12 @@ def test_the_plain_step_is_hugging_faces_own_on_our_weights(tmp_path: Path) -> N
     models = Models(tmp_path, CPU, MEMORY, torch.float32, small=True)
     for module in models.plain.modules():
         config = getattr(module, "config", None)
-        assert getattr(config, "_attn_implementation", None) != attention.NAME, f"{type(module).__name__} attends as ours does"
-        assert getattr(config, "_experts_implementation", None) != experts.NAME, f"{type(module).__name__} multiplies as ours does"
+        assert getattr(config, "_attn_implementation", None) != attention.NAME, (
+            f"{type(module).__name__} attends as ours does"
+        )
+        assert getattr(config, "_experts_implementation", None) != experts.NAME, (
+            f"{type(module).__name__} multiplies as ours does"
+        )
     held = {parameter.data_ptr() for parameter in models.ours.parameters()}
     assert {parameter.data_ptr() for parameter in models.plain.parameters()} == held
 
@@ -88,9 +97,13 @@ def test_a_step_that_does_not_fit_is_said_and_the_others_are_measured(
 
     monkeypatch.setattr(gpu_steps, "SMALL_LENGTHS", SMALL_LENGTHS[:1])
     monkeypatch.setattr(gpu_steps, "plain_step", too_large)
-    (row,) = measured_steps(tmp_path, CPU, MEMORY, small=True, dtype=torch.float32, rounds=1)["lengths"]
+    (row,) = measured_steps(tmp_path, CPU, MEMORY, small=True, dtype=torch.float32, rounds=1)[
+        "lengths"
+    ]
     for name in PLAIN:
-        assert row["sides"][name] == {"failed": "out of memory: CUDA out of memory. Tried to allocate 96.00 GiB."}
+        assert row["sides"][name] == {
+            "failed": "out of memory: CUDA out of memory. Tried to allocate 96.00 GiB."
+        }
     assert row["sides"]["ours"]["utilisation"] > 0
     assert row["gradient_difference"] is None
     assert "all blocks" in capsys.readouterr().err
@@ -98,7 +111,10 @@ def test_a_step_that_does_not_fit_is_said_and_the_others_are_measured(
 
 def test_what_falls_short_is_named() -> None:
     def result(**changes: Any) -> dict[str, Any]:
-        side = {"ours": {"utilisation": 0.5}, "all blocks": {"failed": "out of memory: 96 GB"}} | changes.pop("sides", {})
+        side = {
+            "ours": {"utilisation": 0.5},
+            "all blocks": {"failed": "out of memory: 96 GB"},
+        } | changes.pop("sides", {})
         run = {"finite": True, "planned_over_measured": 1.05} | changes
         return {"steps": {"lengths": [{"seq_length": 512, "sides": side}]}, "runs": {"lora": run}}
 
@@ -109,10 +125,14 @@ def test_what_falls_short_is_named() -> None:
     assert found(finite=False) == ["lora: a loss or a gradient norm is not finite"]
     assert "planned memory is 1.30" in found(planned_over_measured=1.3)[0]
     assert "40% of the matmul rate" in found(sides={"ours": {"utilisation": 0.4}})[0]
-    assert found(sides={"ours, flex": {"failed": "InductorError: no valid configuration"}}) == ["S 512: ours, flex failed"]
+    assert found(sides={"ours, flex": {"failed": "InductorError: no valid configuration"}}) == [
+        "S 512: ours, flex failed"
+    ]
 
 
-def test_the_trainers_steps_stand_beside_their_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainers_steps_stand_beside_their_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "STEPS", 3)
     monkeypatch.setattr(gpu, "WARM_UP", 1)
     runs = gpu.trained(tmp_path, CPU, int(MEMORY), small=True, seq_length=128, rate=1e13)

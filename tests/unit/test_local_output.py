@@ -1,4 +1,6 @@
-"""The state of a local run's steps is read from sentences of Kubeflow's log: these tests hold them to its version."""
+"""The state of a local run's steps is read from sentences of Kubeflow's log: these tests hold them
+to its version.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The training processes of the step itself: they can save before they are killed, and their failure is shown."""
+"""The training processes of the step itself: they can save before they are killed, and their
+failure is shown.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ Root Cause (first observed failure):
 def test_training_is_asked_to_stop_before_it_is_killed(
     error: type[BaseException], tmp_path: Path
 ) -> None:
-    saving = f"import pathlib, signal, sys; signal.signal(15, lambda *_: (pathlib.Path({str(tmp_path / 'saved')!r}).touch(), sys.exit()))"
+    saving = (
+        "import pathlib, signal, sys; signal.signal(15, lambda *_:"
+        f" (pathlib.Path({str(tmp_path / 'saved')!r}).touch(), sys.exit()))"
+    )
     waiting = "print('ready', flush=True); signal.pause()"
     children = []
 

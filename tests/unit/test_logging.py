@@ -86,7 +86,10 @@ def test_json_is_one_object_per_event_with_its_level_and_fields() -> None:
 
 
 def test_a_process_that_was_started_by_one_with_json_logs_json() -> None:
-    inner = "subprocess.run([sys.executable, '-S', '-c', 'from canvastune.logging import *; configure_logging(); logger.info(1)'])"
+    inner = (
+        "subprocess.run([sys.executable, '-S', '-c', 'from canvastune.logging import *;"
+        " configure_logging(); logger.info(1)'])"
+    )
     events = _events(_run("json", inner))
     assert (events[-1]["event"], events[-1]["message"]) == ("log", "1")
 

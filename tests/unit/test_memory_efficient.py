@@ -14,7 +14,9 @@ ROWS, WIDTH = 7, 48
 
 
 def norms(with_scale: bool) -> tuple[DiffusionGemmaRMSNorm, MemoryEfficientNorm]:
-    stock, lean = (kind(WIDTH, with_scale=with_scale) for kind in (DiffusionGemmaRMSNorm, MemoryEfficientNorm))
+    stock, lean = (
+        kind(WIDTH, with_scale=with_scale) for kind in (DiffusionGemmaRMSNorm, MemoryEfficientNorm)
+    )
     if with_scale:
         torch.manual_seed(1)
         with torch.no_grad():
@@ -22,21 +24,30 @@ def norms(with_scale: bool) -> tuple[DiffusionGemmaRMSNorm, MemoryEfficientNorm]
     return stock, lean
 
 
-def values_and_gradients(norm: Callable[[torch.Tensor], torch.Tensor], module: DiffusionGemmaRMSNorm) -> list[torch.Tensor]:
+def values_and_gradients(
+    norm: Callable[[torch.Tensor], torch.Tensor], module: DiffusionGemmaRMSNorm
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = (3 * torch.randn(2, ROWS, WIDTH, generator=generator)).requires_grad_()
     out = norm(x)
     trained = [x, *module.parameters()]
-    return [out.detach(), *torch.autograd.grad(out, trained, torch.randn(out.shape, generator=generator))]
+    return [
+        out.detach(),
+        *torch.autograd.grad(out, trained, torch.randn(out.shape, generator=generator)),
+    ]
 
 
 @pytest.mark.parametrize("with_scale", [True, False])
-def test_lean_and_fused_norm_equal_the_stock_one_in_value_and_every_gradient(with_scale: bool) -> None:
+def test_lean_and_fused_norm_equal_the_stock_one_in_value_and_every_gradient(
+    with_scale: bool,
+) -> None:
     stock, lean = norms(with_scale)
     expected = values_and_gradients(stock, stock)
     for form in (lean, lean.fused):
         for ours, plain in zip(values_and_gradients(form, lean), expected, strict=True):
-            assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-6), "the norm is not transformers' norm"
+            assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-6), (
+                "the norm is not transformers' norm"
+            )
 
 
 def test_a_lean_norm_rounds_bfloat16_as_the_stock_one_does() -> None:

@@ -20,7 +20,9 @@ def test_each_step_appears_once_after_a_resume(tmp_path: Path) -> None:
         first.write(train_record(step))
     first.write({"kind": "event", "step": 7, "time": 0.0, "event": "checkpoint", "detail": ""})
     first.close()
-    path.write_text(path.read_text() + '{"kind": "train", "step": 8, "lo')  # killed in the middle of a line
+    path.write_text(
+        path.read_text() + '{"kind": "train", "step": 8, "lo'
+    )  # killed in the middle of a line
 
     second = tracking.MetricsWriter(path)
     assert second.resume(4) == 4, "three steps and an event came after the checkpoint"
@@ -30,19 +32,31 @@ def test_each_step_appears_once_after_a_resume(tmp_path: Path) -> None:
 
     records = tracking.read_metrics(path)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [record["loss"] for record in records[4:]] == [9.0] * 4, "the resumed attempt's numbers stand"
+    assert [record["loss"] for record in records[4:]] == [9.0] * 4, (
+        "the resumed attempt's numbers stand"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_an_earlier_restart_is_not_hidden_by_a_later_one(tmp_path: Path) -> None:
     writer = tracking.MetricsWriter(tmp_path / "metrics.jsonl")
     writer.resume(10)
-    writer.write({"kind": "event", "step": 10, "time": 0.0, "event": "resumed", "detail": "from the checkpoint of step 10"})
+    writer.write(
+        {
+            "kind": "event",
+            "step": 10,
+            "time": 0.0,
+            "event": "resumed",
+            "detail": "from the checkpoint of step 10",
+        }
+    )
     writer.close()
     again = tracking.MetricsWriter(tmp_path / "metrics.jsonl")
     again.resume(5)
     again.close()
-    assert [record["event"] for record in tracking.read_metrics(tmp_path / "metrics.jsonl")] == ["resumed"]
+    assert [record["event"] for record in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [
+        "resumed"
+    ]
 
 
 def test_a_run_begun_again_without_a_checkpoint_says_so(tmp_path: Path) -> None:
@@ -85,7 +99,9 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path: Path) -> N
     assert record["levels"] == {"0.1": None}
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"kind": "train"}', '{"kind": "train", "step": "1"}'])
+@pytest.mark.parametrize(
+    "line", ["not json", "[1]", '{"kind": "train"}', '{"kind": "train", "step": "1"}']
+)
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(train_record(1)) + "\n" + line + "\n")

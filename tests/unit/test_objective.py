@@ -46,7 +46,9 @@ def stock(checkpoint: Path) -> DiffusionGemmaForBlockDiffusion:
 
 
 def gradients(
-    model: WeightTiedDiffusionGemma, batches: list[tuple[list[Example], list[NoiseSample]]], checkpointing: Checkpointing = False
+    model: WeightTiedDiffusionGemma,
+    batches: list[tuple[list[Example], list[NoiseSample]]],
+    checkpointing: Checkpointing = False,
 ) -> tuple[float, dict]:
     """Loss and gradients of a global batch that is cut into these micro-batches."""
     examples = [e for part, _ in batches for e in part]
@@ -57,16 +59,26 @@ def gradients(
     for part, part_draws in batches:
         coin = any(draw.self_condition for draw in part_draws)
         loss, _, _ = model.run_under_fsdp(
-            losses, pack(part, part_draws), (1 / canvas_rows, 1 / pairs), any_self_conditioned=coin, checkpointing=checkpointing
+            losses,
+            pack(part, part_draws),
+            (1 / canvas_rows, 1 / pairs),
+            any_self_conditioned=coin,
+            checkpointing=checkpointing,
         )
         loss.backward()
         total += float(loss.detach())
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture(scope="module")
-def plain(stock: DiffusionGemmaForBlockDiffusion, model: WeightTiedDiffusionGemma) -> tuple[float, float, float, dict[str, torch.Tensor]]:
-    """The plain step's losses and its gradients under the engine's names, for what the engine trains."""
+def plain(
+    stock: DiffusionGemmaForBlockDiffusion, model: WeightTiedDiffusionGemma
+) -> tuple[float, float, float, dict[str, torch.Tensor]]:
+    """The plain step's losses and its gradients under the engine's names, for what the engine
+    trains.
+    """
     examples, draws = examples_and_draws()
     stock.zero_grad(set_to_none=True)
     total, diffusion, autoregressive = plain_loss(stock, examples, draws)
@@ -77,18 +89,27 @@ def plain(stock: DiffusionGemmaForBlockDiffusion, model: WeightTiedDiffusionGemm
         if p.grad is not None
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return float(total.detach()), diffusion, autoregressive, {name: gradient for name, gradient in found.items() if name in trained}
+    return (
+        float(total.detach()),
+        diffusion,
+        autoregressive,
+        {name: gradient for name, gradient in found.items() if name in trained},
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
-def test_loss_and_every_gradient_equal_the_plain_step(model: WeightTiedDiffusionGemma, plain: tuple, checkpointing: Checkpointing) -> None:
+def test_loss_and_every_gradient_equal_the_plain_step(
+    model: WeightTiedDiffusionGemma, plain: tuple, checkpointing: Checkpointing
+) -> None:
     loss, found = gradients(model, [examples_and_draws()], checkpointing)
     assert loss == pytest.approx(plain[0], rel=1e-6)
     worst, name = worst_difference(found, plain[3])
     assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e} relative to the plain step"
 
 
-def test_reported_sums_are_the_two_cross_entropies(model: WeightTiedDiffusionGemma, plain: tuple) -> None:
+def test_reported_sums_are_the_two_cross_entropies(
+    model: WeightTiedDiffusionGemma, plain: tuple
+) -> None:
     examples, draws = examples_and_draws()
     canvas_rows, pairs = counts(examples, draws)
     _, diffusion, autoregressive = model.run_under_fsdp(
@@ -104,13 +125,19 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut_nor_on_padding(
 ) -> None:
     examples, draws = examples_and_draws()
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    loss, found = gradients(model, [(examples[e - n : e], draws[e - n : e]) for e, n in zip(ends, sizes, strict=True)])
+    loss, found = gradients(
+        model, [(examples[e - n : e], draws[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
+    )
     assert loss == pytest.approx(plain[0], rel=1e-6)
     worst, name = worst_difference(found, plain[3])
-    assert worst < 1e-5, f"gradient of {name} changes by {worst:.1e} when the batch is cut into {sizes}"
+    assert worst < 1e-5, (
+        f"gradient of {name} changes by {worst:.1e} when the batch is cut into {sizes}"
+    )
 
 
-def test_chunked_loss_equals_the_plain_one(model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_equals_the_plain_one(
+    model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 3 * VOCABULARY)  # three rows at a time
     loss, found = gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)
@@ -118,9 +145,13 @@ def test_chunked_loss_equals_the_plain_one(model: WeightTiedDiffusionGemma, plai
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
-def test_tiled_loss_equals_the_plain_one(model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+def test_tiled_loss_equals_the_plain_one(
+    model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
     monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 5 * VOCABULARY)
-    monkeypatch.setattr(objective, "TILE_ELEMENTS", 5 * tile)  # columns at a time, which do not divide the vocabulary
+    monkeypatch.setattr(
+        objective, "TILE_ELEMENTS", 5 * tile
+    )  # columns at a time, which do not divide the vocabulary
     loss, found = gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)
     assert worst_difference(found, plain[3])[0] < 1e-5
@@ -128,23 +159,34 @@ def test_tiled_loss_equals_the_plain_one(model: WeightTiedDiffusionGemma, plain:
 
 def test_logits_are_softcapped_in_float32() -> None:
     logits = torch.tensor([1000.0, -1000.0, 3.0], dtype=torch.bfloat16)
-    tanh, _, _ = objective.softmax_terms(torch.ones(1, 1, dtype=torch.bfloat16), logits[:, None], 30.0)
+    tanh, _, _ = objective.softmax_terms(
+        torch.ones(1, 1, dtype=torch.bfloat16), logits[:, None], 30.0
+    )
     capped = 30 * tanh[:, 0]
     assert capped.dtype == torch.float32
-    assert torch.allclose(capped, torch.tensor([30.0, -30.0, 30 * torch.tanh(torch.tensor(0.1)).item()]))
+    assert torch.allclose(
+        capped, torch.tensor([30.0, -30.0, 30 * torch.tanh(torch.tensor(0.1)).item()])
+    )
 
 
 def canvas_hidden(
-    model: WeightTiedDiffusionGemma, examples: list[Example], draws: list[NoiseSample], embeds: torch.Tensor | None = None
+    model: WeightTiedDiffusionGemma,
+    examples: list[Example],
+    draws: list[NoiseSample],
+    embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     batch = pack(examples, draws)
     packing = Packing.of(batch, WINDOW)
     if embeds is not None:
         embeds.copy_(model.model.decoder.embed_tokens(batch.clean).detach())
-    return model.hidden_states(batch, model.embed_canvas(batch.canvas, None), packing, checkpointing=False)[1]
+    return model.hidden_states(
+        batch, model.embed_canvas(batch.canvas, None), packing, checkpointing=False
+    )[1]
 
 
-def test_canvas_never_sees_clean_tokens_at_or_after_its_block(model: WeightTiedDiffusionGemma) -> None:
+def test_canvas_never_sees_clean_tokens_at_or_after_its_block(
+    model: WeightTiedDiffusionGemma,
+) -> None:
     """Check that what is there changes no bit of the canvas's hidden states."""
     examples, draws = examples_and_draws()
     before = canvas_hidden(model, examples, draws)
@@ -154,9 +196,14 @@ def test_canvas_never_sees_clean_tokens_at_or_after_its_block(model: WeightTiedD
         tokens = example.tokens.clone()
         tokens[start + CANVAS :] = (tokens[start + CANVAS :] + 7) % VOCABULARY  # later blocks
         changed.append(dataclasses.replace(example, tokens=tokens))
-    assert torch.equal(canvas_hidden(model, changed, draws), before), "a later block's clean tokens reach the canvas"
-    # Its own clean block: everything is corrupted to fixed tokens, so the targets reach the canvas only by a leak.
-    all_noise = [dataclasses.replace(d, corrupted=torch.ones(CANVAS, dtype=torch.bool)) for d in draws]
+    assert torch.equal(canvas_hidden(model, changed, draws), before), (
+        "a later block's clean tokens reach the canvas"
+    )
+    # Its own clean block: everything is corrupted to fixed tokens, so the targets reach the canvas
+    # only by a leak.
+    all_noise = [
+        dataclasses.replace(d, corrupted=torch.ones(CANVAS, dtype=torch.bool)) for d in draws
+    ]
     before = canvas_hidden(model, examples, all_noise)
     own = []
     for example, draw in zip(examples, draws, strict=True):
@@ -164,10 +211,14 @@ def test_canvas_never_sees_clean_tokens_at_or_after_its_block(model: WeightTiedD
         tokens = example.tokens.clone()
         tokens[start : start + CANVAS] = (tokens[start : start + CANVAS] + 11) % VOCABULARY
         own.append(dataclasses.replace(example, tokens=tokens))
-    assert torch.equal(canvas_hidden(model, own, all_noise), before), "the block's own clean tokens reach the canvas"
+    assert torch.equal(canvas_hidden(model, own, all_noise), before), (
+        "the block's own clean tokens reach the canvas"
+    )
 
 
-def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(model: WeightTiedDiffusionGemma) -> None:
+def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(
+    model: WeightTiedDiffusionGemma,
+) -> None:
     examples, draws = examples_and_draws()
     for example, draw in zip(examples, draws, strict=True):
         seen: list[torch.Tensor] = []
@@ -177,7 +228,9 @@ def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(model: WeightTie
         )
         try:
             canvas = model.embed_canvas(batch.canvas, None)
-            hidden = model.hidden_states(batch, canvas, Packing.of(batch, WINDOW), checkpointing=False)[1]
+            hidden = model.hidden_states(
+                batch, canvas, Packing.of(batch, WINDOW), checkpointing=False
+            )[1]
         finally:
             handle.remove()
         hidden.square().sum().backward()
@@ -192,9 +245,14 @@ def test_no_gradient_reaches_clean_tokens_at_or_after_the_block(model: WeightTie
 def test_hidden_states_equal_those_of_block_by_block_inference(
     model: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion
 ) -> None:
-    """Stock inference keeps the last window - 1 tokens of a sliding layer in its cache: our mask's bounds, several windows long."""
+    """Stock inference keeps the last window - 1 tokens of a sliding layer in its cache: our mask's
+    bounds, several windows long.
+    """
     examples, draws = examples_and_draws()
-    assert max(e.prefix_length + d.block * CANVAS for e, d in zip(examples, draws, strict=True)) > 3 * WINDOW
+    assert (
+        max(e.prefix_length + d.block * CANVAS for e, d in zip(examples, draws, strict=True))
+        > 3 * WINDOW
+    )
     for example, draw in zip(examples, draws, strict=True):
         batch = pack([example], [draw])
         ours = canvas_hidden(model, [example], [draw])
@@ -202,10 +260,14 @@ def test_hidden_states_equal_those_of_block_by_block_inference(
         cache = DynamicCache(config=stock.config.text_config)
         stock.model.encoder(input_ids=example.tokens[None, :start], past_key_values=cache)
         theirs = stock.model.decoder(
-            decoder_input_ids=batch.canvas[None], past_key_values=cache, decoder_position_ids=batch.canvas_positions[None]
+            decoder_input_ids=batch.canvas[None],
+            past_key_values=cache,
+            decoder_position_ids=batch.canvas_positions[None],
         ).last_hidden_state[0]
         difference = float((ours - theirs).abs().max().detach())
-        assert difference < 2e-5, f"block {draw.block} after {start} tokens differs from inference by {difference:.1e}"
+        assert difference < 2e-5, (
+            f"block {draw.block} after {start} tokens differs from inference by {difference:.1e}"
+        )
 
 
 def test_sliding_layers_see_exactly_window_minus_one_positions_before_the_block() -> None:
@@ -223,11 +285,20 @@ def test_sliding_layers_see_exactly_window_minus_one_positions_before_the_block(
     )
 
 
-def test_decoding_one_block_equals_decoding_all_and_scoring_one(model: WeightTiedDiffusionGemma) -> None:
+def test_decoding_one_block_equals_decoding_all_and_scoring_one(
+    model: WeightTiedDiffusionGemma,
+) -> None:
     examples, draws = examples_and_draws()
     example, draw = examples[4], draws[4]  # five blocks
-    alone = [canvas_hidden(model, [example], [dataclasses.replace(draw, block=b)]) for b in range(example.blocks)]
-    together = canvas_hidden(model, [example] * example.blocks, [dataclasses.replace(draw, block=b) for b in range(example.blocks)])
+    alone = [
+        canvas_hidden(model, [example], [dataclasses.replace(draw, block=b)])
+        for b in range(example.blocks)
+    ]
+    together = canvas_hidden(
+        model,
+        [example] * example.blocks,
+        [dataclasses.replace(draw, block=b) for b in range(example.blocks)],
+    )
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
@@ -238,9 +309,13 @@ def test_pass_one_matters_only_where_the_coin_says_so(model: WeightTiedDiffusion
     canvas_rows, pairs = counts(examples, off)
     model.zero_grad(set_to_none=True)
     # Another rank has a coin, so pass 1 runs here too: nothing may change.
-    model.run_under_fsdp(losses, pack(examples, off), (1 / canvas_rows, 1 / pairs), any_self_conditioned=True, checkpointing=False)[
-        0
-    ].backward()
+    model.run_under_fsdp(
+        losses,
+        pack(examples, off),
+        (1 / canvas_rows, 1 / pairs),
+        any_self_conditioned=True,
+        checkpointing=False,
+    )[0].backward()
     forced = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert worst_difference(forced, without)[0] < 1e-6
 
@@ -256,28 +331,44 @@ def test_the_padding_ids_lookup_has_no_gradient(model: WeightTiedDiffusionGemma)
     model.zero_grad(set_to_none=True)
 
 
-def test_full_training_freezes_router_and_leaves_vision_out(model: WeightTiedDiffusionGemma) -> None:
+def test_full_training_freezes_router_and_leaves_vision_out(
+    model: WeightTiedDiffusionGemma,
+) -> None:
     frozen = {name.split(".", 4)[-1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"router.proj.weight", "router.scale", "router.per_expert_scale"}
     assert not [name for name, _ in model.named_parameters() if name.startswith(VISION)]
-    assert not [name for name, _ in model.named_parameters() if "encoder" in name], "a shared weight is trained twice"
+    assert not [name for name, _ in model.named_parameters() if "encoder" in name], (
+        "a shared weight is trained twice"
+    )
 
 
 def test_lora_puts_one_adapter_on_each_shared_attention_and_mlp_weight(checkpoint: Path) -> None:
     lora = shared_model(checkpoint, run_config("lora"))
     trained = sorted(name for name, p in lora.named_parameters() if p.requires_grad)
-    adapted = {base_name(name).split(".lora_")[0].split("layers.")[1].split(".", 1)[1] for name in trained}
-    assert adapted == {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    adapted = {
+        base_name(name).split(".lora_")[0].split("layers.")[1].split(".", 1)[1] for name in trained
+    }
+    assert adapted == {f"self_attn.{x}_proj" for x in "qkvo"} | {
+        f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    }
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     assert len(trained) == 2 * (4 * 7 - 1), "one adapter a weight; the full layer has no v_proj"
 
 
-def test_stock_generate_works_on_the_shared_model(model: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion) -> None:
+def test_stock_generate_works_on_the_shared_model(
+    model: WeightTiedDiffusionGemma, stock: DiffusionGemmaForBlockDiffusion
+) -> None:
     prompt = torch.randint(5, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
     answers = []
     for each in (model, stock):
         torch.manual_seed(1)
         answers.append(
-            each.generate(prompt, max_new_tokens=3 * CANVAS, max_denoising_steps=5, eos_token_id=EOS_NEVER, pad_token_id=0).sequences
+            each.generate(
+                prompt,
+                max_new_tokens=3 * CANVAS,
+                max_denoising_steps=5,
+                eos_token_id=EOS_NEVER,
+                pad_token_id=0,
+            ).sequences
         )
     assert torch.equal(answers[0], answers[1])

@@ -1,4 +1,7 @@
-"""What a plan says: the released model's known sizes, what fits, what would, its files. Against the engine: test_plan_measured."""
+"""What a plan says: the released model's known sizes, what fits, what would, its files.
+
+Against the engine: test_plan_measured.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,9 @@ def test_the_released_model_has_its_known_parameters_by_kind() -> None:
     assert {kind: round(counts[kind].total / 1e9, 2) for kind in expected} == expected
     assert round(counts["total"].active / 1e9, 2) == 3.84
     frozen = counts["router"].total + counts["vision tower (not in memory)"].total
-    assert counts["total"].trained == counts["total"].total - frozen, "full fine-tuning trains all but the router and the vision tower"
+    assert counts["total"].trained == counts["total"].total - frozen, (
+        "full fine-tuning trains all but the router and the vision tower"
+    )
 
 
 def test_an_adapter_of_rank_16_on_the_released_model_has_18_6_million_parameters() -> None:
@@ -68,13 +73,19 @@ def test_expert_adapters_of_rank_16_on_the_released_model_have_475_8_million_par
     assert plan.parameters["expert adapters"].total == expected == 475_791_360
     assert plan.parameters["expert adapters"].active == expected * 8 // 128
     assert plan.parameters["total"].trained == expected + 18_585_600
-    more = sum(plan.memory[part] - released("gsm8k_lora").memory[part] for part in ("weights", "optimiser"))
-    assert more == 3 * 4 * expected // 8, "each of eight ranks holds an eighth of the factors and of their two moments, in float32"
+    more = sum(
+        plan.memory[part] - released("gsm8k_lora").memory[part] for part in ("weights", "optimiser")
+    )
+    assert more == 3 * 4 * expected // 8, (
+        "each of eight ranks holds an eighth of the factors and of their two moments, in float32"
+    )
 
 
 def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
     full, lora = released("gsm8k_sft"), released("gsm8k_lora")
-    assert full.memory_bytes / GIB == pytest.approx(51, rel=0.03), "53 before the uses of the embedding shared one gradient"
+    assert full.memory_bytes / GIB == pytest.approx(51, rel=0.03), (
+        "53 before the uses of the embedding shared one gradient"
+    )
     assert lora.memory_bytes / GIB == pytest.approx(8.9, rel=0.03)
     assert full.fits
     assert lora.fits
@@ -82,7 +93,9 @@ def test_the_released_model_needs_its_known_memory_on_eight_ranks() -> None:
 
 def test_the_coins_of_self_conditioning_are_counted_by_their_probabilities() -> None:
     for batch, world_size in ((1, 1), (1, 3), (3, 2)):
-        step = StepShape(world_size, 1, batch, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.3)
+        step = StepShape(
+            world_size, 1, batch, 1, 64, CANVAS, checkpointing=True, self_conditioning=0.3
+        )
         anyone = idle = slowest = 0.0
         for coins in itertools.product([0, 1], repeat=batch * world_size):
             probability = 0.3 ** sum(coins) * 0.7 ** (len(coins) - sum(coins))
@@ -97,7 +110,11 @@ def test_the_coins_of_self_conditioning_are_counted_by_their_probabilities() -> 
             work.slowest_self_conditioning(step),
         ) == pytest.approx(expected)
         always = dataclasses.replace(step, self_conditioning=1.0)
-        assert (work.any_self_conditioning_share(always), work.padding_pass_share(always), work.slowest_self_conditioning(always)) == (
+        assert (
+            work.any_self_conditioning_share(always),
+            work.padding_pass_share(always),
+            work.slowest_self_conditioning(always),
+        ) == (
             1,
             0,
             1,
@@ -111,12 +128,21 @@ def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not() -> None:
     assert length is not None
     for fits, grown in ((True, 0), (False, 1)):
         count = batch + grown
-        assert released("gsm8k_sft", f"train.global_batch_size={8 * count}").fits is fits, f"{count} examples a forward"
-        assert released("gsm8k_sft", f"data.seq_length={length + grown}").fits is fits, f"{length + grown} tokens"
+        assert released("gsm8k_sft", f"train.global_batch_size={8 * count}").fits is fits, (
+            f"{count} examples a forward"
+        )
+        assert released("gsm8k_sft", f"data.seq_length={length + grown}").fits is fits, (
+            f"{length + grown} tokens"
+        )
 
 
 def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smallest_change() -> None:
-    told = refusal("gsm8k_sft", "train.activation_checkpointing=false", "train.global_batch_size=64", "hardware.gpu_memory=70")
+    told = refusal(
+        "gsm8k_sft",
+        "train.activation_checkpointing=false",
+        "train.global_batch_size=64",
+        "hardware.gpu_memory=70",
+    )
     assert "70.0 GB" in told
     assert "optimiser 25.2" in told  # prose: ok (a key of plan.json)
     assert "--set train.activation_checkpointing=true" in told
@@ -136,7 +162,9 @@ def test_every_change_that_a_refusal_names_fits(overrides: list[str]) -> None:
     assert not plan.fits
     assert plan.changes
     for change in plan.changes:
-        ranks = next((int(setting.split()[0]) for setting in change.settings if setting.endswith("ranks")), 8)
+        ranks = next(
+            (int(setting.split()[0]) for setting in change.settings if setting.endswith("ranks")), 8
+        )
         settings = [setting for setting in change.settings if "=" in setting]
         changed = released("gsm8k_sft", *overrides, *settings, ranks=ranks)
         assert changed.fits, change.settings
@@ -167,7 +195,12 @@ def test_what_no_change_can_make_fit_is_refused_as_such() -> None:
             ("lora.rank: found 12", "multiple of 8"),
         ),
         (
-            ["train.global_batch_size=512", "parallel.ep=4", "train.method=lora", "lora.experts=true"],
+            [
+                "train.global_batch_size=512",
+                "parallel.ep=4",
+                "train.method=lora",
+                "lora.experts=true",
+            ],
             512,
             ("parallel.ep: found 4", "512 ranks", "over 128", "704"),
         ),
@@ -189,7 +222,9 @@ def test_a_config_that_is_not_a_diffusion_gemma_is_refused(tmp_path: Path) -> No
         make_plan(recipe("gsm8k_lora"), tmp_path, 8)
 
 
-def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def unreachable(config: ModelConfig, *, weights: bool) -> Path:
         raise UserError(f"{config.id} cannot be fetched")
 
@@ -202,7 +237,9 @@ def test_the_released_model_is_planned_without_the_hub_and_the_plan_says_so(monk
 
 
 def test_on_cpu_the_process_itself_is_part_of_the_memory(middling: Path) -> None:
-    cpu = make_plan(recipe("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=8"), middling, 8)
+    cpu = make_plan(
+        recipe("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=8"), middling, 8
+    )
     gpu = make_plan(recipe("gsm8k_lora"), middling, 8)
     assert cpu.memory["process"] > 0 == gpu.memory.get("process", 0)
     assert cpu.memory_bytes == sum(cpu.memory.values())
@@ -212,7 +249,10 @@ def test_on_cpu_the_process_itself_is_part_of_the_memory(middling: Path) -> None
 
 
 def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:
-    seconds = [released("gsm8k_lora", f"hardware.accelerator={name}").step_seconds for name in ("b200", "h100", "a100", "l40s")]
+    seconds = [
+        released("gsm8k_lora", f"hardware.accelerator={name}").step_seconds
+        for name in ("b200", "h100", "a100", "l40s")
+    ]
     assert seconds == sorted(seconds)
     plan = released("gsm8k_sft", "train.global_batch_size=64")
     spread = released("gsm8k_sft", "train.global_batch_size=64", ranks=64)
@@ -221,7 +261,9 @@ def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:
     assert 0.05 < plan.model_flops_utilisation < 0.45
 
 
-def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(tmp_path: Path, middling: Path) -> None:
+def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(
+    tmp_path: Path, middling: Path
+) -> None:
     config = recipe("gsm8k_lora")
     plan = make_plan(config, middling, 8)
     write_plan(plan, config, tmp_path / "plan")
@@ -238,7 +280,10 @@ def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(tmp_path: Pa
 
 
 def test_the_table_says_whether_it_fits_and_what_would() -> None:
-    fits, not_ = render(released("gsm8k_lora")), render(released("gsm8k_sft", "hardware.gpu_memory=40"))
+    fits, not_ = (
+        render(released("gsm8k_lora")),
+        render(released("gsm8k_sft", "hardware.gpu_memory=40")),
+    )
     assert "\nFits.\n" in fits
     assert "\nDoes not fit.\n" in not_
     assert "Would fit with train.method=lora" in not_

@@ -211,9 +211,10 @@ def test_the_processes_end_with_the_preparation(
     assert len(gone) == 2, f"left: {alive}"
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in said
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "gsm.jsonl"], (
-            "half a data set was left"
-        )
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "config.json",
+            "gsm.jsonl",
+        ], "half a data set was left"
 
 
 def test_tokens_are_those_of_the_tokenizers_own_call() -> None:

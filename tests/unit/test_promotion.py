@@ -1,4 +1,6 @@
-"""A registered version becomes the champion when it beats the champion on the same rows, and says why it did or did not."""
+"""A registered version becomes the champion when it beats the champion on the same rows, and says
+why it did or did not.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,14 @@ class Runs:
     def begin(self, when: str = "better") -> tracking.PipelineRun:
         """Train and merge: the version is there, and not yet judged."""
         self.count += 1
-        tree = {"name": "tiny_lora", "data": {"source": "openai/gsm8k"}, "tracking": {"registered_model": self.name, "promote": when}}
-        run = tracking.PipelineRun(parse_config(tree), self.workspace / "runs" / f"{self.name}-{self.count}", "job")
+        tree = {
+            "name": "tiny_lora",
+            "data": {"source": "openai/gsm8k"},
+            "tracking": {"registered_model": self.name, "promote": when},
+        }
+        run = tracking.PipelineRun(
+            parse_config(tree), self.workspace / "runs" / f"{self.name}-{self.count}", "job"
+        )
         (run.folder / "model").mkdir(parents=True)
         (run.folder / "model" / "model.safetensors").write_bytes(b"weights")
         with tracking.step_run(run, "merge_lora") as record:
@@ -53,7 +61,10 @@ class Runs:
         return self.judge(self.begin(when), before, after, **asked)
 
     def aliases(self) -> dict[str, int]:
-        return {alias: int(version) for alias, version in self.client.get_registered_model(self.name).aliases.items()}
+        return {
+            alias: int(version)
+            for alias, version in self.client.get_registered_model(self.name).aliases.items()
+        }
 
 
 def evaluation(before: float, after: float, **asked: Any) -> EvaluationResult:
@@ -70,25 +81,43 @@ def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
     runs = Runs(workspace, "best")
     assert runs(0.5, 0.4) == "not promoted: exact match 40.0% is below the base's 50.0%"
     assert runs.aliases() == {"candidate": 1}
-    assert runs(0.5, 0.5) == "promoted to champion: the first one, exact match 50.0%, the base has 50.0%"
-    assert runs(0.5, 0.75) == "promoted to champion: exact match 75.0%, version 2 before it has 50.0%"
-    assert runs(0.5, 0.75) == "not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion"
-    assert runs(0.5, 0.7) == "not promoted: exact match 70.0% is below the 75.0% of version 3, the champion"
+    assert (
+        runs(0.5, 0.5)
+        == "promoted to champion: the first one, exact match 50.0%, the base has 50.0%"
+    )
+    assert (
+        runs(0.5, 0.75) == "promoted to champion: exact match 75.0%, version 2 before it has 50.0%"
+    )
+    assert (
+        runs(0.5, 0.75)
+        == "not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion"
+    )
+    assert (
+        runs(0.5, 0.7)
+        == "not promoted: exact match 70.0% is below the 75.0% of version 3, the champion"
+    )
     for other in ({"asked": "other rows"}, {"answer_pattern": "(..)"}, {"max_new_tokens": 32}):
-        assert runs(0.5, 0.9, **other) == (
-            "not promoted: version 3, the champion, was not evaluated on the same rows in the same way. "
-            "If this one is better, set the alias by hand"
+        assert (
+            runs(0.5, 0.9, **other)
+            == "not promoted: version 3, the champion, was not evaluated on the same rows in the"
+            " same way. If this one is better, set the alias by hand"
         )
     assert runs(0.5, 0.9, when="never") == "not promoted: tracking.promote is never"
     assert runs(0.5, 0.9, scored=0) == "not promoted: no held-out row was scored"
     assert runs.aliases() == {"candidate": 10, "champion": 3}
     version = runs.client.get_model_version("best", "4")
-    assert version.description == "Not promoted: exact match 75.0% is no better than the 75.0% of version 3, the champion.\n\nthe figures"
+    assert (
+        version.description
+        == "Not promoted: exact match 75.0% is no better than the 75.0% of version 3, the"
+        " champion.\n\nthe figures"
+    )
     assert version.tags["canvastune.exact_match"] == "0.75"
     assert "`champion`" in runs.client.get_registered_model("best").description
 
 
-def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set(workspace: Path) -> None:
+def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set(
+    workspace: Path,
+) -> None:
     runs = Runs(workspace, "repeated")
     first = runs.begin()
     outcome = runs.judge(first, 0.5, 0.6)
@@ -100,17 +129,30 @@ def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set
     runs.judge(second, 0.5, 0.7)
     with tracking.step_run(first, "merge_lora") as record:
         record.model(first.folder / "model", "merged")
-    assert runs.aliases() == {"candidate": 2, "champion": 1}, "a person's choice was undone, or the candidate is an older version"
+    assert runs.aliases() == {
+        "candidate": 2,
+        "champion": 1,
+    }, "a person's choice was undone, or the candidate is an older version"
     assert len(runs.client.search_model_versions("name = 'repeated'")) == 2
 
 
-@pytest.mark.parametrize("killed_at", ["canvastune.exact_match", "champion", "canvastune.promotion"])
-def test_a_step_that_was_killed_while_it_judged_is_judged_again(workspace: Path, killed_at: str) -> None:
+@pytest.mark.parametrize(
+    "killed_at", ["canvastune.exact_match", "champion", "canvastune.promotion"]
+)
+def test_a_step_that_was_killed_while_it_judged_is_judged_again(
+    workspace: Path, killed_at: str
+) -> None:
     runs = Runs(workspace, f"killed-{killed_at.rpartition('.')[2]}")
     run = runs.begin()
     (version,) = runs.client.search_model_versions(f"name = '{runs.name}'")
     with pytest.raises(KeyboardInterrupt):
-        promote(_Stopping(runs.client, killed_at), runs.name, version, score_of(evaluation(0.5, 0.6)), "better")  # type: ignore[arg-type]
+        promote(
+            _Stopping(runs.client, killed_at),
+            runs.name,
+            version,
+            score_of(evaluation(0.5, 0.6)),
+            "better",
+        )  # type: ignore[arg-type]
     assert runs.judge(run, 0.5, 0.6).startswith("promoted to champion: ")
     assert runs.aliases() == {"candidate": 1, "champion": 1}
 

@@ -117,7 +117,9 @@ def test_right_words_pass(text: str) -> None:
 
 
 def test_a_phrase_is_found_across_lines_and_said_once() -> None:
-    (hit,) = check("page.md", "# Title\n\nThe same command goes\non.\n\nIt goes.\n\nOn the next day.\n")
+    (hit,) = check(
+        "page.md", "# Title\n\nThe same command goes\non.\n\nIt goes.\n\nOn the next day.\n"
+    )
     assert (hit.line, hit.found) == (3, "goes on")
 
 
@@ -188,7 +190,9 @@ def test_no_rule_is_there_twice() -> None:
     assert all(rule.write for rule in (*PHRASES, *SPELLING))
 
 
-def test_the_program_prints_the_place_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_prints_the_place_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text("A line.\nMend it.\n")
     assert main([str(tmp_path)]) == 1

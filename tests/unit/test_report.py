@@ -18,7 +18,15 @@ import canvastune.report
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.report.build import build_report
-from canvastune.report.charts import build_charts, charts_json, content_security_policy, draw_chart_image, smooth, thin, tick
+from canvastune.report.charts import (
+    build_charts,
+    charts_json,
+    content_security_policy,
+    draw_chart_image,
+    smooth,
+    thin,
+    tick,
+)
 from canvastune.report.formatting import duration, hours, mark_differences, short
 from canvastune.report.summary import Cost, RunArtifacts, find_warnings
 from canvastune.tracking import read_metrics
@@ -78,13 +86,22 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
-    """Write the output of every step, two earlier runs to compare with, and the report in `report/`."""
+    """Write the output of every step, two earlier runs to compare with, and the report in
+    `report/`.
+    """
     root = tmp_path_factory.mktemp("run")
     rank8 = write_metrics(root / "rank8", seed=3, steps=60, events=False)
     rank32 = write_metrics(root / "rank32", seed=4, steps=60, events=False)
     others = [
-        RunArtifacts("<b>rank8", sample_config(lora={"rank": 8}, parallel={"nproc_per_node": 2}), rank8),
-        RunArtifacts("tiny_lora", config, rank32.parent, evaluation=write_evaluation(root / "other", config, before=6, after=40)),
+        RunArtifacts(
+            "<b>rank8", sample_config(lora={"rank": 8}, parallel={"nproc_per_node": 2}), rank8
+        ),
+        RunArtifacts(
+            "tiny_lora",
+            config,
+            rank32.parent,
+            evaluation=write_evaluation(root / "other", config, before=6, after=40),
+        ),
     ]
     build_report(sample_run(root, config), root / "report", others)
     return root
@@ -97,9 +114,9 @@ def page(folder: Path) -> _Page:
 
 def test_the_verdict_is_one_sentence_with_its_uncertainty(page: _Page) -> None:
     sentence = (
-        "Exact match rose from 9.4% to 81.2% on 64 held-out rows (95% intervals 4.4% to 19.0% and 70.0% to 88.9%; "
-        "row by row 47 gained, 1 lost, p < 0.001), validation loss fell from 5.619 to 0.613 after 300 steps, "
-        "for 0.0826 CPU-hours and 1.22 M tokens."
+        "Exact match rose from 9.4% to 81.2% on 64 held-out rows (95% intervals 4.4% to 19.0% and"
+        " 70.0% to 88.9%; row by row 47 gained, 1 lost, p < 0.001), validation loss fell from 5.619"
+        " to 0.613 after 300 steps, for 0.0826 CPU-hours and 1.22 M tokens."
     )
     assert sentence in page.text, page.text[:900]
 
@@ -111,32 +128,64 @@ def test_every_chart_is_an_image_on_the_page_and_a_file(folder: Path, page: _Pag
         assert path.read_bytes().startswith(b"\x89PNG"), f"{path.name} cannot be opened"
     images = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
     assert len(images) == len(PNGS)
-    assert all(b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG") for image in images)
-    for title in ("Total loss", "Diffusion loss", "Autoregressive loss", "Validation loss by corruption level", "Gradient norm"):
+    assert all(
+        b64decode(image.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+        for image in images
+    )
+    for title in (
+        "Total loss",
+        "Diffusion loss",
+        "Autoregressive loss",
+        "Validation loss by corruption level",
+        "Gradient norm",
+    ):
         assert title in page.text
-    assert {"config.yaml", "provenance.json", "report.html"} <= {path.name for path in (folder / "report").iterdir()}
+    assert {"config.yaml", "provenance.json", "report.html"} <= {
+        path.name for path in (folder / "report").iterdir()
+    }
 
 
 def test_the_images_of_the_page_keep_the_color_of_every_line(folder: Path) -> None:
-    runs = [(name, read_metrics(folder / name / "metrics.jsonl")) for name in ("train", "rank8", "rank32")]
+    runs = [
+        (name, read_metrics(folder / name / "metrics.jsonl"))
+        for name in ("train", "rank8", "rank32")
+    ]
     chart = build_charts(runs)[0]
-    image = Image.open(BytesIO(b64decode(draw_chart_image(chart, []).removeprefix("data:image/png;base64,"))))
+    image = Image.open(
+        BytesIO(b64decode(draw_chart_image(chart, []).removeprefix("data:image/png;base64,")))
+    )
     found: Any = [color for _, color in image.convert("RGB").getcolors() or []]
     for wanted in ("#1f5fd0", "#b4540a", "#0b7a75"):
         parts = [int(wanted[at : at + 2], 16) for at in (1, 3, 5)]
-        nearest = min(max(abs(one - other) for one, other in zip(color, parts, strict=True)) for color in found)
+        nearest = min(
+            max(abs(one - other) for one, other in zip(color, parts, strict=True))
+            for color in found
+        )
         assert nearest <= 4, f"no line of the color {wanted}"
 
 
 def test_the_page_asks_the_network_for_nothing(page: _Page) -> None:
     for tag, attributes in page.elements:
-        assert tag not in {"iframe", "object", "embed", "base"}, f"<{tag}> can run or fetch something"
+        assert tag not in {
+            "iframe",
+            "object",
+            "embed",
+            "base",
+        }, f"<{tag}> can run or fetch something"
         for name, value in attributes.items():
             assert not name.startswith("on"), f"{tag} {name} runs a script"
             local = str(value).startswith(("#", "data:"))
-            assert name not in {"src", "href", "xlink:href", "srcset"} or local, f"<{tag} {name}={value!r}> leaves the page"
-            assert "url(" not in str(value) or "url(#" in str(value), f"<{tag} {name}={value!r}> leaves the page"
-    policies = [attributes.get("content") for _, attributes in page.elements if attributes.get("http-equiv") == "Content-Security-Policy"]
+            assert name not in {"src", "href", "xlink:href", "srcset"} or local, (
+                f"<{tag} {name}={value!r}> leaves the page"
+            )
+            assert "url(" not in str(value) or "url(#" in str(value), (
+                f"<{tag} {name}={value!r}> leaves the page"
+            )
+    policies = [
+        attributes.get("content")
+        for _, attributes in page.elements
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policies
     assert "default-src 'none'" in str(policies[0])
 
@@ -146,14 +195,19 @@ def test_the_policy_lets_the_pages_own_script_run_and_no_other(folder: Path) -> 
     scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
     assert len(scripts) == 1
     given = unescape(re.findall(r'Content-Security-Policy" content="([^"]*)"', html)[0])
-    assert given == content_security_policy(scripts[0]), "a browser would refuse the script, or run another"
+    assert given == content_security_policy(scripts[0]), (
+        "a browser would refuse the script, or run another"
+    )
     assert "unsafe" not in given.replace("style-src 'unsafe-inline'", "")
     assert "Permission is hereby granted" in scripts[0], "uPlot's license goes where uPlot goes"
 
 
 def test_charts_keep_every_peak_and_the_mean_of_each_stretch() -> None:
     steps = 30_000
-    records: list[dict[str, Any]] = [{"kind": "train", "step": step, "loss": 1.0 + (step % 100 == 0)} for step in range(1, steps + 1)]
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "loss": 1.0 + (step % 100 == 0)}
+        for step in range(1, steps + 1)
+    ]
     records[12_344]["loss"] = 99.0
     text = charts_json(build_charts([("</script>", records)]), [7, 7], steps)
     assert "<" not in text, "a name could end the element that holds the curves"
@@ -163,32 +217,50 @@ def test_charts_keep_every_peak_and_the_mean_of_each_stretch() -> None:
     assert len(line["raw"][0]) <= 2402
     assert max(line["raw"][1]) == 99.0
     assert len(line["means"][0]) == 1200
-    assert sum(line["means"][1]) / 1200 == pytest.approx(sum(record["loss"] for record in records) / steps, rel=1e-3)
+    assert sum(line["means"][1]) / 1200 == pytest.approx(
+        sum(record["loss"] for record in records) / steps, rel=1e-3
+    )
 
 
 def test_hostile_answers_and_names_are_shown_as_text(page: _Page) -> None:
     assert re.sub(r"\s+", " ", HOSTILE) in page.text, "the answer is shown as it was"
     sources = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
-    assert all(source.startswith("data:image/png;base64,") for source in sources), "an answer's image is one of the page"
+    assert all(source.startswith("data:image/png;base64,") for source in sources), (
+        "an answer's image is one of the page"
+    )
     assert "<b>rank8" in page.text, "the name of a run is the user's text too"
 
 
 def test_failures_come_first_and_the_lost_before_all(page: _Page) -> None:
-    tags = [attributes["class"] for tag, attributes in page.elements if tag == "span" and str(attributes.get("class")).startswith("tag")]
+    tags = [
+        attributes["class"]
+        for tag, attributes in page.elements
+        if tag == "span" and str(attributes.get("class")).startswith("tag")
+    ]
     assert tags == ["tag lost"] + ["tag wrong"] * 11 + ["tag gained"] * 47 + ["tag right"] * 5
-    assert "Of 64 held-out rows, 47 were gained, 1 lost, 5 right and 11 wrong before and after." in page.text
+    assert (
+        "Of 64 held-out rows, 47 were gained, 1 lost, 5 right and 11 wrong before and after."
+        in page.text
+    )
 
 
 def test_differing_words_of_similar_answers_are_marked() -> None:
     before, after = mark_differences("Mia has 9 - 4 = <5> apples.", "Mia has 9 + 4 = <13> apples.")
     assert before == "Mia has 9 <del>-</del> 4 = &lt;<del>5</del>&gt; apples."
     assert after == "Mia has 9 <ins>+</ins> 4 = &lt;<ins>13</ins>&gt; apples."
-    assert mark_differences("of of & of", "She has 13 apples left.") == ("of of &amp; of", "She has 13 apples left.")
+    assert mark_differences("of of & of", "She has 13 apples left.") == (
+        "of of &amp; of",
+        "She has 13 apples left.",
+    )
     assert mark_differences("", "") == ("", "")
 
 
 def test_changed_settings_are_shown_next_to_their_defaults(page: _Page) -> None:
-    assert re.search(r"Key This run Default name \"tiny_lora\" none data\.source \"problems\.jsonl\" none train\.steps 300 \d+ ", page.text)
+    assert re.search(
+        r"Key This run Default name \"tiny_lora\" none data\.source \"problems\.jsonl\" none"
+        r" train\.steps 300 \d+ ",
+        page.text,
+    )
     assert "parallel.nproc_per_node 2 8 Full configuration" in page.text, "a default is listed"
 
 
@@ -211,15 +283,32 @@ def test_config_seed_and_versions_are_shown(page: _Page) -> None:
 
 
 def test_compared_runs_are_overlaid_and_listed(folder: Path, page: _Page) -> None:
-    runs = [("own", read_metrics(folder / "train" / "metrics.jsonl")), ("rank32", read_metrics(folder / "rank32" / "metrics.jsonl"))]
-    named = re.findall(r"(\S+) 60 \d+\.\d+ \d\.\d+ (not evaluated|[\d.]+% [\d.]+% to [\d.]+%)", page.text)
-    assert named == [("<b>rank8", "not evaluated"), ("(2)", "62.5% 50.3% to 73.3%")], "two runs of one name have the same label"
-    assert "Settings that differ Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
+    runs = [
+        ("own", read_metrics(folder / "train" / "metrics.jsonl")),
+        ("rank32", read_metrics(folder / "rank32" / "metrics.jsonl")),
+    ]
+    named = re.findall(
+        r"(\S+) 60 \d+\.\d+ \d\.\d+ (not evaluated|[\d.]+% [\d.]+% to [\d.]+%)", page.text
+    )
+    assert named == [
+        ("<b>rank8", "not evaluated"),
+        ("(2)", "62.5% 50.3% to 73.3%"),
+    ], "two runs of one name have the same label"
+    assert (
+        "Settings that differ Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
+    )
     charts = {chart.name: chart for chart in build_charts(runs)}
     assert [line.label for line in charts["total_loss"].lines] == ["own", "rank32"]
-    assert charts["total_loss"].recorded[:300] == charts["total_loss"].lines[0].values, "single steps of the run itself"
-    assert charts["total_loss"].recorded[300:] == charts["total_loss"].lines[1].shown, "and of no other"
-    assert [line.label for line in charts["validation_loss"].lines][-2:] == ["own, mean", "rank32, mean"]
+    assert charts["total_loss"].recorded[:300] == charts["total_loss"].lines[0].values, (
+        "single steps of the run itself"
+    )
+    assert charts["total_loss"].recorded[300:] == charts["total_loss"].lines[1].shown, (
+        "and of no other"
+    )
+    assert [line.label for line in charts["validation_loss"].lines][-2:] == [
+        "own, mean",
+        "rank32, mean",
+    ]
     assert "tiny_lora (this run) 300" in page.text
 
 
@@ -227,11 +316,17 @@ def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None
     config = sample_config(train={"method": "full", "steps": 40})
     data = write_data(tmp_path / "data", config)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)
-    page = _Page(build_report(RunArtifacts("sft", config, metrics.parent, data), tmp_path / "out").read_text())
+    page = _Page(
+        build_report(
+            RunArtifacts("sft", config, metrics.parent, data), tmp_path / "out"
+        ).read_text()
+    )
     assert "The tuned model was not evaluated; validation loss fell" in page.text
     assert "Training reached step 20 of 40." in page.text
     assert "How one answer forms" not in page.text, "no trace was recorded"
-    bare = _Page(build_report(RunArtifacts("sft", config, metrics.parent), tmp_path / "bare").read_text())
+    bare = _Page(
+        build_report(RunArtifacts("sft", config, metrics.parent), tmp_path / "bare").read_text()
+    )
     assert "The data card was not found." in bare.text
     assert "Not planned." in page.text
     assert "All weights were trained: there is no adapter to merge." in page.text
@@ -239,7 +334,9 @@ def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None
     assert "%" not in page.text.split("Charts")[0], "there is no exact match to show"
 
 
-def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_path: Path, config: RunConfig) -> None:
+def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(
+    tmp_path: Path, config: RunConfig
+) -> None:
     record: dict[str, Any] = {
         "kind": "train",
         "time": 0.0,
@@ -249,16 +346,25 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(tmp_pat
         "seconds": 1.0,
         "tokens": 9,
     }
-    lines = (json.dumps({**record, "step": step, "loss": 1 + (step * 7919 % 101) / 50}) + "\n" for step in range(1, 10_001))
+    lines = (
+        json.dumps({**record, "step": step, "loss": 1 + (step * 7919 % 101) / 50}) + "\n"
+        for step in range(1, 10_001)
+    )
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     evaluation = write_evaluation(tmp_path / "evaluation", config, rows=400, before=40, after=200)
     answers = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
     endless = "".join(
-        json.dumps({**answer, "prompt": "<" * 50_000, "before": "&" * 50_000, "after": '"' * 50_000}) + "\n" for answer in answers
+        json.dumps(
+            {**answer, "prompt": "<" * 50_000, "before": "&" * 50_000, "after": '"' * 50_000}
+        )
+        + "\n"
+        for answer in answers
     )
     (evaluation / "answers.jsonl").write_text(endless)
     data = write_data(tmp_path / "data", config)
-    report = build_report(RunArtifacts("long", config, tmp_path, data, evaluation=evaluation), tmp_path / "out")
+    report = build_report(
+        RunArtifacts("long", config, tmp_path, data, evaluation=evaluation), tmp_path / "out"
+    )
     assert report.stat().st_size < 2_000_000
     text = _Page(report.read_text()).text
     assert "shown: 12, answers.jsonl has all" in text
@@ -273,12 +379,18 @@ def test_a_report_never_overwrites_another(folder: Path, config: RunConfig) -> N
 
 
 def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "event", "step": 0, "time": 0.0, "event": "checkpoint"}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"kind": "event", "step": 0, "time": 0.0, "event": "checkpoint"}) + "\n"
+    )
     metrics = write_metrics(tmp_path / "train", steps=3)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         build_report(RunArtifacts("none", config, tmp_path), tmp_path / "out")
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        build_report(RunArtifacts("one", config, metrics), tmp_path / "out", [RunArtifacts("none", config, tmp_path)])
+        build_report(
+            RunArtifacts("one", config, metrics),
+            tmp_path / "out",
+            [RunArtifacts("none", config, tmp_path)],
+        )
     with pytest.raises(UserError, match=r"card\.json"):
         build_report(RunArtifacts("no card", config, metrics, data=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
@@ -298,16 +410,31 @@ GPU = {"device": "cuda", "device_name": "NVIDIA H200"}
     [
         ([{"ranks": 8, **GPU}], (8.0, "GPU-hours", "8 × NVIDIA H200")),
         ([{"ranks": 8, **GPU}, {"ranks": 16, **GPU}], (12.0, "GPU-hours", "16 × NVIDIA H200")),
-        ([{"ranks": 2, "device": "cpu", "threads": 1}], (2.0, "CPU-hours", "2 processes of 1 thread")),
-        ([{"ranks": 1, "device": "cpu", "threads": 4}], (4.0, "CPU-hours", "1 process of 4 threads")),
+        (
+            [{"ranks": 2, "device": "cpu", "threads": 1}],
+            (2.0, "CPU-hours", "2 processes of 1 thread"),
+        ),
+        (
+            [{"ranks": 1, "device": "cpu", "threads": 4}],
+            (4.0, "CPU-hours", "1 process of 4 threads"),
+        ),
         ([], (4.0, "process-hours", "4 processes")),
     ],
 )
-def test_cost_is_the_hours_of_the_devices_of_each_attempt(places: list[dict[str, Any]], told: tuple[float, str, str]) -> None:
+def test_cost_is_the_hours_of_the_devices_of_each_attempt(
+    places: list[dict[str, Any]], told: tuple[float, str, str]
+) -> None:
     records: list[dict[str, Any]] = []
     for attempt in range(2):  # of half an hour each, the second started where the first was lost
         if attempt < len(places):
-            records.append({"kind": "event", "step": 2 * attempt, "event": "resumed" if attempt else "started", **places[attempt]})
+            records.append(
+                {
+                    "kind": "event",
+                    "step": 2 * attempt,
+                    "event": "resumed" if attempt else "started",
+                    **places[attempt],
+                }
+            )
         records.append({"kind": "train", "step": 2 * attempt + 1, "seconds": 1200.0})
         records.append({"kind": "validation", "step": 2 * attempt + 1, "seconds": 600.0})
     cost = Cost.from_records(records, sample_config(parallel={"nproc_per_node": 4}))
@@ -317,12 +444,22 @@ def test_cost_is_the_hours_of_the_devices_of_each_attempt(places: list[dict[str,
 @pytest.mark.parametrize(
     ("before", "after", "lost", "warning"),
     [
-        (6, 8, 1, "64 rows are too few to be sure of the change in exact match: 3 gained, 1 lost, p = 0.62."),
+        (
+            6,
+            8,
+            1,
+            (
+                "64 rows are too few to be sure of the change in exact match: 3 gained, 1 lost, p ="
+                " 0.62."
+            ),
+        ),
         (30, 12, 18, "Exact match fell from 30 to 12 of 64 rows."),
         (6, 52, 1, None),
     ],
 )
-def test_a_doubtful_or_bad_result_is_a_warning(before: int, after: int, lost: int, warning: str | None, config: RunConfig) -> None:
+def test_a_doubtful_or_bad_result_is_a_warning(
+    before: int, after: int, lost: int, warning: str | None, config: RunConfig
+) -> None:
     found = _warnings(config, [], evaluation=sample_result(64, before, after, lost))
     assert found == ([] if warning is None else [warning])
 
@@ -330,7 +467,11 @@ def test_a_doubtful_or_bad_result_is_a_warning(before: int, after: int, lost: in
 def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> None:
     sample_result(0, 0, 0, 0).write(tmp_path)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)
-    page = _Page(build_report(RunArtifacts("run", config, metrics, evaluation=tmp_path), tmp_path / "out").read_text())
+    page = _Page(
+        build_report(
+            RunArtifacts("run", config, metrics, evaluation=tmp_path), tmp_path / "out"
+        ).read_text()
+    )
     assert "No row could be scored" in page.text
     assert "%" not in page.text.split("Charts")[0]
 
@@ -338,7 +479,13 @@ def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> No
 def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
     records: list[dict[str, Any]] = [
         {"kind": "event", "step": 7, "time": 0.0, "event": "skipped_step", "detail": "not finite"},
-        {"kind": "event", "step": 7, "time": 0.0, "event": "damaged_checkpoint", "detail": "a checksum differs"},
+        {
+            "kind": "event",
+            "step": 7,
+            "time": 0.0,
+            "event": "damaged_checkpoint",
+            "detail": "a checksum differs",
+        },
         {"kind": "train", "step": 8, "time": 0.0, "loss": 1.0, "grad_norm": None},
         {"kind": "validation", "step": 100, "time": 0.0, "loss": 1.0, "levels": {}},
         {"kind": "validation", "step": 300, "time": 0.0, "loss": 1.2, "levels": {}},
@@ -353,7 +500,9 @@ def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
 
 def test_smoothing_does_not_lag_and_thinning_keeps_every_peak() -> None:
     falling = [float(300 - step) for step in range(300)]
-    assert smooth(falling)[100:200] == pytest.approx([value + 0.5 for value in falling[100:200]]), "the average is around its step"
+    assert smooth(falling)[100:200] == pytest.approx([value + 0.5 for value in falling[100:200]]), (
+        "the average is around its step"
+    )
     values = [1.0] * 5000
     values[3333] = 99.0
     steps, thinned = thin(list(range(5000)), values)
@@ -362,9 +511,25 @@ def test_smoothing_does_not_lag_and_thinning_keeps_every_peak() -> None:
 
 
 def test_numbers_are_formatted_for_reading() -> None:
-    assert [tick(value) for value in (0, 1.5e-4, 0.25, 12_000, 2.5e6)] == ["0", "1.5e-4", "0.25", "12k", "2.5M"]
-    assert [duration(value) for value in (0.25, 41, 192, 7500)] == ["0.25 s", "41 s", "3 min 12 s", "2 h 5 min"]
-    assert [short(value) for value in (1.5e-5, 0.8123, 1234.5, 1.23e6)] == ["1.5e-5", "0.812", "1,234", "1.23 M"]
+    assert [tick(value) for value in (0, 1.5e-4, 0.25, 12_000, 2.5e6)] == [
+        "0",
+        "1.5e-4",
+        "0.25",
+        "12k",
+        "2.5M",
+    ]
+    assert [duration(value) for value in (0.25, 41, 192, 7500)] == [
+        "0.25 s",
+        "41 s",
+        "3 min 12 s",
+        "2 h 5 min",
+    ]
+    assert [short(value) for value in (1.5e-5, 0.8123, 1234.5, 1.23e6)] == [
+        "1.5e-5",
+        "0.812",
+        "1,234",
+        "1.23 M",
+    ]
     assert [hours(value) for value in (0.0071, 0.0826, 12.44)] == ["under 0.01", "0.0826", "12.4"]
 
 
@@ -374,7 +539,13 @@ def test_text_and_lines_can_be_read_in_light_and_in_dark(mode: str) -> None:
     blocks = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
     colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[0 if mode == "light" else 1]))
     text = [(ink, back) for ink in ("ink", "soft", "link") for back in ("page", "card")]
-    text += [("warn", "warn-back"), ("good", "good-back"), ("bad", "bad-back"), ("soft", "plain-back"), ("ink", "mark-back")]
+    text += [
+        ("warn", "warn-back"),
+        ("good", "good-back"),
+        ("bad", "bad-back"),
+        ("soft", "plain-back"),
+        ("ink", "mark-back"),
+    ]
     for ink, back in text:
         assert _contrast(colors[ink], colors[back]) >= 4.5, f"--{ink} on --{back} in {mode}"
     for line in (name for name in colors if re.fullmatch(r"[sl]\d", name)):
@@ -391,7 +562,9 @@ def _contrast(one: str, other: str) -> float:
 
     def luminance(color: str) -> float:
         channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        red, green, blue = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     high, low = sorted((luminance(one), luminance(other)), reverse=True)

@@ -1,4 +1,6 @@
-"""`canvastune report` writes a run's page again, compared with others, and refuses folders without a run."""
+"""`canvastune report` writes a run's page again, compared with others, and refuses folders without
+a run.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def trained(config: RunConfig, tmp_path: Path) -> Path:
     return tmp_path / "rank64"
 
 
-def test_a_run_is_reported_again_compared_with_another(run: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_reported_again_compared_with_another(
+    run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run / "report").mkdir()
     (run / "report" / "report.html").write_text("old")
     assert main(["report", str(run), "--compare", str(trained)]) == 0
@@ -67,7 +71,9 @@ def test_a_run_is_reported_again_compared_with_another(run: Path, trained: Path,
     assert "largest difference 3.1e-6" in text
     assert not list(run.glob(".*")), "temporary files are left"
     record = json.loads((run / "report" / "provenance.json").read_text())
-    assert {"metrics", "data", "plan", "evaluation", "merge", "compared with rank64"} == record["inputs"].keys()
+    assert {"metrics", "data", "plan", "evaluation", "merge", "compared with rank64"} == record[
+        "inputs"
+    ].keys()
 
 
 def test_the_trainers_output_alone_has_a_report(trained: Path) -> None:
@@ -92,15 +98,28 @@ def test_the_report_of_an_unfinished_run_needs_an_output_folder(
     ("spoil", "parts"),
     [
         (shutil.rmtree, ("rank16: ", "run.json")),
-        (lambda run: (run / "run.json").unlink(), ("rank16: ", "run.json", "metrics.jsonl", "config.yaml")),
+        (
+            lambda run: (run / "run.json").unlink(),
+            ("rank16: ", "run.json", "metrics.jsonl", "config.yaml"),
+        ),
         (lambda run: (run / "run.json").write_text('{"a": 1}'), ("run.json: ", "'a'")),
         (lambda run: (run / "train" / "metrics.jsonl").unlink(), ("train: ", "metrics.jsonl")),
-        (lambda run: (run / "evaluation" / "evaluation.json").write_text("{"), ("evaluation.json: ",)),
-        (lambda run: (run / "evaluation" / "evaluation.json").write_text("{}"), ("evaluation.json: ", "'rows'")),
+        (
+            lambda run: (run / "evaluation" / "evaluation.json").write_text("{"),
+            ("evaluation.json: ",),
+        ),
+        (
+            lambda run: (run / "evaluation" / "evaluation.json").write_text("{}"),
+            ("evaluation.json: ", "'rows'"),
+        ),
     ],
 )
 def test_a_folder_without_a_run_is_refused_by_name(
-    spoil: object, parts: tuple[str, ...], run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+    spoil: object,
+    parts: tuple[str, ...],
+    run: Path,
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert callable(spoil)
     spoil(run)
@@ -112,7 +131,9 @@ def test_a_folder_without_a_run_is_refused_by_name(
     assert not (trained / "report").exists()
 
 
-def test_more_runs_than_colours_are_refused(run: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_runs_than_colours_are_refused(
+    run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", str(run), "--compare", *[str(trained)] * (MAX_COMPARED + 1)]) == 1
     assert capsys.readouterr().err == snapshot("""\
 canvastune: error: compare: found 6 runs, expected at most 5
@@ -125,12 +146,29 @@ def test_the_pipeline_looks_for_compared_runs_before_it_writes_anything(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     write_config(find_run(trained).config, recipe)
-    assert main(["run", str(recipe), "--workspace", str(tmp_path / "workspace"), "--compare", str(trained), "nowhere"]) == 1
+    assert (
+        main(
+            [
+                "run",
+                str(recipe),
+                "--workspace",
+                str(tmp_path / "workspace"),
+                "--compare",
+                str(trained),
+                "nowhere",
+            ]
+        )
+        == 1
+    )
     assert "nowhere: " in capsys.readouterr().err
     assert not (tmp_path / "workspace").exists()
 
 
 def test_compared_runs_are_separated_by_commas_or_line_breaks(tmp_path: Path) -> None:
     found = compared_folders("rank8, rank16\n/data/runs/rank32\n", tmp_path)
-    assert found == [tmp_path / "runs" / "rank8", tmp_path / "runs" / "rank16", Path("/data/runs/rank32")]
+    assert found == [
+        tmp_path / "runs" / "rank8",
+        tmp_path / "runs" / "rank16",
+        Path("/data/runs/rank32"),
+    ]
     assert compared_folders("", tmp_path) == []

@@ -48,9 +48,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records: list[dict[str, Any]] = []
     for step in range(1, 301):
         loss = 1 + 9 * 0.99**step + (step % 7) / 10
-        records.append({"kind": "train", "step": step, "time": 0.0, "loss": loss, "seconds": 1.0, "tokens": 100})
+        records.append(
+            {
+                "kind": "train",
+                "step": step,
+                "time": 0.0,
+                "loss": loss,
+                "seconds": 1.0,
+                "tokens": 100,
+            }
+        )
         if step % 100 == 1:
-            records.append({"kind": "validation", "step": step, "time": 0.0, "loss": loss / 2, "levels": {}})
+            records.append(
+                {"kind": "validation", "step": step, "time": 0.0, "loss": loss / 2, "levels": {}}
+            )
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "train" / "metrics.jsonl").write_text(lines)
     return folder
@@ -62,7 +73,9 @@ def config() -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def published(run_folder: Path, config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSummary, Recorder]:
+def published(
+    run_folder: Path, config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunSummary, Recorder]:
     outputs, record = tmp_path_factory.mktemp("outputs"), Recorder()
     write_record(run_folder, RunRecord("job", config.model_dump_json(), "print"))
     summary = publish(
@@ -78,8 +91,13 @@ def published(run_folder: Path, config: RunConfig, tmp_path_factory: pytest.Temp
     return summary, record
 
 
-def test_the_definitions_of_the_figures_are_those_of_summary_json(published: tuple[RunSummary, Recorder], run_folder: Path) -> None:
-    records = [json.loads(line) for line in (run_folder / "train" / "metrics.jsonl").read_text().splitlines()]
+def test_the_definitions_of_the_figures_are_those_of_summary_json(
+    published: tuple[RunSummary, Recorder], run_folder: Path
+) -> None:
+    records = [
+        json.loads(line)
+        for line in (run_folder / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     validation = [record["loss"] for record in records if record["kind"] == "validation"]
     assert json.loads((run_folder / "summary.json").read_text()) == {
@@ -91,7 +109,10 @@ def test_the_definitions_of_the_figures_are_those_of_summary_json(published: tup
         "exact_match_after": 52 / 64,
     }
     thirtieths = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
-    assert all(abs(mean - loss) > 1e-3 for mean, loss in zip(thirtieths, (losses[0], sum(losses[-10:]) / 10), strict=True))
+    assert all(
+        abs(mean - loss) > 1e-3
+        for mean, loss in zip(thirtieths, (losses[0], sum(losses[-10:]) / 10), strict=True)
+    )
     assert RunSummary.read(run_folder) == published[0]
 
 
@@ -115,31 +136,53 @@ def test_the_page_and_its_comparison_table_show_these_figures(
     first, last = summary.train_loss_first, summary.train_loss_last
     assert f"Training loss {last:.3f} mean of the last 10 steps; first step: {first:.3f}" in page
     assert f"Total loss {first:.3g} → {last:.3g}" in page
-    assert f"Validation loss {summary.validation_loss_last:.3f} {summary.validation_loss_first:.3f} at step 1" in page
+    assert (
+        f"Validation loss {summary.validation_loss_last:.3f} {summary.validation_loss_first:.3f} at"
+        " step 1" in page
+    )
     assert f"Exact match {summary.exact_match_after:.1%} 95% interval" in page
-    other = RunArtifacts("other", config, run_folder / "train", evaluation=run_folder / "evaluation")
+    other = RunArtifacts(
+        "other", config, run_folder / "train", evaluation=run_folder / "evaluation"
+    )
     compared = _text(build_report(sample_run(tmp_path, config), tmp_path / "report", [other]))
-    assert f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}" in compared
+    assert (
+        f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}"
+        in compared
+    )
 
 
-def test_the_command_line_shows_these_figures(published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig) -> None:
+def test_the_command_line_shows_these_figures(
+    published: tuple[RunSummary, Recorder], run_folder: Path, config: RunConfig
+) -> None:
     summary, _ = published
     lines = describe_result(config, run_folder.parents[1], run_folder)
-    assert lines["training loss"] == f"{summary.train_loss_first:.3f} -> {summary.train_loss_last:.3f}"
-    assert lines["validation loss"] == f"{summary.validation_loss_first:.3f} -> {summary.validation_loss_last:.3f}"
-    assert lines["exact match"].startswith(f"{summary.exact_match_before:.1%} -> {summary.exact_match_after:.1%}")
+    assert (
+        lines["training loss"] == f"{summary.train_loss_first:.3f} -> {summary.train_loss_last:.3f}"
+    )
+    assert (
+        lines["validation loss"]
+        == f"{summary.validation_loss_first:.3f} -> {summary.validation_loss_last:.3f}"
+    )
+    assert lines["exact match"].startswith(
+        f"{summary.exact_match_before:.1%} -> {summary.exact_match_after:.1%}"
+    )
 
 
 def test_a_figure_that_is_not_known_is_left_out(tmp_path: Path) -> None:
     summary = RunSummary.from_records([{"kind": "train", "step": 1, "loss": 2.0}], None)
     summary.write(tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"train_loss_first": 2.0, "train_loss_last": 2.0}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "train_loss_first": 2.0,
+        "train_loss_last": 2.0,
+    }
     assert RunSummary.read(tmp_path) == summary
 
 
 def test_looking_for_runs_to_compare_imports_no_plotting() -> None:
     code = "import sys, components.resolve.step; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"matplotlib", "jinja2"} & set(loaded)
 
 

@@ -1,4 +1,6 @@
-"""An answer is correct if GSM8K's code or the recipe's pattern says so; intervals and tests match textbook values."""
+"""An answer is correct if GSM8K's code or the recipe's pattern says so; intervals and tests match
+textbook values.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ import pytest
 
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.scoring import compare, compile_pattern, extract_answer, is_correct, mcnemar, wilson
+from canvastune.evaluation.scoring import (
+    compare,
+    compile_pattern,
+    extract_answer,
+    is_correct,
+    mcnemar,
+    wilson,
+)
 
 GSM8K = compile_pattern(EvaluateConfig().answer_pattern)
 # The reference's own, github.com/openai/grade-school-math, grade_school_math/dataset.py
@@ -43,10 +52,15 @@ def test_answer_is_the_last_match_as_gsm8k_writes_numbers(text: str, answer: str
     assert extract_answer(GSM8K, text) == answer
 
 
-@pytest.mark.parametrize("text", ["She has 2*36=72.\n#### 72", "#### 1,234", "#### -7", "#### 12.5", "#### $72", "72", "####"])
+@pytest.mark.parametrize(
+    "text",
+    ["She has 2*36=72.\n#### 72", "#### 1,234", "#### -7", "#### 12.5", "#### $72", "72", "####"],
+)
 def test_answers_in_gsm8ks_format_are_extracted_as_by_its_own_code(text: str) -> None:
     found = REFERENCE.search(text)
-    assert extract_answer(GSM8K, text) == (found.group(1).strip().replace(",", "") if found else None)
+    assert extract_answer(GSM8K, text) == (
+        found.group(1).strip().replace(",", "") if found else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +76,9 @@ def test_answers_in_gsm8ks_format_are_extracted_as_by_its_own_code(text: str) ->
         ("#### .", "#### .", None),
     ],
 )
-def test_rows_are_correct_wrong_or_not_scored(text: str, reference: str, correct: bool | None) -> None:
+def test_rows_are_correct_wrong_or_not_scored(
+    text: str, reference: str, correct: bool | None
+) -> None:
     assert is_correct(GSM8K, text, extract_answer(GSM8K, reference)) is correct
 
 
@@ -89,20 +105,35 @@ def test_a_pattern_that_cannot_score_is_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     ("correct", "rows", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 64, 0.0028, 0.0833)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+        (1, 64, 0.0028, 0.0833),
+    ],
 )
 def test_intervals_are_wilsons(correct: int, rows: int, low: float, high: float) -> None:
     assert wilson(correct, rows) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 5, 1.0)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [(0, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (1, 9, 22 / 1024), (5, 5, 1.0)],
+)
 def test_changed_rows_are_compared_exactly(gained: int, lost: int, p: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p)
 
 
 @pytest.mark.parametrize(
     ("gained", "lost", "verdict"),
-    [(0, 0, "undecided"), (5, 0, "undecided"), (6, 0, "better"), (0, 6, "worse"), (9, 1, "better"), (8, 2, "undecided")],
+    [
+        (0, 0, "undecided"),
+        (5, 0, "undecided"),
+        (6, 0, "better"),
+        (0, 6, "worse"),
+        (9, 1, "better"),
+        (8, 2, "undecided"),
+    ],
 )
 def test_a_model_is_better_only_if_chance_is_unlikely(gained: int, lost: int, verdict: str) -> None:
     assert compare(gained, lost) == verdict

@@ -117,12 +117,14 @@ def test_architecture_is_that_of_the_26b_model(
     assert one.num_key_value_heads != other.num_key_value_heads, (
         "sliding and full layers have one number of KV heads"
     )
-    assert (text.num_experts % 8, text.top_k_experts) == (0, 2), (
-        "the experts do not divide over 8 ranks, top 2"
-    )
-    assert not names & {"lm_head.weight", "model.encoder.language_model.norm.weight"}, (
-        "tied weights are stored twice"
-    )
+    assert (text.num_experts % 8, text.top_k_experts) == (
+        0,
+        2,
+    ), "the experts do not divide over 8 ranks, top 2"
+    assert not names & {
+        "lm_head.weight",
+        "model.encoder.language_model.norm.weight",
+    }, "tied weights are stored twice"
     for part in (
         "model.decoder.self_conditioning.down_proj.weight",
         "model.encoder.embed_vision.embedding_projection.weight",

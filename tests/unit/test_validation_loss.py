@@ -18,15 +18,31 @@ from tests.support.training import make_ground, validations
 
 LEVELS = (0.2, 0.6, 1.0)
 SETTINGS = (
-    *("train.method=full", "train.steps=2", "train.validate_every=2", "train.export=last", "parallel.ep=1"),
-    *("train.validation_levels=[0.2, 0.6, 1.0]", "train.validation_batches=1", "train.global_batch_size=5"),
+    *(
+        "train.method=full",
+        "train.steps=2",
+        "train.validate_every=2",
+        "train.export=last",
+        "parallel.ep=1",
+    ),
+    *(
+        "train.validation_levels=[0.2, 0.6, 1.0]",
+        "train.validation_batches=1",
+        "train.global_batch_size=5",
+    ),
 )
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As the one process that torchrun starts; signals are this process's own again afterwards."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -35,19 +51,41 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_validation_loss_is_trainings_own_before_and_after(tmp_path: Path, alone: None) -> None:
-    """Five of six rows, several blocks, some longer than the window; the packed pass on one side, stock modules on the other."""
+    """Five of six rows, several blocks, some longer than the window; the packed pass on one side,
+    stock modules on the other.
+    """
     make_ground(tmp_path)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     out = tmp_path / "out"
-    assert main(["-c", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "data"), "--output", str(out), *settings]) == 0
+    assert (
+        main(
+            [
+                "-c",
+                str(tmp_path / "recipe.yaml"),
+                "--data",
+                str(tmp_path / "data"),
+                "--output",
+                str(out),
+                *settings,
+            ]
+        )
+        == 0
+    )
     (_, first, _), (_, last, _) = validations(out)
     assert first != last
     config = load_config(tmp_path / "recipe.yaml", list(SETTINGS))
-    examples = held_out_examples(tmp_path / "data", config.train, read_model_config(tmp_path / "base"))
+    examples = held_out_examples(
+        tmp_path / "data", config.train, read_model_config(tmp_path / "base")
+    )
     assert len(examples) == 5
     for checkpoint, trained in ((tmp_path / "base", first), (out / "model", last)):
         model = load_stock(checkpoint, torch.device("cpu"), torch.float32)
-        parts = [denoising_loss(model, examples[:2], LEVELS), denoising_loss(model, examples[2:], LEVELS)]
+        parts = [
+            denoising_loss(model, examples[:2], LEVELS),
+            denoising_loss(model, examples[2:], LEVELS),
+        ]
         mean, by_level = mean_losses(parts, LEVELS)
         assert mean == pytest.approx(sum(trained.values()) / 3, rel=1e-5)
-        assert by_level == pytest.approx({str(level): loss for level, loss in trained.items()}, rel=1e-5)
+        assert by_level == pytest.approx(
+            {str(level): loss for level, loss in trained.items()}, rel=1e-5
+        )

@@ -23,13 +23,19 @@ class CommandError(RuntimeError):
 class Side:
     """The commands of a source tree, run in `folder`, which gets the tiny recipe and its rows."""
 
-    def __init__(self, tree: Path, folder: Path, say: Callable[[str], object] = lambda line: None) -> None:
+    def __init__(
+        self, tree: Path, folder: Path, say: Callable[[str], object] = lambda line: None
+    ) -> None:
         self.folder, self._say = folder, say
         self.logs = folder / ".logs"
         self.logs.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(snapshot.RECIPE, encoding="utf-8")
         snapshot.write_rows(folder / "problems.jsonl", snapshot.problem_rows())
-        outer = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "CANVASTUNE_"))}
+        outer = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MLFLOW_", "CANVASTUNE_"))
+        }
         self.environment = {
             **outer,
             "PYTHONPATH": str(tree),
@@ -52,8 +58,11 @@ class Side:
         self._loaded = False
         self._tree = tree
 
-    def run(self, module: str, *arguments: str, ranks: int = 0, expect: int | None = 0, log: str = "") -> tuple[int, str]:
-        """Run `python -m MODULE ARGUMENTS`, or the same on ranks; return the exit code and the output.
+    def run(
+        self, module: str, *arguments: str, ranks: int = 0, expect: int | None = 0, log: str = ""
+    ) -> tuple[int, str]:
+        """Run `python -m MODULE ARGUMENTS`, or the same on ranks; return the exit code and the
+        output.
 
         Of several ranks the exit code is the highest.
 
@@ -63,20 +72,44 @@ class Side:
         if not self._loaded:
             found = self._ask(None)
             if Path(found).parent.resolve() != self._tree.resolve():
-                raise CommandError(f"{self._tree}: the package was imported from {found}. Nothing would be compared")
+                raise CommandError(
+                    f"{self._tree}: the package was imported from {found}. Nothing would be"
+                    " compared"
+                )
             self._loaded = True
         file = self.logs / f"{len(list(self.logs.iterdir())):03d}-{log or module}"
-        self._say(f"{self.folder.name}: {module} {' '.join(arguments)}" + (f" on {ranks}" if ranks else ""))
-        job = {"module": module, "arguments": arguments, "folder": str(self.folder), "ranks": ranks, "log": str(file)}
+        self._say(
+            f"{self.folder.name}: {module} {' '.join(arguments)}"
+            + (f" on {ranks}" if ranks else "")
+        )
+        job = {
+            "module": module,
+            "arguments": arguments,
+            "folder": str(self.folder),
+            "ranks": ranks,
+            "log": str(file),
+        }
         code = max(self._ask(job), key=abs)
         said = file.read_text(errors="replace")
         if expect is not None and code != expect:
-            raise CommandError(f"{self.folder}: {module} {' '.join(arguments)} ended with {code}, not {expect}:\n{said[-3000:]}")
+            raise CommandError(
+                f"{self.folder}: {module} {' '.join(arguments)} ended with {code}, not"
+                f" {expect}:\n{said[-3000:]}"
+            )
         return code, said
 
-    def train(self, output: str, *settings: str, ranks: int = 1, data: str = "prepared", expect: int | None = 0) -> Path:
+    def train(
+        self,
+        output: str,
+        *settings: str,
+        ranks: int = 1,
+        data: str = "prepared",
+        expect: int | None = 0,
+    ) -> Path:
         """Train with the tiny recipe; return the output folder."""
-        self.run("canvastune.train", *training(output, *settings, data=data), ranks=ranks, expect=expect)
+        self.run(
+            "canvastune.train", *training(output, *settings, data=data), ranks=ranks, expect=expect
+        )
         return self.folder / output
 
     def _ask(self, job: dict[str, Any] | None) -> Any:
@@ -87,13 +120,21 @@ class Side:
             self._server.stdin.flush()
         line = self._server.stdout.readline()
         if not line:
-            raise CommandError(f"{self._tree}: the program does not start:\n{(self.logs / 'start').read_text()[-3000:]}")
+            raise CommandError(
+                f"{self._tree}: the program does not"
+                f" start:\n{(self.logs / 'start').read_text()[-3000:]}"
+            )
         return json.loads(line)
 
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._server.communicate()
 
 
@@ -106,9 +147,14 @@ def training(output: str, *settings: str, data: str = "prepared") -> list[str]:
 def options_of_commands(side: Side) -> dict[str, list[str]]:
     """Return the options and positional arguments of every command, and the list of subcommands."""
     _, main_help = side.run("pipelines.cli", "--help")
-    found = {"canvastune": snapshot.command_options(main_help), "canvastune COMMAND": snapshot.subcommands(main_help)}
+    found = {
+        "canvastune": snapshot.command_options(main_help),
+        "canvastune COMMAND": snapshot.subcommands(main_help),
+    }
     for command in found["canvastune COMMAND"]:
-        found[f"canvastune {command}"] = snapshot.command_options(side.run("pipelines.cli", command, "--help")[1])
+        found[f"canvastune {command}"] = snapshot.command_options(
+            side.run("pipelines.cli", command, "--help")[1]
+        )
     for module in ("canvastune.train", "canvastune.evaluate"):
         found[module] = snapshot.command_options(side.run(module, "--help")[1])
     return found
@@ -117,7 +163,9 @@ def options_of_commands(side: Side) -> dict[str, list[str]]:
 def exit_codes(side: Side) -> dict[str, int]:
     """Return the exit code of every case of `snapshot.exit_code_cases`."""
     cases = snapshot.exit_code_cases().items()
-    return {name: side.run(module, *arguments, expect=None)[0] for name, (module, arguments) in cases}
+    return {
+        name: side.run(module, *arguments, expect=None)[0] for name, (module, arguments) in cases
+    }
 
 
 def prepared_forms(side: Side) -> dict[str, dict[str, list[str]]]:
@@ -137,7 +185,11 @@ def interrupted(run: Path, copy: Path, step: int) -> None:
 
     newest = f"step-{step:06d}"
     later = [folder.name for folder in (run / "checkpoints").iterdir() if folder.name > newest]
-    kept_out = shutil.ignore_patterns("result.json", "adapter", "model", "provenance.json", "config.yaml", ".lock", *later)
+    kept_out = shutil.ignore_patterns(
+        "result.json", "adapter", "model", "provenance.json", "config.yaml", ".lock", *later
+    )
     shutil.copytree(run, copy, ignore=kept_out)
     lines = (copy / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    (copy / "metrics.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8"
+    )

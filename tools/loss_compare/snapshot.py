@@ -1,7 +1,9 @@
 """Observable behavior as plain values: losses, tokens, file names, JSON keys, options, exit codes.
 
-Everything is read from files and command output, and nothing of the product is imported, so that this works with
-any version. `tests/e2e/test_golden.py` compares the values with `tests/golden/`, `tools/loss_compare.py` with those
+Everything is read from files and command output, and nothing of the product is imported, so that
+this works with
+any version. `tests/e2e/test_golden.py` compares the values with `tests/golden/`,
+`tools/loss_compare.py` with those
 of another commit.
 """
 
@@ -19,7 +21,20 @@ from typing import Any
 import pyarrow as pa
 from safetensors import safe_open
 
-COMMANDS = ("run", "demo", "plan", "prepare", "report", "sync", "compile", "submit", "upload", "doctor", "completion", "make-tiny-model")
+COMMANDS = (
+    "run",
+    "demo",
+    "plan",
+    "prepare",
+    "report",
+    "sync",
+    "compile",
+    "submit",
+    "upload",
+    "doctor",
+    "completion",
+    "make-tiny-model",
+)
 METHODS = {
     "full": ("train.method=full",),
     "lora": ("train.method=lora",),
@@ -56,14 +71,29 @@ def problem_rows(count: int = 40) -> list[dict[str, str]]:
     names, things = ("Tom", "Ana", "Ben", "Eva", "Sam"), ("apples", "books", "coins", "pens")
     rows = []
     for index in range(count):
-        name, thing, first, second = names[index % 5], things[index // 5 % 4], 1 + index % 9, 1 + index // 9
-        question = f"{name} has {first} {thing}. {name} buys {second} more. How many {thing} does {name} have now?"
-        rows.append({"question": question, "answer": f"{first}+{second}={first + second}\n#### {first + second}"})
+        name, thing, first, second = (
+            names[index % 5],
+            things[index // 5 % 4],
+            1 + index % 9,
+            1 + index // 9,
+        )
+        question = (
+            f"{name} has {first} {thing}. {name} buys {second} more. How many {thing} does {name}"
+            " have now?"
+        )
+        rows.append(
+            {
+                "question": question,
+                "answer": f"{first}+{second}={first + second}\n#### {first + second}",
+            }
+        )
     return rows
 
 
 def form_rows() -> dict[str, list[Any]]:
-    """Return rows in every form of `data.format`: several turns, outer blanks, other scripts, repeats, truncation."""
+    """Return rows in every form of `data.format`: several turns, outer blanks, other scripts,
+    repeats, truncation.
+    """
     texts = [
         ("How many apples does Tom have?", "Tom has 3 apples"),
         ("  outer blanks are dropped \n", "\n 1+1=2\n#### 2  "),
@@ -76,14 +106,26 @@ def form_rows() -> dict[str, list[Any]]:
         ("How many cups?", "5"),
     ]
     texts.append(texts[0])  # a repeat
-    chats: list[Any] = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in texts]
+    chats: list[Any] = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in texts
+    ]
     (first, answer), (second, other) = texts[5], texts[6]
-    turns = [("system", "Answer in one line."), ("user", first), ("assistant", answer), ("user", second), ("assistant", other)]
+    turns = [
+        ("system", "Answer in one line."),
+        ("user", first),
+        ("assistant", answer),
+        ("user", second),
+        ("assistant", other),
+    ]
     chats.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     return {
         "gsm8k": [{"question": q, "answer": a} for q, a in texts],
         "columns": [{"prompt": q, "response": a} for q, a in texts],
-        "columns-system": [{"prompt": q, "response": a, "system": f"Be short, {n}."} for n, (q, a) in enumerate(texts)],
+        "columns-system": [
+            {"prompt": q, "response": a, "system": f"Be short, {n}."}
+            for n, (q, a) in enumerate(texts)
+        ],
         "messages": chats,
     }
 
@@ -103,11 +145,15 @@ def form_settings(form: str) -> list[str]:
 
 def write_rows(path: Path, rows: list[Any]) -> None:
     """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def exit_code_cases() -> dict[str, tuple[str, list[str]]]:
-    """Return modules and their arguments by name, for a folder with `recipe.yaml`, its data, and `model/`."""
+    """Return modules and their arguments by name, for a folder with `recipe.yaml`, its data, and
+    `model/`.
+    """
     cli, train, evaluate = "pipelines.cli", "canvastune.train", "canvastune.evaluate"
     recipe = ["-c", "recipe.yaml"]
     return {
@@ -115,15 +161,33 @@ def exit_code_cases() -> dict[str, tuple[str, list[str]]]:
         "no command": (cli, []),
         "no such command": (cli, ["fly"]),
         "plan": (cli, ["plan", "recipe.yaml", "--gpus", "2", "--set", "parallel.ep=2"]),
-        "plan that does not fit": (cli, ["plan", "recipe.yaml", "--gpus", "2", "--gpu-memory", "0.01GB", "--set", "parallel.ep=2"]),
+        "plan that does not fit": (
+            cli,
+            [
+                "plan",
+                "recipe.yaml",
+                "--gpus",
+                "2",
+                "--gpu-memory",
+                "0.01GB",
+                "--set",
+                "parallel.ep=2",
+            ],
+        ),
         "plan without a recipe": (cli, ["plan"]),
         "plan, memory that is no size": (cli, ["plan", "recipe.yaml", "--gpu-memory", "much"]),
         "no such recipe": (cli, ["plan", "missing.yaml"]),
         "unknown key": (cli, ["plan", "recipe.yaml", "--set", "lora.ranks=2"]),
         "value of another type": (cli, ["plan", "recipe.yaml", "--set", "lora.rank=many"]),
-        "prepare into a folder that holds something": (cli, ["prepare", "recipe.yaml", "--output", "model"]),
+        "prepare into a folder that holds something": (
+            cli,
+            ["prepare", "recipe.yaml", "--output", "model"],
+        ),
         "prepare without an output": (cli, ["prepare", "recipe.yaml"]),
-        "prepare what is not there": (cli, ["prepare", "recipe.yaml", "--output", "none", "--set", "data.source=none.jsonl"]),
+        "prepare what is not there": (
+            cli,
+            ["prepare", "recipe.yaml", "--output", "none", "--set", "data.source=none.jsonl"],
+        ),
         "report of no run": (cli, ["report", "none"]),
         "sync of no run": (cli, ["sync", "none"]),
         "compile into another kind of file": (cli, ["compile", "-o", "pipeline.txt"]),
@@ -132,9 +196,15 @@ def exit_code_cases() -> dict[str, tuple[str, list[str]]]:
         "tiny model into a folder that holds something": (cli, ["make-tiny-model", "model"]),
         "train without an output": (train, recipe),
         "train, unknown key": (train, [*recipe, "--output", "none", "--set", "lora.ranks=2"]),
-        "train, batch that does not divide": (train, [*recipe, "--output", "none", "--set", "parallel.ep=3"]),
+        "train, batch that does not divide": (
+            train,
+            [*recipe, "--output", "none", "--set", "parallel.ep=3"],
+        ),
         "evaluate without data": (evaluate, recipe),
-        "evaluate what is not there": (evaluate, [*recipe, "--data", "none", "--tuned", "model", "--output", "none"]),
+        "evaluate what is not there": (
+            evaluate,
+            [*recipe, "--data", "none", "--tuned", "model", "--output", "none"],
+        ),
     }
 
 
@@ -142,14 +212,20 @@ def exit_code_cases() -> dict[str, tuple[str, list[str]]]:
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    """Return the losses, gradient norms and learning rates of `metrics.jsonl` by name, in the order of the steps."""
+    """Return the losses, gradient norms and learning rates of `metrics.jsonl` by name, in the order
+    of the steps.
+    """
     found: dict[str, list[float]] = {}
     for record in _json_lines(run / "metrics.jsonl"):
         if record["kind"] == "train":
             values = {name: record[name] for name in _WEIGHT_LINE}
         elif record["kind"] == "validation":
             levels = {f"validation_{level}": value for level, value in record["levels"].items()}
-            values = {"validation_loss": record["loss"], "validation_autoregressive_loss": record["autoregressive_loss"], **levels}
+            values = {
+                "validation_loss": record["loss"],
+                "validation_autoregressive_loss": record["autoregressive_loss"],
+                **levels,
+            }
         else:
             continue
         for name, value in values.items():
@@ -159,23 +235,33 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 def resumed_from(run: Path) -> list[int]:
     """Return the steps at which the run was resumed."""
-    return [record["step"] for record in _json_lines(run / "metrics.jsonl") if record.get("event") == "resumed"]
+    return [
+        record["step"]
+        for record in _json_lines(run / "metrics.jsonl")
+        if record.get("event") == "resumed"
+    ]
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
-    """Return dtype, shape and SHA-256 (its first half) of every tensor in the safetensors files below a folder."""
+    """Return dtype, shape and SHA-256 (its first half) of every tensor in the safetensors files
+    below a folder.
+    """
     hashes = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 tensor = tensors.get_tensor(name).contiguous()
                 data = tensor.reshape(-1).view(dtype=_bytes_dtype()).numpy().tobytes()
-                hashes[name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:32]}"
+                hashes[name] = (
+                    f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:32]}"
+                )
     return hashes
 
 
 def prepared_rows(folder: Path) -> dict[str, list[str]]:
-    """Return every row of a prepared data set by split: id, lengths, and hashes of the tokens and texts."""
+    """Return every row of a prepared data set by split: id, lengths, and hashes of the tokens and
+    texts.
+    """
     found = {}
     for split in ("train", "validation"):
         rows = []
@@ -184,23 +270,40 @@ def prepared_rows(folder: Path) -> dict[str, list[str]]:
                 table = pa.ipc.open_stream(stream).read_all()
             for row in table.to_pylist():
                 tokens = pa.array(row["input_ids"], pa.int32()).buffers()[1].to_pybytes()
-                texts = json.dumps([row["origin"], row["prompt"], row["answer"]], ensure_ascii=False).encode()
-                told = f"prefix {row['prefix_length']} complete {row['complete']} tokens {len(row['input_ids'])}"
-                digests = f"{hashlib.sha256(tokens).hexdigest()[:16]} texts {hashlib.sha256(texts).hexdigest()[:16]}"
+                texts = json.dumps(
+                    [row["origin"], row["prompt"], row["answer"]], ensure_ascii=False
+                ).encode()
+                told = (
+                    f"prefix {row['prefix_length']} complete {row['complete']} tokens"
+                    f" {len(row['input_ids'])}"
+                )
+                digests = (
+                    f"{hashlib.sha256(tokens).hexdigest()[:16]} texts"
+                    f" {hashlib.sha256(texts).hexdigest()[:16]}"
+                )
                 rows.append(f"{row['id'][:16]} {told} {digests}")
         found[split] = rows
     return found
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 (its first half) of every file below a folder, except those that contain the time."""
+    """Return the SHA-256 (its first half) of every file below a folder, except those that contain
+    the time.
+    """
     timed = ("provenance.json", "card.json", "card.html")
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in timed)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in files}
+    files = (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in timed
+    )
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        for path in files
+    }
 
 
 def file_names(folder: Path) -> list[str]:
-    """List the files below a folder, except `system.jsonl`: a short run may end before the first measurement."""
+    """List the files below a folder, except `system.jsonl`: a short run may end before the first
+    measurement.
+    """
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "system.jsonl")
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
@@ -208,7 +311,8 @@ def file_names(folder: Path) -> list[str]:
 def artifact_keys(folder: Path) -> dict[str, list[str]]:
     """Return the dotted keys of every JSON and JSON lines file below a folder, by file name.
 
-    Records of metrics.jsonl are distinguished by their kind. Files in the formats of libraries (tokenizer, model
+    Records of metrics.jsonl are distinguished by their kind. Files in the formats of libraries
+    (tokenizer, model
     configuration, system metrics) are left out.
     """
     foreign = (
@@ -229,12 +333,20 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
         if path.suffix == ".json":
             keys[name] = sorted(set(_keys(json.loads(path.read_text(encoding="utf-8")))))
         elif path.suffix == ".jsonl":
-            keys[name] = sorted({key for record in _json_lines(path) for key in _keys(record, f"{record.get('kind', '')}:")})
+            keys[name] = sorted(
+                {
+                    key
+                    for record in _json_lines(path)
+                    for key in _keys(record, f"{record.get('kind', '')}:")
+                }
+            )
     return keys
 
 
 def command_options(help_text: str) -> list[str]:
-    """Return the option strings and positional arguments in the --help of a command, without its prose."""
+    """Return the option strings and positional arguments in the --help of a command, without its
+    prose.
+    """
     usage = help_text.partition("usage:")[2].partition("\n\n")[0]
     options = set(_OPTION.findall(usage))
     for line in help_text.splitlines():
@@ -253,30 +365,42 @@ def subcommands(help_text: str) -> list[str]:
 
 
 def mlflow_names(database: Path) -> dict[str, list[str]]:
-    """Return the names of runs, metrics, parameters, tags and models in MLflow's SQLite file, without system metrics."""
+    """Return the names of runs, metrics, parameters, tags and models in MLflow's SQLite file,
+    without system metrics.
+    """
     questions = {
         "runs": "select distinct name from runs",
         "metrics": "select distinct key from metrics where key not like 'system/%'",
         "params": "select distinct key from params",
-        "tags": "select distinct key from tags where key not like 'mlflow.source.%'",  # whether this is a git checkout
+        "tags": (
+            "select distinct key from tags where key not like 'mlflow.source.%'"
+        ),  # whether this is a git checkout
         "models": "select distinct name from registered_models",
         "aliases": "select distinct alias from registered_model_aliases",
     }
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        return {name: sorted(row[0] for row in connection.execute(question)) for name, question in questions.items()}
+        return {
+            name: sorted(row[0] for row in connection.execute(question))
+            for name, question in questions.items()
+        }
 
 
 def pipeline_names(compiled: Path) -> dict[str, list[str]]:
-    """Return the parameters and artifacts of the compiled pipeline and of each of its components, by direction."""
+    """Return the parameters and artifacts of the compiled pipeline and of each of its components,
+    by direction.
+    """
     import yaml
 
     tree = next(yaml.safe_load_all(compiled.read_text(encoding="utf-8")))
-    found = {"tasks": sorted(key for key in _keys(tree["root"]["dag"]["tasks"]) if key.count(".") == 0)}
+    found = {
+        "tasks": sorted(key for key in _keys(tree["root"]["dag"]["tasks"]) if key.count(".") == 0)
+    }
     for name, component in {"pipeline": tree["root"], **tree["components"]}.items():
         for direction in ("inputDefinitions", "outputDefinitions"):
             for kind, definitions in component.get(direction, {}).items():
                 found[f"{name} {direction} {kind}"] = [
-                    f"{key}: {value.get('parameterType') or value.get('artifactType', {}).get('schemaTitle')}"
+                    f"{key}:"
+                    f" {value.get('parameterType') or value.get('artifactType', {}).get('schemaTitle')}"
                     for key, value in sorted(definitions.items())
                 ]
     return found

@@ -1,10 +1,14 @@
-"""Run `python -m MODULE` many times at the cost of one start: import the libraries once, fork for each run.
+"""Run `python -m MODULE` many times at the cost of one start: import the libraries once, fork for
+each run.
 
     PYTHONPATH=TREE python -P tools/loss_compare/warm_start.py < jobs > results
 
-Each line of standard input is a job, `{"module", "arguments", "folder", "ranks", "log"}`; its line of standard
-output is the list of exit codes, one per rank. `ranks` 0 is a plain command; 1 and more set the variables that
-`torchrun --nproc-per-node` sets. The output of all ranks goes to the file `log`. Nothing of the project is
+Each line of standard input is a job, `{"module", "arguments", "folder", "ranks", "log"}`; its line
+of standard
+output is the list of exit codes, one per rank. `ranks` 0 is a plain command; 1 and more set the
+variables that
+`torchrun --nproc-per-node` sets. The output of all ranks goes to the file `log`. Nothing of the
+project is
 imported except the modules to run, so that this works with any version.
 """
 
@@ -36,7 +40,10 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         codes = _run(job)
-        if any(codes) and "address already in use" in Path(job["log"]).read_text(errors="replace").lower():
+        if (
+            any(codes)
+            and "address already in use" in Path(job["log"]).read_text(errors="replace").lower()
+        ):
             codes = _run(job)  # another process took the port in between
         _answer(codes)
 
@@ -53,8 +60,16 @@ def _run(job: dict[str, Any]) -> list[int]:
         child = os.fork()
         if child == 0:
             if ranks:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+                place = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": ranks,
+                    "LOCAL_WORLD_SIZE": ranks,
+                    "MASTER_PORT": port,
+                }
+                os.environ.update(
+                    {name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1"
+                )
             _become(job)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -1,4 +1,6 @@
-"""Write MLflow's basic-auth configuration, and migrate the users' database before the server starts."""
+"""Write MLflow's basic-auth configuration, and migrate the users' database before the server
+starts.
+"""
 
 import configparser
 import os
@@ -11,6 +13,13 @@ config["mlflow"] = {
     "default_permission": os.environ["AUTH_DEFAULT_PERMISSION"],
     "database_uri": uri.replace("%", "%%"),  # the server's reader expands %
 }
-with open(os.open(os.environ["MLFLOW_AUTH_CONFIG_PATH"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+with open(
+    os.open(os.environ["MLFLOW_AUTH_CONFIG_PATH"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+    "w",
+) as file:
     config.write(file)
-sys.exit(subprocess.run([sys.executable, "-m", "mlflow.server.auth", "db", "upgrade", "--url", uri], check=False).returncode)
+sys.exit(
+    subprocess.run(
+        [sys.executable, "-m", "mlflow.server.auth", "db", "upgrade", "--url", uri], check=False
+    ).returncode
+)

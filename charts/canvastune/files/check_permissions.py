@@ -7,14 +7,25 @@ from kubernetes import client, config
 namespace, jobs = sys.argv[1:]
 config.load_incluster_config()
 wanted = [(verb, jobs) for verb in ("create", "get", "list", "watch", "patch", "delete")]
-wanted += [("list", "/pods"), ("get", "/pods/log"), ("list", "/events"), ("get", "argoproj.io/workflows")]
+wanted += [
+    ("list", "/pods"),
+    ("get", "/pods/log"),
+    ("list", "/events"),
+    ("get", "argoproj.io/workflows"),
+]
 missing = []
 for verb, name in wanted:
     group, resource, *subresource = name.split("/")
     asked = client.V1ResourceAttributes(
-        namespace=namespace, verb=verb, group=group, resource=resource, subresource=subresource[0] if subresource else None
+        namespace=namespace,
+        verb=verb,
+        group=group,
+        resource=resource,
+        subresource=subresource[0] if subresource else None,
     )
-    review = client.V1SelfSubjectAccessReview(spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked))
+    review = client.V1SelfSubjectAccessReview(
+        spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+    )
     allowed = client.AuthorizationV1Api().create_self_subject_access_review(review).status.allowed
     print("yes" if allowed else "no", verb, name.lstrip("/"))
     missing += [] if allowed else [f"{verb} {name.lstrip('/')}"]
