@@ -39,7 +39,7 @@ SKIPPED = {
     "benchmarks/results": "measurements, not text",
     "canvastune/report/uplot": "a third party's code",
     "pipelines/finetune.yaml": "compiled from components that are read",
-    "tests/test_prose.py": "holds the words that this program looks for",
+    "tests/unit/test_prose.py": "holds the words that this program looks for",
     "tools/prose.py": "holds the words that this program looks for",
 }
 

@@ -32,13 +32,13 @@ from tools import images
 ROOT = Path(__file__).parents[2]
 JOURNEYS = ROOT / "docs" / "journeys.md"
 NAMESPACE = "kubeflow"
-# Beside what stands in the page's my-values.yaml: a small node without a GPU.
+# In addition to the page's my-values.yaml: a small node without a GPU.
 SMALLER = """
 mlflow: {workers: 1, resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}, persistence: {size: 1Gi}}
 workspace: {size: 2Gi}
 training: {gpuResource: "", cpu: 500m, memory: 3Gi, shm: 256Mi, env: {OMP_NUM_THREADS: "1"}, deadlineHours: 1, queueHours: 0.5, ttlHours: 1}
 """
-# pipelines/recipes/gsm8k_lora.yaml needs the Hub and eight GPUs: this stands in its place.
+# pipelines/recipes/gsm8k_lora.yaml needs the Hub and eight GPUs: this replaces it.
 _TREE = yaml.safe_load(images.RECIPE) | {
     "name": "gsm8k-lora",
     "hardware": {"accelerator": "cpu", "gpu_memory": 12},
@@ -168,7 +168,7 @@ def commands(block: str) -> list[str]:
 def until(what: str, holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + 90
     while not holds():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        assert time.monotonic() < deadline, f"waited without success until {what}"
         time.sleep(0.1)
 
 
@@ -259,8 +259,8 @@ def check_install(cluster: FakeCluster, reader: Reader) -> None:
 
 
 def check_run(cluster: FakeCluster, reader: Reader) -> None:
-    """Every step is shown, one job per role has succeeded, and what a run leaves stands on the
-    claim and in MLflow.
+    """Check that every step is shown, that one job per role has succeeded, and that the claim and
+    MLflow hold what a run leaves.
     """
     (run,) = cluster.kubeflow.runs
     (said,) = [

@@ -184,7 +184,7 @@ def test_the_engine_knows_nothing_of_the_rooms_above_it() -> None:
 
 
 class Run:
-    """`canvastune run` in a process of its own, listened to."""
+    """Run `canvastune run` in a separate process and read its output."""
 
     def __init__(self, recipe: Path, workspace: Path, scratch: Path, *arguments: str) -> None:
         scratch.mkdir()
@@ -222,7 +222,7 @@ class Run:
         pytest.fail(f"the run ended without saying {words!r}:\n{self.said}")
 
     def interrupt(self) -> None:
-        """Ctrl-C, to that process alone: a terminal's would reach the children as well."""
+        """Send Ctrl-C to that process only: a terminal would send it to the children as well."""
         self._process.send_signal(signal.SIGINT)
 
     def join(self) -> None:
@@ -342,7 +342,7 @@ def test_a_run_leaves_a_model_a_report_and_its_figures(runs: Runs) -> None:
     assert json.loads((folder / "model" / "merge_proof.json").read_text())["passed"] is True
     report = folder / "report" / "report.html"
     assert report.stat().st_size > 10_000
-    assert '<th scope="row">train</th>' in report.read_text(), "what made the weights is not told"
+    assert '<th scope="row">train</th>' in report.read_text(), "what made the weights is not shown"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation_loss_last"] < summary["validation_loss_first"]
     assert f" {report.relative_to(runs.workspace.parent)}\n" in runs.lora.said, (
@@ -444,7 +444,7 @@ def test_a_broken_row_fails_the_pipeline_with_its_place(runs: Runs) -> None:
     assert "7" in said.split("broken.jsonl")[-1][:20], f"the row is not named: {reason}"
     assert "Traceback" not in said
     assert not (runs.broken.workspace / "runs/broken/train").exists(), (
-        "training began on data that could not be read"
+        "training started on data that could not be read"
     )
     (task,) = runs.broken.workspace.glob("kfp/*/prepare-data")
     assert not list(task.iterdir()), "half a data set was left behind"

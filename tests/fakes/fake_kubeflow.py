@@ -40,12 +40,12 @@ class FakeKubeflow:
     """Use as a context manager.
 
     Attributes:
-        token: the one that is let in; None: anybody is.
+        token: the one that is accepted; None: any.
         namespaces: those of a server with several teams; empty: it has one for all.
         script: what `GET runs/ID` answers, one after the other, the last one for ever: the run's
             state and its tasks'.
-        started: is told of each run that is created; None: nobody is.
-        watched: by run id, what tells the run's state in place of the script.
+        started: called with each run that is created.
+        watched: by run id, what returns the run's state instead of the script.
         broken: path parts and the (status, body, headers) that a request to them gets instead.
     """
 
@@ -103,7 +103,7 @@ class FakeKubeflow:
         return 404, {"code": 5, "message": f"Not Found: {call.method} {call.path}"}
 
     def health(self, _: Call) -> Any:
-        """`multi_user` tells whether namespaces matter."""
+        """`multi_user` decides whether namespaces matter."""
         return {"multi_user": bool(self.namespaces)}
 
     def list_pipelines(self, call: Call) -> Any:

@@ -130,11 +130,11 @@ RECIPES: dict[str, Case] = {
         setting("name=My Run"),
         ("name: ", "'My Run'", "should match pattern"),
     ),
-    "a key that stands twice": (
+    "a duplicate key": (
         added("name: again\n"),
         ("duplicate key 'name'", "line ", "Correct this line"),
     ),
-    "a key that stands twice in a section": (
+    "a duplicate key in a section": (
         added("lora: {rank: 8, rank: 16}\n"),
         ("duplicate key 'rank'", "Correct this line"),
     ),
@@ -167,7 +167,7 @@ RECIPES: dict[str, Case] = {
         ("mapping of keys", "found a str", "tiny_lora.yaml"),
     ),
     "an empty recipe": (recipe(""), ("mapping of keys", "found nothing", "tiny_lora.yaml")),
-    "a recipe of comments alone": (
+    "a recipe of only comments": (
         recipe("# later\n"),
         ("mapping of keys", "found nothing", "tiny_lora.yaml"),
     ),
@@ -220,7 +220,7 @@ DATA: dict[str, Case] = {
         ("rows.csv", "unsupported file type", "Convert the file", ".parquet"),
     ),
     "an empty file": (data("rows.jsonl", b""), ("rows.jsonl", "0 bytes", "Write the file again")),
-    "blanks alone": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "has no rows", "Use a file")),
+    "only blanks": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "has no rows", "Use a file")),
     "UTF-16": (
         data("rows.jsonl", LINES.decode().encode("utf-16")),
         ("rows.jsonl: row 1", "UTF-16", "iconv"),
@@ -351,7 +351,7 @@ DATA: dict[str, Case] = {
         lines({"question": "q " * 900, "answer": "a"}, seq_length=64),
         ("none of the 1 rows", "raise data.seq_length"),
     ),
-    "one row alone": (lines(PAIR), ("rows.jsonl", "validation", "Use more rows")),
+    "a single row": (lines(PAIR), ("rows.jsonl", "validation", "Use more rows")),
     "a folder that mixes splits": (
         data_folder("train.jsonl", "test.jsonl"),
         ("train.jsonl", "mixes splits", "Use one file"),
@@ -434,7 +434,7 @@ MODELS: dict[str, Case] = {
 def ends_well(
     ground: Ground, command: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1, one message with these words as all that is said, and everything as before."""
+    """Exit code 1, one message with these words as the only output, and nothing changed."""
     before = ground.content()
     assert main(command) == 1
     error = capsys.readouterr().err
@@ -443,7 +443,7 @@ def ends_well(
     assert "Traceback" not in error
     assert "site-packages" not in error
     for word in words:
-        assert word in error, f"the user is not told {word!r}: {error}"
+        assert word in error, f"the error lacks {word!r}: {error}"
     assert ground.content() == before, "something was left behind, or lost"
 
 
@@ -492,7 +492,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
 def test_a_disk_that_takes_no_more_leaves_nothing_behind(
     room: int, ground: Ground, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file may grow beyond `room` bytes: what a full disk, or a quota, does to whoever writes."""
+    """No file may grow beyond `room` bytes: what a full disk, or a quota, does to a writer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
@@ -511,7 +511,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["run", "recipe.yaml", "--workspace", "data.jsonl"],
         ("--workspace", "cannot create", "Choose a folder"),
     ),
-    "a tiny model over somebody's files": (
+    "a tiny model over existing files": (
         ["make-tiny-model", "model"],
         ("model", "not empty", "Choose another output directory"),
     ),
@@ -547,7 +547,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["report", "model"],
         ("model: no run found", "run.json", "WORKSPACE/runs/RUN"),
     ),
-    "an accelerator that nobody knows": (
+    "an unknown accelerator": (
         ["plan", "recipe.yaml", "--gpus", "8", "--set", "hardware.accelerator=h1000"],
         ("hardware.accelerator", "'h1000'", "Did you mean 'h100'?"),
     ),
@@ -559,7 +559,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["submit", "hub.yaml", "--host", "localhost"],
         ("--host localhost", "expected an http", "For example"),
     ),
-    "a host where nobody is": (
+    "a host without a server": (
         ["submit", "hub.yaml", "--host", "http://127.0.0.1:1"],
         ("127.0.0.1:1", "no response", "Use the address"),
     ),

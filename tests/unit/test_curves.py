@@ -17,7 +17,7 @@ METHODS = {
     "lora": ("train.method=lora",),
     "lora with experts": ("train.method=lora", "lora.experts=true"),
 }
-# At the small run's own rate, 1e-2, float32's rounding alone grows to 1e-4 within twenty steps.
+# At the small run's own rate, 1e-2, float32's rounding by itself grows to 1e-4 within twenty steps.
 COMMON = (
     "train.steps=20",
     "train.validate_every=10",
@@ -73,4 +73,4 @@ def test_metrics_do_not_depend_on_the_ranks(
             assert now[1] == pytest.approx(then[1], rel=1e-4), where
             assert now[2] == pytest.approx(then[2], rel=1e-4), where
     first, last = (sum(losses(one_rank / "full-1")[start : start + 2]) for start in (0, -4))
-    assert last < first, "nothing was learnt: any two runs would be the same"
+    assert last < first, "nothing was learned: any two runs would be the same"

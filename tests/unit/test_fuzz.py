@@ -78,7 +78,7 @@ KINDS = pytest.mark.parametrize("kind", WHOLE)
 
 
 def read(folder: Path, kind: str, data: bytes) -> list[Row] | None:
-    """The rows of a file with this content; None where it is refused, in words that name the file."""
+    """The rows of a file with this content; None if it is refused with an error that names the file."""
     file = folder / f"data.{kind}"
     file.write_bytes(data)
     rows, refusal = None, ""
@@ -200,7 +200,7 @@ def prepared(
     model: Path, talks: list[tuple[str, str, str]]
 ) -> list[tuple[list[dict[str, str]], str, list[str]]]:
     """History, answer and control tokens of each row that a preparation keeps of these (system,
-    user, assistant), beside sound ones.
+    user, assistant), among valid ones.
     """
     rows: list[Any] = problems(30)
     rows = [

@@ -147,12 +147,12 @@ def test_a_step_that_was_killed_while_it_judged_is_judged_again(
     (version,) = runs.client.search_model_versions(f"name = '{runs.name}'")
     with pytest.raises(KeyboardInterrupt):
         promote(
-            _Stopping(runs.client, killed_at),
+            _Stopping(runs.client, killed_at),  # type: ignore[arg-type]
             runs.name,
             version,
             score_of(evaluation(0.5, 0.6)),
             "better",
-        )  # type: ignore[arg-type]
+        )
     assert runs.judge(run, 0.5, 0.6).startswith("promoted to champion: ")
     assert runs.aliases() == {"candidate": 1, "champion": 1}
 

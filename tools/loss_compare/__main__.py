@@ -367,7 +367,7 @@ def _compare_pipeline(
 
 def step_artifacts(workspace: Path) -> dict[str, list[str]]:
     """Return the keys of the artifacts of each pipeline step, for a workspace with one job."""
-    (job,) = (workspace / "kfp").glob("[!.]*")  # beside the local runner's cache
+    (job,) = (workspace / "kfp").glob("[!.]*")  # next to the local runner's cache
     return snapshot.artifact_keys(job)
 
 
