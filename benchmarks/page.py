@@ -46,15 +46,15 @@ def page(
     here, rate = step["machine"], step["matmul_flops_per_second"]
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
     goals = "; ".join(
-        f"against {plain}, {faster}x faster and {leaner}x leaner"
+        f"against {plain}, {faster}x faster and {leaner}x less memory"
         for plain, (faster, leaner) in GOALS.items()
     )
     return f"""# Speed and memory
 
 Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]}, {here["threads"]} threads,
 torch {here["torch"]}). **None of this has been run on a GPU.** Each section names the commit it was measured at.
-`python -m benchmarks.page` writes this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
-against counted FLOPs and memory: [the planner](planner.md).
+`python -m benchmarks.page` generates this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
+versus counted FLOPs and memory: [the planner](planner.md).
 
 ## The step
 
@@ -66,16 +66,16 @@ scores one, *chosen block* decodes only the scored one. Same weights, batch and 
 in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step needs in addition to weights and
 gradients.
 *Ours* keeps what the backward pass needs, as the plain step does (`train.activation_checkpointing: false`); *selective* recomputes every
-second layer, *checkpointed* every layer, the default of a recipe. Each side is timed in its own steady state, after one warm-up run.
+second layer, *checkpointed* every layer, the default of a recipe. Each step is timed in its own steady state, after one warm-up run.
 Timed runs per side, of which the median is shown: {_rounds(step)}.
 
-| shape | step | seconds | memory, MB | efficiency | against all blocks | against the chosen block |
+| shape | step | seconds | memory, MB | efficiency | compared with all blocks | compared with the chosen block |
 |---|---|---|---|---|---|---|
 {chr(10).join(line for row in step["shapes"].values() for line in _step_rows(row))}
 
 Geometric means (goals: {goals}):
 
-| our step | against | faster | leaner |
+| our step | compared with | faster | less memory |
 |---|---|---|---|
 {chr(10).join(line for line in _means(step["geometric_mean"]))}
 
@@ -83,10 +83,10 @@ Geometric means (goals: {goals}):
 
 ## What makes the difference
 
-- **No padding, no mask.** Each example attends by itself; the keys that a canvas sees are contiguous, so neither call needs a mask. On
-  sliding layers longer than the window, half a window of rows attends at a time.
+- **No padding, no mask.** Attention runs on each example separately; the keys that a canvas sees are contiguous, so neither call needs a mask. On
+  sliding-window layers, if an example is longer than the window, attention runs on half a window of rows at a time.
 - **Only the chosen block**, in one pass with the clean tokens; a self-conditioning pass (pass 1) only for self-conditioned examples.
-- **Logits in chunks, on a CPU in tiles** that stay in its caches from the product to the gradient; gradients are computed with them, in
+- **Logits in chunks, on a CPU in tiles** that stay in its caches from the matmul to the gradient; gradients are computed with them, in
   place. Soft-capped logits are bounded, so no maximum has to be found and subtracted; the exponential is a power of two, the hyperbolic
   tangent one `expm1`; factors that are constant over a row are applied to the row's other operand.
 - **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would allocate a
@@ -96,7 +96,7 @@ Geometric means (goals: {goals}):
 - **Norms and gated MLPs keep only their inputs**; transformers' norm keeps four tensors of its input's size. On CUDA a norm is torch's
   fused one.
 - **Dispatch overlaps with the dense MLP**: rows are sent to the ranks of their experts while it computes, and their gradients while its
-  backward pass does; FSDP gathers the next layer meanwhile. Returning the results, and their gradients, blocks. How much the overlap
+  backward pass does; FSDP gathers the next layer meanwhile. Returning the results and their gradients is blocking. How much the overlap
   saves on CUDA has not been measured.
 - **Pass 1 computes only the clean tokens before the chosen block**, which are all that its canvas sees (below).
 - **The last layer stays gathered** between its uses, and a rank without a self-conditioned example joins pass 1 with two padding tokens.
@@ -105,9 +105,9 @@ Geometric means (goals: {goals}):
 - **Ranks finish together**: a step's examples are balanced by their tokens and self-conditioning draws (below). The examples of a step,
   their noise and the gradient do not change.
 
-`train.attention: flex` computes a whole batch in one FlexAttention kernel per layer on CUDA; on a CPU its gradients equal the others. It
+`train.attention: flex` computes a whole batch in one FlexAttention kernel per layer on CUDA; on a CPU its gradients equal those of `sdpa`. It
 has not been measured on a GPU, so it is not the default. `torch.compile` of the layers is not used: it could not be measured on its
-target. `python -m benchmarks.gpu` is prepared for a GPU, and tested at small size: S 512 to 4,096 at the released layers' size,
+target hardware. `python -m benchmarks.gpu` is ready to run on a GPU, and is tested at small sizes. It covers sequence lengths of 512 to 4,096 with layers of the released model's size,
 both kinds of attention and the plain step, utilization of the card's measured matmul rate, and the five largest costs by name.
 
 ## Pass 1, three ways
@@ -117,20 +117,20 @@ clean tokens before the block, as in the engine) or with keys *reused* (the pref
 canvas separately), relative to a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
 The four ranks share two cores, so their seconds mean little.
 
-| S, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
+| sequence length, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(_first_pass(case) for case in first_pass["cases"] if case["chosen"] == "middle")}
 
-Reuse saves some more FLOPs, but gathers each layer once more under FSDP and reduces its gradients twice, is slower on one rank, and would
+Reuse saves slightly more FLOPs, but gathers each layer one more time under FSDP and reduces its gradients twice, is slower on one rank, and would
 make pass 1 see keys with dropout applied.
 
 ## From 1 to {growth["rows"][-1]["examples"]} examples
 
-`python -m benchmarks.growth`{_at(growth)}: ragged examples in one forward, checkpointed. Seconds grow as tokens to the power of
+`python -m benchmarks.growth`{_at(growth)}: examples of different lengths in one forward pass, with activation checkpointing. Seconds grow as the number of tokens to the power of
 {growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
 between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB again).
 
-| examples | tokens | ms per token | the same, memory kept | MB per example, live tensors | of the process |
+| examples | tokens | ms per token | ms per token, memory kept | MB per example, live tensors | MB per example, process |
 |---|---|---|---|---|---|
 {chr(10).join(map(_growth, growth["rows"]))}
 
@@ -138,18 +138,18 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 
 | what | measured | goal |
 |---|---|---|
-| `benchmarks.data`{_at(data)}: rows per second over `datasets.map`, a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
+| `benchmarks.data`{_at(data)}: rows per second relative to `datasets.map` with a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
 | the same with the chat template on both sides | {_templated(data)} | |
-| two processes over two | {data["two_processes"]["ratio"]:.2f}x | 1x |
+| the same with two processes on both sides | {data["two_processes"]["ratio"]:.2f}x | 1x |
 | memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
-| `benchmarks.merge`{_at(merge)}: speed over a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
+| `benchmarks.merge`{_at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
 | `benchmarks.pipeline`{_at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
 
-`map` renders no chat template and proves nothing; preparation renders each conversation twice, to prove the response's span. The busiest
-rank's work over the mean, GSM8K's lengths, in tokens of both passes:
+`map` renders no chat template and verifies nothing; preparation renders each conversation twice, to verify the response's span. The next table shows the busiest
+rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 
-| ranks x examples x forwards | by position | dealt |
+| ranks x examples x forward passes | assigned by position | balanced |
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
 """
@@ -163,7 +163,7 @@ def _step_rows(row: dict[str, Any]) -> list[str]:
     lines = []
     for name in OURS:
         ratios = " | ".join(
-            f"{row[name][plain]['faster']:.2f}x faster, {row[name][plain]['leaner']:.1f}x leaner"
+            f"{row[name][plain]['faster']:.2f}x faster, {row[name][plain]['leaner']:.1f}x less memory"
             for plain in GOALS
         )
         memory = f"{row['extra_memory_bytes'][name] / 1e6:.0f}"

@@ -231,7 +231,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 measured, and their ratio, for {len(rows)} steps. The largest errors are {worst["memory"]:.1%} of the memory,
 {worst["flops"]:.1%} of the FLOPs and {worst["bytes"]:.1%} of the bytes. `python -m benchmarks.planner` measures the table again.
 
-**How it was measured.** One rank's step runs on a CPU, all its forwards and backwards, with the optimizer state in memory.
+**How it was measured.** One rank's step runs on a CPU, with all its forward and backward passes and with the optimizer state in memory.
 The other ranks are simulated: collectives allocate the memory that they would need and transfer nothing, and the experts receive as
 many rows as the rank sends. *Memory* is the peak of the sum of live storages, sampled after every operation. *FLOPs* are those
 of every matmul and attention that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would receive from other
@@ -243,7 +243,7 @@ small compared to the released one, whose parameter counts and known sizes are t
 
 {models}
 
-The second column is the number of ranks / the expert-parallel degree; the third, forwards x examples x tokens of a rank;
+The second column is the number of ranks / the expert-parallel degree; the third, forward passes x examples x tokens of a rank (without the first number, one forward pass);
 *one pass* is a step without self-conditioning. All numbers are for one rank: MB are 1e6 bytes, GFLOP are 1e9.
 
 | model, method, dtype | ranks / EP | step | memory, MB | | GFLOP | | received, MB | |

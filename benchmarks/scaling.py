@@ -408,10 +408,10 @@ gloo, float32. A rank receives at most {max(row["ratio"] for row in several):.3f
 
 **How it was measured.** {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8 are active, vocabulary
 {m["vocabulary"]}; {CLEAN} clean tokens and a canvas of {m["canvas"]} per example, half of them self-conditioned; activation checkpointing
-on. In the second step, every collective that reaches c10d is counted by what a rank receives from *other* ranks by definition (an
+on. In the second step, every collective that reaches c10d is counted by what a rank by definition receives from *other* ranks (an
 all-reduce as a ring): the mean over the ranks, in MB of 1e6 bytes. *Plan* is `canvastune plan`'s count, the expected value over the
 self-conditioning draws, with experts evenly loaded.
-This page does not cover time, overlap, or what a backend moves and holds in addition.
+This page does not cover time, overlap, or what a backend additionally transfers and allocates.
 
 ## The lower bound for FSDP and EP
 
@@ -421,20 +421,20 @@ compute dtype, float32 gradients:
 1. Weights, gradients and moments are sharded evenly over all ranks. To use N elements, a rank has to receive c N (W - 1) / W.
 2. A rank keeps the root's gathered weights (embedding, last norm, self-conditioning block) through the step, and the weights of **one**
    layer at a time. So each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is
-   self-conditioned), forward, and backward with recomputation. When the backward pass starts, layer L is still gathered: one gather less.
+   self-conditioned), forward, and backward with recomputation. When the backward pass starts, layer L is still gathered: one fewer gather.
    **Layers: c (W - 1) / W ((2 + pass 1) sum n_l - n_L)**; the root, of n elements: c n (W - 1) / W.
-3. Each trained weight's gradient is summed over the ranks and stays sharded. W - 1 others contribute to each of a rank's N / W elements;
+3. Each trained weight's gradient is summed over the ranks and stays sharded. W - 1 other ranks contribute to each of a rank's N / W elements;
    sent directly or summed around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
 4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
-5. Each of a token's K experts receives its row of H elements and returns one, so a row whose expert is on another rank crosses twice:
+5. Each of a token's K experts receives its row of H elements and returns one, so a row whose expert is on another rank is transferred twice:
    forward, backward (the gradients), in recomputation (the next norm needs the result) and in pass 1, which computes the canvas and the
    clean tokens before its block of a self-conditioned example.
    **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
 
-Tables 1 and 2 use the experts that the router chose. Padding, counts, losses and norms are left out. The bound is for this schedule only:
+The first two tables use the experts that the router chose. Padding, counts, losses and norms are excluded. The bound is for this schedule only:
 one that holds more layers gathers less, and one that sends a token once to a *rank*, not once to each expert there, sends less (last table).
 
-| method, ranks / EP | received, MB | plan | bound | ratio | busiest rank | loss off by | gradient norm off by |
+| method, ranks / EP | received, MB | plan | bound | ratio | busiest rank | loss error | gradient norm error |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(map(_total, rows))}
 
@@ -447,18 +447,18 @@ By collective, received / bound, MB:
 ## Differences between our step and the bound
 
 - **The last layer is gathered {last} times, the others {first}.** The bound, for a schedule that holds one layer at a time, counts
-  {first - 1} for it: the engine keeps it from its first use to its backward pass, so ratios below 1 are not an error. At layer 1, FSDP
+  {first - 1} for it: the engine keeps it from its first use to its backward pass, so ratios below 1 are expected. At layer 1, FSDP
   would prefetch what ran before it, pass 1's last layer, which is not needed; the engine turns that off.
 - **A rank without a self-conditioned example joins pass 1 with two padding tokens**: {idle / 1e6:.2f} MB more than the bound in
   {Case(**wide["case"])}.
 - **A row is sent with its routing weight**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
-- In the bound, but avoidable: with checkpointing the rows cross once more. Keeping the results, c L K H bytes per token, would save it.
+- Included in the bound, but avoidable: with checkpointing, the rows are transferred one more time. Keeping the results, c L K H bytes per token, would avoid that.
 
 ## Memory per rank
 
 Live tensors at the step's peak, mean and maximum over the ranks, since the experts' loads differ; *held*: parameters and AdamW's moments.
 
-| method, ranks / EP | held, MB | of one rank's | peak, MB | highest rank | plan | peak / plan |
+| method, ranks / EP | held, MB | relative to one rank | peak, MB | highest rank | plan | peak / plan |
 |---|---|---|---|---|---|---|
 {chr(10).join(_memory(row, rows) for row in rows)}
 

@@ -42,23 +42,23 @@ data:
   source: rows.jsonl
 ```
 
-which runs LoRA on the released model, on eight GPUs. Canvastune ships with four:
+which runs LoRA on the released model, on eight GPUs. Canvastune ships with four recipes:
 
 | recipe | what it does |
 |---|---|
 {recipes}
 
-- `--set key=value` changes a key for one run, as in `--set lora.rank=32 --set train.method=full`.
+- `--set key=value` changes a key for one run, for example `--set lora.rank=32 --set train.method=full`.
   Values are YAML, and the option can be repeated. `canvastune run`, `plan`, `prepare`, `submit`,
   `doctor` and `canvastune.train` accept it.
-- An unknown key is rejected, with the closest known one; so are duplicate keys and values of the
+- An unknown key is rejected, and the error suggests the closest known key; so are duplicate keys and values of the
   wrong type. See [troubleshooting](troubleshooting.md#recipe).
 - Every output directory contains `config.yaml`: the complete recipe, defaults included. It is
   itself a valid recipe.
 - On a cluster, the chart provides defaults for the section [cluster](#cluster). Values in the
   recipe take precedence.
 - An unfinished run can only be resumed with the recipe and the data that it was started with, in
-  the pipeline and with `canvastune.train`. Settings that change no trained weight may differ:
+  the pipeline and with `canvastune.train`. Settings that do not affect the trained weights may differ:
   {changeable}.
 
 `python -m tools.recipes_page` generates this page from `canvastune/config`; a test fails if it is

@@ -111,7 +111,7 @@ class ClusterConfig(StrictModel):
 
     backend: Literal["local", "pytorchjob", "trainjob"] = Field(
         "local",
-        description="local: torchrun in the step itself; else a PyTorchJob (training operator 1.9) "
+        description="local: torchrun in the step itself; otherwise a PyTorchJob (training operator 1.9) "
         "or a TrainJob (Trainer 2)",
     )
     nodes: int = Field(
@@ -123,9 +123,7 @@ class ClusterConfig(StrictModel):
     image: Image = Field(
         f"canvastune/trainer:{__version__}", description="image of the training pods"
     )
-    pull_secrets: tuple[Name, ...] = Field(
-        (), description="existing secrets that the image is pulled with"
-    )
+    pull_secrets: tuple[Name, ...] = Field((), description="existing secrets for pulling the image")
     claim: Name | None = Field(
         None,
         description="existing PersistentVolumeClaim with the workspace; default: the one that is "
@@ -133,14 +131,14 @@ class ClusterConfig(StrictModel):
     )
     mount_path: Annotated[str, matching("/[^:,]+", "an absolute path")] = Field(
         "/workspace",
-        description="where the claim is mounted, in the pods as in the pipeline's steps",
+        description="where the claim is mounted, both in the pods and in the pipeline's steps",
     )
     gpu_resource: LabelKey | None = Field(
-        "nvidia.com/gpu", description="resource of an accelerator; null: train on CPU"
+        "nvidia.com/gpu", description="resource name of an accelerator; null: train on CPU"
     )
     cpu: Quantity | None = Field(None, description="CPU request of a pod")
     memory: Quantity | None = Field(
-        None, description="memory request and limit of a pod; usage of shm counts"
+        None, description="memory request and limit of a pod, including its use of shm"
     )
     shm: Quantity = Field("64Gi", description="size limit of the memory-backed /dev/shm")
     env: dict[EnvVarName, str] = Field(
@@ -164,7 +162,7 @@ class ClusterConfig(StrictModel):
         {}, description="labels of the nodes to run on"
     )
     tolerations: tuple[Toleration, ...] = Field(
-        (), description="taints that the pods accept; that of gpu_resource is one already"
+        (), description="taints that the pods tolerate, in addition to that of gpu_resource"
     )
     queue: Name | None = Field(None, description="Kueue's LocalQueue that admits the job")
     priority_class: Name | None = Field(
@@ -181,13 +179,13 @@ class ClusterConfig(StrictModel):
         "namespace's",
     )
     rdma_resource: LabelKey | None = Field(
-        None, description="resource of an RDMA device, such as rdma/hca_shared_devices_a"
+        None, description="resource name of an RDMA device, such as rdma/hca_shared_devices_a"
     )
     rdma_count: int = Field(
-        1, ge=1, le=64, description="RDMA devices of a pod, where rdma_resource is set"
+        1, ge=1, le=64, description="RDMA devices per pod, if rdma_resource is set"
     )
     deadline_hours: float = Field(
-        72, gt=0, le=8760, description="the job is ended after this many hours of running"
+        72, gt=0, le=8760, description="the job is stopped after running for this many hours"
     )
     queue_hours: float = Field(
         24,

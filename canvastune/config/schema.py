@@ -37,19 +37,19 @@ class ColumnsConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """Where the examples come from and what is refused."""
+    """Where the examples come from, and what is rejected."""
 
     source: str = Field(
         description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each "
         "also .gz"
     )
     config: str | None = Field(
-        None, description="configuration of a Hub data set, as in openai/gsm8k `main`"
+        None, description="configuration of a Hub dataset, such as `main` of openai/gsm8k"
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
-    split: str = Field("train", description="split of a Hub data set")
+    split: str = Field("train", description="split of a Hub dataset")
     format: Literal["auto", "messages", "gsm8k", "columns"] = Field(
-        "auto", description="form of a row; auto looks at the first row's keys"
+        "auto", description="format of a row; auto detects it from the first row's keys"
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     seq_length: int = Field(
@@ -59,7 +59,7 @@ class DataConfig(StrictModel):
         0.02,
         gt=0,
         lt=1,
-        description="share of the examples held out, chosen by a hash of their content",
+        description="fraction of the examples held out, chosen by a hash of their content",
     )
     validation_rows: int | None = Field(
         None,
@@ -87,7 +87,7 @@ class DataConfig(StrictModel):
         description="fraction of the rows that may repeat an earlier one before the step fails; "
         "duplicates are always dropped",
     )
-    max_rows: int | None = Field(None, ge=1, description="read no more rows than this")
+    max_rows: int | None = Field(None, ge=1, description="maximum number of rows to read")
 
     @field_validator("max_bad_row_fraction", "max_duplicate_fraction", mode="before")
     @classmethod
@@ -111,7 +111,7 @@ class LoraConfig(StrictModel):
         0.0,
         ge=0,
         lt=1,
-        description="share of an adapter's input that is zeroed in training; never on experts",
+        description="fraction of an adapter's input that is zeroed in training; never on experts",
     )
     experts: bool = Field(False, description="adapters on every expert's two projections as well")
 
@@ -138,14 +138,14 @@ class ObjectiveConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW with linear warm-up and a decay."""
+    """AdamW with linear warm-up and decay."""
 
     lr: float = Field(1.5e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(
         1.5e-5, ge=0, description="learning rate at the last step; unused by the constant schedule"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the rate goes from lr to min_lr after the warm-up"
+        "cosine", description="how the learning rate decays from lr to min_lr after the warm-up"
     )
     warmup_steps: int = Field(
         25,
@@ -153,21 +153,30 @@ class OptimizerConfig(StrictModel):
         description="steps of linear warm-up; the first step already uses lr / warmup_steps",
     )
     betas: tuple[float, float] = Field(
-        (0.95, 0.99), description="decay of the running means of the gradient and of its square"
+        (0.95, 0.99),
+        description="decay rates of the running means of the gradient and of its square",
     )
-    eps: float = Field(1e-8, gt=0, description="what is added to the root of the latter")
+    eps: float = Field(
+        1e-8,
+        gt=0,
+        description="added to the square root of the running mean of the squared gradient",
+    )
     weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
     decay_vectors: bool = Field(
-        False, description="whether norms and other one-dimensional weights decay too"
+        False,
+        description="whether weight decay also applies to norms and other one-dimensional weights",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped here")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="global gradient norm is clipped to this value"
+    )
 
 
 class TrainConfig(StrictModel):
-    """The loop."""
+    """The training loop."""
 
     method: Literal["lora", "full"] = Field(
-        "lora", description="adapters on a frozen base, or every weight but router and vision"
+        "lora",
+        description="adapters on a frozen base, or every weight except the router and the vision tower",
     )
     steps: int = Field(800, ge=1, description="optimizer steps")
     global_batch_size: int = Field(
@@ -176,11 +185,11 @@ class TrainConfig(StrictModel):
     micro_batch_size: ChangeableOnResume[int | None] = Field(
         None,
         ge=1,
-        description="examples per rank and forward; default: the rank's whole share at once",
+        description="examples per rank and forward pass; default: the rank's whole share at once",
     )
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="dtype of the compute; master weights of trained parameters are always float32",
+        description="compute dtype; master weights of trained parameters are always float32",
     )
     attention: ChangeableOnResume[Literal["sdpa", "flex"]] = Field(
         "sdpa",
@@ -207,10 +216,10 @@ class TrainConfig(StrictModel):
         description="corruption levels of the validation loss, each above 0 and at most 1",
     )
     validation_batches: ChangeableOnResume[int | None] = Field(
-        None, ge=1, description="at most this many global batches per validation"
+        None, ge=1, description="maximum number of global batches per validation"
     )
     checkpoint_every: ChangeableOnResume[int] = Field(
-        100, ge=1, description="steps between checkpoints; after the last step there is one too"
+        100, ge=1, description="steps between checkpoints; one is also written after the last step"
     )
     keep_checkpoints: ChangeableOnResume[int] = Field(
         2,
@@ -220,7 +229,7 @@ class TrainConfig(StrictModel):
     )
     async_checkpoints: ChangeableOnResume[bool] = Field(
         True,
-        description="write checkpoints in the background; takes a copy of the state in host memory",
+        description="write checkpoints in the background; requires a copy of the state in host memory",
     )
     export: ChangeableOnResume[Literal["best", "last"]] = Field(
         "best",
@@ -260,22 +269,24 @@ class ParallelConfig(StrictModel):
     nproc_per_node: int = Field(
         8,
         ge=1,
-        description="processes that the pipeline's train step starts; torchrun sets its own",
+        description="processes that the pipeline's train step starts; with torchrun, its own option applies instead",
     )
     ep: int = Field(
         8,
         ge=1,
-        description="expert-parallel degree: divides the world size and the number of experts",
+        description="expert-parallel degree; must divide the world size and the number of experts",
     )
 
 
 class EvaluateConfig(StrictModel):
-    """Answers before and after, on held-out rows."""
+    """Answers before and after training, on held-out rows."""
 
-    rows: int = Field(64, ge=1, description="held-out rows that are answered")
-    batch_size: int = Field(8, ge=1, description="rows that are answered at once")
-    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
-    max_denoising_steps: int = Field(48, ge=1, description="denoising steps of a block, at most")
+    rows: int = Field(64, ge=1, description="number of held-out rows to answer")
+    batch_size: int = Field(8, ge=1, description="rows answered at once")
+    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens per answer")
+    max_denoising_steps: int = Field(
+        48, ge=1, description="maximum number of denoising steps per block"
+    )
     answer_pattern: str = Field(
         r"####\s*(-?[\d.,]+)",
         description="regular expression whose last match's group 1 is the answer that exact match "
@@ -284,7 +295,7 @@ class EvaluateConfig(StrictModel):
 
 
 class TrackingConfig(StrictModel):
-    """MLflow. MLFLOW_TRACKING_URI in the environment wins over `uri`."""
+    """MLflow. MLFLOW_TRACKING_URI in the environment takes precedence over `uri`."""
 
     uri: str | None = Field(
         None,
@@ -292,7 +303,8 @@ class TrackingConfig(StrictModel):
         "workspace",
     )
     experiment: str = Field(
-        "canvastune", description="of MLflow, and of Kubeflow where `submit` is given none"
+        "canvastune",
+        description="name of the experiment in MLflow, and in Kubeflow if `submit` is given none",
     )
     registered_model: str | None = Field(
         None, description="name under which the tuned model is registered; default: not registered"
@@ -324,7 +336,7 @@ class RunConfig(StrictModel):
         42,
         ge=0,
         lt=2**63,
-        description="decides order, noise and new weights, on any number of ranks alike",
+        description="determines the order, noise and new weights, identically on any number of ranks",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
