@@ -369,11 +369,11 @@ DATA: dict[str, Case] = {
 MODELS: dict[str, Case] = {
     "a model that is not there": (
         setting("model.id=./nowhere"),
-        ("model.id", "no such folder", "make-tiny-model"),
+        ("model.id", "./nowhere", "make-tiny-model"),
     ),
     "a model without its config": (
         without("config.json"),
-        ("model", "no config.json", "folder of a checkpoint"),
+        ("model", "no config.json", "checkpoint folder"),
     ),
     "a config that is cut": (
         model(lambda f: (f / "config.json").write_text('{"model_type"')),
@@ -517,7 +517,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a model without experts": (
         ["plan", "recipe.yaml", "--set", "model.id=dense"],
-        ("config.json", "moe_intermediate_size is missing", "Fetch the checkpoint"),
+        ("config.json", "moe_intermediate_size", "Download the checkpoint"),
     ),
     "a plan for no GPU": (
         ["plan", "recipe.yaml", "--gpus", "0"],

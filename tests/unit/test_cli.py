@@ -80,7 +80,7 @@ def test_help_teaches_by_examples_that_the_command_line_takes(
 def test_help_of_the_trainer_teaches_by_examples_that_it_takes() -> None:
     examples = [
         shlex.split(line)[: -2 if " > " in line else None]
-        for line in trainer._EPILOG.splitlines()
+        for line in trainer._EPILOG.replace("\\\n", " ").splitlines()
         if line.startswith("  ")
     ]
     assert len(examples) == 3

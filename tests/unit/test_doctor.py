@@ -189,7 +189,8 @@ def test_mistyped_folder_and_file_are_named(tmp_path: Path) -> None:
     )
     model, data = _only(check_model(config)), _only(check_data(config))
     assert (model.state, data.state) == ("problem", "problem")
-    assert "./no-model: no such folder" in model.found
+    assert "model.id: " in model.found
+    assert "./no-model" in model.found
     assert "Did you mean" in data.fix
 
 
