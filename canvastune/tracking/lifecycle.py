@@ -331,7 +331,7 @@ def _about(config: RunConfig) -> dict[str, str]:
         "canvastune.model_revision": config.model.revision or "unspecified",
         "canvastune.data": config.data.source,
         "canvastune.backend": config.cluster.backend,
-        "canvastune.distributed.sync": str(config.world_size),
+        "canvastune.ranks": str(config.world_size),
         "mlflow.source.name": f"canvastune {config.name}",
         "mlflow.source.type": "PROJECT",
     }
