@@ -312,7 +312,7 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
     """Return the dotted keys of every JSON and JSON lines file below a folder, by file name.
 
     Records of metrics.jsonl are distinguished by their kind. Files in the formats of libraries
-    (tokenizer, model configuration, system metrics) and the state of tracking are left out.
+    (tokenizer, model configuration, system metrics) and the records for MLflow (whose keys contain hashes) are left out.
     """
     foreign = (
         "tokenizer",
@@ -327,7 +327,11 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.json*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.name.startswith(foreign) or ".tracking" in path.parts:
+        if (
+            not path.is_file()
+            or path.name.startswith(foreign)
+            or name.startswith((".tracking", "steps.json"))
+        ):
             continue
         if path.suffix == ".json":
             keys[name] = sorted(set(_keys(json.loads(path.read_text(encoding="utf-8")))))
