@@ -312,7 +312,8 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
     """Return the dotted keys of every JSON and JSON lines file below a folder, by file name.
 
     Records of metrics.jsonl are distinguished by their kind. Files in the formats of libraries
-    (tokenizer, model configuration, system metrics) and the records for MLflow (whose keys contain hashes) are left out.
+    (tokenizer, model configuration, system metrics) and the records for MLflow (whose keys contain
+    hashes) are left out.
     """
     foreign = (
         "tokenizer",
