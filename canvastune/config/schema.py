@@ -14,6 +14,9 @@ from canvastune.config.cluster import ClusterConfig
 from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"
+]
 
 
 class ModelConfig(StrictModel):
@@ -29,11 +32,27 @@ class ModelConfig(StrictModel):
 
 
 class ColumnsConfig(StrictModel):
-    """Which columns hold the two sides of an example, for `data.format: columns`."""
+    """Which columns hold what. None: the column's usual name, if the row has it."""
 
+    messages: str | None = Field(
+        None, description="column with the list of messages; default: messages or conversations"
+    )
     prompt: str = Field("prompt", description="column with the user's turn")
     response: str = Field("response", description="column with the assistant's turn")
-    system: str | None = Field(None, description="column with the system turn, if there is one")
+    system: str | None = Field(
+        None, description="column with the system turn; default: system, if the row has it"
+    )
+    context: str | None = Field(
+        None, description="column with text that is put before the user's turn; default: none"
+    )
+    thinking: str | None = Field(
+        None,
+        description="column with the thinking before the answer; default: reasoning, "
+        "reasoning_content or thinking, if the row has it",
+    )
+    tools: str | None = Field(
+        None, description="column with the tool declarations; default: tools, if the row has it"
+    )
 
 
 class DataConfig(StrictModel):
@@ -48,10 +67,21 @@ class DataConfig(StrictModel):
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     split: str = Field("train", description="split of a Hub dataset")
-    format: Literal["auto", "messages", "gsm8k", "columns"] = Field(
+    format: DataFormat = Field(
         "auto", description="format of a row; auto detects it from the first row's keys"
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    ignore: tuple[str, ...] = Field(
+        (), description="columns, or keys of a message, that are known to be unneeded"
+    )
+    learn: Literal["last", "all"] = Field(
+        "last",
+        description="which assistant turns of a conversation are learned: the last one, or every "
+        "one, as an example of its own",
+    )
+    thinking: Literal["keep", "drop"] = Field(
+        "keep", description="whether thinking in the data is learned before the answer, or left out"
+    )
     seq_length: int = Field(
         1024, ge=8, description="tokens of prefix and response kept per example"
     )
