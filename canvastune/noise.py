@@ -85,9 +85,10 @@ def validation_draws(
     )
 
 
-def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """Return int64[rows]: the order in which an epoch visits the rows."""
-    return _generator("order", seed, epoch).permutation(rows)
+def epoch_order(seed: int, epoch: int, rows: int, source: int = 0) -> np.ndarray:
+    """Return int64[rows]: the order in which an epoch of a source visits its rows."""
+    parts = ("order", seed, epoch, source) if source else ("order", seed, epoch)
+    return _generator(*parts).permutation(rows)
 
 
 def weight_generator(seed: int, name: str) -> torch.Generator:

@@ -38,14 +38,14 @@ def demo() -> None:
     _create_random_model(Path(base.model.id), digest.hexdigest())
     for config, kind in ((base, "change"), (tuned, "compare")):
         tiny_model.write_problems(
-            Path(config.data.source), kind, ROWS, seed=0
+            Path(config.data.label), kind, ROWS, seed=0
         )  # the same bytes each time
-    digest.update(base.model_dump_json().encode() + Path(base.data.source).read_bytes())
+    digest.update(base.model_dump_json().encode() + Path(base.data.label).read_bytes())
     logger.info(
-        f"\n2. the base model: {base.train.steps} steps of full fine-tuning on {base.data.source}"
+        f"\n2. the base model: {base.train.steps} steps of full fine-tuning on {base.data.label}"
     )
     _train_base_model(base, Path(tuned.model.id), digest.hexdigest())
-    logger.info(f"\n3. the pipeline: LoRA on another kind of problems, {tuned.data.source}")
+    logger.info(f"\n3. the pipeline: LoRA on another kind of problems, {tuned.data.label}")
     run_recipe(tuned, Path("workspace"), None)
 
 

@@ -45,7 +45,7 @@ def finetune(
     Args:
         recipe: the recipe as YAML or JSON text.
         overrides: changes to it, one `key=value` per line.
-        dataset: replaces the recipe's `data.source`; "" keeps it.
+        dataset: replaces the recipe's `data.source` or `data.mixture`; "" keeps it.
         workspace: the folder that outlives the run's pods: checkpoints, merged model and report go
             to its `runs/RUN`.
         run_name: the RUN above, and the name in MLflow; "" takes the pipeline job's.

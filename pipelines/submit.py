@@ -20,6 +20,7 @@ import yaml
 from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.loading import load_yaml_file
+from canvastune.config.places import is_path, refuse_address
 from canvastune.errors import UserError
 from canvastune.logging import event
 from pipelines.kfp_client import KubeflowClient, translate_errors
@@ -187,17 +188,11 @@ def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
         UserError: names the key and the path.
     """
     mount = json.loads(cluster or "{}").get("mount_path") or config.cluster.mount_path
-    for key, place, kind in (
-        ("data.source", config.data.source, "data set"),
-        ("model.id", config.model.id, "model"),
-    ):
+    data = [(key, source.source, "data set") for key, source in config.data.source_keys.items()]
+    for key, place, kind in (*data, ("model.id", config.model.id, "model")):
+        refuse_address(key, place)
         path = Path(place).expanduser()
-        local = (
-            place.startswith(("/", ".", "~"))
-            or place.count("/") > 1
-            or path.suffix in (".jsonl", ".json", ".parquet", ".gz")
-        )
-        if (local or path.exists()) and not path.is_relative_to(mount):
+        if (is_path(place) or path.exists()) and not path.is_relative_to(mount):
             message = (
                 f"{key}: {place} is a path on this machine, which no pod of the cluster can see"
             )

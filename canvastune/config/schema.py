@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from canvastune.config.cluster import ClusterConfig
+from canvastune.config.places import is_path
 from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
@@ -55,22 +56,54 @@ class ColumnsConfig(StrictModel):
     )
 
 
-class DataConfig(StrictModel):
-    """Where the examples come from, and what is rejected."""
+class SourceFields(StrictModel):
+    """A data set, and what its rows look like."""
 
-    source: str = Field(
-        description="Hub data set id, or a local file or folder: .jsonl, .json, .parquet, each "
-        "also .gz"
+    source: str | None = Field(
+        None,
+        description="Hub data set id, or a local file or folder: .jsonl, .json, .csv, .tsv and "
+        ".parquet, each also .gz, .arrow, or what `Dataset.save_to_disk` wrote; either this or "
+        "`data.mixture`",
     )
     config: str | None = Field(
         None, description="configuration of a Hub dataset, such as `main` of openai/gsm8k"
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch")
-    split: str = Field("train", description="split of a Hub dataset")
+    split: str = Field("train", description="split of a Hub dataset or of a saved `DatasetDict`")
     format: DataFormat = Field(
         "auto", description="format of a row; auto detects it from the first row's keys"
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+
+
+class MixtureSource(SourceFields):
+    """One of several data sets that are trained on together."""
+
+    source: str = Field(description="as `data.source`")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="examples of this source per epoch of the mixture, relative to the other "
+        "sources' weights; not per row: a small source is repeated more often",
+    )
+
+
+class DataConfig(SourceFields):
+    """Where the examples come from, and what is rejected."""
+
+    mixture: tuple[MixtureSource, ...] = Field(
+        (),
+        description="several sources instead of `data.source`; each has a share of the training "
+        "examples that is proportional to its weight, and is repeated only after all of its rows "
+        "were used",
+    )
+    validation: str | None = Field(
+        None,
+        description="held-out examples: a split of the source (of each source of a mixture), or a "
+        "local file or folder, written as a path (`./held_out`, `test.jsonl`) and read with "
+        "`data.format` and `data.columns`; training rows that repeat one of them are left out, "
+        "and `data.validation_fraction` does not apply; default: a fraction of the source",
+    )
     ignore: tuple[str, ...] = Field(
         (), description="columns, or keys of a message, that are known to be unneeded"
     )
@@ -89,7 +122,8 @@ class DataConfig(StrictModel):
         0.02,
         gt=0,
         lt=1,
-        description="fraction of the examples held out, chosen by a hash of their content",
+        description="fraction of the examples held out, chosen by a hash of their content; "
+        "without effect if `data.validation` is set",
     )
     validation_rows: int | None = Field(
         None,
@@ -117,7 +151,85 @@ class DataConfig(StrictModel):
         description="fraction of the rows that may repeat an earlier one before the step fails; "
         "duplicates are always dropped",
     )
-    max_rows: int | None = Field(None, ge=1, description="maximum number of rows to read")
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="maximum number of rows to read of each source; `data.validation` is read "
+        "completely",
+    )
+
+    @property
+    def sources(self) -> tuple[MixtureSource, ...]:
+        """The data sets that training examples come from: those of the mixture, or the one."""
+        if self.source is None:
+            return self.mixture
+        return (MixtureSource(**{"source": self.source, **self._own_fields()}),)
+
+    @property
+    def validation_sources(self) -> tuple[MixtureSource, ...]:
+        """The data sets that all held-out examples come from; none: they are a fraction of
+        `sources`.
+        """
+        if self.validation is None:
+            return ()
+        if is_path(self.validation):
+            rows = {"format": self.format, "columns": self.columns}
+            return (MixtureSource(source=self.validation, **rows),)
+        return tuple(
+            source.model_copy(update={"split": self.validation}) for source in self.sources
+        )
+
+    @property
+    def source_keys(self) -> dict[str, MixtureSource]:
+        """Every data set that is read, by the key of the recipe that names it."""
+        keys = (
+            ["data.source"]
+            if self.source is not None
+            else [f"data.mixture.{index}" for index in range(len(self.mixture))]
+        )
+        named = dict(zip(keys, self.sources, strict=True))
+        if self.validation is not None and is_path(self.validation):
+            named["data.validation"] = self.validation_sources[0]
+        return named
+
+    @property
+    def label(self) -> str:
+        """The sources' names, for people."""
+        return " + ".join(source.source for source in self.sources)
+
+    def only(self, source: MixtureSource) -> DataConfig:
+        """Return these settings with one of the data sets as the only source."""
+        fields = {name: getattr(source, name) for name in SourceFields.model_fields}
+        return self.model_copy(update={**fields, "mixture": (), "validation": None})
+
+    def _own_fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SourceFields.model_fields if name != "source"}
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sources(self) -> DataConfig:
+        if self.source is None and not self.mixture:
+            meaning = SourceFields.model_fields["source"].description
+            raise InvalidSetting(
+                f"key 'data.source' is missing ({meaning})",
+                hint="Set data.source in the recipe, or with --set data.source=VALUE.",
+            )
+        if not self.mixture:
+            return self
+        if self.source is not None:
+            raise InvalidSetting(
+                f"data.source: found {self.source!r} beside data.mixture, expected one of the two",
+                hint="Make it an entry of data.mixture, or set data.mixture=[].",
+            )
+        from_file = self.validation is not None and is_path(self.validation)
+        for name, value in self._own_fields().items():
+            if value != SourceFields.model_fields[name].get_default(call_default_factory=True) and (
+                not from_file or name not in ("format", "columns")
+            ):
+                raise InvalidSetting(
+                    f"data.{name}: found a value beside data.mixture, whose entries have their own",
+                    hint=f"Set {name} in each entry of data.mixture that needs it.",
+                )
+        return self
 
     @field_validator("max_bad_row_fraction", "max_duplicate_fraction", mode="before")
     @classmethod

@@ -4,16 +4,17 @@ each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, load_from_disk
 
 from canvastune.config.schema import ObjectiveConfig, TrainConfig
+from canvastune.data.mixture import Interleaving, Mixture
 from canvastune.data.packing import Example, balance_microbatches, make_example
 from canvastune.errors import UserError
 from canvastune.noise import (
@@ -59,7 +60,11 @@ class TrainingDataset:
         self._eos_token_id = eos_token_id
         self._seed = seed
         self._objective = objective
-        self._order: tuple[int, torch.Tensor] | None = None
+        shares = Mixture.read(folder / "train", len(self._train)).shares
+        self._rows = [share.rows for share in shares]  # of each source
+        self._first_rows = [0, *itertools.accumulate(self._rows)]
+        self._interleaving = Interleaving([share.weight for share in shares])
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source: epoch and its order
         self._tokens = _count_tokens(self._train, canvas_length)
 
     def __len__(self) -> int:
@@ -70,8 +75,8 @@ class TrainingDataset:
         return len(self._validation)
 
     def train_examples(self, positions: Iterable[int]) -> list[Example]:
-        """Return the examples at these positions of the endless shuffled stream: epoch after epoch,
-        each in a new order.
+        """Return the examples at these positions of the endless shuffled stream: of each source,
+        epoch after epoch, each in a new order.
         """
         return [self._example(self._train[self._row(position)]) for position in positions]
 
@@ -136,13 +141,13 @@ class TrainingDataset:
         )
 
     def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self._train))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (
-                epoch,
-                torch.from_numpy(epoch_order(self._seed, epoch, len(self._train))),
-            )
-        return int(self._order[1][offset])
+        source, count = self._interleaving.at(position)
+        epoch, offset = divmod(count, self._rows[source])
+        epoch_now, order = self._orders.get(source, (None, None))
+        if order is None or epoch_now != epoch:
+            order = epoch_order(self._seed, epoch, self._rows[source], source)
+            self._orders[source] = (epoch, order)
+        return self._first_rows[source] + int(order[offset])
 
     def _example(self, row: dict[str, Any]) -> Example:
         return make_example(row, self._canvas_length, self._eos_token_id)

@@ -11,9 +11,21 @@ from pathlib import Path
 
 from canvastune import __version__
 from canvastune.config import RunConfig, write_config
+from canvastune.config.schema import DataConfig
 from canvastune.io.hashing import hash_path
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
+
+
+def local_inputs(data: DataConfig) -> dict[str, Path]:
+    """Return the local files and folders that the examples come from, by their names in
+    `provenance.json`.
+    """
+    named = {
+        "data" if key == "data.source" else key: Path(source.source).expanduser()
+        for key, source in data.source_keys.items()
+    }
+    return {name: path for name, path in named.items() if path.exists()}
 
 
 def write_provenance(

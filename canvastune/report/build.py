@@ -211,7 +211,9 @@ def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:
 
     A required key has no default.
     """
-    required = {"name": config.name, "data": {"source": config.data.source}}
+    sources = {name: getattr(config.data, name) for name in ("source", "mixture")}
+    chosen = {name: value for name, value in sources.items() if value}
+    required = {"name": config.name, "data": chosen}
     defaults = flatten(parse_config(required).model_dump(mode="json")) | dict.fromkeys(
         flatten(required)
     )

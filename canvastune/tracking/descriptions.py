@@ -84,7 +84,7 @@ def _what(config: RunConfig) -> str:
     train = config.train
     method = f"LoRA of rank {config.lora.rank}" if train.method == "lora" else "Full fine-tuning"
     length = f"{train.steps} steps of {train.global_batch_size} examples"
-    return f"{method} of {_code(config.model.id)} on {_code(config.data.source)}, {length}."
+    return f"{method} of {_code(config.model.id)} on {_code(config.data.label)}, {length}."
 
 
 def _about(config: RunConfig, folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ import yaml
 
 from canvastune import __version__
 from canvastune.config import RunConfig
+from canvastune.config.schema import MixtureSource
 from canvastune.tracking import descriptions, steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE
@@ -306,18 +307,37 @@ def _copy_files(source: Path, target: Path) -> Path:
 def _dataset_fields(config: RunConfig, folder: Path) -> dict[str, str]:
     """Return the fields of MLflow's Dataset for prepared data."""
     card, data = json.loads((folder / "card.json").read_text(encoding="utf-8")), config.data
-    local = Path(data.source).exists()
-    hub = {"path": data.source, "config_name": data.config, "revision": data.revision}
-    hub |= {"split": data.split}
+    named = {key: _dataset_source(source) for key, source in data.source_keys.items()}
+    if len(named) == 1:
+        ((kind, place),) = named.values()
+    else:
+        kind, place = "external", {key: place for key, (_, place) in named.items()}
+    names = [
+        Path(source.source).name if Path(source.source).exists() else source.source
+        for source in data.sources
+    ]
     columns = [{"name": n, "type": kind, "required": True} for n, kind in _COLUMNS.items()]
     sizes = {"num_rows": card["kept"], "train": card["train"], "validation": card["validation"]}
     return {
-        "name": Path(data.source).name if local else data.source,
+        "name": " + ".join(names),
         "digest": str(card["content_hash"])[:16],
-        "source_type": "local" if local else "hf",
-        "source": json.dumps({"uri": str(Path(data.source).absolute())} if local else hub),
+        "source_type": kind,
+        "source": json.dumps(place),
         "schema": json.dumps({"mlflow_colspec": columns}),
         "profile": json.dumps(sizes),
+    }
+
+
+def _dataset_source(source: MixtureSource) -> tuple[str, dict[str, Any]]:
+    """Return the type and the place of one source, as MLflow has them."""
+    path = Path(source.source)
+    if path.exists():
+        return "local", {"uri": str(path.absolute())}
+    return "hf", {
+        "path": source.source,
+        "config_name": source.config,
+        "revision": source.revision,
+        "split": source.split,
     }
 
 
@@ -329,7 +349,7 @@ def _about(config: RunConfig) -> dict[str, str]:
         "canvastune.method": config.train.method,
         "canvastune.model": config.model.id,
         "canvastune.model_revision": config.model.revision or "unspecified",
-        "canvastune.data": config.data.source,
+        "canvastune.data": config.data.label,
         "canvastune.backend": config.cluster.backend,
         "canvastune.ranks": str(config.world_size),
         "mlflow.source.name": f"canvastune {config.name}",

@@ -34,7 +34,7 @@ from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
-from canvastune.io.provenance import write_provenance
+from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.logging import TrainingProgress
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tracking import FindRun, PipelineRun, open_metrics, training_run
@@ -291,9 +291,10 @@ def check_prepared(data: Path, config: RunConfig) -> None:
         for key, before, after in changes
         if key.startswith(("data.", "model."))
     ]
-    source, before = Path(config.data.source).expanduser(), _hashed_inputs(data).get("data")
-    if not found and before is not None and source.exists() and hash_path(source) != before:
-        found.append(f"the content of {source} changed")
+    hashes = _hashed_inputs(data)
+    for name, source in {} if found else local_inputs(config.data).items():
+        if name in hashes and hash_path(source) != hashes[name]:
+            found.append(f"the content of {source} changed")
     if found:
         raise UserError(
             f"{data}: found data prepared for another run: {'; '.join(found)}",

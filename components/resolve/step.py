@@ -13,6 +13,7 @@ from canvastune import tracking
 from canvastune.config import RunConfig, changed_settings, loads, parse_config
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
+from canvastune.io.provenance import local_inputs
 from canvastune.preparation import PREPARATION_VERSION
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import (
@@ -63,7 +64,7 @@ def resolve(
     Args:
         recipe: YAML or JSON text.
         overrides: lines of `key=value`, applied in order.
-        dataset: replaces `data.source`; "" keeps the recipe's.
+        dataset: replaces `data.source`, or the whole `data.mixture`; "" keeps the recipe's.
         workspace: the folder that outlives the run's pods.
         run_name: name of the run's folder; "": the pipeline job's name.
         job_id: the pipeline job; the same one may come again (a retried task), another one only to
@@ -151,11 +152,11 @@ def _tracked(config: RunConfig) -> RunConfig:
 
 
 def dataset_override(dataset: str) -> list[str]:
-    """Return the override for `dataset`.
+    """Return the overrides for `dataset`, which takes the place of a mixture as well.
 
     Quoted, since a path may be parsed as another YAML type.
     """
-    return [f"data.source={json.dumps(dataset)}"] if dataset else []
+    return ["data.mixture=[]", f"data.source={json.dumps(dataset)}"] if dataset else []
 
 
 def data_fingerprint(config: RunConfig) -> str:
@@ -166,9 +167,9 @@ def data_fingerprint(config: RunConfig) -> str:
     Content on the Hub is identified by the config's revision and is not included.
     """
     parts = [f"preparation {PREPARATION_VERSION}"]
-    source, model = Path(config.data.source).expanduser(), Path(config.model.id)
-    if source.exists():
-        parts.append(f"source {hash_path(source, whole=True)}")
+    for name, path in local_inputs(config.data).items():
+        parts.append(f"{name.replace('data', 'source', 1)} {hash_path(path, whole=True)}")
+    model = Path(config.model.id)
     parts += [
         f"{name} {hash_path(model / name)}" for name in _TOKENIZER_FILES if (model / name).is_file()
     ]

@@ -1,0 +1,83 @@
+"""Tell by its form what a text names: a path on this machine, an address, or an id on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from canvastune.errors import UserError
+
+# Of the data files that are read; all but .arrow also as .gz.
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+DATA_SUFFIXES = tuple(
+    kind + end for end in ("", ".gz") for kind in (*TEXT_SUFFIXES, ".parquet")
+) + (".arrow",)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_HUB_PAGE = re.compile(
+    r"datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<at>[^/]+))?"
+    r"(?:/(?:resolve|blob|raw|tree|viewer)/(?P<revision>[^/]+))?(?:/(?P<file>.+))?"
+)
+_COPY = {
+    "s3": "aws s3 cp {address} {name}",
+    "gs": "gcloud storage cp {address} {name}",
+    "http": "curl -L -o {name} '{address}'",
+    "https": "curl -L -o {name} '{address}'",
+}
+
+
+def is_path(text: str) -> bool:
+    """Return whether a text names a local file or folder by its form, whether it exists or not.
+
+    A text such as `org/name`, `gsm8k` or `validation` does not.
+    """
+    return (
+        text.startswith((".", "/", "~")) or text.endswith(DATA_SUFFIXES) or text.count("/") > 1
+    ) and _ADDRESS.fullmatch(text) is None
+
+
+def refuse_address(key: str, text: str) -> None:
+    """Refuse an address such as s3://bucket/rows.jsonl: data is read from files and from the Hub.
+
+    Args:
+        key: of the recipe, for the message.
+
+    Raises:
+        UserError: with the setting or the command that gives the same data.
+    """
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return
+    scheme, rest = found[1].lower(), found[2].partition("?")[0].rstrip("/")
+    message = f"{key}: {text}: an address, expected a local file or folder or a Hub data set id"
+    raise UserError(message, hint=_way_out(key, text, scheme, rest))
+
+
+def _way_out(key: str, address: str, scheme: str, rest: str) -> str:
+    if scheme == "file":
+        return f"Set {key}={unquote(rest)}."
+    hub = rest.removeprefix("huggingface.co/") if scheme in ("http", "https") else rest
+    page = _HUB_PAGE.fullmatch(hub)
+    if page is not None and (scheme == "hf" or hub != rest):
+        revision = page["at"] or page["revision"]
+        revision = unquote(revision) if revision not in (None, "main", "default") else None
+        at = f" data.revision={revision}" if revision else ""
+        hint = f"Set {key}={page['id']}{at}"
+        if page["file"] is None or "/viewer/" in hub:
+            return f"{hint}."
+        file = page["file"]
+        only = f" --revision {revision}" if revision else ""
+        return (
+            f"{hint}, or for this file alone: hf download {page['id']} {file} --repo-type dataset"
+            f"{only} --local-dir ., then {key}=./{file}."
+        )
+    name = Path(rest).name or "rows.jsonl"
+    if scheme in _COPY:
+        many = scheme in ("s3", "gs") and not name.endswith(DATA_SUFFIXES)
+        command = _COPY[scheme].format(address=address, name=name)
+        command += " --recursive" if many else ""
+        return (
+            f"Download it: {command}, then {key}=./{name} (on a cluster: into the workspace, then"
+            f" its path there, such as /workspace/{name})."
+        )
+    return f"Copy or mount it, then set {key} to the path of the file or folder."
