@@ -10,9 +10,8 @@ from canvastune.errors import UserError
 
 # Of the data files that are read; all but .arrow also as .gz.
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-DATA_SUFFIXES = tuple(
-    kind + end for end in ("", ".gz") for kind in (*TEXT_SUFFIXES, ".parquet")
-) + (".arrow",)
+_KINDS = (*TEXT_SUFFIXES, ".parquet")
+DATA_SUFFIXES = (*_KINDS, *(f"{kind}.gz" for kind in _KINDS), ".arrow")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HUB_PAGE = re.compile(
     r"datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<at>[^/]+))?"

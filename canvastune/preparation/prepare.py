@@ -13,7 +13,8 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.hashing import hash_path
-from canvastune.io.provenance import write_provenance
+from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
-from canvastune.preparation.readers import Row, Source, open_source
+from canvastune.preparation.parts import Part, describe_parts, log_parts, write_mixture
+from canvastune.preparation.readers import Row
 from canvastune.preparation.row_formats import (
     Conversation,
     InvalidRow,
@@ -40,6 +42,7 @@ from canvastune.preparation.row_formats import (
     read_conversation,
     unknown_format,
 )
+from canvastune.preparation.sources import open_sources
 from canvastune.preparation.stats import DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
 from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
@@ -108,20 +111,21 @@ def prepare_data(
         loaded = load_tokenizer(model)
         encoder = ChatEncoder(loaded.tokenizer, str(model))
         check_end_of_turn(model, encoder.closing, encoder.closing_ids)
-        source = open_source(config.data)
-        stats = DatasetStats(config.data.seq_length, loaded.canvas_length)
-        progress = ProgressLog(stats, config.data.max_rows, throughput.progress_seconds)
-        fingerprint = hashlib.sha256()
+        parts = [
+            Part(opened, DatasetStats(config.data.seq_length, loaded.canvas_length))
+            for opened in open_sources(config.data)
+        ]
+        progress = ProgressLog(
+            [part.stats for part in parts],
+            config.data.max_rows if len(parts) == 1 else None,
+            throughput.progress_seconds,
+        )
         samples: list[dict[str, Any]] = []
         train = _Split(folder / "train", throughput)
         validation = _Split(folder / "validation", throughput)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen_garbage())
-            rows = stack.enter_context(contextlib.closing(source.rows()))
-            limited = itertools.islice(rows, config.data.max_rows)
-            found = _conversations(
-                _read(limited, source, stats, progress, fingerprint), config.data, stats
-            )
+            found = stack.enter_context(contextlib.closing(_read_all(parts, progress)))
             batches = _batches(found, throughput)
             count = processes or usable_cpus()
             encoding = stack.enter_context(
@@ -138,6 +142,8 @@ def prepare_data(
             for batch, answers in encoding:
                 tokens = iter(answers)
                 for row, conversation in batch:
+                    part = parts[row.source]
+                    stats = part.stats
                     encoded = (
                         next(tokens) if isinstance(conversation, Conversation) else conversation
                     )
@@ -150,21 +156,23 @@ def prepare_data(
                         continue
                     response = len(encoded.tokens) - encoded.prefix_length
                     stats.keep(encoded.prefix_length, response)
-                    if stats.kept <= _SAMPLES:
+                    if stats.kept <= _SAMPLES and not part.held_out:
                         samples.append(_sample(example, loaded.tokenizer))
-                    held_out = _split_position(example["id"]) < config.data.validation_fraction
-                    (validation if held_out else train).add(example, response)
-        check_thresholds(stats, config.data, source.label)
-        _refuse_empty(train, validation, config.data)
-        stats.drop_beyond(validation.keep_smallest_ids(config.data.validation_rows))
+                    held_out = part.held_out or (
+                        config.data.validation is None
+                        and _split_position(example["id"]) < config.data.validation_fraction
+                    )
+                    (validation if held_out else train).add(example, response, row.source)
+        for part in parts:
+            check_thresholds(part.stats, part.config, part.source.label)
+        _refuse_empty(train, validation, parts, config.data)
+        for index, left_out in validation.keep_smallest_ids(config.data.validation_rows).items():
+            parts[index].stats.drop_beyond(left_out)
         splits = {"train": train.save(), "validation": validation.save()}
+        rows = (train.rows_by_source(), validation.rows_by_source())
+        write_mixture(parts, rows[0], folder / "train")
         card: dict[str, Any] = {
-            "source": source.label,
-            "format": stats.row_format,
-            "fingerprint": (
-                fingerprint.hexdigest() if source.path is None else hash_path(source.path)
-            ),
-            **stats.card(),
+            **describe_parts(parts, *rows),
             "train": len(splits["train"]),
             "validation": len(splits["validation"]),
             "seq_length": config.data.seq_length,
@@ -175,14 +183,10 @@ def prepare_data(
             "content_hash": _content_hash(splits),
             "seconds": round(time.monotonic() - started, 2),
         }
+        log_parts(parts, *rows)
         write_card(card, folder)
         read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
-        write_provenance(
-            folder,
-            "prepare_data",
-            config,
-            read if source.path is None else read | {"data": source.path},
-        )
+        write_provenance(folder, "prepare_data", config, read | local_inputs(config.data))
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
         logger.info(
@@ -192,31 +196,36 @@ def prepare_data(
     return card
 
 
-def _read(
-    rows: Iterator[Row],
-    source: Source,
-    stats: DatasetStats,
-    progress: ProgressLog,
-    fingerprint: hashlib._Hash,
-) -> Iterator[Row]:
-    """Pass rows through while they are counted; rows of the Hub, which have no file here, are
-    hashed too.
+def _read_all(
+    parts: Sequence[Part], progress: ProgressLog
+) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
+    """Turn each row of each data set into a conversation, or into the reason why it is not one;
+    repeated ones are counted and left out.
     """
-    for row in rows:
-        stats.rows_read += 1
-        if source.path is None:
-            fingerprint.update(json.dumps(row.value, sort_keys=True, default=str).encode() + b"\n")
-        progress.update()
-        yield row
+    held_out: set[bytes] = set()
+    trained: set[bytes] = set()
+    for index, part in enumerate(parts):
+        seen = held_out if part.held_out else trained
+        with contextlib.closing(part.source.rows(source=index)) as rows:
+            limit = None if part.held_out else part.config.max_rows
+            counted = part.count(itertools.islice(rows, limit), progress)
+            for row, conversation in _conversations(counted, part):
+                if isinstance(conversation, Conversation):
+                    digest = bytes.fromhex(conversation.id)[:16]
+                    if digest in seen:
+                        part.stats.drop_duplicate(row)
+                        continue
+                    if digest in held_out:  # else the model would be judged on what it learned
+                        part.stats.drop_held_out()
+                        continue
+                    seen.add(digest)
+                yield row, conversation
 
 
 def _conversations(
-    rows: Iterator[Row], config: DataConfig, stats: DatasetStats
+    rows: Iterator[Row], part: Part
 ) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
-    """Turn each row into a conversation, or into the reason why it is not one; duplicates are
-    counted and left out.
-    """
-    seen: set[bytes] = set()
+    config, stats = part.config, part.stats
     waiting: list[Row] = []  # rows before the first one of a known format
     for row in rows:
         if stats.row_format is None and isinstance(row.value, dict):
@@ -230,16 +239,9 @@ def _conversations(
             try:
                 if each.problem is not None:
                     raise InvalidRow(each.problem)
-                conversation = read_conversation(each.value, stats.row_format, config.columns)
+                yield each, read_conversation(each.value, stats.row_format, config.columns)
             except InvalidRow as reason:
                 yield each, reason
-                continue
-            digest = bytes.fromhex(conversation.id)[:16]
-            if digest in seen:
-                stats.drop_duplicate(each)
-                continue
-            seen.add(digest)
-            yield each, conversation
         waiting.clear()
     for row in waiting:
         if row.problem is None:
@@ -299,20 +301,24 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
     }
 
 
-def _refuse_empty(train: _Split, validation: _Split, config: DataConfig) -> None:
-    if train.count == 0:
-        raise UserError(
-            f"{config.source}: all of the {validation.count} rows kept are in the validation split,"
-            " expected at least one to train on",
-            hint=(
-                "Use more rows, or lower data.validation_fraction (now"
-                f" {config.validation_fraction:g})."
-            ),
-        )
+def _refuse_empty(
+    train: _Split, validation: _Split, parts: Sequence[Part], config: DataConfig
+) -> None:
+    rows, held_out = train.rows_by_source(), validation.rows_by_source()
+    for index, part in enumerate(parts):
+        if not part.held_out and rows[index] == 0:
+            raise UserError(
+                f"{part.source.label}: all of the {held_out[index]} rows kept are in the validation"
+                " split, expected at least one to train on",
+                hint=(
+                    "Use more rows, or lower data.validation_fraction (now"
+                    f" {config.validation_fraction:g})."
+                ),
+            )
     if validation.count == 0:
         enough = math.ceil(train.lowest * 10_000 + 1) / 10_000
         raise UserError(
-            f"{config.source}: none of the {train.count} rows kept is in the validation split,"
+            f"{config.label}: none of the {train.count} rows kept is in the validation split,"
             " expected at least one",
             hint=(
                 "Use more rows, or raise data.validation_fraction (now"
@@ -378,6 +384,7 @@ class _Split:
         self._rows: list[dict[str, Any]] = []
         self._tokens = 0  # of these rows
         self._lengths = (array("i"), array("i"))  # of every row, before the cut: prefix, response
+        self._sources = array("H")  # of every row
         self._chosen: list[int] | None = None
 
     @property
@@ -385,12 +392,23 @@ class _Split:
         """Rows added."""
         return len(self._lengths[0])
 
-    def add(self, example: dict[str, Any], response: int) -> None:
-        """Add a row; `response` is the number of its response tokens before the cut."""
+    def rows_by_source(self) -> Counter[int]:
+        """Count the rows that are kept, by the index of their data set."""
+        chosen = range(self.count) if self._chosen is None else self._chosen
+        return Counter(self._sources[at] for at in chosen)
+
+    def add(self, example: dict[str, Any], response: int, source: int) -> None:
+        """Add a row.
+
+        Args:
+            response: the number of its response tokens before the cut.
+            source: index of its data set.
+        """
         self._rows.append(example)
         self._tokens += len(example["input_ids"])
         self._lengths[0].append(example["prefix_length"])
         self._lengths[1].append(response)
+        self._sources.append(source)
         self.lowest = min(self.lowest, _split_position(example["id"]))
         if (
             len(self._rows) == self._limits.batch_rows
@@ -398,17 +416,21 @@ class _Split:
         ):
             self._flush()
 
-    def keep_smallest_ids(self, limit: int | None) -> list[tuple[int, int]]:
+    def keep_smallest_ids(self, limit: int | None) -> dict[int, list[tuple[int, int]]]:
         """Keep the `limit` rows with the smallest ids, in any order of arrival; return prefix and
-        response of the others.
+        response of the others, by the index of their data set.
         """
+        left_out: dict[int, list[tuple[int, int]]] = {}
         if limit is None or self.count <= limit:
-            return []
+            return left_out
         with pa.memory_map(str(self._close())) as stream:
             ids = pa.ipc.open_stream(stream).read_all()["id"].to_pylist()
         ranked = sorted(range(self.count), key=ids.__getitem__)
         self._chosen = sorted(ranked[:limit])
-        return [(self._lengths[0][at], self._lengths[1][at]) for at in ranked[limit:]]
+        for at in ranked[limit:]:
+            lengths = (self._lengths[0][at], self._lengths[1][at])
+            left_out.setdefault(self._sources[at], []).append(lengths)
+        return left_out
 
     def save(self) -> datasets.Dataset:
         """Write the split's directory and return the data set, memory-mapped from it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from canvastune.config.schema import DataConfig
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 # The reasons as the card has them.
 INVALID = "bad row"
 DUPLICATE = "duplicate of an earlier row"
+HELD_OUT = "repeats a row of data.validation"
 NO_ROOM = "prefix leaves no room for the response in seq_length"
 BEYOND = "held out beyond validation_rows"
 
@@ -56,6 +58,10 @@ class DatasetStats:
         if len(self.duplicates) < _NAMED:
             self.duplicates.append(row)
 
+    def drop_held_out(self) -> None:
+        """Count a training row that repeats a row of `data.validation`."""
+        self.dropped[HELD_OUT] += 1
+
     def drop_long_prefix(self, prefix: int) -> None:
         """Count a row whose prefix fills `seq_length`."""
         self.dropped[NO_ROOM] += 1
@@ -84,9 +90,22 @@ class DatasetStats:
         self._lengths[prefix + response] += sign
         self._blocks[-(-trained // self._canvas_length)] += sign
 
+    @classmethod
+    def total(cls, parts: Sequence[DatasetStats]) -> DatasetStats:
+        """Return the counts of several data sets together."""
+        total = cls(parts[0]._seq_length, parts[0]._canvas_length)
+        for part in parts:
+            total.rows_read += part.rows_read
+            total.kept += part.kept
+            total.cut += part.cut
+            total.invalid_rows = (total.invalid_rows + part.invalid_rows)[:_LISTED]
+            for name in ("dropped", "_prefixes", "_responses", "_lengths", "_blocks"):
+                getattr(total, name).update(getattr(part, name))
+        return total
+
     def card(self) -> dict[str, Any]:
         """Return the counted part of the data card."""
-        reasons = (INVALID, DUPLICATE, NO_ROOM, BEYOND)
+        reasons = (INVALID, DUPLICATE, HELD_OUT, NO_ROOM, BEYOND)
         return {
             "rows_read": self.rows_read,
             "kept": self.kept,
@@ -162,9 +181,9 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
 class ProgressLog:
     """A log line every few seconds while rows are read."""
 
-    def __init__(self, stats: DatasetStats, max_rows: int | None, seconds: float) -> None:
-        self._stats = stats
-        self._limit = f" of at most {max_rows:,}" if max_rows else ""
+    def __init__(self, stats: Sequence[DatasetStats], limit: int | None, seconds: float) -> None:
+        self._stats = stats  # of each data set
+        self._limit = f" of at most {limit:,}" if limit else ""
         self._seconds = seconds
         self._started = self._shown = time.monotonic()
 
@@ -173,7 +192,8 @@ class ProgressLog:
         now = time.monotonic()
         if now - self._shown >= self._seconds:
             self._shown = now
-            read, kept = self._stats.rows_read, self._stats.kept
+            read = sum(stats.rows_read for stats in self._stats)
+            kept = sum(stats.kept for stats in self._stats)
             rate = read / (now - self._started)
             logger.info(
                 f"prepare_data: {read:,} rows read{self._limit}, {kept:,} kept, {rate:,.0f} rows/s"

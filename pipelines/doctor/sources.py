@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.preparation.readers import open_source
+from canvastune.preparation.sources import open_source
 from pipelines.doctor.finding import Finding
 from pipelines.doctor.machine import hub_cache
 

@@ -19,7 +19,9 @@ import pytest
 
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.readers import ReadLimits, Row, open_source
+from canvastune.preparation.json_document import ReadLimits
+from canvastune.preparation.readers import Row
+from canvastune.preparation.sources import open_source
 
 ROWS = [{"question": f"q{n} é\n", "answer": f'a{n} "{n}" 漢 }}]'} for n in range(600)]
 
@@ -194,9 +196,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     ),
     "empty Parquet": ("a.parquet", as_bytes("parquet", []), "a.parquet: has no rows"),
     "unknown kind": (
-        "a.csv",
+        "a.txt",
         b"a,b\n",
-        "a.csv: unsupported file type, expected one of .jsonl, .json, .parquet",
+        "a.txt: unsupported file type, expected one of .jsonl, .json, .csv, .tsv, .parquet",
     ),
 }
 

@@ -24,8 +24,9 @@ from canvastune.config import RunConfig, load_config, parse_config, write_config
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.prepare import prepare_data
-from canvastune.preparation.readers import Row, open_source
+from canvastune.preparation.readers import Row
 from canvastune.preparation.row_formats import InvalidRow, RowFormat, read_conversation
+from canvastune.preparation.sources import open_source
 from tests.support.data_fixtures import SPECIAL, make_model, problems, run_config, write_lines
 
 FAST = settings(
