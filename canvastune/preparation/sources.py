@@ -26,6 +26,7 @@ from canvastune.preparation.tables import read_dataset
 
 logger = logging.getLogger(__name__)
 
+_LIMITS = ReadLimits()
 _TRAIN_WORDS = frozenset({"train", "training"})
 _HELD_OUT_WORDS = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval"})
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # as `save_to_disk` writes them
@@ -67,9 +68,7 @@ class Source:
     path: Path | None
     _parts: tuple[tuple[str, str, Any], ...]  # (file, name, Path or datasets.Dataset)
 
-    def rows(
-        self, limits: ReadLimits = ReadLimits(), source: int = 0
-    ) -> Generator[Row, None, None]:
+    def rows(self, limits: ReadLimits = _LIMITS, source: int = 0) -> Generator[Row, None, None]:
         """Read every row in order, with a few hundred of them in memory.
 
         Args:

@@ -12,13 +12,14 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
+from canvastune.config.places import is_path
+from canvastune.config.schema import MixtureSource
 from canvastune.errors import UserError
 from canvastune.preparation.sources import open_source
 from pipelines.doctor.finding import Finding
 from pipelines.doctor.machine import hub_cache
 
 _TIMEOUT = 10.0  # seconds, for a response of the Hub
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 _HUB_FIX = "check the network, HTTPS_PROXY and HF_ENDPOINT; or use a local copy in {key}"
 
 
@@ -81,39 +82,41 @@ def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]
 
 
 def check_data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
-    """Check that the data set is available; of a local one, read the first row.
+    """Check that each data set is available; of a local one, read the first row.
 
     `submitted`: as for `check_model`."""
-    place = config.data.source
+    for key, source in config.data.source_keys.items():
+        yield _check_source(config, key, source, submitted)
+
+
+def _check_source(config: RunConfig, key: str, source: MixtureSource, submitted: bool) -> Finding:
+    place = source.source
     if _in_pods(config, place, submitted):
-        yield Finding(
+        return Finding(
             "data", "skipped", f"{place} is on the workspace volume, which only the pods can see"
         )
-        return
     path = Path(place).expanduser()
-    if not path.exists() and path.suffix not in _DATA_SUFFIXES:
+    if not path.exists() and not is_path(place):
         try:
-            HfApi().dataset_info(place, revision=config.data.revision, timeout=_TIMEOUT)
+            HfApi().dataset_info(place, revision=source.revision, timeout=_TIMEOUT)
         except HFValidationError:
             pass  # a path, not a Hub id: open_source reports what is wrong with it
         except Exception as error:  # as above
-            yield _unavailable("data", "data.source", place, error)
-            return
+            return _unavailable("data", key, place, error)
         else:
-            yield Finding("data", "ok", f"{place} is on the Hub")
-            return
+            return Finding("data", "ok", f"{place} is on the Hub")
+    validation = config.data.validation
     try:
-        row = next(open_source(config.data).rows())
+        if validation is not None and key != "data.validation" and not is_path(validation):
+            held_out = source.model_copy(update={"split": validation})
+            open_source(held_out, "data.validation", validation)
+        row = next(open_source(source, key).rows())
     except UserError as error:
-        yield Finding(
-            "data", "problem", str(error), error.hint or "correct data.source, as the message says"
-        )
-        return
+        return Finding("data", "problem", str(error), error.hint or f"correct {key}")
     if row.problem:
         fix = "correct the row; canvastune prepare lists every invalid one"
-        yield Finding("data", "warning", f"{row.file}: row {row.number}: {row.problem}", fix)
-    else:
-        yield Finding("data", "ok", f"{path}: readable")
+        return Finding("data", "warning", f"{row.file}: row {row.number}: {row.problem}", fix)
+    return Finding("data", "ok", f"{path}: readable")
 
 
 def _in_pods(config: RunConfig, place: str, submitted: bool) -> bool:
