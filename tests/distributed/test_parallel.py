@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "lora": ("lora", {}),
     "lora with experts, rslora and dropout": ("lora", LORA_WITH_ALL),
 }
+Runs = tuple[tuple[str, int], ...]  # methods and expert-parallel degrees
 SIZES = {"experts": 8, "hidden": 32, "expert_size": 16}
 
 
@@ -110,25 +111,24 @@ def answer(model: WeightTiedDiffusionGemma) -> torch.Tensor:
         ).sequences
 
 
-def sharded_steps(folder: Path, checkpoint: Path, degrees: tuple[int, ...], steps: int) -> None:
-    for name, (method, lora) in METHODS.items():
-        for ep in degrees:
-            config = run_config(method, ep, lora)
-            model = build_model(config, read_model_config(checkpoint))
-            shard_model(
-                model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config
-            )
-            load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
-            result = some_steps(model, dist.get_rank(), dist.get_world_size(), steps)
-            parts = dict(model.model.decoder.layers[0].experts.named_parameters())
-            result["held"] = {
-                part: local_tensor(expert).numel() / expert.numel()
-                for part, expert in parts.items()
-            }
-            if steps == STEPS:
-                result["answer"] = answer(model)
-            if dist.get_rank() == 0:
-                torch.save(result, folder / f"{name}-{ep}.pt")
+def sharded_steps(folder: Path, checkpoint: Path, runs: Runs, steps: int) -> None:
+    for name, ep in runs:
+        method, lora = METHODS[name]
+        config = run_config(method, ep, lora)
+        model = build_model(config, read_model_config(checkpoint))
+        shard_model(
+            model, ParallelDims(dist.get_world_size() // ep, ep).build_meshes("cpu"), config
+        )
+        load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
+        result = some_steps(model, dist.get_rank(), dist.get_world_size(), steps)
+        parts = dict(model.model.decoder.layers[0].experts.named_parameters())
+        result["held"] = {
+            part: local_tensor(expert).numel() / expert.numel() for part, expert in parts.items()
+        }
+        if steps == STEPS:
+            result["answer"] = answer(model)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}-{ep}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -140,41 +140,74 @@ def one_process(checkpoint: Path) -> dict[str, dict]:
     return results
 
 
+def every(*degrees: int) -> Runs:
+    return tuple((method, ep) for method in METHODS for ep in degrees)
+
+
+# Two ranks are covered by tests/unit/test_curves.py, over twenty steps. The full grid is slow.
 @pytest.mark.parametrize(
-    ("world_size", "degrees", "steps"),
-    [(2, (1, 2), STEPS), (4, (1, 2, 4), STEPS), (8, (1, 2, 4, 8), 1)],
+    ("world_size", "runs", "steps"),
+    [
+        pytest.param(
+            4,
+            (
+                ("full", 1),
+                ("full", 2),
+                ("full", 4),
+                ("lora", 2),
+                ("lora with experts, rslora and dropout", 1),
+                ("lora with experts, rslora and dropout", 2),
+            ),
+            STEPS,
+            id="4",
+        ),
+        pytest.param(
+            8,
+            (
+                ("full", 1),
+                ("full", 8),
+                ("lora", 2),
+                ("lora with experts, rslora and dropout", 4),
+            ),
+            1,
+            id="8",
+        ),
+        pytest.param(2, every(1, 2), STEPS, marks=pytest.mark.slow, id="2, all"),
+        pytest.param(4, every(1, 2, 4), STEPS, marks=pytest.mark.slow, id="4, all"),
+        pytest.param(8, every(1, 2, 4, 8), 1, marks=pytest.mark.slow, id="8, all"),
+    ],
 )
 def test_loss_gradients_norm_and_weights_do_not_depend_on_the_ranks(
     one_process: dict[str, dict],
     checkpoint: Path,
     tmp_path: Path,
     world_size: int,
-    degrees: tuple[int, ...],
+    runs: Runs,
     steps: int,
 ) -> None:
-    run_ranks(sharded_steps, world_size, tmp_path, checkpoint, degrees, steps)
-    for method, expected in one_process.items():
-        for ep in degrees:
-            found = torch.load(tmp_path / f"{method}-{ep}.pt", weights_only=True)
-            where = f"{method}, {world_size} ranks, EP {ep}"
-            assert found["losses"] == pytest.approx(expected["losses"][:steps], rel=1e-5), (
-                f"{where}: other losses"
-            )
-            assert found["norms"] == pytest.approx(expected["norms"][:steps], rel=1e-5), (
-                f"{where}: another gradient norm"
-            )
-            worst, name = worst_difference(found["gradients"], expected["gradients"])
-            assert worst < 1e-5, f"{where}: gradient of {name} is off by {worst:.1e}"
-            assert set(found["held"].values()) == {1 / world_size}, (
-                f"{where}: a rank holds {found['held']} of its experts' parameters"
-            )
-            if steps < STEPS:
-                continue
-            worst, name = worst_difference(found["weights"], expected["weights"])
-            assert worst < 1e-4, f"{where}: after {STEPS} steps {name} is off by {worst:.1e}"
-            assert torch.equal(found["answer"], expected["answer"]), (
-                f"{where}: generate() on the sharded model answers differently"
-            )
+    run_ranks(sharded_steps, world_size, tmp_path, checkpoint, runs, steps)
+    for method, ep in runs:
+        expected = one_process[method]
+        found = torch.load(tmp_path / f"{method}-{ep}.pt", weights_only=True)
+        where = f"{method}, {world_size} ranks, EP {ep}"
+        assert found["losses"] == pytest.approx(expected["losses"][:steps], rel=1e-5), (
+            f"{where}: other losses"
+        )
+        assert found["norms"] == pytest.approx(expected["norms"][:steps], rel=1e-5), (
+            f"{where}: another gradient norm"
+        )
+        worst, name = worst_difference(found["gradients"], expected["gradients"])
+        assert worst < 1e-5, f"{where}: gradient of {name} is off by {worst:.1e}"
+        assert set(found["held"].values()) == {1 / world_size}, (
+            f"{where}: a rank holds {found['held']} of its experts' parameters"
+        )
+        if steps < STEPS:
+            continue
+        worst, name = worst_difference(found["weights"], expected["weights"])
+        assert worst < 1e-4, f"{where}: after {STEPS} steps {name} is off by {worst:.1e}"
+        assert torch.equal(found["answer"], expected["answer"]), (
+            f"{where}: generate() on the sharded model answers differently"
+        )
 
 
 def watched_step(folder: Path, checkpoint: Path) -> None:
