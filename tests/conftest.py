@@ -15,6 +15,7 @@ from tests.fakes.tracking_server import no_outer_mlflow
 from tests.support.cluster_stage import Cluster, stage
 from tests.support.rendered_chart import installed, of_kind
 from tests.support.small import write_checkpoint, write_middling
+from tools.loss_compare.side import Side
 
 _DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
@@ -37,6 +38,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    """The commands of this tree as processes that are forked from one that has imported the
+    libraries.
+    """
+    root = Path(__file__).parents[1]
+    with Side(root, tmp_path_factory.mktemp("commands") / "here") as side:
+        yield side
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ commands and read files only. `python -m tools.loss_compare --base REV` compares
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from tests.support.golden import FOLDER, golden
 from tools.loss_compare import snapshot
 from tools.loss_compare.side import Side, exit_codes, options_of_commands, prepared_forms, training
 
-ROOT = Path(__file__).parents[2]
 SHORT = (
     "train.steps=3",
     "train.global_batch_size=4",
@@ -33,20 +31,20 @@ CHECKPOINT = ("train.method=lora", "train.global_batch_size=4", "parallel.ep=1")
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Side]:
+def here(commands: Side, tiny_model: Path) -> Side:
     """The commands of this tree, in a folder with a recipe, its rows, the prepared rows, and the
     tiny model.
     """
-    with Side(ROOT, tmp_path_factory.mktemp("golden") / "here") as side:
-        (side.folder / "model").symlink_to(tiny_model)
-        shutil.copytree(FOLDER / "prepared", side.folder / "prepared")
-        yield side
+    (commands.folder / "model").symlink_to(tiny_model)
+    shutil.copytree(FOLDER / "prepared", commands.folder / "prepared")
+    return commands
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=list(RUNS))
 def test_the_same_recipe_gives_the_losses_that_it_gave(
     here: Side, runs: tuple[tuple[str, int], ...]
 ) -> None:
+    curves = []
     for method, ranks in runs:
         output = f"{method}-{ranks}"
         found = snapshot.losses(
@@ -58,6 +56,11 @@ def test_the_same_recipe_gives_the_losses_that_it_gave(
         assert found.keys() == expected.keys()
         for name, values in expected.items():  # not bit for bit: another CPU sums in another order
             assert found[name] == pytest.approx(values, rel=1e-5), f"{output}: {name} changed"
+        curves.append(found)
+    for name, values in curves[0].items():
+        assert curves[1][name] == pytest.approx(values, rel=1e-4), (
+            f"{name} depends on the number of ranks"
+        )
 
 
 def test_rows_of_every_form_are_prepared_as_they_were(here: Side) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from pipelines.cli import main
 from pipelines.local_output import LocalOutput
 from pipelines.parser import build_parser, parse_gigabytes, subcommands
 from tests.support.training import make_ground
+from tools.loss_compare.side import Side
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pipelines" / "recipes"
@@ -198,123 +197,61 @@ def test_zsh_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) 
 # --- --log-format json
 
 
-def _events(command: list[str], cwd: Path, **environment: str) -> tuple[int, list[dict[str, Any]]]:
-    """Exit code and the objects of a process that says nothing else."""
-    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=everything,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+def _events(
+    commands: Side, folder: Path, module: str, *arguments: str
+) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code and the objects of a process that prints nothing else."""
+    code, said = commands.run(
+        module, *arguments, "--log-format", "json", expect=None, folder=folder
     )
-    assert not done.stderr, f"lines other than the objects: {done.stderr}"
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [json.loads(line) for line in said.splitlines()]
     assert all({"time", "level", "event"} <= event.keys() for event in events)
-    return done.returncode, events
+    return code, events
 
 
-def test_training_in_json_says_each_step_with_its_numbers(tmp_path: Path) -> None:
-    ground = make_ground(tmp_path)
-    command = [
-        "-m",
-        "canvastune.train",
-        "-c",
-        str(ground / "recipe.yaml"),
-        "--data",
-        str(ground / "data"),
-        "--log-format",
-        "json",
-    ]
-    settings = [
-        "--set",
-        "train.steps=2",
-        "--set",
-        "train.log_every=1",
-        "--set",
-        "parallel.ep=1",
-        "--set",
-        "parallel.nproc_per_node=1",
-    ]
-    code, events = _events([*command, "--output", str(tmp_path / "out"), *settings], tmp_path)
+def test_training_in_json_says_each_step_with_its_numbers(commands: Side, tmp_path: Path) -> None:
+    make_ground(tmp_path)
+    command = ["canvastune.train", "-c", "recipe.yaml", "--data", "data"]
+    settings = ("train.steps=2", "train.log_every=1", "parallel.ep=1", "parallel.nproc_per_node=1")
+    changed = [part for setting in settings for part in ("--set", setting)]
+    code, events = _events(commands, tmp_path, *command, "--output", "out", *changed)
     assert code == 0, events[-1].get("traceback", events)
     steps = [event for event in events if event["event"] == "train"]
     assert [(event["step"], event["steps"]) for event in steps] == [(1, 2), (2, 2)]
     assert {"loss", "grad_norm", "tokens_per_second", "seconds_left"} <= steps[0].keys()
     assert [event["step"] for event in events if event["event"] == "validation"] == [0, 2]
     code, events = _events(
-        [*command, "--output", str(tmp_path / "refused"), "--set", "train.steps=none"], tmp_path
+        commands, tmp_path, *command, "--output", "refused", "--set", "train.steps=none"
     )
     assert code == 1
     assert events[0]["event"] == "error"
     assert "train.steps" in events[0]["message"]
 
 
-def test_preparing_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
+def test_preparing_and_evaluating_in_json_say_nothing_but_objects(
+    commands: Side, tmp_path: Path, tiny_model: Path
+) -> None:
     write_problems(tmp_path / "rows.jsonl", "change", 200, seed=0)
-    (tmp_path / "recipe.yaml").write_text(
-        f"name: x\nmodel: {{id: {tiny_model}}}\ndata: {{source: rows.jsonl, validation_fraction:"
-        " 0.1}\n"
-    )
-    command = [
-        "-m",
-        "pipelines.cli",
-        "prepare",
-        "recipe.yaml",
-        "--output",
-        "prepared",
-        "--log-format",
-        "json",
-    ]
-    code, events = _events(command, tmp_path)
-    assert code == 0, events
-    assert (events[-1]["event"], events[-1]["rows_read"]) == ("prepared", 200)
-    code, events = _events(command, tmp_path)
-    assert code == 1
-    assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
-
-
-def test_evaluating_in_json_says_nothing_but_objects(tmp_path: Path, tiny_model: Path) -> None:
-    write_problems(tmp_path / "rows.jsonl", "change", 20, seed=0)
     asked = "evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, max_denoising_steps: 1}"
-    data = "data: {source: rows.jsonl, validation_fraction: 0.2}\ntrain: {precision: float32}"
+    data = "data: {source: rows.jsonl, validation_fraction: 0.1}\ntrain: {precision: float32}"
     (tmp_path / "recipe.yaml").write_text(
         f"name: x\nmodel: {{id: {tiny_model}}}\n{data}\n{asked}\n"
     )
-    assert (
-        _events(
-            [
-                "-m",
-                "pipelines.cli",
-                "prepare",
-                "recipe.yaml",
-                "--output",
-                "prepared",
-                "--log-format",
-                "json",
-            ],
-            tmp_path,
-        )[0]
-        == 0
-    )
-    places = [
-        "--data",
-        "prepared",
-        "--tuned",
-        str(tiny_model),
-        "--output",
-        "out",
-        "--log-format",
-        "json",
-    ]
-    code, events = _events(["-m", "canvastune.evaluate", "-c", "recipe.yaml", *places], tmp_path)
+    prepare = ("pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared")
+    code, events = _events(commands, tmp_path, *prepare)
+    assert code == 0, events
+    assert (events[-1]["event"], events[-1]["rows_read"]) == ("prepared", 200)
+
+    places = ("--data", "prepared", "--tuned", str(tiny_model), "--output", "out")
+    evaluate = ("canvastune.evaluate", "-c", "recipe.yaml", *places)
+    code, events = _events(commands, tmp_path, *evaluate)
     assert code == 0, events
     assert events[-1]["message"].startswith("evaluate: exact match")
-    code, events = _events(["-m", "canvastune.evaluate", "-c", "recipe.yaml", *places], tmp_path)
-    assert code == 1
-    assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
+
+    for again in (prepare, evaluate):  # into a folder that holds something
+        code, events = _events(commands, tmp_path, *again)
+        assert code == 1
+        assert (events[-1]["event"], events[-1]["level"]) == ("error", "error")
 
 
 def test_pipeline_in_json_names_the_task_of_each_event() -> None:

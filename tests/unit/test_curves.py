@@ -55,11 +55,12 @@ def one_rank(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        (2, grid(1, 2)),
+        (2, (("full", 1), ("full", 2), ("lora", 2), ("lora with experts", 2))),
+        pytest.param(2, grid(1, 2), marks=pytest.mark.slow),
         pytest.param(4, grid(1, 2, 4), marks=pytest.mark.slow),
         pytest.param(8, grid(1, 2, 4, 8), marks=pytest.mark.slow),
     ],
-    ids=["2", "4", "8"],
+    ids=["2", "2, all", "4", "8"],
 )
 def test_metrics_do_not_depend_on_the_ranks(
     ranks: int, runs: Runs, one_rank: Path, ground: Path, tmp_path: Path

@@ -6,11 +6,8 @@ The file, the tensor, what was found and expected.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from canvastune.config import load_config
 from canvastune.errors import UserError
 from canvastune.training.run import train
 from tests.support.small import run_config, shared_model
+from tools.loss_compare.side import Side
 
 GATE = "model.decoder.layers.1.mlp.gate_proj.weight"
 SCALE = "model.decoder.layers.2.router.per_expert_scale"
@@ -268,37 +266,14 @@ def ground(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_on_a_wrong_checkpoint_ends_with_one_line_before_it_trains(
-    broken: Path, ground: Path
+    commands: Side, broken: Path, ground: Path
 ) -> None:
     shard = change(broken, GATE, (GATE, torch.zeros(64, 48)))
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "canvastune.train",
-    )
-    done = subprocess.run(
-        [
-            *launcher,
-            "-c",
-            str(ground / "recipe.yaml"),
-            "--data",
-            str(ground / "data"),
-            "--output",
-            str(ground / "run"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
-    assert len(errors) == 1, done.stderr
+    arguments = ("-c", "recipe.yaml", "--data", "data", "--output", "run")
+    code, said = commands.run("canvastune.train", *arguments, ranks=2, expect=None, folder=ground)
+    assert code == 1
+    errors = [line for line in said.splitlines() if line.startswith("canvastune: error")]
+    assert len(errors) == 1, said
     assert shard in errors[0]
     assert repr(GATE) in errors[0]
     assert not list((ground / "run").glob("metrics.jsonl")), "a step was made"

@@ -1,6 +1,7 @@
 """`torchrun -m canvastune.train`.
 
-The same curve on any number of ranks, resume, and what is refused.
+What a run leaves behind, how it is stopped, and what is refused. test_curves.py and test_golden.py
+compare its losses on several ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from canvastune.checkpoint.hf_format import CheckpointReader
-from tests.support.training import losses, make_ground, records, start, train
+from tests.support.training import make_ground, records, start
+from tools.loss_compare.side import Side
 
 
 @pytest.fixture(scope="module")
@@ -23,52 +25,57 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_ground(tmp_path_factory.mktemp("ground"))
 
 
-@pytest.fixture(scope="module")
-def one_rank(ground: Path) -> Path:
-    done = train(ground, ground / "one", 1, "parallel.ep=1", "train.method=full")
-    assert done.returncode == 0, done.stderr
-    return ground / "one"
-
-
-@pytest.mark.parametrize(("ranks", "ep"), [(2, 2)])
-def test_the_loss_curve_does_not_depend_on_the_number_of_processes(
-    one_rank: Path, ground: Path, tmp_path: Path, ranks: int, ep: int
-) -> None:
-    done = train(ground, tmp_path / "run", ranks, f"parallel.ep={ep}", "train.method=full")
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=1e-4)
-    assert (
-        records(tmp_path / "run", "event")[0].items()
-        >= {"event": "started", "ranks": 2, "device": "cpu", "threads": 1}.items()
+def train(commands: Side, ground: Path, output: Path, *settings: str) -> tuple[int, str]:
+    """Train on two ranks; return the exit code and what they print."""
+    arguments = ["-c", str(ground / "recipe.yaml"), "--data", str(ground / "data")]
+    changed = [part for setting in settings for part in ("--set", setting)]
+    return commands.run(
+        "canvastune.train",
+        *arguments,
+        "--output",
+        str(output),
+        *changed,
+        ranks=2,
+        expect=None,
+        folder=ground,
     )
-    for found, expected in zip(
-        records(tmp_path / "run", "validation"), records(one_rank, "validation"), strict=True
-    ):
-        assert found["levels"] == pytest.approx(expected["levels"], rel=1e-4)
 
 
-def test_the_losses_fall(one_rank: Path) -> None:
-    steps = records(one_rank, "train")
+@pytest.fixture(scope="module")
+def trained(commands: Side, ground: Path) -> Path:
+    code, said = train(commands, ground, ground / "trained", "parallel.ep=2", "train.method=full")
+    assert code == 0, said
+    return ground / "trained"
+
+
+def test_a_run_begins_with_what_it_runs_on(trained: Path) -> None:
+    (started, *_) = records(trained, "event")
+    expected = {"event": "started", "ranks": 2, "device": "cpu", "threads": 1}
+    assert started.items() >= expected.items()
+
+
+def test_the_losses_fall(trained: Path) -> None:
+    steps = records(trained, "train")
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
-    validations = records(one_rank, "validation")
+    validations = records(trained, "validation")
     assert [v["step"] for v in validations] == [0, 10, 20]
 
 
 def test_the_exported_model_is_complete_and_loads_in_stock_transformers(
-    one_rank: Path, ground: Path
+    trained: Path, ground: Path
 ) -> None:
     model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
-        one_rank / "model", output_loading_info=True
+        trained / "model", output_loading_info=True
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    base, tuned = CheckpointReader(ground / "base"), CheckpointReader(one_rank / "model")
+    base, tuned = CheckpointReader(ground / "base"), CheckpointReader(trained / "model")
     assert set(base.names()) == set(tuned.names())
     for name in base.names():
         changed = not torch.equal(base.get(name), tuned.get(name))
         frozen = ".router." in name or "vision" in name or "layer_scalar" in name
         assert changed != frozen, f"{name} {'changed' if changed else 'did not change'}"
-    assert (one_rank / "model" / "config.json").read_bytes() == (
+    assert (trained / "model" / "config.json").read_bytes() == (
         ground / "base" / "config.json"
     ).read_bytes()
     assert (
@@ -98,9 +105,11 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(ground: Path, tmp_path: Pa
     assert list(output.glob("checkpoints/step-*/complete.json")), "nothing was saved"
 
 
-def test_bad_input_is_one_line_on_one_rank(ground: Path, tmp_path: Path) -> None:
-    done = train(ground, tmp_path / "run", 2, "parallel.ep=2", "train.global_batch_size=3")
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
+def test_bad_input_is_one_line_on_one_rank(commands: Side, ground: Path, tmp_path: Path) -> None:
+    code, said = train(
+        commands, ground, tmp_path / "run", "parallel.ep=2", "train.global_batch_size=3"
+    )
+    assert code == 1
+    lines = [line for line in said.splitlines() if line.startswith("canvastune: error")]
     assert len(lines) == 1
     assert "train.global_batch_size: found 3" in lines[0]

@@ -59,12 +59,17 @@ class Side:
         self._tree = tree
 
     def run(
-        self, module: str, *arguments: str, ranks: int = 0, expect: int | None = 0, log: str = ""
+        self,
+        module: str,
+        *arguments: str,
+        ranks: int = 0,
+        expect: int | None = 0,
+        folder: Path | None = None,
     ) -> tuple[int, str]:
-        """Run `python -m MODULE ARGUMENTS`, or the same on ranks; return the exit code and the
-        output.
+        """Run `python -m MODULE ARGUMENTS` in `folder`, or in this side's; return the exit code and
+        the output.
 
-        Of several ranks the exit code is the highest.
+        With `ranks`, run it on so many as torchrun would; the exit code is the highest.
 
         Raises:
             CommandError: the exit code is not `expect`.
@@ -77,7 +82,7 @@ class Side:
                     " compared"
                 )
             self._loaded = True
-        file = self.logs / f"{len(list(self.logs.iterdir())):03d}-{log or module}"
+        file = self.logs / f"{len(list(self.logs.iterdir())):03d}-{module}"
         self._say(
             f"{self.folder.name}: {module} {' '.join(arguments)}"
             + (f" on {ranks}" if ranks else "")
@@ -85,7 +90,7 @@ class Side:
         job = {
             "module": module,
             "arguments": arguments,
-            "folder": str(self.folder),
+            "folder": str(folder or self.folder),
             "ranks": ranks,
             "log": str(file),
         }
