@@ -19,6 +19,7 @@ import yaml
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.logging import json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
@@ -179,13 +180,14 @@ def _new_folder(runs: Path, name: str) -> Path:
 def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[str, str]:
     """Return the lines logged at the end of a run: its figures, and where its outputs are."""
     summary = RunSummary.read(folder)
+    evaluation = EvaluationResult.read(folder / "evaluation")
     uri = tracking_uri(config, workspace)
     model = folder / ("model" if config.train.method == "lora" else "train/model")
     first, last = summary.validation_loss_first, summary.validation_loss_last
     lines = {
         "training loss": f"{loss(summary.train_loss_first)} -> {loss(summary.train_loss_last)}",
         "validation loss": f"{loss(first)} -> {loss(last)}",
-        "exact match": "no held-out row has an answer that matches evaluate.answer_pattern",
+        "exact match": f"left out: {evaluation.unscored_reason}",
         "report": _relative(folder / "report" / "report.html"),
         "tuned model": _relative(model),
         "MLflow": str(connect(uri)),
@@ -198,6 +200,9 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     if summary.exact_match_after is not None:
         before, after = summary.exact_match_before, summary.exact_match_after
         lines["exact match"] = f"{before:.1%} -> {after:.1%} of held-out rows"
+        before, after = summary.exact_match_normalized_before, summary.exact_match_normalized_after
+        if before is not None and after is not None:
+            lines["exact match"] += f"; normalized {before:.1%} -> {after:.1%}"
     return lines
 
 

@@ -29,15 +29,15 @@ def sample_config(**sections: Any) -> RunConfig:
 def sample_result(
     rows: int = 64, before: int = 6, after: int = 52, lost: int = 1, **fields: Any
 ) -> EvaluationResult:
-    """Return the result of an evaluation; `before` and `after` are numbers of correct rows."""
+    """Return the result of an evaluation; `before` and `after` are numbers of correct rows.
+
+    Without typography one more row of each model is right. With no rows, none was scored.
+    """
 
     def model(correct: int, loss: float, speed: float, per_forward: float) -> ModelFigures:
-        low, high = wilson(correct, rows) if rows else (0.0, 0.0)
         return ModelFigures(
-            correct=correct,
-            exact_match=correct / rows if rows else 0.0,
-            exact_match_low=low,
-            exact_match_high=high,
+            **_exact_match(correct, rows, ""),
+            **_exact_match(correct + 1, rows, "_normalized"),
             tokens=1500,
             seconds=1500 / speed,
             tokens_per_second=speed,
@@ -48,14 +48,16 @@ def sample_result(
 
     gained = after - before + lost
     values: dict[str, Any] = {
-        "rows": rows,
+        "rows": rows or 64,
         "scored": rows,
         "before": model(before, 5.6, 611.2, 2.11),
         "after": model(after, 0.6, 842.7, 3.87),
-        "gained": gained,
-        "lost": lost,
-        "p_value": mcnemar(gained, lost),
-        "verdict": compare(gained, lost),
+        "gained": gained if rows else None,
+        "lost": lost if rows else None,
+        "p_value": mcnemar(gained, lost) if rows else None,
+        "verdict": compare(gained, lost) if rows else None,
+        "gained_normalized": gained if rows else None,
+        "lost_normalized": lost if rows else None,
         "validation_rows": 64,
         "answer_pattern": r"#### (\S+)",
         "asked": "a1" * 32,
@@ -66,6 +68,16 @@ def sample_result(
         "device": "cpu",
     }
     return EvaluationResult(**values | fields)
+
+
+def _exact_match(correct: int, rows: int, kind: str) -> dict[str, Any]:
+    low, high = wilson(correct, rows) if rows else (None, None)
+    return {
+        f"correct{kind}": correct if rows else None,
+        f"exact_match{kind}": correct / rows if rows else None,
+        f"exact_match{kind}_low": low,
+        f"exact_match{kind}_high": high,
+    }
 
 
 def write_metrics(
@@ -182,8 +194,14 @@ def write_evaluation(
     before: int = 6,
     after: int = 52,
     lost: int = 1,
+    scored: bool = True,
+    answer_pattern: str | None = r"#### (\S+)",
 ) -> Path:
-    """Write the answers of both models, some of them hostile; return the folder."""
+    """Write the answers of both models, some of them hostile; return the folder.
+
+    Args:
+        scored: False: the answers have no exact match.
+    """
     folder.mkdir(parents=True)
     answers: list[dict[str, Any]] = []
     for row in range(rows):
@@ -204,11 +222,14 @@ def write_evaluation(
                     HOSTILE if row % 9 == 8 else "#### 4 4 4 the apples apples " + "of " * (row % 5)
                 ),
                 "after": truth if right_after else wrong,
-                "correct_before": right_before,
-                "correct_after": right_after,
+                "correct_before": right_before if scored else None,
+                "correct_after": right_after if scored else None,
+                "correct_normalized_before": right_before if scored else None,
+                "correct_normalized_after": right_after if scored else None,
             }
         )
-    sample_result(rows, before, after, lost).write(folder)
+    counts = (rows, before, after, lost) if scored else (0, 0, 0, 0)
+    sample_result(*counts, answer_pattern=answer_pattern).write(folder)
     (folder / "answers.jsonl").write_text(
         "".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8"
     )

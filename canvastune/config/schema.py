@@ -5,6 +5,7 @@ next to every output.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -429,11 +430,30 @@ class EvaluateConfig(StrictModel):
     max_denoising_steps: int = Field(
         48, ge=1, description="maximum number of denoising steps per block"
     )
-    answer_pattern: str = Field(
+    answer_pattern: str | None = Field(
         r"####\s*(-?[\d.,]+)",
         description="regular expression whose last match's group 1 is the answer that exact match "
-        "compares",
+        "compares; null: no exact match, for data whose answers have no such form",
     )
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _check_pattern(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InvalidSetting(
+                f"evaluate.answer_pattern: invalid regular expression {value!r}: {error}",
+                hint="Correct the pattern; in YAML, put it in single quotes.",
+            ) from None
+        if groups < 1:
+            raise InvalidSetting(
+                f"evaluate.answer_pattern: found no group in {value!r}, expected the answer in one",
+                hint="Put the answer in parentheses, as in '####\\s*(.+)'.",
+            )
+        return value
 
 
 class TrackingConfig(StrictModel):
@@ -446,10 +466,14 @@ class TrackingConfig(StrictModel):
     )
     experiment: str = Field(
         "canvastune",
+        min_length=1,
+        max_length=500,
         description="name of the experiment in MLflow, and in Kubeflow if `submit` is given none",
     )
     registered_model: str | None = Field(
-        None, description="name under which the tuned model is registered; default: not registered"
+        None,
+        description="name under which the tuned model is registered, without / : and quotes; "
+        "default: not registered",
     )
     promote: Literal["better", "never"] = Field(
         "better",
@@ -457,6 +481,18 @@ class TrackingConfig(StrictModel):
         "is above the champion's on the same rows "
         "(the first one: not below the base's); never",
     )
+
+    @field_validator("registered_model")
+    @classmethod
+    def _check_model_name(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        # MLflow refuses blanks, "/", ":" and leading dots; a quote would end its search's text.
+        if not value.strip() or value.startswith(".") or set(value) & set("/:'\"`\\"):
+            raise PydanticCustomError(
+                "name", "a name that MLflow accepts: no /, :, \\, quotes or leading dot"
+            )
+        return value
 
 
 class HardwareConfig(StrictModel):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import DenoisingTrace, select_frames
+
+# Special tokens that stay in an answer's text; all others are left out of it.
+_THINKING, _THINKING_END = "<|channel>", "<channel|>"
+_VISIBLE = (_THINKING, _THINKING_END, "<|tool_call>", "<tool_call|>", '<|"|>')
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Question:
     text: str  # the prompt as plain text
     tokens: list[int]  # the prompt in the chat template, including the header of the answer's turn
     reference: str
+    opening: str = ""  # what the prompt already has of the answer: the start of its thinking
 
 
 def select_questions(
@@ -34,30 +40,63 @@ def select_questions(
 ) -> list[Question]:
     """Return the first `count` held-out rows in the order of their content hash.
 
-    The first rows of a file may all be of one kind.
+    The first rows of a file may all be of one kind. A prompt's tokens are those of the prepared
+    row: what training put before the response, with the row's tools and settings.
 
     Raises:
         UserError: no prepared dataset.
     """
+    rows = _open_validation(dataset)
+    chosen = sorted(range(len(rows)), key=rows["id"].__getitem__)[:count]
+    markers = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+    return [
+        Question(
+            id=row["id"],
+            text=plain_text(json.loads(row["prompt"])),
+            tokens=(tokens := list(row["input_ids"][: row["prefix_length"]])),
+            reference=row["answer"],
+            opening=_open_thinking(tokens, markers, tokenizer),
+        )
+        for row in rows.select(chosen)
+    ]
+
+
+def response_ends(dataset: Path) -> list[int]:
+    """Return the last tokens of the held-out responses, at which generation has to stop.
+
+    They end a turn, or hand over to a tool. A response that was cut does not count.
+
+    Raises:
+        UserError: as `select_questions`.
+    """
+    table: Any = _open_validation(dataset).with_format("arrow")[:]
+    complete = table["complete"].to_numpy()
+    tokens = table["input_ids"].combine_chunks()
+    last = tokens.values.to_numpy()[tokens.offsets.to_numpy()[1:] - 1]
+    return [int(token) for token in np.unique(last[complete])]
+
+
+def _open_validation(dataset: Path) -> Any:
     folder = dataset / "validation"
     if not (folder / "state.json").is_file():
         raise UserError(
             f"{dataset}: no prepared dataset, expected a folder `validation` in it",
             hint="Use the output folder of `canvastune prepare`.",
         )
-    rows: Any = load_from_disk(str(folder))
-    chosen = sorted(range(len(rows)), key=rows["id"].__getitem__)[:count]
-    picked = rows.select(chosen)
-    prompts = [json.loads(prompt) for prompt in picked["prompt"]]
-    encoded: Any = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return [
-        Question(
-            id=row["id"], text=_plain_text(prompt), tokens=list(tokens), reference=row["answer"]
-        )
-        for row, prompt, tokens in zip(picked, prompts, encoded["input_ids"], strict=True)
-    ]
+    return load_from_disk(str(folder))
+
+
+def _open_thinking(
+    tokens: list[int], markers: Mapping[int, str], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return the thinking that a prompt begins and leaves open; "" if there is none."""
+    for place in range(len(tokens) - 1, -1, -1):
+        marker = markers.get(tokens[place])
+        if marker == _THINKING:
+            return str(tokenizer.decode(tokens[place:]))
+        if marker is not None:  # the end of thinking, or of another turn
+            break
+    return ""
 
 
 def batch_questions(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -72,10 +111,28 @@ def hash_questions(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _plain_text(prompt: list[dict[str, str]]) -> str:
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def plain_text(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """Return the messages of a prompt as text: a single user turn as it is, others with roles."""
+    if len(prompt) == 1 and set(prompt[0]) == {"role", "content"}:
+        return str(prompt[0]["content"])
+    return "\n".join(map(_message_text, prompt))
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """Return one message: thinking and calls of a model's turn come before its content."""
+    thinking = message.get("reasoning") or message.get("reasoning_content")
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    parts = [f"(thinking) {thinking}"] if thinking else []
+    parts += [f"(call) {call.get('name')}({_compact(call.get('arguments'))})" for call in calls]
+    content = message.get("content")
+    if content is not None and content != "":
+        parts.append(content if isinstance(content, str) else _compact(content))
+    name = f" {message['name']}" if message.get("name") else ""
+    return f"{message['role']}{name}: " + "\n".join(parts)
+
+
+def _compact(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def generate_answers(
@@ -85,6 +142,7 @@ def generate_answers(
     config: EvaluateConfig,
     seed: int,
     traced: str | None,
+    ends: Collection[int] = (),
 ) -> dict[str, Any]:
     """Generate answers to a batch of questions with a stock model.
 
@@ -96,9 +154,11 @@ def generate_answers(
             it is the same before and after, whatever was generated earlier. In another batch a row
             is denoised from other noise.
         traced: id of the question whose denoising is recorded.
+        ends: tokens that end an answer, in addition to those that the checkpoint names.
 
     Returns:
-        {"texts": by question id, "tokens": generated, including those that end an answer,
+        {"texts": by question id, with the markers of thinking and of tool calls,
+        "tokens": generated, including those that end an answer,
         "seconds", "tokens_per_forward": `generate`'s own figure, summed over the questions,
         "trace": frames, or None if the question is not in the batch}
 
@@ -106,6 +166,8 @@ def generate_answers(
         UserError: the device has too little memory for the batch.
     """
     stops, pad = _end_tokens(model)
+    stops = sorted({*stops, *ends})
+    hidden = _hidden_tokens(tokenizer)
     device = model.lm_head.weight.device
     width = max(len(question.tokens) for question in batch)
     ids = torch.tensor(
@@ -142,9 +204,8 @@ def generate_answers(
         end = next(
             (position for position, token in enumerate(generated) if token in stops), len(generated)
         )
-        texts[question.id] = str(
-            tokenizer.decode(generated[:end], skip_special_tokens=True)
-        ).strip()
+        shown = [token for token in generated[:end] if token not in hidden]
+        texts[question.id] = f"{question.opening}{tokenizer.decode(shown)}".strip()
         lengths.append(min(end + 1, len(generated)))
     return {
         "texts": texts,
@@ -152,6 +213,15 @@ def generate_answers(
         "seconds": time.perf_counter() - started,
         "tokens_per_forward": float(output.tokens_per_forward.sum()),
         "trace": None if trace is None else select_frames(trace, lengths[trace.row], tokenizer),
+    }
+
+
+def _hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the special tokens that are not part of an answer's text."""
+    return {
+        id
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in _VISIBLE
     }
 
 

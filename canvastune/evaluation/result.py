@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.errors import UserError
+from canvastune.io.json_text import finite, to_json_text
 
 FILE_NAME = "evaluation.json"
 SIDES = ("before", "after")  # the base and the tuned model
@@ -20,6 +21,12 @@ _SCORE_KEYS = {
     "exact_match_low": "exact_match_{}_low",
     "exact_match_high": "exact_match_{}_high",
 }
+_NORMALIZED_KEYS = {  # absent from results of earlier versions
+    "correct_normalized": "correct_normalized_{}",
+    "exact_match_normalized": "exact_match_normalized_{}",
+    "exact_match_normalized_low": "exact_match_normalized_{}_low",
+    "exact_match_normalized_high": "exact_match_normalized_{}_high",
+}
 _MEASURED_KEYS = {
     "tokens": "tokens_{}",
     "seconds": "seconds_{}",
@@ -28,6 +35,7 @@ _MEASURED_KEYS = {
     "validation_loss": "validation_loss_{}",
 }
 _COMPARISON = ("gained", "lost", "p_value", "verdict")
+_NORMALIZED_COMPARISON = ("gained_normalized", "lost_normalized")
 _SETTINGS = (
     *("validation_rows", "answer_pattern", "asked"),
     *("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
@@ -37,18 +45,22 @@ _NOT_FIGURES = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed")
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """The figures of one model."""
+    """The figures of one model. Those of exact match are None if no row was scored."""
 
-    correct: int
-    exact_match: float  # share of the scored rows, 0 to 1
-    exact_match_low: float  # ends of Wilson's 95% interval
-    exact_match_high: float
+    correct: int | None
+    exact_match: float | None  # share of the scored rows, 0 to 1
+    exact_match_low: float | None  # ends of Wilson's 95% interval
+    exact_match_high: float | None
+    correct_normalized: int | None  # the same without typography: `$18.00` is 18
+    exact_match_normalized: float | None
+    exact_match_normalized_low: float | None
+    exact_match_normalized_high: float | None
     tokens: int  # generated, including the one that ends an answer
     seconds: float  # spent generating
-    tokens_per_second: float
-    tokens_per_forward: float  # mean over the rows, as `generate` counts them
-    validation_loss: float  # nats per token, mean over the corruption levels
-    validation_loss_by_level: Mapping[str, float]  # by corruption level, for example "0.1"
+    tokens_per_second: float | None  # None, here and below: not a finite number
+    tokens_per_forward: float | None  # mean over the rows, as `generate` counts them
+    validation_loss: float | None  # nats per token, mean over the corruption levels
+    validation_loss_by_level: Mapping[str, float | None]  # by corruption level, for example "0.1"
 
 
 @dataclass(frozen=True)
@@ -59,18 +71,30 @@ class EvaluationResult:
     scored: int  # of them, those whose reference has an answer that `answer_pattern` finds
     before: ModelFigures  # the base
     after: ModelFigures  # the tuned model
-    gained: int  # rows that only the tuned model answers correctly
-    lost: int  # rows that only the base answers correctly
-    p_value: float  # of McNemar's exact test on gained and lost
-    verdict: str  # "better", "worse" or "undecided"
+    # None, if no row was scored:
+    gained: int | None  # rows that only the tuned model answers correctly
+    lost: int | None  # rows that only the base answers correctly
+    p_value: float | None  # of McNemar's exact test on gained and lost
+    verdict: str | None  # "better", "worse" or "undecided"
+    gained_normalized: int | None
+    lost_normalized: int | None
     validation_rows: int
-    answer_pattern: str
+    answer_pattern: str | None
     asked: str  # hash of the questions and references: results compare where it is the same
     batch_size: int
     max_new_tokens: int
     max_denoising_steps: int
     seed: int
     device: str
+
+    @property
+    def unscored_reason(self) -> str | None:
+        """Why there is no exact match; None if there is one."""
+        if self.scored:
+            return None
+        if self.answer_pattern is None:
+            return "evaluate.answer_pattern is null"
+        return f"evaluate.answer_pattern matches none of the {self.rows} references"
 
     @classmethod
     def read(cls, path: Path) -> EvaluationResult:
@@ -99,8 +123,7 @@ class EvaluationResult:
 
     def write(self, folder: Path) -> None:
         """Write evaluation.json into `folder`."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
-        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+        (folder / FILE_NAME).write_text(to_json_text(self.to_json(), indent=2), encoding="utf-8")
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> EvaluationResult:
@@ -111,15 +134,20 @@ class EvaluationResult:
             before=_model_figures(found, "before"),
             after=_model_figures(found, "after"),
             **{name: found[name] for name in (*_COMPARISON, *_SETTINGS)},
+            **{name: found.get(name) for name in _NORMALIZED_COMPARISON},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the object in evaluation.json: one level, a key per figure and side."""
         sides = [(side, getattr(self, side)) for side in SIDES]
         found: dict[str, Any] = {"rows": self.rows, "scored": self.scored}
-        for side, model in sides:
-            found |= {key.format(side): getattr(model, name) for name, key in _SCORE_KEYS.items()}
-        found |= {name: getattr(self, name) for name in _COMPARISON}
+        for keys, comparison in (
+            (_SCORE_KEYS, _COMPARISON),
+            (_NORMALIZED_KEYS, _NORMALIZED_COMPARISON),
+        ):
+            for side, model in sides:
+                found |= {key.format(side): getattr(model, name) for name, key in keys.items()}
+            found |= {name: getattr(self, name) for name in comparison}
         for side, model in sides:
             found |= {
                 key.format(side): getattr(model, name) for name, key in _MEASURED_KEYS.items()
@@ -128,10 +156,13 @@ class EvaluationResult:
                 f"{_level_key(side)}{level}": loss
                 for level, loss in model.validation_loss_by_level.items()
             }
-        return found | {name: getattr(self, name) for name in _SETTINGS}
+        return dict(finite(found | {name: getattr(self, name) for name in _SETTINGS}))
 
     def figures(self) -> dict[str, float]:
-        """Return the measured numbers by their key in evaluation.json, without the settings."""
+        """Return the measured numbers by their key in evaluation.json, without the settings.
+
+        All of them are finite; a figure that is not known is left out.
+        """
         return {
             name: value
             for name, value in self.to_json().items()
@@ -143,6 +174,7 @@ def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     prefix = _level_key(side)
     return ModelFigures(
         **{name: found[key.format(side)] for name, key in (_SCORE_KEYS | _MEASURED_KEYS).items()},
+        **{name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()},
         validation_loss_by_level={
             key.removeprefix(prefix): loss for key, loss in found.items() if key.startswith(prefix)
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 import time
@@ -21,20 +20,21 @@ from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.data.packing import Example
-from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.generation import (
     Question,
     batch_questions,
     generate_answers,
     hash_questions,
+    response_ends,
     select_questions,
 )
 from canvastune.evaluation.result import SIDES, EvaluationResult, ModelFigures
 from canvastune.evaluation.scoring import (
+    Reference,
+    answer_part,
     compare,
-    compile_pattern,
-    extract_answer,
+    find_reference,
     is_correct,
     mcnemar,
     wilson,
@@ -42,6 +42,7 @@ from canvastune.evaluation.scoring import (
 from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
+from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
@@ -61,6 +62,7 @@ class _Task:
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
+    ends: list[int]  # tokens at which an answer ends, from the prepared responses
     examples: list[Example]
     common: dict[str, str]  # what every result depends on
     device: torch.device
@@ -75,7 +77,7 @@ class _ModelOutput:
     tokens: int
     seconds: float
     tokens_per_forward: float
-    validation_loss: float
+    validation_loss: float  # these may be NaN, of a model that overflows
     validation_loss_by_level: dict[str, float]
 
 
@@ -90,10 +92,12 @@ def evaluate(
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
-    of the answer to the first question. Every batch has the same seed before and after. Exact match
-    compares what `evaluate.answer_pattern` finds last in the answer and in the reference; rows
-    whose reference has no match are answered but not scored. The validation loss is training's, of
-    the checkpoints as stored. One model at a time is in memory.
+    of the answer to the first question. Every batch has the same seed before and after. The prompts
+    are the tokens that training put before the responses. Exact match compares what
+    `evaluate.answer_pattern` finds last in the answer and in the reference, strictly and without
+    typography; rows whose reference has no match are answered but not scored, and without any match
+    exact match is left out. The validation loss is training's, of the checkpoints as stored. One
+    model at a time is in memory.
 
     An evaluation that was killed resumes, with the same result.
 
@@ -105,24 +109,19 @@ def evaluate(
         cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
 
     Raises:
-        UserError: no prepared dataset, a checkpoint that cannot be loaded, an invalid pattern or
-            one that no reference matches, an `out` that is not empty, a batch too large for the
-            device, another process that evaluates into the same place.
+        UserError: no prepared dataset, a checkpoint that cannot be loaded, an `out` that is not
+            empty, a batch too large for the device, another process that evaluates into the same
+            place.
     """
     out = out.absolute()
-    pattern = compile_pattern(config.evaluate.answer_pattern)
+    settings = config.evaluate
+    pattern = re.compile(settings.answer_pattern) if settings.answer_pattern else None
     check_writable(out)
     tokenizer = load_tokenizer(base).tokenizer
-    questions = select_questions(dataset, tokenizer, config.evaluate.rows)
+    questions = select_questions(dataset, tokenizer, settings.rows)
     references = {
-        question.id: extract_answer(pattern, question.reference) for question in questions
+        question.id: find_reference(pattern, question.reference) for question in questions
     }
-    if not any(references.values()):
-        raise UserError(
-            f"evaluate.answer_pattern: {pattern.pattern!r} matches none of the {len(questions)} "
-            f"references of {dataset}; one of them ends with {questions[0].reference[-80:]!r}",
-            hint="Set a pattern whose group 1 is the answer.",
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = held_out_examples(dataset, config.train, read_model_config(base))
     versions = {
@@ -131,7 +130,7 @@ def evaluate(
         "transformers": transformers.__version__,
     }
     common = {"base": hash_path(base), "device": device.type, **versions}
-    task = _Task(config, tokenizer, questions, examples, common, device)
+    task = _Task(config, tokenizer, questions, response_ends(dataset), examples, common, device)
     with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
             logger.info(f"evaluate: resuming from {cache.path}")
@@ -150,10 +149,10 @@ def evaluate(
         with atomic_directory(out) as folder:
             result.write(folder)
             (folder / "film.json").write_text(
-                json.dumps(film, ensure_ascii=False) + "\n", encoding="utf-8"
+                to_json_text(film, ensure_ascii=False), encoding="utf-8"
             )
             with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+                file.writelines(to_json_text(row, ensure_ascii=False) for row in answers)
             write_provenance(
                 folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
             )
@@ -177,6 +176,7 @@ def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> 
         "seed": config.seed,
         "tokens": settings.max_new_tokens,
         "steps": settings.max_denoising_steps,
+        "ends": task.ends,
     }
     traced = task.questions[0].id
 
@@ -197,7 +197,7 @@ def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> 
         batch_questions(task.questions, settings.batch_size),
         generation_key,
         lambda batch: generate_answers(
-            model(), batch, task.tokenizer, settings, config.seed, traced
+            model(), batch, task.tokenizer, settings, config.seed, traced, task.ends
         ),
         cache,
         f"{side}: {{}} of {{}} rows answered",
@@ -253,20 +253,27 @@ def _compute(
 def _answer_row(
     question: Question,
     outputs: Mapping[str, _ModelOutput],
-    pattern: re.Pattern[str],
-    reference: str | None,
+    pattern: re.Pattern[str] | None,
+    reference: Reference | None,
 ) -> dict[str, Any]:
     """Return a line of answers.jsonl."""
     texts = {side: output.texts[question.id] for side, output in outputs.items()}
-    correct = {
-        f"correct_{side}": is_correct(pattern, text, reference) for side, text in texts.items()
-    }
+    strict: dict[str, bool | None] = {}
+    normalized: dict[str, bool | None] = {}
+    for side, text in texts.items():
+        correct = (
+            is_correct(pattern, answer_part(text), reference)
+            if pattern is not None and reference is not None
+            else (None, None)
+        )
+        strict[f"correct_{side}"], normalized[f"correct_normalized_{side}"] = correct
     return {
         "id": question.id,
         "prompt": question.text,
         "reference": question.reference,
         **texts,
-        **correct,
+        **strict,
+        **normalized,
     }
 
 
@@ -276,13 +283,10 @@ def _result(
     scored = [answer for answer in answers if answer["correct_before"] is not None]
 
     def figures(side: str) -> ModelFigures:
-        output, correct = outputs[side], sum(answer[f"correct_{side}"] for answer in scored)
-        low, high = wilson(correct, len(scored))
+        output = outputs[side]
         return ModelFigures(
-            correct=correct,
-            exact_match=correct / len(scored),
-            exact_match_low=low,
-            exact_match_high=high,
+            **_exact_match(scored, side, ""),
+            **_exact_match(scored, side, "_normalized"),
             tokens=output.tokens,
             seconds=output.seconds,
             tokens_per_second=output.tokens / output.seconds,
@@ -291,18 +295,13 @@ def _result(
             validation_loss_by_level=output.validation_loss_by_level,
         )
 
-    gained = sum(answer["correct_after"] and not answer["correct_before"] for answer in scored)
-    lost = sum(answer["correct_before"] and not answer["correct_after"] for answer in scored)
     settings = task.config.evaluate
-    return EvaluationResult(
+    result = EvaluationResult(
         rows=len(answers),
         scored=len(scored),
         before=figures("before"),
         after=figures("after"),
-        gained=gained,
-        lost=lost,
-        p_value=mcnemar(gained, lost),
-        verdict=compare(gained, lost),
+        **_comparison(scored),
         validation_rows=len(task.examples),
         answer_pattern=settings.answer_pattern,
         asked=hash_questions(task.questions),
@@ -312,20 +311,56 @@ def _result(
         seed=task.config.seed,
         device=task.device.type,
     )
+    return EvaluationResult.from_json(result.to_json())  # as it is read: finite numbers
+
+
+def _exact_match(scored: Sequence[Mapping[str, Any]], side: str, kind: str) -> dict[str, Any]:
+    """Return the fields of ModelFigures for one kind of exact match, "" or "_normalized"."""
+    correct = sum(answer[f"correct{kind}_{side}"] for answer in scored) if scored else None
+    low, high = (None, None) if correct is None else wilson(correct, len(scored))
+    return {
+        f"correct{kind}": correct,
+        f"exact_match{kind}": None if correct is None else correct / len(scored),
+        f"exact_match{kind}_low": low,
+        f"exact_match{kind}_high": high,
+    }
+
+
+def _comparison(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields of EvaluationResult that compare the models row by row."""
+    names = ("gained", "lost", "p_value", "verdict", "gained_normalized", "lost_normalized")
+    if not scored:
+        return dict.fromkeys(names)
+    found = []
+    for kind in ("", "_normalized"):
+        sides = [(row[f"correct{kind}_before"], row[f"correct{kind}_after"]) for row in scored]
+        found.append((sides.count((False, True)), sides.count((True, False))))
+    strict, normalized = found
+    return dict(zip(names, (*strict, mcnemar(*strict), compare(*strict), *normalized), strict=True))
 
 
 def _summary(result: EvaluationResult) -> str:
+    before, after = (
+        "not finite" if model.validation_loss is None else f"{model.validation_loss:.3f}"
+        for model in (result.before, result.after)
+    )
+    losses = f"validation loss {before} before, {after} after"
+    if not result.scored:
+        return f"{losses}; exact match is left out: {result.unscored_reason}"
+    sides = (("before", result.before), ("after", result.after))
     shares = [
         f"{model.exact_match:.1%} "
         f"[{model.exact_match_low:.1%}, {model.exact_match_high:.1%}] {side}"
-        for side, model in (("before", result.before), ("after", result.after))
+        for side, model in sides
     ]
+    normalized = [f"{model.exact_match_normalized:.1%} {side}" for side, model in sides]
     change = (
         f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
     )
-    before, after = result.before.validation_loss, result.after.validation_loss
-    losses = f"validation loss {before:.3f} before, {after:.3f} after"
-    return f"exact match {', '.join(shares)}, {result.scored} rows; {change}; {losses}"
+    return (
+        f"exact match {', '.join(shares)}, {result.scored} rows; {change}; "
+        f"normalized {', '.join(normalized)}; {losses}"
+    )
 
 
 def _shorten(text: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
+from decimal import Decimal
 
-from canvastune.errors import UserError
+from canvastune.evaluation.normalization import normalized_answer
 
 SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller p is called one
 _Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
+_THINKING, _THINKING_END = "<|channel>", "<channel|>"  # as the released chat template writes them
 
 
 def wilson(correct: int, rows: int) -> tuple[float, float]:
@@ -38,27 +41,6 @@ def compare(gained: int, lost: int) -> str:
     return "better" if gained > lost else "worse"
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile `evaluate.answer_pattern`.
-
-    Raises:
-        UserError: not a regular expression, or one without a group.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"evaluate.answer_pattern: invalid regular expression {pattern!r}: {error}",
-            hint="Correct the pattern.",
-        ) from None
-    if compiled.groups < 1:
-        raise UserError(
-            f"evaluate.answer_pattern: found no group in {pattern!r}, expected the answer in one",
-            hint="Put the answer in parentheses, as in '####\\s*(.+)'.",
-        )
-    return compiled
-
-
 def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:
     """Return group 1 of the pattern's last match, normalized as by GSM8K; None without a match.
 
@@ -72,6 +54,31 @@ def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:
     return (found.casefold() if pattern.flags & re.IGNORECASE else found) or None
 
 
-def is_correct(pattern: re.Pattern[str], text: str, reference: str | None) -> bool | None:
-    """Return whether the text's answer is the reference's; None without one (not scored)."""
-    return None if reference is None else extract_answer(pattern, text) == reference
+@dataclass(frozen=True)
+class Reference:
+    """The answer of a row's reference, as the two figures of exact match compare it."""
+
+    strict: str
+    normalized: Decimal | str | None
+
+
+def find_reference(pattern: re.Pattern[str] | None, text: str) -> Reference | None:
+    """Return the answer of a reference; None without one: the row is not scored."""
+    strict = extract_answer(pattern, text) if pattern else None
+    if pattern is None or strict is None:
+        return None
+    return Reference(strict, normalized_answer(pattern, text))
+
+
+def is_correct(pattern: re.Pattern[str], text: str, reference: Reference) -> tuple[bool, bool]:
+    """Return whether the text's answer is the reference's: strictly, and without typography."""
+    normalized = normalized_answer(pattern, text)
+    strict = extract_answer(pattern, text) == reference.strict
+    return strict, normalized is not None and normalized == reference.normalized
+
+
+def answer_part(text: str) -> str:
+    """Return the text after the model's thinking, which is scored; "" if it thinks to the end."""
+    if text.rfind(_THINKING) > text.rfind(_THINKING_END):
+        return ""
+    return text.rpartition(_THINKING_END)[2].strip()

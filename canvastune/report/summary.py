@@ -16,6 +16,7 @@ from canvastune.config import RunConfig
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
+from canvastune.io.json_text import finite, to_json_text
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 
@@ -44,7 +45,8 @@ class RunSummary:
     """The figures that a run is judged by; None where a run has no such figure.
 
     summary.json, the command line, Kubeflow, MLflow, the report and its comparison table all show
-    these. Losses are in nats per token, exact match is a share of the scored rows (0 to 1).
+    these. Losses are in nats per token, exact match is a share of the scored rows (0 to 1), strict
+    and without typography.
     """
 
     train_loss_first: float | None = None  # of the first step
@@ -53,6 +55,8 @@ class RunSummary:
     validation_loss_last: float | None = None
     exact_match_before: float | None = None
     exact_match_after: float | None = None
+    exact_match_normalized_before: float | None = None
+    exact_match_normalized_after: float | None = None
 
     @classmethod
     def from_records(cls, records: list[Record], evaluation: EvaluationResult | None) -> RunSummary:
@@ -67,6 +71,8 @@ class RunSummary:
             validation_loss_last=validation[-1] if validation else None,
             exact_match_before=scored.before.exact_match if scored else None,
             exact_match_after=scored.after.exact_match if scored else None,
+            exact_match_normalized_before=scored.before.exact_match_normalized if scored else None,
+            exact_match_normalized_after=scored.after.exact_match_normalized if scored else None,
         )
 
     @classmethod
@@ -77,12 +83,13 @@ class RunSummary:
 
     def write(self, folder: Path) -> None:
         """Write summary.json into a run's folder; figures that are not known are left out."""
-        text = json.dumps(self.figures(), indent=2) + "\n"
+        text = to_json_text(self.figures(), indent=2)
         (folder / "summary.json").write_text(text, encoding="utf-8")
 
     def figures(self) -> dict[str, float]:
-        """Return the figures that are known, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return the figures that are known and finite, by name."""
+        found = finite(asdict(self))
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -221,9 +228,11 @@ def count_checkpoints(records: list[Record]) -> int:
     )
 
 
-def direction(evaluation: EvaluationResult) -> str:
-    """Return how exact match changed: "rose", "fell" or "stayed"."""
+def direction(evaluation: EvaluationResult) -> str | None:
+    """Return how exact match changed: "rose", "fell" or "stayed"; None if no row was scored."""
     before, after = evaluation.before.correct, evaluation.after.correct
+    if before is None or after is None:
+        return None
     return "rose" if after > before else "fell" if after < before else "stayed"
 
 
@@ -282,7 +291,9 @@ def _evaluation_warnings(evaluation: EvaluationResult | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated: it is unknown whether the tuned model answers better."]
     if not evaluation.scored:
-        return ["No row could be scored: no reference answer matches the recipe's answer pattern."]
+        if evaluation.answer_pattern is None:  # switched off: nothing to overlook
+            return []
+        return [f"Exact match is left out: {evaluation.unscored_reason}."]
     before, after = evaluation.before.correct, evaluation.after.correct
     if direction(evaluation) == "fell":
         return [f"Exact match fell from {before} to {after} of {evaluation.scored} rows."]

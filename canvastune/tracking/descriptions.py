@@ -43,8 +43,13 @@ def describe_report(
     """
     rows: list[tuple[str, ...]] = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
+        before, after = evaluation.before, evaluation.after
         label = f"exact match on {evaluation.scored} held-out rows (95% interval)"
-        rows.append((label, _with_interval(evaluation.before), _with_interval(evaluation.after)))
+        rows.append((label, _with_interval(before), _with_interval(after)))
+        label = "exact match, normalized (95% interval)"
+        rows.append(
+            (label, _with_interval(before, "_normalized"), _with_interval(after, "_normalized"))
+        )
     # Of the exported weights; training's own curve ends with the last step's.
     losses = ("eval/validation_loss_before", "eval/validation_loss_after")
     if losses[0] not in figures:
@@ -67,17 +72,19 @@ def describe_report(
 
 def describe_evaluation(evaluation: EvaluationResult) -> str:
     """Summarize the evaluation in a sentence."""
-    if not evaluation.scored:
-        return "**Not judged**: no held-out row was scored."
     before, after = evaluation.before.exact_match, evaluation.after.exact_match
+    if evaluation.verdict is None or before is None or after is None:
+        return f"**Not judged by exact match**: {evaluation.unscored_reason}."
     verdicts = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
     verdict = verdicts[evaluation.verdict]
     change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
     return f"**{verdict}**: exact match {before:.1%} before, {after:.1%} after ({change})."
 
 
-def _with_interval(model: ModelFigures) -> str:
-    return f"{model.exact_match:.1%} ({model.exact_match_low:.1%} to {model.exact_match_high:.1%})"
+def _with_interval(model: ModelFigures, kind: str = "") -> str:
+    names = (f"exact_match{kind}", f"exact_match{kind}_low", f"exact_match{kind}_high")
+    share, low, high = (getattr(model, name) for name in names)
+    return "not recorded" if share is None else f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _what(config: RunConfig) -> str:

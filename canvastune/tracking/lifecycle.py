@@ -143,14 +143,14 @@ class StepRun:
         """Name the pipeline run's complete model as an input of this run."""
         self.show("evaluated_model", {})
 
-    def promotion(self, score: Score | None, verdict: str, note: str) -> None:
+    def promotion(self, score: Score | None, verdict: str | None, note: str) -> None:
         """Describe the pipeline run, and decide whether its registered model becomes the champion.
 
         Args:
-            verdict: tag to filter by: "better", "worse" or "undecided".
+            verdict: tag to filter by: "better", "worse" or "undecided"; None: "not scored".
             note: Markdown, for the pipeline run and the registered version.
         """
-        self.tags({NOTE: note, "canvastune.verdict": verdict}, of="run/")
+        self.tags({NOTE: note, "canvastune.verdict": verdict or "not scored"}, of="run/")
         self.show("run/promotion", {"score": asdict(score) if score else None, "note": note})
 
     def publish(self) -> None:

@@ -130,12 +130,13 @@ class Score:
 
 def score_of(result: EvaluationResult) -> Score | None:
     """Return the score of an evaluation; None if no row was scored."""
-    if not result.scored:
+    before, after = result.before.exact_match, result.after.exact_match
+    if before is None or after is None:
         return None
     compared = [result.asked, result.scored, result.answer_pattern]
     compared += [result.max_new_tokens, result.max_denoising_steps]
     digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
-    return Score(result.before.exact_match, result.after.exact_match, digest)
+    return Score(before, after, digest)
 
 
 def promote(
@@ -169,7 +170,10 @@ def _compare(
     if when == "never":
         return False, "not promoted: tracking.promote is never"
     if score is None:
-        return False, "not promoted: no held-out row was scored"
+        return False, (
+            "not promoted: there is no exact match to decide by, as no held-out row was scored. "
+            "If the answers are better, set the alias by hand"
+        )
     match = f"exact match {score.after:.1%}"
     if champion is None:
         base = f"{score.before:.1%}"

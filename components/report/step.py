@@ -20,9 +20,10 @@ from components.earlier_runs import find_run
 
 logger = logging.getLogger(__name__)
 
-# Keys of evaluation.json that runs are compared by; the step `evaluate` logs all of them.
+# Keys of evaluation.json that runs are compared by, where known; the step `evaluate` logs all.
 _COMPARED = (
     *("exact_match_before", "exact_match_after"),
+    *("exact_match_normalized_before", "exact_match_normalized_after"),
     *("validation_loss_before", "validation_loss_after", "tokens_per_second_after"),
 )
 
@@ -92,7 +93,7 @@ def _mlflow_metrics(
     }
     return {
         **{name: figures[key] for name, key in names.items() if key in figures},
-        **{f"eval/{name}": evaluated[name] for name in _COMPARED},
+        **{f"eval/{name}": evaluated[name] for name in _COMPARED if name in evaluated},
         **{name: value for name, value in totals.items() if value is not None},
     }
 

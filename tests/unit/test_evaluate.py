@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -40,6 +41,11 @@ KEYS = [  # of evaluation.json, which other programs read
     *("correct_before", "exact_match_before", "exact_match_before_low", "exact_match_before_high"),
     *("correct_after", "exact_match_after", "exact_match_after_low", "exact_match_after_high"),
     *("gained", "lost", "p_value", "verdict"),
+    *("correct_normalized_before", "exact_match_normalized_before"),
+    *("exact_match_normalized_before_low", "exact_match_normalized_before_high"),
+    *("correct_normalized_after", "exact_match_normalized_after"),
+    *("exact_match_normalized_after_low", "exact_match_normalized_after_high"),
+    *("gained_normalized", "lost_normalized"),
     *(
         "tokens_before",
         "seconds_before",
@@ -150,6 +156,8 @@ def test_every_answer_is_listed_with_its_question_and_reference(
             "after",
             "correct_before",
             "correct_after",
+            "correct_normalized_before",
+            "correct_normalized_after",
         }
     result = json.loads((evaluated / "evaluation.json").read_text())
     assert (result["rows"], result["scored"]) == (6, 6)
@@ -239,8 +247,9 @@ def test_counts_are_those_of_the_answers(
     """Five right after; two before, one of which is lost."""
     questions = select_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
     right = [question.reference for question in questions]
+    number = right[2].rpartition("#### ")[2]
     said = {
-        "base": [right[0], right[1], "#### 999", "", right[4] + "\n#### 999", "999"],
+        "base": [right[0], right[1], f"#### ${number}.00", "", right[4] + "\n#### 999", "999"],
         "tuned": [right[0], "#### 999", right[2], right[3], right[4], right[5]],
     }
     pretend(monkeypatch, lambda question, model: said[model][questions.index(question)])
@@ -248,8 +257,15 @@ def test_counts_are_those_of_the_answers(
     before, after = result.before, result.after
     assert (before.correct, after.correct, result.scored) == (2, 5, 6)
     assert (before.exact_match, after.exact_match) == (2 / 6, 5 / 6)
+    assert (before.correct_normalized, after.correct_normalized) == (3, 5)
+    assert (result.gained_normalized, result.lost_normalized) == (3, 1)
     for model in (before, after):
+        assert model.correct is not None
+        assert model.correct_normalized is not None
+        assert model.exact_match_normalized == model.correct_normalized / 6
         assert (model.exact_match_low, model.exact_match_high) == wilson(model.correct, 6)
+        normalized = (model.exact_match_normalized_low, model.exact_match_normalized_high)
+        assert normalized == wilson(model.correct_normalized, 6)
     assert (result.gained, result.lost, result.p_value, result.verdict) == (
         4,
         1,
@@ -465,26 +481,71 @@ def test_one_model_at_a_time_is_in_memory(
     assert len(loaded) == 2
 
 
-def test_pattern_that_finds_no_answer_is_refused_before_a_model_is_loaded(
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("is exactly (never)", "evaluate.answer_pattern matches none of the 6 references"),
+        (None, "evaluate.answer_pattern is null"),
+    ],
+)
+def test_without_a_scored_row_everything_but_exact_match_is_reported(
     prepared: Path,
-    tiny_model: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pattern: str | None,
+    reason: str,
+) -> None:
+    pretend(monkeypatch, lambda question, _: question.reference)
+    result = evaluate(recipe(problems, answer_pattern=pattern), prepared, *models, tmp_path / "out")
+    assert (result.rows, result.scored, result.unscored_reason) == (6, 0, reason)
+    assert (result.before.validation_loss, result.after.validation_loss) == (3, 1.5)
+    assert f"exact match is left out: {reason}" in capsys.readouterr().err
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(written) == KEYS
+    unknown = {name for name, value in written.items() if value is None} - {"answer_pattern"}
+    assert unknown == {name for name in KEYS if re.match("correct|exact|gained|lost|p_|ver", name)}
+    assert not any(name.startswith(("exact", "correct")) for name in result.figures())
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
+    assert all(answer["before"] for answer in answers)
+    assert {answer["correct_normalized_after"] for answer in answers} == {None}
+    assert EvaluationResult.read(tmp_path / "out") == result
+
+
+def test_a_loss_that_is_not_finite_is_null(
+    prepared: Path,
+    models: tuple[Path, Path],
     problems: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "load_stock", lambda *_: pytest.fail("a model was loaded"))
-    for pattern in ("(", "####", "is exactly (never)"):
-        with pytest.raises(
-            UserError, match=r"evaluate\.answer_pattern.*" + re.escape(repr(pattern))
-        ):
-            evaluate(
-                recipe(problems, answer_pattern=pattern),
-                prepared,
-                tiny_model,
-                tiny_model,
-                tmp_path / "out",
-            )
-        assert not list(tmp_path.iterdir())
+    pretend(monkeypatch, lambda question, _: question.reference)
+    answered = run.generate_answers
+    monkeypatch.setattr(
+        run, "generate_answers", lambda *_: answered(*_) | {"tokens_per_forward": math.nan}
+    )
+    denoised = run.denoising_loss
+    monkeypatch.setattr(
+        run, "denoising_loss", lambda *_: denoised(*_) | {"sums": [math.nan, 1.0, 1.0, 1.0, 1.0]}
+    )
+    result = evaluate(recipe(problems), prepared, *models, tmp_path / "out")
+    text = (tmp_path / "out" / "evaluation.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
+    assert result.after.validation_loss is found["validation_loss_after"] is None
+    assert found["validation_loss_after_t0.3"] is not None
+    assert found["tokens_per_forward_before"] is None
+    assert all(math.isfinite(value) for value in result.figures().values())
+
+
+def test_a_result_of_an_earlier_version_has_no_normalized_figure(evaluated: Path) -> None:
+    written = json.loads((evaluated / "evaluation.json").read_text())
+    old = {name: value for name, value in written.items() if "normalized" not in name}
+    result = EvaluationResult.from_json(old)
+    assert result.after.exact_match == written["exact_match_after"]
+    assert result.after.exact_match_normalized is None
+    assert "exact_match_normalized_after" not in result.figures()
 
 
 def test_some_answers_are_logged_at_the_end(

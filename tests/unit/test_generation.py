@@ -5,7 +5,7 @@ that end where they end.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ def model(checkpoint: Path) -> Any:
 
 class Numbers:
     """A fake tokenizer: a token's text is its number."""
+
+    added_tokens_decoder: Mapping[int, Any] = {}
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
         return " ".join(str(token) for token in tokens)

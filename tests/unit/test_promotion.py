@@ -50,14 +50,18 @@ class Runs:
             record.model(run.folder / "model", "merged")
         return run
 
-    def judge(self, run: tracking.PipelineRun, before: float, after: float, **asked: Any) -> str:
+    def judge(
+        self, run: tracking.PipelineRun, before: float | None, after: float | None, **asked: Any
+    ) -> str:
         """Report: the version is judged; returns the outcome in the run's tag."""
         parent = tracking.start(run)
         with tracking.step_run(run, "report") as record:
             record.promotion(score_of(evaluation(before, after, **asked)), "better", "the figures")
         return str(self.client.get_run(parent).data.tags["canvastune.promotion"])
 
-    def __call__(self, before: float, after: float, when: str = "better", **asked: Any) -> str:
+    def __call__(
+        self, before: float | None, after: float | None, when: str = "better", **asked: Any
+    ) -> str:
         return self.judge(self.begin(when), before, after, **asked)
 
     def aliases(self) -> dict[str, int]:
@@ -67,7 +71,7 @@ class Runs:
         }
 
 
-def evaluation(before: float, after: float, **asked: Any) -> EvaluationResult:
+def evaluation(before: float | None, after: float | None, **asked: Any) -> EvaluationResult:
     result = sample_result()
     return replace(
         result,
@@ -103,7 +107,10 @@ def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
             " same way. If this one is better, set the alias by hand"
         )
     assert runs(0.5, 0.9, when="never") == "not promoted: tracking.promote is never"
-    assert runs(0.5, 0.9, scored=0) == "not promoted: no held-out row was scored"
+    assert runs(None, None, scored=0) == (
+        "not promoted: there is no exact match to decide by, as no held-out row was scored. If the"
+        " answers are better, set the alias by hand"
+    )
     assert runs.aliases() == {"candidate": 10, "champion": 3}
     version = runs.client.get_model_version("best", "4")
     assert (

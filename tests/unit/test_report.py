@@ -472,7 +472,7 @@ def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> No
             RunArtifacts("run", config, metrics, evaluation=tmp_path), tmp_path / "out"
         ).read_text()
     )
-    assert "No row could be scored" in page.text
+    assert "Exact match is left out: evaluate.answer_pattern matches none" in page.text
     assert "%" not in page.text.split("Charts")[0]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +17,10 @@ from typing import Any, cast
 import pytest
 
 from canvastune.config import RunConfig
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary
+from canvastune.tracking.descriptions import describe_report
 from components.report.step import publish
 from components.run_directory import RunRecord, write_record
 from pipelines.local_runner import describe_result
@@ -107,6 +112,8 @@ def test_the_definitions_of_the_figures_are_those_of_summary_json(
         "validation_loss_last": validation[-1],
         "exact_match_before": 6 / 64,
         "exact_match_after": 52 / 64,
+        "exact_match_normalized_before": 7 / 64,
+        "exact_match_normalized_after": 53 / 64,
     }
     thirtieths = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
     assert all(
@@ -119,13 +126,14 @@ def test_the_definitions_of_the_figures_are_those_of_summary_json(
 def test_kubeflow_and_mlflow_get_these_figures(published: tuple[RunSummary, Recorder]) -> None:
     summary, record = published
     figures = summary.figures()
-    assert len(figures) == 6
+    assert len(figures) == 8
     names = {"train/loss": "train_loss", "val/loss": "validation_loss"}
     for name, field in names.items():
         for end in ("first", "last"):
             assert record.values[f"{name}_{end}"] == figures[f"{field}_{end}"]
     for side in ("before", "after"):
-        assert record.values[f"eval/exact_match_{side}"] == figures[f"exact_match_{side}"]
+        for name in (f"exact_match_{side}", f"exact_match_normalized_{side}"):
+            assert record.values[f"eval/{name}"] == figures[name]
 
 
 def test_the_page_and_its_comparison_table_show_these_figures(
@@ -141,6 +149,8 @@ def test_the_page_and_its_comparison_table_show_these_figures(
         " step 1" in page
     )
     assert f"Exact match {summary.exact_match_after:.1%} 95% interval" in page
+    normalized = f"{summary.exact_match_normalized_after:.1%}"
+    assert f"Exact match, normalized {normalized} 95% interval" in page
     other = RunArtifacts(
         "other", config, run_folder / "train", evaluation=run_folder / "evaluation"
     )
@@ -149,6 +159,7 @@ def test_the_page_and_its_comparison_table_show_these_figures(
         f"other 300 {last:.3f} {summary.validation_loss_last:.3f} {summary.exact_match_after:.1%}"
         in compared
     )
+    assert compared.count(f"{normalized} ") > 1, "the comparison table lacks the normalized figure"
 
 
 def test_the_command_line_shows_these_figures(
@@ -166,6 +177,85 @@ def test_the_command_line_shows_these_figures(
     assert lines["exact match"].startswith(
         f"{summary.exact_match_before:.1%} -> {summary.exact_match_after:.1%}"
     )
+    assert lines["exact match"].endswith(
+        f"; normalized {summary.exact_match_normalized_before:.1%} -> "
+        f"{summary.exact_match_normalized_after:.1%}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (None, "evaluate.answer_pattern is null"),
+        ("(x)", "evaluate.answer_pattern matches none of the 64 references"),
+    ],
+)
+def test_without_a_scored_row_every_place_says_that_exact_match_is_left_out(
+    config: RunConfig, tmp_path: Path, pattern: str | None, reason: str
+) -> None:
+    folder = tmp_path / "runs" / "run"
+    run = sample_run(folder, config)
+    shutil.rmtree(run.evaluation or "")
+    write_evaluation(folder / "evaluation", config, scored=False, answer_pattern=pattern)
+    write_record(folder, RunRecord("job", config.model_dump_json(), ""))
+    record = Recorder()
+    summary = publish(
+        config,
+        cast(Any, record),
+        folder,
+        metrics=folder / "train" / "metrics.jsonl",
+        data=folder / "data",
+        plan=folder / "plan",
+        evaluation=folder / "evaluation",
+        tuned=folder / "train" / "model",
+    )
+    result = EvaluationResult.read(folder / "evaluation")
+    assert result.to_json()["exact_match_before"] is None
+    measured = {"validation_loss_before", "validation_loss_after_t0.1", "tokens_after"}
+    for figures in (result.figures(), record.values, summary.figures()):  # Kubeflow's and MLflow's
+        assert not any("exact" in name or "p_value" in name for name in figures)
+        assert all(math.isfinite(value) for value in figures.values())
+    assert measured <= result.figures().keys()
+    assert record.values["eval/validation_loss_after"] == result.after.validation_loss
+    page = _text(folder / "report" / "report.html")
+    assert f"Exact match left out {reason}" in page
+    assert "64 held-out rows were answered before and after, without exact match" in page
+    assert "64 held-out rows, answered by both models and not scored" in page
+    assert "Mean 5.600 0.600" in page, "the validation losses of both models are not shown"
+    assert ("Exact match is left out" in page) == (pattern is not None)
+    assert "%" not in page.partition("Throughput")[0]
+    note = describe_report(config, folder, record.values, result)
+    assert note.startswith(f"**Not judged by exact match**: {reason}.")
+    assert "| validation loss | 5.600 | 0.600 |" in note
+    assert describe_result(config, tmp_path, folder)["exact match"] == f"left out: {reason}"
+    other = _text(build_report(sample_run(tmp_path / "b", config), tmp_path / "compared", [run]))
+    assert "left out left out" in other, "the comparison table claims a figure"
+
+
+def test_a_figure_that_is_not_finite_is_null_or_left_out(config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = sample_run(folder, config)
+    result = EvaluationResult.read(folder / "evaluation")
+    model = replace(
+        result.after,
+        tokens_per_forward=math.nan,
+        tokens_per_second=math.inf,
+        validation_loss=math.nan,
+        validation_loss_by_level={"0.1": math.nan, "0.9": 1.0},
+    )
+    replace(result, after=model).write(folder / "evaluation")
+    text = (folder / "evaluation" / "evaluation.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
+    assert found["validation_loss_after"] is None
+    assert found["validation_loss_after_t0.1"] is None
+    result = EvaluationResult.read(folder / "evaluation")
+    assert result.after.validation_loss is None
+    assert replace(result, after=model).figures() == result.figures()
+    assert "validation_loss_after" not in result.figures()
+    assert result.figures()["validation_loss_after_t0.9"] == 1.0
+    page = _text(build_report(run, tmp_path / "report"))
+    assert "0.1 3.360 not recorded" in page
+    describe_report(config, folder, {}, result)
 
 
 def test_a_figure_that_is_not_known_is_left_out(tmp_path: Path) -> None:

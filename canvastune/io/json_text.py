@@ -1,0 +1,25 @@
+"""JSON as the standard has it: a number that is not finite becomes null."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """Return a tree of JSON values with None in the place of NaN and the infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
+
+
+def to_json_text(tree: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """Return a tree as JSON text that ends with a line break; every JSON reader accepts it."""
+    text = json.dumps(finite(tree), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
+    return text + "\n"
