@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -181,8 +182,11 @@ def _as_json(kind: pa.DataType) -> _Convert | None:
 
     All structs of a column have the same keys: where one was missing, Arrow has a null. The two
     cannot be told apart, so a null inside of a column is taken for a missing key. A map with text
-    keys is an object.
+    keys is an object. `datasets` stores values whose keys or types differ, such as messages of
+    which some have tool calls, as JSON text of Arrow's type `arrow.json`.
     """
+    if isinstance(kind, pa.JsonType):
+        return json.loads
     if pa.types.is_struct(kind):
         return _struct({field.name: _as_json(field.type) for field in kind})
     if pa.types.is_map(kind):
