@@ -48,8 +48,11 @@ def refuse_address(key: str, text: str) -> None:
     if found is None:
         return
     scheme, rest = found[1].lower(), found[2].partition("?")[0].rstrip("/")
-    message = f"{key}: {text}: an address, expected a local file or folder or a Hub data set id"
-    raise UserError(message, hint=_way_out(key, text, scheme, rest))
+    other = "a split of the source" if key == "data.validation" else "an id on the Hub"
+    raise UserError(
+        f"{key}: {text}: found an address, expected a local file or folder, or {other}",
+        hint=_way_out(key, text, scheme, rest),
+    )
 
 
 def _way_out(key: str, address: str, scheme: str, rest: str) -> str:

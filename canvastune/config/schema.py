@@ -84,8 +84,8 @@ class MixtureSource(SourceFields):
     weight: float = Field(
         1.0,
         gt=0,
-        description="examples of this source per epoch of the mixture, relative to the other "
-        "sources' weights; not per row: a small source is repeated more often",
+        description="share of the training examples that come from this source, relative to the "
+        "other weights: sources with weights 3 and 1 give 75% and 25%, however many rows they have",
     )
 
 
@@ -140,8 +140,8 @@ class DataConfig(SourceFields):
         lt=1,
         validation_alias=AliasChoices("max_bad_row_fraction", "max_bad_rows"),
         serialization_alias="max_bad_rows",
-        description="fraction of the rows, such as 0.05 for 5%, that may be invalid before the "
-        "step fails",
+        description="fraction of the rows of a source, such as 0.05 for 5%, that may be invalid "
+        "before the step fails",
     )
     max_duplicate_fraction: ChangeableOnResume[float] = Field(
         0.1,
@@ -149,8 +149,8 @@ class DataConfig(SourceFields):
         le=1,
         validation_alias=AliasChoices("max_duplicate_fraction", "max_duplicates"),
         serialization_alias="max_duplicates",
-        description="fraction of the rows that may repeat an earlier one before the step fails; "
-        "duplicates are always dropped",
+        description="fraction of the rows of a source that may repeat an earlier one before the "
+        "step fails; duplicates are always dropped",
     )
     max_rows: int | None = Field(
         None,
@@ -214,6 +214,8 @@ class DataConfig(SourceFields):
                 f"key 'data.source' is missing ({meaning})",
                 hint="Set data.source in the recipe, or with --set data.source=VALUE.",
             )
+        if self.validation is not None:
+            self._check_validation(self.validation)
         if not self.mixture:
             return self
         if self.source is not None:
@@ -231,6 +233,24 @@ class DataConfig(SourceFields):
                     hint=f"Set {name} in each entry of data.mixture that needs it.",
                 )
         return self
+
+    def _check_validation(self, validation: str) -> None:
+        path = is_path(validation)
+        if not path and "/" in validation and "://" not in validation:
+            raise InvalidSetting(
+                f"data.validation: found {validation!r}, expected a split of the source, or the "
+                "path of a file or folder",
+                hint=f"Write a path as ./{validation}; a data set of the Hub has to be "
+                "downloaded first.",
+            )
+        for source in self.sources:
+            if validation == (source.source if path else source.split):
+                raise InvalidSetting(
+                    f"data.validation: found {validation!r}, which is also what "
+                    f"{source.source} trains on",
+                    hint="Name other rows, or leave data.validation out: a fraction of the rows is "
+                    "then held out.",
+                )
 
     @field_validator("max_bad_row_fraction", "max_duplicate_fraction", mode="before")
     @classmethod

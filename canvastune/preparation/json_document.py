@@ -134,7 +134,9 @@ def read_document(
         if members[columns[0]].all_objects and len(columns) == 1:
             yield from _numbered(read[0])
             return
-        yield from _numbered(dict(zip(columns, row, strict=True)) for row in zip(*read, strict=True))
+        yield from _numbered(
+            dict(zip(columns, row, strict=True)) for row in zip(*read, strict=True)
+        )
 
 
 def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any, None]]:

@@ -181,6 +181,8 @@ def open_source(
             hint=(
                 f"Did you mean {path.parent / near[0]}?"
                 if near
+                else "Check the path."
+                if key == "data.validation"
                 else "Check the path, or use a Hub data set id."
             ),
         )

@@ -173,6 +173,8 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             hint=(
                 f"The longest prefix has {stats.longest_prefix} tokens; raise data.seq_length."
                 if stats.longest_prefix
+                else "Use other data for one of data.source and data.validation."
+                if stats.dropped[HELD_OUT]
                 else "Use other data."
             ),
         )
