@@ -14,7 +14,7 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def prepare_data(
 
 def _read_all(
     parts: Sequence[Part], progress: ProgressLog
-) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
+) -> Generator[tuple[Row, Conversation | InvalidRow], None, None]:
     """Turn each row of each data set into a conversation, or into the reason why it is not one;
     repeated ones are counted and left out.
     """

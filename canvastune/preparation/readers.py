@@ -123,7 +123,7 @@ def _stream(file: str, path: Path) -> Iterator[BinaryIO]:
             raise UserError(f"{file}: the file is empty (0 bytes)", hint="Write the file again.")
         if path.name.endswith(".gz"):
             with gzip.open(raw) as stream:
-                if stream.peek(2)[:2] in _UTF_16:  # type: ignore[attr-defined]  # GzipFile has it
+                if stream.peek(2)[:2] in _UTF_16:
                     raise _not_utf8(file)
                 yield stream  # type: ignore[misc]  # GzipFile is a binary stream, but not declared as one
             return
