@@ -80,7 +80,11 @@ def read_delimited(
                     ),
                     hint='Close the quote; inside a quoted cell, write a quote as "".',
                 ) from None
-            problem = one_line(error)
+            problem = (
+                'text after a closing quote; inside a quoted cell, a quote is written as ""'
+                if "expected after" in str(error)
+                else one_line(error)
+            )
         first, line = line + 1, reader.line_num
         where = f"line {first}" if first == line else f"lines {first} to {line}"
         if problem is None and not cells:
