@@ -1,18 +1,19 @@
 """From a conversation to tokens with a response span, by the chat template.
 
 The prefix is, token for token, what inference feeds the model: the chat template's own generation
-prompt. The response is the assistant's content and the marker that closes its turn. For every
+prompt, with the conversation's tools. The response is what the model writes then: its thinking, its
+calls, its content, and the marker that ends its turn or hands over to a tool. For every
 conversation the two are compared with the template's own rendering of the whole conversation, byte
-for byte, before a token is trained on.
+for byte, before a token is trained on. Where the released template's two renderings differ, the
+generation prompt decides (docs/data.md lists the differences).
 """
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from tokenizers.models import BPE
@@ -20,59 +21,52 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from canvastune.errors import UserError
-from canvastune.preparation.row_formats import Conversation, InvalidRow
+from canvastune.preparation.conversation import Conversation, InvalidRow
 
-_SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer while a template is parsed; never trained on
+_SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer of a probe; never trained on
 _HINT = "Use the directory of an unchanged checkpoint."
-_CACHED_TEMPLATES = 1000  # sequences of roles whose template text is cached
-# What Gemma 4's larger models write after the model turn's header when they answer without
-# thinking. Only the generation prompt has it, not the rendering of a finished conversation: the one
-# documented difference between them.
-_EMPTY_THOUGHT = re.compile(r"<\|channel>thought\s*<channel\|>\s*")
+_OPEN_THOUGHT, _CLOSE_THOUGHT = "<|channel>thought", "<channel|>"
+_NOT_WORDS = re.compile(r"[^\w\s]")
+# Control tokens of these two shapes are found by one pass over a text, whatever their number.
+_SHAPES = re.compile(r"<[^<>\[\]\s]+>|\[[^<>\[\]\s]+\]")
 
 
 class EncodedConversation(NamedTuple):
     """The tokens of one conversation, uncut, as int32: sent to another process and to disk without
     conversion.
+
+    Attributes:
+        tokens: prefix and response.
+        prefix_length: tokens that inference feeds, with the header of the model turn.
+        answer: what a response with tool calls says, without thinking and closing marker; None:
+            the learned message's content.
     """
 
     tokens: array[int]
-    prefix_length: (
-        int  # tokens that inference feeds, with the header of the model turn; the response follows
-    )
+    prefix_length: int
+    answer: str | None = None
 
 
-@dataclass(frozen=True)
-class _TurnTemplate:
-    """What the chat template writes around the answer, for one sequence of roles."""
+class _Text(NamedTuple):
+    """A conversation as text: what inference feeds, and what the model writes."""
 
-    thought: str  # the empty thought channel at the end of the generation prompt, or ""
-    closing: str  # what follows the answer, the marker that closes the turn first
-    markers: list[int]  # control tokens of the generation prompt, in order
-    problem: str | None = None  # why conversations with these roles cannot be trained on
+    prefix: str
+    response: str
 
 
 class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        where: str,
-        cached_templates: int = _CACHED_TEMPLATES,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         """Find the template's end of turn.
 
         Args:
             where: the model directory, for messages.
-            cached_templates: sequences of roles whose template text is kept.
 
         Raises:
             UserError: no chat template, or one whose end of turn is not a token of the tokenizer.
         """
         self._tokenizer = tokenizer
-        self._cached_templates = cached_templates
-        self._templates: dict[tuple[str, ...], _TurnTemplate] = {}
         if not tokenizer.chat_template:
             raise UserError(
                 f"{where}: the tokenizer has no chat template",
@@ -82,10 +76,12 @@ class ChatEncoder:
             [_SENTINEL], add_special_tokens=False
         )  # resets the padding and truncation of tokenizer.json
         added = tokenizer.added_tokens_decoder
-        self._added = frozenset(added)
-        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
+        probe = Conversation(
+            ({"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL})
+        )
         try:
             rendered = self._render([probe])[0]
+            prompt = self._render([probe], generation=True)[0]
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
                 f"{where}: the chat template cannot render a user and an assistant turn ({error})",
@@ -100,20 +96,37 @@ class ChatEncoder:
         # The newline after the marker belongs to the template's next turn, not to this one.
         self.closing = rendered.partition(_SENTINEL)[2].rstrip()
         self.closing_ids = self._tokenize([self.closing])[0]
-        if not self.closing_ids or not set(self.closing_ids) <= self._added:
+        if not self.closing_ids or not set(self.closing_ids) <= set(added):
             raise UserError(
                 f"{where}: the chat template closes a turn with {self.closing!r}, which is not a "
                 "token of the tokenizer: "
                 "they belong to different models",
                 hint=_HINT,
             )
-        self._check_boundary(self._render([probe[:1]], generation=True)[0], where)
-        # Control tokens: all special ones, and those that open or close a turn even if they are not
-        # marked special.
-        markers = self._tokenize([self._render([probe[:1]], generation=True)[0] + self.closing])[0]
-        self._control = {i for i, token in added.items() if token.special} | (
-            self._added & set(markers)
-        )
+        self._check_boundary(prompt, where)
+        # What opens a turn of the model, and what the template writes again after a tool's response
+        # although its generation prompt does not.
+        asked = self._render([Conversation(probe.messages[:1])])[0]
+        self._header = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        if _OPEN_THOUGHT in self._header:
+            self._header = self._header[: self._header.index(_OPEN_THOUGHT)]
+        # Control tokens: all special ones, and those of the template even if they are not marked
+        # special. Gemma's line breaks are added tokens too, but text.
+        template = tokenizer.get_chat_template()
+        control = {
+            token.content
+            for token in added.values()
+            if token.special or (_NOT_WORDS.search(token.content) and token.content in template)
+        }
+        self._control = frozenset(control)
+        others = [re.escape(token) for token in control if not _SHAPES.fullmatch(token)]
+        self._other_control = re.compile("|".join(others)) if others else None
+        self._call_closing = self._probe_call()
+
+    @property
+    def call_closing_id(self) -> int | None:
+        """The token that ends a turn with a tool call; None if the template renders no calls."""
+        return self._call_closing
 
     def encode(
         self, conversations: Sequence[Conversation]
@@ -121,20 +134,18 @@ class ChatEncoder:
         """Encode a batch; an InvalidRow with the reason takes the place of a conversation that
         cannot be trained on.
         """
-        templates = [self._template(conversation) for conversation in conversations]
-        texts = self._texts(conversations, templates)
+        texts = self._texts(conversations)
         good = [text for text in texts if not isinstance(text, InvalidRow)]
-        prefixes = iter(self._tokenize([prefix for prefix, _ in good]))
+        prefixes = iter(self._tokenize([text.prefix for text in good]))
         # Tokenized separately from the prefix: the boundary is then a token boundary, as in
         # inference.
-        responses = iter(self._tokenize([response for _, response in good]))
-        encoded: list[EncodedConversation | InvalidRow] = []
-        for template, text in zip(templates, texts, strict=True):
-            if isinstance(text, InvalidRow):
-                encoded.append(text)
-            else:
-                encoded.append(self._check(template, next(prefixes), next(responses)))
-        return encoded
+        responses = iter(self._tokenize([text.response for text in good]))
+        return [
+            text
+            if isinstance(text, InvalidRow)
+            else self._encoded(conversation, text, next(prefixes), next(responses))
+            for conversation, text in zip(conversations, texts, strict=True)
+        ]
 
     def _check_boundary(self, prompt: str, where: str) -> None:
         """Check that prompt and answer have the same tokens separately and together.
@@ -161,143 +172,181 @@ class ChatEncoder:
                 hint=_HINT,
             )
 
-    def _texts(
-        self, conversations: Sequence[Conversation], templates: Sequence[_TurnTemplate]
-    ) -> list[tuple[str, str] | InvalidRow]:
+    def _probe_call(self) -> int | None:
+        """Return the token that the template ends a turn with a tool call with."""
+        call = {"type": "function", "id": "1", "function": {"name": _SENTINEL, "arguments": {}}}
+        talk = Conversation(
+            (
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            )
+        )
+        rendered = self._render_one(talk)
+        if isinstance(rendered, InvalidRow) or _SENTINEL not in rendered:
+            return None
+        last = self._tokenize([rendered.rstrip()])[0][-1]
+        return last if self._tokenizer.convert_ids_to_tokens(last) in self._control else None
+
+    def _texts(self, conversations: Sequence[Conversation]) -> list[_Text | InvalidRow]:
         """Return prefix and response text of each conversation, checked against the template's own
         rendering.
         """
-        histories = [conversation.history for conversation in conversations]
-        wholes = [list(conversation.messages) for conversation in conversations]
         try:
-            prompts: Sequence[str | InvalidRow] = self._render(histories, generation=True)
-            renderings: Sequence[str | InvalidRow] = self._render(wholes)
+            prompts: Sequence[str | InvalidRow] = self._render(conversations, generation=True)
+            renderings: Sequence[str | InvalidRow] = self._render(conversations)
         except Exception:  # a template may raise anything: find out for which conversation
-            prompts = [self._render_one(history, generation=True) for history in histories]
-            renderings = [self._render_one(whole) for whole in wholes]
-        texts: list[tuple[str, str] | InvalidRow] = []
-        for conversation, template, prompt, rendering in zip(
-            conversations, templates, prompts, renderings, strict=True
-        ):
-            if isinstance(prompt, InvalidRow) or isinstance(rendering, InvalidRow):
-                texts.append(prompt if isinstance(prompt, InvalidRow) else rendering)  # type: ignore[arg-type]
+            prompts = [self._render_one(each, generation=True) for each in conversations]
+            renderings = [self._render_one(each) for each in conversations]
+        texts: list[_Text | InvalidRow] = []
+        for conversation, prompt, rendering in zip(conversations, prompts, renderings, strict=True):
+            if isinstance(prompt, InvalidRow):
+                texts.append(prompt)
+            elif isinstance(rendering, InvalidRow):
+                texts.append(rendering)
             else:
-                texts.append(self._split(conversation, template, prompt, rendering))
+                try:
+                    texts.append(self._text(conversation, prompt, rendering))
+                except InvalidRow as reason:
+                    texts.append(reason)
         return texts
 
-    def _split(
-        self, conversation: Conversation, template: _TurnTemplate, prompt: str, rendering: str
-    ) -> tuple[str, str] | InvalidRow:
-        if template.problem:
-            return InvalidRow(template.problem)
-        stock_prefix = prompt.removesuffix(template.thought)
-        for answer in (
-            conversation.answer.strip(),
-            conversation.answer,
-        ):  # Gemma's templates strip contents
-            if (
-                prompt.endswith(template.thought)
-                and rendering == stock_prefix + answer + template.closing
-            ):
-                return prompt, answer + self.closing
-        return InvalidRow(
-            "the chat template changes the answer (it holds a thought or another control sequence"
-            " that the template removes)"
-        )
+    def _text(self, conversation: Conversation, prompt: str, rendering: str) -> _Text:
+        """Split a conversation's rendering after what inference feeds, and prove that nothing of
+        the conversation is lost or changed.
 
-    def _check(
-        self, template: _TurnTemplate, prefix: list[int], response: list[int]
+        Raises:
+            InvalidRow: the template leaves something out, or text would become a control token.
+        """
+        written = _after(prompt, rendering, self._header)
+        if written is None:
+            roles = ", ".join(message["role"] for message in conversation.history)
+            shown = prompt if len(prompt) <= 200 else f"...{prompt[-200:]}"
+            raise InvalidRow(
+                f"the chat template's generation prompt after the turns {roles} differs from how"
+                f" it writes an answer: {shown!r}"
+            )
+        response = written.rstrip()  # the blanks after the marker belong to the next turn
+        learned = conversation.messages[-1]
+        content = learned["content"]
+        if learned.keys() <= {"role", "content"}:
+            body = response.removesuffix(self.closing)
+            body = body.removeprefix(_CLOSE_THOUGHT) if conversation.thinking else body
+            same = response.endswith(self.closing) and body in (content.strip(), content)
+        else:
+            same = content.strip() in response and (
+                "tool_calls" in learned or response.endswith(content.strip() + self.closing)
+            )
+        if not same:
+            raise InvalidRow(
+                "the chat template changes the answer (it holds a thought or another control"
+                " sequence that the template removes)"
+            )
+        if conversation.tools or any(
+            message.keys() > {"role", "content"} for message in conversation.messages
+        ):
+            self._check_extras(conversation, prompt, response)
+        if name := self._find_control(conversation):
+            raise InvalidRow(
+                f"the text holds the control token {name!r}, which would become a marker of the"
+                " chat, not text"
+            )
+        return _Text(prompt, response)
+
+    def _check_extras(self, conversation: Conversation, prompt: str, response: str) -> None:
+        """Refuse what the template does not write: tools, calls, tool responses, thinking.
+
+        Thinking of earlier turns is left out by Gemma's template, as it is at inference.
+        """
+        for tool in conversation.tools:
+            if tool["function"]["name"] not in prompt:
+                raise InvalidRow(
+                    "the model's chat template does not write tool declarations",
+                    "Use a model whose template does, or set data.ignore=[tools].",
+                )
+        learned = conversation.messages[-1]
+        for message in conversation.messages:
+            where = response if message is learned else prompt
+            calls = message.get("tool_calls", ())
+            if any(call["function"]["name"] not in where for call in calls):
+                raise InvalidRow(
+                    "the model's chat template does not write tool calls",
+                    "Use a model whose template does, or remove these rows.",
+                )
+            if message["role"] == "tool" and message["content"].strip() not in prompt:
+                raise InvalidRow(
+                    "the model's chat template does not write tool responses",
+                    "Use a model whose template does, or remove these rows.",
+                )
+        if "reasoning" in learned and learned["reasoning"].strip() not in response:
+            raise InvalidRow(
+                "the model's chat template does not write thinking",
+                "Use a model whose template does, or set data.thinking=drop.",
+            )
+
+    def _find_control(self, conversation: Conversation) -> str | None:
+        """Return a control token in the texts of a conversation: it would open or close something
+        that is not in the data. Texts are joined: a template may write two of them side by side.
+        """
+        if conversation.tools or any(
+            message.keys() > {"role", "content"} for message in conversation.messages
+        ):
+            text = "".join(_strings([conversation.messages, conversation.tools]))
+        else:
+            text = "".join([message["content"].strip() for message in conversation.messages])
+        for token in _SHAPES.findall(text):
+            if token in self._control:
+                return str(token)
+        found = self._other_control.search(text) if self._other_control else None
+        return found[0] if found else None
+
+    def _encoded(
+        self, conversation: Conversation, text: _Text, prefix: list[int], response: list[int]
     ) -> EncodedConversation | InvalidRow:
-        """Refuse text that became a control token: it would open or close a turn that is not in the
-        data.
-        """
-        content, end = response[: -len(self.closing_ids)], response[-len(self.closing_ids) :]
-        found, inside = (
-            list(filter(self._control.__contains__, prefix)),
-            self._control.intersection(content),
-        )
-        if found == template.markers and not inside and end == self.closing_ids and content:
-            return EncodedConversation(array("i", prefix + response), len(prefix))
-        extra = [token for token in content if token in inside] or _first_difference(
-            found, template.markers
-        )
         unknown = self._tokenizer.unk_token_id
-        if extra == [unknown]:
+        if unknown in prefix or unknown in response:
             return InvalidRow("the text holds a character that the tokenizer has no token for")
-        name = self._tokenizer.convert_ids_to_tokens(extra[0]) if extra else self.closing
-        return InvalidRow(
-            f"the text holds the control token {name!r}, which would become a marker of the chat,"
-            " not text"
-        )
-
-    def _template(self, conversation: Conversation) -> _TurnTemplate:
-        roles = tuple([message["role"] for message in conversation.messages])
-        if roles not in self._templates:
-            if len(self._templates) == self._cached_templates:
-                self._templates.clear()
-            self._templates[roles] = self._parse_template(roles)
-        return self._templates[roles]
-
-    def _parse_template(self, roles: tuple[str, ...]) -> _TurnTemplate:
-        """Render one conversation with these roles and a sentinel as the answer; find what the
-        template writes around it.
-        """
-        messages = [{"role": role, "content": "x"} for role in roles[:-1]] + [
-            {"role": roles[-1], "content": _SENTINEL}
-        ]
-        sequence = ", ".join(roles)
-        rendering, prompt = (
-            self._render_one(messages),
-            self._render_one(messages[:-1], generation=True),
-        )
-        if isinstance(rendering, InvalidRow) or isinstance(prompt, InvalidRow):
-            reason = rendering if isinstance(rendering, InvalidRow) else prompt
-            return _TurnTemplate(
-                "", "", [], f"the chat template refuses the turns {sequence}: {reason}"
+        tokens = array("i", prefix + response)
+        if "tool_calls" not in conversation.messages[-1]:
+            return EncodedConversation(tokens, len(prefix))
+        if response[-1] != self._call_closing:
+            name = self._tokenizer.convert_ids_to_tokens(response[-1])
+            return InvalidRow(
+                f"the chat template ends a tool call with {name!r}, where generation would not stop"
             )
-        before, sentinel, closing = rendering.partition(_SENTINEL)
-        thought = prompt[len(before) :]
-        if not sentinel or _SENTINEL in closing or closing.rstrip() != self.closing:
-            problem = f"the chat template hides where the answer ends in the turns {sequence}"
-            return _TurnTemplate("", "", [], problem)
-        if not prompt.startswith(before) or (thought and not _EMPTY_THOUGHT.fullmatch(thought)):
-            problem = (
-                f"the chat template's generation prompt after the turns {', '.join(roles[:-1])} "
-                "differs from how it "
-                f"writes an answer: {prompt!r}"
-            )
-            return _TurnTemplate("", "", [], problem)
-        markers = [token for token in self._tokenize([prompt])[0] if token in self._control]
-        return _TurnTemplate(thought, closing, markers)
+        closing = self._tokenizer.convert_ids_to_tokens(response[-1])
+        said = text.response.rpartition(_CLOSE_THOUGHT)[2].removesuffix(closing)
+        return EncodedConversation(tokens, len(prefix), said)
 
-    def _render(
-        self, conversations: list[list[dict[str, str]]], *, generation: bool = False
-    ) -> list[str]:
+    def _render(self, conversations: Sequence[Conversation], generation: bool = False) -> list[str]:
         """Render as the tokenizer's apply_chat_template, without its copies of messages and
-        variables, half of the time.
+        variables, half of the time: whole conversations, or the prompts for their last turns.
         """
         template = _compile_jinja_template(
             self._tokenizer.get_chat_template()
         )  # cached by the library
-        tokens = self._tokenizer.special_tokens_map
         variables = {
             **template.globals,
-            **tokens,
+            **self._tokenizer.special_tokens_map,
             "tools": None,
             "documents": None,
             "add_generation_prompt": generation,
         }
-        contexts = (
-            template.new_context({**variables, "messages": messages}, shared=True)
-            for messages in conversations
-        )
-        return ["".join(template.root_render_func(context)) for context in contexts]
+        rendered = []
+        for each in conversations:
+            found = {**variables, "messages": each.history if generation else list(each.messages)}
+            if each.tools:
+                found["tools"] = list(each.tools)
+            if each.thinking:
+                found["enable_thinking"] = True
+            context = template.new_context(found, shared=True)
+            rendered.append("".join(template.root_render_func(context)))
+        return rendered
 
     def _render_one(
-        self, messages: list[dict[str, str]], *, generation: bool = False
+        self, conversation: Conversation, *, generation: bool = False
     ) -> str | InvalidRow:
         try:
-            return self._render([messages], generation=generation)[0]
+            return self._render([conversation], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise
             return InvalidRow(f"the chat template refuses it: {' '.join(str(error).split())}")
 
@@ -313,11 +362,35 @@ class ChatEncoder:
         return [encoding.ids for encoding in encodings]
 
 
-def _first_difference(found: list[int], expected: list[int]) -> list[int]:
-    """Return the first token of `found` that differs from `expected`, as a list of one; empty if
-    there is none.
+def _after(prompt: str, rendering: str, header: str) -> str | None:
+    """Return what a conversation's rendering has after what inference feeds, or None if the two
+    disagree. Three differences of Gemma's templates are known:
+
+    - the larger models' generation prompt ends with an empty thought, which no rendering has;
+    - after a tool's response the prompt writes nothing, and the rendering opens the turn again;
+    - there, with thinking, the prompt opens the thought that a rendering has only if there is one.
     """
-    for at, token in enumerate(found):
-        if at >= len(expected) or token != expected[at]:
-            return [token]
-    return []
+    if rendering.startswith(prompt):
+        return rendering[len(prompt) :].removeprefix(header)
+    at = prompt.rfind(_OPEN_THOUGHT)
+    if at < 0 or not rendering.startswith(prompt[:at]):
+        return None
+    opened, written = prompt[at:], rendering[at:]
+    thought = opened.removeprefix(_OPEN_THOUGHT)
+    if not thought.strip():
+        written = written.removeprefix(header)
+        return written[len(opened) :] if written.startswith(opened) else _CLOSE_THOUGHT + written
+    return written if thought.strip() == _CLOSE_THOUGHT else None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all texts in a value, keys included, as a template writes them."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

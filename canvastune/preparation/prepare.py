@@ -33,19 +33,14 @@ from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.parts import Part, describe_parts, log_parts, write_mixture
 from canvastune.preparation.readers import Row
-from canvastune.preparation.row_formats import (
-    Conversation,
-    InvalidRow,
-    detect_format,
-    read_conversation,
-    unknown_format,
-)
+from canvastune.preparation.row_formats import RowReader, detect_format, unknown_format
 from canvastune.preparation.sources import open_sources
-from canvastune.preparation.stats import DatasetStats, ProgressLog, check_thresholds
+from canvastune.preparation.stats import CALLS, DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
-from canvastune.preparation.tokenizer import check_end_of_turn, load_tokenizer
+from canvastune.preparation.tokenizer import check_end_of_call, check_end_of_turn, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +142,10 @@ def prepare_data(
                     encoded = (
                         next(tokens) if isinstance(conversation, Conversation) else conversation
                     )
-                    if isinstance(conversation, InvalidRow) or isinstance(encoded, InvalidRow):
-                        stats.drop_invalid(row, str(encoded))
+                    if isinstance(encoded, InvalidRow):
+                        stats.drop_invalid(row, encoded)
                         continue
+                    assert isinstance(conversation, Conversation)
                     example = _example(row, conversation, encoded, config.data.seq_length)
                     if example is None:
                         stats.drop_long_prefix(encoded.prefix_length)
@@ -160,9 +156,11 @@ def prepare_data(
                         samples.append(_sample(example, loaded.tokenizer))
                     held_out = part.held_out or (
                         config.data.validation is None
-                        and _split_position(example["id"]) < config.data.validation_fraction
+                        and _split_position(conversation.group) < config.data.validation_fraction
                     )
-                    (validation if held_out else train).add(example, response, row.source)
+                    (validation if held_out else train).add(
+                        example, response, conversation.group, row.source
+                    )
         for part in parts:
             check_thresholds(part.stats, part.config, part.source.label)
         _refuse_empty(train, validation, parts, config.data)
@@ -187,6 +185,12 @@ def prepare_data(
         write_card(card, folder)
         read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
         write_provenance(folder, "prepare_data", config, read | local_inputs(config.data))
+    counts = DatasetStats.total([part.stats for part in parts])
+    for remark in counts.remarks():
+        logger.info(f"prepare_data: {remark}")
+    if counts.turns[CALLS]:
+        for remark in check_end_of_call(model, loaded.tokenizer, encoder.call_closing_id):
+            logger.info(f"prepare_data: {remark}")
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
         logger.info(
@@ -209,44 +213,69 @@ def _read_all(
         with contextlib.closing(part.source.rows(source=index)) as rows:
             limit = None if part.held_out else part.config.max_rows
             counted = part.count(itertools.islice(rows, limit), progress)
-            for row, conversation in _conversations(counted, part):
-                if isinstance(conversation, Conversation):
-                    digest = bytes.fromhex(conversation.id)[:16]
-                    if digest in seen:
-                        part.stats.drop_duplicate(row)
-                        continue
-                    if digest in held_out:  # else the model would be judged on what it learned
-                        part.stats.drop_held_out()
-                        continue
-                    seen.add(digest)
-                yield row, conversation
+            yield from _conversations(counted, part, seen, held_out)
 
 
 def _conversations(
-    rows: Iterator[Row], part: Part
+    rows: Iterator[Row], part: Part, seen: set[bytes], held_out: set[bytes]
 ) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
     config, stats = part.config, part.stats
     waiting: list[Row] = []  # rows before the first one of a known format
+    reader: RowReader | None = None
     for row in rows:
-        if stats.row_format is None and isinstance(row.value, dict):
+        if reader is None and isinstance(row.value, dict):
             stats.row_format = detect_format(config, list(row.value))
-        if stats.row_format is None:
+            if stats.row_format is not None:
+                reader = RowReader(stats.row_format, config, config)
+        if reader is None:
             waiting.append(row)
             if len(waiting) == _UNDETECTED:
                 break
             continue
         for each in [*waiting, row]:
-            try:
-                if each.problem is not None:
-                    raise InvalidRow(each.problem)
-                yield each, read_conversation(each.value, stats.row_format, config.columns)
-            except InvalidRow as reason:
-                yield each, reason
+            for example in _examples(each, reader, stats, seen, held_out):
+                yield each, example
         waiting.clear()
     for row in waiting:
         if row.problem is None:
             raise unknown_format(row.value, f"{row.file}: row {row.number}", config)
         yield row, InvalidRow(row.problem)
+    if reader is not None:
+        _refuse_unseen(reader, config)
+
+
+def _examples(
+    row: Row, reader: RowReader, stats: DatasetStats, seen: set[bytes], held_out: set[bytes]
+) -> list[Conversation | InvalidRow]:
+    """Return a row's examples, or why it has none; none at all if it repeats another row or is not
+    to be learned, which is counted.
+    """
+    try:
+        if row.problem is not None:
+            raise InvalidRow(row.problem)
+        dialogue, examples = reader.read(row.value)
+    except InvalidRow as reason:
+        return [reason]
+    if examples:
+        digest = bytes.fromhex(examples[-1].group)[:16]
+        if digest in seen:
+            stats.drop_duplicate(row)
+            return []
+        if digest in held_out:  # else the model would be judged on what it learned
+            stats.drop_held_out()
+            return []
+        seen.add(digest)
+    stats.count_turns(dialogue, examples)
+    return list(examples)
+
+
+def _refuse_unseen(reader: RowReader, config: DataConfig) -> None:
+    """Refuse a column that the recipe names and no row has: a typing error would lose it."""
+    for column, name in reader.unseen.items():
+        raise UserError(
+            f"data.columns.{name}: no row of {config.source} has a column {column!r}",
+            hint=f"Correct the name, or leave data.columns.{name} out.",
+        )
 
 
 def _batches(
@@ -258,7 +287,7 @@ def _batches(
     for row, conversation in found:
         batch.append((row, conversation))
         if isinstance(conversation, Conversation):
-            characters += sum(len(message["content"]) for message in conversation.messages)
+            characters += conversation.characters
         if len(batch) == limits.batch_rows or characters > limits.batch_characters:
             yield batch
             batch, characters = [], 0
@@ -279,9 +308,9 @@ def _example(
         "prefix_length": encoded.prefix_length,
         "complete": len(encoded.tokens) <= seq_length,
         "id": conversation.id,
-        "origin": row.origin,
+        "origin": row.origin if conversation.turn is None else f"{row.origin}#{conversation.turn}",
         "prompt": _to_json(conversation.history),
-        "answer": conversation.answer,
+        "answer": conversation.answer if encoded.answer is None else encoded.answer,
     }
 
 
@@ -397,11 +426,12 @@ class _Split:
         chosen = range(self.count) if self._chosen is None else self._chosen
         return Counter(self._sources[at] for at in chosen)
 
-    def add(self, example: dict[str, Any], response: int, source: int) -> None:
+    def add(self, example: dict[str, Any], response: int, group: str, source: int) -> None:
         """Add a row.
 
         Args:
             response: the number of its response tokens before the cut.
+            group: the id that decides on the split.
             source: index of its data set.
         """
         self._rows.append(example)
@@ -409,7 +439,7 @@ class _Split:
         self._lengths[0].append(example["prefix_length"])
         self._lengths[1].append(response)
         self._sources.append(source)
-        self.lowest = min(self.lowest, _split_position(example["id"]))
+        self.lowest = min(self.lowest, _split_position(group))
         if (
             len(self._rows) == self._limits.batch_rows
             or self._tokens > self._limits.batch_characters

@@ -1,79 +1,305 @@
-"""From a data row to a conversation: the forms of rows that are read, and what is refused."""
+"""From a data row to a dialogue: the forms of rows that are read, and what is refused.
+
+Every key of a row is used, counted as unused, or the reason for which the row is refused.
+"""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
-
-RowFormat = Literal["messages", "gsm8k", "columns"]
-_ROLES = ("system", "user", "assistant")
-_UNTRAINABLE = (
-    "tool_calls",
-    "function_call",
-    "tool_responses",
-    "reasoning",
-    "reasoning_content",
-    "thinking",
+from canvastune.preparation.conversation import Conversation, Dialogue, InvalidRow, Message
+from canvastune.preparation.messages import (
+    MARK_KEYS,
+    THINKING_KEYS,
+    Messages,
+    check_text,
+    is_empty,
+    is_learned,
+    kind,
+    read_messages,
+    read_tools,
+    text_of,
+    turn,
 )
-# json.dumps would create an encoder for every row.
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+RowFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
+_AUTO: tuple[RowFormat, ...] = (
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "gsm8k",
+    "alpaca",
+    "columns",
+)
+_FORMS = (
+    "messages; or conversations; or prompt and completion; or question and answer; or instruction"
+    " and output"
+)
+# Usual names, the first one that a row has a value for.
+_SYSTEM_COLUMNS = ("system", "system_prompt", "systemInstruction", "system_instruction")
+_TOOLS_COLUMNS = ("tools", "functions")
+_HISTORY_COLUMN = "history"
+# Keys that change what a row means, with the way out where a format has no place for them.
+_DROP_ROWS = "Remove these rows, or set data.ignore=[{key}] if the text says all without it."
+_PREFERRED = (
+    "To train on the preferred answers, set data.format=columns data.columns.response=chosen"
+)
+_MEANINGFUL = {
+    **dict.fromkeys(
+        ("context", "contexts", "document", "documents", "passage", "input", "schema"),
+        "Set data.columns.context={key} to put it before the prompt, or data.ignore=[{key}].",
+    ),
+    **dict.fromkeys(
+        ("images", "image", "audio", "audios", "video", "videos"),
+        f"Only text can be trained on. {_DROP_ROWS}",
+    ),
+    **dict.fromkeys(("chosen", "rejected"), f"{_PREFERRED}."),
+    **dict.fromkeys(("choices", "options"), _DROP_ROWS),
+    **dict.fromkeys(
+        ("label", "labels", "score", "reward"),
+        "Keep the rows that are to be learned, and set data.ignore=[{key}].",
+    ),
+    **dict.fromkeys(_SYSTEM_COLUMNS, "Set data.columns.system={key}, or data.ignore=[{key}]."),
+    **dict.fromkeys(_TOOLS_COLUMNS, "Set data.columns.tools={key}, or data.ignore=[{key}]."),
+    **dict.fromkeys(
+        THINKING_KEYS,
+        "Put it into the assistant's message as 'reasoning', or set data.ignore=[{key}].",
+    ),
+    _HISTORY_COLUMN: "Put these turns into the messages, or set data.ignore=[{key}].",
+}
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "text")
+_RESPONSES = ("response", "completion", "answer", "output", "solution", "chosen", "target")
 
 
-class InvalidRow(ValueError):
-    """A row that cannot be trained on. The message is the reason, without the place."""
+class RowReader:
+    """Reads rows of one format."""
 
+    def __init__(self, row_format: RowFormat, source: DataConfig, data: DataConfig) -> None:
+        """Prepare to read.
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages up to and including the last assistant turn; later turns of the row are left out."""
+        Args:
+            row_format: of the rows, from `detect_format`.
+            source: the format that was asked for, and the columns' names.
+            data: what is ignored, learned and kept.
+        """
+        self._format = row_format
+        self._columns = columns = source.columns
+        self._ignore = frozenset(data.ignore)
+        self._keep_thinking = data.thinking == "keep"
+        self._learn = data.learn
+        # Rows of question and answer often have more: only a recipe that says gsm8k takes them.
+        self._strict = row_format == "gsm8k" and source.format == "auto"
+        self._required = required_columns(row_format, columns)
+        self._own = frozenset(self._required) | self._ignore
+        self._system = (columns.system,) if columns.system else _SYSTEM_COLUMNS
+        self._tools = (columns.tools,) if columns.tools else _TOOLS_COLUMNS
+        self._thinking = (columns.thinking,) if columns.thinking else THINKING_KEYS
+        named = {
+            name: getattr(columns, name) for name in ("system", "context", "thinking", "tools")
+        }
+        self.unseen = {column: name for name, column in named.items() if column}
+        """Columns that the recipe names and no row has had yet, with the name of their key."""
 
-    messages: tuple[dict[str, str], ...]
+    def read(self, value: Any) -> tuple[Dialogue, list[Conversation]]:
+        """Return what a row says, and the examples in it: none if what would be learned is marked
+        as not to be learned.
 
-    @property
-    def history(self) -> list[dict[str, str]]:
-        """The messages before the answer."""
-        return list(self.messages[:-1])
+        Raises:
+            InvalidRow: a missing column, a key that changes the row's meaning and has no place, and
+                all that is refused in a message.
+        """
+        if not isinstance(value, dict):
+            raise InvalidRow(
+                f"the row is {kind(value)}, expected an object with the columns"
+                f" {', '.join(self._required)}"
+            )
+        for key in self._required:
+            if key not in value:
+                raise InvalidRow(
+                    f"no column {key!r}; the row's columns: {', '.join(map(str, value)) or 'none'}"
+                )
+        extra = {
+            key: item for key, item in value.items() if key not in self._own and not is_empty(item)
+        }
+        if self.unseen:
+            for column in self.unseen.keys() & value.keys():
+                del self.unseen[column]
+        if self._format in ("messages", "sharegpt"):
+            dialogue = self._read_conversation(value, extra)
+        else:
+            dialogue = self._read_sides(value, extra)
+        return dialogue, dialogue.examples(self._learn)
 
-    @property
-    def answer(self) -> str:
-        """The content of the last assistant turn, as it was written."""
-        return self.messages[-1]["content"]
+    def _read_conversation(self, value: dict[str, Any], extra: dict[str, Any]) -> Dialogue:
+        column = self._required[0]
+        found = read_messages(
+            value[column], column, self._ignore, keep_thinking=self._keep_thinking
+        )
+        return self._dialogue(found, extra)
 
-    @functools.cached_property
-    def id(self) -> str:
-        """SHA-256 of roles and stripped contents, independent of the file and the row's format."""
-        plain = [[message["role"], message["content"].strip()] for message in self.messages]
-        return hashlib.sha256(_to_json(plain).encode()).hexdigest()
+    def _read_sides(self, value: dict[str, Any], extra: dict[str, Any]) -> Dialogue:
+        """Read a row whose prompt and response are columns, each text or a list of messages."""
+        prompt, response = self._required
+        found = Messages()
+        if not isinstance(value[prompt], list):
+            text = self._prompt_text(value[prompt], prompt, extra)
+            for user, assistant in self._history(extra):
+                found.append(user)
+                found.append(assistant)
+            found.append(text)
+        else:
+            found = self._messages(value[prompt], prompt)
+        asked = len(found.turns)
+        if isinstance(value[response], list):
+            self._extend(found, self._messages(value[response], response), asked)
+        else:
+            found.append(turn("assistant", value[response], f"column {response!r}"))
+        if found.turns[asked:] and (
+            thinking := next((key for key in self._thinking if key in extra), None)
+        ):
+            text_found = check_text(extra.pop(thinking), "thinking", f"column {thinking!r}")
+            if not self._keep_thinking:
+                found.unused.add(thinking)
+            elif found.turns[asked]["role"] == "assistant":
+                found.turns[asked]["reasoning"] = text_found
+        return self._dialogue(found, extra)
+
+    def _messages(self, value: Any, column: str) -> Messages:
+        try:
+            return read_messages(value, column, self._ignore, keep_thinking=self._keep_thinking)
+        except InvalidRow as error:
+            raise InvalidRow(f"column {column!r}: {error}", error.hint) from None
+
+    def _extend(self, found: Messages, more: Messages, asked: int) -> None:
+        """Add the messages of a response column; some of them repeat the prompt."""
+        if more.turns[:asked] == found.turns:
+            found.turns, found.marked, found.unused = more.turns, more.marked, more.unused
+            return
+        if more.turns[0]["role"] != "assistant":
+            raise InvalidRow(
+                f"column {self._required[1]!r} begins with a turn of the {more.turns[0]['role']}'s"
+                " that is not the prompt's, expected the assistant's"
+            )
+        found.marked |= {at + asked for at in more.marked}
+        found.unused |= more.unused
+        found.turns += more.turns
+
+    def _prompt_text(self, content: Any, column: str, extra: dict[str, Any]) -> Message:
+        message = turn("user", content, f"column {column!r}")
+        if self._format == "alpaca" and "input" in extra:
+            more = check_text(extra.pop("input"), "user", "column 'input'")
+            message["content"] = f"{message['content']}\n{more}"
+        context = self._columns.context
+        if context and context in extra:
+            value = extra.pop(context)
+            texts = value if isinstance(value, list) else [value]
+            before = [check_text(text, "user", f"column {context!r}") for text in texts]
+            message["content"] = "\n\n".join([*before, message["content"]])
+        return message
+
+    def _history(self, extra: dict[str, Any]) -> list[tuple[Message, Message]]:
+        """Return the earlier turns of Alpaca's rows: a list of pairs."""
+        pairs = extra.pop(_HISTORY_COLUMN, [])
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+        ):
+            raise InvalidRow(
+                f"column {_HISTORY_COLUMN!r} is not a list of pairs, expected [[prompt, response],"
+                " ...]"
+            )
+        where = f"column {_HISTORY_COLUMN!r}"
+        return [
+            (turn("user", user, where), turn("assistant", answer, where)) for user, answer in pairs
+        ]
+
+    def _dialogue(self, found: Messages, extra: dict[str, Any]) -> Dialogue:
+        """Add what stands beside the messages; every other column is counted or refused."""
+        tools: tuple[dict[str, Any], ...] = ()
+        for key in list(extra):
+            if key in self._system:
+                self._add_system(found, key, extra.pop(key))
+            elif key in self._tools:
+                tools += read_tools(extra.pop(key), f"column {key!r}")
+            elif key in MARK_KEYS:
+                if not is_learned(key, extra.pop(key), "the row"):
+                    found.marked |= set(range(len(found.turns)))
+            elif key == "label" and extra[key] is True:  # an answer that is wanted
+                del extra[key]
+            elif key == "rejected" and self._required[-1] == "chosen":
+                continue
+            elif key in (self._columns.context, self._columns.thinking):
+                raise InvalidRow(
+                    f"column {key!r} belongs to a prompt or a response in text, and this row has"
+                    " lists of messages",
+                    f"Put it into the messages, or set data.ignore=[{key}].",
+                )
+            elif key in _MEANINGFUL:
+                raise InvalidRow(
+                    f"column {key!r} has a value, and data.format {self._format} has no place for"
+                    " it",
+                    _MEANINGFUL[key].format(key=key),
+                )
+            elif self._strict and isinstance(extra[key], str):
+                raise InvalidRow(
+                    f"column {key!r} holds text beside question and answer, which data.format auto"
+                    " does not leave out",
+                    f"Set data.columns.context={key} to put it before the question,"
+                    f" data.ignore=[{key}] to leave it out, or data.format=gsm8k to leave out every"
+                    " further column.",
+                )
+        found.unused |= {str(key) for key in extra}
+        return Dialogue(found.turns, tools, frozenset(found.marked), sorted(found.unused))
+
+    def _add_system(self, found: Messages, key: str, value: Any) -> None:
+        text = check_text(text_of(value, "system", f"column {key!r}"), "system", f"column {key!r}")
+        if not text.strip():
+            return
+        first = found.turns[0]
+        if first["role"] != "system":
+            found.turns.insert(0, {"role": "system", "content": text})
+            found.marked = {at + 1 for at in found.marked}
+        elif first["content"].strip() != text.strip():
+            raise InvalidRow(
+                f"column {key!r} and message 1 are two system turns, expected one: set"
+                f" data.ignore=[{key}], or join them"
+            )
 
 
 def required_columns(row_format: RowFormat, columns: ColumnsConfig) -> tuple[str, ...]:
-    """Return the keys that a row of this format must have."""
-    if row_format == "messages":
-        return ("messages",)
-    return ("question", "answer") if row_format == "gsm8k" else (columns.prompt, columns.response)
+    """Return the keys that a row of this format must have: the messages, or prompt and response."""
+    match row_format:
+        case "messages":
+            return (columns.messages or "messages",)
+        case "sharegpt":
+            return (columns.messages or "conversations",)
+        case "prompt_completion":
+            return ("prompt", "completion")
+        case "alpaca":
+            return ("instruction", "output")
+        case "gsm8k":
+            return ("question", "answer")
+        case "columns":
+            return (columns.prompt, columns.response)
 
 
-def detect_format(config: DataConfig, keys: Sequence[str]) -> RowFormat | None:
+def detect_format(source: DataConfig, keys: Sequence[str]) -> RowFormat | None:
     """Return the format of a row with these keys, or None if no format has them.
 
-    If the config sets a format, it is the only candidate.
+    If the recipe sets a format, it is the only candidate.
     """
-    every: tuple[RowFormat, ...] = ("messages", "gsm8k", "columns")
-    candidates = every if config.format == "auto" else (config.format,)
+    asked = source.format
+    candidates: tuple[RowFormat, ...] = _AUTO if asked == "auto" else (asked,)
     return next(
-        (each for each in candidates if set(required_columns(each, config.columns)) <= set(keys)),
+        (each for each in candidates if set(required_columns(each, source.columns)) <= set(keys)),
         None,
     )
 
 
-def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
+def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
     """Return the error for a row that has no known format.
 
     Args:
@@ -86,122 +312,48 @@ def unknown_format(value: Any, where: str, config: DataConfig) -> UserError:
             hint="Write one object with named columns per row.",
         )
     found = ", ".join(map(str, value)) or "none"
-    prompt, response = config.columns.prompt, config.columns.response
-    if config.format == "auto":
+    prompt, response = source.columns.prompt, source.columns.response
+    if source.format == "auto":
         return UserError(
-            f"{where}: unknown row format: found the columns {found}, expected messages; or "
-            "question and answer; "
-            f"or {prompt} and {response}",
-            hint=(
-                "Name your columns with data.format=columns data.columns.prompt=..."
-                " data.columns.response=..."
-            ),
+            f"{where}: unknown row format: found the columns {found}, expected {_FORMS}; or"
+            f" {prompt} and {response}",
+            hint=_suggest(value),
         )
     missing = ", ".join(
-        key for key in required_columns(config.format, config.columns) if key not in value
+        key for key in required_columns(source.format, source.columns) if key not in value
     )
-    keys = (
-        "data.columns.prompt and data.columns.response"
-        if config.format == "columns"
-        else "data.format"
-    )
+    keys = {
+        "columns": "data.columns.prompt and data.columns.response",
+        "messages": "data.columns.messages, or data.format,",
+        "sharegpt": "data.columns.messages, or data.format,",
+    }.get(source.format, "data.format")
     return UserError(
-        f"{where}: no column {missing}, which data.format {config.format} requires; found the"
+        f"{where}: no column {missing}, which data.format {source.format} requires; found the"
         f" columns {found}",
         hint=f"Set {keys} to match.",
     )
 
 
-def read_conversation(value: Any, row_format: RowFormat, columns: ColumnsConfig) -> Conversation:
-    """Turn a row into a conversation.
-
-    Raises:
-        InvalidRow: a missing column, an unknown role, content that is not text, no assistant turn,
-            nothing before it, an empty turn.
-    """
-    if not isinstance(value, dict):
-        raise InvalidRow(
-            f"the row is {_kind(value)}, expected an object with the columns"
-            f" {', '.join(required_columns(row_format, columns))}"
-        )
-    missing = [key for key in required_columns(row_format, columns) if key not in value]
-    if missing:
-        raise InvalidRow(
-            f"no column {missing[0]!r}; the row's columns: {', '.join(map(str, value)) or 'none'}"
-        )
-    if row_format == "messages":
-        messages = _check_messages(value["messages"])
-    else:
-        prompt, response = required_columns(row_format, columns)
-        messages = [
-            _turn("user", value[prompt], f"column {prompt!r}"),
-            _turn("assistant", value[response], f"column {response!r}"),
-        ]
-        if (
-            row_format == "columns"
-            and columns.system is not None
-            and value.get(columns.system) not in (None, "")
-        ):
-            messages.insert(0, _turn("system", value[columns.system], f"column {columns.system!r}"))
-    last = max(
-        (at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None
+def _suggest(value: Mapping[str, Any]) -> str:
+    """Return the settings that would read a row, as far as its columns tell."""
+    for column, item in value.items():
+        first = item[0] if isinstance(item, list) and item else None
+        if isinstance(first, dict) and {"role", "from"} & first.keys():
+            return f"Set data.columns.messages={column}."
+    if {"chosen", "rejected"} <= value.keys():
+        asked = _first(_PROMPTS, value) or "..."
+        return f"{_PREFERRED}{'' if asked == 'prompt' else f' data.columns.prompt={asked}'}."
+    prompt = _first(_PROMPTS, value) or _near("prompt", value)
+    response = _first([name for name in _RESPONSES if name != prompt], value)
+    return (
+        f"Name your columns with data.format=columns data.columns.prompt={prompt or '...'}"
+        f" data.columns.response={response or _near('response', value) or '...'}."
     )
-    if last is None:
-        raise InvalidRow("no assistant turn")
-    if last == 0:
-        raise InvalidRow("no turn before the assistant's: there is nothing to answer")
-    return Conversation(tuple(messages[: last + 1]))
 
 
-def _check_messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise InvalidRow(
-            f"column 'messages' is {_kind(value)}, expected a list of {{'role', 'content'}} objects"
-        )
-    if not value:
-        raise InvalidRow("column 'messages' is an empty list")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise InvalidRow(
-                f"message {number} is {_kind(message)}, expected an object with 'role' and"
-                " 'content'"
-            )
-        if "role" not in message:
-            raise InvalidRow(
-                f"message {number} has no 'role'; its keys:"
-                f" {', '.join(map(str, message)) or 'none'}"
-            )
-        if message["role"] not in _ROLES:
-            raise InvalidRow(
-                f"message {number}: unknown role {str(message['role'])[:40]!r}, expected"
-                f" {', '.join(_ROLES)}"
-            )
-        if lost := [key for key in _UNTRAINABLE if message.get(key)]:
-            raise InvalidRow(
-                f"message {number} carries {lost[0]!r}, which is not supported; only 'content'"
-                " would be trained on"
-            )
-        if "content" not in message:
-            raise InvalidRow(f"message {number} ({message['role']}) has no 'content'")
-        messages.append(_turn(message["role"], message["content"], f"message {number}"))
-    return messages
+def _first(names: Sequence[str], value: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in value), None)
 
 
-def _turn(role: str, content: Any, where: str) -> dict[str, str]:
-    if not isinstance(content, str):
-        raise InvalidRow(f"{where} ({role}): the content is {_kind(content)}, expected text")
-    if not content.strip() and role != "system":
-        raise InvalidRow(f"{where} ({role}): the content is empty")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRow(
-            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at"
-            f" character {error.start + 1})"
-        ) from None
-    return {"role": role, "content": content}
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def _near(name: str, value: Mapping[str, Any]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, [str(key) for key in value], n=1)), None)

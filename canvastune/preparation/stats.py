@@ -10,6 +10,7 @@ from typing import Any
 
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
+from canvastune.preparation.conversation import Conversation, Dialogue, InvalidRow
 from canvastune.preparation.readers import Row
 from canvastune.preparation.row_formats import RowFormat
 
@@ -21,6 +22,8 @@ DUPLICATE = "duplicate of an earlier row"
 HELD_OUT = "repeats a row of data.validation"
 NO_ROOM = "prefix leaves no room for the response in seq_length"
 BEYOND = "held out beyond validation_rows"
+CALLS = "learned with tool calls"
+NOT_LEARNED = "marked as not to be learned"
 
 _LISTED = 50  # invalid rows listed in the card
 _NAMED = 5  # rows named in an error
@@ -33,10 +36,14 @@ class DatasetStats:
     def __init__(self, seq_length: int, canvas_length: int) -> None:
         self.row_format: RowFormat | None = None  # set by the first row of a known format
         self.rows_read = 0
+        self.further_examples = 0  # beyond one per row, with data.learn=all
         self.kept = 0
         self.cut = 0
         self.dropped: Counter[str] = Counter()
         self.invalid_rows: list[tuple[Row, str]] = []  # the first ones, each with its reason
+        self.unused: Counter[str] = Counter()  # rows with a value, by column or message key
+        self.turns: Counter[str] = Counter()
+        self._hints: Counter[str] = Counter()  # what to do about the invalid rows
         self.duplicates: list[Row] = []  # the first ones
         self.longest_prefix = 0  # tokens, of rows without room for a response
         self._seq_length = seq_length
@@ -46,11 +53,39 @@ class DatasetStats:
         self._lengths: Counter[int] = Counter()
         self._blocks: Counter[int] = Counter()
 
-    def drop_invalid(self, row: Row, reason: str) -> None:
+    def count_turns(self, dialogue: Dialogue, examples: Sequence[Conversation]) -> None:
+        """Count a row's assistant turns, and what of the row is not used."""
+        learned = len(examples)
+        for example in examples:
+            last = example.messages[-1]
+            if "tool_calls" in last:
+                self.turns[CALLS] += 1
+            if "reasoning" in last:
+                self.turns["learned with thinking"] += 1
+        answers = sum(message["role"] == "assistant" for message in dialogue.messages)
+        self.turns["learned"] += learned
+        if answers > learned:
+            self.turns["context"] += answers - learned
+        if left := len(dialogue.messages) - 1 - dialogue.answers[-1]:
+            self.turns["after the last answer"] += left
+        self.unused.update(dialogue.unused)
+        if learned:
+            self.further_examples += learned - 1
+        else:
+            self.dropped[NOT_LEARNED] += 1
+
+    def drop_invalid(self, row: Row, reason: InvalidRow) -> None:
         """Count a row that cannot be trained on."""
         self.dropped[INVALID] += 1
+        self._hints[reason.hint] += 1
         if len(self.invalid_rows) < _LISTED:
-            self.invalid_rows.append((row, reason))
+            self.invalid_rows.append((row, str(reason)))
+
+    @property
+    def hint(self) -> str:
+        """What most of the invalid rows need, or "" if nothing in common."""
+        hint, count = self._hints.most_common(1)[0]
+        return hint if 2 * count > self.dropped[INVALID] else ""
 
     def drop_duplicate(self, row: Row) -> None:
         """Count a row that repeats an earlier one."""
@@ -98,19 +133,44 @@ class DatasetStats:
             total.rows_read += part.rows_read
             total.kept += part.kept
             total.cut += part.cut
+            total.further_examples += part.further_examples
             total.invalid_rows = (total.invalid_rows + part.invalid_rows)[:_LISTED]
-            for name in ("dropped", "_prefixes", "_responses", "_lengths", "_blocks"):
+            for name in ("dropped", "turns", "unused", "_prefixes", "_responses", "_lengths", "_blocks"):
                 getattr(total, name).update(getattr(part, name))
         return total
 
+    def remarks(self) -> list[str]:
+        """Return what a user may not expect, a sentence each: turns that are context only, and
+        columns that are not used.
+        """
+        said = []
+        if context := self.turns["context"]:
+            said.append(
+                f"{self.turns['learned']:,} assistant turns are learned, {context:,} are context"
+                " only (data.learn)"
+            )
+        if after := self.turns["after the last answer"]:
+            said.append(f"{after:,} turns after the last answer of their row are left out")
+        if self.unused:
+            names = ", ".join(
+                f"{name} ({rows:,} rows)" for name, rows in sorted(self.unused.items())
+            )
+            said.append(
+                f"not used: {names}; data.ignore says that a column is known to be unneeded"
+            )
+        return said
+
     def card(self) -> dict[str, Any]:
         """Return the counted part of the data card."""
-        reasons = (INVALID, DUPLICATE, HELD_OUT, NO_ROOM, BEYOND)
+        reasons = (INVALID, DUPLICATE, HELD_OUT, NOT_LEARNED, NO_ROOM, BEYOND)
         return {
             "rows_read": self.rows_read,
+            "examples": self.rows_read + self.further_examples,
             "kept": self.kept,
             "dropped": {reason: self.dropped[reason] for reason in reasons if self.dropped[reason]},
             "cut": self.cut,
+            "turns": dict(self.turns),
+            "unused": dict(sorted(self.unused.items())),
             "bad": self.dropped[INVALID],
             "bad_rows": [
                 {"file": row.file, "row": row.number, "reason": reason}
@@ -147,7 +207,8 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             f"{label}: {invalid:,} of {read:,} rows cannot be trained on ({invalid / read:.1%}), "
             f"expected at most {config.max_bad_row_fraction:.1%} "
             f"(data.max_bad_row_fraction):\n{rows}",
-            hint=(
+            hint=stats.hint
+            or (
                 "Correct or remove these rows, or raise data.max_bad_row_fraction: invalid rows "
                 "are then left out and listed in the data card."
             ),

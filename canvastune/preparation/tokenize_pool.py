@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
-from canvastune.preparation.row_formats import Conversation, InvalidRow
+from canvastune.preparation.conversation import Conversation, InvalidRow
 
 if TYPE_CHECKING:  # the readers import libraries that an encoder process does not need
     from canvastune.preparation.readers import Row

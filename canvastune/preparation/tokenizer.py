@@ -117,17 +117,47 @@ def check_end_of_turn(model: Path, closing: str, closing_ids: list[int]) -> None
             it was trained to.
     """
     file = model / "generation_config.json"
-    if not file.is_file():
-        return
-    try:
-        stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)})", hint=_HINT) from None
-    stops = stop if isinstance(stop, list) else [stop]
-    if stop is not None and closing_ids[-1] not in stops:
+    stops = _stop_tokens(file)
+    if stops and closing_ids[-1] not in stops:
         raise UserError(
-            f"{file}: eos_token_id is {stop}, but the chat template closes a turn with {closing!r} "
+            f"{file}: eos_token_id is {stops}, but the chat template closes a turn with {closing!r} "
             f"(id {closing_ids[-1]}): "
             "generation would not stop there; tokenizer and model do not belong together",
             hint=_HINT,
         )
+
+
+def check_end_of_call(
+    model: Path, tokenizer: PreTrainedTokenizerBase, closing_id: int | None
+) -> list[str]:
+    """Return a remark if the checkpoint's own generation would not stop after a tool call.
+
+    Args:
+        closing_id: the token that ends a turn with a call.
+    """
+    file = model / "generation_config.json"
+    stops = _stop_tokens(file)
+    if closing_id is None or not stops or closing_id in stops:
+        return []
+    token = tokenizer.convert_ids_to_tokens(closing_id)
+    return [
+        f"a tool call ends with {token} (id {closing_id}), which eos_token_id of {file} lacks:"
+        " a server that reads this file alone does not stop there"
+    ]
+
+
+def _stop_tokens(file: Path) -> list[int]:
+    """Return eos_token_id of generation_config.json; empty if there is none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not file.is_file():
+        return []
+    try:
+        stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)})", hint=_HINT) from None
+    if stop is None:
+        return []
+    return stop if isinstance(stop, list) else [stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ THOUGHT = (
 ).replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}")
 
 SPECIAL = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|image|>"]
+# What the released template writes besides: thinking, declarations, calls, responses, quotes.
+TOOL_SPECIAL = [
+    *SPECIAL,
+    "<|think|>",
+    "<|tool>",
+    "<tool|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+]
 WORDS = ["user", "model", "system", "thought", "the", "and", "####"]
 
 
@@ -66,11 +79,19 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_model(folder: Path, template: str = PLAIN, **text: Any) -> Path:
+def released_template(training: bool = False) -> str:
+    """The chat template released with the model, as TRL ships it; `training` has generation marks."""
+    name = "diffusion_gemma_training.jinja" if training else "diffusion_gemma.jinja"
+    return (files("trl") / "chat_templates" / name).read_text(encoding="utf-8")
+
+
+def make_model(
+    folder: Path, template: str = PLAIN, special: list[str] = SPECIAL, **text: Any
+) -> Path:
     """Write a model folder without weights: config.json, generation_config.json and the tokenizer.
     `text` changes the text config.
     """
-    tokenizer = make_tokenizer(template)
+    tokenizer = make_tokenizer(template, special=special)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

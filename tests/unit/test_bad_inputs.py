@@ -313,7 +313,7 @@ DATA: dict[str, Case] = {
     "rows that are numbers": (lines(1, 2, 3), ("row 1", "expected an object", "Write one object")),
     "an answer that is a list": (
         lines({**PAIR, "answer": ["a"]}),
-        ("row 1", "is a list, expected text", "Correct or remove"),
+        ("row 1", "column 'answer'", "Correct or remove"),
     ),
     "an empty answer": (
         lines({**PAIR, "answer": " "}),
@@ -340,7 +340,7 @@ DATA: dict[str, Case] = {
         ("row 1", "no turn before", "Correct or remove"),
     ),
     "messages that are a text": (
-        lines({"messages": json.dumps([said("user", "x")])}),
+        lines({"messages": "user: x"}),
         ("row 1", "'messages' is a str", "Correct or remove"),
     ),
     "repeats above the threshold": (

@@ -344,10 +344,8 @@ def test_columns_of_no_known_form_are_listed(tmp_path: Path, model: Path) -> Non
     source = write_lines(tmp_path / "a.jsonl", [{"id": n, "text": "t"} for n in range(5)])
     message = refusal(source, model)
     assert f"{source}: row 1: " in message
-    assert (
-        "found the columns id, text, expected messages; or question and answer; or prompt and "
-        "response" in message
-    )
+    assert "found the columns id, text, " in message
+    assert "data.columns.prompt=text" in message.splitlines()[-1]
     message = refusal(
         source, model, format="columns", columns={"prompt": "text", "response": "label"}
     )

@@ -24,8 +24,9 @@ from canvastune.config import RunConfig, load_config, parse_config, write_config
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.conversation import InvalidRow
 from canvastune.preparation.readers import Row
-from canvastune.preparation.row_formats import InvalidRow, RowFormat, read_conversation
+from canvastune.preparation.row_formats import RowFormat, RowReader
 from canvastune.preparation.sources import open_source
 from tests.support.data_fixtures import SPECIAL, make_model, problems, run_config, write_lines
 
@@ -93,14 +94,20 @@ def read(folder: Path, kind: str, data: bytes) -> list[Row] | None:
     return rows
 
 
+CONFIG = DataConfig(source="x", learn="all")
+
+
 def conversation(value: Any, form: RowFormat) -> None:
     """Read a row as a conversation, with an answer and an id, or learn why it is none."""
     try:
-        found = read_conversation(value, form, DataConfig(source="x").columns)
+        _, examples = RowReader(form, CONFIG, CONFIG).read(value)
     except InvalidRow:
         return
-    assert found.answer.strip()
-    assert found.id
+    for example in examples:
+        learned = example.messages[-1]
+        assert learned["role"] == "assistant"
+        assert learned["content"].strip() or learned["tool_calls"]
+        assert example.id
 
 
 @st.composite
@@ -154,7 +161,9 @@ def test_a_damaged_file_inside_sound_gzip_gives_rows_or_is_refused(
     read(tmp_path, kind, gzip.compress(data.draw(damage(WHOLE[kind.removesuffix(".gz")])), mtime=0))
 
 
-@pytest.mark.parametrize("form", ["messages", "gsm8k", "columns"])
+@pytest.mark.parametrize(
+    "form", ["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
+)
 @settings(FAST, max_examples=300)
 @given(value=ROWS | TREES)
 def test_any_json_is_a_conversation_or_a_bad_row(form: RowFormat, value: Any) -> None:

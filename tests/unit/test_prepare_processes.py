@@ -19,13 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from canvastune.config.schema import ColumnsConfig
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.preparation.chat_template import ChatEncoder
+from canvastune.preparation.conversation import Conversation
 from canvastune.preparation.prepare import Throughput, prepare_data
 from canvastune.preparation.readers import Row
-from canvastune.preparation.row_formats import Conversation, read_conversation
 from canvastune.preparation.tokenize_pool import EncoderPool, EncoderProcess, encode_newest
 from tests.support.data_fixtures import (
     THOUGHT,
@@ -118,11 +117,20 @@ def test_rows_that_are_refused_are_named_in_the_order_of_the_file(
     assert not own_processes()
 
 
+def talk(row: dict[str, str]) -> Conversation:
+    return Conversation(
+        (
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        )
+    )
+
+
 def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_with_is_not() -> None:
     encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
-    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(4)]
+    conversations = [talk(row) for row in problems(4)]
     waiting: deque[Any] = deque(
-        ([(Row("f", "f", n, None), talk)], Future()) for n, talk in enumerate(conversations)
+        ([(Row("f", "f", n, None), each)], Future()) for n, each in enumerate(conversations)
     )
     answers = [answer for _, answer in waiting]
     for begun in answers[:2]:
@@ -136,7 +144,7 @@ def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_wi
 
 def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
     encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
-    conversations = [read_conversation(row, "gsm8k", ColumnsConfig()) for row in problems(200)]
+    conversations = [talk(row) for row in problems(200)]
     with EncoderPool(encoder, 1) as workers:
         answers = [workers.encode([conversation]) for conversation in conversations]
         assert [answer.result(timeout=60) for answer in answers] == [

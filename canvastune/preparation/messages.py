@@ -1,0 +1,371 @@
+"""Messages as data has them, in the one form that a chat template takes.
+
+OpenAI's keys (`role`, `content`, `tool_calls`, `tool_call_id`, `name`), ShareGPT's (`from`,
+`value`), Gemini's (`parts`) and Gemma's own (`tool_responses` in the assistant's message) are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from canvastune.preparation.conversation import InvalidRow, Message
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",  # ShareGPT: its text is the call
+}
+_NAMED_ROLES = "system, developer, user, assistant, model, tool"
+_PLAIN_KEYS = {"role", "content"}
+_CONTENT_KEYS = ("content", "value", "parts")
+THINKING_KEYS = ("reasoning", "reasoning_content", "thinking")
+# Whether a turn is learned: OpenAI and Mistral say weight, ms-swift loss, Axolotl train/training.
+MARK_KEYS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "learn")
+_MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
+_MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
+
+
+@dataclass
+class Messages:
+    """The messages of a row, with what was noticed on the way."""
+
+    turns: list[Message] = field(default_factory=list)
+    marked: set[int] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+    unnamed: set[str] = field(default_factory=set)  # ids of calls that had none in the data
+
+    def append(self, message: Message) -> None:
+        """Add a turn."""
+        self.turns.append(message)
+
+
+def read_messages(
+    value: Any, column: str, ignore: Collection[str] = (), *, keep_thinking: bool = True
+) -> Messages:
+    """Read a list of messages.
+
+    Args:
+        value: a list of objects, or the same as JSON text.
+        column: for messages.
+        ignore: keys of a message that are known to be unneeded.
+        keep_thinking: whether thinking is kept; otherwise it is counted as unused.
+
+    Raises:
+        InvalidRow: anything that a chat template could not render as it is meant.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, f"column {column!r}")
+    if not isinstance(value, list):
+        raise InvalidRow(
+            f"column {column!r} is {kind(value)}, expected a list of {{'role', 'content'}} objects"
+        )
+    if not value:
+        raise InvalidRow(f"column {column!r} is an empty list")
+    found = Messages()
+    for number, message in enumerate(value, 1):
+        if isinstance(message, dict) and message.keys() == _PLAIN_KEYS:
+            role, content = message["role"], message["content"]
+            if role in ("user", "assistant") and isinstance(content, str):
+                found.append(turn(role, content, f"message {number}"))
+                continue
+        _read_message(found, message, number, column, ignore, keep_thinking)
+    return found
+
+
+def _read_message(
+    found: Messages,
+    message: Any,
+    number: int,
+    column: str,
+    ignore: Collection[str],
+    keep_thinking: bool,
+) -> None:
+    where = f"message {number}"
+    written, role = _role(message, where)
+    keys = {key: item for key, item in message.items() if key not in ignore and not is_empty(item)}
+    content_key = next((key for key in _CONTENT_KEYS if key in message), None)
+    content = message[content_key] if content_key else None
+    if media := next((key for key in _MEDIA_KEYS if key in keys), None):
+        raise InvalidRow(f"{where} ({written}) has {media!r}, and only text can be trained on")
+    calls: list[dict[str, Any]] = []
+    if written == "function_call":
+        calls, content = _read_call_text(content, where), None
+    elif role == "assistant":
+        calls = _read_calls(keys, where)
+    if content_key is None and not calls:
+        raise InvalidRow(f"{where} ({written}) has no 'content'")
+    used = {"role", "from", *_CONTENT_KEYS}
+    if role == "tool":
+        used |= {"tool_call_id", "name"}
+        _append_tool_response(found, keys, content, where)
+    elif role == "assistant":
+        used |= {"tool_calls", "function_call", "tool_responses", *THINKING_KEYS, *MARK_KEYS}
+        _append_answer(found, keys, content, calls, where, column, keep_thinking)
+    else:
+        if lost := [key for key in ("tool_calls", "function_call") if key in keys]:
+            raise InvalidRow(f"{where} ({written}) carries {lost[0]!r}, which an assistant's may")
+        used |= set(MARK_KEYS)  # what is not the assistant's is never learned
+        found.append(turn(role, content, where))
+    found.unused |= {f"{column}.{key}" for key in keys.keys() - used}
+
+
+def _role(message: Any, where: str) -> tuple[str, str]:
+    """Return a message's role as it is written, and as the template knows it."""
+    if not isinstance(message, dict):
+        raise InvalidRow(
+            f"{where} is {kind(message)}, expected an object with 'role' and 'content'"
+        )
+    if "role" not in message and "from" not in message:
+        raise InvalidRow(
+            f"{where} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}"
+        )
+    written = message["role"] if "role" in message else message["from"]
+    role = _ROLES.get(written) if isinstance(written, str) else None
+    if role is None:
+        raise InvalidRow(f"{where}: unknown role {str(written)[:40]!r}, expected {_NAMED_ROLES}")
+    return written, role
+
+
+def _append_answer(
+    found: Messages,
+    keys: Mapping[str, Any],
+    content: Any,
+    calls: list[dict[str, Any]],
+    where: str,
+    column: str,
+    keep_thinking: bool,
+) -> None:
+    responses = keys.get("tool_responses")
+    if calls or keys.get("tool_responses"):
+        text = "" if content is None else text_of(content, "assistant", where)
+        message: Message = {"role": "assistant", "content": check_text(text, "assistant", where)}
+    else:
+        message = turn("assistant", content, where)
+    for index, call in enumerate(calls):
+        if "id" not in call:  # without ids the template gives every response the last call's name
+            call["id"] = f"call_{len(found.turns)}_{index}"
+            found.unnamed.add(call["id"])
+    if calls:
+        message["tool_calls"] = calls
+    if thinking := next((key for key in THINKING_KEYS if key in keys), None):
+        if keep_thinking:
+            message["reasoning"] = check_text(keys[thinking], "thinking", where)
+        else:
+            found.unused.add(f"{column}.{thinking}")
+    learned = all(is_learned(key, keys[key], where) for key in MARK_KEYS if key in keys)
+    if not learned:
+        found.marked.add(len(found.turns))
+    if responses is None:
+        found.append(message)
+        return
+    # Gemma's own form: call, responses and the answer to them in one message. The answer is
+    # written in a request of its own, so it is a message of its own.
+    if not isinstance(responses, list) or not calls or len(responses) != len(calls):
+        raise InvalidRow(f"{where}: 'tool_responses' is not a list with one response for each call")
+    if not all(isinstance(each, dict) and "response" in each for each in responses):
+        raise InvalidRow(f"{where}: a tool response without 'response'")
+    found.append({**message, "content": "", "tool_responses": responses})
+    if message["content"].strip():
+        if not learned:
+            found.marked.add(len(found.turns))
+        found.append({"role": "assistant", "content": message["content"]})
+
+
+def _append_tool_response(
+    found: Messages, keys: Mapping[str, Any], content: Any, where: str
+) -> None:
+    """Add the response to a call, with the id of that call: the template finds the name by it."""
+    first = len(found.turns)
+    while first and found.turns[first - 1]["role"] == "tool":
+        first -= 1
+    calls = found.turns[first - 1].get("tool_calls", []) if first else []
+    answered = {message["tool_call_id"] for message in found.turns[first:]}
+    waiting = [call for call in calls if call["id"] not in answered]
+    asked, name = keys.get("tool_call_id"), keys.get("name")
+    if asked is not None and not all(call["id"] in found.unnamed for call in waiting):
+        waiting = [call for call in waiting if call["id"] == asked]
+    elif name is not None:
+        waiting = [call for call in waiting if call["function"]["name"] == name]
+    if not waiting:
+        of = f" {asked or name!r}" if asked or name else ""
+        raise InvalidRow(
+            f"{where} (tool) answers a call{of} that the assistant's turn before it does not make"
+        )
+    if content is None:
+        raise InvalidRow(f"{where} (tool): the content is null, expected text")
+    if isinstance(content, dict):  # chat APIs take text, and so does the template here
+        body = json.dumps(content, ensure_ascii=False)
+    else:
+        body = check_text(text_of(content, "tool", where), "tool", where)
+    found.append({"role": "tool", "tool_call_id": waiting[0]["id"], "content": body})
+
+
+def _read_calls(keys: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    calls = keys.get("tool_calls", [])
+    if isinstance(calls, str):
+        calls = parse_json(calls, f"{where}: 'tool_calls'")
+    if not isinstance(calls, list):
+        raise InvalidRow(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
+    if "function_call" in keys:
+        calls = [*calls, keys["function_call"]]
+    return [_read_call(call, where) for call in calls]
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRow(
+            f"{where}: a tool call without a name, expected {{'function': {{'name', 'arguments'}}}}"
+        )
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments or "{}", f"{where}: the arguments of {function['name']!r}")
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise InvalidRow(
+            f"{where}: the arguments of {function['name']!r} are {kind(arguments)}, expected an"
+            " object"
+        )
+    read: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+    if isinstance(call.get("id"), str) and call["id"]:
+        read["id"] = call["id"]
+    return read
+
+
+def _read_call_text(content: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        content = parse_json(content, f"{where}: the call")
+    return [
+        _read_call(call, where) for call in (content if isinstance(content, list) else [content])
+    ]
+
+
+def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Read function declarations: OpenAI's list, bare functions, or either as JSON text.
+
+    Raises:
+        InvalidRow: no list, or a declaration without a name.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, where)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise InvalidRow(f"{where} is {kind(value)}, expected a list of function declarations")
+    tools = []
+    for number, item in enumerate(value, 1):
+        declared = f"{where}: declaration {number}"
+        tool = parse_json(item, declared) if isinstance(item, str) else item
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRow(
+                f"{declared} has no name, expected {{'type': 'function',"
+                " 'function': {'name', 'description', 'parameters'}}"
+            )
+        tools.append({"type": "function", "function": function})
+    return tuple(tools)
+
+
+def turn(role: str, content: Any, where: str) -> Message:
+    """Return a message with text, checked.
+
+    Raises:
+        InvalidRow: content that is not text, is empty, or is not valid Unicode.
+    """
+    if not isinstance(content, str):
+        content = text_of(content, role, where)
+    if not content.strip() and role != "system":
+        raise InvalidRow(f"{where} ({role}): the content is empty")
+    return {"role": role, "content": check_text(content, role, where)}
+
+
+def text_of(content: Any, role: str, where: str) -> str:
+    """Return the text of a content: a string, or a list of text parts, which are joined as Gemma's
+    template joins them.
+
+    Raises:
+        InvalidRow: a part that is not text.
+    """
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        content = content.get("parts", [content])
+    if not isinstance(content, list):
+        raise InvalidRow(f"{where} ({role}): the content is {kind(content)}, expected text")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        what = part.get("type") if isinstance(part, dict) else None
+        if what in _MEDIA_PARTS:
+            raise InvalidRow(
+                f"{where} ({role}) holds a part of type {what!r}, and only text can be trained on"
+            )
+        if not isinstance(text, str):
+            raise InvalidRow(
+                f"{where} ({role}): the content holds a part without 'text', expected text parts"
+            )
+        texts.append(text)
+    if len(texts) == 1:
+        return texts[0]
+    return (" " if role == "system" else "").join(text.strip() for text in texts)
+
+
+def check_text(text: Any, role: str, where: str) -> str:
+    """Return the text. Raises: InvalidRow, not text or not valid Unicode."""
+    if not isinstance(text, str):
+        raise InvalidRow(f"{where} ({role}): the content is {kind(text)}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRow(
+            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at"
+            f" character {error.start + 1})"
+        ) from None
+    return text
+
+
+def is_learned(key: str, value: Any, where: str) -> bool:
+    """Return what a mark says: true or 1, false or 0.
+
+    Raises:
+        InvalidRow: any other value.
+    """
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise InvalidRow(
+        f"{where}: {key!r} is {str(value)[:40]!r}, expected 0 or 1: a turn is learned or it is not",
+        f"Set data.ignore=[{key}] to learn every turn alike.",
+    )
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON text in a row. Raises: InvalidRow."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRow(f"{where} is text, but not JSON: {text[:40]!r}") from None
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value says nothing: null, or empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict | tuple) and not value)
+
+
+def kind(value: Any) -> str:
+    """Return a value's type for a message: `null`, `a list`."""
+    return "null" if value is None else f"a {type(value).__name__}"
