@@ -146,8 +146,7 @@ def _append_answer(
     column: str,
     keep_thinking: bool,
 ) -> None:
-    responses = keys.get("tool_responses")
-    if calls or keys.get("tool_responses"):
+    if calls or "tool_responses" in keys:
         text = "" if content is None else text_of(content, "assistant", where)
         message: Message = {"role": "assistant", "content": check_text(text, "assistant", where)}
     else:
@@ -163,21 +162,26 @@ def _append_answer(
             message["reasoning"] = check_text(keys[thinking], "thinking", where)
         else:
             found.unused.add(f"{column}.{thinking}")
-    learned = all(is_learned(key, keys[key], where) for key in MARK_KEYS if key in keys)
-    if not learned:
+    if not all(is_learned(key, keys[key], where) for key in MARK_KEYS if key in keys):
         found.marked.add(len(found.turns))
-    if responses is None:
-        found.append(message)
-        return
-    # Gemma's own form: call, responses and the answer to them in one message. The answer is
-    # written in a request of its own, so it is a message of its own.
+    found.append(message)
+    if "tool_responses" in keys:
+        _split_responses(found, keys["tool_responses"], where)
+
+
+def _split_responses(found: Messages, responses: Any, where: str) -> None:
+    """Split Gemma's own form, call, responses and the answer to them in one message: the answer is
+    written in a request of its own, so it becomes a message of its own.
+    """
+    message = found.turns[-1]
+    calls = message.get("tool_calls", ())
     if not isinstance(responses, list) or not calls or len(responses) != len(calls):
         raise InvalidRow(f"{where}: 'tool_responses' is not a list with one response for each call")
     if not all(isinstance(each, dict) and "response" in each for each in responses):
         raise InvalidRow(f"{where}: a tool response without 'response'")
-    found.append({**message, "content": "", "tool_responses": responses})
+    found.turns[-1] = {**message, "content": "", "tool_responses": responses}
     if message["content"].strip():
-        if not learned:
+        if len(found.turns) - 1 in found.marked:
             found.marked.add(len(found.turns))
         found.append({"role": "assistant", "content": message["content"]})
 

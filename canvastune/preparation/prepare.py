@@ -186,17 +186,10 @@ def prepare_data(
         read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
         write_provenance(folder, "prepare_data", config, read | local_inputs(config.data))
     counts = DatasetStats.total([part.stats for part in parts])
-    for remark in counts.remarks():
-        logger.info(f"prepare_data: {remark}")
+    remarks = counts.remarks()
     if counts.turns[CALLS]:
-        for remark in check_end_of_call(model, loaded.tokenizer, encoder.call_closing_id):
-            logger.info(f"prepare_data: {remark}")
-    if card["seconds"] > 2:
-        total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
-        logger.info(
-            f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in"
-            f" {card['seconds']} s"
-        )
+        remarks += check_end_of_call(model, loaded.tokenizer, encoder.call_closing_id)
+    _log_summary(card, remarks)
     return card
 
 
@@ -267,6 +260,17 @@ def _examples(
         seen.add(digest)
     stats.count_turns(dialogue, examples)
     return list(examples)
+
+
+def _log_summary(card: dict[str, Any], remarks: list[str]) -> None:
+    for remark in remarks:
+        logger.info(f"prepare_data: {remark}")
+    if card["seconds"] > 2:
+        total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
+        logger.info(
+            f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in"
+            f" {card['seconds']} s"
+        )
 
 
 def _refuse_unseen(reader: RowReader, config: DataConfig) -> None:
