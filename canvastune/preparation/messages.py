@@ -171,7 +171,7 @@ def _append_answer(
 
 def _split_responses(found: Messages, responses: Any, where: str) -> None:
     """Split Gemma's own form, call, responses and the answer to them in one message: the answer is
-    written in a request of its own, so it becomes a message of its own.
+    written in a separate request, so it becomes a separate message.
     """
     message = found.turns[-1]
     calls = message.get("tool_calls", ())

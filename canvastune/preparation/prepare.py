@@ -186,10 +186,9 @@ def prepare_data(
         read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
         write_provenance(folder, "prepare_data", config, read | local_inputs(config.data))
     counts = DatasetStats.total([part.stats for part in parts])
-    remarks = counts.remarks()
-    if counts.turns[CALLS]:
-        remarks += check_end_of_call(model, loaded.tokenizer, encoder.call_closing_id)
-    _log_summary(card, remarks)
+    closing = encoder.call_closing_id if counts.turns[CALLS] else None
+    ends = check_end_of_call(model, loaded.tokenizer, closing)
+    _log_summary(card, [*counts.remarks(), *ends])
     return card
 
 

@@ -217,7 +217,7 @@ class RowReader:
         ]
 
     def _dialogue(self, found: Messages, extra: dict[str, Any]) -> Dialogue:
-        """Add what stands beside the messages; every other column is counted or refused."""
+        """Add what accompanies the messages; every other column is counted or refused."""
         tools: tuple[dict[str, Any], ...] = ()
         for key in list(extra):
             if key in self._system:
@@ -245,7 +245,7 @@ class RowReader:
                 )
             elif self._strict and isinstance(extra[key], str):
                 raise InvalidRow(
-                    f"column {key!r} holds text beside question and answer, which data.format auto"
+                    f"column {key!r} holds text in addition to question and answer, which data.format auto"
                     " does not leave out",
                     f"Set data.columns.context={key} to put it before the question,"
                     f" data.ignore=[{key}] to leave it out, or data.format=gsm8k to leave out every"
@@ -335,7 +335,7 @@ def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
 
 
 def _suggest(value: Mapping[str, Any]) -> str:
-    """Return the settings that would read a row, as far as its columns tell."""
+    """Return the settings that would read a row, as far as its columns show."""
     for column, item in value.items():
         first = item[0] if isinstance(item, list) and item else None
         if isinstance(first, dict) and {"role", "from"} & first.keys():

@@ -135,7 +135,15 @@ class DatasetStats:
             total.cut += part.cut
             total.further_examples += part.further_examples
             total.invalid_rows = (total.invalid_rows + part.invalid_rows)[:_LISTED]
-            for name in ("dropped", "turns", "unused", "_prefixes", "_responses", "_lengths", "_blocks"):
+            for name in (
+                "dropped",
+                "turns",
+                "unused",
+                "_prefixes",
+                "_responses",
+                "_lengths",
+                "_blocks",
+            ):
                 getattr(total, name).update(getattr(part, name))
         return total
 

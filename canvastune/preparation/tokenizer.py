@@ -142,7 +142,7 @@ def check_end_of_call(
     token = tokenizer.convert_ids_to_tokens(closing_id)
     return [
         f"a tool call ends with {token} (id {closing_id}), which eos_token_id of {file} lacks:"
-        " a server that reads this file alone does not stop there"
+        " a server that reads only this file does not stop there"
     ]
 
 

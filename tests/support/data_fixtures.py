@@ -31,7 +31,7 @@ THOUGHT = (
 ).replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}")
 
 SPECIAL = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|image|>"]
-# What the released template writes besides: thinking, declarations, calls, responses, quotes.
+# What the released template writes in addition: thinking, declarations, calls, responses, quotes.
 TOOL_SPECIAL = [
     *SPECIAL,
     "<|think|>",

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from canvastune.config import RunConfig, load_config, parse_config, write_config
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.conversation import InvalidRow
+from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.readers import Row
 from canvastune.preparation.row_formats import RowFormat, RowReader
 from canvastune.preparation.sources import open_source

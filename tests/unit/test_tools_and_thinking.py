@@ -130,7 +130,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         result("get_weather", "sunny"),
         says("It is sunny.", reasoning="It says sunny."),
     ],
-    "thinking before the call alone": [
+    "thinking before the call only": [
         user("Weather?"),
         call("get_weather", reasoning="I look it up."),
         result("get_weather", "sunny"),
