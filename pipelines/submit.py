@@ -190,7 +190,8 @@ def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
     mount = json.loads(cluster or "{}").get("mount_path") or config.cluster.mount_path
     data = [(key, source.source, "data set") for key, source in config.data.source_keys.items()]
     for key, place, kind in (*data, ("model.id", config.model.id, "model")):
-        refuse_address(key, place)
+        if kind == "data set":
+            refuse_address(key, place)
         path = Path(place).expanduser()
         if (is_path(place) or path.exists()) and not path.is_relative_to(mount):
             message = (
