@@ -17,6 +17,7 @@ from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapt
 from canvastune.checkpoint.peft_adapter import Adapter, each_expert, read_adapter
 from canvastune.config import RunConfig
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,7 @@ def merge_lora(
                 f"{json.dumps(proof)}"
             )
         proof["merge_seconds"] = time.monotonic() - started
-        (folder / "merge_proof.json").write_text(
-            json.dumps(proof, indent=2) + "\n", encoding="utf-8"
-        )
+        (folder / "merge_proof.json").write_text(to_json_text(proof, indent=2), encoding="utf-8")
         write_provenance(folder, "merge_lora", config, {"base": base, "adapter": adapter})
     logger.info(
         f"merge: {len(trained.factors)} weights merged and verified by {proof['method']} in "

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from canvastune.config import load_config, parse_config
 from canvastune.errors import UserError
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.report.summary import RunArtifacts
+from canvastune.tracking import read_metrics
 from components.run_directory import read_record
 
 MAX_COMPARED = 5  # runs whose lines are distinguishable, in addition to the run itself
@@ -57,14 +59,35 @@ def find_compared(folders: Sequence[Path]) -> list[RunArtifacts]:
     """Return the runs that a report overlays on its own.
 
     Raises:
-        UserError: a folder has no run, or there are more runs than colors.
+        UserError: a folder has no run that can be compared, or there are more runs than colors.
     """
-    if len(folders) > MAX_COMPARED:
+    refuse_too_many(len(folders))
+    return [find_comparable(folder) for folder in folders]
+
+
+def refuse_too_many(runs: int) -> None:
+    """Raise: UserError, there are more runs to compare than colors."""
+    if runs > MAX_COMPARED:
         raise UserError(
-            f"compare: found {len(folders)} runs, expected at most {MAX_COMPARED}",
+            f"compare: found {runs} runs, expected at most {MAX_COMPARED}",
             hint="Leave out some of them.",
         )
-    return [find_run(folder) for folder in folders]
+
+
+def find_comparable(folder: Path) -> RunArtifacts:
+    """Return the run in a folder, after reading what a report shows of a compared run.
+
+    Raises:
+        UserError: as `find_run`; no training step yet, or an evaluation that cannot be read.
+    """
+    run = find_run(folder)
+    if not any(record["kind"] == "train" for record in read_metrics(run.metrics)):
+        raise UserError(
+            f"{run.metrics}: found no training step", hint="Wait for the run's first step."
+        )
+    if run.evaluation is not None:
+        EvaluationResult.read(run.evaluation)
+    return run
 
 
 def compared_folders(names: str, workspace: Path) -> list[Path]:

@@ -73,10 +73,15 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from canvastune.checkpoint.hub import resolve_model
+    from canvastune.evaluation import preflight
     from canvastune.preparation.prepare import prepare_data
 
     config = _load_config(options)
-    card = prepare_data(config, resolve_model(config.model, weights=False), options.output)
+    model = resolve_model(config.model, weights=False)
+    preflight.log_remarks(preflight.check_generation_config(model))
+    card = prepare_data(config, model, options.output)
+    preflight.log_remarks(preflight.describe_scoring(config, options.output))
+    preflight.log_remarks(preflight.describe_answers(config, options.output, model))
     counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
     logger.info("", extra=event("prepared", folder=str(options.output), **counts))
 

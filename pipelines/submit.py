@@ -23,6 +23,7 @@ from canvastune.config.loading import load_yaml_file
 from canvastune.config.places import is_path, refuse_address
 from canvastune.errors import UserError
 from canvastune.logging import event
+from components.earlier_runs import refuse_too_many
 from pipelines.kfp_client import KubeflowClient, translate_errors
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ def submit(
 
     Raises:
         UserError: as `create_kfp_client`; paths that pods cannot see; with `wait`, a run that did
-            not succeed.
+            not succeed; more runs to compare than colors.
     """
     refuse_local_paths(config, cluster)
+    refuse_too_many(len(compare))
     client = kubeflow.create_kfp_client()
     version = _upload_if_changed(client, kubeflow, PIPELINE, {})
     parameters = {"recipe": recipe_text(config), "kubeflow_url": kubeflow.host}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -33,6 +34,7 @@ from canvastune.distributed.parallelize import local_tensor
 from canvastune.distributed.sync import gather_results, run_on_rank0
 from canvastune.errors import UserError
 from canvastune.io.atomic import fsync
+from canvastune.io.json_text import to_json_text
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
 _FILE_BYTES = (
@@ -204,7 +206,7 @@ class Checkpoints:
     def _mark(self, path: Path, marker: dict[str, Any]) -> None:
         unfinished = path / f".{_MARKER}"
         with unfinished.open("w", encoding="utf-8") as stream:
-            json.dump(marker, stream)
+            stream.write(to_json_text(marker))
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.rename(path / _MARKER)
@@ -261,11 +263,8 @@ class Checkpoints:
 
     def _best(self) -> int | None:
         markers = ((step, self._marker(step)) for step in self._complete_steps())
-        scored = [
-            (m["progress"]["validation"], step)
-            for step, m in markers
-            if m is not None and m["progress"]["validation"] is not None
-        ]
+        losses = [(m["progress"]["validation"], step) for step, m in markers if m is not None]
+        scored = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
         return min(scored)[1] if scored else None
 
 

@@ -46,8 +46,7 @@ def select_questions(
     Raises:
         UserError: no prepared dataset.
     """
-    rows = _open_validation(dataset)
-    chosen = sorted(range(len(rows)), key=rows["id"].__getitem__)[:count]
+    rows = select_rows(dataset, count)
     markers = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     return [
         Question(
@@ -57,8 +56,14 @@ def select_questions(
             reference=row["answer"],
             opening=_open_thinking(tokens, markers, tokenizer),
         )
-        for row in rows.select(chosen)
+        for row in rows
     ]
+
+
+def select_rows(dataset: Path, count: int) -> Any:
+    """Return the prepared rows of the questions, in their order. Raises: as `select_questions`."""
+    rows = open_validation(dataset)
+    return rows.select(sorted(range(len(rows)), key=rows["id"].__getitem__)[:count])
 
 
 def response_ends(dataset: Path) -> list[int]:
@@ -69,14 +74,15 @@ def response_ends(dataset: Path) -> list[int]:
     Raises:
         UserError: as `select_questions`.
     """
-    table: Any = _open_validation(dataset).with_format("arrow")[:]
+    table: Any = open_validation(dataset).with_format("arrow")[:]
     complete = table["complete"].to_numpy()
     tokens = table["input_ids"].combine_chunks()
     last = tokens.values.to_numpy()[tokens.offsets.to_numpy()[1:] - 1]
     return [int(token) for token in np.unique(last[complete])]
 
 
-def _open_validation(dataset: Path) -> Any:
+def open_validation(dataset: Path) -> Any:
+    """Open the held-out rows of a prepared dataset. Raises: UserError, there is none."""
     folder = dataset / "validation"
     if not (folder / "state.json").is_file():
         raise UserError(

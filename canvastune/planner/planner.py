@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from canvastune.config import RunConfig
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 from canvastune.perf_model.architecture import (
     count_parameters,
@@ -157,9 +157,7 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
     """
     refuse_if_too_big(plan)
     with atomic_directory(out) as partial:
-        (partial / "plan.json").write_text(
-            json.dumps(as_tree(plan), indent=2) + "\n", encoding="utf-8"
-        )
+        (partial / "plan.json").write_text(to_json_text(as_tree(plan), indent=2), encoding="utf-8")
         (partial / "plan.txt").write_text(render(plan), encoding="utf-8")
         write_provenance(partial, "plan", config, {})
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from canvastune.errors import UserError
+from canvastune.io.json_text import to_json_text
 
 _KEPT_EVENTS = ("resumed", "restarted", "damaged_checkpoint")  # facts of an attempt: never dropped
 _HINT = "Use the metrics.jsonl of a training run."
@@ -52,7 +52,7 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(record) for record in kept)
+            stream.writelines(to_json_text(record) for record in kept)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(self.path)
@@ -70,7 +70,7 @@ class MetricsWriter:
             event = {"kind": "event", "step": 0, "time": time.time(), "event": "restarted"}
             self.write({**event, "detail": detail})
         assert self._stream is not None
-        self._stream.write(_line(record))
+        self._stream.write(to_json_text(record))
         self._stream.flush()
         if self._listener is not None:
             self._listener.wake()
@@ -134,15 +134,3 @@ def _parse(text: str, path: Path, first: int) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: found {line[:80]!r}, {expected}", hint=_HINT)
         records.append(record)
     return records
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return value

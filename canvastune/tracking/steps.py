@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from canvastune.io.json_text import to_json_text
 from canvastune.tracking.client import TrackingError, file_lock, log
 
 Step = Literal[
@@ -88,5 +89,5 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Write an object to a file, completely or not at all. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(to_json_text(tree, indent=1), encoding="utf-8")
     partial.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from canvastune.io.json_text import to_json_text
 from canvastune.tracking.client import load_mlflow, log
 
 SYSTEM = "system.jsonl"  # next to metrics.jsonl
@@ -53,7 +53,7 @@ class SystemSampler:
                         monitor.collect_metrics()
                         record |= monitor.aggregate_metrics()
                         monitor.clear_metrics()
-                    stream.write(json.dumps(record) + "\n")
+                    stream.write(to_json_text(record))
                     stream.flush()
                     self._written()
                     step += 1

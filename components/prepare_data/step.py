@@ -7,11 +7,18 @@ from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
+from canvastune.evaluation.preflight import (
+    check_generation_config,
+    describe_scoring,
+    log_remarks,
+)
 from canvastune.preparation.prepare import prepare_data as prepare
 
 
 def prepare_data(config: RunConfig, dataset: Path, card: Path) -> dict[str, int | str]:
     """Read, check, split and tokenize the data into `dataset`.
+
+    What evaluation will read of model and data is looked at here, before the run trains.
 
     Args:
         dataset: a new folder; gets the train and validation split, card.json and card.html.
@@ -21,8 +28,12 @@ def prepare_data(config: RunConfig, dataset: Path, card: Path) -> dict[str, int 
         The rows of each split and the hash of their content.
 
     Raises:
-        UserError: as `canvastune.preparation.prepare.prepare_data`.
+        UserError: as `canvastune.preparation.prepare.prepare_data`; a generation config that stock
+            transformers cannot load.
     """
-    counts = prepare(config, resolve_model(config.model, weights=False), dataset)
+    model = resolve_model(config.model, weights=False)
+    log_remarks(check_generation_config(model))
+    counts = prepare(config, model, dataset)
+    log_remarks(describe_scoring(config, dataset))
     shutil.copy(dataset / "card.html", card)
     return {key: counts[key] for key in ("train", "validation", "content_hash")}

@@ -16,7 +16,7 @@ from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
 from canvastune.tracking import StepRun, descriptions, read_metrics
 from canvastune.tracking.model_registry import score_of
-from components.earlier_runs import find_run
+from components.earlier_runs import find_comparable, find_run
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,11 @@ def _mlflow_metrics(
 
 
 def _existing_runs(folders: Sequence[Path]) -> list[RunArtifacts]:
-    """Return the runs to compare with, without those deleted since the pipeline started."""
+    """Return the runs to compare with, without those lost since the pipeline started."""
     found = []
     for folder in folders:
         try:
-            found.append(find_run(folder))
+            found.append(find_comparable(folder))
         except UserError as error:
             logger.warning(f"not compared: {error}")
     return found

@@ -89,6 +89,8 @@ def resolve(
             "name": "prepared-data",
             "model": config.model.model_dump(),
             "data": config.data.model_dump(),
+            # Only looked at: the step says how many references it matches.
+            "evaluate": {"answer_pattern": config.evaluate.answer_pattern},
         }
     )
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))

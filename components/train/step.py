@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig, write_config
+from canvastune.evaluation.preflight import describe_answers, log_remarks
 from canvastune.tracking import StepRun, log_data
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
@@ -40,6 +41,7 @@ def train(
     """
     output.mkdir(parents=True, exist_ok=True)
     if dataset is not None:
+        log_remarks(describe_answers(config, dataset))
         record.dataset(dataset, "training")
         log_data(record.pipeline_run, dataset)  # sends the line above, too: training may take days
     write_config(config, output / "recipe.yaml")

@@ -64,6 +64,7 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
     if config is not None:
         yield from run_check("model", lambda: _check_model(config, options.host is not None))
         yield from run_check("data", lambda: _check_data(config, options.host is not None))
+        yield from run_check("evaluation", lambda: _check_evaluation(config))
     elif options.recipe is None:
         fix = "canvastune doctor RECIPE also checks its model and data"
         yield Finding("model, data", "skipped", "no recipe was given", fix)
@@ -123,6 +124,12 @@ def _check_data(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     from pipelines.doctor.sources import check_data
 
     yield from check_data(config, submitted)
+
+
+def _check_evaluation(config: RunConfig) -> Iterator[Finding]:
+    from pipelines.doctor.later_steps import check_evaluation
+
+    yield from check_evaluation(config)
 
 
 def _next_command(options: DoctorOptions) -> str:

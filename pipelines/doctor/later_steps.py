@@ -1,0 +1,59 @@
+"""Try what evaluation will do with a recipe's model and data, on the first rows of the data."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from canvastune.checkpoint.hub import resolve_model
+from canvastune.config import RunConfig
+from canvastune.errors import UserError
+from canvastune.evaluation.preflight import (
+    check_generation_config,
+    describe_answers,
+    describe_scoring,
+)
+from canvastune.preparation.prepare import prepare_data
+from pipelines.doctor.finding import Finding
+
+_ROWS = 200
+_HELD_OUT = 0.5  # of them, as references to try the answer pattern on
+
+
+def check_evaluation(config: RunConfig) -> Iterator[Finding]:
+    """Prepare the first rows, and say what evaluation will and will not report of them.
+
+    Only with a model and data on this machine: nothing is downloaded.
+    """
+    sources = [source.source for source in config.data.source_keys.values()]
+    places = [config.model.id, *sources]
+    if missing := [place for place in places if not Path(place).expanduser().exists()]:
+        found = f"{missing[0]} is not on this machine; the step prepare_data looks at it"
+        yield Finding("evaluation", "skipped", found)
+        return
+    model = resolve_model(config.model, weights=False)
+    for remark in check_generation_config(model):
+        yield Finding("evaluation", "warning", remark, "correct the file, as the message says")
+    limits = {"max_rows": _ROWS, "validation_fraction": _HELD_OUT, "validation_rows": None}
+    sample = config.model_copy(update={"data": config.data.model_copy(update=limits)})
+    with tempfile.TemporaryDirectory(prefix="canvastune-doctor-") as scratch:
+        dataset = Path(scratch) / "data"
+        try:
+            prepare_data(sample, model, dataset, processes=1)
+        except UserError as error:
+            found = f"of the first {_ROWS} rows: {error}"
+            yield Finding("evaluation", "warning", found, error.hint or "see the message")
+            return
+        if config.evaluate.answer_pattern is None:
+            yield Finding("evaluation", "ok", "exact match is off: evaluate.answer_pattern is null")
+        for remark in describe_scoring(config, dataset):
+            found = f"of the first {_ROWS} rows: {remark}"
+            left_out = "exact match will be left out" in remark
+            fix = "set evaluate.answer_pattern to the form of the answers, or to null"
+            state, fix = ("warning", fix) if left_out else ("ok", "")
+            yield Finding("evaluation", state, found, fix)
+        # How many rows are held out of all is not known here.
+        few = config.evaluate.model_copy(update={"rows": 1})
+        for remark in describe_answers(config.model_copy(update={"evaluate": few}), dataset, model):
+            yield Finding("evaluation", "warning", remark)
