@@ -119,8 +119,8 @@ def hash_questions(questions: Sequence[Question]) -> str:
 
 def plain_text(prompt: Sequence[Mapping[str, Any]]) -> str:
     """Return the messages of a prompt as text: a single user turn as it is, others with roles."""
-    if len(prompt) == 1 and set(prompt[0]) == {"role", "content"}:
-        return str(prompt[0]["content"])
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return _content_text(prompt[0].get("content"))
     return "\n".join(map(_message_text, prompt))
 
 
@@ -130,11 +130,21 @@ def _message_text(message: Mapping[str, Any]) -> str:
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     parts = [f"(thinking) {thinking}"] if thinking else []
     parts += [f"(call) {call.get('name')}({_compact(call.get('arguments'))})" for call in calls]
-    content = message.get("content")
-    if content is not None and content != "":
-        parts.append(content if isinstance(content, str) else _compact(content))
+    if content := _content_text(message.get("content")):
+        parts.append(content)
     name = f" {message['name']}" if message.get("name") else ""
     return f"{message['role']}{name}: " + "\n".join(parts)
+
+
+def _content_text(content: Any) -> str:
+    """Return a message's content: text, or a list of text parts; a tool's may be any value."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(map(str, texts))
+    return _compact(content)
 
 
 def _compact(value: Any) -> str:

@@ -14,4 +14,4 @@ def plan(config: str, run_folder: str, mlflow_run_id: str, plan: Output[Artifact
     from components.runtime import step
 
     with step("plan", config, run_folder, mlflow_run_id) as (recipe, record):
-        plan_run(recipe, Path(plan.path), record)
+        plan_run(recipe, Path(run_folder), Path(plan.path), record)

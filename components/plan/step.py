@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
 from canvastune.config import RunConfig
+from canvastune.planner.plan import Plan
 from canvastune.planner.planner import find_architecture, make_plan, write_plan
 from canvastune.tracking import StepRun
 
+logger = logging.getLogger(__name__)
 
-def plan(config: RunConfig, out: Path, record: StepRun) -> None:
+_WEIGHT_BYTES = 2  # of a stored weight: checkpoints are in bfloat16
+
+
+def plan(config: RunConfig, run_folder: Path, out: Path, record: StepRun) -> None:
     """Write the plan into `out`, print it, and add it to the step's run in MLflow.
+
+    Warn if the disk of `run_folder` seems too small for what train and merge will write there.
 
     Raises:
         UserError: the run cannot fit.
     """
-    write_plan(make_plan(config, find_architecture(config.model), config.world_size), config, out)
+    made = make_plan(config, find_architecture(config.model), config.world_size)
+    write_plan(made, config, out)
     print((out / "plan.txt").read_text(encoding="utf-8"), flush=True)
+    if shortage := describe_shortage(made, shutil.disk_usage(run_folder).free):
+        logger.warning(f"{run_folder}: {shortage}")
     record.outputs(out)
+
+
+def describe_shortage(plan: Plan, free: int) -> str | None:
+    """Return a line if the run's checkpoints and its complete model exceed the free bytes.
+
+    A warning only: a file system may report less or more than its quota.
+    """
+    checkpoints = plan.checkpoints * plan.checkpoint_bytes
+    model = plan.parameters["total"].total * _WEIGHT_BYTES
+    if checkpoints + model <= free:
+        return None
+    return (
+        f"{free / 1e9:,.1f} GB free, but the run writes up to {checkpoints / 1e9:,.1f} GB of "
+        f"checkpoints and a complete model of {model / 1e9:,.1f} GB. Free some space before it "
+        "trains, or lower train.keep_checkpoints"
+    )

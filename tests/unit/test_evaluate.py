@@ -28,7 +28,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser, main
 from canvastune.evaluation import run
-from canvastune.evaluation.generation import Question, select_questions
+from canvastune.evaluation.generation import Question, response_ends, select_questions
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
 from canvastune.evaluation.scoring import mcnemar, wilson
@@ -101,13 +101,36 @@ def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-def test_prompt_is_the_prefix_that_was_trained_on(prepared: Path, tiny_model: Path) -> None:
-    questions = select_questions(prepared, load_tokenizer(tiny_model).tokenizer, 6)
+def test_prompt_is_what_the_chat_template_gives(prepared: Path, tiny_model: Path) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    questions = select_questions(prepared, tokenizer, 6)
     rows: Any = load_from_disk(str(prepared / "validation"))
-    prefixes = {row["id"]: row["input_ids"][: row["prefix_length"]] for row in rows}
+    histories = {row["id"]: json.loads(row["prompt"]) for row in rows}
     assert len(questions) == 6
     for question in questions:
-        assert question.tokens == prefixes[question.id]
+        rendered = tokenizer.apply_chat_template(
+            histories[question.id], add_generation_prompt=True, return_dict=True
+        )
+        assert question.tokens == rendered["input_ids"]
+        assert question.opening == ""
+
+
+def test_generation_stops_where_the_prepared_responses_end(
+    prepared: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    end = tokenizer.convert_tokens_to_ids("<turn|>")
+    assert response_ends(prepared) == [end]
+    rows: Any = load_from_disk(str(prepared / "validation"))
+    calls, cut = rows[0]["id"], rows[1]["id"]
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] == calls:  # it ends with the marker that hands over to a tool
+            return {"input_ids": [*row["input_ids"][:-1], 50]}
+        return {"input_ids": row["input_ids"][:-1], "complete": False} if row["id"] == cut else row
+
+    rows.map(change).save_to_disk(str(tmp_path / "validation"))
+    assert response_ends(tmp_path) == sorted([50, end])
 
 
 def test_rows_are_chosen_by_content_and_not_by_their_place(

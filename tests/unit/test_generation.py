@@ -16,7 +16,13 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import Entro
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import DenoisingTrace, select_frames
-from canvastune.evaluation.generation import Question, batch_questions, generate_answers
+from canvastune.evaluation.generation import (
+    Question,
+    batch_questions,
+    generate_answers,
+    plain_text,
+)
+from canvastune.preparation.tokenizer import load_tokenizer
 from tests.support.small import CANVAS, EOS, VOCABULARY, WINDOW, stock_model
 
 
@@ -179,6 +185,87 @@ def test_an_answer_ends_where_the_checkpoint_says(stops: int | None) -> None:
         None,
     )
     assert found["texts"] == {"1": "50"}
+
+
+def test_an_answer_ends_where_prepared_responses_end() -> None:
+    found = generate_answers(
+        Parrot({(1, 10, 11): [50, 51, 60, EOS]}, EOS),
+        QUESTIONS[1:2],
+        NUMBERS,
+        EvaluateConfig(),
+        0,
+        None,
+        ends=[60],
+    )
+    assert (found["texts"], found["tokens"]) == ({"1": "50 51"}, 3)
+
+
+def test_thinking_and_calls_stay_in_the_text(tiny_model: Path) -> None:
+    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    ids = tokenizer.convert_tokens_to_ids
+    thinks, answers, ends = ids("<|channel>"), ids("<channel|>"), ids("<turn|>")
+    said = [ids("<mask>"), thinks, ids("7"), answers, ids("8"), ends]
+    found = generate_answers(
+        Parrot({(1, 10, 11): said}, [EOS, ends]),
+        QUESTIONS[1:2],
+        tokenizer,
+        EvaluateConfig(),
+        0,
+        None,
+    )
+    (text,) = found["texts"].values()
+    assert text.startswith("<|channel>")
+    assert "<channel|>" in text
+    assert "<mask>" not in text
+    assert "<turn|>" not in text
+    hidden = tokenizer.decode(said[2:5:2], skip_special_tokens=True)
+    assert text.replace("<|channel>", "").replace("<channel|>", "").strip() == hidden.strip()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ([{"role": "user", "content": "How many?"}], "How many?"),
+        (
+            [{"role": "system", "content": "Count."}, {"role": "user", "content": "How many?"}],
+            "system: Count.\nuser: How many?",
+        ),
+        (
+            [
+                {"role": "user", "content": "Weather in Bonn?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning": "I need the tool.",
+                    "tool_calls": [
+                        {
+                            "type": "function",
+                            "function": {"name": "weather", "arguments": {"city": "Köln"}},
+                        }
+                    ],
+                },
+                {"role": "tool", "name": "weather", "content": "rain"},
+            ],
+            "user: Weather in Bonn?\n"
+            "assistant: (thinking) I need the tool.\n"
+            '(call) weather({"city": "Köln"})\n'
+            "tool weather: rain",
+        ),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                }
+            ],
+            "a\nb",
+        ),
+    ],
+)
+def test_a_prompt_is_shown_with_its_calls_and_responses(
+    prompt: list[dict[str, Any]], shown: str
+) -> None:
+    assert plain_text(prompt) == shown
 
 
 def test_generation_stops_when_every_answer_has_ended(

@@ -1,0 +1,363 @@
+"""What only a later step reads of recipe, data and model is looked at before the run trains."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from canvastune.checkpoint.resume import changed_run
+from canvastune.config import RunConfig, parse_config
+from canvastune.config.loading import known_keys
+from canvastune.config.strict import flatten
+from canvastune.errors import UserError
+from canvastune.evaluation.preflight import (
+    check_generation_config,
+    describe_answers,
+    describe_scoring,
+)
+from canvastune.planner.planner import make_plan
+from canvastune.preparation.prepare import prepare_data
+from components.earlier_runs import find_compared
+from components.plan.step import describe_shortage
+from components.report.step import _existing_runs
+from components.resolve import step as resolution
+from components.train import step as training
+from pipelines import submit as submission
+from pipelines.cli import main
+from pipelines.doctor.later_steps import check_evaluation
+from pipelines.kfp_client import KubeflowClient
+from tools.report_sample import sample_config, sample_run
+
+
+def recipe(rows: Path, model: Path, **sections: Any) -> RunConfig:
+    data = {"source": str(rows), "seq_length": 96, "validation_fraction": 0.3}
+    tree = {"name": "chat", "model": {"id": str(model)}, "data": data}
+    return parse_config(tree | sections)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write chat rows without `#### 7`; every eighth of the answers has a number in parentheses."""
+    path = tmp_path_factory.mktemp("rows") / "chat.jsonl"
+    with path.open("w") as file:
+        for number in range(40):
+            answer = f"({number})" if number % 8 == 0 else "I do not know."
+            file.write(json.dumps({"prompt": f"What is {number}?", "response": answer}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(rows: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare_data(recipe(rows, tiny_model), tiny_model, out)
+    return out
+
+
+@pytest.fixture
+def changed_model(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies the tiny model with other settings in a JSON file."""
+
+    def change(**settings: Any) -> Path:
+        folder = tmp_path / "changed"
+        folder.mkdir()
+        for file in tiny_model.iterdir():
+            (folder / file.name).symlink_to(file)
+        file = folder / "generation_config.json"
+        tree = json.loads(file.read_text()) | settings
+        file.unlink()
+        file.write_text(json.dumps(tree))
+        return folder
+
+    return change
+
+
+# --- exact match
+
+
+def test_a_pattern_that_matches_no_reference_is_found_before_training(
+    rows: Path, prepared: Path, tiny_model: Path
+) -> None:
+    (line,) = describe_scoring(recipe(rows, tiny_model), prepared)
+    held_out = json.loads((prepared / "card.json").read_text())["validation"]
+    assert f"####\\s*(-?[\\d.,]+) matches 0 of {held_out} held-out references" in line
+    assert "exact match will be left out" in line
+    assert "null" in line
+
+
+def test_the_matches_of_a_pattern_are_counted(rows: Path, prepared: Path, tiny_model: Path) -> None:
+    def line(pattern: str) -> str:
+        (found,) = describe_scoring(
+            recipe(rows, tiny_model, evaluate={"answer_pattern": pattern}), prepared
+        )
+        return found
+
+    held_out = json.loads((prepared / "card.json").read_text())["validation"]
+    assert line("(.+)").endswith(f"matches {held_out} of {held_out} held-out references")
+    some = re.search(r"matches (\d+) of", line(r"\((\d+)\)"))
+    assert some is not None
+    assert 0 < int(some[1]) < held_out
+    off = recipe(rows, tiny_model, evaluate={"answer_pattern": None})
+    assert describe_scoring(off, prepared) == []
+
+
+def test_prepare_doctor_and_the_step_say_it(
+    rows: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from components.prepare_data.step import prepare_data as step
+
+    config = recipe(rows, tiny_model)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    line = r"evaluate\.answer_pattern .* matches 0 of \d+ held-out references"
+    assert main(["prepare", str(file), "--output", str(tmp_path / "prepared")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(line, said)
+    assert "evaluate.rows is 64, but" in said
+    step(config, tmp_path / "data", tmp_path / "card.html")
+    assert re.search(line, capsys.readouterr().err)
+    (found,) = [one for one in check_evaluation(config) if "answer_pattern" in one.found]
+    assert found.state == "warning"
+    assert re.search(line, found.found)
+    scored = recipe(rows, tiny_model, evaluate={"answer_pattern": "(.+)", "max_new_tokens": 32})
+    assert [one.state for one in check_evaluation(scored)] == ["ok"]
+
+
+def test_the_step_prepare_data_is_given_the_pattern_and_no_other_later_setting(
+    rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    text = yaml.safe_dump(recipe(rows, tiny_model).model_dump(mode="json"))
+
+    def data_config(job: str, overrides: str) -> str:
+        return resolution.resolve(text, overrides, "", str(tmp_path), "", job, job).data_config
+
+    first = data_config("a", "")
+    assert data_config("b", "evaluate.rows=2\ntracking.promote=never") == first
+    changed = data_config("c", "evaluate.answer_pattern=null")
+    assert json.loads(changed)["evaluate"]["answer_pattern"] is None
+
+
+# --- what evaluation will do
+
+
+def test_settings_that_evaluation_cannot_follow_are_said(
+    rows: Path, prepared: Path, tiny_model: Path
+) -> None:
+    def lines(**sections: Any) -> list[str]:
+        return describe_answers(recipe(rows, tiny_model, **sections), prepared, tiny_model)
+
+    fitting = {"rows": 2, "max_new_tokens": 32}
+    assert lines(evaluate=fitting) == []
+    (line,) = lines(evaluate=fitting | {"rows": 64})
+    assert re.fullmatch(r"evaluate\.rows is 64, but \d+ rows are held out: all are answered", line)
+    (line,) = lines(evaluate=fitting | {"max_new_tokens": 20})
+    assert "max_new_tokens is 20" in line
+    assert line.endswith("answers have up to 32")
+    (line,) = lines(evaluate=fitting | {"max_new_tokens": 16 * 10**6})
+    assert "positions" in line
+    registered = {"registered_model": "chat"}
+    (line,) = lines(evaluate=fitting, tracking=registered)
+    assert "no version of chat becomes champion by itself" in line
+    assert lines(evaluate=fitting, tracking=registered | {"promote": "never"}) == []
+    assert lines(evaluate=fitting | {"answer_pattern": "(.+)"}, tracking=registered) == []
+
+
+def test_the_step_train_says_it_before_it_trains(
+    rows: Path,
+    prepared: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def begin(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run_torchrun", begin)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(recipe(rows, tiny_model), prepared, tmp_path / "train", training.StepRun())
+    assert "evaluate.rows is 64, but" in capsys.readouterr().err
+
+
+# --- the generation config
+
+
+def test_a_usual_generation_config_gives_no_remark(
+    tiny_model: Path, changed_model: Callable[..., Path]
+) -> None:
+    assert check_generation_config(tiny_model) == []
+    assert (
+        check_generation_config(changed_model(max_new_tokens=64, cache_implementation=None)) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"temperature": 1.0, "top_k": 64}, "top_k"),
+        ({"confidence_threshold": 1}, "cannot load"),
+        ({"return_dict_in_generate": False}, "return_dict_in_generate is False"),
+        ({"t_min": 0.8, "t_max": 0.4}, "t_max"),
+    ],
+)
+def test_a_generation_config_that_would_end_the_run_after_training_is_refused_before(
+    settings: dict[str, Any],
+    word: str,
+    changed_model: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    from components.prepare_data.step import prepare_data as step
+
+    model = changed_model(**settings)
+    with pytest.raises(UserError, match=r"generation_config\.json: ") as error:
+        step(recipe(rows, model), tmp_path / "data", tmp_path / "card.html")
+    assert word in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"max_length": 20}, "max_length is 20"), ({"cache_implementation": "static"}, "'static'")],
+)
+def test_a_generation_config_that_changes_answers_is_named(
+    settings: dict[str, Any], word: str, changed_model: Callable[..., Path]
+) -> None:
+    (remark,) = check_generation_config(changed_model(**settings))
+    assert word in remark
+
+
+# --- names, and runs to compare with
+
+
+@pytest.mark.parametrize("name", ["google/dg", "a:b", "it's", 'a"b', " ", "..", "./x", "a\\b"])
+def test_a_model_name_that_mlflow_refuses_is_refused_with_the_recipe(name: str) -> None:
+    tree = {"name": "x", "data": {"source": "x"}, "tracking": {"registered_model": name}}
+    with pytest.raises(UserError, match=r"tracking\.registered_model: found"):
+        parse_config(tree)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 501])
+def test_an_experiment_name_that_mlflow_refuses_is_refused_with_the_recipe(name: str) -> None:
+    with pytest.raises(UserError, match=r"tracking\.experiment: found"):
+        parse_config({"name": "x", "data": {"source": "x"}, "tracking": {"experiment": name}})
+
+
+def test_a_run_that_cannot_be_compared_is_refused_at_the_start_and_left_out_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for name in ("good", "no-steps", "no-json"):
+        folder = tmp_path / name
+        run = sample_run(folder, sample_config())
+        for file in (folder / "train").iterdir():
+            shutil.copy(file, folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+        folders.append(folder)
+    good, no_steps, no_json = folders
+    metrics = no_steps / "metrics.jsonl"
+    metrics.write_text(
+        "".join(line for line in metrics.open() if json.loads(line)["kind"] != "train")
+    )
+    (no_json / "evaluation" / "evaluation.json").write_text("{")
+    assert len(find_compared([good])) == 1
+    for folder in (no_steps, no_json):
+        with pytest.raises(UserError, match=folder.name):
+            find_compared([good, folder])
+    assert [run.name for run in _existing_runs(folders)] == ["good"]
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("not compared") == 2
+
+
+def test_submit_refuses_more_runs_to_compare_than_colors() -> None:
+    config = parse_config({"name": "x", "data": {"source": "openai/gsm8k"}})
+    client = KubeflowClient.from_address("http://localhost:1", None, None)
+    with pytest.raises(UserError, match="found 6 runs, expected at most 5"):
+        submission.submit(config, client, compare=list("abcdef"))
+
+
+# --- settings of later steps may change
+
+
+OTHER = {
+    "evaluate.rows": 3,
+    "evaluate.batch_size": 3,
+    "evaluate.max_new_tokens": 32,
+    "evaluate.max_denoising_steps": 3,
+    "evaluate.answer_pattern": None,
+    "tracking.uri": "http://mlflow.example",
+    "tracking.experiment": "other",
+    "tracking.registered_model": "other",
+    "tracking.promote": "never",
+    "train.export": "last",
+    "hardware.gpu_memory": 9.0,
+    "hardware.accelerator": "cpu",
+}
+
+
+def test_every_setting_of_evaluation_and_tracking_is_tried_here() -> None:
+    later = {key for key in known_keys() if key.startswith(("evaluate.", "tracking.", "hardware."))}
+    assert later <= OTHER.keys()
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_an_unfinished_run_goes_on_with_another_value_of_what_only_later_steps_read(
+    key: str, rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    before = recipe(rows, tiny_model)
+    text = yaml.safe_dump(before.model_dump(mode="json"))
+    assert flatten(before.model_dump(mode="json"))[key] != OTHER[key]
+
+    def resolve(job: str, overrides: str, compare: str = "") -> RunConfig:
+        found = resolution.resolve(
+            text, overrides, "", str(tmp_path), "mine", job, job, compare=compare
+        )
+        return parse_config(found.config)
+
+    resolve("job-1", "")
+    after = resolve("job-2", f"{key}={json.dumps(OTHER[key])}")
+    assert flatten(after.model_dump(mode="json"))[key] == OTHER[key]
+    identity = flatten(before.model_dump(mode="json")) | {"data": "same"}
+    assert changed_run(identity, after, "same") == ""
+
+
+def test_an_unfinished_run_may_be_compared_with_other_runs(
+    rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    other = tmp_path / "runs" / "other"
+    run = sample_run(other, sample_config())
+    shutil.copy(other / "train" / "metrics.jsonl", other)
+    (other / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    text = yaml.safe_dump(recipe(rows, tiny_model).model_dump(mode="json"))
+    for job, compare in (("job-1", ""), ("job-2", "other"), ("job-3", "")):
+        resolution.resolve(text, "", "", str(tmp_path), "mine", job, job, compare=compare)
+    with pytest.raises(UserError, match="missing"):
+        resolution.resolve(text, "", "", str(tmp_path), "mine", "j", "job-4", compare="missing")
+
+
+def test_a_disk_that_is_too_small_for_checkpoints_and_model_is_said_before_training(
+    middling: Path,
+) -> None:
+    config = parse_config(
+        {
+            "name": "full",
+            "data": {"source": "x"},
+            "train": {"method": "full", "keep_checkpoints": 1},
+            "parallel": {"nproc_per_node": 1, "ep": 1},
+        }
+    )
+    plan = make_plan(config, middling, 1)
+    needed = 3 * plan.checkpoint_bytes + 2 * plan.parameters["total"].total
+    assert describe_shortage(plan, needed) is None
+    shortage = describe_shortage(plan, needed - 1)
+    assert shortage is not None
+    assert "lower train.keep_checkpoints" in shortage
