@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -538,13 +537,7 @@ def test_a_port_forward_that_is_just_starting_is_waited_for(
     port = int(kubeflow.host.rpartition(":")[2])
     kubeflow.__exit__()  # the port is closed
 
-    def listen() -> None:
-        kubeflow._server = ThreadingHTTPServer(
-            ("127.0.0.1", port), kubeflow._server.RequestHandlerClass
-        )
-        kubeflow._server.serve_forever(poll_interval=0.01)
-
-    late = threading.Timer(0.7, listen)
+    late = threading.Timer(0.7, kubeflow.listen, [port])
     late.start()
     assert _submit(kubeflow) == 0, capsys.readouterr().err
     assert len(kubeflow.runs) == 1

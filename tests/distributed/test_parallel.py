@@ -23,7 +23,6 @@ from canvastune.data.packing import pack
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import clip_gradients, local_tensor, shard_model
 from canvastune.errors import UserError
-from canvastune.model import moe as experts
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.lora import base_name
 from canvastune.objective import losses
@@ -219,20 +218,18 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
     shard_model(model, ParallelDims(1, 2).build_meshes("cpu"), config)
     load_weights(model, CheckpointReader(checkpoint), torch.device("cpu"), config.seed)
     events: list[str] = []
-    exchange, wait = experts._exchange, experts._wait
+    all_to_all = dist.all_to_all_single
 
-    def exchanged(rows: torch.Tensor, route: experts.AllToAllPlan, *, wait: bool = True) -> Any:
-        events.append("all-to-all" if wait else "leave")
-        return exchange(rows, route, wait=wait)
-
-    def waited(route: experts.AllToAllPlan) -> None:
-        events.append("arrive")
-        wait(route)
+    def watched(out: torch.Tensor, *others: Any, async_op: bool = False, **options: Any) -> Any:
+        if out.is_floating_point():  # and not how many rows there will be
+            events.append("leave" if async_op else "all-to-all")
+        work = all_to_all(out, *others, async_op=async_op, **options)
+        return work and mock.Mock(wait=lambda: (events.append("arrive"), work.wait()))
 
     dense = model.model.decoder.layers[-1].mlp
     dense.register_forward_hook(lambda *_: events.append("dense"))
     dense.register_full_backward_hook(lambda *_: events.append("dense"))
-    with mock.patch.multiple(experts, _exchange=exchanged, _wait=waited):
+    with mock.patch.object(dist, "all_to_all_single", watched):
         examples, draws = examples_and_draws()
         mine = slice(dist.get_rank(), None, 2)
         loss, _, _ = model.run_under_fsdp(

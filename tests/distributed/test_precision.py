@@ -4,6 +4,7 @@ with the same casts does.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +44,7 @@ FLOAT32_SUMS = 1e-6
 # of the value) once; in one process each part's gradient is rounded before the parts are added. Two
 # roundings lie between them.
 BFLOAT16_ROUNDINGS = 2**-8
-LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 2)}  # ranks -> expert-parallel degrees
+LAYOUTS = {1: (1,), 2: (1, 2), 4: (2,)}  # ranks -> expert-parallel degrees
 FAULTS: dict[str, dict[str, Any]] = {
     "a bfloat16 reduction": {"reduce_dtype": torch.bfloat16},
     "routing weights rounded on their way into the experts": {"cast_forward_inputs": True},
@@ -82,6 +83,7 @@ def cut(parts: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, 8, size)]
 
 
+@functools.cache
 def one_process(
     checkpoint: Path, method: str, parts: int, precision: str = "bfloat16"
 ) -> dict[str, Any]:

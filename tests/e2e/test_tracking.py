@@ -222,14 +222,14 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(
                 }
             )
             if broken:
-                raise UserError("the adapter belongs to another base")
+                raise UserError("base: found b")
             return run.run_id
 
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match="base: found b"):
         attempt(broken=True)
     (failed,) = _nested(client, parent)
     assert failed.info.status == "FAILED"
-    assert "another base" in failed.data.tags["canvastune.error"]
+    assert "base: found b" in failed.data.tags["canvastune.error"]
 
     run_id = attempt(broken=False)
     assert run_id == failed.info.run_id

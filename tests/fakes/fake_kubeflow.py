@@ -62,14 +62,18 @@ class FakeKubeflow:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def __enter__(self) -> FakeKubeflow:
+        self.listen()
+        return self
+
+    def listen(self, port: int = 0) -> None:
+        """Answer on a port, or on any free one."""
         self._server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self})
+            ("127.0.0.1", port), type("Handler", (_Handler,), {"fake": self})
         )
         self.host = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
         ).start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()

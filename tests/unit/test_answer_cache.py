@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 
@@ -42,13 +43,13 @@ def test_half_a_line_is_cut_off_and_the_next_is_whole(tmp_path: Path) -> None:
 def test_two_evaluations_do_not_share_a_cache(tmp_path: Path) -> None:
     with AnswerCache(tmp_path / "cache") as cache:
         cache.put({"piece": 1}, RESULT)
-        with pytest.raises(UserError, match=r"cache: in use"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / "cache"))):
             AnswerCache(tmp_path / "cache")
 
 
 def test_a_corrupt_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a cache\n")
-    with pytest.raises(UserError, match=r"cache: corrupt"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "cache"))):
         AnswerCache(tmp_path / "cache")
 
 
@@ -59,7 +60,7 @@ def test_a_full_disk_loses_nothing_that_was_done(tmp_path: Path) -> None:
         cache.put({"piece": 1}, RESULT)
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
         try:
-            with pytest.raises(UserError, match=r"cache: .*\(No space left on device\)"):
+            with pytest.raises(UserError, match=re.escape(str(path))):
                 cache.put({"piece": 2}, RESULT)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_position_holds_the_same_example_however_it_is_reached(folder: Path) -
 
 
 def test_a_folder_that_is_not_prepared_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train: not a prepared data set") as error:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "train"))) as error:
         prepared(tmp_path)
     assert "canvastune prepare" in error.value.hint
 

@@ -150,18 +150,16 @@ def test_fingerprint_sees_one_changed_value(checkpoint: Path, broken: Path) -> N
 
 def test_writer_refuses_what_its_specs_do_not_say(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, {"a": ((2, 3), torch.float32), "b": ((1,), torch.float32)})
-    with pytest.raises(
-        ValueError, match=r"'a': found \[3, 2\] torch.float32, expected \[2, 3\] torch.float32"
-    ):
+    with pytest.raises(ValueError, match=r"'a'.*\[3, 2\].*\[2, 3\]"):
         writer.write("a", torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"found .*bfloat16, expected .*float32"):
+    with pytest.raises(ValueError, match=r"'a'.*bfloat16.*float32"):
         writer.write("a", torch.zeros(2, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="'c'"):
         writer.write("c", torch.zeros(1))
     writer.write("a", torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="'a' was already written"):
+    with pytest.raises(ValueError, match="'a'"):
         writer.write("a", torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"1 tensors .* 'b'"):
+    with pytest.raises(ValueError, match="'b'"):
         writer.close()
 
 
@@ -224,7 +222,7 @@ def test_index_that_points_elsewhere_is_refused(broken: Path) -> None:
 
 def test_missing_tensor_is_named_with_its_folder(checkpoint: Path) -> None:
     with pytest.raises(
-        UserError, match=re.escape(str(checkpoint)) + r".*no tensor 'model\.decoder\.layers\.9\.x'"
+        UserError, match=re.escape(str(checkpoint)) + r".*'model\.decoder\.layers\.9\.x'"
     ):
         CheckpointReader(checkpoint).get("model.decoder.layers.9.x")
 

@@ -589,7 +589,7 @@ def test_some_answers_are_logged_at_the_end(
 def test_folder_that_is_no_prepared_data_set_is_refused(
     tiny_model: Path, problems: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"nothing: .*`validation`"):
+    with pytest.raises(UserError, match=r"nothing.*validation"):
         evaluate(recipe(problems), tmp_path / "nothing", tiny_model, tiny_model, tmp_path / "out")
 
 
@@ -602,6 +602,6 @@ def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Pa
     ) as writer:
         for name in set(whole.names()) - {lost}:
             writer.write(name, whole.get(name))
-    with pytest.raises(UserError, match=r"missing keys.*layers\.1\.mlp\.up_proj") as error:
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj") as error:
         load_stock(tmp_path, torch.device("cpu"))
     assert str(tmp_path) in str(error.value)

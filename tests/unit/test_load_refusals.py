@@ -285,14 +285,12 @@ def one_rank_cannot_read(folder: Path, ground: Path) -> None:
 
     def unreadable(reader: CheckpointReader, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         if name == GATE and dist.get_rank() == 1:
-            raise UserError(
-                f"{reader.path(name)}: tensor {name!r} cannot be read: Input/output error"
-            )
+            raise UserError(f"{reader.path(name)}: tensor {name!r} cannot be read")
         return get_slice(reader, name, slices)
 
     with (
         mock.patch.object(CheckpointReader, "get_slice", unreadable),
-        pytest.raises(UserError, match=re.escape(f"tensor {GATE!r} cannot be read")),
+        pytest.raises(UserError, match=re.escape(GATE)),
     ):
         train(load_config(ground / "recipe.yaml"), ground / "data", ground / "run")
 

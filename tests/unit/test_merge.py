@@ -365,7 +365,7 @@ def test_logits_alone_catch_an_adapter_that_peft_would_scale_otherwise(
 
 def test_nothing_is_overwritten(base: Path, adapter: Path, merged: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in merged.iterdir()}
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match=re.escape(str(merged))):
         merge_lora(CONFIGURATION, base, adapter, merged)
     assert {file.name: file.stat().st_mtime_ns for file in merged.iterdir()} == before
 
@@ -397,8 +397,8 @@ def test_adapter_of_another_base_is_refused(base: Path, broken: Path, tmp_path: 
     first = sorted(values)[0]
     values[first].view(-1)[0] += 1
     save_file(values, shard, metadata={"format": "pt"})
-    refuse(broken, other, "another base", CONFIGURATION.model.id, str(other))
-    with pytest.raises(UserError, match="another base"):
+    refuse(broken, other, CONFIGURATION.model.id, str(other))
+    with pytest.raises(UserError, match=re.escape(str(other))):
         merge_lora(CONFIGURATION, other, broken, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     (broken / ORIGIN).unlink()  # as another tool writes it: the name is all there is
