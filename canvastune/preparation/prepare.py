@@ -253,7 +253,11 @@ def _examples(
         if digest in seen:
             stats.drop_duplicate(row)
             return []
-        if digest in held_out:  # else the model would be judged on what it learned
+        # Each turn that is learned: one may be the last turn of a row on the other side.
+        learned = {bytes.fromhex(example.id)[:16] for example in examples}
+        if seen is held_out:
+            held_out |= learned
+        elif not held_out.isdisjoint(learned):  # the model would be judged on what it learned
             stats.drop_held_out()
             return []
         seen.add(digest)

@@ -254,6 +254,22 @@ def test_validation_rows_limits_rows_of_ones_own_and_trains_on_none_of_the_rest(
     assert not (tmp_path / "out" / "train" / "mixture.json").exists()
 
 
+def test_a_turn_that_is_held_out_is_not_learned_within_a_longer_conversation(
+    tmp_path: Path, model: Path
+) -> None:
+    turns = [
+        {"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")
+    ]
+    source = write_lines(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[2:]}])
+    held = write_lines(tmp_path / "v.jsonl", [{"messages": turns[:4]}])
+    config = {"source": str(source), "validation": str(held)}
+    card = prepare_data(recipe(**config, learn="all"), model, tmp_path / "all")
+    assert card["dropped"] == {"repeats a row of data.validation": 1}
+    assert (card["train"], card["validation"]) == (2, 2)
+    card = prepare_data(recipe(**config), model, tmp_path / "last")
+    assert card["dropped"] == {}, "the held-out turn is context only"
+
+
 def test_the_same_rows_on_both_sides_leave_nothing_to_train_on(tmp_path: Path, model: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", rows("a", 9))
     held = write_lines(tmp_path / "v.jsonl", rows("a", 9))
