@@ -1,4 +1,4 @@
-"""Tell by its form what a text names: a path on this machine, an address, or an id on the Hub."""
+"""What a text names, judged by its form: a local path, an address, or an id on the Hub."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _way_out(key: str, address: str, scheme: str, rest: str) -> str:
         file = page["file"]
         only = f" --revision {revision}" if revision else ""
         return (
-            f"{hint}, or for this file alone: hf download {page['id']} {file} --repo-type dataset"
+            f"{hint}, or only this file: hf download {page['id']} {file} --repo-type dataset"
             f"{only} --local-dir ., then {key}=./{file}."
         )
     name = Path(rest).name or "rows.jsonl"

@@ -111,7 +111,7 @@ class DataConfig(SourceFields):
     learn: Literal["last", "all"] = Field(
         "last",
         description="which assistant turns of a conversation are learned: the last one, or every "
-        "one, as an example of its own",
+        "one, as a separate example",
     )
     thinking: Literal["keep", "drop"] = Field(
         "keep", description="whether thinking in the data is learned before the answer, or left out"
@@ -220,7 +220,7 @@ class DataConfig(SourceFields):
             return self
         if self.source is not None:
             raise InvalidSetting(
-                f"data.source: found {self.source!r} beside data.mixture, expected one of the two",
+                f"data.source: found {self.source!r} next to data.mixture, expected one of the two",
                 hint="Make it an entry of data.mixture, or set data.mixture=[].",
             )
         from_file = self.validation is not None and is_path(self.validation)
@@ -229,7 +229,7 @@ class DataConfig(SourceFields):
                 not from_file or name not in ("format", "columns")
             ):
                 raise InvalidSetting(
-                    f"data.{name}: found a value beside data.mixture, whose entries have their own",
+                    f"data.{name}: found a value next to data.mixture, whose entries have their own",
                     hint=f"Set {name} in each entry of data.mixture that needs it.",
                 )
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from canvastune.errors import UserError
 
-_FILE = "mixture.json"  # beside the rows, so that a hash of their folder includes it
+_FILE = "mixture.json"  # in the folder of the rows, so that a hash of their folder includes it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Mixture:
             ) from None
         if found != rows:
             raise UserError(
-                f"{path}: has {found:,} rows, expected {rows:,}, as the data set beside it",
+                f"{path}: has {found:,} rows, expected {rows:,}, as the data set in its folder",
                 hint="Run `canvastune prepare` again.",
             )
         return mixture

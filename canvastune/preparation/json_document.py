@@ -225,7 +225,7 @@ def _columns(file: str, members: dict[str, _Member]) -> list[str]:
     if tables and not _TURN_KEYS & set(members[tables[0]].first):
         name = tables[0]
         raise UserError(
-            f"{found}, expected an array of rows, or an object with this array alone",
+            f"{found}, expected an array of rows, or an object with only this array",
             hint=f"Take the rows out: jq -c '.[\"{name}\"][]' {file} > {Path(file).stem}.jsonl.",
         )
     if names and all(member.is_object for member in members.values()):

@@ -98,7 +98,7 @@ def describe_parts(
 
 
 def write_mixture(parts: Sequence[Part], train: Counter[int], folder: Path) -> None:
-    """Write the shares that the trainer interleaves beside the training rows, if there are several
+    """Write the shares that the trainer interleaves into the folder of the training rows, if there are several
     sources.
     """
     shares = tuple(

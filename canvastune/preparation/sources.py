@@ -94,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A data set that a recipe reads, and what for."""
+    """A data set that a recipe reads, and its use."""
 
     source: Source
     config: DataConfig  # with it as the only source
@@ -313,7 +313,7 @@ def _open_saved(folder: Path, key: str, label: str | None = None) -> Source:
 
 
 def _sibling(key: str, name: str) -> str:
-    """Return the key beside one that names a data set: `data.split`, `data.mixture.0.split`."""
+    """Return the key next to one that names a data set: `data.split`, `data.mixture.0.split`."""
     return f"data.{name}" if key in ("data.source", "data.validation") else f"{key}.{name}"
 
 

@@ -184,8 +184,8 @@ def _as_json(kind: pa.DataType) -> _Convert | None:
     """Return what turns a value of this type into the JSON value that was stored; None if nothing
     has to be done.
 
-    All structs of a column have the same keys: where one was missing, Arrow has a null. The two
-    cannot be told apart, so a null inside of a column is taken for a missing key. A map with text
+    All structs of a column have the same keys: where one was missing, Arrow has a null. It does
+    not record the difference, so a null inside of a column is taken for a missing key. A map with text
     keys is an object. `datasets` stores values whose keys or types differ, such as messages of
     which some have tool calls, as JSON text of Arrow's type `arrow.json`.
     """

@@ -1,4 +1,4 @@
-"""Claims about several sources: their shares of the training stream, held-out rows of one's own, and
+"""Claims about several sources: their shares of the training stream, chosen held-out rows, and
 what each step says of them.
 """
 
@@ -290,10 +290,10 @@ def refusal(**data: Any) -> str:
 def test_source_and_mixture_exclude_each_other() -> None:
     entry = {"source": "a.jsonl"}
     assert "key 'data.source' is missing" in refusal()
-    assert "found 'b' beside data.mixture, expected one of the two" in refusal(
+    assert "found 'b' next to data.mixture, expected one of the two" in refusal(
         mixture=[entry], source="b"
     )
-    assert "data.split: found a value beside data.mixture" in refusal(mixture=[entry], split="x")
+    assert "data.split: found a value next to data.mixture" in refusal(mixture=[entry], split="x")
     assert "data.columns: found a value" in refusal(
         mixture=[entry], columns={"prompt": "q"}, validation="test"
     )

@@ -138,7 +138,7 @@ OBJECTS: dict[str, tuple[str, str]] = {
     ),
     "rows and more": (
         '{"version": "1", "data": [{"a": 1}]}',
-        "the keys version, data, expected an array of rows, or an object with this array alone."
+        "the keys version, data, expected an array of rows, or an object with only this array."
         " Take the rows out: jq -c '.[\"data\"][]' ",
     ),
     "two lists of rows": (
@@ -326,8 +326,8 @@ def test_a_file_of_another_type_says_how_to_convert_it(name: str, tmp_path: Path
 
 ADDRESSES = {
     "hf://datasets/org/name": "Set data.source=org/name.",
-    "hf://datasets/org/name@v1/data/a.parquet": "Set data.source=org/name data.revision=v1, or for"
-    " this file alone: hf download org/name data/a.parquet --repo-type dataset --revision v1"
+    "hf://datasets/org/name@v1/data/a.parquet": "Set data.source=org/name data.revision=v1, or only"
+    " this file: hf download org/name data/a.parquet --repo-type dataset --revision v1"
     " --local-dir ., then data.source=./data/a.parquet.",
     "https://huggingface.co/datasets/org/name/viewer/main/train": "Set data.source=org/name.",
     "https://huggingface.co/datasets/org/name/resolve/main/a.jsonl": "hf download org/name a.jsonl",
