@@ -222,7 +222,7 @@ def _columns(file: str, members: dict[str, _Member]) -> list[str]:
             f"{file}: found one object of columns of different lengths ({counts})",
             hint="Write the columns again, with a value or null in each row.",
         )
-    if tables and not _TURN_KEYS & set(members[tables[0]].first):
+    if tables and not any(_TURN_KEYS & set(members[name].first) for name in tables):
         name = tables[0]
         raise UserError(
             f"{found}, expected an array of rows, or an object with only this array",

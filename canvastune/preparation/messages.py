@@ -25,6 +25,7 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
     "function_call": "assistant",  # ShareGPT: its text is the call
+    "chatbot": "assistant",  # Cohere, which writes roles with a capital
 }
 _NAMED_ROLES = "system, developer, user, assistant, model, tool"
 _PLAIN_KEYS = {"role", "content"}
@@ -33,6 +34,8 @@ THINKING_KEYS = ("reasoning", "reasoning_content", "thinking")
 # Whether a turn is learned: OpenAI and Mistral say weight, ms-swift loss, Axolotl train/training.
 MARK_KEYS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "learn")
 _MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
+_THINKING_PARTS = ("reasoning", "thinking")
+_CALL_PART = "tool_call"
 _MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
 
 
@@ -102,6 +105,7 @@ def _read_message(
     if written == "function_call":
         calls, content = _read_call_text(content, where), None
     elif role == "assistant":
+        content, keys = _unfold(content, keys, where)
         calls = _read_calls(keys, where)
     if content_key is None and not calls:
         raise InvalidRow(f"{where} ({written}) has no 'content'")
@@ -120,6 +124,31 @@ def _read_message(
     found.unused |= {f"{column}.{key}" for key in keys.keys() - used}
 
 
+def _unfold(content: Any, keys: dict[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """Move thinking and calls that are parts of the content (LLaMA-Factory's version 1) to the keys
+    that other data has for them.
+    """
+    if not isinstance(content, list):
+        return content, keys
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    if _CALL_PART not in kinds and not set(_THINKING_PARTS) & set(kinds):
+        return content, keys
+    thoughts, calls, rest = [], [], []
+    for what, part in zip(kinds, content, strict=True):
+        if what in _THINKING_PARTS:
+            text = part.get("value", part.get("text", part.get(what)))
+            thoughts.append(check_text(text, "thinking", where))
+        elif what == _CALL_PART:
+            call = part.get("value", part)
+            calls.append(parse_json(call, f"{where}: a call") if isinstance(call, str) else call)
+        else:
+            rest.append(part)
+    if twice := [key for key in (*THINKING_KEYS, "tool_calls") if key in keys]:
+        raise InvalidRow(f"{where} has {twice[0]!r}, and parts of the same kind in its content")
+    moved = {"reasoning": "\n".join(thoughts), "tool_calls": calls}
+    return rest or None, keys | {key: item for key, item in moved.items() if item}
+
+
 def _role(message: Any, where: str) -> tuple[str, str]:
     """Return a message's role as it is written, and as the template knows it."""
     if not isinstance(message, dict):
@@ -131,7 +160,7 @@ def _role(message: Any, where: str) -> tuple[str, str]:
             f"{where} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}"
         )
     written = message["role"] if "role" in message else message["from"]
-    role = _ROLES.get(written) if isinstance(written, str) else None
+    role = _ROLES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
         raise InvalidRow(f"{where}: unknown role {str(written)[:40]!r}, expected {_NAMED_ROLES}")
     return written, role
@@ -313,8 +342,12 @@ def text_of(content: Any, role: str, where: str) -> str:
         raise InvalidRow(f"{where} ({role}): the content is {kind(content)}, expected text")
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
         what = part.get("type") if isinstance(part, dict) else None
+        if what in _THINKING_PARTS or what == _CALL_PART:
+            raise InvalidRow(
+                f"{where} ({role}) holds a part of type {what!r}, which an assistant's message may"
+            )
         if what in _MEDIA_PARTS:
             raise InvalidRow(
                 f"{where} ({role}) holds a part of type {what!r}, and only text can be trained on"

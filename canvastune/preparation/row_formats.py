@@ -57,7 +57,7 @@ _MEANINGFUL = {
         ("images", "image", "audio", "audios", "video", "videos"),
         f"Only text can be trained on. {_DROP_ROWS}",
     ),
-    **dict.fromkeys(("chosen", "rejected"), f"{_PREFERRED}."),
+    **dict.fromkeys(("chosen", "rejected"), f"{_PREFERRED} data.columns.prompt={{prompt}}."),
     **dict.fromkeys(("choices", "options"), _DROP_ROWS),
     **dict.fromkeys(
         ("label", "labels", "score", "reward"),
@@ -71,6 +71,7 @@ _MEANINGFUL = {
     ),
     _HISTORY_COLUMN: "Put these turns into the messages, or set data.ignore=[{key}].",
 }
+_SPEAKER = {"role", "from"}  # the key of a message that says whose it is
 _PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "text")
 _RESPONSES = ("response", "completion", "answer", "output", "solution", "chosen", "target")
 
@@ -154,10 +155,13 @@ class RowReader:
         else:
             found = self._messages(value[prompt], prompt)
         asked = len(found.turns)
-        if isinstance(value[response], list):
-            self._extend(found, self._messages(value[response], response), asked)
+        answer = value[response]
+        if isinstance(answer, dict) and _SPEAKER & answer.keys():
+            answer = [answer]
+        if isinstance(answer, list):
+            self._extend(found, self._messages(answer, response), asked)
         else:
-            found.append(turn("assistant", value[response], f"column {response!r}"))
+            found.append(turn("assistant", answer, f"column {response!r}"))
         if found.turns[asked:] and (
             thinking := next((key for key in self._thinking if key in extra), None)
         ):
@@ -241,7 +245,7 @@ class RowReader:
                 raise InvalidRow(
                     f"column {key!r} has a value, and data.format {self._format} has no place for"
                     " it",
-                    _MEANINGFUL[key].format(key=key),
+                    _MEANINGFUL[key].format(key=key, prompt=self._required[0]),
                 )
             elif self._strict and isinstance(extra[key], str):
                 raise InvalidRow(
@@ -309,7 +313,11 @@ def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
         return UserError(
             f"{where}: found {type(value).__name__}, expected an object; no row after it has a"
             " known format",
-            hint="Write one object with named columns per row.",
+            hint=(
+                "Write an object with the messages per row: jq -c '{messages: .}'."
+                if _is_messages(value)
+                else "Write one object with named columns per row."
+            ),
         )
     found = ", ".join(map(str, value)) or "none"
     prompt, response = source.columns.prompt, source.columns.response
@@ -337,9 +345,15 @@ def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
 def _suggest(value: Mapping[str, Any]) -> str:
     """Return the settings that would read a row, as far as its columns show."""
     for column, item in value.items():
-        first = item[0] if isinstance(item, list) and item else None
-        if isinstance(first, dict) and {"role", "from"} & first.keys():
+        if _is_messages(item):
             return f"Set data.columns.messages={column}."
+        if isinstance(item, dict) and _is_messages(item.get("messages")):
+            return f"Make the messages a column: jq -c '{{messages: .{column}.messages}}'."
+    if list(value) == ["text"]:
+        return (
+            "Split the text into two columns, prompt and response: only a response is learned, and"
+            " plain text does not say where it begins."
+        )
     if {"chosen", "rejected"} <= value.keys():
         asked = _first(_PROMPTS, value) or "..."
         return f"{_PREFERRED}{'' if asked == 'prompt' else f' data.columns.prompt={asked}'}."
@@ -356,4 +370,11 @@ def _first(names: Sequence[str], value: Mapping[str, Any]) -> str | None:
 
 
 def _near(name: str, value: Mapping[str, Any]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, [str(key) for key in value], n=1)), None)
+    """Return the only similar key: of response_j and response_k, one may be the rejected answer."""
+    found = difflib.get_close_matches(name, [str(key) for key in value], n=2)
+    return found[0] if len(found) == 1 else None
+
+
+def _is_messages(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool(_SPEAKER & first.keys())
