@@ -18,11 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import DiffusionGemmaForBlockDiffusion
 
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say
-from benchmarks.plain_step import PlainBatch, plain_loss, plain_twin
+from benchmarks.plain_step import PlainBatch, plain_step, plain_twin
 from benchmarks.profile import costs_table, largest_costs
 from benchmarks.step import Shape, made_examples
 from canvastune.checkpoint.load import build_model, load_weights
@@ -231,13 +230,6 @@ def our_step(
             checkpointing=checkpointing,
         )
         (sign * loss).backward()
-    return loss.detach()
-
-
-def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> torch.Tensor:
-    """Forward and backward of the plain step."""
-    loss = plain_loss(model, batch)
-    loss.backward()
     return loss.detach()
 
 

@@ -183,3 +183,10 @@ def plain_loss(
         encoder_logits.flatten(0, 1), batch.next_targets.flatten(), ignore_index=IGNORED
     )
     return diffusion + encoder_loss_weight * autoregressive
+
+
+def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> torch.Tensor:
+    """Forward and backward of the plain step."""
+    loss = plain_loss(model, batch)
+    loss.backward()
+    return loss.detach()

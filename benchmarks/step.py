@@ -23,7 +23,7 @@ import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say, write_result
-from benchmarks.plain_step import PlainBatch, plain_loss
+from benchmarks.plain_step import PlainBatch, plain_step
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -235,13 +235,6 @@ def our_step(
         any_self_conditioned=any(batch.self_conditioned),
         checkpointing=checkpointing,
     )
-    loss.backward()
-    return loss.detach()
-
-
-def plain_step(model: DiffusionGemmaForBlockDiffusion, batch: PlainBatch) -> torch.Tensor:
-    """Forward and backward of the plain step."""
-    loss = plain_loss(model, batch)
     loss.backward()
     return loss.detach()
 

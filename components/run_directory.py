@@ -84,8 +84,8 @@ def read_run_id(folder: Path) -> str:
     return record.job_id if record else folder.name
 
 
-def with_tracking_uri(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> PipelineRun:
-    """Return a run with what identifies it in MLflow.
+def pipeline_run(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> PipelineRun:
+    """Return the run of this folder, with what identifies it in MLflow.
 
     Args:
         mlflow_run_id: its run in MLflow; "" if it is not known yet.

@@ -13,7 +13,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.logging import configure_logging, log_error
 from canvastune.tracking import Step, StepRun, step_run
-from components.run_directory import with_tracking_uri
+from components.run_directory import pipeline_run
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def step(
     """
     with exit_on_user_error():
         recipe = parse_config(config)
-        with step_run(with_tracking_uri(recipe, run_folder, mlflow_run_id), name) as record:
+        with step_run(pipeline_run(recipe, run_folder, mlflow_run_id), name) as record:
             yield recipe, record
 
 

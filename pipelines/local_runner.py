@@ -27,7 +27,7 @@ from canvastune.tracking import pending, tracking_uri
 from canvastune.tracking.client import connect
 from components.earlier_runs import find_compared
 from components.finish.step import finish
-from components.run_directory import read_record, with_tracking_uri
+from components.run_directory import pipeline_run, read_record
 from pipelines.local_output import LocalOutput
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     }
     if uri.startswith("sqlite"):
         lines["MLflow"] = f"{_shell_command('mlflow')} ui --backend-store-uri {uri}"
-    if pending(with_tracking_uri(config, folder, "")):
+    if pending(pipeline_run(config, folder, "")):
         sync = f"canvastune sync {_relative(folder)}"
         lines["MLflow"] = f"incomplete; once {connect(uri)} responds again: {sync}"
     if summary.exact_match_after is not None:

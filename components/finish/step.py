@@ -10,7 +10,7 @@ from canvastune.config import parse_config
 from canvastune.errors import UserError
 from canvastune.tracking.client import connect
 from components.jobs.launcher import delete_jobs
-from components.run_directory import read_record, run_directory, with_tracking_uri, write_record
+from components.run_directory import pipeline_run, read_record, run_directory, write_record
 
 _WELL = (
     "COMPLETE",
@@ -35,7 +35,7 @@ def finish(workspace: str, run_name: str, job_name: str, job_id: str, state: str
         return
     config, succeeded = parse_config(record.config), state in _WELL
     delete_jobs(config, job_id)
-    run = with_tracking_uri(config, folder, record.mlflow_run_id)
+    run = pipeline_run(config, folder, record.mlflow_run_id)
     pending = tracking.finish(run, failed=not succeeded)
     write_record(folder, replace(record, finished=succeeded))
     if pending:
@@ -56,7 +56,7 @@ def sync(folder: Path) -> str:
             f"{folder}: not a run's directory: expected run.json in it",
             hint="Pass WORKSPACE/runs/RUN.",
         )
-    run = with_tracking_uri(parse_config(record.config), folder.absolute(), record.mlflow_run_id)
+    run = pipeline_run(parse_config(record.config), folder.absolute(), record.mlflow_run_id)
     if reasons := tracking.sync(run):
         raise UserError(
             f"{folder}: not sent yet: {'; '.join(reasons)}",

@@ -18,9 +18,9 @@ from canvastune.preparation import PREPARATION_VERSION
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import (
     RunRecord,
+    pipeline_run,
     read_record,
     run_directory,
-    with_tracking_uri,
     write_record,
 )
 
@@ -110,7 +110,7 @@ def resolve(
     url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
     about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}
     parent = tracking.start(
-        with_tracking_uri(config, folder, ""),
+        pipeline_run(config, folder, ""),
         {f"canvastune.{name}": value for name, value in about.items() if value},
     )
     write_record(folder, replace(claim, mlflow_run_id=parent))

@@ -40,7 +40,7 @@ def _fresh(own_mlflow: None) -> None:
 
 def quick(uri: str, retry: float = 0.2) -> None:
     """Wait less for a server than in production."""
-    connect(uri).timeouts = Timeouts(probe=0.5, retry=retry)
+    connect(uri).timeouts = Timeouts(probe=1.0, retry=retry)
 
 
 def open_metrics(path: Path, run: FindRun, uri: str) -> tracking.MetricsWriter:
@@ -407,6 +407,7 @@ def test_processes_that_publish_at_the_same_time_show_everything_once(
         for reasons in pool.map(tracking.sync, [run] * 4):
             assert reasons == []
     tracking.finish(run, failed=False)
+    assert tracking.sync(run) == []
     assert seen(server.uri, "at-once") == healthy
 
 

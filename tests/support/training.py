@@ -55,6 +55,7 @@ def make_ground(folder: Path) -> Path:
             "global_batch_size": 8,
             "precision": "float32",
             "validate_every": 10,
+            "validation_levels": [0.5],
             "checkpoint_every": 5,
         },
         "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4},

@@ -21,7 +21,6 @@ METHODS = {
 COMMON = (
     "train.steps=20",
     "train.validate_every=10",
-    "train.validation_levels=[0.5]",
     "train.checkpoint_every=20",
     "optimizer.lr=2e-3",
 )

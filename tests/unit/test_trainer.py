@@ -100,6 +100,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
         "parallel.ep=2",
         "train.steps=12",
         "train.micro_batch_size=2",
+        "train.validate_every=100",
         "train.checkpoint_every=4",
     )
     trainer = make_trainer(ground, folder / "some", *settings)
