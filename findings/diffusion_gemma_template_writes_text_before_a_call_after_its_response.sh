@@ -2,8 +2,10 @@
 # Expected: an assistant message with text and a call (as OpenAI and others return it, text first) is rendered in that order, or
 # an error says that it cannot be.
 # Seen: the text comes after the call; once the tool has responded, it comes after the response, as if the model had said "Let me
-# look that up." when it already had the result. The tokens of the same message depend on whether a response follows it.
-# Our code learns the text where the template writes it: canvastune/preparation/chat_template.py.
+# look that up." when it already had the result. The tokens of the same message depend on whether a response follows it, and the
+# prompt for the answer ends with the text and <turn|>: no model turn is open.
+# Our code learns the text where the template writes it, and the answer after that prompt:
+# canvastune/preparation/chat_template.py.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -35,8 +37,11 @@ before = render([question, asks])
 after = render([question, asks, response, answer])
 print("no response yet: ", repr(before[before.index("<|tool_call>") :]))
 print("with a response: ", repr(after[after.index("<|tool_call>") :]))
+prompt = render([question, asks, response], add_generation_prompt=True)
+print("prompt for the answer ends:", repr(prompt[-20:]))
 last = after.index("<tool_response|>")
-sys.exit(0 if before.index("Let me look.") > before.index("<tool_call|>") and after.index("Let me look.") > last else 1)
+moved = before.index("Let me look.") > before.index("<tool_call|>") and after.index("Let me look.") > last
+sys.exit(0 if moved and prompt.endswith("Let me look.<turn|>\n") else 1)
 EOF
     echo "changed: text with a call is rendered before the response ($(tail -n 1 "$folder/log"))"
     exit 1

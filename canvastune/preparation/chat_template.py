@@ -217,7 +217,7 @@ class ChatEncoder:
         Raises:
             InvalidRow: the template leaves something out, or text would become a control token.
         """
-        written = _after(prompt, rendering, self._header)
+        written = _after(prompt, rendering, self._header, self.closing)
         if written is None:
             roles = ", ".join(message["role"] for message in conversation.history)
             shown = prompt if len(prompt) <= 200 else f"...{prompt[-200:]}"
@@ -362,14 +362,24 @@ class ChatEncoder:
         return [encoding.ids for encoding in encodings]
 
 
-def _after(prompt: str, rendering: str, header: str) -> str | None:
+def _after(prompt: str, rendering: str, header: str, closing: str) -> str | None:
     """Return what a conversation's rendering has after what inference feeds, or None if the two
-    disagree. Three differences of Gemma's templates are known:
+    disagree. Four differences of Gemma's templates are known:
 
     - the larger models' generation prompt ends with an empty thought, which no rendering has;
     - after a tool's response the prompt writes nothing, and the rendering opens the turn again;
-    - there, with thinking, the prompt opens the thought that a rendering has only if there is one.
+    - there, with thinking, the prompt opens the thought that a rendering has only if there is one;
+    - there, after a call with text, the prompt closes the turn and opens none.
     """
+    written = _continue(prompt, rendering, header)
+    if written is None:
+        head, closed, opened = prompt.rpartition(closing)
+        if closed and not opened.removeprefix("\n").removeprefix(_OPEN_THOUGHT).strip():
+            written = _continue(head + opened.removeprefix("\n"), rendering, header)
+    return written
+
+
+def _continue(prompt: str, rendering: str, header: str) -> str | None:
     if rendering.startswith(prompt):
         return rendering[len(prompt) :].removeprefix(header)
     at = prompt.rfind(_OPEN_THOUGHT)

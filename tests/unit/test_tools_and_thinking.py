@@ -290,6 +290,26 @@ def test_text_beside_a_call_is_learned_where_the_template_writes_it() -> None:
     assert response.endswith("<tool_call|>I look.<|tool_response>")
 
 
+@pytest.mark.parametrize("reasoning", ["", "It says sunny."])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_after_a_call_with_text_the_generation_prompt_decides(thinks: bool, reasoning: str) -> None:
+    """The released template writes that text after the tool's response, and asks for the answer
+    with the turn closed and none opened.
+    """
+    answer = says("Sunny.", **({"reasoning": reasoning} if thinks and reasoning else {}))
+    asked = call("get_weather", text="I look.", **({"reasoning": "I must."} if thinks else {}))
+    row = {"messages": [user("Weather?"), asked, result("get_weather", "sun"), answer]}
+    (example,) = examples({**row, "tools": TOOLS})
+    encoded = encode(example)
+    stock = stock_prompt(example.history, tools=TOOLS, enable_thinking=thinks)
+    assert encoded.tokens[: encoded.prefix_length].tolist() == stock
+    prefix, response = texts(example)
+    opened = "<|channel>thought\n" if thinks else ""
+    assert prefix.endswith(f"<tool_response|>I look.<turn|>\n{opened}")
+    closed = f"{reasoning}\n<channel|>" if reasoning else "<channel|>"
+    assert response == f"{closed if thinks else ''}Sunny.<turn|>"
+
+
 def test_every_turn_is_an_example_with_the_history_of_inference() -> None:
     messages = [
         user("1+1?"),
