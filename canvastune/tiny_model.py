@@ -81,17 +81,26 @@ _OPENERS = (
     *_NAMES,
 )  # tokens that may occur without a leading space
 
-# Like Gemma 4's template: roles on a separate line, the assistant is `model`, surrounding
-# whitespace is dropped.
+# Words of tool declarations, calls and responses; their merges are last, so that they change no
+# other text.
+_TOOL_WORDS = (
+    *("declaration", "description", "parameters", "properties", "required", "type"),
+    *("OBJECT", "STRING", "response", "value", "call", "count", "thing"),
+)
+_TOOL_TOKENS = (
+    *("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", '<|"|>'),
+)
+
+# Like the released template: roles on a separate line, the assistant is `model`, surrounding
+# whitespace is dropped, tools are declared in the system turn, thinking is a channel before the
+# answer, calls and their responses are in the model's turn.
 _CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{- '<|turn>' + role + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] | trim -}}
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content | trim -}}
     {%- else -%}
-        {%- for part in message['content'] -%}
+        {%- for part in content -%}
             {%- if part['type'] == 'text' -%}
                 {{- part['text'] | trim -}}
             {%- elif part['type'] == 'image' -%}
@@ -99,10 +108,104 @@ _CHAT_TEMPLATE = """\
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
+{%- endmacro -%}
+{%- macro value(item) -%}
+    {%- if item is none -%}
+        null
+    {%- elif item is string -%}
+        {{- '<|"|>' + item + '<|"|>' -}}
+    {%- elif item is boolean -%}
+        {{- item | string | lower -}}
+    {%- elif item is mapping -%}
+        {{- '{' -}}
+        {%- for key, inner in item | dictsort -%}
+            {{- ',' if not loop.first -}}{{- key -}}:{{- value(inner) -}}
+        {%- endfor -%}
+        {{- '}' -}}
+    {%- elif item is sequence -%}
+        {{- '[' -}}
+        {%- for inner in item -%}{{- ',' if not loop.first -}}{{- value(inner) -}}{%- endfor -%}
+        {{- ']' -}}
+    {%- else -%}
+        {{- item -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro schema(item) -%}
+    {{- '{' -}}
+    {%- for key, inner in item | dictsort if key != 'type' -%}
+        {{- key -}}:
+        {%- if key == 'properties' -%}
+            {{- '{' -}}
+            {%- for name, property in inner | dictsort -%}
+                {{- ',' if not loop.first -}}{{- name -}}:{{- schema(property) -}}
+            {%- endfor -%}
+            {{- '}' -}}
+        {%- else -%}
+            {{- value(inner) -}}
+        {%- endif -%}
+        {{- ',' -}}
+    {%- endfor -%}
+    {{- 'type:<|"|>' + item['type'] | upper + '<|"|>}' -}}
+{%- endmacro -%}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
+{%- set state = namespace(open=false, user=-1, name='') -%}
+{%- for message in messages if message['role'] == 'user' -%}
+    {%- set state.user = messages.index(message) -%}
+{%- endfor -%}
+{{- bos_token -}}
+{%- set system = messages[0]['role'] == 'system' -%}
+{%- if system or tools or thinks -%}
+    {{- '<|turn>system\\n' -}}
+    {{- '<|think|>\\n' if thinks -}}
+    {{- text(messages[0]['content']) if system -}}
+    {%- for tool in tools or [] -%}
+        {%- set function = tool['function'] -%}
+        {{- '<|tool>declaration:' + function['name'] + '{description:' -}}
+        {{- value(function['description'] | default('')) -}}
+        {%- if function['parameters'] -%}
+            {{- ',parameters:' -}}{{- schema(function['parameters']) -}}
+        {%- endif -%}
+        {{- '}<tool|>' -}}
+    {%- endfor -%}
     {{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- for message in messages[1 if system else 0:] -%}
+    {%- if message['role'] == 'tool' -%}
+        {%- for call in messages | map(attribute='tool_calls') | select('defined') | sum(start=[]) -%}
+            {%- if call['id'] == message['tool_call_id'] -%}
+                {%- set state.name = call['function']['name'] -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- '<|tool_response>response:' + state.name + '{value:' -}}
+        {{- value(message['content']) + '}<tool_response|>' -}}
+    {%- else -%}
+        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+        {%- if not (state.open and role == 'model') -%}
+            {{- '<|turn>' + role + '\\n' -}}
+        {%- endif -%}
+        {%- set after_user = loop.index0 + (1 if system else 0) > state.user -%}
+        {%- if message['reasoning'] and after_user -%}
+            {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
+        {%- endif -%}
+        {%- for call in message['tool_calls'] or [] -%}
+            {{- '<|tool_call>call:' + call['function']['name'] -}}
+            {{- value(call['function']['arguments']) + '<tool_call|>' -}}
+        {%- endfor -%}
+        {{- text(message['content']) -}}
+        {%- set state.open = message['tool_calls'] is defined -%}
+        {%- if not state.open -%}
+            {{- '<turn|>\\n' -}}
+        {%- elif loop.last or loop.nextitem['role'] != 'tool' -%}
+            {{- '<|tool_response>' -}}
+        {%- endif -%}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|turn>model\\n' -}}
+    {%- if not state.open -%}
+        {{- '<|turn>model\\n' -}}
+    {%- elif thinks and messages[-1]['role'] == 'tool' -%}
+        {{- '<|channel>thought\\n' -}}
+    {%- endif -%}
 {%- endif -%}
 """
 
@@ -220,7 +323,7 @@ def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationCon
         stability_threshold=1,
         confidence_threshold=0.005,
         bos_token_id=2,
-        eos_token_id=[1, tokenizer.convert_tokens_to_ids("<turn|>")],
+        eos_token_id=[1, *tokenizer.convert_tokens_to_ids(["<turn|>", "<|tool_response>"])],
         pad_token_id=0,
     )
 
@@ -253,6 +356,12 @@ def _make_tokenizer() -> GemmaTokenizer:
     pieces += ["##", "####"]
     merges += [("#", "#"), ("##", "##")]
     tokens = [*_IMAGE_TOKENS, *pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
+    for word in _TOOL_WORDS:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in tokens:
+                tokens.append(word[:end])
+                merges.append((word[: end - 1], word[end - 1]))
+    tokens += _TOOL_TOKENS
     tokens += [f"<unused{index}>" for index in range(_VOCABULARY - len(_GEMMA_IDS) - len(tokens))]
     free = [index for index in range(_VOCABULARY) if index not in _GEMMA_IDS.values()]
     vocabulary = _GEMMA_IDS | dict(zip(tokens, free, strict=True))
@@ -269,6 +378,7 @@ def _make_tokenizer() -> GemmaTokenizer:
             "boi_token": _IMAGE_TOKENS[0],
             "image_token": _IMAGE_TOKENS[1],
             "eoi_token": _IMAGE_TOKENS[2],
+            **{f"tool_token_{at}": token for at, token in enumerate(_TOOL_TOKENS)},
         },
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
@@ -317,17 +427,57 @@ def _compare(rng: random.Random) -> tuple[str, str]:
     return question, f"{large}-{small}={large - small}\n#### {large - small}"
 
 
-KINDS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "change": _change,
-    "compare": _compare,
+_COUNT_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "count",
+        "description": "How many",
+        "parameters": {
+            "type": "object",
+            "properties": {"who": {"type": "string"}, "thing": {"type": "string"}},
+            "required": ["who", "thing"],
+        },
+    },
+}
+
+
+def _ask(rng: random.Random) -> dict[str, Any]:
+    """Write a conversation in which a tool knows how many, and the answer repeats it."""
+    name, thing, number = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 9)
+    when = rng.choice((" now", " together", ""))
+    call = {"name": "count", "arguments": {"who": name, "thing": thing}}
+    return {
+        "tools": [_COUNT_TOOL],
+        "messages": [
+            {"role": "user", "content": f"How many {thing} does {name} have{when}?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": call}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": str(number)},
+            {"role": "assistant", "content": f"{name} has {number} {thing}.\n#### {number}"},
+        ],
+    }
+
+
+def _pair(write: Callable[[random.Random], tuple[str, str]]) -> Callable[..., dict[str, Any]]:
+    return lambda rng: dict(zip(("question", "answer"), write(rng), strict=True))
+
+
+KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "change": _pair(_change),
+    "compare": _pair(_compare),
+    "tools": _ask,
 }
 
 
 def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
-    """Write `rows` different word problems of one kind as GSM8K-form JSONL: {"question", "answer"}.
+    """Write `rows` different word problems of one kind as JSON lines.
 
     Kinds: `change` (someone gets or loses some; what the tiny base learns) and `compare` (who has
-    how many more than whom; what `make run` adapts it to). The same arguments give the same bytes.
+    how many more than whom; what `make run` adapts it to), {"question", "answer"} as GSM8K; `tools`
+    (a tool is asked how many), {"tools", "messages"}. The same arguments give the same bytes.
 
     Raises:
         UserError: an unknown kind, or more rows than it has different problems.
@@ -338,24 +488,25 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
             hint="Choose one of them.",
         )
     rng = random.Random(f"{kind}-{seed}")
-    problems: dict[str, str] = {}
+    problems: dict[str, dict[str, Any]] = {}
     misses = 0
     while len(problems) < rows:
-        question, answer = KINDS[kind](rng)
-        misses = misses + 1 if question in problems else 0
+        row = KINDS[kind](rng)
+        asked = row["question"] if "question" in row else json.dumps(row["messages"])
+        misses = misses + 1 if asked in problems else 0
         if misses > 1000:
             raise UserError(
                 f"word problems of kind {kind!r}: found about {len(problems)} different ones, "
                 f"expected {rows}",
                 hint="Request fewer rows.",
             )
-        problems[question] = answer
+        problems[asked] = row
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
-            for question, answer in problems.items():
-                stream.write(json.dumps({"question": question, "answer": answer}) + "\n")
+            for row in problems.values():
+                stream.write(json.dumps(row) + "\n")
         partial.rename(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
