@@ -98,7 +98,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
     settings = (
         "train.method=lora",
         "parallel.ep=2",
-        "train.steps=12",
+        "train.steps=8",
         "train.micro_batch_size=2",
         "train.validate_every=100",
         "train.checkpoint_every=4",
@@ -126,7 +126,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
     )
 
     trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
-    spoil(trainer, set(range(6, 13)), rank=0)
+    spoil(trainer, {6, 7, 8}, rank=0)
     with pytest.raises(UserError, match=r"step 8.*train\.max_skipped_steps"):
         trainer.run()
     if dist.get_rank() == 0:
@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
         1,
         3,
         4,
-        *range(8, 13),
+        8,
     ]
     recipe = load_config(ground / "recipe.yaml")
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
@@ -180,6 +180,7 @@ CURVE = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2, 10: 3.4, 12: 2.0}
 SPARSE = (
     "train.method=lora",
     "train.global_batch_size=2",
+    "train.activation_checkpointing=false",
     "parallel.ep=1",
     "train.steps=12",
     "train.validate_every=2",
