@@ -395,7 +395,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidRow(f"{where} is text, but not JSON: {text[:40]!r}") from None
+        raise InvalidRow(f"{where}: not JSON: {text[:40]!r}") from None
 
 
 def is_empty(value: Any) -> bool:

@@ -6,6 +6,7 @@ Every key of a row is used, counted as unused, or the reason for which the row i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -71,6 +72,7 @@ _MEANINGFUL = {
     ),
     _HISTORY_COLUMN: "Put these turns into the messages, or set data.ignore=[{key}].",
 }
+_TABLE = re.compile(r"\.[ct]sv(\.gz)?: ")
 _SPEAKER = {"role", "from"}  # the key of a message that says whose it is
 _PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "text")
 _RESPONSES = ("response", "completion", "answer", "output", "solution", "chosen", "target")
@@ -325,7 +327,7 @@ def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
         return UserError(
             f"{where}: unknown row format: found the columns {found}, expected {_FORMS}; or"
             f" {prompt} and {response}",
-            hint=_suggest(value),
+            hint=_suggest(value, is_table=bool(_TABLE.search(where))),
         )
     missing = ", ".join(
         key for key in required_columns(source.format, source.columns) if key not in value
@@ -342,8 +344,12 @@ def unknown_format(value: Any, where: str, source: DataConfig) -> UserError:
     )
 
 
-def _suggest(value: Mapping[str, Any]) -> str:
-    """Return the settings that would read a row, as far as its columns show."""
+def _suggest(value: Mapping[str, Any], is_table: bool) -> str:
+    """Return the settings that would read a row, as far as its columns show.
+
+    Args:
+        is_table: whether the first line of a CSV or TSV file names the columns.
+    """
     for column, item in value.items():
         if _is_messages(item):
             return f"Set data.columns.messages={column}."
@@ -358,6 +364,11 @@ def _suggest(value: Mapping[str, Any]) -> str:
         asked = _first(_PROMPTS, value) or "..."
         return f"{_PREFERRED}{'' if asked == 'prompt' else f' data.columns.prompt={asked}'}."
     prompt = _first(_PROMPTS, value) or _near("prompt", value)
+    if is_table and prompt is None:
+        return (
+            "If the file has no header, add a line with the names of the columns; if it has, name"
+            " them with data.format=columns data.columns.prompt=... data.columns.response=...."
+        )
     response = _first([name for name in _RESPONSES if name != prompt], value)
     return (
         f"Name your columns with data.format=columns data.columns.prompt={prompt or '...'}"

@@ -461,6 +461,16 @@ def test_the_way_out_of_a_refusal_leads_to_a_prepared_data_set(
     assert found.card["unused"] == ({"rejected": len(NAMES)} if "chosen" in str(settings) else {})
 
 
+def test_a_table_without_a_header_is_refused_as_one(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text("".join(f"Greet {name}.\tHello {name}.\n" for name in NAMES))
+    reason = refusal(file, model)
+    assert "columns Greet Ana1., Hello Ana1." in reason
+    assert "no header" in reason
+    file.write_text("prompt\tresponse\n" + file.read_text())
+    assert prepare(file, model).examples == len(NAMES)
+
+
 def reasoned(name: str) -> dict[str, Any]:
     return {"question": f"{name} has 3. How many?", "reasoning": "It says 3.", "answer": "#### 3"}
 

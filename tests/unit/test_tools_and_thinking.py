@@ -297,7 +297,9 @@ def test_after_a_call_with_text_the_generation_prompt_decides(thinks: bool, reas
     with the turn closed and none opened.
     """
     answer = says("Sunny.", **({"reasoning": reasoning} if thinks and reasoning else {}))
-    asked = call("get_weather", text="I look.", **({"reasoning": "I must."} if thinks else {}))
+    asked = call("get_weather", text="I look.")
+    if thinks:
+        asked["reasoning"] = "I must."
     row = {"messages": [user("Weather?"), asked, result("get_weather", "sun"), answer]}
     (example,) = examples({**row, "tools": TOOLS})
     encoded = encode(example)
