@@ -19,7 +19,6 @@ _FILE = "mixture.json"  # in the folder of the rows, so that a hash of their fol
 class Share:
     """One source of a prepared data set; its rows follow those of the source before it."""
 
-    source: str  # for people
     weight: float
     rows: int
 
@@ -47,7 +46,7 @@ class Mixture:
         """
         path = folder / _FILE
         if not path.is_file():
-            return cls((Share(str(folder), 1.0, rows),))
+            return cls((Share(1.0, rows),))
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             mixture = cls(tuple(Share(**share) for share in tree["shares"]))

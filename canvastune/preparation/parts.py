@@ -102,9 +102,7 @@ def write_mixture(parts: Sequence[Part], train: Counter[int], folder: Path) -> N
     sources.
     """
     shares = tuple(
-        Share(part.source.label, part.weight, train[index])
-        for index, part in enumerate(parts)
-        if not part.held_out
+        Share(part.weight, train[index]) for index, part in enumerate(parts) if not part.held_out
     )
     if len(shares) > 1:
         Mixture(shares).write(folder)

@@ -80,7 +80,7 @@ class Source:
         """
         for file, name, part in self._parts:
             is_table = isinstance(part, datasets.Dataset)
-            read = read_dataset(part) if is_table else read_file(file, part, limits)
+            read = read_dataset(file, part) if is_table else read_file(file, part, limits)
             empty = True
             for number, value, problem in read:
                 empty = False

@@ -149,20 +149,37 @@ def read_ipc(path: Path) -> Iterator[tuple[int, Any, None]]:
             batches = iter(pa.ipc.open_stream(stream))
         else:
             batches = (file.get_batch(at) for at in range(file.num_record_batches))
-        yield from _rows(_slices(batches))
+        yield from _rows(_checked(batches))
 
 
-def read_dataset(table: datasets.Dataset) -> Iterator[tuple[int, Any, None]]:
-    """Read a data set as Arrow: no image or audio is decoded."""
-    arrow = table.with_format("arrow")
-    batches = (batch.combine_chunks() for batch in arrow.iter(batch_size=_BATCH))
-    yield from _rows(each for batch in batches for each in batch.to_batches())
+def read_dataset(file: str, table: datasets.Dataset) -> Iterator[tuple[int, Any, None]]:
+    """Read a data set as Arrow: no image or audio is decoded.
+
+    Raises:
+        UserError: a damaged file; names `file` and the row reached.
+    """
+    tables = table.with_format("arrow").iter(batch_size=_BATCH)
+    row = 0
+    try:
+        for found in _rows(_checked(batch for each in tables for batch in each.to_batches())):
+            row = found[0]
+            yield found
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file}: after row {row}: not a readable data set ({one_line(error)})",
+            hint="Copy or save the data set again.",
+        ) from None
 
 
-def _slices(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _checked(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Divide batches that come from a file as they are, and check them: to read an offset that is
+    damaged would end the process.
+    """
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
-            yield batch.slice(start, _BATCH)
+            part = batch.slice(start, _BATCH)
+            part.validate(full=True)
+            yield part
 
 
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Any, None]]:

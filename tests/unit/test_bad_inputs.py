@@ -216,8 +216,8 @@ DATA: dict[str, Case] = {
         ("data.source", "no such file or folder"),
     ),
     "a kind of file that is not read": (
-        data("rows.csv", b"a,b\n"),
-        ("rows.csv", "unsupported file type", "Convert the file", ".parquet"),
+        data("rows.xlsx", b"PK"),
+        ("rows.xlsx", "unsupported file type", "Save the sheet as CSV", ".parquet"),
     ),
     "an empty file": (data("rows.jsonl", b""), ("rows.jsonl", "0 bytes", "Write the file again")),
     "only blanks": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "has no rows", "Use a file")),

@@ -154,10 +154,10 @@ def test_a_mixture_that_does_not_fit_its_rows_is_refused(tmp_path: Path, model: 
     file = tmp_path / "out" / "train" / "mixture.json"
     count = len(split(tmp_path / "out", "train"))
     assert sum(share.rows for share in Mixture.read(file.parent, count).shares) == count
-    Mixture((Share("a", 1.0, 3),)).write(file.parent)
+    Mixture((Share(1.0, 3),)).write(file.parent)
     with pytest.raises(UserError, match=f"has 3 rows, expected {count}"):
         stream(tmp_path / "out")
-    file.write_text('{"shares": [{"source": "a"}]}')
+    file.write_text('{"shares": [{"weight": 1}]}')
     with pytest.raises(UserError, match="not the mixture of a prepared data set"):
         stream(tmp_path / "out")
 

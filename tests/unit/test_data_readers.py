@@ -258,6 +258,22 @@ def test_a_saved_data_set_is_read_in_the_order_of_its_state(tmp_path: Path) -> N
     assert "not a readable folder of save_to_disk" in refusal(folder)
 
 
+def test_a_damaged_saved_data_set_is_rows_or_refused(tmp_path: Path) -> None:
+    """Arrow does not check the offsets of a file that is memory-mapped."""
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
+    (file,) = folder.glob("*.arrow")
+    whole, refused = file.read_bytes(), 0
+    for at in range(0, len(whole), 16):
+        file.write_bytes(whole[:at] + b"\xee" * 8 + whole[at + 8 :])
+        try:
+            read(folder)
+        except UserError as error:
+            refused += 1
+            assert str(folder) in str(error)
+    assert refused > 10
+
+
 def test_images_of_a_saved_data_set_stay_undecoded(tmp_path: Path) -> None:
     features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
     rows = [{"prompt": "x", "image": {"bytes": b"no picture", "path": None}}]

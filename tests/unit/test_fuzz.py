@@ -5,6 +5,7 @@ gets out.
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -68,7 +69,30 @@ def parquet() -> bytes:
 
 JSON = json.dumps(VALID).encode()
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in VALID)
+
+
+def table(delimiter: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, VALID[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(VALID)
+    return text.getvalue().encode()
+
+
+def arrow() -> bytes:
+    buffer = io.BytesIO()
+    whole = pa.Table.from_pylist(VALID)
+    with pa.ipc.new_file(buffer, whole.schema) as writer:
+        writer.write_table(whole, max_chunksize=5)
+    return buffer.getvalue()
+
+
 WHOLE = {
+    "csv": table(","),
+    "tsv.gz": gzip.compress(table("\t"), mtime=0),
+    "arrow": arrow(),
+    "columns.json": json.dumps({key: [row[key] for row in VALID] for key in VALID[0]}).encode(),
+    "wrapped.json": json.dumps({"data": VALID}).encode(),
     "jsonl": LINES,
     "json": JSON,
     "parquet": parquet(),
