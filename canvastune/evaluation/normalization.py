@@ -1,6 +1,6 @@
 r"""The answer of a text without its typography: `$18.00`, `**18**` and `\boxed{18}` are 18.
 
-Own code: math-verify 0.9.0 misjudges these cases (components/evaluate/README.md has the table).
+Own code: math-verify 0.9.0 misjudges these cases (docs/evaluation.md has the table and the rule).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _whole_answer(match: re.Match[str], text: str) -> str:
     answer = str(match.group(1))
     if not _PLAIN_NUMBER.fullmatch(answer.strip()):
         return answer
-    # What the pattern matched beside its group, a unit for example, is allowed by it.
+    # What the pattern matched around its group, a unit for example, is allowed by it.
     left, right = text[: match.start()], text[match.end() :]
     after = _CONTINUED.match(right)
     at_start = match.start() == match.start(1)

@@ -6,6 +6,7 @@ Schedules, decay, skipped steps, early stopping, the best checkpoint, other numb
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -232,6 +233,14 @@ def best_runs(folder: Path, ground: Path) -> None:
     assert patient.run()
     assert patient.progress.step == 12
     assert patient.load_best_checkpoint() == 12
+
+    losses = {0: math.nan, 2: math.nan, 4: 3.0, 6: math.inf, 8: math.nan, 10: 3.4, 12: math.nan}
+    options = (*SPARSE, "train.keep_checkpoints=9")
+    unstable = validated(make_trainer(ground, folder / "unstable", *options), losses)
+    assert unstable.run()
+    assert unstable.load_best_checkpoint() == 4, "a loss that is not finite counts as the best"
+    for marker in (folder / "unstable" / "checkpoints").glob("*/complete.json"):
+        json.loads(marker.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
 
 
 def test_early_stopping_and_the_best_checkpoint(ground: Path, tmp_path: Path) -> None:
