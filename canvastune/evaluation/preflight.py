@@ -34,12 +34,17 @@ def check_generation_config(model: Path) -> list[str]:
             reads.
     """
     file = model / _GENERATION
-    if not file.is_file():
+    if not file.is_file() or not _is_diffusion_gemma(model):  # preparation refuses another model
         return []
     hint = f"Remove or correct these settings in {_GENERATION}; DiffusionGemma has its own."
     try:
         found = DiffusionGemmaGenerationConfig.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({one_line(error)})",
+            hint="Use the directory of an unchanged checkpoint.",
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: transformers {transformers.__version__} cannot load it ({one_line(error)}), "
             "so no tuned model could be verified or evaluated",
@@ -63,6 +68,14 @@ def check_generation_config(model: Path) -> list[str]:
             "beyond the sliding window differ from those of a dynamic cache. Remove it"
         )
     return remarks
+
+
+def _is_diffusion_gemma(model: Path) -> bool:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "diffusion_gemma"
 
 
 def describe_scoring(config: RunConfig, dataset: Path) -> list[str]:
