@@ -200,9 +200,9 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     if summary.exact_match_after is not None:
         before, after = summary.exact_match_before, summary.exact_match_after
         lines["exact match"] = f"{before:.1%} -> {after:.1%} of held-out rows"
-        before, after = summary.exact_match_normalized_before, summary.exact_match_normalized_after
-        if before is not None and after is not None:
-            lines["exact match"] += f"; normalized {before:.1%} -> {after:.1%}"
+        ends = (summary.exact_match_normalized_before, summary.exact_match_normalized_after)
+        if None not in ends:  # as in an evaluation of an earlier version
+            lines["exact match"] += f"; normalized {ends[0]:.1%} -> {ends[1]:.1%}"
     return lines
 
 

@@ -9,8 +9,8 @@ import re
 from decimal import Decimal
 
 _CURRENCY = r"[$€£¥₹₽₩₺₴₫฿]"
-_SPACES = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f"), " ")  # no-break, figure, thin
-_MARKS = str.maketrans({"\u2212": "-", "‘": "'", "’": "'", "“": '"', "”": '"', **_SPACES})
+_SPACES = "\u00a0\u2007\u2009\u202f"  # no-break, figure and thin spaces
+_MARKS = str.maketrans(f"\u2212‘’“”{_SPACES}", "-''\"\"" + " " * len(_SPACES))
 _LATEX_SPACE = re.compile(r"\\[,!;: ]|\{,\}")  # `1\,234` and `1{,}234` are 1,234 in LaTeX
 _LATEX_DELIMITER = re.compile(r"\\[()\[\]]|\\(?=[$%])")
 _LATEX_BOX = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")

@@ -128,13 +128,14 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> EvaluationResult:
         """Build a result from the object in evaluation.json. Raises: KeyError, a key is missing."""
+        same_names: dict[str, Any] = {name: found[name] for name in (*_COMPARISON, *_SETTINGS)}
+        same_names |= {name: found.get(name) for name in _NORMALIZED_COMPARISON}
         return cls(
             rows=found["rows"],
             scored=found["scored"],
             before=_model_figures(found, "before"),
             after=_model_figures(found, "after"),
-            **{name: found[name] for name in (*_COMPARISON, *_SETTINGS)},
-            **{name: found.get(name) for name in _NORMALIZED_COMPARISON},
+            **same_names,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -172,9 +173,11 @@ class EvaluationResult:
 
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     prefix = _level_key(side)
+    keys = _SCORE_KEYS | _MEASURED_KEYS
+    values: dict[str, Any] = {name: found[key.format(side)] for name, key in keys.items()}
+    values |= {name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()}
     return ModelFigures(
-        **{name: found[key.format(side)] for name, key in (_SCORE_KEYS | _MEASURED_KEYS).items()},
-        **{name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()},
+        **values,
         validation_loss_by_level={
             key.removeprefix(prefix): loss for key, loss in found.items() if key.startswith(prefix)
         },

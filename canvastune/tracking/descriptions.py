@@ -43,13 +43,11 @@ def describe_report(
     """
     rows: list[tuple[str, ...]] = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
-        before, after = evaluation.before, evaluation.after
+        sides = (evaluation.before, evaluation.after)
         label = f"exact match on {evaluation.scored} held-out rows (95% interval)"
-        rows.append((label, _with_interval(before), _with_interval(after)))
+        rows.append((label, *(_with_interval(model) for model in sides)))
         label = "exact match, normalized (95% interval)"
-        rows.append(
-            (label, _with_interval(before, "_normalized"), _with_interval(after, "_normalized"))
-        )
+        rows.append((label, *(_with_interval(model, "_normalized") for model in sides)))
     # Of the exported weights; training's own curve ends with the last step's.
     losses = ("eval/validation_loss_before", "eval/validation_loss_after")
     if losses[0] not in figures:

@@ -49,10 +49,11 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
             yield Finding("evaluation", "ok", "exact match is off: evaluate.answer_pattern is null")
         for remark in describe_scoring(config, dataset):
             found = f"of the first {_ROWS} rows: {remark}"
-            left_out = "exact match will be left out" in remark
-            fix = "set evaluate.answer_pattern to the form of the answers, or to null"
-            state, fix = ("warning", fix) if left_out else ("ok", "")
-            yield Finding("evaluation", state, found, fix)
+            if "exact match will be left out" in remark:
+                fix = "set evaluate.answer_pattern to the form of the answers, or to null"
+                yield Finding("evaluation", "warning", found, fix)
+            else:
+                yield Finding("evaluation", "ok", found)
         # How many rows are held out of all is not known here.
         few = config.evaluate.model_copy(update={"rows": 1})
         for remark in describe_answers(config.model_copy(update={"evaluate": few}), dataset, model):

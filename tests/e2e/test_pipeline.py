@@ -315,7 +315,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
         interrupted.interrupt()
         interrupted.join()
         left = _processes_of(workspace / "runs" / "full")
-        again = start("again", workspace, *full)
+        later = ("evaluate.answer_pattern=null", "evaluate.rows=3", "tracking.promote=never")
+        again = start("again", workspace, *full, *(f"--set={setting}" for setting in later))
         for run in (lora, again, broken):
             run.join()
     return Runs(
@@ -425,13 +426,29 @@ def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
     assert record.finished, "the exit task did not run: was it answered from the cache?"
 
 
+def test_an_unfinished_run_goes_on_with_other_settings_of_later_steps(runs: Runs) -> None:
+    """Here without an answer pattern: exact match is left out, and all else is reported."""
+    folder = runs.workspace / "runs" / "full"
+    found = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert (found["rows"], found["scored"], found["answer_pattern"]) == (3, 0, None)
+    assert found["exact_match_after"] is found["verdict"] is None
+    assert found["validation_loss_after"] < found["validation_loss_before"]
+    assert len((folder / "evaluation" / "answers.jsonl").read_text().splitlines()) == 3
+    assert not any("exact" in name for name in json.loads((folder / "summary.json").read_text()))
+    assert "exact match      left out: evaluate.answer_pattern is null" in runs.full.said
+    page = (folder / "report" / "report.html").read_text()
+    assert "without exact match" in page
+    assert "Validation loss before and after" in page
+
+
 def test_prepared_data_is_reused_and_never_overwritten(runs: Runs) -> None:
     assert "reused: the same data" in runs.interrupted.said
-    assert "reused: the same data" in runs.full.said
     assert len(runs.prepared) == 1
-    assert list(runs.workspace.glob("kfp/*/prepare-data/dataset")) == runs.prepared, (
-        "the data was prepared again"
-    )
+    found = sorted(runs.workspace.glob("kfp/*/prepare-data/dataset"))
+    assert found[0] == runs.prepared[0]
+    (tried,) = found[1:]  # of the run with another answer pattern, which is tried on the references
+    for split in ("train", "validation"):
+        assert hash_path(tried / split) == hash_path(found[0] / split), "the rows are others"
     assert runs.print_now == runs.print_then, "an earlier run's data changed"
     assert _folder(runs.lora) != runs.workspace / "runs" / "full"
 
