@@ -220,11 +220,16 @@ def watched_step(folder: Path, checkpoint: Path) -> None:
     events: list[str] = []
     all_to_all = dist.all_to_all_single
 
-    def watched(out: torch.Tensor, *others: Any, async_op: bool = False, **options: Any) -> Any:
+    def watched(out: torch.Tensor, *others: Any, **options: Any) -> Any:
         if out.is_floating_point():  # and not how many rows there will be
-            events.append("leave" if async_op else "all-to-all")
-        work = all_to_all(out, *others, async_op=async_op, **options)
-        return work and mock.Mock(wait=lambda: (events.append("arrive"), work.wait()))
+            events.append("leave" if options.get("async_op") else "all-to-all")
+        work = all_to_all(out, *others, **options)
+
+        def arrive() -> None:
+            events.append("arrive")
+            work.wait()
+
+        return work and mock.Mock(wait=arrive)
 
     dense = model.model.decoder.layers[-1].mlp
     dense.register_forward_hook(lambda *_: events.append("dense"))
