@@ -31,7 +31,13 @@ from canvastune.evaluation import run
 from canvastune.evaluation.generation import Question, response_ends, select_questions
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
-from canvastune.evaluation.scoring import mcnemar, wilson
+from canvastune.evaluation.scoring import (
+    answer_part,
+    find_reference,
+    is_correct,
+    mcnemar,
+    wilson,
+)
 from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.tokenizer import load_tokenizer
 from canvastune.tiny_model import write_problems
@@ -113,6 +119,48 @@ def test_prompt_is_what_the_chat_template_gives(prepared: Path, tiny_model: Path
         )
         assert question.tokens == rendered["input_ids"]
         assert question.opening == ""
+
+
+def test_rows_with_tools_are_asked_with_their_tools(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "tools.jsonl"
+    write_problems(rows, "tools", 60, seed=0)
+    tree = recipe(rows).model_dump(mode="json")
+    tree["data"] |= {"seq_length": 512, "learn": "all"}
+    tree["evaluate"]["answer_pattern"] = r"call:(count\{.*\})<tool_call"
+    config, out = parse_config(tree), tmp_path / "data"
+    prepare_data(config, tiny_model, out)
+    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    questions = select_questions(out, tokenizer, 1000)
+    assert len({question.id for question in questions}) == len(questions)
+    conversations = [json.loads(line) for line in rows.open()]
+    rendered = {
+        tuple(
+            tokenizer.apply_chat_template(
+                row["messages"][:length],
+                tools=row["tools"],
+                add_generation_prompt=True,
+                return_dict=True,
+            )["input_ids"]
+        ): row["messages"][length]
+        for row in conversations
+        for length in (1, 3)
+    }
+    calls = [question for question in questions if "tool_calls" in rendered[tuple(question.tokens)]]
+    assert 0 < len(calls) < len(questions)
+    pattern = re.compile(config.evaluate.answer_pattern or "")
+    for question in calls:
+        assert question.text.startswith("How many "), "the prompt is not shown as text"
+        assert question.reference.startswith("<|tool_call>call:count{")
+        assert find_reference(pattern, question.reference) is not None
+        assert is_correct(
+            pattern,
+            answer_part(f"<|channel>thought\nno\n<channel|>{question.reference}"),
+            find_reference(pattern, question.reference),  # type: ignore[arg-type]
+        ) == (True, True)
+    others = [question for question in questions if question not in calls]
+    assert all("(call) count(" in question.text for question in others)
+    ends = [tokenizer.decode([token]) for token in response_ends(out)]
+    assert sorted(ends) == ["<turn|>", "<|tool_response>"]
 
 
 def test_generation_stops_where_the_prepared_responses_end(
