@@ -85,7 +85,7 @@ _OPENERS = (
 # other text.
 _TOOL_WORDS = (
     *("declaration", "description", "parameters", "properties", "required", "type"),
-    *("OBJECT", "STRING", "response", "value", "call", "count", "thing"),
+    *("OBJECT", "STRING", "response", "value", "call", "count"),
 )
 _TOOL_TOKENS = (
     *("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
@@ -434,8 +434,8 @@ _COUNT_TOOL = {
         "description": "How many",
         "parameters": {
             "type": "object",
-            "properties": {"who": {"type": "string"}, "thing": {"type": "string"}},
-            "required": ["who", "thing"],
+            "properties": {"who": {"type": "string"}},
+            "required": ["who"],
         },
     },
 }
@@ -444,12 +444,19 @@ _COUNT_TOOL = {
 def _ask(rng: random.Random) -> dict[str, Any]:
     """Write a conversation in which a tool knows how many, and the answer repeats it."""
     name, thing, number = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 9)
-    when = rng.choice((" now", " together", ""))
-    call = {"name": "count", "arguments": {"who": name, "thing": thing}}
+    asked = rng.choice(
+        (
+            f"How many {thing} does {name} have?",
+            f"How many {thing} does {name} have now?",
+            f"{name} has {thing}. How many?",
+            f"{name} has {thing}. How many {thing} does {name} have?",
+        )
+    )
+    call = {"name": "count", "arguments": {"who": name}}
     return {
         "tools": [_COUNT_TOOL],
         "messages": [
-            {"role": "user", "content": f"How many {thing} does {name} have{when}?"},
+            {"role": "user", "content": asked},
             {
                 "role": "assistant",
                 "content": None,

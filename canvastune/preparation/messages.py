@@ -69,6 +69,8 @@ def read_messages(
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, f"column {column!r}")
+    if isinstance(value, dict):
+        value = _transpose(value)
     if not isinstance(value, list):
         raise InvalidRow(
             f"column {column!r} is {kind(value)}, expected a list of {{'role', 'content'}} objects"
@@ -84,6 +86,16 @@ def read_messages(
                 continue
         _read_message(found, message, number, column, ignore, keep_thinking)
     return found
+
+
+def _transpose(value: dict[str, Any]) -> Any:
+    """Return the messages of an object of lists, as `datasets` before 4 stored a list of objects;
+    any other object as it is.
+    """
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if not lists or len(lists) < len(value) or len({len(item) for item in lists}) > 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
 
 
 def _read_message(

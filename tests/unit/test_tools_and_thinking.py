@@ -418,3 +418,11 @@ def test_a_response_without_its_call_is_refused(messages: list[Any], named: str)
     with pytest.raises(InvalidRow) as refused:
         examples({"messages": messages})
     assert named in str(refused.value)
+
+
+def test_an_object_of_lists_is_a_list_of_messages() -> None:
+    """As `datasets` before 4 stored it."""
+    turns = {"role": ["user", "assistant"], "content": ["Hi", "Ho"]}
+    assert texts(examples({"messages": turns})[0])[1] == "Ho<turn|>"
+    with pytest.raises(InvalidRow):
+        examples({"messages": {"role": ["user"], "content": ["Hi", "Ho"]}})
