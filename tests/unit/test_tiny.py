@@ -362,7 +362,8 @@ def test_tool_problems_call_a_tool_and_repeat_what_it_says(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("recipe", "method"), [("tiny_lora.yaml", "lora"), ("tiny_sft.yaml", "full")]
+    ("recipe", "method"),
+    [("tiny_lora.yaml", "lora"), ("tiny_tools.yaml", "lora"), ("tiny_sft.yaml", "full")],
 )
 def test_tiny_recipes_load(recipe: str, method: str) -> None:
     config = load_config(RECIPES / recipe)
