@@ -72,7 +72,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class ParsedRow:
     """A whole row.
 
     Attributes:

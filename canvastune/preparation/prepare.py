@@ -245,7 +245,7 @@ def _examples(
     try:
         if row.problem is not None:
             raise InvalidRow(row.problem)
-        dialogue, examples = reader.read(row.value)
+        parsed, examples = reader.read(row.value)
     except InvalidRow as reason:
         return [reason]
     if examples:
@@ -261,7 +261,7 @@ def _examples(
             stats.drop_held_out()
             return []
         seen.add(digest)
-    stats.count_turns(dialogue, examples)
+    stats.count_turns(parsed, examples)
     return list(examples)
 
 

@@ -1,4 +1,4 @@
-"""From a data row to a dialogue: the forms of rows that are read, and what is refused.
+"""From a data row to its messages: the forms of rows that are read, and what is refused.
 
 Every key of a row is used, counted as unused, or the reason for which the row is refused.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.conversation import Conversation, Dialogue, InvalidRow, Message
+from canvastune.preparation.conversation import Conversation, InvalidRow, Message, ParsedRow
 from canvastune.preparation.messages import (
     MARK_KEYS,
     THINKING_KEYS,
@@ -107,7 +107,7 @@ class RowReader:
         self.unseen = {column: name for name, column in named.items() if column}
         """Columns that the recipe names and no row has had yet, with the name of their key."""
 
-    def read(self, value: Any) -> tuple[Dialogue, list[Conversation]]:
+    def read(self, value: Any) -> tuple[ParsedRow, list[Conversation]]:
         """Return what a row says, and the examples in it: none if what would be learned is marked
         as not to be learned.
 
@@ -132,19 +132,19 @@ class RowReader:
             for column in self.unseen.keys() & value.keys():
                 del self.unseen[column]
         if self._format in ("messages", "sharegpt"):
-            dialogue = self._read_conversation(value, extra)
+            parsed = self._read_conversation(value, extra)
         else:
-            dialogue = self._read_sides(value, extra)
-        return dialogue, dialogue.examples(self._learn)
+            parsed = self._read_sides(value, extra)
+        return parsed, parsed.examples(self._learn)
 
-    def _read_conversation(self, value: dict[str, Any], extra: dict[str, Any]) -> Dialogue:
+    def _read_conversation(self, value: dict[str, Any], extra: dict[str, Any]) -> ParsedRow:
         column = self._required[0]
         found = read_messages(
             value[column], column, self._ignore, keep_thinking=self._keep_thinking
         )
-        return self._dialogue(found, extra)
+        return self._parsed(found, extra)
 
-    def _read_sides(self, value: dict[str, Any], extra: dict[str, Any]) -> Dialogue:
+    def _read_sides(self, value: dict[str, Any], extra: dict[str, Any]) -> ParsedRow:
         """Read a row whose prompt and response are columns, each text or a list of messages."""
         prompt, response = self._required
         found = Messages()
@@ -172,7 +172,7 @@ class RowReader:
                 found.unused.add(thinking)
             elif found.turns[asked]["role"] == "assistant":
                 found.turns[asked]["reasoning"] = text_found
-        return self._dialogue(found, extra)
+        return self._parsed(found, extra)
 
     def _messages(self, value: Any, column: str) -> Messages:
         try:
@@ -222,7 +222,7 @@ class RowReader:
             (turn("user", user, where), turn("assistant", answer, where)) for user, answer in pairs
         ]
 
-    def _dialogue(self, found: Messages, extra: dict[str, Any]) -> Dialogue:
+    def _parsed(self, found: Messages, extra: dict[str, Any]) -> ParsedRow:
         """Add what accompanies the messages; every other column is counted or refused."""
         tools: tuple[dict[str, Any], ...] = ()
         for key in list(extra):
@@ -258,7 +258,7 @@ class RowReader:
                     " further column.",
                 )
         found.unused |= {str(key) for key in extra}
-        return Dialogue(found.turns, tools, frozenset(found.marked), sorted(found.unused))
+        return ParsedRow(found.turns, tools, frozenset(found.marked), sorted(found.unused))
 
     def _add_system(self, found: Messages, key: str, value: Any) -> None:
         text = check_text(text_of(value, "system", f"column {key!r}"), "system", f"column {key!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
-from canvastune.preparation.conversation import Conversation, Dialogue, InvalidRow
+from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.readers import Row
 from canvastune.preparation.row_formats import RowFormat
 
@@ -53,7 +53,7 @@ class DatasetStats:
         self._lengths: Counter[int] = Counter()
         self._blocks: Counter[int] = Counter()
 
-    def count_turns(self, dialogue: Dialogue, examples: Sequence[Conversation]) -> None:
+    def count_turns(self, parsed: ParsedRow, examples: Sequence[Conversation]) -> None:
         """Count a row's assistant turns, and what of the row is not used."""
         learned = len(examples)
         for example in examples:
@@ -62,13 +62,13 @@ class DatasetStats:
                 self.turns[CALLS] += 1
             if "reasoning" in last:
                 self.turns["learned with thinking"] += 1
-        answers = sum(message["role"] == "assistant" for message in dialogue.messages)
+        answers = sum(message["role"] == "assistant" for message in parsed.messages)
         self.turns["learned"] += learned
         if answers > learned:
             self.turns["context"] += answers - learned
-        if left := len(dialogue.messages) - 1 - dialogue.answers[-1]:
+        if left := len(parsed.messages) - 1 - parsed.answers[-1]:
             self.turns["after the last answer"] += left
-        self.unused.update(dialogue.unused)
+        self.unused.update(parsed.unused)
         if learned:
             self.further_examples += learned - 1
         else:

@@ -339,9 +339,9 @@ def test_a_turn_without_thinking_is_asked_without_it() -> None:
 def test_thinking_is_dropped_where_the_recipe_says_so() -> None:
     messages = [user("1+1?"), says("2", reasoning_content="one and one")]
     config = DataConfig(source="x", thinking="drop")
-    dialogue, (example,) = RowReader("messages", config, config).read({"messages": messages})
+    parsed, (example,) = RowReader("messages", config, config).read({"messages": messages})
     assert texts(example) == ("<bos><|turn>user\n1+1?<turn|>\n<|turn>model\n", "2<turn|>")
-    assert dialogue.unused == ["messages.reasoning_content"]
+    assert parsed.unused == ["messages.reasoning_content"]
 
 
 def test_marked_turns_are_context_only() -> None:
