@@ -72,7 +72,6 @@ RECIPES = {
     "8-way expert parallelism",
     "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision "
     "tower",
-    "tiny_tools": "LoRA on the tiny base, on conversations with a tool",
     "tiny_tools": "LoRA on the tiny base, on conversations with a tool; `make run` prepares its data",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
     "tiny_sft": "full fine-tuning of random weights; `make run` creates the tiny base with it",

@@ -398,6 +398,8 @@ def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -
 
 def test_a_paired_comparison_is_surer_than_two_intervals(config: RunConfig) -> None:
     result = sample_result(64, before=40, after=48, lost=0)
+    assert result.after.exact_match_low is not None
+    assert result.before.exact_match_high is not None
     assert result.after.exact_match_low < result.before.exact_match_high
     assert not _warnings(config, [], evaluation=result)
 

@@ -29,7 +29,7 @@ CALL = re.compile(
 def rows_ending_in_a_call(folder: Path, count: int) -> Path:
     """Different questions, each with the call that answers it as the last turn."""
     write_problems(folder / "all.jsonl", "tools", 3 * count, 0)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for line in (folder / "all.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         row["messages"] = row["messages"][:2]
