@@ -3,9 +3,10 @@ ranks of a step work.
 
 Rows per second from a JSON lines file to tokens on disk: `prepare_data`, and
 `datasets.load_dataset` with `map` and a plain tokenizer call, which renders no chat template,
-checks nothing, finds no repeats and makes no split or card. Then the memory of preparing five times
-the rows, and the tokens of the busiest rank over the mean in each forward. Writes
-benchmarks/results/data.json.
+checks nothing, finds no repeats and makes no split or card. Then conversations with tools (two
+declarations, a call, its response and the answer), against rows of GSM8K's form; with `--baseline`,
+rows of GSM8K's form against another checkout; the memory of preparing five times the rows; and the
+tokens of the busiest rank over the mean in each forward. Writes benchmarks/results/data.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -100,6 +102,9 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
+        "--baseline", type=Path, metavar="CHECKOUT", help="the root of another checkout"
+    )
+    parser.add_argument(
         "--prepare", nargs=3, metavar=("FILE", "MODEL", "OUT"), help=argparse.SUPPRESS
     )
     options = parser.parse_args()
@@ -110,6 +115,10 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core, on both sides
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as work:
         result = _measure(Path(work), options.rows, options.many, options.rounds)
+        if options.baseline:
+            result["baseline"] = _against(
+                Path(work), options.many, options.rounds, options.baseline
+            )
     write_result("data", result)
     print(json.dumps(result, indent=2))
     return int(min(result["one_process"]["ratio"], result["two_processes"]["ratio"]) < GOAL)
@@ -124,9 +133,14 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
     }
     result["one_process"] = _compare(work, files[rows], rows, 1, rounds)
     result["two_processes"] = _compare(work, files[many], many, 2, rounds)
+    tools = _write_tool_rows(work / "tools.jsonl", many)
+    result["tools"] = _compare_tools(work, files[many], tools, many, rounds)
     result["memory"] = {}
-    for count, file in files.items():
-        say("data", f"memory of {count:,} rows, two processes")
+    for name, file in {
+        **{str(count): file for count, file in files.items()},
+        "tools": tools,
+    }.items():
+        say("data", f"memory of {name} rows, two processes")
         command = [
             sys.executable,
             "-m",
@@ -140,7 +154,7 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
         if code:
             raise SystemExit(f"the preparation of {file} ended with exit code {code}")
         shutil.rmtree(work / "out")
-        result["memory"][str(count)] = {
+        result["memory"][name] = {
             "anonymous_bytes": [peak.anonymous for peak in peaks]
         }  # of each process, the largest first
     result["balance"] = [_balance(*layout) for layout in LAYOUTS]
@@ -169,6 +183,51 @@ def _compare(work: Path, file: Path, rows: int, processes: int, rounds: int) -> 
         f"{processes} process(es), {rows:,} rows: {speed} rows/s; prepare_data over map "
         f"{ratio:.2f}",
     )
+    return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
+
+
+def _compare_tools(work: Path, plain: Path, tools: Path, rows: int, rounds: int) -> dict[str, Any]:
+    """Rows per second of conversations with tools, over those of GSM8K's form."""
+    with _quiet():
+        seconds = alternate(
+            {
+                name: functools.partial(_prepare, work, file, 2)
+                for name, file in (("gsm8k", plain), ("tools", tools))
+            },
+            rounds,
+        )
+    speed = {name: round(rows / value) for name, value in seconds.items()}
+    ratio = seconds["gsm8k"] / seconds["tools"]
+    say("data", f"two processes, {rows:,} rows: {speed} rows/s; tools over gsm8k {ratio:.2f}")
+    return {
+        "rows": rows,
+        "characters_a_row": round(tools.stat().st_size / rows),
+        "rows_per_second": speed,
+        "ratio": ratio,
+    }
+
+
+def _against(work: Path, rows: int, rounds: int, baseline: Path) -> dict[str, Any]:
+    """Rows per second of this checkout over another one's, as each card says."""
+    file = work / f"{rows}.jsonl"
+    seconds: dict[str, list[float]] = {"this": [], "baseline": []}
+    for _ in range(rounds):
+        for name, root in (("this", Path.cwd()), ("baseline", baseline)):
+            out = work / f"out-{name}"
+            command = [sys.executable, "-m", "benchmarks.data", "--prepare"]
+            subprocess.run(
+                [*command, str(file), str(work / "model"), str(out)],
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": str(root)},
+                check=True,
+            )
+            card = json.loads((out / "card.json").read_text(encoding="utf-8"))
+            seconds[name].append(card["seconds"])
+            shutil.rmtree(out)
+    best = {name: min(values) for name, values in seconds.items()}
+    speed = {name: round(rows / value) for name, value in best.items()}
+    ratio = best["baseline"] / best["this"]
+    say("data", f"two processes, {rows:,} rows: {speed} rows/s; over the baseline {ratio:.2f}")
     return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
 
 
@@ -228,19 +287,51 @@ def _config(file: Path) -> RunConfig:
     )
 
 
+def _text(rng: random.Random, characters: float) -> str:
+    words: list[str] = []
+    while characters > 0:
+        words.append(rng.choice(WORDS) if rng.random() < 0.85 else str(rng.randint(1, 500)))
+        characters -= len(words[-1]) + 1
+    return " ".join(words)
+
+
+def _write_tool_rows(file: Path, count: int) -> Path:
+    """Conversations with two declarations, a call, its response and the answer; question and answer
+    as long as those of GSM8K's form.
+    """
+    rng = random.Random(1)
+    number = {"type": "number", "description": "in dollars"}
+    parameters = {"type": "object", "properties": {"price": number}, "required": ["price"]}
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": name, "description": "from the shop", "parameters": parameters},
+        }
+        for name in ("find_price", "find_total")
+    ]
+    with file.open("w", encoding="utf-8") as stream:
+        for row in range(count):
+            call = {"name": rng.choice(("find_price", "find_total")), "arguments": {"price": row}}
+            messages = [
+                {"role": "user", "content": f"{row} {_text(rng, rng.lognormvariate(5.4, 0.4))}"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "type": "function", "function": call}],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": str(rng.randint(1, 999))},
+                {"role": "assistant", "content": _text(rng, rng.lognormvariate(5.55, 0.5))},
+            ]
+            stream.write(json.dumps({"messages": messages, "tools": tools}) + "\n")
+    return file
+
+
 def _write_rows(file: Path, count: int) -> Path:
     """Rows of GSM8K's form, lengths and their spread: log-normal, about 235 characters of a
     question and 290 of an answer.
     """
     rng = random.Random(0)
-
-    def text(characters: float) -> str:
-        words: list[str] = []
-        while characters > 0:
-            words.append(rng.choice(WORDS) if rng.random() < 0.85 else str(rng.randint(1, 500)))
-            characters -= len(words[-1]) + 1
-        return " ".join(words)
-
+    text = functools.partial(_text, rng)
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
             question, answer = (
