@@ -12,7 +12,7 @@ __all__ = ["PREPARATION_VERSION", "prepare_data"]
 # Raise this when the same rows, tokenizer and settings would yield other tokens: data prepared by
 # an earlier version is then prepared again, and an unfinished run that was trained on it is
 # rejected. Import nothing heavy at the top of this file: the first step reads only the version.
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 
 
 def __getattr__(attribute: str) -> Any:

@@ -18,7 +18,7 @@ from components.resolve import step as resolve
 from tests.support.data_fixtures import make_model, problems, run_config, write_lines
 
 RECIPE = {"name": "small", "data": {"source": "rows.jsonl"}}
-PREPARED = {1: "5e89a100"}  # PREPARATION_VERSION -> beginning of the content hash
+PREPARED = {1: "5e89a100", 2: "5e89a100"}  # PREPARATION_VERSION -> beginning of the content hash
 
 
 def test_a_setting_that_decides_a_weight_makes_another_run() -> None:
