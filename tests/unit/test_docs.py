@@ -13,15 +13,20 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import click
+import datasets
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from canvastune.config import load_config, parse_config
-from canvastune.config.loading import known_keys
+from canvastune.config.loading import known_keys, loads
+from canvastune.preparation.prepare import prepare_data
+from canvastune.tiny_model import make_tiny_model
 from pipelines import cli
 from pipelines.parser import build_parser, subcommands
 from tests.support.cluster_rules import pod_security_problems
@@ -38,7 +43,7 @@ from tests.support.documents import (
     parsed,
     spans,
 )
-from tools import method_figure, recipes_page
+from tools import data_page, method_figure, recipes_page
 from tools.chart_table import CHART, documented_values
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -322,7 +327,7 @@ def test_code_blocks_name_their_language() -> None:
         str(block): block.language
         for page in PAGES
         for block in blocks(page)
-        if block.language not in ("", "sh", "yaml", "python", "mermaid")
+        if block.language not in ("", "sh", "yaml", "python", "json", "mermaid")
     }
     assert not unknown
 
@@ -459,3 +464,71 @@ def test_the_figure_of_the_method_shows_what_the_page_says(tmp_path: Path) -> No
                 *range(clean, clean + method_figure.CANVAS),
             ]
     method_figure.draw(what).savefig(tmp_path / "method.png", dpi=20)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    make_tiny_model(folder)
+    return folder
+
+
+def test_the_forms_of_the_data_page_match_their_rows(tiny: Path) -> None:
+    text, drawn = data_page.PAGE.read_text(encoding="utf-8"), data_page.pictures(tiny)
+    stored = {path.name: path.read_text(encoding="utf-8") for path in data_page.PICTURES.iterdir()}
+    assert text == data_page.page(text), "out of date: run python -m tools.data_page"
+    assert stored == drawn, "out of date: run python -m tools.data_page"
+
+
+@pytest.mark.parametrize("form", data_page.FORMS, ids=lambda form: form.name)
+def test_a_picture_is_green_where_prepared_rows_are_learned(
+    form: data_page.Form, tiny: Path, tmp_path: Path
+) -> None:
+    """Read from the picture's boxes and from the files that `prepare_data` writes."""
+    row = json.dumps(form.row)
+    (tmp_path / "row.jsonl").write_text(row)
+    (tmp_path / "held_out.jsonl").write_text(re.sub("2|Bonn|users", "Ulm", row))
+    overrides = [
+        "name=page",
+        f"data.source={tmp_path / 'row.jsonl'}",
+        f"data.validation={tmp_path / 'held_out.jsonl'}",
+        *form.settings,
+    ]
+    prepare_data(loads("{}", overrides=overrides), tiny, tmp_path / "out", processes=1)
+    prepared = datasets.load_from_disk(str(tmp_path / "out" / "train"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    shown = _shown((data_page.PICTURES / f"{form.name}.svg").read_text(encoding="utf-8"))
+    assert len(shown) == len(prepared) > 0
+    for (context, learned), example in zip(shown, prepared, strict=True):
+        at = example["prefix_length"]
+        assert learned == tokenizer.decode(example["input_ids"][at:])
+        assert context == tokenizer.decode(example["input_ids"][:at])
+        assert example["input_ids"][at:] == tokenizer.encode(learned, add_special_tokens=False)
+
+
+def _shown(picture: str) -> list[tuple[str, str]]:
+    """Return gray and green text of each example in a picture: what is on a box of that color."""
+    tree = ElementTree.fromstring(picture)
+    space = "{http://www.w3.org/2000/svg}"
+    assert not tree.findall(f".//{space}script")
+    boxes = {
+        (box.attrib["x"], float(box.attrib["y"]) + 15, float(box.attrib["width"])): box.attrib[
+            "class"
+        ]
+        for box in tree.iter(f"{space}rect")
+    }
+    found: list[tuple[str, str]] = []
+    for text in tree.iter(f"{space}text"):
+        if text.attrib["class"] == "title":
+            continue
+        at = (text.attrib["x"], float(text.attrib["y"]), float(text.attrib["textLength"]))
+        words = (text.text or "").replace(data_page.LINE_BREAK, "\n")
+        context, learned = found.pop() if found else ("", "")
+        match boxes[at]:
+            case "context" if learned:
+                found += [(context, learned), (words, "")]
+            case "context":
+                found.append((context + words, ""))
+            case "learned":
+                found.append((context, learned + words))
+    return found
