@@ -183,7 +183,7 @@ FORMS = (
             "system": "Be short.",
             "history": [["2+2?", "4"]],
         },
-        "The output alone. The pairs of the history are turns before the instruction; with"
+        "The output. The pairs of the history are turns before the instruction; with"
         " `data.learn=all` their answers are learned too.",
     ),
     Form(
@@ -244,7 +244,7 @@ FORMS = (
         "Thinking",
         {"messages": [_user("2+2?"), _says("4", reasoning="2 and 2 make 4.")]},
         "The thinking, as a channel before the answer, and the answer. With `data.thinking=drop`,"
-        " the answer alone.",
+        " only the answer.",
     ),
     Form(
         "thinking_column",
@@ -398,7 +398,7 @@ def _text(classes: str, text: str, left: float, top: int) -> str:
 
 
 def folded(value: Any, indent: int = 0) -> str:
-    """Write JSON as people do: on one line if there is room, else an item per line."""
+    """Write JSON as people do: on one line if it is short, otherwise an item per line."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) + indent <= _FOLD or not isinstance(value, dict | list):
         return line

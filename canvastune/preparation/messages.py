@@ -61,7 +61,7 @@ def read_messages(
     Args:
         value: a list of objects, or the same as JSON text.
         column: for messages.
-        ignore: keys of a message that are known to be unneeded.
+        ignore: keys of a message that are known to be unneeded, also as `column.key`.
         keep_thinking: whether thinking is kept; otherwise it is counted as unused.
 
     Raises:
@@ -108,7 +108,11 @@ def _read_message(
 ) -> None:
     where = f"message {number}"
     written, role = _role(message, where)
-    keys = {key: item for key, item in message.items() if key not in ignore and not is_empty(item)}
+    keys = {
+        key: item
+        for key, item in message.items()
+        if not is_empty(item) and key not in ignore and f"{column}.{key}" not in ignore
+    }
     content_key = next((key for key in _CONTENT_KEYS if key in message), None)
     content = message[content_key] if content_key else None
     if media := next((key for key in _MEDIA_KEYS if key in keys), None):

@@ -12,7 +12,7 @@ import types
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import click
@@ -25,11 +25,14 @@ from transformers import AutoTokenizer
 
 from canvastune.config import load_config, parse_config
 from canvastune.config.loading import known_keys, loads
+from canvastune.config.schema import ColumnsConfig, DataConfig
+from canvastune.preparation import messages, row_formats
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tiny_model import make_tiny_model
 from pipelines import cli
 from pipelines.parser import build_parser, subcommands
 from tests.support.cluster_rules import pod_security_problems
+from tests.support.data_fixtures import TOOL_SPECIAL, make_tokenizer, released_template
 from tests.support.documents import (
     PAGES,
     ROOT,
@@ -504,6 +507,43 @@ def test_a_picture_is_green_where_prepared_rows_are_learned(
         assert learned == tokenizer.decode(example["input_ids"][at:])
         assert context == tokenizer.decode(example["input_ids"][:at])
         assert example["input_ids"][at:] == tokenizer.encode(learned, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("form", data_page.FORMS, ids=lambda form: form.name)
+def test_the_released_template_writes_what_a_picture_shows(
+    form: data_page.Form, tiny: Path
+) -> None:
+    released = make_tokenizer(released_template(), special=TOOL_SPECIAL)
+    assert data_page.examples(form, released) == data_page.examples(
+        form, AutoTokenizer.from_pretrained(tiny)
+    )
+
+
+def test_the_data_page_names_every_key_that_changes_a_rows_meaning() -> None:
+    keys = {
+        *row_formats._MEANINGFUL,
+        *messages.MARK_KEYS,
+        *messages.THINKING_KEYS,
+        *messages._MEDIA_KEYS,
+        *messages._ROLES,
+        *messages._CONTENT_KEYS,
+        *get_args(row_formats.RowFormat),
+        *(f"data.{name}" for name in DataConfig.model_fields),
+        *(f"data.columns.{name}" for name in ColumnsConfig.model_fields),
+    }
+    named = {word for span in spans(data_page.PAGE) for word in re.findall(r"[\w.]+", span)}
+    assert not keys - named
+
+
+def test_the_example_of_a_mixture_is_prepared_as_the_data_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (recipe,), (program,) = blocks(data_page.PAGE, "yaml"), blocks(data_page.PAGE, "python")
+    assert recipe.name is not None
+    Path(recipe.name).write_text(recipe.text)
+    exec(compile(program.text, str(program), "exec"), {"__name__": "__example__"})
+    assert (tmp_path / "mixed" / "card.html").is_file()
 
 
 def _shown(picture: str) -> list[tuple[str, str]]:

@@ -486,6 +486,16 @@ def test_a_column_of_reasoning_is_thinking_or_unused(tmp_path: Path, model: Path
     assert found.card["unused"] == {"reasoning": len(NAMES)}
 
 
+@pytest.mark.parametrize("name", ["finish_reason", "messages.finish_reason"])
+def test_a_key_of_a_message_is_ignored_by_name_or_as_the_card_writes_it(
+    name: str, tmp_path: Path, model: Path
+) -> None:
+    source = write(tmp_path, lambda name: chat(name, finish_reason="stop"))
+    counted = prepare(source, model).card["unused"]
+    assert counted == {"messages.finish_reason": len(NAMES)}
+    assert not prepare(source, model, "ignored", ignore=[name]).card["unused"]
+
+
 ORDERS: dict[str, tuple[Form, str]] = {
     "several turns": (
         lambda name: {
