@@ -42,7 +42,7 @@ data:
   source: rows.jsonl
 ```
 
-which runs LoRA on the released model, on eight GPUs. Canvastune ships with four recipes:
+which runs LoRA on the released model, on eight GPUs. Canvastune ships with these recipes:
 
 | recipe | what it does |
 |---|---|
