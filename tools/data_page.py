@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "data.md"
 PICTURES = ROOT / "docs" / "images" / "data"
 START, END = "<!-- python -m tools.data_page writes from here -->\n", "<!-- to here -->\n"
 LINE_BREAK = "\u21b5"  # shown for \n
-_WIDTH, _FOLD = 92, 104  # characters in a line of a picture, and of a row
+_WIDTH, _FOLD = 92, 100  # characters in a line of a picture, and of a row
 _ADVANCE, _HEIGHT, _MARGIN = 7.8, 22, 14  # of a character, of a line, around the text; in pixels
 _LEGEND = (
     ("context", "context: what inference feeds"),
@@ -204,7 +204,7 @@ FORMS = (
             "ask": "Count users.",
             "sql": "SELECT COUNT(*) FROM users",
         },
-        "The response column. The context precedes the prompt, after an empty line between them.",
+        "The response column. The context precedes the prompt, with an empty line between them.",
         (
             "data.format=columns",
             "data.columns.prompt=ask",
@@ -221,7 +221,7 @@ FORMS = (
             "messages": [_user("Rain in Bonn?"), _says("", tool_calls=[_call(1, "Bonn")])],
         },
         "The call, and the token that hands over to the tool: generation stops there. The"
-        " declaration of the tool never is.",
+        " declaration is context.",
     ),
     Form(
         "parallel_calls",
@@ -236,7 +236,7 @@ FORMS = (
                 _says("In Bonn."),
             ],
         },
-        "Both calls as one example, and the answer as another one. What the tools respond never is.",
+        "Both calls as one example, and the answer as another one. What the tools respond is context.",
         ("data.learn=all",),
     ),
     Form(
@@ -250,7 +250,7 @@ FORMS = (
         "thinking_column",
         "Thinking in a column",
         {"question": "2+2?", "reasoning": "2 and 2 make 4.", "answer": "4"},
-        "The same, from columns; `data.columns.thinking` names one that is called otherwise.",
+        "The same, from columns; `data.columns.thinking` names a column with another name.",
     ),
     Form(
         "thinking_and_tools",
@@ -264,8 +264,8 @@ FORMS = (
                 _says("Yes."),
             ],
         },
-        "The thinking with its call; then the answer, whose thought is opened by the prompt and has"
-        " to be closed by the model, here at once.",
+        "The thinking with its call, and the answer. Before the answer, the prompt opens a thought:"
+        " since this answer has none, the model learns to close it at once.",
         ("data.learn=all",),
     ),
 )
@@ -397,19 +397,23 @@ def _text(classes: str, text: str, left: float, top: int) -> str:
     )
 
 
-def folded(value: Any, indent: int = 0) -> str:
-    """Write JSON as people do: on one line if it is short, otherwise an item per line."""
-    line = json.dumps(value, ensure_ascii=False)
+def folded(value: Any, indent: int = 0, key: str = "") -> str:
+    """Write JSON as people do: on one line if it is short, otherwise an item per line.
+
+    Args:
+        key: what precedes it on its line.
+    """
+    line = key + json.dumps(value, ensure_ascii=False)
     if len(line) + indent <= _FOLD or not isinstance(value, dict | list):
         return line
-    inner = " " * (indent + 2)
+    inner = indent + 2
     if isinstance(value, dict):
-        items = [f"{json.dumps(key)}: {folded(item, indent + 2)}" for key, item in value.items()]
-        first, last = "{}"
+        items = [folded(item, inner, f"{json.dumps(name)}: ") for name, item in value.items()]
     else:
-        items = [folded(item, indent + 2) for item in value]
-        first, last = "[]"
-    return f"{first}\n{inner}" + f",\n{inner}".join(items) + f"\n{' ' * indent}{last}"
+        items = [folded(item, inner) for item in value]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    lines = ",\n".join(" " * inner + item for item in items)
+    return f"{key}{first}\n{lines}\n{' ' * indent}{last}"
 
 
 def section(form: Form) -> str:

@@ -111,7 +111,7 @@ def _read_message(
     keys = {
         key: item
         for key, item in message.items()
-        if not is_empty(item) and key not in ignore and f"{column}.{key}" not in ignore
+        if not is_empty(item) and not (ignore and (key in ignore or f"{column}.{key}" in ignore))
     }
     content_key = next((key for key in _CONTENT_KEYS if key in message), None)
     content = message[content_key] if content_key else None
