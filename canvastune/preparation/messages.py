@@ -7,6 +7,7 @@ OpenAI's keys (`role`, `content`, `tool_calls`, `tool_call_id`, `name`), ShareGP
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +35,16 @@ THINKING_KEYS = ("reasoning", "reasoning_content", "thinking")
 # Whether a turn is learned: OpenAI and Mistral say weight, ms-swift loss, Axolotl train/training.
 MARK_KEYS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "learn")
 _MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
+_ROW_KEYS = ("tools", "functions")  # declarations: a template takes them with the conversation
 _THINKING_PARTS = ("reasoning", "thinking")
 _CALL_PART = "tool_call"
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # OpenAI's, Anthropic's, MCP's
+_DEEPEST = 64  # levels of arguments: a template renders them recursively
+_MARKS = {"0": False, "false": False, "1": True, "true": True}  # as a table's cells have them
 _MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
+
+_MEDIA_HELD = tuple(key for key in (*_MEDIA_KEYS, *_MEDIA_PARTS) if key != "file")
 
 
 @dataclass
@@ -113,10 +121,23 @@ def _read_message(
         for key, item in message.items()
         if not is_empty(item) and not (ignore and (key in ignore or f"{column}.{key}" in ignore))
     }
-    content_key = next((key for key in _CONTENT_KEYS if key in message), None)
+    content_key = next((key for key in _CONTENT_KEYS if key in keys), None) or next(
+        (key for key in _CONTENT_KEYS if key in message), None
+    )
     content = message[content_key] if content_key else None
     if media := next((key for key in _MEDIA_KEYS if key in keys), None):
         raise InvalidRow(f"{where} ({written}) has {media!r}, and only text can be trained on")
+    if declared := next((key for key in _ROW_KEYS if key in keys), None):
+        raise InvalidRow(
+            f"{where} ({written}) has {declared!r}, expected the declarations in a column of the row",
+            f"Move them to a column 'tools', or set data.ignore=[{column}.{declared}].",
+        )
+    if "function_calls" in keys:
+        raise InvalidRow(
+            f"{where} ({written}) has 'function_calls', expected 'tool_calls' with names and"
+            " arguments",
+            f"Write them as 'tool_calls', or set data.ignore=[{column}.function_calls].",
+        )
     calls: list[dict[str, Any]] = []
     if written == "function_call":
         calls, content = _read_call_text(content, where), None
@@ -125,12 +146,15 @@ def _read_message(
         calls = _read_calls(keys, where)
     if content_key is None and not calls:
         raise InvalidRow(f"{where} ({written}) has no 'content'")
-    used = {"role", "from", *_CONTENT_KEYS}
+    used = {"role", "from", content_key}
     if role == "tool":
         used |= {"tool_call_id", "name"}
         _append_tool_response(found, keys, content, where)
     elif role == "assistant":
-        used |= {"tool_calls", "function_call", "tool_responses", *THINKING_KEYS, *MARK_KEYS}
+        thinking = next((key for key in THINKING_KEYS if key in keys), None)
+        used |= {"tool_calls", "function_call", "tool_responses", *MARK_KEYS}
+        # Some APIs write the same thinking under two keys.
+        used |= {key for key in THINKING_KEYS if key in keys and keys[key] == keys[thinking]}
         _append_answer(found, keys, content, calls, where, column, keep_thinking)
     else:
         if lost := [key for key in ("tool_calls", "function_call") if key in keys]:
@@ -146,7 +170,12 @@ def _unfold(content: Any, keys: dict[str, Any], where: str) -> tuple[Any, dict[s
     """
     if not isinstance(content, list):
         return content, keys
-    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    kinds = [
+        ("thinking" if part.get("thought") is True else part.get("type"))  # Gemini marks thoughts
+        if isinstance(part, dict)
+        else None
+        for part in content
+    ]
     if _CALL_PART not in kinds and not set(_THINKING_PARTS) & set(kinds):
         return content, keys
     thoughts, calls, rest = [], [], []
@@ -203,9 +232,10 @@ def _append_answer(
     if calls:
         message["tool_calls"] = calls
     if thinking := next((key for key in THINKING_KEYS if key in keys), None):
-        if keep_thinking:
-            message["reasoning"] = check_text(keys[thinking], "thinking", where)
-        else:
+        text = check_text(keys[thinking], "thinking", where)
+        if keep_thinking and text.strip():  # blanks alone are not thinking
+            message["reasoning"] = text
+        elif text.strip():
             found.unused.add(f"{column}.{thinking}")
     if not all(is_learned(key, keys[key], where) for key in MARK_KEYS if key in keys):
         found.marked.add(len(found.turns))
@@ -224,6 +254,11 @@ def _split_responses(found: Messages, responses: Any, where: str) -> None:
         raise InvalidRow(f"{where}: 'tool_responses' is not a list with one response for each call")
     if not all(isinstance(each, dict) and "response" in each for each in responses):
         raise InvalidRow(f"{where}: a tool response without 'response'")
+    check_value(responses, f"{where}: 'tool_responses'")
+    responses = [  # without a name, the template calls the tool unknown
+        {"name": each.get("name") or call["function"]["name"], "response": each["response"]}
+        for each, call in zip(responses, calls, strict=True)
+    ]
     found.turns[-1] = {**message, "content": "", "tool_responses": responses}
     if message["content"].strip():
         if len(found.turns) - 1 in found.marked:
@@ -238,10 +273,11 @@ def _append_tool_response(
     first = len(found.turns)
     while first and found.turns[first - 1]["role"] == "tool":
         first -= 1
-    calls = found.turns[first - 1].get("tool_calls", []) if first else []
+    before = found.turns[first - 1] if first else {}
+    calls = [] if "tool_responses" in before else before.get("tool_calls", [])
     answered = {message["tool_call_id"] for message in found.turns[first:]}
     waiting = [call for call in calls if call["id"] not in answered]
-    asked, name = keys.get("tool_call_id"), keys.get("name")
+    asked, name = _id(keys.get("tool_call_id")), keys.get("name")
     if asked is not None and not all(call["id"] in found.unnamed for call in waiting):
         waiting = [call for call in waiting if call["id"] == asked]
     elif name is not None:
@@ -254,6 +290,7 @@ def _append_tool_response(
     if content is None:
         raise InvalidRow(f"{where} (tool): the content is null, expected text")
     if isinstance(content, dict):  # chat APIs take text, and so does the template here
+        check_value(content, f"{where} (tool)")
         body = json.dumps(content, ensure_ascii=False)
     else:
         body = check_text(text_of(content, "tool", where), "tool", where)
@@ -268,7 +305,16 @@ def _read_calls(keys: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise InvalidRow(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
     if "function_call" in keys:
         calls = [*calls, keys["function_call"]]
-    return [_read_call(call, where) for call in calls]
+    read = [_read_call(call, where) for call in calls]
+    ids = [call["id"] for call in read if "id" in call]
+    if len(set(ids)) < len(ids):
+        raise InvalidRow(f"{where}: two tool calls have the same id: {', '.join(ids)}")
+    return read
+
+
+def _id(value: Any) -> str | None:
+    """Return the id of a call as text: some data numbers its calls."""
+    return None if is_empty(value) else str(value)
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
@@ -277,7 +323,15 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
         raise InvalidRow(
             f"{where}: a tool call without a name, expected {{'function': {{'name', 'arguments'}}}}"
         )
-    arguments = function.get("arguments", function.get("parameters"))
+    places = [
+        holder[key]
+        for holder in ([function] if function is call else [function, call])
+        for key in ("arguments", "parameters")
+        if not is_empty(holder.get(key))
+    ]
+    if len(places) > 1 and any(each != places[0] for each in places):
+        raise InvalidRow(f"{where}: the call of {function['name']!r} has its arguments twice")
+    arguments = places[0] if places else None
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"{where}: the arguments of {function['name']!r}")
     if arguments is None:
@@ -287,12 +341,15 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
             f"{where}: the arguments of {function['name']!r} are {kind(arguments)}, expected an"
             " object"
         )
+    check_value(function["name"], f"{where}: the name of a call")
+    check_value(arguments, f"{where}: the arguments of {function['name']!r}")
     read: dict[str, Any] = {
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
-    if isinstance(call.get("id"), str) and call["id"]:
-        read["id"] = call["id"]
+    if (known := _id(call.get("id"))) is not None:
+        check_value(known, f"{where}: the id of a call")
+        read["id"] = known
     return read
 
 
@@ -326,8 +383,32 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
                 f"{declared} has no name, expected {{'type': 'function',"
                 " 'function': {'name', 'description', 'parameters'}}"
             )
-        tools.append({"type": "function", "function": function})
+        tools.append({"type": "function", "function": _read_declaration(function, declared)})
     return tuple(tools)
+
+
+def _read_declaration(function: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a declaration whose parameters are a JSON Schema: a template writes no other ones."""
+    check_value(function, where)
+    key = next((key for key in _SCHEMA_KEYS if not is_empty(function.get(key))), None)
+    if key is None:
+        return function
+    parameters = function[key]
+    if isinstance(parameters, str):
+        parameters = parse_json(parameters, f"{where}: {key!r}")
+        check_value(parameters, where)
+    if not isinstance(parameters, dict) or not (
+        not parameters or isinstance(parameters.get("type"), str) or "properties" in parameters
+    ):
+        raise InvalidRow(
+            f"{where}: the {key} of {function['name']!r} are not a JSON Schema, which a template"
+            " would leave out; expected {'type': 'object', 'properties': {...}}"
+        )
+    if key == "parameters" and parameters is function[key]:
+        return function
+    return {name: item for name, item in function.items() if name != key} | {
+        "parameters": parameters
+    }
 
 
 def turn(role: str, content: Any, where: str) -> Message:
@@ -358,8 +439,15 @@ def text_of(content: Any, role: str, where: str) -> str:
         raise InvalidRow(f"{where} ({role}): the content is {kind(content)}, expected text")
     texts = []
     for part in content:
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
-        what = part.get("type") if isinstance(part, dict) else None
+        text, what = part, None
+        if isinstance(part, dict):
+            text, what = part.get("text"), part.get("type")
+            text = part.get("value") if text is None else text
+            if media := next((key for key in _MEDIA_HELD if not is_empty(part.get(key))), None):
+                raise InvalidRow(
+                    f"{where} ({role}) holds a part with {media!r}, and only text can be trained on"
+                )
+            what = "thinking" if part.get("thought") is True else what
         if what in _THINKING_PARTS or what == _CALL_PART:
             raise InvalidRow(
                 f"{where} ({role}) holds a part of type {what!r}, which an assistant's message may"
@@ -367,6 +455,10 @@ def text_of(content: Any, role: str, where: str) -> str:
         if what in _MEDIA_PARTS:
             raise InvalidRow(
                 f"{where} ({role}) holds a part of type {what!r}, and only text can be trained on"
+            )
+        if what not in _TEXT_PARTS:
+            raise InvalidRow(
+                f"{where} ({role}) holds a part of type {str(what)[:40]!r}, expected text parts"
             )
         if not isinstance(text, str):
             raise InvalidRow(
@@ -392,14 +484,43 @@ def check_text(text: Any, role: str, where: str) -> str:
     return text
 
 
+def check_value(value: Any, where: str, depth: int = 0) -> None:
+    """Check that a value is what JSON can hold and a template can render.
+
+    Raises:
+        InvalidRow: another type, as Parquet's dates and bytes, a number that is not finite, text that
+            is not valid Unicode, keys that are not text, too many levels.
+    """
+    if isinstance(value, str):
+        if not value.isascii():
+            check_text(value, "JSON", where)
+    elif isinstance(value, dict | list):
+        if depth == _DEEPEST:
+            raise InvalidRow(f"{where}: more than {_DEEPEST} levels of nested values")
+        for each in value:
+            check_value(each, where, depth + 1)
+        if isinstance(value, dict):
+            if other := [key for key in value if not isinstance(key, str)]:
+                raise InvalidRow(
+                    f"{where}: the key {other[0]!r} is {kind(other[0])}, expected text"
+                )
+            for item in value.values():
+                check_value(item, where, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRow(f"{where}: {value} is not a number that JSON has")
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise InvalidRow(f"{where}: {kind(value)} is not a value that JSON has")
+
+
 def is_learned(key: str, value: Any, where: str) -> bool:
     """Return what a mark says: true or 1, false or 0.
 
     Raises:
         InvalidRow: any other value.
     """
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
+    mark = _MARKS.get(value.strip().lower()) if isinstance(value, str) else value
+    if isinstance(mark, bool | int | float) and mark in (0, 1):
+        return bool(mark)
     raise InvalidRow(
         f"{where}: {key!r} is {str(value)[:40]!r}, expected 0 or 1: a turn is learned or it is not",
         f"Set data.ignore=[{key}] to learn every turn alike.",
