@@ -33,9 +33,11 @@ _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 # What makes a number another one, a range or an expression, on its right and on its left.
 _CONTINUED = re.compile(
     rf"""
-    (?: [.,:]\d | e[-+]?\d | [ ]\d
-      | \s*(?:[-–+/×÷^±]|\*{{1,2}}|\b(?:to|or)\b)\s*[-+(\\]?{_CURRENCY}?[\d.\\]
-      | [ ]?(?:hundred|thousand|million|billion|trillion|dozen)\b )
+    (?: [.,:]\d | e[-+]?\d | [ ]\d | [²³¹⁰⁴-⁹¼-¾⅐-⅞]
+      | \s*(?:[-–—+/×÷·^±=]|\*{{1,2}}|\\(?:times|cdot|div|pm)\b|\b(?:to|or|and|x)\b)
+        \s*[-+({{\\]?{_CURRENCY}?[\d.\\]
+      | (?-i:[kKMB])\b
+      | [ ]?(?:hundred|thousand|million|billion|trillion|dozen|mn|bn)\b )
     \S*
     """,
     re.VERBOSE | re.IGNORECASE,

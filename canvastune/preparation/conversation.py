@@ -138,12 +138,21 @@ def hash_messages(
     messages: tuple[Message, ...] | list[Message], tools: tuple[dict[str, Any], ...]
 ) -> str:
     """Return the SHA-256 of roles and stripped contents, and of tools, calls and thinking where
-    there are any.
+    there are any. Of the ids of calls only counts which response belongs to which call: logs of the
+    same conversation have other ids.
     """
-    plain: list[Any] = [
-        [message["role"], message["content"].strip()]
-        if message.keys() == _PLAIN_KEYS
-        else {**message, "content": message["content"].strip()}
-        for message in messages
-    ]
+    plain: list[Any] = []
+    places: dict[str, int] = {}  # of the calls that the next responses answer, by their id
+    for message in messages:
+        content = message["content"].strip()
+        if message.keys() == _PLAIN_KEYS:
+            plain.append([message["role"], content])
+            continue
+        known = {**message, "content": content}
+        if calls := message.get("tool_calls"):
+            places = {call["id"]: at for at, call in enumerate(calls)}
+            known["tool_calls"] = [call["function"] for call in calls]
+        elif "tool_call_id" in message:
+            known["tool_call_id"] = places[message["tool_call_id"]]
+        plain.append(known)
     return hashlib.sha256(_to_json([plain, tools] if tools else plain).encode()).hexdigest()

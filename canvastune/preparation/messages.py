@@ -30,6 +30,7 @@ _ROLES = {
 }
 _NAMED_ROLES = "system, developer, user, assistant, model, tool"
 _PLAIN_KEYS = {"role", "content"}
+_SPEAKER_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts")
 THINKING_KEYS = ("reasoning", "reasoning_content", "thinking")
 # Whether a turn is learned: OpenAI and Mistral say weight, ms-swift loss, Axolotl train/training.
@@ -38,6 +39,7 @@ _MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
 _ROW_KEYS = ("tools", "functions")  # declarations: a template takes them with the conversation
 _THINKING_PARTS = ("reasoning", "thinking")
 _CALL_PART = "tool_call"
+_DICT_KEYS = ("role", "type", "text", "value", "parts", "thought", *_MEDIA_KEYS)  # of one part
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # OpenAI's, Anthropic's, MCP's
 _DEEPEST = 64  # levels of arguments: a template renders them recursively
@@ -140,21 +142,21 @@ def _read_message(
         )
     calls: list[dict[str, Any]] = []
     if written == "function_call":
-        calls, content = _read_call_text(content, where), None
+        calls, content = _read_call_text(content, where) + _read_calls(keys, where), None
     elif role == "assistant":
         content, keys = _unfold(content, keys, where)
         calls = _read_calls(keys, where)
     if content_key is None and not calls:
         raise InvalidRow(f"{where} ({written}) has no 'content'")
-    used = {"role", "from", content_key}
+    used = {next(key for key in _SPEAKER_KEYS if message.get(key) is not None), content_key}
     if role == "tool":
         used |= {"tool_call_id", "name"}
         _append_tool_response(found, keys, content, where)
     elif role == "assistant":
-        thinking = next((key for key in THINKING_KEYS if key in keys), None)
+        thoughts = [key for key in THINKING_KEYS if key in keys]
         used |= {"tool_calls", "function_call", "tool_responses", *MARK_KEYS}
         # Some APIs write the same thinking under two keys.
-        used |= {key for key in THINKING_KEYS if key in keys and keys[key] == keys[thinking]}
+        used |= {key for key in thoughts if keys[key] == keys[thoughts[0]]}
         _append_answer(found, keys, content, calls, where, column, keep_thinking)
     else:
         if lost := [key for key in ("tool_calls", "function_call") if key in keys]:
@@ -200,11 +202,11 @@ def _role(message: Any, where: str) -> tuple[str, str]:
         raise InvalidRow(
             f"{where} is {kind(message)}, expected an object with 'role' and 'content'"
         )
-    if "role" not in message and "from" not in message:
+    if not any(message.get(key) is not None for key in _SPEAKER_KEYS):
         raise InvalidRow(
             f"{where} has no 'role'; its keys: {', '.join(map(str, message)) or 'none'}"
         )
-    written = message["role"] if "role" in message else message["from"]
+    written = next(message[key] for key in _SPEAKER_KEYS if message.get(key) is not None)
     role = _ROLES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
         raise InvalidRow(f"{where}: unknown role {str(written)[:40]!r}, expected {_NAMED_ROLES}")
@@ -233,7 +235,7 @@ def _append_answer(
         message["tool_calls"] = calls
     if thinking := next((key for key in THINKING_KEYS if key in keys), None):
         text = check_text(keys[thinking], "thinking", where)
-        if keep_thinking and text.strip():  # blanks alone are not thinking
+        if keep_thinking and text.strip():  # blanks are not thinking
             message["reasoning"] = text
         elif text.strip():
             found.unused.add(f"{column}.{thinking}")
@@ -434,6 +436,12 @@ def text_of(content: Any, role: str, where: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, dict):
+        if further := [
+            key for key in content if key not in _DICT_KEYS and not is_empty(content[key])
+        ]:
+            raise InvalidRow(
+                f"{where} ({role}): the content is an object with {further[0]!r}, expected text"
+            )
         content = content.get("parts", [content])
     if not isinstance(content, list):
         raise InvalidRow(f"{where} ({role}): the content is {kind(content)}, expected text")

@@ -63,6 +63,24 @@ _to_json = json.JSONEncoder(
 ).encode  # json.dumps would create an encoder for every row
 
 
+class _Seen:
+    """What was read before, as digests: the rows, and the turns that they learn. With
+    `data.learn: last`, a row is its only turn.
+    """
+
+    def __init__(self) -> None:
+        self.rows: set[bytes] = set()
+        self.turns: set[bytes] = set()
+
+    def add_row(self, row: bytes | None, turn: bytes) -> bool:
+        """Add a row, or if it has no id, look for its turn; return whether it was there before."""
+        if row is None:
+            return turn in self.turns
+        known = row in self.rows
+        self.rows.add(row)
+        return known
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Sizes and intervals of a preparation; the prepared data does not depend on them."""
@@ -143,12 +161,12 @@ def prepare_data(
                         next(tokens) if isinstance(conversation, Conversation) else conversation
                     )
                     if isinstance(encoded, InvalidRow):
-                        stats.drop_invalid(row, encoded)
+                        stats.drop_invalid(row, encoded, conversation)
                         continue
                     assert isinstance(conversation, Conversation)
                     example = _example(row, conversation, encoded, config.data.seq_length)
                     if example is None:
-                        stats.drop_long_prefix(encoded.prefix_length)
+                        stats.drop_long_prefix(encoded.prefix_length, conversation)
                         continue
                     response = len(encoded.tokens) - encoded.prefix_length
                     stats.keep(encoded.prefix_length, response)
@@ -198,8 +216,7 @@ def _read_all(
     """Turn each row of each data set into a conversation, or into the reason why it is not one;
     repeated ones are counted and left out.
     """
-    held_out: set[bytes] = set()
-    trained: set[bytes] = set()
+    held_out, trained = _Seen(), _Seen()
     for index, part in enumerate(parts):
         seen = held_out if part.held_out else trained
         with contextlib.closing(part.source.rows(source=index)) as rows:
@@ -209,14 +226,17 @@ def _read_all(
 
 
 def _conversations(
-    rows: Iterator[Row], part: Part, seen: set[bytes], held_out: set[bytes]
+    rows: Iterator[Row], part: Part, seen: _Seen, held_out: _Seen
 ) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
     config, stats = part.config, part.stats
     waiting: list[Row] = []  # rows before the first one of a known format
     reader: RowReader | None = None
     for row in rows:
         if reader is None and isinstance(row.value, dict):
-            stats.row_format = detect_format(config, list(row.value))
+            with_value = [key for key, item in row.value.items() if item is not None]
+            stats.row_format = detect_format(config, with_value) or detect_format(
+                config, list(row.value)
+            )
             if stats.row_format is not None:
                 reader = RowReader(stats.row_format, config, config)
         if reader is None:
@@ -237,7 +257,7 @@ def _conversations(
 
 
 def _examples(
-    row: Row, reader: RowReader, stats: DatasetStats, seen: set[bytes], held_out: set[bytes]
+    row: Row, reader: RowReader, stats: DatasetStats, seen: _Seen, held_out: _Seen
 ) -> list[Conversation | InvalidRow]:
     """Return a row's examples, or why it has none; none at all if it repeats another row or is not
     to be learned, which is counted.
@@ -248,21 +268,29 @@ def _examples(
         parsed, examples = reader.read(row.value)
     except InvalidRow as reason:
         return [reason]
+    repeated: list[Conversation] = []
     if examples:
-        digest = bytes.fromhex(examples[-1].group)[:16]
-        if digest in seen:
+        digests = [bytes.fromhex(example.id)[:16] for example in examples]
+        # Each turn that is learned: one may be the last turn of a row on the other side.
+        if seen is not held_out and not held_out.turns.isdisjoint(digests):
+            stats.drop_held_out()  # the model would be judged on what it learned
+            return []
+        row_id = examples[-1].row_id
+        if seen.add_row(bytes.fromhex(row_id)[:16] if row_id else None, digests[-1]):
             stats.drop_duplicate(row)
             return []
-        # Each turn that is learned: one may be the last turn of a row on the other side.
-        learned = {bytes.fromhex(example.id)[:16] for example in examples}
-        if seen is held_out:
-            held_out |= learned
-        elif not held_out.isdisjoint(learned):  # the model would be judged on what it learned
-            stats.drop_held_out()
-            return []
-        seen.add(digest)
+        # A row may begin as another one does. A turn that both learn would be learned twice, or be
+        # on both sides of the split.
+        repeated = [
+            example
+            for example, digest in zip(examples, digests, strict=True)
+            if digest in seen.turns
+        ]
+        seen.turns.update(digests)
     stats.count_turns(parsed, examples)
-    return list(examples)
+    for example in repeated:
+        stats.drop_repeated(example)
+    return [example for example in examples if not any(example is each for each in repeated)]
 
 
 def _log_summary(card: dict[str, Any], remarks: list[str]) -> None:

@@ -148,14 +148,17 @@ class RowReader:
         """Read a row whose prompt and response are columns, each text or a list of messages."""
         prompt, response = self._required
         found = Messages()
-        if not isinstance(value[prompt], list):
-            text = self._prompt_text(value[prompt], prompt, extra)
+        asks = value[prompt]
+        if isinstance(asks, dict) and _SPEAKER & asks.keys():
+            asks = [asks]
+        if not isinstance(asks, list):
+            text = self._prompt_text(asks, prompt, extra)
             for user, assistant in self._history(extra):
                 found.append(user)
                 found.append(assistant)
             found.append(text)
         else:
-            found = self._messages(value[prompt], prompt)
+            found = self._messages(asks, prompt)
         asked = len(found.turns)
         answer = value[response]
         if isinstance(answer, dict) and _SPEAKER & answer.keys():
@@ -168,10 +171,20 @@ class RowReader:
             thinking := next((key for key in self._thinking if key in extra), None)
         ):
             text_found = check_text(extra.pop(thinking), "thinking", f"column {thinking!r}")
-            if not self._keep_thinking:
+            first = found.turns[asked]
+            if not text_found.strip():
+                pass  # blanks are not thinking
+            elif not self._keep_thinking:
                 found.unused.add(thinking)
-            elif found.turns[asked]["role"] == "assistant":
-                found.turns[asked]["reasoning"] = text_found
+            elif first["role"] != "assistant" or "reasoning" in first:
+                raise InvalidRow(
+                    f"column {thinking!r} has thinking, and the first turn of column {response!r}"
+                    f" {'has its own' if 'reasoning' in first else 'is not of the assistant'}",
+                    "Put it into the assistant's message as 'reasoning', or set"
+                    f" data.ignore=[{thinking}].",
+                )
+            else:
+                first["reasoning"] = text_found
         return self._parsed(found, extra)
 
     def _messages(self, value: Any, column: str) -> Messages:
@@ -183,7 +196,9 @@ class RowReader:
     def _extend(self, found: Messages, more: Messages, asked: int) -> None:
         """Add the messages of a response column; some of them repeat the prompt."""
         if more.turns[:asked] == found.turns:
-            found.turns, found.marked, found.unused = more.turns, more.marked, more.unused
+            found.turns = more.turns
+            found.marked |= more.marked
+            found.unused |= more.unused
             return
         if more.turns[0]["role"] != "assistant":
             raise InvalidRow(
@@ -229,7 +244,8 @@ class RowReader:
             if key in self._system:
                 self._add_system(found, key, extra.pop(key))
             elif key in self._tools:
-                tools += read_tools(extra.pop(key), f"column {key!r}")
+                read = read_tools(extra.pop(key), f"column {key!r}")
+                tools += tuple(tool for tool in read if tool not in tools)
             elif key in MARK_KEYS:
                 if not is_learned(key, extra.pop(key), "the row"):
                     found.marked |= set(range(len(found.turns)))

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # The reasons as the card has them.
 INVALID = "bad row"
 DUPLICATE = "duplicate of an earlier row"
+REPEATED = "turn that an earlier row learns"
 HELD_OUT = "repeats a row of data.validation"
 NO_ROOM = "prefix leaves no room for the response in seq_length"
 BEYOND = "held out beyond validation_rows"
@@ -57,16 +58,14 @@ class DatasetStats:
         """Count a row's assistant turns, and what of the row is not used."""
         learned = len(examples)
         for example in examples:
-            last = example.messages[-1]
-            if "tool_calls" in last:
-                self.turns[CALLS] += 1
-            if "reasoning" in last:
-                self.turns["learned with thinking"] += 1
+            self.count_learned(example)
         answers = sum(message["role"] == "assistant" for message in parsed.messages)
-        self.turns["learned"] += learned
         if answers > learned:
             self.turns["context"] += answers - learned
-        if left := len(parsed.messages) - 1 - parsed.answers[-1]:
+        left = len(parsed.messages) - 1 - parsed.answers[-1]
+        # Gemma's own form has them in the message of the call.
+        left += len(parsed.messages[parsed.answers[-1]].get("tool_responses", ()))
+        if left:
             self.turns["after the last answer"] += left
         self.unused.update(parsed.unused)
         if learned:
@@ -74,8 +73,21 @@ class DatasetStats:
         else:
             self.dropped[NOT_LEARNED] += 1
 
-    def drop_invalid(self, row: Row, reason: InvalidRow) -> None:
-        """Count a row that cannot be trained on."""
+    def count_learned(self, example: Conversation, sign: int = 1) -> None:
+        """Count the turn that an example learns; with -1, take it back: the example is dropped."""
+        last = example.messages[-1]
+        self.turns["learned"] += sign
+        if "tool_calls" in last:
+            self.turns[CALLS] += sign
+        if "reasoning" in last:
+            self.turns["learned with thinking"] += sign
+
+    def drop_invalid(
+        self, row: Row, reason: InvalidRow, example: Conversation | InvalidRow
+    ) -> None:
+        """Count a row that cannot be trained on; of one that was read, an example."""
+        if isinstance(example, Conversation):
+            self.count_learned(example, -1)
         self.dropped[INVALID] += 1
         self._hints[reason.hint] += 1
         if len(self.invalid_rows) < _LISTED:
@@ -93,12 +105,18 @@ class DatasetStats:
         if len(self.duplicates) < _NAMED:
             self.duplicates.append(row)
 
+    def drop_repeated(self, example: Conversation) -> None:
+        """Count a turn that an earlier row, which begins alike, has and learns."""
+        self.dropped[REPEATED] += 1
+        self.count_learned(example, -1)
+
     def drop_held_out(self) -> None:
         """Count a training row that repeats a row of `data.validation`."""
         self.dropped[HELD_OUT] += 1
 
-    def drop_long_prefix(self, prefix: int) -> None:
-        """Count a row whose prefix fills `seq_length`."""
+    def drop_long_prefix(self, prefix: int, example: Conversation) -> None:
+        """Count an example whose prefix fills `seq_length`."""
+        self.count_learned(example, -1)
         self.dropped[NO_ROOM] += 1
         self.longest_prefix = max(self.longest_prefix, prefix)
 
@@ -170,14 +188,14 @@ class DatasetStats:
 
     def card(self) -> dict[str, Any]:
         """Return the counted part of the data card."""
-        reasons = (INVALID, DUPLICATE, HELD_OUT, NOT_LEARNED, NO_ROOM, BEYOND)
+        reasons = (INVALID, DUPLICATE, REPEATED, HELD_OUT, NOT_LEARNED, NO_ROOM, BEYOND)
         return {
             "rows_read": self.rows_read,
             "examples": self.rows_read + self.further_examples,
             "kept": self.kept,
             "dropped": {reason: self.dropped[reason] for reason in reasons if self.dropped[reason]},
             "cut": self.cut,
-            "turns": dict(self.turns),
+            "turns": {name: turns for name, turns in self.turns.items() if turns},
             "unused": dict(sorted(self.unused.items())),
             "bad": self.dropped[INVALID],
             "bad_rows": [
@@ -203,7 +221,9 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
         UserError: the first few of the rows are named.
     """
     read, invalid, repeated = stats.rows_read, stats.dropped[INVALID], stats.dropped[DUPLICATE]
-    if invalid > config.max_bad_row_fraction * read:
+    examples = read + stats.further_examples
+    if invalid > config.max_bad_row_fraction * examples:
+        what = "examples" if stats.further_examples else "rows"
         named = [
             f"  {row.file}: row {row.number}: {reason}"
             for row, reason in stats.invalid_rows[:_NAMED]
@@ -212,7 +232,8 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             named.append(f"  and {more:,} more")
         rows = "\n".join(named)
         raise UserError(
-            f"{label}: {invalid:,} of {read:,} rows cannot be trained on ({invalid / read:.1%}), "
+            f"{label}: {invalid:,} of {examples:,} {what} cannot be trained on"
+            f" ({invalid / examples:.1%}), "
             f"expected at most {config.max_bad_row_fraction:.1%} "
             f"(data.max_bad_row_fraction):\n{rows}",
             hint=stats.hint
@@ -244,6 +265,9 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
                 if stats.longest_prefix
                 else "Use other data for one of data.source and data.validation."
                 if stats.dropped[HELD_OUT]
+                else "Set data.learn=all to learn the turns that are not marked, or data.ignore to the"
+                " key of the marks to learn every turn alike."
+                if stats.dropped[NOT_LEARNED]
                 else "Use other data."
             ),
         )

@@ -11,6 +11,7 @@ import pytest
 from canvastune.config.schema import DataConfig
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.row_formats import RowReader, detect_format
+from canvastune.preparation.stats import DatasetStats
 from tests.unit.test_tools_and_thinking import TOOLS, call, result, says, texts, user
 
 
@@ -193,3 +194,57 @@ def test_a_part_that_is_more_than_text_is_refused(part: dict[str, Any], named: s
 def test_a_mark_in_a_cell_of_a_table_is_text(mark: str, learned: int) -> None:
     _, examples = read({"prompt": "a", "response": "b", "weight": mark})
     assert len(examples) == learned
+
+
+def test_a_thinking_column_never_replaces_a_turns_own() -> None:
+    row = {"prompt": [user("a")], "completion": [says("b", reasoning="own")], "reasoning": "column"}
+    assert "has its own" in refusal(row)
+    again = {"prompt": [user("a")], "completion": [user("a"), user("b"), says("c")]}
+    assert "not of the assistant" in refusal({**again, "reasoning": "column"})
+
+
+def test_blanks_in_a_thinking_column_are_not_thinking() -> None:
+    _, (example,) = read({"prompt": "a", "response": "b", "reasoning": " "})
+    assert texts(example)[1] == "b<turn|>"
+
+
+def test_keys_of_a_prompt_that_the_completion_repeats_are_counted() -> None:
+    row = {"prompt": [user("a") | {"name": "Bob"}], "completion": [user("a"), says("b")]}
+    assert read(row)[0].unused == ["prompt.name"]
+
+
+def test_a_prompt_that_is_one_message_keeps_its_role() -> None:
+    prompt = {"role": "system", "parts": [{"text": "a"}]}
+    _, (example,) = read({"prompt": prompt, "completion": "b"})
+    assert example.history == [{"role": "system", "content": "a"}]
+
+
+def test_an_object_that_is_more_than_text_is_refused() -> None:
+    assert "'score'" in refusal({"prompt": "a", "completion": {"text": "b", "score": [1]}})
+
+
+def test_declarations_in_two_columns_are_declared_once() -> None:
+    parsed, _ = read(talk(user("a"), says("b"), tools=TOOLS, functions=TOOLS))
+    assert list(parsed.tools) == TOOLS
+
+
+def test_every_call_of_a_message_is_learned() -> None:
+    asked = {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [{"name": "g"}]}
+    _, (example,) = read({"conversations": [{"from": "human", "value": "a"}, asked]})
+    assert "call:f{}" in texts(example)[1]
+    assert "call:g{}" in texts(example)[1]
+
+
+def test_a_second_role_is_counted_and_a_null_one_is_absent() -> None:
+    parsed, _ = read(talk(user("a") | {"from": "gpt"}, says("b")))
+    assert parsed.unused == ["messages.from"]
+    _, (example,) = read(talk({"role": None, "from": "human", "content": "a"}, says("b")))
+    assert example.history == [user("a")]
+
+
+def test_responses_after_a_last_call_are_counted() -> None:
+    stats = DatasetStats(256, 16)
+    stats.count_turns(
+        *read(talk(user("a"), call("f") | {"tool_responses": [{"name": "f", "response": "F"}]}))
+    )
+    assert stats.turns["after the last answer"] == 1
