@@ -228,7 +228,14 @@ def _against(work: Path, rows: int, rounds: int, baseline: Path) -> dict[str, An
     speed = {name: round(rows / value) for name, value in best.items()}
     ratio = best["baseline"] / best["this"]
     say("data", f"two processes, {rows:,} rows: {speed} rows/s; over the baseline {ratio:.2f}")
-    return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=baseline,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    return {"commit": commit, "rows": rows, "rows_per_second": speed, "ratio": ratio}
 
 
 def _prepare(work: Path, file: Path, processes: int) -> None:
