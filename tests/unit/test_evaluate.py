@@ -149,7 +149,7 @@ def test_rows_with_tools_are_asked_with_their_tools(tiny_model: Path, tmp_path: 
     assert 0 < len(calls) < len(questions)
     pattern = re.compile(config.evaluate.answer_pattern or "")
     for question in calls:
-        assert question.text.startswith("How many "), "the prompt is not shown as text"
+        assert "How many" in question.text, "the prompt is not shown as text"
         assert question.reference.startswith("<|tool_call>call:count{")
         assert find_reference(pattern, question.reference) is not None
         assert is_correct(

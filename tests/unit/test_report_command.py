@@ -110,7 +110,7 @@ def test_the_report_of_an_unfinished_run_needs_an_output_folder(
         ),
         (
             lambda run: (run / "evaluation" / "evaluation.json").write_text("{}"),
-            ("evaluation.json: ", "'rows'"),
+            ("evaluation.json: ", "'gained'"),
         ),
     ],
 )
