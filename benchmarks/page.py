@@ -142,9 +142,6 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 | the same with the chat template on both sides | {_templated(data)} | |
 | the same with two processes on both sides | {data["two_processes"]["ratio"]:.2f}x | 1x |
 | memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
-| the largest process with 100,000 conversations with tools | {_largest(data, "tools")} MB | constant |
-| conversations with tools ({data["tools"]["characters_a_row"]:,} characters a row), rows per second relative to those of GSM8K's form ({data["characters_a_row"]} characters) | {data["tools"]["ratio"]:.2f}x | 0.5x |
-| rows of GSM8K's form relative to {data["baseline"]["commit"]} | {data["baseline"]["ratio"]:.2f}x | 1x |
 | `benchmarks.merge`{_at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
 | `benchmarks.pipeline`{_at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |

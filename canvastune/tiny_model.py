@@ -148,6 +148,21 @@ _CHAT_TEMPLATE = """\
     {{- 'type:<|"|>' + item['type'] | upper + '<|"|>}' -}}
 {%- endmacro -%}
 {%- set thinks = enable_thinking is defined and enable_thinking -%}
+{#- Rows without tools and thinking, the most, are rendered with no more work than they need. -#}
+{%- if not tools and not thinks and messages | map('length') | max <= 2 -%}
+    {{- bos_token -}}
+    {%- for message in messages -%}
+        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+        {{- '<|turn>' + role + '\\n' -}}
+        {%- if message['content'] is string -%}
+            {{- message['content'] | trim -}}
+        {%- else -%}
+            {{- text(message['content']) -}}
+        {%- endif -%}
+        {{- '<turn|>\\n' -}}
+    {%- endfor -%}
+    {{- '<|turn>model\\n' if add_generation_prompt -}}
+{%- else -%}
 {%- set state = namespace(open=false, user=-1, name='') -%}
 {%- for message in messages if message['role'] == 'user' -%}
     {%- set state.user = messages.index(message) -%}
@@ -206,6 +221,7 @@ _CHAT_TEMPLATE = """\
     {%- elif thinks and messages[-1]['role'] == 'tool' -%}
         {{- '<|channel>thought\\n' -}}
     {%- endif -%}
+{%- endif -%}
 {%- endif -%}
 """
 
