@@ -7,12 +7,13 @@ OpenAI's keys (`role`, `content`, `tool_calls`, `tool_call_id`, `name`), ShareGP
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from canvastune.preparation.conversation import InvalidRow, Message
+from canvastune.preparation.row_values import check_text, check_value, is_empty, kind, parse_json
+from canvastune.preparation.tools import call_id, read_call_text, read_calls
 
 _ROLES = {
     "system": "system",
@@ -41,11 +42,8 @@ _THINKING_PARTS = ("reasoning", "thinking")
 _CALL_PART = "tool_call"
 _DICT_KEYS = ("role", "type", "text", "value", "parts", "thought", *_MEDIA_KEYS)  # of one part
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-_SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # OpenAI's, Anthropic's, MCP's
-_DEEPEST = 64  # levels of arguments: a template renders them recursively
 _MARKS = {"0": False, "false": False, "1": True, "true": True}  # as a table's cells have them
 _MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
-
 _MEDIA_HELD = tuple(key for key in (*_MEDIA_KEYS, *_MEDIA_PARTS) if key != "file")
 
 
@@ -142,10 +140,10 @@ def _read_message(
         )
     calls: list[dict[str, Any]] = []
     if written == "function_call":
-        calls, content = _read_call_text(content, where) + _read_calls(keys, where), None
+        calls, content = read_call_text(content, where) + read_calls(keys, where), None
     elif role == "assistant":
         content, keys = _unfold(content, keys, where)
-        calls = _read_calls(keys, where)
+        calls = read_calls(keys, where)
     if content_key is None and not calls:
         raise InvalidRow(f"{where} ({written}) has no 'content'")
     used = {next(key for key in _SPEAKER_KEYS if message.get(key) is not None), content_key}
@@ -279,7 +277,7 @@ def _append_tool_response(
     calls = [] if "tool_responses" in before else before.get("tool_calls", [])
     answered = {message["tool_call_id"] for message in found.turns[first:]}
     waiting = [call for call in calls if call["id"] not in answered]
-    asked, name = _id(keys.get("tool_call_id")), keys.get("name")
+    asked, name = call_id(keys.get("tool_call_id")), keys.get("name")
     if asked is not None and not all(call["id"] in found.unnamed for call in waiting):
         waiting = [call for call in waiting if call["id"] == asked]
     elif name is not None:
@@ -297,120 +295,6 @@ def _append_tool_response(
     else:
         body = check_text(text_of(content, "tool", where), "tool", where)
     found.append({"role": "tool", "tool_call_id": waiting[0]["id"], "content": body})
-
-
-def _read_calls(keys: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    calls = keys.get("tool_calls", [])
-    if isinstance(calls, str):
-        calls = parse_json(calls, f"{where}: 'tool_calls'")
-    if not isinstance(calls, list):
-        raise InvalidRow(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
-    if "function_call" in keys:
-        calls = [*calls, keys["function_call"]]
-    read = [_read_call(call, where) for call in calls]
-    ids = [call["id"] for call in read if "id" in call]
-    if len(set(ids)) < len(ids):
-        raise InvalidRow(f"{where}: two tool calls have the same id: {', '.join(ids)}")
-    return read
-
-
-def _id(value: Any) -> str | None:
-    """Return the id of a call as text: some data numbers its calls."""
-    return None if is_empty(value) else str(value)
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidRow(
-            f"{where}: a tool call without a name, expected {{'function': {{'name', 'arguments'}}}}"
-        )
-    places = [
-        holder[key]
-        for holder in ([function] if function is call else [function, call])
-        for key in ("arguments", "parameters")
-        if not is_empty(holder.get(key))
-    ]
-    if len(places) > 1 and any(each != places[0] for each in places):
-        raise InvalidRow(f"{where}: the call of {function['name']!r} has its arguments twice")
-    arguments = places[0] if places else None
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments or "{}", f"{where}: the arguments of {function['name']!r}")
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise InvalidRow(
-            f"{where}: the arguments of {function['name']!r} are {kind(arguments)}, expected an"
-            " object"
-        )
-    check_value(function["name"], f"{where}: the name of a call")
-    check_value(arguments, f"{where}: the arguments of {function['name']!r}")
-    read: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-    if (known := _id(call.get("id"))) is not None:
-        check_value(known, f"{where}: the id of a call")
-        read["id"] = known
-    return read
-
-
-def _read_call_text(content: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        content = parse_json(content, f"{where}: the call")
-    return [
-        _read_call(call, where) for call in (content if isinstance(content, list) else [content])
-    ]
-
-
-def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Read function declarations: OpenAI's list, bare functions, or either as JSON text.
-
-    Raises:
-        InvalidRow: no list, or a declaration without a name.
-    """
-    if isinstance(value, str):
-        value = parse_json(value, where)
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise InvalidRow(f"{where} is {kind(value)}, expected a list of function declarations")
-    tools = []
-    for number, item in enumerate(value, 1):
-        declared = f"{where}: declaration {number}"
-        tool = parse_json(item, declared) if isinstance(item, str) else item
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRow(
-                f"{declared} has no name, expected {{'type': 'function',"
-                " 'function': {'name', 'description', 'parameters'}}"
-            )
-        tools.append({"type": "function", "function": _read_declaration(function, declared)})
-    return tuple(tools)
-
-
-def _read_declaration(function: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a declaration whose parameters are a JSON Schema: a template writes no other ones."""
-    check_value(function, where)
-    key = next((key for key in _SCHEMA_KEYS if not is_empty(function.get(key))), None)
-    if key is None:
-        return function
-    parameters = function[key]
-    if isinstance(parameters, str):
-        parameters = parse_json(parameters, f"{where}: {key!r}")
-        check_value(parameters, where)
-    if not isinstance(parameters, dict) or not (
-        not parameters or isinstance(parameters.get("type"), str) or "properties" in parameters
-    ):
-        raise InvalidRow(
-            f"{where}: the {key} of {function['name']!r} are not a JSON Schema, which a template"
-            " would leave out; expected {'type': 'object', 'properties': {...}}"
-        )
-    if key == "parameters" and parameters is function[key]:
-        return function
-    return {name: item for name, item in function.items() if name != key} | {
-        "parameters": parameters
-    }
 
 
 def turn(role: str, content: Any, where: str) -> Message:
@@ -478,48 +362,6 @@ def text_of(content: Any, role: str, where: str) -> str:
     return (" " if role == "system" else "").join(text.strip() for text in texts)
 
 
-def check_text(text: Any, role: str, where: str) -> str:
-    """Return the text. Raises: InvalidRow, not text or not valid Unicode."""
-    if not isinstance(text, str):
-        raise InvalidRow(f"{where} ({role}): the content is {kind(text)}, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRow(
-            f"{where} ({role}): the content is not valid Unicode (half a surrogate pair at"
-            f" character {error.start + 1})"
-        ) from None
-    return text
-
-
-def check_value(value: Any, where: str, depth: int = 0) -> None:
-    """Check that a value is what JSON can hold and a template can render.
-
-    Raises:
-        InvalidRow: another type, as Parquet's dates and bytes, a number that is not finite, text that
-            is not valid Unicode, keys that are not text, too many levels.
-    """
-    if isinstance(value, str):
-        if not value.isascii():
-            check_text(value, "JSON", where)
-    elif isinstance(value, dict | list):
-        if depth == _DEEPEST:
-            raise InvalidRow(f"{where}: more than {_DEEPEST} levels of nested values")
-        for each in value:
-            check_value(each, where, depth + 1)
-        if isinstance(value, dict):
-            if other := [key for key in value if not isinstance(key, str)]:
-                raise InvalidRow(
-                    f"{where}: the key {other[0]!r} is {kind(other[0])}, expected text"
-                )
-            for item in value.values():
-                check_value(item, where, depth + 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise InvalidRow(f"{where}: {value} is not a number that JSON has")
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise InvalidRow(f"{where}: {kind(value)} is not a value that JSON has")
-
-
 def is_learned(key: str, value: Any, where: str) -> bool:
     """Return what a mark says: true or 1, false or 0.
 
@@ -533,21 +375,3 @@ def is_learned(key: str, value: Any, where: str) -> bool:
         f"{where}: {key!r} is {str(value)[:40]!r}, expected 0 or 1: a turn is learned or it is not",
         f"Set data.ignore=[{key}] to learn every turn alike.",
     )
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON text in a row. Raises: InvalidRow."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidRow(f"{where}: not JSON: {text[:40]!r}") from None
-
-
-def is_empty(value: Any) -> bool:
-    """Return whether a value says nothing: null, or empty text, list or object."""
-    return value is None or (isinstance(value, str | list | dict | tuple) and not value)
-
-
-def kind(value: Any) -> str:
-    """Return a value's type for a message: `null`, `a list`."""
-    return "null" if value is None else f"a {type(value).__name__}"

@@ -17,15 +17,13 @@ from canvastune.preparation.messages import (
     MARK_KEYS,
     THINKING_KEYS,
     Messages,
-    check_text,
-    is_empty,
     is_learned,
-    kind,
     read_messages,
-    read_tools,
     text_of,
     turn,
 )
+from canvastune.preparation.row_values import check_text, is_empty, kind
+from canvastune.preparation.tools import read_tools
 
 RowFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
 _AUTO: tuple[RowFormat, ...] = (

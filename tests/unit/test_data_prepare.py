@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from canvastune.config import load_config
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
-from canvastune.preparation import prepare as prepare_module
+from canvastune.preparation import split_writer
 from canvastune.preparation.prepare import Throughput, prepare_data
 from canvastune.tiny_model import write_problems
 from tests.support.data_fixtures import THOUGHT, make_model, problems, run_config, write_lines
@@ -507,7 +507,7 @@ def test_memory_does_not_grow_with_the_rows(
 ) -> None:
     small = Throughput(batch_rows=16)
     # reads files by the MiB, more than these rows are
-    monkeypatch.setattr(prepare_module, "hash_path", lambda path: "0" * 64)
+    monkeypatch.setattr(split_writer, "hash_path", lambda path: "0" * 64)
     peaks = []
     for count in (160, 800):
         rows = [
