@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from pipelines.cli import main
 from tests.support.data_fixtures import make_tokenizer, problems
 from tests.unit.test_data_rows import as_bytes
 
@@ -174,3 +176,19 @@ def other_tokenizer(folder: Path) -> None:
 def folder_as_recipe(ground: Ground) -> None:
     ground.recipe.unlink()
     ground.recipe.mkdir()
+
+
+def ends_well(
+    ground: Ground, command: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, one message with these words as the only output, and nothing changed."""
+    before = ground.content()
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("canvastune: error: "), error
+    assert error.count("canvastune: error") == 1
+    assert "Traceback" not in error
+    assert "site-packages" not in error
+    for word in words:
+        assert word in error, f"the error lacks {word!r}: {error}"
+    assert ground.content() == before, "something was left behind, or lost"

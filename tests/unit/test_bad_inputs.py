@@ -7,13 +7,8 @@ from __future__ import annotations
 import gzip
 import json
 import resource
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
 
 from pipelines.cli import main
 from tests.support.bad_inputs import (
@@ -24,6 +19,7 @@ from tests.support.bad_inputs import (
     added,
     data,
     data_folder,
+    ends_well,
     folder_as_recipe,
     in_json,
     lines,
@@ -38,23 +34,7 @@ from tests.support.bad_inputs import (
     unreadable,
     without,
 )
-from tests.support.data_fixtures import make_model
 from tests.unit.test_data_rows import as_bytes
-
-
-@pytest.fixture(scope="module")
-def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "model", moe_intermediate_size=16)
-
-
-@pytest.fixture
-def ground(sound_model: Path, tmp_path: Path) -> Ground:
-    shutil.copytree(sound_model, tmp_path / "model")
-    ground = Ground(tmp_path)
-    (tmp_path / "data.jsonl").write_bytes(LINES)
-    ground.write()
-    return ground
-
 
 RECIPES: dict[str, Case] = {
     "an unknown key is answered with the nearest": (
@@ -431,22 +411,6 @@ MODELS: dict[str, Case] = {
 }
 
 
-def ends_well(
-    ground: Ground, command: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 1, one message with these words as the only output, and nothing changed."""
-    before = ground.content()
-    assert main(command) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("canvastune: error: "), error
-    assert error.count("canvastune: error") == 1
-    assert "Traceback" not in error
-    assert "site-packages" not in error
-    for word in words:
-        assert word in error, f"the error lacks {word!r}: {error}"
-    assert ground.content() == before, "something was left behind, or lost"
-
-
 CASES = RECIPES | DATA | MODELS
 
 
@@ -504,117 +468,6 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(
         )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "a workspace that is a file": (
-        ["run", "recipe.yaml", "--workspace", "data.jsonl"],
-        ("--workspace", "cannot create", "Choose a folder"),
-    ),
-    "a tiny model over existing files": (
-        ["make-tiny-model", "model"],
-        ("model", "not empty", "Choose another output directory"),
-    ),
-    "a model without experts": (
-        ["plan", "recipe.yaml", "--set", "model.id=dense"],
-        ("config.json", "moe_intermediate_size", "Download the checkpoint"),
-    ),
-    "a plan for no GPU": (
-        ["plan", "recipe.yaml", "--gpus", "0"],
-        ("--gpus", "found 0", "expected at least 1"),
-    ),
-    "a plan for less than no GPU": (
-        ["plan", "recipe.yaml", "--gpus", "-1"],
-        ("--gpus", "found -1", "expected at least 1"),
-    ),
-    "a pipeline in a file of another kind": (
-        ["compile", "-o", "pipeline.txt"],
-        ("-o pipeline.txt", ".yaml", "For example finetune.yaml"),
-    ),
-    "a pipeline below a file": (
-        ["compile", "-o", "data.jsonl/finetune.yaml"],
-        ("data.jsonl/finetune.yaml", "cannot write", "Choose a file"),
-    ),
-    "a pipeline in place of a folder": (
-        ["compile", "-o", "dense.yaml"],
-        ("-o dense.yaml", "Is a directory", "Choose a file"),
-    ),
-    "a pipeline where nothing can be made": (
-        ["compile", "-o", "/proc/x/finetune.yaml"],
-        ("/proc/x/", "cannot write", "Choose a file"),
-    ),
-    "a report of no run": (
-        ["report", "model"],
-        ("model: no run found", "run.json", "WORKSPACE/runs/RUN"),
-    ),
-    "an unknown accelerator": (
-        ["plan", "recipe.yaml", "--gpus", "8", "--set", "hardware.accelerator=h1000"],
-        ("hardware.accelerator", "'h1000'", "Did you mean 'h100'?"),
-    ),
-    "ranks that do not divide": (
-        ["plan", "recipe.yaml", "--gpus", "3"],
-        ("parallel.ep: found 8", "Choose one of"),
-    ),
-    "a host that is no address": (
-        ["submit", "hub.yaml", "--host", "localhost"],
-        ("--host localhost", "expected an http", "For example"),
-    ),
-    "a host without a server": (
-        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1"],
-        ("127.0.0.1:1", "no response", "Use the address"),
-    ),
-    "data that no pod sees": (
-        ["submit", "recipe.yaml", "--host", "http://127.0.0.1:1"],
-        ("data.source", "no pod", "Copy it"),
-    ),
-    "a token file that is not there": (
-        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--token-file", "no-token"],
-        ("token file no-token", "No such file", "only the token"),
-    ),
-    "a token file with more than a token": (
-        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--token-file", "hub.yaml"],
-        ("token file hub.yaml", "expected one token", "only the token"),
-    ),
-    "cluster settings that are not there": (
-        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--cluster-file", "none.yaml"],
-        ("none.yaml", "No such file", "Check the path"),
-    ),
-    "cluster settings with an unknown key": (
-        ["submit", "hub.yaml", "--host", "http://127.0.0.1:1", "--cluster-file", "hub.yaml"],
-        ("hub.yaml", "unknown key 'cluster.name'", "cluster"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", COMMANDS)
-def test_every_command_refuses_in_one_message(
-    case: str, ground: Ground, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ground.folder)
-    (ground.folder / "hub.yaml").write_text(
-        yaml.safe_dump({"name": "hub", "data": {"source": "openai/gsm8k"}})
-    )
-    dense = json.loads((ground.model / "config.json").read_text())
-    dense["text_config"]["moe_intermediate_size"] = None
-    (ground.folder / "dense").mkdir()
-    (ground.folder / "dense.yaml").mkdir()
-    (ground.folder / "dense" / "config.json").write_text(json.dumps(dense))
-    command, words = COMMANDS[case]
-    ends_well(ground, command, words, capsys)
-
-
-def test_a_user_sees_the_same_from_a_shell(ground: Ground) -> None:
-    (ground.folder / "data.jsonl").write_bytes(LINES[:-20])
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *ground.command()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "data.max_bad_row_fraction" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr + done.stdout
-    assert not (ground.folder / "out").exists()
 
 
 def test_the_ground_is_sound(ground: Ground) -> None:

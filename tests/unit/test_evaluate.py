@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.hf_inference import load_stock
@@ -28,19 +28,15 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser, main
 from canvastune.evaluation import run
-from canvastune.evaluation.generation import Question, response_ends, select_questions
+from canvastune.evaluation.generation import Question, select_questions
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
 from canvastune.evaluation.scoring import (
-    answer_part,
-    find_reference,
-    is_correct,
     mcnemar,
     wilson,
 )
-from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.tokenizer import load_tokenizer
-from canvastune.tiny_model import write_problems
+from tests.support.evaluation import recipe
 
 KEYS = [  # of evaluation.json, which other programs read
     *("rows", "scored"),
@@ -80,115 +76,6 @@ KEYS = [  # of evaluation.json, which other programs read
     ),
 ]
 TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
-
-
-def recipe(problems: Path, **evaluation: Any) -> RunConfig:
-    settings = {
-        "rows": 6,
-        "batch_size": 4,
-        "max_new_tokens": 16,
-        "max_denoising_steps": 2,
-    } | evaluation
-    data = {"source": str(problems), "seq_length": 96, "validation_fraction": 0.3}
-    return parse_config({"name": "test", "data": data, "evaluate": settings})
-
-
-@pytest.fixture(scope="module")
-def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    write_problems(path, "change", 60, seed=0)
-    return path
-
-
-@pytest.fixture(scope="module")
-def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare_data(recipe(problems), tiny_model, out)
-    return out
-
-
-def test_prompt_is_what_the_chat_template_gives(prepared: Path, tiny_model: Path) -> None:
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
-    questions = select_questions(prepared, tokenizer, 6)
-    rows: Any = load_from_disk(str(prepared / "validation"))
-    histories = {row["id"]: json.loads(row["prompt"]) for row in rows}
-    assert len(questions) == 6
-    for question in questions:
-        rendered = tokenizer.apply_chat_template(
-            histories[question.id], add_generation_prompt=True, return_dict=True
-        )
-        assert question.tokens == rendered["input_ids"]
-        assert question.opening == ""
-
-
-def test_rows_with_tools_are_asked_with_their_tools(tiny_model: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "tools.jsonl"
-    write_problems(rows, "tools", 60, seed=0)
-    tree = recipe(rows).model_dump(mode="json")
-    tree["data"] |= {"seq_length": 512, "learn": "all"}
-    tree["evaluate"]["answer_pattern"] = r"call:(count\{.*\})<tool_call"
-    config, out = parse_config(tree), tmp_path / "data"
-    prepare_data(config, tiny_model, out)
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
-    questions = select_questions(out, tokenizer, 1000)
-    assert len({question.id for question in questions}) == len(questions)
-    conversations = [json.loads(line) for line in rows.open()]
-    rendered = {
-        tuple(
-            tokenizer.apply_chat_template(
-                row["messages"][:length],
-                tools=row["tools"],
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
-        ): row["messages"][length]
-        for row in conversations
-        for length in (1, 3)
-    }
-    calls = [question for question in questions if "tool_calls" in rendered[tuple(question.tokens)]]
-    assert 0 < len(calls) < len(questions)
-    pattern = re.compile(config.evaluate.answer_pattern or "")
-    for question in calls:
-        assert "How many" in question.text, "the prompt is not shown as text"
-        assert question.reference.startswith("<|tool_call>call:count{")
-        assert find_reference(pattern, question.reference) is not None
-        assert is_correct(
-            pattern,
-            answer_part(f"<|channel>thought\nno\n<channel|>{question.reference}"),
-            find_reference(pattern, question.reference),  # type: ignore[arg-type]
-        ) == (True, True)
-    others = [question for question in questions if question not in calls]
-    assert all("(call) count(" in question.text for question in others)
-    ends = [tokenizer.decode([token]) for token in response_ends(out)]
-    assert sorted(ends) == ["<turn|>", "<|tool_response>"]
-
-
-def test_generation_stops_where_the_prepared_responses_end(
-    prepared: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
-    end = tokenizer.convert_tokens_to_ids("<turn|>")
-    assert response_ends(prepared) == [end]
-    rows: Any = load_from_disk(str(prepared / "validation"))
-    calls, cut = rows[0]["id"], rows[1]["id"]
-
-    def change(row: dict[str, Any]) -> dict[str, Any]:
-        if row["id"] == calls:  # it ends with the marker that hands over to a tool
-            return {"input_ids": [*row["input_ids"][:-1], 50]}
-        return {"input_ids": row["input_ids"][:-1], "complete": False} if row["id"] == cut else row
-
-    rows.map(change).save_to_disk(str(tmp_path / "validation"))
-    assert response_ends(tmp_path) == sorted([50, end])
-
-
-def test_rows_are_chosen_by_content_and_not_by_their_place(
-    prepared: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    rows: Any = load_from_disk(str(prepared / "validation"))
-    backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
-    backwards.save_to_disk(str(tmp_path / "validation"))
-    tokenizer = load_tokenizer(tiny_model).tokenizer
-    assert select_questions(prepared, tokenizer, 5) == select_questions(tmp_path, tokenizer, 5)
 
 
 @pytest.fixture(scope="module")

@@ -5,88 +5,31 @@ template released with the model, and what is learned of it; or the setting that
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_from_disk
-from transformers import AutoTokenizer
 
 from canvastune.config.schema import DataConfig
-from canvastune.errors import UserError
-from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.sources import open_source
 from tests.support.data_fixtures import (
-    TOOL_SPECIAL,
-    make_model,
-    released_template,
-    run_config,
     write_lines,
 )
-
-NAMES = [f"{first}{last}" for first in ("Ana", "Tom", "Eva", "Ben") for last in "1234567"]
-ASK, SAY = "<bos><|turn>user\nGreet Ana1.<turn|>\n<|turn>model\n", "Hello Ana1.<turn|>"
-Form = Callable[[str], dict[str, Any]]
-
-
-class Prepared(NamedTuple):
-    card: dict[str, Any]
-    prefix: str
-    """Of the first row's last example."""
-    response: str
-    examples: int
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), released_template(), special=TOOL_SPECIAL)
-
-
-def user(text: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def chat(name: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [user(f"Greet {name}."), says(f"Hello {name}.", **more)]}
-
-
-def write(folder: Path, form: Form, kind: str = "jsonl") -> Path:
-    """Write a row of this form for each name."""
-    rows = [form(name) for name in NAMES]
-    file = folder / f"rows.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-        return file
-    return write_lines(file, rows)
-
-
-def prepare(source: Path, model: Path, name: str = "out", **data: Any) -> Prepared:
-    out = source.parent / name
-    card = prepare_data(run_config(source, seq_length=1024, **data), model, out)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [row for name in ("train", "validation") for row in load_from_disk(str(out / name))]
-    first = [row for row in rows if row["origin"].partition("#")[0].endswith(":1")][-1]
-    length = first["prefix_length"]
-    prefix, response = (
-        tokenizer.decode(tokens)
-        for tokens in (first["input_ids"][:length], first["input_ids"][length:])
-    )
-    return Prepared(card, str(prefix), str(response), len(rows))
-
-
-def refusal(source: Path, model: Path, **data: Any) -> str:
-    with pytest.raises(UserError) as raised:
-        prepare_data(run_config(source, **data), model, source.parent / "refused")
-    return f"{raised.value}\n{raised.value.hint}"
-
+from tests.support.field_rows import (
+    ASK,
+    NAMES,
+    SAY,
+    Form,
+    chat,
+    prepare,
+    refusal,
+    says,
+    user,
+    write,
+)
 
 FORMS: dict[str, Form] = {
     "conversations with from and value": lambda name: {
@@ -135,16 +78,16 @@ FORMS: dict[str, Form] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_names_of_the_same_conversation_are_read(
-    form: str, tmp_path: Path, model: Path
+    form: str, tmp_path: Path, released_model: Path
 ) -> None:
-    found = prepare(write(tmp_path, FORMS[form]), model)
+    found = prepare(write(tmp_path, FORMS[form]), released_model)
     assert (found.prefix, found.response, found.examples) == (ASK, SAY, len(NAMES))
     assert found.card["bad"] == 0
     assert not found.card["unused"]
 
 
 def test_contents_of_gemini_are_read_by_the_name_of_their_column(
-    tmp_path: Path, model: Path
+    tmp_path: Path, released_model: Path
 ) -> None:
     source = write(
         tmp_path,
@@ -156,8 +99,8 @@ def test_contents_of_gemini_are_read_by_the_name_of_their_column(
             ],
         },
     )
-    assert "data.columns.messages=contents" in refusal(source, model)
-    found = prepare(source, model, columns={"messages": "contents"})
+    assert "data.columns.messages=contents" in refusal(source, released_model)
+    found = prepare(source, released_model, columns={"messages": "contents"})
     assert found.prefix == ASK.replace("<bos>", "<bos><|turn>system\nBe short.<turn|>\n")
     assert found.response == SAY
 
@@ -167,11 +110,13 @@ def declare(name: str, **parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": declared}
 
 
-def test_declarations_with_messages_are_in_the_system_turn(tmp_path: Path, model: Path) -> None:
+def test_declarations_with_messages_are_in_the_system_turn(
+    tmp_path: Path, released_model: Path
+) -> None:
     tool = declare("get_weather", properties={"city": {"type": "string"}})
     for kind, tools in (("list", [tool]), ("text", json.dumps([tool]))):
         rows = [{"tools": tools, **chat(name)} for name in NAMES]
-        found = prepare(write_lines(tmp_path / f"{kind}.jsonl", rows), model, kind)
+        found = prepare(write_lines(tmp_path / f"{kind}.jsonl", rows), released_model, kind)
         system = found.prefix.partition("<turn|>")[0]
         assert system.startswith("<bos><|turn>system\n<|tool>declaration:get_weather{"), kind
         assert "city:{" in system, kind
@@ -197,9 +142,9 @@ def calls(arguments: Any) -> Form:
     ],
 )
 def test_a_call_with_content_null_is_learned(
-    arguments: Any, written: str, tmp_path: Path, model: Path
+    arguments: Any, written: str, tmp_path: Path, released_model: Path
 ) -> None:
-    found = prepare(write(tmp_path, calls(arguments)), model)
+    found = prepare(write(tmp_path, calls(arguments)), released_model)
     assert found.prefix == ASK
     assert found.response == f"<|tool_call>call:greet{{{written}}}<tool_call|><|tool_response>"
     assert found.card["turns"]["learned with tool calls"] == len(NAMES)
@@ -207,15 +152,15 @@ def test_a_call_with_content_null_is_learned(
 
 @pytest.mark.parametrize("arguments", ["all of them", json.dumps(json.dumps({"to": "all"})), [1]])
 def test_arguments_that_are_no_object_are_refused_with_the_name_of_the_call(
-    arguments: Any, tmp_path: Path, model: Path
+    arguments: Any, tmp_path: Path, released_model: Path
 ) -> None:
-    reason = refusal(write(tmp_path, calls(arguments)), model)
+    reason = refusal(write(tmp_path, calls(arguments)), released_model)
     assert "message 2" in reason
     assert "arguments of 'greet'" in reason
 
 
 def test_thinking_and_calls_in_parts_of_the_content_are_learned(
-    tmp_path: Path, model: Path
+    tmp_path: Path, released_model: Path
 ) -> None:
     """LLaMA-Factory's version 1 has them next to the text."""
     call = {"name": "greet", "arguments": {"to": "all"}}
@@ -235,7 +180,7 @@ def test_thinking_and_calls_in_parts_of_the_content_are_learned(
             ]
         },
     )
-    found = prepare(source, model)
+    found = prepare(source, released_model)
     one = '<|tool_call>call:greet{to:<|"|>all<|"|>}<tool_call|>'
     thought = "<|channel>thought\nAll are here.\n<channel|>"
     assert found.response == f"{thought}{one}{one}<|tool_response>"
@@ -243,11 +188,11 @@ def test_thinking_and_calls_in_parts_of_the_content_are_learned(
 
 @pytest.mark.parametrize("kind", ["reasoning", "tool_call"])
 def test_a_part_that_only_the_model_writes_is_refused_in_a_users_turn(
-    kind: str, tmp_path: Path, model: Path
+    kind: str, tmp_path: Path, released_model: Path
 ) -> None:
     part = {"type": kind, "value": "{}"}
     rows = write(tmp_path, lambda name: {"messages": [user([part]), says(name)]})
-    assert f"message 1 (user) holds a part of type '{kind}'" in refusal(rows, model)
+    assert f"message 1 (user) holds a part of type '{kind}'" in refusal(rows, released_model)
 
 
 SYSTEMS: dict[str, Form] = {
@@ -267,16 +212,20 @@ SYSTEMS: dict[str, Form] = {
 
 
 @pytest.mark.parametrize("form", SYSTEMS)
-def test_a_system_prompt_is_the_system_turn(form: str, tmp_path: Path, model: Path) -> None:
-    found = prepare(write(tmp_path, SYSTEMS[form]), model)
+def test_a_system_prompt_is_the_system_turn(
+    form: str, tmp_path: Path, released_model: Path
+) -> None:
+    found = prepare(write(tmp_path, SYSTEMS[form]), released_model)
     system = "<bos><|turn>system\nYou tutor Ana1.<turn|>\n"
     assert (found.prefix, found.response) == (ASK.replace("<bos>", system), SAY)
     assert not found.card["unused"]
 
 
-def test_a_second_system_turn_is_refused(tmp_path: Path, model: Path) -> None:
+def test_a_second_system_turn_is_refused(tmp_path: Path, released_model: Path) -> None:
     form = SYSTEMS["role developer"]
-    reason = refusal(write(tmp_path, lambda name: {"system": "Be kind.", **form(name)}), model)
+    reason = refusal(
+        write(tmp_path, lambda name: {"system": "Be kind.", **form(name)}), released_model
+    )
     assert "two system turns" in reason
     assert "data.ignore=[system]" in reason
 
@@ -289,10 +238,12 @@ def sql(name: str) -> dict[str, Any]:
     }
 
 
-def test_a_context_is_never_left_out_of_question_and_answer(tmp_path: Path, model: Path) -> None:
+def test_a_context_is_never_left_out_of_question_and_answer(
+    tmp_path: Path, released_model: Path
+) -> None:
     source = write(tmp_path, sql)
-    assert "data.columns.context=context" in refusal(source, model)
-    found = prepare(source, model, columns={"context": "context"})
+    assert "data.columns.context=context" in refusal(source, released_model)
+    found = prepare(source, released_model, columns={"context": "context"})
     assert sql("Ana1")["context"] in found.prefix
     assert sql("Ana1")["question"] in found.prefix
     assert found.response == f"{sql('Ana1')['answer']}<turn|>"
@@ -300,10 +251,10 @@ def test_a_context_is_never_left_out_of_question_and_answer(tmp_path: Path, mode
 
 @pytest.mark.parametrize("column", ["hint", "schema_ddl"])
 def test_auto_does_not_take_further_text_for_gsm8k(
-    column: str, tmp_path: Path, model: Path
+    column: str, tmp_path: Path, released_model: Path
 ) -> None:
     source = write(tmp_path, lambda name: {column: "x", "question": f"{name}?", "answer": name})
-    reason = refusal(source, model)
+    reason = refusal(source, released_model)
     assert all(
         way in reason
         for way in (
@@ -318,15 +269,17 @@ def alpaca(name: str) -> dict[str, Any]:
     return {"instruction": "Order the words.", "input": f"{name} home goes", "output": "It goes."}
 
 
-def test_the_input_of_alpaca_belongs_to_the_prompt(tmp_path: Path, model: Path) -> None:
+def test_the_input_of_alpaca_belongs_to_the_prompt(tmp_path: Path, released_model: Path) -> None:
     source = write(tmp_path, alpaca)
-    found = prepare(source, model)
+    found = prepare(source, released_model)
     assert "Order the words.\nAna1 home goes<turn|>" in found.prefix
     named = {"prompt": "instruction", "response": "output"}
     assert "data.columns.context=input" in refusal(
-        source, model, format="columns", columns=named
+        source, released_model, format="columns", columns=named
     ), "a row of named columns lost its input"
-    found = prepare(source, model, "named", format="columns", columns=named | {"context": "input"})
+    found = prepare(
+        source, released_model, "named", format="columns", columns=named | {"context": "input"}
+    )
     assert "Ana1 home goes" in found.prefix
     assert "Order the words." in found.prefix
 
@@ -335,14 +288,16 @@ def test_the_input_of_alpaca_belongs_to_the_prompt(tmp_path: Path, model: Path) 
     ("mark", "off"),
     [("weight", 0), ("loss_weight", 0.0), ("loss", False), ("train", False), ("training", False)],
 )
-def test_a_marked_turn_is_context_only(mark: str, off: Any, tmp_path: Path, model: Path) -> None:
+def test_a_marked_turn_is_context_only(
+    mark: str, off: Any, tmp_path: Path, released_model: Path
+) -> None:
     """Of two answers the first is marked in every row, the last in every second row."""
 
     def form(name: str) -> dict[str, Any]:
         last = says(f"Again, {name}.", **({mark: off} if name[-1] in "246" else {mark: 1}))
         return {"messages": [*chat(name, **{mark: off})["messages"], user("Again"), last]}
 
-    found = prepare(write(tmp_path, form), model, learn="all")
+    found = prepare(write(tmp_path, form), released_model, learn="all")
     left_out = sum(name[-1] in "246" for name in NAMES)
     assert found.examples == len(NAMES) - left_out
     assert found.card["dropped"] == {"marked as not to be learned": left_out}
@@ -350,7 +305,7 @@ def test_a_marked_turn_is_context_only(mark: str, off: Any, tmp_path: Path, mode
     assert "Hello Ana1." in found.prefix
 
 
-def test_history_pairs_are_turns_before_the_prompt(tmp_path: Path, model: Path) -> None:
+def test_history_pairs_are_turns_before_the_prompt(tmp_path: Path, released_model: Path) -> None:
     found = prepare(
         write(
             tmp_path,
@@ -360,127 +315,22 @@ def test_history_pairs_are_turns_before_the_prompt(tmp_path: Path, model: Path) 
                 "history": [[f"Greet {name}.", f"Hello {name}."]],
             },
         ),
-        model,
+        released_model,
     )
     turns = "\n<|turn>user\nAnd now?<turn|>\n<|turn>model\n"
     assert (found.prefix, found.response) == (f"{ASK}{SAY}{turns}", "Bye Ana1.<turn|>")
-
-
-REFUSED: dict[str, tuple[Form, str, str]] = {
-    "images": (lambda name: {"images": [f"{name}.png"], **chat(name)}, "'images'", "text"),
-    "an image among the parts": (
-        lambda name: {"messages": [user([{"type": "image_url"}]), says(name)]},
-        "image_url",
-        "text",
-    ),
-    "choices": (
-        lambda name: {"question": name, "choices": ["a", "b"], "answer": "a"},
-        "'choices'",
-        "data.ignore=[choices]",
-    ),
-    "preferences": (
-        lambda name: {"prompt": name, "chosen": "Hello", "rejected": "No."},
-        "chosen",
-        "data.columns.response=chosen",
-    ),
-    "preferences after a conversation": (
-        lambda name: {
-            "conversations": [{"from": "human", "value": name}],
-            "chosen": {"from": "gpt", "value": "Hello"},
-            "rejected": {"from": "gpt", "value": "No."},
-        },
-        "'chosen'",
-        "data.columns.prompt=conversations",
-    ),
-    "preferences of whole conversations": (
-        lambda name: {"chosen": chat(name), "rejected": chat("nobody")},
-        "chosen",
-        "jq -c '{messages: .chosen.messages}'",
-    ),
-    "two answers, one of them the worse": (
-        lambda name: {"question": name, "response_j": "Hello", "response_k": "No."},
-        "response_j, response_k",
-        "data.columns.response=....",
-    ),
-    "an answer that was not liked": (
-        lambda name: {**chat(name), "label": False},
-        "'label'",
-        "Keep",
-    ),
-    "plain text": (
-        lambda name: {"text": f"Greet {name}. Hello."},
-        "columns text",
-        "Split the text",
-    ),
-    "a list of messages instead of a row": (
-        lambda name: chat(name)["messages"],
-        "found list",
-        "jq -c '{messages: .}'",
-    ),
-    "another name of messages": (
-        lambda name: {"dialog": chat(name)["messages"]},
-        "columns dialog",
-        "data.columns.messages=dialog",
-    ),
-    "no answer": (lambda name: {"messages": [user(name)]}, "no assistant turn", "row 1"),
-}
-
-
-@pytest.mark.parametrize("form", REFUSED)
-def test_what_cannot_be_trained_on_is_refused_with_the_way_out(
-    form: str, tmp_path: Path, model: Path
-) -> None:
-    rows, found, way = REFUSED[form]
-    reason = refusal(write(tmp_path, rows), model)
-    assert found in reason
-    assert way in reason
-
-
-FOLLOWED: dict[str, tuple[str, dict[str, Any]]] = {
-    "images": ("images", {"ignore": ["images"]}),
-    "choices": ("choices", {"ignore": ["choices"]}),
-    "preferences": ("chosen", {"format": "columns", "columns": {"response": "chosen"}}),
-    "preferences after a conversation": (
-        "conversations",
-        {"format": "columns", "columns": {"prompt": "conversations", "response": "chosen"}},
-    ),
-    "another name of messages": ("dialog", {"columns": {"messages": "dialog"}}),
-}
-
-
-@pytest.mark.parametrize("form", FOLLOWED)
-def test_the_way_out_of_a_refusal_leads_to_a_prepared_data_set(
-    form: str, tmp_path: Path, model: Path
-) -> None:
-    key, settings = FOLLOWED[form]
-    source = write(tmp_path, REFUSED[form][0])
-    assert key in refusal(source, model)
-    found = prepare(source, model, **settings)
-    assert found.examples == len(NAMES)
-    assert "No." not in found.response
-    assert found.card["unused"] == ({"rejected": len(NAMES)} if "chosen" in str(settings) else {})
-
-
-def test_a_table_without_a_header_is_refused_as_one(tmp_path: Path, model: Path) -> None:
-    file = tmp_path / "rows.tsv"
-    file.write_text("".join(f"Greet {name}.\tHello {name}.\n" for name in NAMES))
-    reason = refusal(file, model)
-    assert "columns Greet Ana1., Hello Ana1." in reason
-    assert "no header" in reason
-    file.write_text("prompt\tresponse\n" + file.read_text())
-    assert prepare(file, model).examples == len(NAMES)
 
 
 def reasoned(name: str) -> dict[str, Any]:
     return {"question": f"{name} has 3. How many?", "reasoning": "It says 3.", "answer": "#### 3"}
 
 
-def test_a_column_of_reasoning_is_thinking_or_unused(tmp_path: Path, model: Path) -> None:
+def test_a_column_of_reasoning_is_thinking_or_unused(tmp_path: Path, released_model: Path) -> None:
     source = write(tmp_path, reasoned)
-    found = prepare(source, model, thinking="keep")
+    found = prepare(source, released_model, thinking="keep")
     assert found.response == "<|channel>thought\nIt says 3.\n<channel|>#### 3<turn|>"
     assert found.card["turns"]["learned with thinking"] == len(NAMES)
-    found = prepare(source, model, "dropped", thinking="drop")
+    found = prepare(source, released_model, "dropped", thinking="drop")
     assert found.response == "#### 3<turn|>"
     assert "<|think|>" not in found.prefix
     assert found.card["unused"] == {"reasoning": len(NAMES)}
@@ -488,12 +338,12 @@ def test_a_column_of_reasoning_is_thinking_or_unused(tmp_path: Path, model: Path
 
 @pytest.mark.parametrize("name", ["finish_reason", "messages.finish_reason"])
 def test_a_key_of_a_message_is_ignored_by_name_or_as_the_card_writes_it(
-    name: str, tmp_path: Path, model: Path
+    name: str, tmp_path: Path, released_model: Path
 ) -> None:
     source = write(tmp_path, lambda name: chat(name, finish_reason="stop"))
-    counted = prepare(source, model).card["unused"]
+    counted = prepare(source, released_model).card["unused"]
     assert counted == {"messages.finish_reason": len(NAMES)}
-    assert not prepare(source, model, "ignored", ignore=[name]).card["unused"]
+    assert not prepare(source, released_model, "ignored", ignore=[name]).card["unused"]
 
 
 ORDERS: dict[str, tuple[Form, str]] = {
@@ -519,10 +369,12 @@ ORDERS: dict[str, tuple[Form, str]] = {
 
 
 @pytest.mark.parametrize("form", ORDERS)
-def test_turn_orders_are_as_inference_renders_them(form: str, tmp_path: Path, model: Path) -> None:
+def test_turn_orders_are_as_inference_renders_them(
+    form: str, tmp_path: Path, released_model: Path
+) -> None:
     rows, prefix = ORDERS[form]
     source = write(tmp_path, rows)
-    found = prepare(source, model)
+    found = prepare(source, released_model)
     assert found.prefix == prefix
     assert found.card["turns"]["learned"] == len(NAMES)
     context = sum(turn["role"] == "assistant" for turn in rows("")["messages"]) - 1
@@ -530,22 +382,26 @@ def test_turn_orders_are_as_inference_renders_them(form: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("wrap", ["columns", "wrapped"])
-def test_an_object_of_columns_or_of_rows_is_read(wrap: str, tmp_path: Path, model: Path) -> None:
+def test_an_object_of_columns_or_of_rows_is_read(
+    wrap: str, tmp_path: Path, released_model: Path
+) -> None:
     rows = [{"prompt": f"Greet {name}.", "response": f"Hello {name}."} for name in NAMES]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(columns if wrap == "columns" else {"data": rows}))
-    found = prepare(file, model)
+    found = prepare(file, released_model)
     assert (found.prefix, found.response, found.examples) == (ASK, SAY, len(NAMES))
 
 
-def test_a_single_row_is_not_taken_for_a_table_of_its_tools(tmp_path: Path, model: Path) -> None:
+def test_a_single_row_is_not_taken_for_a_table_of_its_tools(
+    tmp_path: Path, released_model: Path
+) -> None:
     file = tmp_path / "row.json"
     file.write_text(json.dumps({"tools": [declare("f")], **chat("Ana1")}))
-    assert "[{...}]" in refusal(file, model)
+    assert "[{...}]" in refusal(file, released_model)
 
 
-def test_nested_types_of_parquet_are_messages(tmp_path: Path, model: Path) -> None:
+def test_nested_types_of_parquet_are_messages(tmp_path: Path, released_model: Path) -> None:
     rows = [chat(name)["messages"] for name in NAMES]
     turn_map = pa.list_(pa.map_(pa.string(), pa.string()))
     maps = pa.array([[list(turn.items()) for turn in turns] for turns in rows], turn_map)
@@ -559,32 +415,34 @@ def test_nested_types_of_parquet_are_messages(tmp_path: Path, model: Path) -> No
         folder = tmp_path / name
         folder.mkdir()
         pq.write_table(table, folder / "rows.parquet")
-        found = prepare(folder / "rows.parquet", model)
+        found = prepare(folder / "rows.parquet", released_model)
         assert (found.prefix, found.response) == (ASK, SAY), name
         assert not found.card["unused"], name
 
 
-def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, model: Path) -> None:
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path, released_model: Path) -> None:
     datasets.Dataset.from_list([chat(name) for name in NAMES]).save_to_disk(tmp_path / "saved")
-    found = prepare(tmp_path / "saved", model)
+    found = prepare(tmp_path / "saved", released_model)
     assert (found.prefix, found.response, found.examples) == (ASK, SAY, len(NAMES))
 
 
-def test_a_folder_with_an_index_says_which_file_to_name(tmp_path: Path, model: Path) -> None:
+def test_a_folder_with_an_index_says_which_file_to_name(
+    tmp_path: Path, released_model: Path
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder, chat).rename(folder / "my_chat.jsonl")
     index = {"mine": {"file_name": "my_chat.jsonl", "formatting": "sharegpt"}}
     (folder / "dataset_info.json").write_text(json.dumps(index))
-    assert f"data.source={folder / 'my_chat.jsonl'}" in refusal(folder, model)
+    assert f"data.source={folder / 'my_chat.jsonl'}" in refusal(folder, released_model)
 
 
 def test_answers_that_the_default_pattern_does_not_match_are_prepared(
-    tmp_path: Path, model: Path
+    tmp_path: Path, released_model: Path
 ) -> None:
     """The default is GSM8K's `#### n`; other data has everything but exact match."""
     source = write(tmp_path, lambda name: {"messages": [user(f"{name}?"), says(f"{name} has 2.")]})
-    assert prepare(source, model).examples == len(NAMES)
+    assert prepare(source, released_model).examples == len(NAMES)
 
 
 def test_messages_that_datasets_stores_as_json_text_are_messages(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Data and models that several files of tests share, made once per process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from canvastune.preparation.prepare import prepare_data
+from canvastune.tiny_model import write_problems
+from tests.support.bad_inputs import LINES, Ground
+from tests.support.data_fixtures import TOOL_SPECIAL, make_model, released_template
+from tests.support.evaluation import recipe
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    write_problems(path, "change", 60, seed=0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(problems: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare_data(recipe(problems), tiny_model, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "model", moe_intermediate_size=16)
+
+
+@pytest.fixture
+def ground(sound_model: Path, tmp_path: Path) -> Ground:
+    shutil.copytree(sound_model, tmp_path / "model")
+    ground = Ground(tmp_path)
+    (tmp_path / "data.jsonl").write_bytes(LINES)
+    ground.write()
+    return ground
+
+
+@pytest.fixture(scope="session")
+def released_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), released_template(), special=TOOL_SPECIAL)
