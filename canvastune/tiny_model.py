@@ -515,7 +515,7 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
     misses = 0
     while len(problems) < rows:
         row = KINDS[kind](rng)
-        asked = row["question"] if "question" in row else json.dumps(row["messages"])
+        asked = row["question"] if "question" in row else row["messages"][0]["content"]
         misses = misses + 1 if asked in problems else 0
         if misses > 1000:
             raise UserError(

@@ -81,7 +81,7 @@ def _prepare(options: argparse.Namespace) -> None:
     preflight.log_remarks(preflight.check_generation_config(model))
     card = prepare_data(config, model, options.output)
     preflight.log_remarks(preflight.describe_scoring(config, options.output))
-    preflight.log_remarks(preflight.describe_answers(config, options.output, model))
+    preflight.log_remarks(preflight.describe_answers(config, options.output))
     counts = {key: card[key] for key in ("rows_read", "kept", "train", "validation", "seconds")}
     logger.info("", extra=event("prepared", folder=str(options.output), **counts))
 

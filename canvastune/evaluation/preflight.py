@@ -12,7 +12,6 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
 )
 
-from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.errors import UserError, one_line
 from canvastune.evaluation.generation import open_validation, select_rows
@@ -99,12 +98,8 @@ def describe_scoring(config: RunConfig, dataset: Path) -> list[str]:
     return [line]
 
 
-def describe_answers(config: RunConfig, dataset: Path, model: Path | None = None) -> list[str]:
-    """Say where evaluation will do something else than its settings suggest, a line each.
-
-    Args:
-        model: the checkpoint's folder, for the number of its positions; None: not looked at.
-    """
+def describe_answers(config: RunConfig, dataset: Path) -> list[str]:
+    """Say where evaluation will do something else than its settings suggest, a line each."""
     settings, lines = config.evaluate, []
     rows = select_rows(dataset, settings.rows)
     if len(rows) < settings.rows:
@@ -118,14 +113,12 @@ def describe_answers(config: RunConfig, dataset: Path, model: Path | None = None
             f"evaluate.max_new_tokens is {settings.max_new_tokens}, but the model writes whole "
             f"canvases of {canvas} tokens: answers have up to {longest}"
         )
-    if model is not None:
-        positions = read_model_config(model).text_config.max_position_embeddings
-        prompt = max(rows["prefix_length"])
-        if prompt + longest > positions:
-            lines.append(
-                f"the longest prompt ({prompt} tokens) and evaluate.max_new_tokens exceed the "
-                f"model's {positions} positions"
-            )
+    prompt, positions = max(rows["prefix_length"]), card.get("positions")
+    if positions is not None and prompt + longest > positions:  # older data does not have it
+        lines.append(
+            f"the longest prompt ({prompt} tokens) and evaluate.max_new_tokens exceed the "
+            f"model's {positions} positions"
+        )
     tracking = config.tracking
     if tracking.registered_model and tracking.promote == "better":
         pattern = settings.answer_pattern

@@ -80,6 +80,7 @@ def _conversations(
             raise unknown_format(row.value, f"{row.file}: row {row.number}", config)
         yield row, InvalidRow(row.problem)
     if reader is not None:
+        stats.unseen_ignored = reader.unseen_ignored
         _refuse_unseen(reader, config)
 
 

@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from canvastune.preparation.conversation import InvalidRow, Message
-from canvastune.preparation.row_values import check_text, check_value, is_empty, kind, parse_json
+from canvastune.preparation.row_values import (
+    check_text,
+    check_value,
+    further_keys,
+    is_empty,
+    kind,
+    parse_json,
+)
 from canvastune.preparation.tools import call_id, read_call_text, read_calls
 
 _ROLES = {
@@ -41,6 +48,7 @@ _ROW_KEYS = ("tools", "functions")  # declarations: a template takes them with t
 _THINKING_PARTS = ("reasoning", "thinking")
 _CALL_PART = "tool_call"
 _DICT_KEYS = ("role", "type", "text", "value", "parts", "thought", *_MEDIA_KEYS)  # of one part
+_PART_KEYS = (*_DICT_KEYS, *_THINKING_PARTS, "id", "name", "arguments")  # a part may be a call
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _MARKS = {"0": False, "false": False, "1": True, "true": True}  # as a table's cells have them
 _MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
@@ -140,10 +148,14 @@ def _read_message(
         )
     calls: list[dict[str, Any]] = []
     if written == "function_call":
-        calls, content = read_call_text(content, where) + read_calls(keys, where), None
+        calls, content = (
+            read_call_text(content, where, column, found.unused)
+            + read_calls(keys, where, column, found.unused),
+            None,
+        )
     elif role == "assistant":
         content, keys = _unfold(content, keys, where)
-        calls = read_calls(keys, where)
+        calls = read_calls(keys, where, column, found.unused)
     if content_key is None and not calls:
         raise InvalidRow(f"{where} ({written}) has no 'content'")
     used = {next(key for key in _SPEAKER_KEYS if message.get(key) is not None), content_key}
@@ -162,6 +174,8 @@ def _read_message(
         used |= set(MARK_KEYS)  # what is not the assistant's is never learned
         found.append(turn(role, content, where))
     found.unused |= {f"{column}.{key}" for key in keys.keys() - used}
+    if isinstance(content, list):
+        found.unused |= further_keys(content, _PART_KEYS, f"{column}.{content_key}")
 
 
 def _unfold(content: Any, keys: dict[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
@@ -286,6 +300,11 @@ def _append_tool_response(
         of = f" {asked or name!r}" if asked or name else ""
         raise InvalidRow(
             f"{where} (tool) answers a call{of} that the assistant's turn before it does not make"
+        )
+    called = waiting[0]["function"]["name"]
+    if name is not None and name != called:
+        raise InvalidRow(
+            f"{where} (tool) answers a call of {called!r} by its id, and its name is {name!r}"
         )
     if content is None:
         raise InvalidRow(f"{where} (tool): the content is null, expected text")

@@ -160,6 +160,7 @@ def prepare_data(
             "validation": len(splits["validation"]),
             "seq_length": config.data.seq_length,
             "canvas_length": loaded.canvas_length,
+            "positions": loaded.positions,
             "tokenizer": type(loaded.tokenizer).__name__,
             "vocab_size": loaded.vocab_size,
             "samples": samples,

@@ -22,7 +22,7 @@ from canvastune.preparation.messages import (
     text_of,
     turn,
 )
-from canvastune.preparation.row_values import check_text, is_empty, kind
+from canvastune.preparation.row_values import check_text, is_empty, kind, nested_keys
 from canvastune.preparation.tools import read_tools
 
 RowFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
@@ -104,6 +104,8 @@ class RowReader:
         }
         self.unseen = {column: name for name, column in named.items() if column}
         """Columns that the recipe names and no row has had yet, with the name of their key."""
+        self.unseen_ignored = set(data.ignore)
+        """Names in `data.ignore` that no row has had yet."""
 
     def read(self, value: Any) -> tuple[ParsedRow, list[Conversation]]:
         """Return what a row says, and the examples in it: none if what would be learned is marked
@@ -129,6 +131,13 @@ class RowReader:
         if self.unseen:
             for column in self.unseen.keys() & value.keys():
                 del self.unseen[column]
+        if self.unseen_ignored:
+            keys = set(nested_keys(value))
+            self.unseen_ignored -= {
+                name
+                for name in self.unseen_ignored
+                if name in keys or name.rpartition(".")[2] in keys
+            }
         if self._format in ("messages", "sharegpt"):
             parsed = self._read_conversation(value, extra)
         else:
@@ -242,7 +251,7 @@ class RowReader:
             if key in self._system:
                 self._add_system(found, key, extra.pop(key))
             elif key in self._tools:
-                read = read_tools(extra.pop(key), f"column {key!r}")
+                read = read_tools(extra.pop(key), key, found.unused)
                 tools += tuple(tool for tool in read if tool not in tools)
             elif key in MARK_KEYS:
                 if not is_learned(key, extra.pop(key), "the row"):
@@ -272,7 +281,13 @@ class RowReader:
                     " further column.",
                 )
         found.unused |= {str(key) for key in extra}
-        return ParsedRow(found.turns, tools, frozenset(found.marked), sorted(found.unused))
+        unused = sorted(name for name in found.unused if not self._is_ignored(name))
+        return ParsedRow(found.turns, tools, frozenset(found.marked), unused)
+
+    def _is_ignored(self, name: str) -> bool:
+        return bool(self._ignore) and (
+            name in self._ignore or name.rpartition(".")[2] in self._ignore
+        )
 
     def _add_system(self, found: Messages, key: str, value: Any) -> None:
         text = check_text(text_of(value, "system", f"column {key!r}"), "system", f"column {key!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from canvastune.preparation.conversation import InvalidRow
@@ -69,3 +70,27 @@ def is_empty(value: Any) -> bool:
 def kind(value: Any) -> str:
     """Return a value's type for a message: `null`, `a list`."""
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+def further_keys(value: Any, known: Collection[str], place: str) -> set[str]:
+    """Return the keys with a value that an object, or an object in a list, has beyond the known
+    ones, as `place.key`.
+    """
+    objects = value if isinstance(value, list) else [value]
+    return {
+        f"{place}.{key}"
+        for each in objects
+        if isinstance(each, dict)
+        for key, item in each.items()
+        if key not in known and not is_empty(item)
+    }
+
+
+def nested_keys(value: Any, levels: int = 6) -> Iterator[str]:
+    """Yield the keys of all objects in a value, down to a number of levels."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+        value = list(value.values())
+    if isinstance(value, list) and levels:
+        for each in value:
+            yield from nested_keys(each, levels - 1)

@@ -43,6 +43,7 @@ class DatasetStats:
         self.dropped: Counter[str] = Counter()
         self.invalid_rows: list[tuple[Row, str]] = []  # the first ones, each with its reason
         self.unused: Counter[str] = Counter()  # rows with a value, by column or message key
+        self.unseen_ignored: set[str] = set()  # names in data.ignore that no row has
         self.turns: Counter[str] = Counter()
         self._hints: Counter[str] = Counter()  # what to do about the invalid rows
         self.duplicates: list[Row] = []  # the first ones
@@ -147,6 +148,7 @@ class DatasetStats:
     def total(cls, parts: Sequence[DatasetStats]) -> DatasetStats:
         """Return the counts of several data sets together."""
         total = cls(parts[0]._seq_length, parts[0]._canvas_length)
+        total.unseen_ignored = set.intersection(*(part.unseen_ignored for part in parts))
         for part in parts:
             total.rows_read += part.rows_read
             total.kept += part.kept
@@ -177,6 +179,8 @@ class DatasetStats:
             )
         if after := self.turns["after the last answer"]:
             said.append(f"{after:,} turns after the last answer of their row are left out")
+        if self.unseen_ignored:
+            said.append(f"data.ignore: no row has {', '.join(sorted(self.unseen_ignored))}")
         if self.unused:
             names = ", ".join(
                 f"{name} ({rows:,} rows)" for name, rows in sorted(self.unused.items())

@@ -26,6 +26,7 @@ class ModelTokenizer:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int  # rows of the embedding table; the tokenizer may name fewer
     canvas_length: int  # tokens of a response block
+    positions: int  # tokens of the longest sequence that the model is made for
 
 
 def load_tokenizer(model: Path) -> ModelTokenizer:
@@ -69,7 +70,10 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
     if not tokenizer.is_fast:
         raise UserError(f"{model}: no tokenizer.json, which a fast tokenizer requires", hint=_HINT)
     _check_ids(tokenizer, config.text_config, model)
-    return ModelTokenizer(tokenizer, config.text_config.vocab_size, config.canvas_length)
+    text = config.text_config
+    return ModelTokenizer(
+        tokenizer, text.vocab_size, config.canvas_length, text.max_position_embeddings
+    )
 
 
 def _check_ids(

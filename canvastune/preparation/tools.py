@@ -6,17 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from canvastune.preparation.conversation import InvalidRow
-from canvastune.preparation.row_values import check_value, is_empty, kind, parse_json
+from canvastune.preparation.row_values import check_value, further_keys, is_empty, kind, parse_json
 
+_CALL_KEYS = ("id", "type", "function", "name", "arguments", "parameters")
+_FUNCTION_KEYS = ("name", "arguments", "parameters")
+_DECLARATION_KEYS = ("type", "name", "description", "parameters", "response")  # as Gemma's template
 _SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # OpenAI's, Anthropic's, MCP's
 
 
-def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+def read_tools(value: Any, column: str, unused: set[str]) -> tuple[dict[str, Any], ...]:
     """Read function declarations: OpenAI's list, bare functions, or either as JSON text.
+
+    Args:
+        column: that holds them.
+        unused: gets the keys that no template writes.
 
     Raises:
         InvalidRow: no list, or a declaration without a name.
     """
+    where = f"column {column!r}"
     if isinstance(value, str):
         value = parse_json(value, where)
     if isinstance(value, dict):
@@ -33,6 +41,9 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
                 f"{declared} has no name, expected {{'type': 'function',"
                 " 'function': {'name', 'description', 'parameters'}}"
             )
+        if function is not tool:
+            unused |= further_keys(tool, ("type", "function"), column)
+        unused |= further_keys(function, (*_DECLARATION_KEYS, *_SCHEMA_KEYS), column)
         tools.append({"type": "function", "function": _read_declaration(function, declared)})
     return tuple(tools)
 
@@ -61,8 +72,15 @@ def _read_declaration(function: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def read_calls(keys: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+def read_calls(
+    keys: Mapping[str, Any], where: str, column: str, unused: set[str]
+) -> list[dict[str, Any]]:
     """Read the calls of an assistant's message: `tool_calls`, and OpenAI's older `function_call`.
+
+    Args:
+        where: the message.
+        column: that holds the messages.
+        unused: gets the keys that no template writes.
 
     Raises:
         InvalidRow: a call without a name, arguments that are not an object, an id given twice.
@@ -74,23 +92,24 @@ def read_calls(keys: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise InvalidRow(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
     if "function_call" in keys:
         calls = [*calls, keys["function_call"]]
-    read = [_read_call(call, where) for call in calls]
+    read = [_read_call(call, where, f"{column}.tool_calls", unused) for call in calls]
     ids = [call["id"] for call in read if "id" in call]
     if len(set(ids)) < len(ids):
         raise InvalidRow(f"{where}: two tool calls have the same id: {', '.join(ids)}")
     return read
 
 
-def read_call_text(content: Any, where: str) -> list[dict[str, Any]]:
+def read_call_text(content: Any, where: str, column: str, unused: set[str]) -> list[dict[str, Any]]:
     """Read the calls that ShareGPT has as the text of a message. Raises: InvalidRow."""
     if isinstance(content, str):
         content = parse_json(content, f"{where}: the call")
     return [
-        _read_call(call, where) for call in (content if isinstance(content, list) else [content])
+        _read_call(call, where, f"{column}.function_call", unused)
+        for call in (content if isinstance(content, list) else [content])
     ]
 
 
-def _read_call(call: Any, where: str) -> dict[str, Any]:
+def _read_call(call: Any, where: str, place: str, unused: set[str]) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRow(
@@ -116,6 +135,9 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
         )
     check_value(function["name"], f"{where}: the name of a call")
     check_value(arguments, f"{where}: the arguments of {function['name']!r}")
+    unused |= further_keys(call, _CALL_KEYS, place)
+    if function is not call:
+        unused |= further_keys(function, _FUNCTION_KEYS, f"{place}.function")
     read: dict[str, Any] = {
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},

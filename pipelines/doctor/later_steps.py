@@ -56,5 +56,5 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("evaluation", "ok", found)
         # How many rows are held out of all is not known here.
         few = config.evaluate.model_copy(update={"rows": 1})
-        for remark in describe_answers(config.model_copy(update={"evaluate": few}), dataset, model):
+        for remark in describe_answers(config.model_copy(update={"evaluate": few}), dataset):
             yield Finding("evaluation", "warning", remark)

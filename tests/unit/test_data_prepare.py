@@ -545,3 +545,12 @@ def test_the_word_problems_of_the_tiny_model_are_prepared_whole(
         assert (
             tokenizer.decode(row["input_ids"][row["prefix_length"] :]) == row["answer"] + "<turn|>"
         )
+
+
+def test_a_name_in_ignore_that_no_row_has_is_said(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_lines(tmp_path / "rows.jsonl", [{**row, "id": 1} for row in problems(40)])
+    with caplog.at_level("INFO"):
+        prepare_data(run_config(source, ignore=["id", "absent_key"]), model, tmp_path / "out")
+    assert "data.ignore: no row has absent_key" in caplog.text

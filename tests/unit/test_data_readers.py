@@ -258,21 +258,19 @@ def test_a_saved_data_set_is_read_in_the_order_of_its_state(tmp_path: Path) -> N
     assert "not a readable folder of save_to_disk" in refusal(folder)
 
 
-def test_a_damaged_saved_data_set_is_rows_or_refused(tmp_path: Path) -> None:
-    """Arrow does not check the offsets of a file that is memory-mapped."""
-    folder = tmp_path / "saved"
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
-    (file,) = folder.glob("*.arrow")
-    whole = file.read_bytes()
-    refusals = []
-    for at in range(0, len(whole), 16):
-        file.write_bytes(whole[:at] + b"\xee" * 8 + whole[at + 8 :])
-        try:
-            read(folder)
-        except UserError as error:
-            refusals.append(str(error))
-    assert len(refusals) > 10
-    assert all(str(folder) in refusal for refusal in refusals)
+def test_values_that_a_memory_mapped_file_holds_are_checked_before_they_are_read(
+    tmp_path: Path,
+) -> None:
+    """Arrow itself does not check them: here text that is not UTF-8, which no reader trips over."""
+    offsets = pa.py_buffer(b"".join(at.to_bytes(4, "little") for at in (0, 2)))
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
+    file = tmp_path / "data.arrow"
+    batch = pa.record_batch([text, pa.array(["a"])], names=["prompt", "response"])
+    with pa.ipc.new_stream(str(file), batch.schema) as writer:
+        writer.write_batch(batch)
+    reason = refusal(file)
+    assert str(file) in reason
+    assert "UTF8" in reason
 
 
 def test_images_of_a_saved_data_set_stay_undecoded(tmp_path: Path) -> None:

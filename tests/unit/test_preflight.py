@@ -151,7 +151,7 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     rows: Path, prepared: Path, tiny_model: Path
 ) -> None:
     def lines(**sections: Any) -> list[str]:
-        return describe_answers(recipe(rows, tiny_model, **sections), prepared, tiny_model)
+        return describe_answers(recipe(rows, tiny_model, **sections), prepared)
 
     fitting = {"rows": 2, "max_new_tokens": 32}
     assert lines(evaluate=fitting) == []

@@ -248,3 +248,39 @@ def test_responses_after_a_last_call_are_counted() -> None:
         *read(talk(user("a"), call("f") | {"tool_responses": [{"name": "f", "response": "F"}]}))
     )
     assert stats.turns["after the last answer"] == 1
+
+
+def test_keys_that_no_template_writes_are_counted() -> None:
+    asked = calls(
+        {"id": "1", "index": 0, "type": "function", "function": {"name": "f", "strict": True}}
+    )
+    row = talk(
+        {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"a": 1}}]},
+        asked,
+        tools=[{"type": "function", "defer": True, "function": {"name": "f", "strict": True}}],
+    )
+    parsed, _ = read(row)
+    assert parsed.unused == [
+        "messages.content.cache_control",
+        "messages.tool_calls.function.strict",
+        "messages.tool_calls.index",
+        "tools.defer",
+        "tools.strict",
+    ]
+    assert read(row, ignore=["index", "strict", "defer", "cache_control"])[0].unused == []
+    assert "tools.strict" not in read(row, ignore=["tools.strict"])[0].unused
+
+
+def test_a_response_whose_name_is_not_that_of_its_call_is_refused() -> None:
+    answer = result("get_weather", "sunny") | {"name": "get_time"}
+    reason = refusal(talk(user("a"), call("get_weather"), answer, says("b")))
+    assert "get_weather" in reason
+    assert "get_time" in reason
+
+
+def test_a_name_in_ignore_that_no_row_has_is_known() -> None:
+    names = ["id", "messages.name", "absent_key", "tools.strict"]
+    config = DataConfig(source="x", ignore=names)
+    reader = RowReader("messages", config, config)
+    reader.read(talk({**user("a"), "name": "boss"}, says("b"), id=7))
+    assert reader.unseen_ignored == {"absent_key", "tools.strict"}

@@ -28,16 +28,11 @@ CALL = re.compile(
 
 def rows_ending_in_a_call(folder: Path, count: int) -> Path:
     """Different questions, each with the call that answers it as the last turn."""
-    write_problems(folder / "all.jsonl", "tools", 3 * count, 0)
-    rows: dict[str, dict[str, Any]] = {}
-    for line in (folder / "all.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        row["messages"] = row["messages"][:2]
-        rows.setdefault(row["messages"][0]["content"], row)
     file = folder / "rows.jsonl"
-    chosen = list(rows.values())[:count]
-    assert len(chosen) == count
-    file.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    write_problems(file, "tools", count, 0)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    cut = [{**row, "messages": row["messages"][:2]} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in cut), encoding="utf-8")
     return file
 
 
