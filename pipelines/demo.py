@@ -16,7 +16,7 @@ from canvastune.preparation import prepare_data
 from canvastune.preparation.stats import CALLS
 from canvastune.tracking import StepRun
 from components.train.step import train
-from pipelines.local_runner import run_recipe
+from pipelines.local_runner import run_recipe, shell_command
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _prepare_tools(config: RunConfig) -> None:
     logger.info(
         f"    {card['rows_read']} rows, {turns['learned']} turns are learned, of them"
         f" {turns[CALLS]} tool calls: {out / 'card.html'}\n"
-        "    train on it: canvastune run pipelines/recipes/tiny_tools.yaml"
+        f"    train on it: {shell_command('canvastune')} run pipelines/recipes/tiny_tools.yaml"
     )
 
 

@@ -193,7 +193,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         "MLflow": str(connect(uri)),
     }
     if uri.startswith("sqlite"):
-        lines["MLflow"] = f"{_shell_command('mlflow')} ui --backend-store-uri {uri}"
+        lines["MLflow"] = f"{shell_command('mlflow')} ui --backend-store-uri {uri}"
     if pending(pipeline_run(config, folder, "")):
         sync = f"canvastune sync {_relative(folder)}"
         lines["MLflow"] = f"incomplete; once {connect(uri)} responds again: {sync}"
@@ -217,7 +217,7 @@ def _relative(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _shell_command(name: str) -> str:
+def shell_command(name: str) -> str:
     """Return how to call a program of this Python's environment from the shell."""
     own = Path(sys.executable).parent / name
     return name if shutil.which(name) == str(own) or not own.exists() else _relative(own)
