@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,12 @@ _MAX_PAUSE = 30.0  # seconds between two attempts
 _REQUEST_TIMEOUT = (10, 60)  # seconds to connect, and to read
 _RUNTIMES = "trainingruntimes"
 _WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
+# What operators and queues put between a job and its pods: group and versions, the newest first.
+_BETWEEN = {
+    "jobsets": ("jobset.x-k8s.io", ("v1alpha2",)),
+    "jobs": ("batch", ("v1",)),
+    "workloads": ("kueue.x-k8s.io", ("v1beta2", "v1beta1")),
+}
 
 
 class Clock(Protocol):
@@ -91,6 +97,7 @@ class KubernetesClient:
 
         self.namespace, self.clock, self.timeout = namespace, clock, _RETRY_TIMEOUT
         self._client, self._kind = client, kind
+        self._unseen: set[str] = set()  # kinds that this account may not list
         self._custom = kubernetes.CustomObjectsApi(client)
         self._job_path = (kind.group, kind.version, namespace, kind.plural)
 
@@ -137,12 +144,41 @@ class KubernetesClient:
         """Return one pod; None if there is none."""
         return self._request("get", "pods", self._core(f"pods/{name}"), not_found=None)
 
-    def events(self, pod: str) -> list[Object]:
-        """Return warnings about a pod, the newest last."""
-        selector = f"involvedObject.kind=Pod,involvedObject.name={pod},type=Warning"
+    def events(self, name: str, kind: str = "Pod", uid: str | None = None) -> list[Object]:
+        """Return warnings about an object, the newest last.
+
+        Args:
+            uid: leaves out those about an earlier object of that name.
+        """
+        selector = f"involvedObject.kind={kind},involvedObject.name={name},type=Warning"
         call = self._core("events", fieldSelector=selector)
         events = self._request("list", "events", call)["items"]
-        return sorted(events, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
+        own = [e for e in events if uid is None or e["involvedObject"].get("uid") in (None, uid)]
+        return sorted(own, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
+
+    def children(self, resource: str, owners: Iterable[Object]) -> list[Object]:
+        """Return the objects of a kind that one of the owners owns, by uid: names are used again.
+
+        [] also where the cluster does not have that kind, or this account may not see it.
+
+        Args:
+            resource: jobsets, jobs or workloads.
+        """
+        group, versions = _BETWEEN[resource]
+        uids = {owner["metadata"]["uid"] for owner in owners}
+        for version in versions if uids else ():
+            path = (group, version, self.namespace, resource)
+            call = partial(self._custom.list_namespaced_custom_object, *path)
+            try:
+                found = self._request("list", resource, call, not_found=None)
+            except Forbidden as error:
+                if resource not in self._unseen:
+                    logger.warning(f"{error}; its events are not shown. {error.hint}")
+                    self._unseen.add(resource)
+                return []
+            if found is not None:
+                return [one for one in found["items"] if _is_owned(one, uids)]
+        return []
 
     def log(
         self, pod: str, *, since: str | None = None, tail: int | None = None, previous: bool = False
@@ -266,6 +302,7 @@ class KubernetesClient:
     def _forbidden(self, verb: str, resource: str, message: str | None) -> Forbidden:
         kind = self._kind
         groups = {kind.plural: kind.group, _RUNTIMES: kind.group, "workflows": _WORKFLOWS[0]}
+        groups |= {resource: group for resource, (group, _) in _BETWEEN.items()}
         group = groups.get(resource)
         name = f"{resource}.{group}" if group else resource
         role = f"canvastune-{verb}-{resource.replace('/', '-')}"
@@ -276,6 +313,11 @@ class KubernetesClient:
             f"names the account), or run kubectl create role {role} -n {self.namespace} "
             f"--verb={verb} --resource={name} and bind it with kubectl create rolebinding.",
         )
+
+
+def _is_owned(one: Object, uids: set[str]) -> bool:
+    references = one["metadata"].get("ownerReferences") or ()
+    return any(reference.get("uid") in uids for reference in references)
 
 
 def _status_message(error: Any) -> str | None:

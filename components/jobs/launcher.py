@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
-from components.jobs import pod_diagnostics
+from components.jobs import job_diagnostics, pod_diagnostics
 from components.jobs.client import Conflict, KubernetesClient
 from components.jobs.log_stream import LogStream
 from components.jobs.manifests import SPEC_HASH, JobContext, manifest
 from components.jobs.pod_diagnostics import POD_EVICTED, TAIL_LINES, PodBlocker
 from components.jobs.pod_spec import ROLE, RUN_ID, run_label
 from components.jobs.preflight import check_prerequisites
+from components.jobs.pruned_fields import pruned_fields
 from components.jobs.states import (
     KINDS,
     Action,
@@ -36,6 +37,8 @@ from components.jobs.states import (
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 5.0
+_LOOK_SECONDS = 30.0  # between two looks at what lies between a job and its pods
+_SILENT_SECONDS = 60.0  # after which an operator that does not respond is named
 _BLOCKED_SECONDS = 300.0  # a permanent blocker ends the wait: registries and webhooks can recover
 _DELETION_SECONDS = 900.0  # for the pods of a deleted job to exit
 _EXIT_TASK_TIMEOUT = 120.0  # seconds for which a run's exit task retries calls
@@ -137,6 +140,8 @@ class _Launcher:
         self._waiting_since = self._clock.time()  # for pods, or for the end
         self._blocker: PodBlocker | None = None
         self._blocked_since = 0.0
+        self._job_blocker: PodBlocker | None = None
+        self._looked_at = 0.0
         self._log_stream = LogStream(api, self._selector(self._kind.first_pod))
 
     def run(self) -> dict[str, str]:
@@ -172,6 +177,7 @@ class _Launcher:
             try:
                 job = self._api.create(self._manifest)
                 self._log(f"created in namespace {self._api.namespace}")
+                self._refuse_pruned(job)
             except Conflict:
                 existing = self._api.job(self._name)
                 if existing is None or not self._adopt_or_delete(existing):
@@ -180,6 +186,18 @@ class _Launcher:
             self._uid, self._current = job["metadata"]["uid"], None
             self._waiting_since = self._clock.time()
             return
+
+    def _refuse_pruned(self, job: Object) -> None:
+        """Delete a job of which the API server did not store everything, and say what."""
+        pruned = pruned_fields(self._manifest["spec"], job["spec"], "spec")
+        if pruned:
+            others = f" and {len(pruned) - 3} more" if len(pruned) > 3 else ""
+            self._give_up(
+                f"the API server did not store {', '.join(pruned[:3])}{others}: the installed "
+                f"{self._kind.kind} ({self._kind.api_version}) does not have these fields",
+                f"Install {self._kind.operator} or newer, with its CRDs, or choose another "
+                "cluster.backend.",
+            )
 
     def _adopt_or_delete(self, job: Object) -> bool:
         """Return True to adopt the existing job; otherwise delete it and return False."""
@@ -244,7 +262,7 @@ class _Launcher:
         if row.action is Action.EXPLAIN_FAILURE:
             self._replace_evicted(job)
         elif row.action in (Action.WAIT_FOR_PODS, Action.WAIT_FOR_END):
-            self._check_pods()
+            self._check_pods(job, row)
         cluster = self._config.cluster
         if row.action is Action.WAIT_FOR_PODS and self._waited_hours() > cluster.queue_hours:
             blocker = self._blocker.message if self._blocker else row.message
@@ -270,33 +288,64 @@ class _Launcher:
         if self._current is None or row.action is not self._current.action:
             self._waiting_since = self._clock.time()
         self._was_running = self._was_running or row.state is State.RUNNING
-        self._current = row
+        self._current, self._job_blocker, self._looked_at = row, None, 0.0
 
-    def _check_pods(self) -> None:
-        """Log why pods are not running; stop waiting if they never will."""
+    def _check_pods(self, job: Object, row: Transition) -> None:
+        """Log why pods are not there or not running; stop waiting if they never will be."""
         now = self._clock.time()
+        pods = self._api.pods(self._selector())
         blockers = [
             blocker
-            for pod in self._api.pods(self._selector())
+            for pod in pods
             if pod["status"].get("phase") == "Pending"
             and (blocker := self._find_blocker(pod)) is not None
         ]
+        if len(pods) < self._config.cluster.nodes:
+            if now - self._looked_at >= _LOOK_SECONDS:
+                self._looked_at, self._job_blocker = now, self._find_job_blocker(job, row)
+            blockers += filter(None, [self._job_blocker])
         blocker = min(blockers, key=lambda blocker: not blocker.permanent, default=None)
         if blocker is None:
             self._blocker, self._blocked_since = None, now
             return
         if self._blocker is None or blocker.message != self._blocker.message:
             # ErrImagePull and ImagePullBackOff alternate: that must not restart the wait
-            if self._blocker is None or not blocker.permanent:
+            if self._blocker is None or not (blocker.permanent and self._blocker.permanent):
                 self._blocked_since = now
             self._blocker = blocker
-            logger.warning(f"{blocker.message} (reason={blocker.reason}). {blocker.hint}")
+            queued = blocker.reason == job_diagnostics.WAITING_IN_QUEUE
+            logger.log(
+                logging.INFO if queued else logging.WARNING,
+                f"{blocker.message} (reason={blocker.reason}). {blocker.hint}",
+            )
         if blocker.permanent and now - self._blocked_since >= _BLOCKED_SECONDS:
             self._give_up(blocker.message, blocker.hint)
 
     def _find_blocker(self, pod: Object) -> PodBlocker | None:
         events = self._api.events(pod["metadata"]["name"])
         return pod_diagnostics.find_blocker(pod, events, self._config)
+
+    def _find_job_blocker(self, job: Object, row: Transition) -> PodBlocker | None:
+        """Find why the job's pods are not created, from every object between it and them."""
+        sets = self._api.children("jobsets", [job])
+        silent = self._clock.time() - self._waiting_since >= _SILENT_SECONDS
+        if row.state is State.QUEUED:  # events about pods are of the time before it was suspended
+            workloads = self._api.children("workloads", [job, *sets])
+            return job_diagnostics.find_queue_blocker(job, workloads, self._config, silent)
+        chain = [
+            (self._kind.kind, job),
+            *(("JobSet", one) for one in sets),
+            *(("Job", one) for one in self._api.children("jobs", sets)),
+        ]
+        events = [
+            event
+            for kind, one in chain
+            for event in self._api.events(one["metadata"]["name"], kind, one["metadata"]["uid"])
+        ]
+        silent = silent and row.state is State.CREATED
+        return job_diagnostics.find_job_blocker(
+            events, self._config, self._kind if silent else None
+        )
 
     def _give_up(self, message: str, hint: str) -> None:
         self._api.delete(self._name)

@@ -24,6 +24,10 @@ PERMISSIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "events": ("list",),
     },
     "argoproj.io": {"workflows": ("get",)},
+    # what lies between a job and its pods
+    "jobset.x-k8s.io": {"jobsets": ("list",)},
+    "batch": {"jobs": ("list",)},
+    "kueue.x-k8s.io": {"workloads": ("list",)},
 }
 _TIMEOUT = (5, 10)  # seconds to connect, and to read
 

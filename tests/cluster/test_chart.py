@@ -185,6 +185,9 @@ def test_the_role_is_exactly_what_the_launcher_needs() -> None:
         (["trainer.kubeflow.org"], ["trainingruntimes"], ["get", "list"]),
         ([""], ["pods", "pods/log"], ["get", "list", "watch"]),
         ([""], ["events"], ["list"]),
+        (["jobset.x-k8s.io"], ["jobsets"], ["list"]),
+        (["batch"], ["jobs"], ["list"]),
+        (["kueue.x-k8s.io"], ["workloads"], ["list"]),
         (["argoproj.io"], ["workflows"], ["get"]),
     ]
     binding = of_kind(documents, "RoleBinding")[0]

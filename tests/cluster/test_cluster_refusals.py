@@ -141,12 +141,18 @@ def test_a_field_that_the_api_server_rejects_is_reported_with_its_message(
     pytorch: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = launching.manifest
-    monkeypatch.setattr(
-        launching,
-        "manifest",
-        lambda *args: {**real(*args), "spec": {**real(*args)["spec"], "nproc": 8}},
-    )
+
+    def with_spec(**fields: Any) -> None:
+        monkeypatch.setattr(
+            launching,
+            "manifest",
+            lambda *args: {**real(*args), "spec": {**real(*args)["spec"], **fields}},
+        )
+
+    with_spec(nprocPerNode=8)
     assert pytorch.fails() == snapshot("""\
-canvastune: error: the Kubernetes API server refused to create pytorchjobs (HTTP 422): spec: Additional properties are not allowed ('nproc' was unexpected)
+canvastune: error: the Kubernetes API server refused to create pytorchjobs (HTTP 422): spec.nprocPerNode: 8 is not of type 'string'
   hint: Correct what the message names, or ask the cluster's administrator.\
 """)
+    with_spec(nproc=8)
+    assert "the API server did not store spec.nproc:" in pytorch.fails()

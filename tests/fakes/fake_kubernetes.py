@@ -1,8 +1,8 @@
 """A fake Kubernetes API server on loopback, and fake operators: as much as the launcher needs.
 
 It keeps objects in memory, sets uid and resourceVersion, returns 409, 404, 403 (by a Role's rules)
-and 422 (by the CRDs' schemas, if they are in this checkout), deletes objects with their owner, and
-can be down. Time is the clock's: nothing waits.
+and 422 (by the CRDs' schemas, if they are in this checkout), prunes fields that the CRDs lack,
+deletes objects with their owner, and can be down. Time is the clock's: nothing waits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support import cluster_rules
 
 _KINDS = {"pytorchjobs": "PyTorchJob", "trainjobs": "TrainJob", "pods": "Pod", "events": "Event"}
 _CRDS = {"pytorchjobs": cluster_rules.PYTORCHJOB_CRD, "trainjobs": cluster_rules.TRAINJOB_CRD}
-_BUILT_IN = ("pods", "events", "secrets", "persistentvolumeclaims")
+_BUILT_IN = ("pods", "events", "secrets", "persistentvolumeclaims", "jobs")
 ACCOUNT = "system:serviceaccount:team-a:pipeline-runner"
 
 
@@ -80,6 +80,9 @@ class FakeKubernetes:
         self.logs: dict[str, list[tuple[str, str]]] = {}  # by pod: time and line
         self.previous_logs: dict[str, list[tuple[str, str]]] = {}
         self.installed = {"pytorchjobs", "trainjobs", "trainingruntimes", "workflows"}
+        self.installed |= {"jobsets", "workloads"}
+        # fields of a job's spec that the installed CRD lacks, as those of an older operator do
+        self.unknown: dict[str, tuple[str, ...]] = {}
         self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None allows everything
         self.outage: int | str | None = (
             None  # a status for every call, or "drop": connections are closed without a response
@@ -158,9 +161,11 @@ class FakeKubernetes:
             if any(owner["uid"] == gone["metadata"]["uid"] for owner in owners):
                 self.remove(kind, child)
 
-    def warn(self, pod: str, reason: str, message: str) -> None:
-        """Add an event on a pod."""
-        about = {"kind": "Pod", "name": pod}
+    def warn(
+        self, name: str, reason: str, message: str, kind: str = "Pod", uid: str | None = None
+    ) -> None:
+        """Add an event on a pod, or on another object."""
+        about = {"kind": kind, "name": name, **({"uid": uid} if uid else {})}
         self.put(
             "events",
             f"event-{next(self._numbers)}",
@@ -168,6 +173,7 @@ class FakeKubernetes:
             reason=reason,
             message=message,
             involvedObject=about,
+            lastTimestamp=self.clock.stamp(),
         )
 
     def log(self, pod: str, line: str, *, fraction: str = "123456789") -> None:
@@ -227,9 +233,14 @@ class FakeKubernetes:
                 409, f'{path.plural}.{path.group} "{body["metadata"]["name"]}" already exists'
             )
         crd = _CRDS.get(path.plural)
-        if crd is not None and crd.exists() and (problems := cluster_rules.crd_problems(body, crd)):
-            return 422, _status(422, "; ".join(problems))
-        return 201, self._store(path.plural, body)
+        if crd is not None and crd.exists():
+            body = cluster_rules.pruned(body, crd)
+            if problems := cluster_rules.crd_problems(body, crd):
+                return 422, _status(422, "; ".join(problems))
+        made = self._store(path.plural, body)
+        for field in self.unknown.get(path.plural, ()):
+            made["spec"].pop(field, None)
+        return 201, made
 
     def on_get(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
         found = self.objects.get((path.plural, path.name))
@@ -353,6 +364,51 @@ class Operator:
         self._counts(active=1)
         for name in self._pod_names():
             self._pod(name, phase="Pending", **status)
+
+    def refused(self, message: str) -> None:
+        """Let the API server refuse the pods: the operator reports it where real ones do."""
+        name, uid = self.job["metadata"]["name"], self.job["metadata"]["uid"]
+        if self._is_pytorchjob:
+            self.created()
+            text = f'Error creating: pods "{name}-worker-0" {message}'
+            self._api.warn(name, "FailedCreatePod", text, "PyTorchJob", uid)
+            return
+        self._counts(active=1)
+        jobs = self._api.all("jobs")
+        job = jobs[0] if jobs else self._jobset()
+        attempt = sum(event["reason"] == "FailedCreate" for event in self._api.all("events"))
+        text = f'Error creating: pods "{name}-node-0-0-{attempt:05}" {message}'  # another each time
+        self._api.warn(job["metadata"]["name"], "FailedCreate", text, "Job", job["metadata"]["uid"])
+
+    def _jobset(self) -> dict[str, Any]:
+        """Create what Trainer and JobSet put between a TrainJob and its pods; return the Job."""
+        name, owner = self.job["metadata"]["name"], self.job["metadata"]["uid"]
+        jobset = self._api.put("jobsets", name, metadata={"ownerReferences": [{"uid": owner}]})
+        owned = {"ownerReferences": [{"uid": jobset["metadata"]["uid"]}]}
+        return self._api.put("jobs", f"{name}-node-0", metadata=owned)
+
+    def in_queue(
+        self, message: str, reason: str = "Pending", active: bool = True, **status: Any
+    ) -> None:
+        """Suspend the job with a Workload that Kueue does not admit."""
+        self.suspended()
+        metadata = self.job["metadata"]
+        condition = {
+            "type": "QuotaReserved",
+            "status": "False",
+            "reason": reason,
+            "message": message,
+        }
+        self._api.put(
+            "workloads",
+            f"{self.job['kind'].lower()}-{metadata['name']}-1a2b3",
+            metadata={"ownerReferences": [{"uid": metadata["uid"]}]},
+            spec={
+                "queueName": metadata["labels"].get("kueue.x-k8s.io/queue-name"),
+                "active": active,
+            },
+            status={"conditions": [condition], **status},
+        )
 
     def running(self, restarts: int = 0) -> None:
         if self._is_pytorchjob:

@@ -73,7 +73,7 @@ def crd_problems(document: dict[str, Any], crd_path: Path) -> list[str]:
     dropped.
     """
     group, _, version = document.get("apiVersion", "").partition("/")
-    crd, validators = _crd(crd_path)
+    crd, validators, _ = _crd(crd_path)
     if (document.get("kind"), group) != (crd["names"]["kind"], crd["group"]):
         return [
             f"kind: found {document.get('kind')} of {group!r}, expected {crd['names']['kind']} of"
@@ -86,6 +86,27 @@ def crd_problems(document: dict[str, Any], crd_path: Path) -> list[str]:
         key=lambda error: list(map(str, error.absolute_path)),
     )
     return [f"{_dotted(error.absolute_path)}: {error.message[:300]}" for error in errors]
+
+
+def pruned(document: dict[str, Any], crd_path: Path) -> dict[str, Any]:
+    """Return a custom resource as the API server stores it: without fields that its CRD lacks."""
+    version = document["apiVersion"].rpartition("/")[2]
+    schema = _crd(crd_path)[2][version]
+    kept = {key: document[key] for key in ("apiVersion", "kind", "metadata")}
+    return {**_pruned(document, schema), **kept}
+
+
+def _pruned(value: Any, schema: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_pruned(element, schema.get("items") or {}) for element in value]
+    if not isinstance(value, dict) or schema.get("x-kubernetes-preserve-unknown-fields"):
+        return value
+    known, others = schema.get("properties") or {}, schema.get("additionalProperties")
+    return {
+        key: _pruned(child, known.get(key) or (others if isinstance(others, dict) else {}))
+        for key, child in value.items()
+        if key in known or others
+    }
 
 
 def pytorchjob_webhook_problems(document: dict[str, Any]) -> list[str]:
@@ -325,15 +346,14 @@ def _name_problems(document: dict[str, Any], suffix: str) -> Iterator[str]:
 
 
 @functools.cache
-def _crd(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a CRD's spec, and a strict validator for each served version."""
+def _crd(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return a CRD's spec, and for each served version a strict validator and its schema."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads 1 MB in a second
     spec = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["spec"]
     served = [version for version in spec["versions"] if version["served"]]
-    return spec, {
-        version["name"]: jsonschema.Draft7Validator(_closed(version["schema"]["openAPIV3Schema"]))
-        for version in served
-    }
+    schemas = {version["name"]: version["schema"]["openAPIV3Schema"] for version in served}
+    strict = {name: jsonschema.Draft7Validator(_closed(schema)) for name, schema in schemas.items()}
+    return spec, strict, schemas
 
 
 def _closed(schema: Any) -> Any:

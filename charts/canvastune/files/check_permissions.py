@@ -12,6 +12,9 @@ wanted += [
     ("get", "/pods/log"),
     ("list", "/events"),
     ("get", "argoproj.io/workflows"),
+    ("list", "jobset.x-k8s.io/jobsets"),
+    ("list", "batch/jobs"),
+    ("list", "kueue.x-k8s.io/workloads"),
 ]
 missing = []
 for verb, name in wanted:

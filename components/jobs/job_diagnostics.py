@@ -1,0 +1,316 @@
+"""Why a job has no pods: events on the job and on what lies between it and its pods, and its place
+in Kueue's queue.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from canvastune.config import RunConfig
+from canvastune.config.cluster import parse_quantity
+from components.jobs.pod_diagnostics import PodBlocker
+from components.jobs.states import Kind, Object
+
+# Reasons to search logs for: `reason=POD...`.
+QUOTA = "QuotaRefusesPods"
+LIMIT_RANGE = "LimitRangeRefusesPods"
+POD_SECURITY = "PodSecurityRefusesPods"
+WEBHOOK = "WebhookRefusesPods"
+NOT_FOUND = "ObjectNotFound"
+PODS_FORBIDDEN = "PodsForbidden"
+JOB_WARNING = "JobWarning"
+OPERATOR_SILENT = "OperatorSilent"
+WAITING_IN_QUEUE = "WaitingInQueue"
+QUEUE_REFUSES = "QueueRefusesJob"
+
+
+class _Refusal(NamedTuple):
+    """A kind of message with which the API server refuses pods, or an operator reports it."""
+
+    pattern: re.Pattern[str]
+    reason: str
+    hint: str  # with {0} for the first group of the pattern
+    permanent: bool = True
+
+
+def _refusal(pattern: str, reason: str, hint: str, *, permanent: bool = True) -> _Refusal:
+    return _Refusal(re.compile(pattern, re.IGNORECASE | re.DOTALL), reason, hint, permanent)
+
+
+_MUST_SPECIFY = re.compile(r"failed quota: (\S+): must specify (.+)", re.DOTALL)
+_EXCEEDED = re.compile(
+    r"exceeded quota: (\S+), requested: (.+?), used: (.+?), limited: (.+)", re.DOTALL
+)
+# The first one that matches explains the message.
+_REFUSALS = (
+    _refusal(
+        r"must be less than or equal to (\S+) limit",
+        LIMIT_RANGE,
+        "A LimitRange of the namespace sets a limit below the request: set "
+        "cluster.resources.limits.{0} (chart: training.resources.limits.{0}).",
+    ),
+    _refusal(
+        r"(?:maximum|minimum) (\S+) usage per (?:container|pod)|"
+        r"(\S+) max limit to request ratio per (?:container|pod)",
+        LIMIT_RANGE,
+        "Keep cluster.resources, cluster.cpu and cluster.memory (chart: training.resources, "
+        "training.cpu, training.memory) within the namespace's LimitRange: kubectl describe "
+        "limitrange.",
+    ),
+    _refusal(
+        r'violates PodSecurity "([^":]+)',
+        POD_SECURITY,
+        "The pods are written for PodSecurity restricted: remove what adds the named field "
+        "(cluster.extra_volumes, or a webhook that injects a sidecar), or ask for a namespace "
+        "that admits it.",
+    ),
+    _refusal(
+        r"security context constraint",
+        POD_SECURITY,
+        "On OpenShift, set cluster.fs_group=null (chart: podSecurity.runAsUser, runAsGroup and "
+        "fsGroup null), and let cluster.service_account use the constraint restricted-v2.",
+    ),
+    _refusal(
+        r'serviceaccount "([^"]+)" not found',
+        NOT_FOUND,
+        "Create the service account, or correct cluster.service_account (chart: "
+        "training.serviceAccount).",
+    ),
+    _refusal(
+        r"no PriorityClass with name (\S+) was found",
+        NOT_FOUND,
+        "Correct cluster.priority_class (chart: training.priorityClass); kubectl get priorityclass "
+        "lists those of the cluster.",
+    ),
+    _refusal(
+        r'RuntimeClass "([^"]+)" not found',
+        NOT_FOUND,
+        "Ask the cluster's administrator: a webhook or the TrainingRuntime names this class.",
+    ),
+    _refusal(
+        r'failed calling webhook "([^"]+)"',
+        WEBHOOK,
+        "The webhook's own service does not respond: ask the cluster's administrator, or wait.",
+        permanent=False,
+    ),
+    _refusal(
+        r'admission webhook "([^"]+)" denied the request',
+        WEBHOOK,
+        "Change what the policy names (labels, resources, images, volumes: cluster.*), or ask its "
+        "owner for an exception.",
+    ),
+    _refusal(
+        r"cannot create resource",
+        PODS_FORBIDDEN,
+        "The operator lacks a permission: ask the cluster's administrator to repair its "
+        "installation.",
+    ),
+    _refusal(
+        r"is being terminated",
+        PODS_FORBIDDEN,
+        "The namespace is being deleted: use another one.",
+    ),
+    _refusal(
+        r"is forbidden: |is invalid: ",
+        PODS_FORBIDDEN,
+        "Correct what the message names, or ask the cluster's administrator.",
+    ),
+)
+_CREATING = re.compile(
+    r'^.*?(?:pods?|jobs?\S*) "[^"]*" (?:is forbidden|is invalid): ', re.IGNORECASE | re.DOTALL
+)
+
+
+def find_job_blocker(
+    events: Iterable[Object], config: RunConfig, silent: Kind | None = None
+) -> PodBlocker | None:
+    """Find why a job's pods are not created; None if nothing says so.
+
+    Args:
+        events: warnings about the job and the objects between it and its pods, the newest last.
+        silent: the kind of a job to which its operator has not responded for a while.
+    """
+    found = [_explain(event, config) for event in events]
+    if not found and silent is not None:
+        return PodBlocker(
+            OPERATOR_SILENT,
+            f"no operator has responded to the {silent.kind} for over a minute",
+            f"Check that {silent.operator} runs: kubectl get pods -A.",
+            permanent=False,
+        )
+    return next((b for b in reversed(found) if b.permanent), found[-1] if found else None)
+
+
+def _explain(event: Object, config: RunConfig) -> PodBlocker:
+    message = " ".join(str(event.get("message") or event.get("reason") or "").split())
+    about = event.get("involvedObject") or {}
+    what = f"{about.get('kind', 'job')} {about.get('name', '')}".rstrip()
+    # Jobs give each attempt's pod another name: without it, the same cause is the same message.
+    cause = _CREATING.sub("", message)
+    if match := _MUST_SPECIFY.search(message):
+        keys = _quota_settings(match[2])
+        return PodBlocker(
+            QUOTA,
+            f"the namespace's quota refuses the pods of {what} ({cause})",
+            f"Set {_joined(f'cluster.{key}' for key in keys)} "
+            f"(chart: {_joined(f'training.{key}' for key in keys)}).",
+            permanent=True,
+        )
+    if match := _EXCEEDED.search(message):
+        return _exceeded(what, match, cause, config)
+    for refusal in _REFUSALS:
+        if match := refusal.pattern.search(message):
+            group = next((group for group in match.groups() if group), "")
+            return PodBlocker(
+                refusal.reason,
+                f"the pods of {what} are refused ({cause})",
+                refusal.hint.format(group),
+                refusal.permanent,
+            )
+    return PodBlocker(
+        JOB_WARNING,
+        f"{what} reports {event.get('reason') or 'a warning'} ({message})",
+        f"Wait, or look at kubectl describe {what.lower().replace(' ', '/')}.",
+        permanent=False,
+    )
+
+
+def _quota_settings(listed: str) -> list[str]:
+    """Return the settings for resources as in `limits.cpu for: a,b; cpu for: a` or `cpu,memory`."""
+    names = [name for part in listed.split(";") for name in part.partition(" for:")[0].split(",")]
+    settings = []
+    for name in filter(None, map(str.strip, names)):
+        kind, _, resource = name.partition(".")
+        given = (kind, resource) if kind in ("limits", "requests") else ("requests", name)
+        settings.append("resources.{}.{}".format(*given))
+    return settings
+
+
+def _exceeded(what: str, match: re.Match[str], cause: str, config: RunConfig) -> PodBlocker:
+    requested, limited = _amounts(match[2]), _amounts(match[4])
+    pods = config.cluster.nodes
+    never = [
+        name
+        for name, amount in requested.items()
+        if name in limited and pods * amount > limited[name]
+    ]
+    if never:
+        return PodBlocker(
+            QUOTA,
+            f"the quota {match[1]} never has room for the pods of {what}: {_joined(never)} of "
+            f"{pods} {'pod' if pods == 1 else 'pods'} exceeds its limit ({cause})",
+            "Request less (cluster.nodes, parallel.nproc_per_node, cluster.resources, cluster.cpu, "
+            "cluster.memory), or have the quota raised.",
+            permanent=True,
+        )
+    return PodBlocker(
+        QUOTA,
+        f"the quota {match[1]} has no room for the pods of {what} at present ({cause})",
+        "Wait until others release what they use, or request less.",
+        permanent=False,
+    )
+
+
+def _amounts(listed: str) -> dict[str, float]:
+    """Return quantities such as `limits.cpu=32,requests.memory=1Gi`; others are left out."""
+    amounts = {}
+    for pair in listed.split(","):
+        name, _, quantity = pair.strip().partition("=")
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?", quantity):
+            amounts[name] = parse_quantity(quantity)
+    return amounts
+
+
+def _joined(words: Iterable[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+# What Kueue writes into a Workload that it does not admit.
+_QUEUE_REFUSALS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"LocalQueue \S+ (?:doesn't|does not) exist"),
+        "Create the LocalQueue, or correct cluster.queue (chart: training.queue); kubectl get "
+        "localqueue lists those of the namespace.",
+    ),
+    (
+        re.compile(r"maximum capacity|ExceedsMaxQuota"),
+        "The queue never has that much: request less (cluster.nodes, parallel.nproc_per_node, "
+        "cluster.cpu, cluster.memory), or use another cluster.queue.",
+    ),
+    (
+        re.compile(r"LimitRange|must not exceed its limits"),
+        "Set cluster.resources within the namespace's LimitRange: kubectl describe limitrange.",
+    ),
+)
+
+
+def find_queue_blocker(
+    job: Object, workloads: list[Object], config: RunConfig, silent: bool = False
+) -> PodBlocker | None:
+    """Find what a suspended job waits for, and since when; None if Kueue has admitted it.
+
+    Args:
+        workloads: Kueue's objects for the job.
+        silent: the job has been suspended for a while.
+    """
+    queue = config.cluster.queue
+    if silent and not workloads:
+        return PodBlocker(
+            JOB_WARNING,
+            f"the {job['kind']} is suspended, but Kueue has no Workload for it"
+            if queue
+            else f"the {job['kind']} is suspended, but not in a queue",
+            f"Check that Kueue runs and manages {job['kind']}s (integrations.frameworks of its "
+            "configuration), and that this account may list workloads.kueue.x-k8s.io."
+            if queue
+            else "Resume it (suspend: false), or name its queue in cluster.queue.",
+            permanent=False,
+        )
+    waiting = [w for w in workloads if not _holds(w, "Admitted") and not _holds(w, "Finished")]
+    if not waiting:
+        return None
+    workload = waiting[0]
+    name, status = workload["metadata"]["name"], workload.get("status") or {}
+    where = f"LocalQueue {(workload.get('spec') or {}).get('queueName') or queue}"
+    if (workload.get("spec") or {}).get("active") is False:
+        return PodBlocker(
+            QUEUE_REFUSES,
+            f"Kueue's Workload {name} was deactivated in {where}{_why(workload, 'Evicted')}",
+            "Start the run again once its cause is fixed, or set spec.active of the Workload.",
+            permanent=True,
+        )
+    checks = [
+        f"admission check {check.get('name')} is {str(check.get('state', '')).lower()}"
+        f"{': ' + check['message'] if check.get('message') else ''}"
+        for check in status.get("admissionChecks") or ()
+        if check.get("state") != "Ready"
+    ]
+    condition: Mapping[str, Any] = _condition(workload, "QuotaReserved") or {}
+    text = "; ".join(checks) if condition.get("status") == "True" else ""
+    text = text or str(condition.get("message") or "Kueue has not looked at it yet")
+    since = workload["metadata"].get("creationTimestamp") or job["metadata"].get(
+        "creationTimestamp", ""
+    )
+    message = f"queued in {where} since {since}: {' '.join(text.split())}"
+    for pattern, hint in _QUEUE_REFUSALS:
+        if pattern.search(f"{condition.get('reason', '')} {text}"):
+            return PodBlocker(QUEUE_REFUSES, message, hint, permanent=True)
+    hint = f"Wait, or look at kubectl describe workload {name}."
+    return PodBlocker(WAITING_IN_QUEUE, message, hint, permanent=False)
+
+
+def _condition(workload: Object, name: str) -> Mapping[str, Any] | None:
+    conditions = (workload.get("status") or {}).get("conditions") or ()
+    return next((c for c in conditions if c.get("type") == name), None)
+
+
+def _holds(workload: Object, name: str) -> bool:
+    return (_condition(workload, name) or {}).get("status") == "True"
+
+
+def _why(workload: Object, name: str) -> str:
+    message = (_condition(workload, name) or {}).get("message")
+    return f" ({message})" if message else ""
