@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from canvastune.errors import UserError
+from components.versions import PIPELINES
 
 TOKEN = "KF_PIPELINES_TOKEN"
 _TOKEN_PATH = (
@@ -75,10 +76,11 @@ class KubeflowClient:
         """Return a `kfp.Client` whose server has responded.
 
         Raises:
-            UserError: no response, not Kubeflow, no token or a rejected one, or a namespace that is
-                missing or unknown.
+            UserError: no response, not Kubeflow or too old, no token or a rejected one, or a
+                namespace that is missing or unknown.
         """
-        profiles = self.has_profiles()
+        health = self.health()
+        profiles = health.get("multi_user") is True
         if profiles and self.namespace is None:
             message = (
                 f"{self.host}: this Kubeflow has a namespace for each team, and none was given"
@@ -103,17 +105,28 @@ class KubeflowClient:
                 ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
             )
 
-    def has_profiles(self) -> bool:
-        """Return True if each team has a namespace there.
+    def health(self) -> dict[str, Any]:
+        """Return what the server says of itself: `multi_user` if each team has a namespace there,
+        and its version as `tag_name`.
 
         Raises:
-            UserError: as `create_kfp_client`."""
+            UserError: as `create_kfp_client`.
+        """
         if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
             message = f"--host {self.host}: expected an http or https address"
             raise UserError(message, hint=f"For example {_EXAMPLE}.")
-        return self._health().get("multi_user") is True
+        health = self._request_health()
+        # The page's own server, which a port-forward reaches, has another name for it.
+        version = str(health.get("tag_name") or health.get("apiServerTagName") or "")
+        if PIPELINES.is_below(version):
+            raise UserError(
+                f"{self.host}: found Kubeflow Pipelines {version}, expected {PIPELINES.version} or "
+                f"newer: older ones lack {PIPELINES.reason}",
+                hint="Upgrade Kubeflow Pipelines, or use another cluster.",
+            )
+        return {**health, "tag_name": version}
 
-    def _health(self) -> dict[str, Any]:
+    def _request_health(self) -> dict[str, Any]:
         """Get the server's health; kfp.Client waits half a minute, and accepts any web page."""
         headers = {"Authorization": f"Bearer {token}"} if (token := self.token()) else {}
         opener = urllib.request.build_opener(

@@ -112,7 +112,7 @@ class ClusterConfig(StrictModel):
     backend: Literal["local", "pytorchjob", "trainjob"] = Field(
         "local",
         description="local: torchrun in the step itself; otherwise a PyTorchJob (training operator 1.9) "
-        "or a TrainJob (Trainer 2)",
+        "or a TrainJob (Trainer 2.3)",
     )
     nodes: int = Field(
         1,

@@ -180,6 +180,10 @@ class KubernetesClient:
                 return [one for one in found["items"] if _is_owned(one, uids)]
         return []
 
+    def may_list(self, resource: str) -> bool:
+        """Return whether `children` has not been refused for a kind."""
+        return resource not in self._unseen
+
     def log(
         self, pod: str, *, since: str | None = None, tail: int | None = None, previous: bool = False
     ) -> list[str]:
@@ -218,6 +222,18 @@ class KubernetesClient:
         path = (group, version, self.namespace, plural, name)
         call = partial(self._custom.get_namespaced_custom_object, *path)
         return self._request("get", plural, call, not_found=None)
+
+    def server_version(self) -> str:
+        """Return the API server's version, such as v1.36.2."""
+        call = partial(
+            self._client.call_api,
+            "/version",
+            "GET",
+            auth_settings=["BearerToken"],
+            response_type="object",
+            _return_http_data_only=True,
+        )
+        return str((self._request("get", "version", call, not_found=None) or {}).get("gitVersion"))
 
     # --- requests
 

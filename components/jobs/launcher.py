@@ -33,6 +33,7 @@ from components.jobs.states import (
     last_message,
     transition_for,
 )
+from components.versions import KUEUE
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class _Launcher:
         self._blocked_since = 0.0
         self._job_blocker: PodBlocker | None = None
         self._looked_at = 0.0
+        self._queue_checked = False
         self._log_stream = LogStream(api, self._selector(self._kind.first_pod))
 
     def run(self) -> dict[str, str]:
@@ -288,7 +290,23 @@ class _Launcher:
         if self._current is None or row.action is not self._current.action:
             self._waiting_since = self._clock.time()
         self._was_running = self._was_running or row.state is State.RUNNING
+        self._warn_without_queue(row)
         self._current, self._job_blocker, self._looked_at = row, None, 0.0
+
+    def _warn_without_queue(self, row: Transition) -> None:
+        """Say that a job runs although nothing put it into its queue."""
+        queue = self._config.cluster.queue
+        if queue and row.state is State.RUNNING and not self._queue_checked:
+            self._queue_checked = True
+            owner = {"metadata": {"uid": self._uid}}
+            owners = [owner, *self._api.children("jobsets", [owner])]
+            if self._api.may_list("workloads") and not self._api.children("workloads", owners):
+                logger.warning(
+                    f"{self._kind.kind} {self._name}: runs outside of queue {queue}, without its "
+                    f"quota: Kueue does not manage {self._kind.kind}s here (reason=QueueIgnored). "
+                    f"Install {KUEUE} or newer, and add the kind to integrations.frameworks of its "
+                    "configuration."
+                )
 
     def _check_pods(self, job: Object, row: Transition) -> None:
         """Log why pods are not there or not running; stop waiting if they never will be."""

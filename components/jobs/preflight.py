@@ -10,6 +10,7 @@ from canvastune.errors import UserError
 from components.jobs.client import KubernetesClient
 from components.jobs.pod_spec import RUN_ID
 from components.jobs.states import Object
+from components.versions import KUBERNETES
 
 
 def check_prerequisites(api: KubernetesClient, config: RunConfig, job: Mapping[str, Any]) -> None:
@@ -18,7 +19,13 @@ def check_prerequisites(api: KubernetesClient, config: RunConfig, job: Mapping[s
     Raises:
         UserError: one is missing or contradicts the config.
     """
-    cluster = config.cluster
+    cluster, version = config.cluster, api.server_version()
+    if KUBERNETES.is_below(version):
+        raise UserError(
+            f"cluster.backend: found Kubernetes {version}, expected {KUBERNETES.version} or newer, "
+            f"for {KUBERNETES.reason}",
+            hint="Upgrade the cluster, or use another one.",
+        )
     api.pods(f"{RUN_ID}={job['metadata']['labels'][RUN_ID]}")
     for read in (api.events, api.log):
         read("none")  # reports a missing permission now, not when the job runs

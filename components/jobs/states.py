@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from components.versions import TRAINER, TRAINING_OPERATOR, Floor
+
 Object = Mapping[str, Any]  # a Kubernetes object, as in its JSON
 
 
@@ -19,11 +21,17 @@ class Kind:
     version: str
     plural: str
     first_pod: Mapping[str, str]  # labels of rank 0's pod, in addition to the job's own
-    operator: str  # what must be installed
+    floor: Floor  # what must be installed
+    newest_fields: tuple[str, ...]  # of the spec, which an older operator's CRD lacks
 
     @property
     def api_version(self) -> str:
         return f"{self.group}/{self.version}"
+
+    @property
+    def operator(self) -> str:
+        """Return what must be installed, as part of a sentence."""
+        return f"{'the ' if self.floor is TRAINING_OPERATOR else ''}{self.floor}"
 
 
 PYTORCHJOB = Kind(
@@ -32,7 +40,8 @@ PYTORCHJOB = Kind(
     version="v1",
     plural="pytorchjobs",
     first_pod={"training.kubeflow.org/replica-index": "0"},
-    operator="Kubeflow's training operator (v1.9)",
+    floor=TRAINING_OPERATOR,
+    newest_fields=("nprocPerNode",),
 )
 TRAINJOB = Kind(
     kind="TrainJob",
@@ -40,7 +49,8 @@ TRAINJOB = Kind(
     version="v1alpha1",
     plural="trainjobs",
     first_pod={"batch.kubernetes.io/job-completion-index": "0"},
-    operator="Kubeflow Trainer (v2.3)",
+    floor=TRAINER,
+    newest_fields=("runtimePatches", "activeDeadlineSeconds"),
 )
 KINDS = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
 

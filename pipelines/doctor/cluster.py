@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from canvastune.errors import UserError
+from components.versions import KUBERNETES
 from pipelines.doctor.finding import Finding
 from pipelines.kfp_client import KubeflowClient
+
+if TYPE_CHECKING:
+    from components.jobs.states import Kind
 
 # What the chart's Role grants, by API group: resources and verbs. A test compares it with the
 # chart.
@@ -77,9 +81,14 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
         )
         yield Finding("cluster", "problem", f"{host}: no response ({reason})", fix)
         return
-    yield Finding("cluster", "ok", f"Kubernetes {version} at {host}, namespace {namespace}")
+    found = f"Kubernetes {version} at {host}, namespace {namespace}"
+    if KUBERNETES.is_below(version):
+        found += f"; expected {KUBERNETES.version} or newer, for {KUBERNETES.reason}"
+        yield Finding("cluster", "problem", found, "upgrade it, or use another cluster")
+        return
+    yield Finding("cluster", "ok", found)
     served = _served_resources(client)
-    yield _check_operators(served, backend)
+    yield check_operators(client, served, backend)
     yield check_permissions(client, namespace, served, inside)
 
 
@@ -113,7 +122,28 @@ def _served_resources(client: Any) -> set[str]:
     return found
 
 
-def _check_operators(served: set[str], backend: str) -> Finding:
+def _outdated(client: Any, kind: Kind) -> list[str]:
+    """Return the fields of a job's spec that the cluster's schema of its kind lacks.
+
+    [] also without a schema: OpenAPI v3 can be switched off.
+    """
+    from kubernetes.client import ApiException
+
+    try:
+        document = _get(client, f"/openapi/v3/apis/{kind.group}/{kind.version}")
+    except ApiException:
+        return []
+    schemas = (document.get("components") or {}).get("schemas") or {}
+    for schema in schemas.values():
+        kinds = {one.get("kind") for one in schema.get("x-kubernetes-group-version-kind") or ()}
+        if kind.kind in kinds:
+            known = schema.get("properties", {}).get("spec", {}).get("properties", {})
+            return [name for name in kind.newest_fields if name not in known]
+    return []
+
+
+def check_operators(client: Any, served: set[str], backend: str) -> Finding:
+    """Check that the cluster has the operator that a recipe needs, and a new enough one."""
     from components.jobs.states import KINDS
 
     available = [name for name, kind in KINDS.items() if f"{kind.plural}.{kind.group}" in served]
@@ -129,6 +159,14 @@ def _check_operators(served: set[str], backend: str) -> Finding:
         fix = f"install {' or '.join(kind.operator for kind in KINDS.values())}"
         found = f"this cluster has neither {' nor '.join(kind.kind for kind in KINDS.values())}"
         return Finding("operators", "problem", found, fix)
+    for name in [backend] if backend in KINDS else available:
+        if lacking := _outdated(client, KINDS[name]):
+            return Finding(
+                "operators",
+                "problem" if name == backend else "warning",
+                f"{KINDS[name].kind} of this cluster has no {' and no '.join(lacking)}",
+                f"install {KINDS[name].operator} or newer, with its CRDs",
+            )
     return Finding(
         "operators",
         "ok",
@@ -210,9 +248,12 @@ def check_kubeflow(kubeflow: KubeflowClient | None) -> Iterator[Finding]:
         yield Finding("kubeflow", "skipped", "no --host was given")
         return
     try:
-        namespace = kubeflow.namespace if kubeflow.has_profiles() else None
+        health = kubeflow.health()
+        namespace = kubeflow.namespace if health.get("multi_user") is True else None
         replace(kubeflow, namespace=namespace).create_kfp_client()
     except UserError as error:
         yield Finding("kubeflow", "problem", str(error), error.hint or "see the message")
     else:
-        yield Finding("kubeflow", "ok", f"Kubeflow Pipelines responds at {kubeflow.host}")
+        version = health["tag_name"] or "of an unknown version"
+        found = f"Kubeflow Pipelines {version} responds at {kubeflow.host}"
+        yield Finding("kubeflow", "ok", found)

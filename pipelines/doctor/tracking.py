@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
+from components.versions import MLFLOW
 from pipelines.doctor.finding import Finding
 
 _TIMEOUT = 10.0  # seconds
@@ -47,7 +49,22 @@ def check_tracking(uri: str | None) -> Iterator[Finding]:
         reason = getattr(error, "reason", None) or error
         yield Finding("tracking", "problem", f"{uri}: no response ({reason})", fix)
     else:
-        yield Finding("tracking", "ok", f"MLflow responds at {uri}")
+        yield _check_version(uri)
+
+
+def _check_version(uri: str) -> Finding:
+    """Compare the server's version; servers of others, such as Databricks', do not say it."""
+    request = urllib.request.Request(f"{uri}/version", headers=_credentials())
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+            text = answer.read(200).decode(errors="replace").strip()
+    except OSError:
+        text = ""
+    version = text if re.fullmatch(r"\d+\.\d+\S*", text) else ""
+    if MLFLOW.is_below(version):
+        found = f"{uri}: MLflow {version}, expected {MLFLOW.version} or newer for {MLFLOW.reason}"
+        return Finding("tracking", "problem", found, "upgrade the server, or use the chart's")
+    return Finding("tracking", "ok", f"MLflow {version} responds at {uri}".replace("  ", " "))
 
 
 def _fix(uri: str, status: int) -> str:

@@ -56,6 +56,15 @@ def test_a_missing_permission_is_named_before_a_job_is_made(
     assert not pytorch.jobs()
 
 
+def test_an_old_cluster_is_refused_before_a_job_is_made(pytorch: Cluster) -> None:
+    pytorch.api.version = "v1.24.17"
+    assert pytorch.fails() == snapshot("""\
+canvastune: error: cluster.backend: found Kubernetes v1.24.17, expected 1.25 or newer, for PodSecurity admission
+  hint: Upgrade the cluster, or use another one.\
+""")
+    assert not pytorch.creations
+
+
 def test_a_missing_operator_is_named(cluster: Cluster) -> None:
     cluster.api.installed -= {"pytorchjobs", "trainjobs", "trainingruntimes"}
     error = cluster.fails()

@@ -1,5 +1,5 @@
-"""A job without pods: what forbids them is said within a minute, with the setting to change, and a
-wait in vain ends early.
+"""A job without pods: the launcher reports within a minute what forbids them, with the setting to
+change, and ends a wait that cannot succeed.
 """
 
 from __future__ import annotations
@@ -270,6 +270,20 @@ def test_a_job_that_kueue_does_not_manage_is_named(cluster: Cluster) -> None:
     assert _elapsed(cluster) == pytest.approx(0.1 * HOUR, abs=40)
 
 
+def test_a_job_that_runs_outside_of_its_queue_is_named(cluster: Cluster) -> None:
+    cluster.goes_well()
+    cluster.launch(config_of(cluster.backend, queue="team-a"))
+    assert cluster.output.count("runs outside of queue team-a") == 1
+    assert "reason=QueueIgnored" in cluster.output
+
+
+def test_a_job_that_was_queued_is_not_said_to_be_outside_of_its_queue(cluster: Cluster) -> None:
+    cluster.at(2, cluster.operator.in_queue, "insufficient unused quota")
+    cluster.goes_well(start=120)
+    cluster.launch(config_of(cluster.backend, queue="team-a"))
+    assert "QueueIgnored" not in cluster.output
+
+
 # --- what the API server did not store ------------------------------------------------------------
 
 
@@ -284,11 +298,11 @@ def test_fields_that_an_older_operator_prunes_are_a_refusal_that_names_them(
     if cluster.backend == "trainjob":
         assert error == snapshot("""\
 canvastune: error: KIND JOB: deleted by the launcher: the API server did not store spec.activeDeadlineSeconds, spec.runtimePatches: the installed KIND (trainer.kubeflow.org/v1alpha1) does not have these fields
-  hint: Install Kubeflow Trainer (v2.3) or newer, with its CRDs, or choose another cluster.backend.\
+  hint: Install Kubeflow Trainer 2.3 or newer, with its CRDs, or choose another cluster.backend.\
 """)
     else:
         assert "did not store spec.nprocPerNode: the installed KIND (kubeflow.org/v1)" in error
-    assert _elapsed(cluster) < 60, "a job whose pods nobody finds is waited for"
+    assert _elapsed(cluster) < 60, "it waits for pods that it cannot find"
     assert not cluster.jobs()
 
 

@@ -76,6 +76,30 @@ def _refused(kubeflow: KubeflowClient) -> UserError:
     return error.value
 
 
+# --- the server's version ---
+
+
+@pytest.mark.parametrize("page", [False, True])
+@pytest.mark.parametrize("command", ["submit", "upload"])
+def test_an_old_kubeflow_is_refused_before_anything_is_uploaded(
+    kubeflow: FakeKubeflow, page: bool, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubeflow.version, kubeflow.page = "2.14.0", page
+    recipe = [str(RECIPE)] if command == "submit" else []
+    assert main([command, *recipe, "--host", kubeflow.host]) == 1
+    error = _error(capsys)
+    assert "found Kubeflow Pipelines 2.14.0, expected 2.15 or newer" in str(error)
+    assert "SecretAsEnv.optional" in str(error)
+    assert not kubeflow.pipelines
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "2.16.1", "2.17.0", "", "master"])
+def test_new_and_unknown_versions_are_taken(kubeflow: FakeKubeflow, version: str) -> None:
+    kubeflow.version = version
+    assert _submit(kubeflow) == 0
+    assert len(kubeflow.called("GET", "/healthz")) <= 2
+
+
 # --- a run -------------------------------------------------------------------------------------------------------------
 
 

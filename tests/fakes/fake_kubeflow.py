@@ -41,6 +41,8 @@ class FakeKubeflow:
 
     Attributes:
         token: the one that is accepted; None: any.
+        version: as healthz names it; "" as servers that were built without one.
+        page: requests go through the server of Kubeflow's page, as a port-forward's do.
         namespaces: those of a server with several teams; empty: it has one for all.
         script: what `GET runs/ID` answers, one after the other, the last one for ever: the run's
             state and its tasks'.
@@ -50,6 +52,8 @@ class FakeKubeflow:
     """
 
     token: str | None = None
+    version: str = "2.17.0"
+    page: bool = False
     namespaces: tuple[str, ...] = ()
     script: list[dict[str, Any]] = field(default_factory=lambda: [{"state": "SUCCEEDED"}])
     started: Callable[[dict[str, Any]], object] | None = None
@@ -107,8 +111,11 @@ class FakeKubeflow:
         return 404, {"code": 5, "message": f"Not Found: {call.method} {call.path}"}
 
     def health(self, _: Call) -> Any:
-        """`multi_user` decides whether namespaces matter."""
-        return {"multi_user": bool(self.namespaces)}
+        """Answer as the API server does, or (`page`) as the server of Kubeflow's page in front."""
+        versions = {"commit_sha": "0" * 40, "tag_name": self.version}
+        if self.page:
+            versions = {"apiServerTagName": self.version, "apiServerReady": True}
+        return {**versions, "multi_user": bool(self.namespaces)}
 
     def list_pipelines(self, call: Call) -> Any:
         """By display name, in a namespace."""

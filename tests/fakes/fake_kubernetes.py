@@ -83,6 +83,7 @@ class FakeKubernetes:
         self.installed |= {"jobsets", "workloads"}
         # fields of a job's spec that the installed CRD lacks, as those of an older operator do
         self.unknown: dict[str, tuple[str, ...]] = {}
+        self.version = "v1.36.2"
         self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None allows everything
         self.outage: int | str | None = (
             None  # a status for every call, or "drop": connections are closed without a response
@@ -194,13 +195,16 @@ class FakeKubernetes:
         return made
 
     def _answer(self, method: str, url: str, body: Any) -> tuple[int, Any] | None:
-        if self.outage == "drop":
-            return None
+        return None if self.outage == "drop" else self._respond(method, url, body)
+
+    def _respond(self, method: str, url: str, body: Any) -> tuple[int, Any] | None:
         if self.outage is not None:
             assert isinstance(self.outage, int)
             return self.outage, _status(self.outage, "etcdserver: request timed out")
         parts = urllib.parse.urlsplit(url)
         query = dict(urllib.parse.parse_qsl(parts.query))
+        if parts.path == "/version":
+            return 200, {"gitVersion": self.version}
         path = _Path.of(parts.path)
         verb = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}.get(method) or (
             "get" if path.name else "list"

@@ -5,13 +5,16 @@ installed.
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,7 +22,13 @@ import pytest
 from canvastune.config import parse_config
 from components.jobs.client import connect_to_cluster
 from pipelines.cli import main
-from pipelines.doctor.cluster import PERMISSIONS, check_cluster, check_kubeflow, check_permissions
+from pipelines.doctor.cluster import (
+    PERMISSIONS,
+    check_cluster,
+    check_kubeflow,
+    check_operators,
+    check_permissions,
+)
 from pipelines.doctor.doctor import print_findings, run_check
 from pipelines.doctor.finding import DoctorOptions, Finding
 from pipelines.doctor.machine import check_disk, check_packages, check_torch, installed_version
@@ -272,6 +281,26 @@ def test_an_error_of_the_tracking_server_is_explained(
     assert cure in found.fix
 
 
+@pytest.mark.parametrize(
+    ("version", "state", "words"),
+    [
+        ("2.22.1", "problem", "MLflow 2.22.1, expected 3.5 or newer"),
+        ("3.17.2", "ok", "MLflow 3.17.2 responds"),
+        ("{}", "ok", "MLflow responds"),
+    ],
+)
+def test_an_old_tracking_server_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, version: str, state: str, words: str
+) -> None:
+    def respond(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        return io.BytesIO(version.encode() if request.full_url.endswith("/version") else b"{}")
+
+    monkeypatch.setattr("urllib.request.urlopen", respond)
+    found = _only(check_tracking("http://mlflow:5000/"))
+    assert found.state == state
+    assert words in found.found
+
+
 def test_tracking_server_that_does_not_respond_is_a_problem(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -288,10 +317,13 @@ class Cluster(FakeApiServer):
     """A fake API server that also answers access reviews by the rules of a Role."""
 
     rules: list[dict[str, Any]]
+    schemas: Mapping[str, dict[str, Any]] = MappingProxyType({})  # by path
 
     def answer(
         self, method: str, url: str, content_type: str, data: bytes, account: str = ""
     ) -> tuple[int, Any]:
+        if (path := url.partition("?")[0]) in self.schemas:
+            return 200, {"components": {"schemas": self.schemas[path]}}
         if url.endswith("/selfsubjectaccessreviews"):
             asked = json.loads(data)["spec"]["resourceAttributes"]
             resource = "/".join(filter(None, [asked["resource"], asked.get("subresource")]))
@@ -361,6 +393,41 @@ def test_operator_that_the_recipe_needs_and_the_cluster_lacks_is_a_problem() -> 
     assert "--set cluster.backend=pytorchjob" in found.fix
 
 
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [(("runtimePatches", "activeDeadlineSeconds"), "ok"), (("podTemplateOverrides",), "problem")],
+)
+def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
+    cluster: Cluster, fields: tuple[str, ...], state: str
+) -> None:
+    spec = {"properties": {field: {} for field in fields}}
+    cluster.schemas = {
+        "/openapi/v3/apis/trainer.kubeflow.org/v1alpha1": {
+            "io.kubeflow.trainer.v1alpha1.TrainJob": {
+                "x-kubernetes-group-version-kind": [{"kind": "TrainJob"}],
+                "properties": {"spec": spec},
+            }
+        }
+    }
+    served = {"trainjobs.trainer.kubeflow.org", "pytorchjobs.kubeflow.org"}
+    client, _ = connect_to_cluster()
+    found = check_operators(client, served, "trainjob")
+    assert found.state == state
+    if state == "problem":
+        assert "TrainJob of this cluster has no runtimePatches" in found.found
+        assert "install Kubeflow Trainer 2.3 or newer" in found.fix
+        assert check_operators(client, served, "local").state == "warning"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_old_cluster_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"gitVersion": "v1.24.3"}
+    monkeypatch.setattr("pipelines.doctor.cluster._get", lambda *_: old)
+    found = _only(check_cluster(None, "local"))
+    assert found.state == "problem"
+    assert "expected 1.25 or newer" in found.found
+
+
 def test_missing_permissions_are_named_with_what_grants_them(cluster: Cluster) -> None:
     cluster.rules = [rule for rule in _role() if rule["resources"] != ["events"]]
     cluster.rules[0] = {**cluster.rules[0], "verbs": ["get", "list", "watch"]}
@@ -406,6 +473,21 @@ def test_paths_on_the_workspace_volume_are_not_checked_here_for_a_submitted_run(
             "problem",
             "skipped",
         )
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "words"),
+    [
+        ("2.14.0", "problem", "expected 2.15 or newer"),
+        ("2.17.0", "ok", "Kubeflow Pipelines 2.17.0 responds"),
+        ("", "ok", "of an unknown version"),
+    ],
+)
+def test_an_old_kubeflow_is_a_problem(version: str, state: str, words: str) -> None:
+    with FakeKubeflow(version=version) as kubeflow:
+        found = _only(check_kubeflow(KubeflowClient(kubeflow.host)))
+    assert found.state == state
+    assert words in found.found
 
 
 def test_kubeflow_that_does_not_respond_is_a_problem() -> None:

@@ -1,0 +1,70 @@
+"""The oldest version of each program that this one works with; docs/support.md has the same table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The oldest version that works, and why older ones do not."""
+
+    program: str
+    version: str
+    reason: str
+    compared: str  # by which commands, with what
+
+    def is_below(self, found: str) -> bool:
+        """Return whether a version is older; False for text that is not one, such as a branch's."""
+        parts, wanted = _numbers(found), _numbers(self.version)
+        return bool(parts) and parts < wanted
+
+    def __str__(self) -> str:
+        return f"{self.program} {self.version}"
+
+
+PIPELINES = Floor(
+    "Kubeflow Pipelines",
+    "2.15",
+    "optional secrets of steps (`SecretAsEnv.optional`)",
+    "`submit`, `upload` and `doctor`, with `tag_name` of its healthz",
+)
+TRAINING_OPERATOR = Floor(
+    "training operator",
+    "1.9",
+    "the CRD that PyTorchJobs are written for; older ones are not tried",
+    "the launcher, with the job that the API server stored; `doctor`, with the API's schema",
+)
+TRAINER = Floor(
+    "Kubeflow Trainer",
+    "2.3",
+    "`runtimePatches` and `activeDeadlineSeconds` of a TrainJob",
+    "the launcher, with the job that the API server stored; `doctor`, with the API's schema",
+)
+KUEUE = Floor(
+    "Kueue",
+    "0.14",
+    "queues of TrainJobs; for PyTorchJobs, older ones do",
+    "the launcher: a job that runs without a Workload is not in its queue",
+)
+KUBERNETES = Floor(
+    "Kubernetes",
+    "1.25",
+    "PodSecurity admission",
+    "the chart (`kubeVersion`), the launcher and `doctor`",
+)
+HELM = Floor("Helm", "3.8", "the chart's templates and schema", "the chart, when it is rendered")
+MLFLOW = Floor(
+    "MLflow server",
+    "3.5",
+    "logged models, and `--allowed-hosts`",
+    "`doctor`, with the server's /version; the client is pinned by the package",
+)
+FLOORS = (KUBERNETES, HELM, PIPELINES, TRAINING_OPERATOR, TRAINER, KUEUE, MLFLOW)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return major and minor of `v1.29.3-gke.1`, `2.14.0` or `1.29+`; () if it has neither."""
+    match = re.match(r"v?(\d+)\.(\d+)", text.strip())
+    return (int(match[1]), int(match[2])) if match else ()
