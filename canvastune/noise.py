@@ -16,16 +16,17 @@ _GOLDEN, _GOLDEN_32 = 0x9E3779B97F4A7C15 - 2**64, 0x9E3779B9 - 2**32
 
 @dataclass(frozen=True)
 class NoiseSample:
-    """The random draws of one example. C is the canvas length; the last block of a cut response
-    uses fewer of the C draws.
+    """The random draws of one block of an example. C is the canvas length; the last block of a cut
+    response uses fewer of the C draws.
     """
 
     block: int  # index of the denoised response block
     level: float  # corruption level t, in float32
     corrupted: torch.Tensor  # bool[C]: positions whose token is replaced
     replacement: torch.Tensor  # int64[C]: uniform over the whole vocabulary
-    self_condition: bool  # whether the example is denoised twice
-    dropout_key: int | None  # of the adapters' dropout, 64 bits; None: no dropout
+    self_condition: bool  # whether the block is denoised twice
+    dropout_key: int | None  # of the adapters' dropout, 64 bits, of the example; None: no dropout
+    order: int = 0  # how many blocks of the example were drawn before this one
 
 
 def training_draws(
@@ -38,27 +39,71 @@ def training_draws(
     min_corruption: float,
     self_conditioning_probability: float,
 ) -> NoiseSample:
-    """Draw the noise of the example at `position` of the global shuffled stream, the same on any
-    number of ranks.
+    """Draw a block, and its noise, of the example at `position` of the global shuffled stream, the
+    same on any number of ranks.
     """
-    generator = _generator("train", seed, position)
-    block, uniform, coin = generator.random(3, dtype=np.float32)
-    level = np.float32(min_corruption) + np.float32(1 - min_corruption) * uniform
-    return NoiseSample(
-        block=_index(block, blocks),
-        level=float(level),
-        corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < level),
-        replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
-        self_condition=bool(coin < self_conditioning_probability),
-        dropout_key=_key("dropout", seed, position),
+    (only,) = training_block_draws(
+        seed,
+        position,
+        1,
+        blocks=blocks,
+        canvas_length=canvas_length,
+        vocab_size=vocab_size,
+        min_corruption=min_corruption,
+        self_conditioning_probability=self_conditioning_probability,
     )
+    return only
+
+
+def training_block_draws(
+    seed: int,
+    position: int,
+    count: int,
+    *,
+    blocks: int,
+    canvas_length: int,
+    vocab_size: int,
+    min_corruption: float,
+    self_conditioning_probability: float,
+) -> tuple[NoiseSample, ...]:
+    """Draw `count` distinct blocks of an example, or all of them if it has fewer, each with its own
+    noise; in the order of the blocks.
+
+    A larger count adds blocks to those of a smaller one, and changes no draw of theirs.
+    """
+
+    def draw(order: int, block: int, coin: np.float32) -> NoiseSample:
+        # The first block's noise continues the stream that its block and coin were drawn from.
+        generator = _generator("train", seed, position, *((block,) if order else ()))
+        uniform = generator.random(3, dtype=np.float32)[1]
+        level = np.float32(min_corruption) + np.float32(1 - min_corruption) * uniform
+        return NoiseSample(
+            block=block,
+            level=float(level),
+            corrupted=torch.from_numpy(generator.random(canvas_length, dtype=np.float32) < level),
+            replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
+            self_condition=bool(coin < self_conditioning_probability),
+            dropout_key=_key("dropout", seed, position),
+            order=order,
+        )
+
+    chosen = _draw_blocks(seed, position, blocks, count)
+    samples = [draw(order, block, coin) for order, (block, coin) in enumerate(chosen)]
+    return tuple(sorted(samples, key=lambda sample: sample.block))
 
 
 def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
     """Draw only `self_condition` of `training_draws`: ranks agree on the self-conditioning pass
     without communication.
     """
-    return bool(_generator("train", seed, position).random(3, dtype=np.float32)[2] < probability)
+    return bool(_draw_blocks(seed, position, 1, 1)[0][1] < probability)
+
+
+def count_self_conditioned(
+    seed: int, position: int, count: int, *, blocks: int, probability: float
+) -> int:
+    """Return how many blocks of `training_block_draws` are denoised twice."""
+    return sum(bool(coin < probability) for _, coin in _draw_blocks(seed, position, blocks, count))
 
 
 def validation_draws(
@@ -101,10 +146,15 @@ def weight_generator(seed: int, name: str) -> torch.Generator:
 
 
 def dropout_row_keys(
-    dropout_key: int, clean: int, canvas: int
+    dropout_key: int, clean: int, canvas: int, canvas_before: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a key for each row of one example: int64[clean] and int64[canvas], all different."""
-    clean_places, canvas_places = 2 * torch.arange(clean), 2 * torch.arange(canvas) + 1
+    """Return a key for each row of one example: int64[clean] and int64[canvas], all different.
+
+    Args:
+        canvas_before: rows of the example's canvases that were drawn before this one.
+    """
+    clean_places = 2 * torch.arange(clean)
+    canvas_places = 2 * torch.arange(canvas_before, canvas_before + canvas) + 1
     return _mix64(clean_places * _GOLDEN + dropout_key), _mix64(
         canvas_places * _GOLDEN + dropout_key
     )
@@ -150,6 +200,22 @@ def _mix32_(x: torch.Tensor) -> torch.Tensor:
 def _shift_right(x: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     """Return x >> count as for an unsigned integer."""
     return (x >> count).bitwise_and_(2 ** (bits - count) - 1)
+
+
+def _draw_blocks(seed: int, position: int, blocks: int, count: int) -> list[tuple[int, np.float32]]:
+    """Return `count` distinct blocks, or all, in the order in which they are drawn, each with the
+    uniform variate of its self-conditioning coin.
+    """
+    uniform, _, coin = _generator("train", seed, position).random(3, dtype=np.float32)
+    first = _index(uniform, blocks)
+    drawn = [(first, coin)]
+    if min(count, blocks) > 1:
+        generator = _generator("blocks", seed, position)
+        coins = generator.random(blocks, dtype=np.float32)
+        for other in generator.permutation(blocks - 1)[: count - 1]:
+            block = int(other) + int(other >= first)
+            drawn.append((block, coins[block]))
+    return drawn
 
 
 def _index(uniform: np.float32, count: int) -> int:

@@ -287,6 +287,12 @@ class LoraConfig(StrictModel):
 class ObjectiveConfig(StrictModel):
     """What one step computes."""
 
+    blocks: int | Literal["all"] = Field(
+        1,
+        description="blocks of each example that a step denoises, drawn without replacement, beside "
+        "one pass over its clean tokens: 1 or more, or `all`; an example with fewer blocks has all "
+        "of them denoised",
+    )
     self_conditioning_probability: float = Field(
         0.5,
         ge=0,
@@ -298,6 +304,14 @@ class ObjectiveConfig(StrictModel):
     encoder_loss_weight: float = Field(
         1.0, ge=0, description="weight of the autoregressive loss in the total"
     )
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> Any:
+        """Refuse here what no member of the union takes, with one message instead of one each."""
+        if value == "all" or (type(value) is int and value >= 1):
+            return value
+        raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
 
 
 class OptimizerConfig(StrictModel):

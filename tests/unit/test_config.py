@@ -97,6 +97,17 @@ def test_a_count_where_a_fraction_is_expected_is_refused(key: str) -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "some", "true", "2.5", "null"])
+def test_blocks_are_a_count_or_all(value: str) -> None:
+    error = refusal(RECIPE, f"objective.blocks={value}")
+    assert str(error).startswith("recipe: objective.blocks: found ")
+    assert str(error).endswith(", expected a whole number of at least 1, or all")
+    for given, blocks in (("1", 1), ("12", 12), ("all", "all")):
+        config = loads(yaml.safe_dump(RECIPE), overrides=[f"objective.blocks={given}"])
+        assert config.objective.blocks == blocks
+    assert loads(yaml.safe_dump(RECIPE)).objective.blocks == 1
+
+
 def test_both_names_of_a_key_at_once_are_refused() -> None:
     error = refusal(
         RECIPE | {"data": {"source": "x", "max_bad_rows": 0.1, "max_bad_row_fraction": 0.2}}

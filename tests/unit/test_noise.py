@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections import Counter
 
 import numpy as np
 import torch
 
 from canvastune.noise import (
     NoiseSample,
+    count_self_conditioned,
     draw_self_conditioning,
     epoch_order,
+    training_block_draws,
     training_draws,
     validation_draws,
 )
 
 COUNT, BLOCKS, CANVAS, VOCABULARY = 20_000, 8, 4, 64
+SOME = 8_000
 
 
 def draw(position: int, seed: int = 7, blocks: int = BLOCKS, canvas: int = CANVAS) -> NoiseSample:
@@ -24,6 +29,21 @@ def draw(position: int, seed: int = 7, blocks: int = BLOCKS, canvas: int = CANVA
         position,
         blocks=blocks,
         canvas_length=canvas,
+        vocab_size=VOCABULARY,
+        min_corruption=0.001,
+        self_conditioning_probability=0.5,
+    )
+
+
+def draw_blocks(
+    position: int, count: int, seed: int = 7, blocks: int = BLOCKS
+) -> tuple[NoiseSample, ...]:
+    return training_block_draws(
+        seed,
+        position,
+        count,
+        blocks=blocks,
+        canvas_length=CANVAS,
         vocab_size=VOCABULARY,
         min_corruption=0.001,
         self_conditioning_probability=0.5,
@@ -109,6 +129,82 @@ def test_the_four_draws_are_uniform_and_independent_of_each_other_and_between_ex
         ),
     ]:
         assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(COUNT), f"{name} are correlated"
+
+
+def test_one_block_is_drawn_as_before_there_were_several() -> None:
+    """The digest is that of the draws of earlier versions: their runs must resume unchanged."""
+    digest = hashlib.sha256()
+    for position in range(64):
+        d = draw(position, blocks=1 + position % 11, canvas=8)
+        drawn = (d.block, d.level, d.corrupted.tolist(), d.replacement.tolist())
+        digest.update(repr((*drawn, d.self_condition, d.dropout_key)).encode())
+    assert digest.hexdigest() == "cbd4a3b2b19279e24d96a200eee7fee0dae1c39da2779dcf55fec997ae695dee"
+
+
+def test_more_blocks_keep_the_draws_of_fewer() -> None:
+    for position in range(200):
+        everything = {d.block: d for d in draw_blocks(position, BLOCKS)}
+        assert list(everything) == list(range(BLOCKS)), "not each block once, in their order"
+        assert same(draw(position), draw_blocks(position, 1)[0])
+        for count in range(1, BLOCKS):
+            fewer = draw_blocks(position, count)
+            assert [d.block for d in fewer] == sorted({d.block for d in fewer})
+            assert len(fewer) == count
+            assert sorted(d.order for d in fewer) == list(range(count))
+            assert all(same(d, everything[d.block]) for d in fewer)
+        assert len(draw_blocks(position, 99)) == BLOCKS, "an example with fewer blocks has them all"
+        assert [d.block for d in draw_blocks(position, 3, blocks=1)] == [0]
+
+
+def test_the_count_of_coins_is_that_of_the_draws() -> None:
+    for position in range(200):
+        for count in (1, 3, BLOCKS):
+            found = count_self_conditioned(7, position, count, blocks=BLOCKS, probability=0.5)
+            assert found == sum(d.self_condition for d in draw_blocks(position, count))
+
+
+def test_blocks_are_drawn_without_replacement_uniformly_and_independent_of_their_noise() -> None:
+    count = 3
+    draws = [draw_blocks(position, count) for position in range(SOME)]
+    chosen = Counter(tuple(d.block for d in own) for own in draws)
+    sets = BLOCKS * (BLOCKS - 1) * (BLOCKS - 2) // 6
+    assert len(chosen) == sets
+    assert chi_square_is_plausible(np.array(list(chosen.values())), np.full(sets, SOME / sets)), (
+        "sets of blocks are not equally likely"
+    )
+    by_order = [sorted(own, key=lambda d: d.order) for own in draws]
+    ordered = Counter((own[1].block, own[2].block) for own in by_order)
+    pairs = BLOCKS * (BLOCKS - 1)
+    assert chi_square_is_plausible(
+        np.array(list(ordered.values())), np.full(pairs, SOME / pairs)
+    ), "later blocks are not drawn uniformly"
+    level = np.array([[d.level for d in own] for own in by_order])
+    deciles = np.floor((level - 0.001) / 0.999 * 10).astype(int).clip(0, 9)
+    coin = np.array([[d.self_condition for d in own] for own in by_order]).astype(int)
+    block = np.array([[d.block for d in own] for own in by_order])
+    corrupted = np.array([[d.corrupted[0] for d in own] for own in by_order])
+    replacement = np.array([[d.replacement[0] for d in own] for own in by_order])
+    for order in range(count):
+        assert chi_square_is_plausible(
+            np.bincount(deciles[:, order], minlength=10), np.full(10, SOME / 10)
+        ), f"levels of block {order} are not uniform"
+        assert abs(coin[:, order].mean() - 0.5) < 5 * 0.5 / np.sqrt(SOME)
+        assert abs((corrupted[:, order] - level[:, order]).mean()) < 5 * 0.5 / np.sqrt(SOME)
+        for name, factor in {"block": block, "level": deciles}.items():
+            table = np.zeros((factor.max() + 1, 2))
+            np.add.at(table, (factor[:, order], coin[:, order]), 1)
+            assert chi_square_is_plausible(table, np.outer(table.sum(1), table.sum(0)) / SOME), (
+                f"the coin of block {order} depends on its {name}"
+            )
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        for name, values in (
+            ("levels", level),
+            ("coins", coin),
+            ("corruption given t", corrupted - level),
+            ("replacements", replacement),
+        ):
+            found = np.corrcoef(values[:, one], values[:, other])[0, 1]
+            assert abs(found) < 5 / np.sqrt(SOME), f"{name} of two blocks are correlated"
 
 
 def test_a_position_is_corrupted_with_probability_t() -> None:
