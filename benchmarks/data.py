@@ -373,7 +373,8 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
             int(p) + 256 * int(np.ceil(r / 256)) + 256
             for p, r in zip(prefix, response, strict=True)
         ]
-        self_conditioned = [bool(twice) for twice in rng.random(count) < 0.5]
+        coins = rng.random(count) < 0.5
+        again = [t if twice else 0 for t, twice in zip(tokens, coins, strict=True)]
         starts = range(0, count, ranks * size)
         plain = [
             [list(range(start + rank * size, start + (rank + 1) * size)) for rank in range(ranks)]
@@ -381,15 +382,14 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
         ]
         for name, forward in (
             ("by_position", plain),
-            ("shared_out", balance_microbatches(tokens, self_conditioned, ranks, size)),
+            ("shared_out", balance_microbatches(tokens, again, ranks, size)),
         ):
-            sums[name] += _busiest(forward, tokens, self_conditioned)
+            sums[name] += _busiest(forward, tokens, again)
         ideal += (
             np.array(
                 [
                     sum(tokens),
-                    4 * sum(tokens)
-                    + sum(t for t, twice in zip(tokens, self_conditioned, strict=True) if twice),
+                    4 * sum(tokens) + sum(again),
                 ]
             )
             / ranks
@@ -402,16 +402,14 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
     return {"ranks": ranks, "micro_batch": size, "forwards": forwards, **found}
 
 
-def _busiest(
-    shares: list[list[list[int]]], tokens: list[int], self_conditioned: list[bool]
-) -> np.ndarray:
+def _busiest(shares: list[list[list[int]]], tokens: list[int], again: list[int]) -> np.ndarray:
     """[tokens of one pass, weighted cost of a step], each the sum over forwards of the busiest
     rank's.
     """
     return np.array(
         [
             sum(max(sum(tokens[at] for at in own) for own in forward) for forward in shares),
-            step_cost(shares, tokens, self_conditioned),
+            step_cost(shares, tokens, again),
         ]
     )
 

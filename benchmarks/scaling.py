@@ -144,11 +144,7 @@ def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> d
         return (2 + pass_1) * sum(layers) - layers[-1]
 
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
-    passes = (
-        2
-        + flops.recomputed_share(architecture, step)
-        + step.self_conditioning * flops.self_conditioning_share(step)
-    )
+    passes = 2 + flops.recomputed_share(architecture, step) + flops.self_conditioning_share(step)
     crossings = 2 * passes  # there and back
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),

@@ -44,7 +44,7 @@ def losses(
         weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and
             `encoder_loss_weight` / its
             count; numbers, or tensors [] on the device, which need no synchronization.
-        any_self_conditioned: whether any rank has a self-conditioned example: then all ranks run
+        any_self_conditioned: whether any rank has a self-conditioned canvas: then all ranks run
             the self-conditioning
             pass, since their collectives must match.
 
@@ -74,10 +74,10 @@ def losses(
 def _self_conditioning_signal(
     model: WeightTiedDiffusionGemma, batch: PackedBatch, gradient: SharedGradBuffer | None
 ) -> torch.Tensor:
-    """Run the self-conditioning pass: denoise the chosen examples from a zero signal -> [M, H],
+    """Run the self-conditioning pass: denoise the chosen canvases from a zero signal -> [M, H],
     zero for the others.
 
-    A rank without such an example takes part with two padding tokens, for the collectives only.
+    A rank without such a canvas takes part with two padding tokens, for the collectives only.
     """
     used = any(batch.self_conditioned)
     twice, rows = (
@@ -112,6 +112,7 @@ def _padding_batch(batch: PackedBatch) -> PackedBatch:
     lengths: dict[str, Any] = dict.fromkeys(
         ("clean_lengths", "canvas_lengths", "block_starts"), (1,)
     )
+    lengths["canvas_examples"] = (0,)
     return replace(
         batch,
         **one,

@@ -86,7 +86,7 @@ def shown(folder: Path) -> Shown:
     data = TrainingDataset(folder / "data", seed=SEED, objective=ObjectiveConfig(), **sizes)
     for position in count():
         (example,) = data.train_examples([position])
-        draws = data.train_draws(example, position)
+        (draws,) = data.train_draws(example, position)
         if (
             example.blocks == 3
             and draws.block == 1

@@ -156,10 +156,11 @@ def measure(
 
 
 def batch_of(step: StepShape, vocabulary: int) -> PackedBatch:
-    """Examples of one length, all denoised twice if self-conditioning is on; the last block is the
-    chosen one.
+    """Examples of one length, all denoised twice if self-conditioning is on; the last blocks are
+    the chosen ones.
     """
-    examples, clean, canvas = step.micro_batch, step.clean, step.canvas
+    examples, clean, canvas, blocks = step.micro_batch, step.clean, step.canvas, step.blocks
+    canvases = examples * blocks
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(examples * clean).view(examples, clean)
 
@@ -169,17 +170,18 @@ def batch_of(step: StepShape, vocabulary: int) -> PackedBatch:
     return PackedBatch(
         clean=tokens(examples * clean),
         clean_positions=torch.arange(clean).repeat(examples),
-        canvas=tokens(examples * canvas),
-        canvas_positions=torch.arange(clean - canvas, clean).repeat(examples),
-        canvas_targets=tokens(examples * canvas),
+        canvas=tokens(canvases * canvas),
+        canvas_positions=torch.arange(clean - blocks * canvas, clean).repeat(examples),
+        canvas_targets=tokens(canvases * canvas),
         next_rows=rows[:, :-1].flatten(),
         next_targets=tokens(examples * (clean - 1)),
-        self_condition=torch.full((examples * canvas,), step.self_conditioning > 0),
+        self_condition=torch.full((canvases * canvas,), step.self_conditioning > 0),
         clean_lengths=(clean,) * examples,
-        canvas_lengths=(canvas,) * examples,
-        block_starts=(clean - canvas,) * examples,
-        self_conditioned=(step.self_conditioning > 0,) * examples,
-        row_keys=torch.arange(examples * (clean + canvas)),
+        canvas_lengths=(canvas,) * canvases,
+        canvas_examples=tuple(at for at in range(examples) for _ in range(blocks)),
+        block_starts=step.pasts * examples,
+        self_conditioned=(step.self_conditioning > 0,) * canvases,
+        row_keys=torch.arange(step.tokens),
     )
 
 

@@ -19,9 +19,9 @@ from canvastune.data.packing import Example, balance_microbatches, make_example
 from canvastune.errors import UserError
 from canvastune.noise import (
     NoiseSample,
-    draw_self_conditioning,
+    count_self_conditioned,
     epoch_order,
-    training_draws,
+    training_block_draws,
     validation_draws,
 )
 
@@ -48,7 +48,8 @@ class TrainingDataset:
             canvas_length: tokens of a response block.
             eos_token_id: fills the last block of a response.
             seed: decides the order and the noise, on any number of ranks alike.
-            objective: the smallest corruption, and the probability of self-conditioning.
+            objective: how many blocks of an example are denoised, the smallest corruption, and
+                the probability of self-conditioning.
 
         Raises:
             UserError: a split that is missing, damaged or empty.
@@ -65,7 +66,7 @@ class TrainingDataset:
         self._first_rows = [0, *itertools.accumulate(self._rows)]
         self._interleaving = Interleaving([share.weight for share in shares])
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source: epoch and its order
-        self._tokens = _count_tokens(self._train, canvas_length)
+        self._tokens, self._blocks = _count_tokens_and_blocks(self._train, canvas_length)
 
     def __len__(self) -> int:
         return len(self._train)
@@ -86,11 +87,12 @@ class TrainingDataset:
         """
         return [int(self._tokens[self._row(position)]) for position in positions]
 
-    def train_draws(self, example: Example, position: int) -> NoiseSample:
-        """Draw the noise of an example at a position of the stream."""
-        return training_draws(
+    def train_draws(self, example: Example, position: int) -> tuple[NoiseSample, ...]:
+        """Draw blocks, and the noise of each, of an example at a position of the stream."""
+        return training_block_draws(
             self._seed,
             position,
+            self._block_count(example.blocks),
             blocks=example.blocks,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
@@ -99,10 +101,10 @@ class TrainingDataset:
         )
 
     def any_self_conditioned(self, positions: Iterable[int]) -> bool:
-        """Return whether any of these positions, those of other ranks included, is
+        """Return whether any block of these positions, those of other ranks included, is
         self-conditioned.
         """
-        return any(map(self._is_self_conditioned, positions))
+        return any(self._canvases(position)[1] for position in positions)
 
     def balance_microbatches(
         self, positions: range, ranks: int, size: int
@@ -112,9 +114,12 @@ class TrainingDataset:
         Which examples make up a step, and their noise, follow from the positions only; the number
         of ranks decides which rank computes which example. See `packing.balance_microbatches`.
         """
-        tokens = [count + self._canvas_length for count in self.token_counts(positions)]
-        self_conditioned = [self._is_self_conditioned(position) for position in positions]
-        forwards = balance_microbatches(tokens, self_conditioned, ranks, size)
+        tokens, again = [], []
+        for position, count in zip(positions, self.token_counts(positions), strict=True):
+            canvases, twice = self._canvases(position)
+            tokens.append(count + canvases * self._canvas_length)
+            again.append(count + twice * self._canvas_length if twice else 0)
+        forwards = balance_microbatches(tokens, again, ranks, size)
         return [[[positions[index] for index in own] for own in forward] for forward in forwards]
 
     def validation_examples(self, rows: range) -> list[Example]:
@@ -135,9 +140,18 @@ class TrainingDataset:
             vocab_size=self._vocab_size,
         )
 
-    def _is_self_conditioned(self, position: int) -> bool:
-        return draw_self_conditioning(
-            self._seed, position, self._objective.self_conditioning_probability
+    def _block_count(self, blocks: int) -> int:
+        """Return how many of an example's blocks a step denoises."""
+        setting = self._objective.blocks
+        return blocks if setting == "all" else min(setting, blocks)
+
+    def _canvases(self, position: int) -> tuple[int, int]:
+        """Return how many blocks a step denoises at a position, and how many of them twice."""
+        blocks = int(self._blocks[self._row(position)])
+        count = self._block_count(blocks)
+        probability = self._objective.self_conditioning_probability
+        return count, count_self_conditioned(
+            self._seed, position, count, blocks=blocks, probability=probability
         )
 
     def _row(self, position: int) -> int:
@@ -178,9 +192,9 @@ def _open(folder: Path) -> Dataset:
     return data
 
 
-def _count_tokens(data: Dataset, canvas_length: int) -> np.ndarray:
-    """Return int32[rows]: the tokens of each row with its fill, as `Example` has them; the tokens
-    are not read.
+def _count_tokens_and_blocks(data: Dataset, canvas_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return int32[rows] twice: the tokens of each row with its fill, and its blocks, as `Example`
+    has them; the tokens are not read.
     """
     table = data.with_format("arrow")[:]
     length, prefix = (
@@ -188,4 +202,6 @@ def _count_tokens(data: Dataset, canvas_length: int) -> np.ndarray:
         table["prefix_length"].to_numpy(),
     )
     fill = -(length - prefix) % canvas_length
-    return (length + np.where(table["complete"].to_numpy(), fill, 0)).astype(np.int32)
+    tokens = length + np.where(table["complete"].to_numpy(), fill, 0)
+    blocks = (length - prefix + fill) // canvas_length
+    return tokens.astype(np.int32), blocks.astype(np.int32)

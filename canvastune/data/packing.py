@@ -1,7 +1,8 @@
 """Packed, ragged batches of examples: no padding token reaches the model.
 
-Shape letters: B examples, S clean tokens of one example, C canvas tokens of one example, N clean
-tokens of the batch (sum of S), M canvas tokens of the batch (sum of C).
+Shape letters: B examples, S clean tokens of one example, K canvases (one or more of each example),
+C tokens of one canvas, N clean tokens of the batch (sum of S), M canvas tokens of the batch (sum of
+C).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Example:
 @dataclass(frozen=True)
 class PackedBatch:
     """Ragged examples, concatenated: the clean tokens of all examples, then the canvases of all
-    examples.
+    examples, those of one example together.
     """
 
     clean: torch.Tensor  # int64[N]
@@ -50,9 +51,10 @@ class PackedBatch:
     next_targets: torch.Tensor  # int64[N - B]
     self_condition: torch.Tensor  # bool[M]: canvas rows that see the self-conditioning signal
     clean_lengths: tuple[int, ...]  # [B]
-    canvas_lengths: tuple[int, ...]  # [B]
-    block_starts: tuple[int, ...]  # [B]: first position of the chosen block
-    self_conditioned: tuple[bool, ...]  # [B]: examples that are denoised twice
+    canvas_lengths: tuple[int, ...]  # [K]
+    canvas_examples: tuple[int, ...]  # [K]: the example of each canvas, ascending
+    block_starts: tuple[int, ...]  # [K]: first position of the canvas's block
+    self_conditioned: tuple[bool, ...]  # [K]: canvases that are denoised twice
     row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: no dropout
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -64,14 +66,19 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def select(self, keep: list[bool]) -> tuple[PackedBatch, torch.Tensor]:
-        """Return the examples where `keep` is true as a batch, and their rows in this batch's
-        canvas, int64[M'].
+        """Return the canvases where `keep` is true and their examples as a batch, and their rows in
+        this batch's canvas, int64[M'].
 
         The result is the input of the self-conditioning pass: no row is scored, and adapters apply
         no dropout.
+
+        Args:
+            keep: bool[K], of which at least one is true.
         """
         device = self.clean.device
-        clean_rows = _row_indices(self.clean_lengths, keep).to(device)
+        examples = sorted({at for at, k in zip(self.canvas_examples, keep, strict=True) if k})
+        with_canvas = [at in examples for at in range(len(self.clean_lengths))]
+        clean_rows = _row_indices(self.clean_lengths, with_canvas).to(device)
         canvas_rows = _row_indices(self.canvas_lengths, keep).to(device)
 
         def kept(values: tuple) -> tuple:
@@ -86,20 +93,24 @@ class PackedBatch:
             next_rows=self.next_rows[:0],
             next_targets=self.next_targets[:0],
             self_condition=self.self_condition[canvas_rows],
-            clean_lengths=kept(self.clean_lengths),
+            clean_lengths=tuple(self.clean_lengths[at] for at in examples),
             canvas_lengths=kept(self.canvas_lengths),
+            canvas_examples=tuple(map(examples.index, kept(self.canvas_examples))),
             block_starts=kept(self.block_starts),
             self_conditioned=kept(self.self_conditioned),
         )
         return batch, canvas_rows
 
     def before_blocks(self) -> PackedBatch:
-        """Return the same canvases with only the clean tokens that they see, those before their
-        blocks; no clean token is scored.
+        """Return the same canvases with only the clean tokens that they see, those before the last
+        of an example's blocks; no clean token is scored.
         """
+        # Canvases are in the order of their blocks, so an example's last one has the last start.
+        last_starts = dict(zip(self.canvas_examples, self.block_starts, strict=True))
+        seen_lengths = tuple(last_starts[at] for at in range(len(self.clean_lengths)))
         before = [
-            torch.arange(length) < start
-            for length, start in zip(self.clean_lengths, self.block_starts, strict=True)
+            torch.arange(length) < seen
+            for length, seen in zip(self.clean_lengths, seen_lengths, strict=True)
         ]
         seen = torch.cat(before).nonzero().flatten().to(self.clean.device)
         keys = (
@@ -113,23 +124,33 @@ class PackedBatch:
             clean_positions=self.clean_positions[seen],
             next_rows=self.next_rows[:0],
             next_targets=self.next_targets[:0],
-            clean_lengths=tuple(map(min, self.clean_lengths, self.block_starts)),
+            clean_lengths=seen_lengths,
             row_keys=keys,
         )
 
 
-def pack(examples: list[Example], draws: list[NoiseSample]) -> PackedBatch:
-    """Concatenate examples, with their noise applied to the chosen block."""
-    canvases, targets, canvas_positions, flags, starts = [], [], [], [], []
-    for example, draw in zip(examples, draws, strict=True):
-        start = example.prefix_length + draw.block * example.canvas_length
-        target = example.tokens[start : start + example.canvas_length]
-        length = len(target)
-        canvases.append(torch.where(draw.corrupted[:length], draw.replacement[:length], target))
-        targets.append(target)
-        canvas_positions.append(torch.arange(start, start + length))
-        flags.append(torch.full((length,), draw.self_condition))
-        starts.append(start)
+def pack(
+    examples: Sequence[Example], draws: Sequence[NoiseSample | Sequence[NoiseSample]]
+) -> PackedBatch:
+    """Concatenate examples, with their noise applied to the chosen blocks.
+
+    Args:
+        draws: of each example, the noise of its chosen block, or of each of its chosen blocks in
+            their order.
+    """
+    canvases, targets, canvas_positions, flags, starts, owners = [], [], [], [], [], []
+    of_examples = [(draw,) if isinstance(draw, NoiseSample) else tuple(draw) for draw in draws]
+    for at, (example, own) in enumerate(zip(examples, of_examples, strict=True)):
+        for draw in own:
+            start = example.prefix_length + draw.block * example.canvas_length
+            target = example.tokens[start : start + example.canvas_length]
+            length = len(target)
+            canvases.append(torch.where(draw.corrupted[:length], draw.replacement[:length], target))
+            targets.append(target)
+            canvas_positions.append(torch.arange(start, start + length))
+            flags.append(torch.full((length,), draw.self_condition))
+            starts.append(start)
+            owners.append(at)
     lengths = [len(example.tokens) for example in examples]
     clean = torch.cat([example.tokens for example in examples])
     ends = torch.tensor(lengths).cumsum(0) - 1
@@ -147,14 +168,15 @@ def pack(examples: list[Example], draws: list[NoiseSample]) -> PackedBatch:
         self_condition=torch.cat(flags),
         clean_lengths=tuple(lengths),
         canvas_lengths=tuple(len(target) for target in targets),
+        canvas_examples=tuple(owners),
         block_starts=tuple(starts),
-        self_conditioned=tuple(draw.self_condition for draw in draws),
-        row_keys=_row_keys(draws, lengths, [len(target) for target in targets]),
+        self_conditioned=tuple(draw.self_condition for own in of_examples for draw in own),
+        row_keys=_row_keys(examples, of_examples),
     )
 
 
 def balance_microbatches(
-    tokens: Sequence[int], self_conditioned: Sequence[bool], ranks: int, size: int
+    tokens: Sequence[int], again: Sequence[int], ranks: int, size: int
 ) -> list[list[list[int]]]:
     """Divide a global batch so that ranks finish each forward together: [forward][rank] -> `size`
     examples, ascending.
@@ -165,20 +187,18 @@ def balance_microbatches(
     result wins. The result depends on the arguments only, so all ranks compute the same one.
 
     Args:
-        tokens: of each example, in one pass.
-        self_conditioned: whether each example is denoised twice.
+        tokens: of each example, in one pass; its canvases included.
+        again: tokens of each example with its self-conditioned canvases; 0 without any.
         ranks: `ranks * size` must divide the number of examples.
         size: examples of a rank and forward.
     """
     by_size = sorted(range(len(tokens)), key=lambda at: (-tokens[at], at))
-    orders = by_size, sorted(by_size, key=lambda at: not self_conditioned[at])
+    orders = by_size, sorted(by_size, key=lambda at: not again[at])
     candidates = [_greedy_assign(order, tokens, ranks, size) for order in orders]
-    return min(candidates, key=lambda shares: step_cost(shares, tokens, self_conditioned))
+    return min(candidates, key=lambda shares: step_cost(shares, tokens, again))
 
 
-def step_cost(
-    shares: list[list[list[int]]], tokens: Sequence[int], self_conditioned: Sequence[bool]
-) -> int:
+def step_cost(shares: list[list[list[int]]], tokens: Sequence[int], again: Sequence[int]) -> int:
     """Return the cost of the busiest rank of each forward, in tokens of the self-conditioning pass.
 
     The second pass with recomputation and backward costs four times as much. A rank without a
@@ -188,8 +208,7 @@ def step_cost(
     total = 0
     for forward in shares:
         total += 4 * max(sum(tokens[at] for at in own) for own in forward)
-        if any(self_conditioned[at] for own in forward for at in own):
-            total += max(sum(tokens[at] for at in own if self_conditioned[at]) for own in forward)
+        total += max(sum(again[at] for at in own) for own in forward)
     return total
 
 
@@ -230,15 +249,20 @@ def make_example(row: dict[str, Any], canvas_length: int, eos_token_id: int) -> 
 
 
 def _row_keys(
-    draws: list[NoiseSample], clean_lengths: list[int], canvas_lengths: list[int]
+    examples: Sequence[Example], draws: Sequence[tuple[NoiseSample, ...]]
 ) -> torch.Tensor | None:
     clean, canvas = [], []
-    for draw, clean_length, canvas_length in zip(draws, clean_lengths, canvas_lengths, strict=True):
-        if draw.dropout_key is None:
-            return None
-        keys = dropout_row_keys(draw.dropout_key, clean_length, canvas_length)
-        clean.append(keys[0])
-        canvas.append(keys[1])
+    for example, own in zip(examples, draws, strict=True):
+        tokens, size = len(example.tokens), example.canvas_length
+        for draw in own:
+            if draw.dropout_key is None:
+                return None
+            start = example.prefix_length + draw.block * size
+            keys = dropout_row_keys(
+                draw.dropout_key, tokens, min(size, tokens - start), draw.order * size
+            )
+            canvas.append(keys[1])
+        clean.append(keys[0])  # the same for each of the example's blocks
     return torch.cat([*clean, *canvas])
 
 

@@ -2,16 +2,17 @@
 and their own block.
 
 Each example attends by itself, so nothing is padded, and the keys that a canvas sees are
-contiguous, so it needs no mask.
+contiguous, so it needs no mask. Canvases of one example that see as many keys attend in one call:
+in sliding layers, all but those near the example's beginning.
 `canvastune.model.flex_attention` is the alternative for `train.attention: flex`.
 
-Shape letters: S and C clean and canvas length of an example, N and M their sums over the batch, A
-query heads, G key and value
-heads, D head size.
+Shape letters: S clean tokens of an example, C tokens of a canvas, N and M their sums over the
+batch, K canvases, A query heads, G key and value heads, D head size.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ class Packing:
     """Which rows of a packed batch belong together, and which keys they see; built once per batch."""
 
     clean_lengths: tuple[int, ...]  # S of each example
-    canvas_lengths: tuple[int, ...]  # C of each example
+    canvas_lengths: tuple[int, ...]  # C of each canvas
+    canvas_examples: tuple[int, ...]  # the example of each canvas, ascending
     prefix_slices: dict[
         str, tuple[slice, ...]
-    ]  # layer type -> clean positions of each example that its canvas sees
+    ]  # layer type -> clean positions of its example that each canvas sees
     clean_masks: dict[
         str, torch.Tensor | None
     ]  # layer type -> bool[S, S] for the longest example; None: causal
@@ -64,6 +66,7 @@ class Packing:
         return cls(
             clean_lengths=batch.clean_lengths,
             canvas_lengths=batch.canvas_lengths,
+            canvas_examples=batch.canvas_examples,
             prefix_slices={"full_attention": full, "sliding_attention": sliding},
             clean_masks={
                 "full_attention": None,
@@ -83,21 +86,39 @@ class Packing:
         mask, prefixes = self.clean_masks[kind], self.prefix_slices[kind]
         lengths = [*self.clean_lengths, *self.canvas_lengths]
         queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
-        examples = len(prefixes)
+        examples = len(self.clean_lengths)
         clean = [
             _causal(*rows, mask, self.window, options)
             for rows in zip(queries[:examples], keys, values, strict=False)
         ]
-        canvas = [
+
+        def seen(rows: tuple[torch.Tensor, ...], canvas: int) -> torch.Tensor:
+            past = rows[self.canvas_examples[canvas]][:, :, prefixes[canvas]]
+            return torch.cat([past, rows[examples + canvas]], dim=2)
+
+        canvases = [
             F.scaled_dot_product_attention(
-                queries[examples + index],
-                torch.cat([keys[index][:, :, prefix], keys[examples + index]], dim=2),
-                torch.cat([values[index][:, :, prefix], values[examples + index]], dim=2),
+                _stack([queries[examples + canvas] for canvas in group]),
+                _stack([seen(keys, canvas) for canvas in group]),
+                _stack([seen(values, canvas) for canvas in group]),
                 **options,
             )
-            for index, prefix in enumerate(prefixes)
+            for group in self._groups(prefixes)
         ]
-        return torch.cat([*clean, *canvas], dim=2)
+        return torch.cat([*clean, *(rows for group in canvases for rows in group.split(1))], dim=2)
+
+    def _groups(self, prefixes: tuple[slice, ...]) -> list[list[int]]:
+        """Return neighboring canvases of one example with as many rows and keys, which attend in
+        one call.
+        """
+        shapes = zip(
+            self.canvas_examples,
+            self.canvas_lengths,
+            (seen.stop - seen.start for seen in prefixes),
+            strict=True,
+        )
+        indexed = itertools.groupby(enumerate(shapes), key=lambda canvas: canvas[1])
+        return [[index for index, _ in group] for _, group in indexed]
 
 
 def packed_attention(
@@ -155,6 +176,11 @@ def _causal(
             )
         )
     return torch.cat(parts, dim=2)
+
+
+def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Join tensors [1, ...] along their first dimension; one alone is not copied."""
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def _sliding_causal(length: int, window: int) -> torch.Tensor | None:

@@ -1,5 +1,5 @@
 """FlexAttention over a packed batch: one call per layer, where `canvastune.model.attention` makes
-two per example.
+two or more per example.
 
 A row sees the same keys, as a mask: each row sees one range of the clean rows, and a canvas row
 also sees its own canvas.
@@ -49,6 +49,7 @@ class FlexPacking:
         clean, canvas = torch.tensor(batch.clean_lengths), torch.tensor(batch.canvas_lengths)
         rows = int(clean.sum())
         starts = clean.cumsum(0) - clean  # first clean row of each example
+        canvas_starts = starts[torch.tensor(batch.canvas_examples)]  # of each canvas's example
         own = (rows + canvas.cumsum(0) - canvas).repeat_interleave(canvas)
         none = torch.zeros(rows, dtype=torch.int64)
         # A clean row sees its example's rows up to and including itself, a canvas row those before
@@ -58,10 +59,12 @@ class FlexPacking:
         stop = torch.cat(
             [
                 torch.arange(rows) + 1,
-                (starts + torch.tensor(batch.block_starts)).repeat_interleave(canvas),
+                (canvas_starts + torch.tensor(batch.block_starts)).repeat_interleave(canvas),
             ]
         )
-        first = torch.cat([starts.repeat_interleave(clean), starts.repeat_interleave(canvas)])
+        first = torch.cat(
+            [starts.repeat_interleave(clean), canvas_starts.repeat_interleave(canvas)]
+        )
         window = torch.full_like(stop, sliding_window)
         window[rows:] -= 1
         canvases = torch.cat([none, own]), torch.cat([none, own + canvas.repeat_interleave(canvas)])

@@ -50,57 +50,79 @@ class Flops:
         return sum(self.by_pass.values())
 
 
+@dataclass(frozen=True)
+class _Canvas:
+    """One canvas of an example."""
+
+    past: int  # clean tokens before its block
+    rows: int
+    coin: float  # probability that it is denoised twice
+
+
 def count_flops(architecture: Architecture, step: StepShape) -> Flops:
     """Count the FLOPs of one rank's step, with its share of the global batch."""
-    tokens = step.clean + step.canvas
+    return _count(architecture, step, _canvases(step))
+
+
+def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas]) -> Flops:
+    """Count the FLOPs of a step whose examples have these canvases."""
+    canvas_rows = sum(canvas.rows for canvas in canvases)
+    tokens = step.clean + canvas_rows
+    last, again_rows = _pass_1(canvases)
     products = _products(architecture, step.checkpointing)
     forward, backward, recomputed = (
         {kind: product * tokens for kind, product in parts.items()} for parts in products
     )
     scores = scores_again = 0.0
     for index, layer in enumerate(architecture.layers):
-        own, again_here = (
-            _scores(step, step.clean, layer, architecture.window),
-            is_recomputed(step.checkpointing, index),
-        )
+        again_here = is_recomputed(step.checkpointing, index)
+        of_canvases = [_canvas_scores(canvas, layer, architecture.window) for canvas in canvases]
+        own = _clean_scores(step.clean, layer, architecture.window) + sum(of_canvases)
         scores += own
         _add(
             recomputed, {"attention": own * (again_here + 0.5)}
         )  # fused kernels recompute the scores
-        scores_again += _scores(step, step.past, layer, architecture.window)
-    again = {kind: product * self_conditioning_share(step) for kind, product in forward.items()}
+        scores_again += sum(
+            probability * _clean_scores(past, layer, architecture.window)
+            for past, probability in last.items()
+        ) + sum(canvas.coin * one for canvas, one in zip(canvases, of_canvases, strict=True))
+    tokens_again = again_rows + sum(past * probability for past, probability in last.items())
+    again = {kind: product * tokens_again for kind, product in products[0].items()}
     _add(forward, {"attention": scores})
     _add(backward, {"attention": 2 * scores})
 
-    block = 6 * architecture.hidden * architecture.intermediate * step.canvas
+    block_row = 6 * architecture.hidden * architecture.intermediate
+    block = block_row * canvas_rows
     row = 2 * architecture.hidden * architecture.vocabulary
-    soft = row * step.canvas  # canvas logits to the embedding, or their gradient
+    soft = row * again_rows  # canvas logits to the embedding, or their gradient
     idle = _sum(forward, {"self-conditioning": block})
     pass_1 = _sum(
-        again, {"attention": scores_again, "head": soft, "self-conditioning": block + soft}
+        again,
+        {
+            "attention": scores_again,
+            "head": soft,
+            "self-conditioning": block_row * again_rows + soft,
+        },
     )
-    scored = row * (step.clean - 1 + step.canvas)
+    scored = row * (step.clean - 1 + canvas_rows)
     _add(forward, {"self-conditioning": block, "head": scored})
     _add(backward, {"head": scored})
     if architecture.full:
         _add(
             backward,
-            {"head": scored, "self-conditioning": 2 * block + step.self_conditioning * soft},
+            {"head": scored, "self-conditioning": 2 * block + soft},
         )
-        _add(recomputed, {"head": step.self_conditioning * soft})
+        _add(recomputed, {"head": soft})
 
     examples = step.micro_batch * step.micro_steps
     passes = {
-        PASS_1: (pass_1, step.self_conditioning * examples),
+        PASS_1: (pass_1, examples),
         FORWARD: (forward, examples),
         BACKWARD: (backward, examples),
         RECOMPUTED: (recomputed, examples),
         IDLE: (
             idle,
-            padding_pass_share(step)
-            * step.micro_steps
-            * _PADDING_TOKENS
-            / (step.clean + step.canvas),
+            padding_pass_share(step) * step.micro_steps * _PADDING_TOKENS / tokens,
         ),
     }
     by_part: Parts = {}
@@ -114,28 +136,20 @@ def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
     """Count the FLOPs that a batch's loss and gradients need, without recomputation and padding
     passes.
     """
-    examples = zip(
-        batch.clean_lengths,
-        batch.canvas_lengths,
+    canvases: list[list[_Canvas]] = [[] for _ in batch.clean_lengths]
+    for example, start, rows, coin in zip(
+        batch.canvas_examples,
         batch.block_starts,
+        batch.canvas_lengths,
         batch.self_conditioned,
         strict=True,
-    )
-    steps = (
-        StepShape(
-            1,
-            1,
-            1,
-            1,
-            clean,
-            canvas,
-            checkpointing=False,
-            self_conditioning=float(coin),
-            chosen_start=start,
-        )
-        for clean, canvas, start, coin in examples
-    )
-    return sum(count_flops(architecture, step).model for step in steps)
+    ):
+        canvases[example].append(_Canvas(start, rows, float(coin)))
+    total = 0.0
+    for clean, own in zip(batch.clean_lengths, canvases, strict=True):
+        step = StepShape(1, 1, 1, 1, clean, own[0].rows, checkpointing=False, self_conditioning=0)
+        total += _count(architecture, step, own).model
+    return total
 
 
 def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]:
@@ -165,12 +179,7 @@ def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]
         EXPERTS_REDUCE: float(step.micro_steps * sum(group.reduced for group in groups.experts)),
         EXCHANGE: (
             exchanged
-            * (
-                2
-                + recomputed_share(architecture, step)
-                + step.self_conditioning * self_conditioning_share(step)
-                + idle
-            )
+            * (2 + recomputed_share(architecture, step) + self_conditioning_share(step) + idle)
         ),
     }
 
@@ -182,35 +191,38 @@ def recomputed_share(architecture: Architecture, step: StepShape) -> float:
 
 
 def any_self_conditioning_share(step: StepShape) -> float:
-    """Return the probability that any rank self-conditions an example of a micro-batch.
+    """Return the probability that any rank self-conditions a canvas of a micro-batch.
 
     All ranks then gather the layers for it.
     """
-    return 1 - (1 - step.self_conditioning) ** (step.micro_batch * step.world_size)
+    canvases = step.micro_batch * step.blocks
+    return 1 - (1 - step.self_conditioning) ** (canvases * step.world_size)
 
 
 def padding_pass_share(step: StepShape) -> float:
-    """Return the probability that a rank has no self-conditioned example in a micro-batch while
+    """Return the probability that a rank has no self-conditioned canvas in a micro-batch while
     another has one.
 
     It then runs the self-conditioning pass on two padding tokens.
     """
-    none = (1 - step.self_conditioning) ** step.micro_batch
+    none = (1 - step.self_conditioning) ** (step.micro_batch * step.blocks)
     return none * (1 - none ** (step.world_size - 1))
 
 
 def self_conditioning_share(step: StepShape) -> float:
-    """Return the share of an example's tokens that the self-conditioning pass computes: canvas and
-    prefix.
+    """Return the expected share of an example's tokens that the self-conditioning pass computes:
+    its self-conditioned canvases, and the clean tokens before the last of them.
     """
-    return (step.past + step.canvas) / (step.clean + step.canvas)
+    last, rows = _pass_1(_canvases(step))
+    clean = sum(past * probability for past, probability in last.items())
+    return (clean + rows) / (step.clean + step.canvas_rows)
 
 
 def slowest_self_conditioning(step: StepShape) -> float:
     """Return the expected self-conditioned share of a micro-batch on the rank with the most; the
     others wait for it.
     """
-    probability, batch = step.self_conditioning, step.micro_batch
+    probability, batch = step.self_conditioning, step.micro_batch * step.blocks
     cumulative, expected, term = 0.0, 0.0, (1 - probability) ** batch
     for coins in range(batch):  # E[max] = sum over k of P(max > k)
         cumulative += term
@@ -275,13 +287,34 @@ def _input_needs_gradient(architecture: Architecture, weight: Weight) -> bool:
     return architecture.full or not first or ".lora_B." in weight.name
 
 
-def _scores(step: StepShape, rows: int, layer: LayerShape, window: int) -> float:
-    """Count one example's attention: clean `rows` over each other, its canvas over its prefix and
-    itself.
+def _canvases(step: StepShape) -> list[_Canvas]:
+    return [_Canvas(past, step.canvas, step.self_conditioning) for past in step.pasts]
+
+
+def _pass_1(canvases: list[_Canvas]) -> tuple[dict[int, float], float]:
+    """Return what the self-conditioning pass of an example is expected to compute.
+
+    Returns:
+        the clean tokens before its last self-conditioned canvas, each possible number with its
+        probability, and the expected number of canvas rows.
     """
-    past, clean = step.past, float(rows**2)
-    if layer.sliding:
-        past = min(past, window - 1)
+    last: dict[int, float] = {}
+    none_later = 1.0
+    for canvas in sorted(canvases, key=lambda canvas: -canvas.past):
+        last[canvas.past] = last.get(canvas.past, 0.0) + none_later * canvas.coin
+        none_later *= 1 - canvas.coin
+    return last, sum(canvas.coin * canvas.rows for canvas in canvases)
+
+
+def _canvas_scores(canvas: _Canvas, layer: LayerShape, window: int) -> float:
+    """Count one canvas's attention over the clean tokens that it sees and itself."""
+    seen = min(canvas.past, window - 1) if layer.sliding else canvas.past
+    return 4.0 * layer.query_width * canvas.rows * (seen + canvas.rows)
+
+
+def _clean_scores(rows: int, layer: LayerShape, window: int) -> float:
+    """Count the attention of one example's clean `rows` over each other."""
+    clean = float(rows**2)
     if layer.sliding and rows > window:
         starts = range(0, rows, sliding_window_rows(window))
         stops = [min(start + sliding_window_rows(window), rows) for start in starts]
@@ -289,7 +322,7 @@ def _scores(step: StepShape, rows: int, layer: LayerShape, window: int) -> float
             float((stop - start) * (stop - max(0, start - window + 1)))
             for start, stop in zip(starts, stops, strict=True)
         )
-    return 4.0 * layer.query_width * (clean + step.canvas * (past + step.canvas))
+    return 4.0 * layer.query_width * clean
 
 
 def _add(into: Parts, parts: Parts, times: float = 1.0) -> None:

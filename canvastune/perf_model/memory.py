@@ -49,13 +49,14 @@ class StepShape:
     micro_batch: int  # examples per rank and forward
     micro_steps: int  # forwards per optimizer step
     clean: int  # clean tokens per example
-    canvas: int  # canvas tokens per example
+    canvas: int  # tokens of a canvas
     checkpointing: Checkpointing
     self_conditioning: float  # probability that an example is self-conditioned
     device: str = "cpu"  # or "cuda"; decides the size of a chunk of logits
     chosen_start: int | None = (
-        None  # clean tokens before an example's chosen block; None: before its last block
+        None  # clean tokens before an example's one chosen block; None: its last blocks are chosen
     )
+    blocks: int = 1  # chosen blocks per example: canvases beside its clean tokens
 
     @property
     def efsdp(self) -> int:
@@ -64,12 +65,21 @@ class StepShape:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch, T."""
-        return self.micro_batch * (self.clean + self.canvas)
+        return self.micro_batch * (self.clean + self.canvas_rows)
 
     @property
-    def past(self) -> int:
-        """Clean tokens that an example's canvas sees in full attention."""
-        return max(0, self.clean - self.canvas) if self.chosen_start is None else self.chosen_start
+    def canvas_rows(self) -> int:
+        """Canvas tokens per example."""
+        return self.blocks * self.canvas
+
+    @property
+    def pasts(self) -> tuple[int, ...]:
+        """Clean tokens that each canvas of an example sees in full attention, ascending."""
+        if self.chosen_start is not None:
+            return (self.chosen_start,)
+        return tuple(
+            max(0, self.clean - before * self.canvas) for before in range(self.blocks, 0, -1)
+        )
 
 
 @dataclass(frozen=True)
@@ -338,13 +348,14 @@ def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tu
     heads = layer.query_width + layer.key_width * (
         2 if layer.own_values else 1
     )  # inputs of the heads' norms
-    seen = min(step.past, architecture.window - 1) if layer.sliding else step.past
-    joined = (seen + step.canvas) / (
-        step.clean + step.canvas
-    )  # keys and values of the canvas's attention call
-    attention = 3 * layer.query_width + 2 * layer.key_width * (
+    seen = [min(past, architecture.window - 1) if layer.sliding else past for past in step.pasts]
+    rows = step.clean + step.canvas_rows
+    joined = (sum(seen) + step.canvas_rows) / rows  # keys and values of the canvases' attention
+    # Canvases that see as many keys attend in one call, for which their queries are copied.
+    stacked = sum(step.canvas for past in seen if seen.count(past) > 1) / rows
+    attention = (3 + stacked) * layer.query_width + 2 * layer.key_width * (
         1 + joined
-    )  # queries, both calls' outputs, joined output
+    )  # queries, the calls' outputs, joined output
     mlp = 3 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
@@ -416,7 +427,7 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
     """
     c, hidden = architecture.compute_bytes, architecture.hidden
     head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
-    canvas = step.micro_batch * step.canvas
+    canvas = step.micro_batch * step.canvas_rows
     total = step.tokens * 2 * c * head_dims
     if step.clean > architecture.window:
         total += step.clean**2  # the sliding layers' mask, a byte each
@@ -433,7 +444,7 @@ def _tail(architecture: Architecture, step: StepShape) -> int:
     """
     c = architecture.compute_bytes
     norm = FLOAT * (2 if architecture.full else 1) + c
-    scored = step.micro_batch * (step.clean - 1 + step.canvas)
+    scored = step.micro_batch * (step.clean - 1 + step.canvas_rows)
     return architecture.hidden * (step.tokens * norm + scored * 2 * c)
 
 
@@ -443,7 +454,7 @@ def _loss_workspace(architecture: Architecture, step: StepShape) -> int:
     """
     c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
     rows = min(
-        chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas)
+        chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas_rows)
     )
     columns = tile_columns(rows, vocabulary, step.device)
     found = FLOAT * rows * (vocabulary + columns + 2 * hidden)

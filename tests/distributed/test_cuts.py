@@ -144,7 +144,7 @@ def plain(ground: Path) -> dict[str, dict[str, Any]]:
     """
     data = prepared(ground)
     examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
+    draws = [data.train_draws(example, position)[0] for position, example in enumerate(examples)]
     results = {}
     for method in METHODS:
         config = recipe(method)
@@ -206,7 +206,7 @@ def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(
 ) -> None:
     data, config = prepared(ground), recipe(method)
     examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position) for position, example in enumerate(examples)]
+    draws = [data.train_draws(example, position)[0] for position, example in enumerate(examples)]
     needed = needed_flops(read_architecture(config, ground / "base"), pack(examples, draws))
     found = {
         (ranks, size): cuts[ranks][method, size]["flops"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 
@@ -214,11 +213,12 @@ def test_ranks_wait_far_less_than_if_they_took_examples_by_position(
     for _ in range(100):
         tokens = (torch.randn(count, generator=generator).mul(0.5).exp() * 200 + 100).int().tolist()
         coins = (torch.rand(count, generator=generator) < 0.5).tolist()
-        even = (4 * sum(tokens) + sum(itertools.compress(tokens, coins))) / ranks
+        again = [count * coin for count, coin in zip(tokens, coins, strict=True)]
+        even = (4 * sum(tokens) + sum(again)) / ranks
         found += (
-            step_cost(balance_microbatches(tokens, coins, ranks, size), tokens, coins) / even - 1
+            step_cost(balance_microbatches(tokens, again, ranks, size), tokens, again) / even - 1
         ) / 100
-        by_position += (step_cost(plain, tokens, coins) / even - 1) / 100
+        by_position += (step_cost(plain, tokens, again) / even - 1) / 100
     assert found < by_position / 2, (
         f"ranks wait {found:.1%} of the time, {by_position:.1%} by position"
     )
@@ -226,6 +226,7 @@ def test_ranks_wait_far_less_than_if_they_took_examples_by_position(
 
 def test_where_lengths_allow_it_no_rank_waits() -> None:
     tokens, coins = [400, 300, 200, 100] * 2, [True, True, False, False] * 2
-    shares = balance_microbatches(tokens, coins, 4, 2)
+    again = [count * coin for count, coin in zip(tokens, coins, strict=True)]
+    shares = balance_microbatches(tokens, again, 4, 2)
     assert [[sum(tokens[at] for at in own) for own in forward] for forward in shares] == [[500] * 4]
     assert [[sum(coins[at] for at in own) for own in forward] for forward in shares] == [[1] * 4]
