@@ -5,6 +5,7 @@ exercise every boundary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from canvastune.checkpoint.load import build_model, load_weights, read_model_con
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_draws
+from canvastune.noise import NoiseSample, training_block_draws, training_draws
 
 CANVAS, WINDOW, VOCABULARY, EOS = 8, 16, 256, 1
 MIDDLING_CANVAS = 32
@@ -122,6 +123,24 @@ def examples_and_draws() -> tuple[list[Example], list[NoiseSample]]:
     return examples, draws
 
 
+def examples_and_blocks(count: int) -> tuple[list[Example], list[tuple[NoiseSample, ...]]]:
+    """The same examples, with `count` blocks of each denoised, or all that it has."""
+    examples, _ = examples_and_draws()
+    return examples, [
+        training_block_draws(
+            5,
+            position,
+            count,
+            blocks=example.blocks,
+            canvas_length=CANVAS,
+            vocab_size=VOCABULARY,
+            min_corruption=0.001,
+            self_conditioning_probability=0.5,
+        )
+        for position, example in enumerate(examples)
+    ]
+
+
 def noise(position: int, blocks: int, seed: int = 5) -> NoiseSample:
     """The engine's draws with this model's sizes."""
     return training_draws(
@@ -135,11 +154,14 @@ def noise(position: int, blocks: int, seed: int = 5) -> NoiseSample:
     )
 
 
-def counts(examples: list[Example], draws: list[NoiseSample]) -> tuple[int, int]:
+def counts(
+    examples: list[Example], draws: Sequence[NoiseSample | Sequence[NoiseSample]]
+) -> tuple[int, int]:
     """(scored canvas rows, scored pairs) of a global batch, counted from the definition."""
     canvas = sum(
         min(CANVAS, len(e.tokens) - e.prefix_length - d.block * CANVAS)
-        for e, d in zip(examples, draws, strict=True)
+        for e, own in zip(examples, draws, strict=True)
+        for d in ([own] if isinstance(own, NoiseSample) else own)
     )
     return canvas, sum(len(e.tokens) - 1 for e in examples)
 
