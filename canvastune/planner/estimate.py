@@ -42,13 +42,24 @@ def step_shape(
         checkpointing=train.activation_checkpointing,
         self_conditioning=config.objective.self_conditioning_probability,
         device="cpu" if config.hardware.accelerator == "cpu" else "cuda",
+        blocks=_most_blocks(config, config.data.seq_length, architecture.canvas),
     )
-    return with_longest_example(step, config.data.seq_length) if longest else step
+    return with_longest_example(step, config.data.seq_length, config) if longest else step
 
 
-def with_longest_example(step: StepShape, seq_length: int) -> StepShape:
+def with_longest_example(step: StepShape, seq_length: int, config: RunConfig) -> StepShape:
     """Return the shape with examples of `seq_length` tokens and a filled last block."""
-    return dataclasses.replace(step, clean=seq_length + step.canvas - 1)
+    return dataclasses.replace(
+        step,
+        clean=seq_length + step.canvas - 1,
+        blocks=_most_blocks(config, seq_length, step.canvas),
+    )
+
+
+def _most_blocks(config: RunConfig, seq_length: int, canvas: int) -> int:
+    """Return how many blocks a step denoises of an example that is all response."""
+    blocks = -(-seq_length // canvas)
+    return blocks if config.objective.blocks == "all" else min(config.objective.blocks, blocks)
 
 
 def device_memory_timeline(

@@ -124,7 +124,7 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         run_seconds=seconds.total * config.train.steps,
         model_flops_utilisation=flops.model
         / (seconds.total * peak_rate(architecture, accelerator)),
-        tokens_per_step=config.train.global_batch_size * (step.clean + step.canvas),
+        tokens_per_step=config.train.global_batch_size * (step.clean + step.canvas_rows),
         largest_micro_batch=largest_fitting(
             lambda size: (
                 needed_bytes(
@@ -136,7 +136,9 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         ),
         largest_sequence=largest_fitting(
             lambda length: (
-                needed_bytes(architecture, with_longest_example(longest, length), accelerator)
+                needed_bytes(
+                    architecture, with_longest_example(longest, length, config), accelerator
+                )
                 <= limit
             ),
             architecture.longest,

@@ -138,6 +138,21 @@ CASES = {
         "float32",
         StepShape(2, 2, 2, 1, 128, CANVAS, checkpointing="selective", self_conditioning=1),
     ),
+    "several blocks, one rank": (
+        "full",
+        "bfloat16",
+        StepShape(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5, blocks=4),
+    ),
+    "several blocks, all activations kept": (
+        "full",
+        "float32",
+        StepShape(1, 1, 2, 1, 192, CANVAS, checkpointing=False, self_conditioning=0, blocks=5),
+    ),
+    "several blocks, expert parallel": (
+        "lora",
+        "bfloat16",
+        StepShape(4, 4, 2, 1, 128, CANVAS, checkpointing=False, self_conditioning=1, blocks=3),
+    ),
     "dropout, all activations kept": (
         "lora with dropout",
         "bfloat16",
@@ -182,13 +197,17 @@ def test_planned_peak_and_traffic_are_those_of_the_engine(
         ("lora with experts", True, 1),
     ],
 )
+@pytest.mark.parametrize("blocks", [1, 4])
 def test_planned_flops_are_those_of_the_engines_step(
-    method: str, checkpointing: Checkpointing, coins: int, checkpoint: Path
+    method: str, checkpointing: Checkpointing, coins: int, checkpoint: Path, blocks: int
 ) -> None:
     config = configured(method)
     architecture = read_architecture(config, checkpoint)
     step = StepShape(
-        1, 1, 2, 1, 40, architecture.canvas, checkpointing=checkpointing, self_conditioning=coins
+        *(1, 1, 2, 1, 40, architecture.canvas),
+        checkpointing=checkpointing,
+        self_conditioning=coins,
+        blocks=blocks,
     )
     model = shared_model(checkpoint, config)
     with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
