@@ -289,7 +289,7 @@ class ObjectiveConfig(StrictModel):
 
     blocks: int | Literal["all"] = Field(
         1,
-        description="blocks of each example that a step denoises, drawn without replacement, beside "
+        description="blocks of each example that a step denoises, drawn without replacement, next to "
         "one pass over its clean tokens: 1 or more, or `all`; an example with fewer blocks has all "
         "of them denoised",
     )

@@ -179,7 +179,7 @@ def _causal(
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Join tensors [1, ...] along their first dimension; one alone is not copied."""
+    """Join tensors [1, ...] along their first dimension; a single one is not copied."""
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 

@@ -56,7 +56,7 @@ class StepShape:
     chosen_start: int | None = (
         None  # clean tokens before an example's one chosen block; None: its last blocks are chosen
     )
-    blocks: int = 1  # chosen blocks per example: canvases beside its clean tokens
+    blocks: int = 1  # chosen blocks per example: canvases next to its clean tokens
 
     @property
     def efsdp(self) -> int:

@@ -16,10 +16,11 @@ from canvastune.checkpoint.load import build_model, load_weights, read_model_con
 from canvastune.config import RunConfig
 from canvastune.config.schema import ObjectiveConfig
 from canvastune.data.dataset import TrainingDataset
-from canvastune.data.packing import pack
+from canvastune.data.packing import Example, pack
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.model.lora import lora_factors
+from canvastune.noise import NoiseSample
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.flops import needed_flops
 from canvastune.training.trainer import Trainer
@@ -42,6 +43,23 @@ BATCH = 8
 SEED = 4  # whose coins leave one rank without a self-conditioned example, and one with some
 CUTS = {1: (1, 2, 4, 8), 2: (1, 2, 4)}  # ranks -> examples per forward
 METHODS = ("full", "lora")
+# (method, objective.blocks, ranks, examples per forward) next to those of one block
+SEVERAL = [
+    ("full", "all", 1, 8),
+    ("lora", 2, 1, 2),
+    ("full", "all", 2, 2),
+    ("full", 2, 2, 1),
+    ("lora", "all", 2, 4),
+]
+CASES = [
+    *(
+        (method, 1, ranks, size)
+        for ranks, sizes in CUTS.items()
+        for size in sizes
+        for method in METHODS
+    ),
+    *SEVERAL,
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +86,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(method: str, **train: Any) -> RunConfig:
+def recipe(method: str, blocks: Any = 1, **train: Any) -> RunConfig:
     config = run_config(method, global_batch_size=BATCH, **train)
     unclipped = config.optimizer.model_copy(update={"max_grad_norm": 1e9})
-    return config.model_copy(update={"optimizer": unclipped, "seed": SEED})
+    objective = config.objective.model_copy(update={"blocks": blocks})
+    return config.model_copy(update={"optimizer": unclipped, "objective": objective, "seed": SEED})
 
 
-def prepared(ground: Path) -> TrainingDataset:
+def prepared(ground: Path, blocks: Any = 1) -> TrainingDataset:
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
-    return TrainingDataset(ground / "data", **sizes, seed=SEED, objective=ObjectiveConfig())
+    objective = ObjectiveConfig(blocks=blocks)
+    return TrainingDataset(ground / "data", **sizes, seed=SEED, objective=objective)
 
 
 def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
@@ -92,7 +112,7 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     adapters_that_act(model)
     unused: Any = None
-    trainer = Trainer(config, model, prepared(ground), unused, None, None)
+    trainer = Trainer(config, model, prepared(ground, config.objective.blocks), unused, None, None)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -115,9 +135,11 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
 def every_cut(folder: Path, ground: Path) -> None:
     world_size = dist.get_world_size()
     results = {
-        (method, micro): trained_step(ground, recipe(method, micro_batch_size=micro))
-        for method in METHODS
-        for micro in CUTS[world_size]
+        (method, blocks, micro): trained_step(
+            ground, recipe(method, blocks, micro_batch_size=micro)
+        )
+        for method, blocks, ranks, micro in CASES
+        if ranks == world_size
     }
     if dist.get_rank() == 0:
         torch.save(results, folder / f"{world_size}.pt")
@@ -126,7 +148,7 @@ def every_cut(folder: Path, ground: Path) -> None:
 @pytest.fixture(scope="module")
 def cuts(
     ground: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
+) -> dict[int, dict[tuple[Any, ...], dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in CUTS:
         run_ranks(every_cut, world_size, folder, ground)
@@ -137,16 +159,14 @@ def cuts(
 
 
 @pytest.fixture(scope="module")
-def plain(ground: Path) -> dict[str, dict[str, Any]]:
-    """The plain step of stock modules, one example at a time.
+def plain(ground: Path) -> dict[tuple[str, Any], dict[str, Any]]:
+    """The plain step of stock modules, one block of an example at a time.
 
     An adapter's gradient follows from its merged weight's, W + s B A.
     """
-    data = prepared(ground)
-    examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position)[0] for position, example in enumerate(examples)]
     results = {}
-    for method in METHODS:
+    for method, blocks in {case[:2] for case in CASES}:
+        examples, draws = global_batch(ground, blocks)
         config = recipe(method)
         ours, stock = shared_model(ground / "base", config), stock_model(ground / "base")
         adapters_that_act(ours)
@@ -174,20 +194,27 @@ def plain(ground: Path) -> dict[str, dict[str, Any]]:
             "diffusion_loss": diffusion,
             "autoregressive_loss": autoregressive,
         }
-        results[method] = {**losses, "gradients": gradients}
+        results[method, blocks] = {**losses, "gradients": gradients}
     return results
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("world_size", "micro"),
-    [(world_size, micro) for world_size, sizes in CUTS.items() for micro in sizes],
-)
+def global_batch(ground: Path, blocks: Any) -> tuple[list[Example], list[tuple[NoiseSample, ...]]]:
+    data = prepared(ground, blocks)
+    examples = data.train_examples(range(BATCH))
+    return examples, [data.train_draws(example, at) for at, example in enumerate(examples)]
+
+
+@pytest.mark.parametrize(("method", "blocks", "world_size", "micro"), CASES)
 def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
-    plain: dict[str, dict], cuts: dict[int, dict], method: str, world_size: int, micro: int
+    plain: dict[tuple[str, Any], dict],
+    cuts: dict[int, dict],
+    method: str,
+    blocks: Any,
+    world_size: int,
+    micro: int,
 ) -> None:
-    found, expected = cuts[world_size][method, micro], plain[method]
-    where = f"{method}, {world_size} ranks, {micro} examples per forward"
+    found, expected = cuts[world_size][method, blocks, micro], plain[method, blocks]
+    where = f"{method}, {blocks} blocks, {world_size} ranks, {micro} examples per forward"
     for key in ("loss", "diffusion_loss", "autoregressive_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5), f"{where}: another {key}"
     worst, name = worst_difference(found["gradients"], expected["gradients"])
@@ -200,22 +227,36 @@ def test_loss_and_gradients_do_not_depend_on_how_a_global_batch_is_cut(
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "blocks"), sorted({case[:2] for case in CASES}, key=str))
 def test_the_flops_of_a_step_are_its_examples_however_it_is_cut(
-    cuts: dict[int, dict], ground: Path, method: str
+    cuts: dict[int, dict], ground: Path, method: str, blocks: Any
 ) -> None:
-    data, config = prepared(ground), recipe(method)
-    examples = data.train_examples(range(BATCH))
-    draws = [data.train_draws(example, position)[0] for position, example in enumerate(examples)]
-    needed = needed_flops(read_architecture(config, ground / "base"), pack(examples, draws))
+    batch = pack(*global_batch(ground, blocks))
+    needed = needed_flops(read_architecture(recipe(method), ground / "base"), batch)
     found = {
-        (ranks, size): cuts[ranks][method, size]["flops"]
-        for ranks, sizes in CUTS.items()
-        for size in sizes
+        (ranks, size): cuts[ranks][method, blocks, size]["flops"]
+        for of_case, own, ranks, size in CASES
+        if (of_case, own) == (method, blocks)
     }
     assert found == pytest.approx(dict.fromkeys(found, needed), rel=1e-9), (
         "ranks that wait or compute twice are not worth more"
     )
+
+
+def test_several_blocks_are_drawn_where_an_example_has_them(ground: Path) -> None:
+    for blocks, most in ((1, 1), (2, 2), ("all", 99)):
+        examples, draws = global_batch(ground, blocks)
+        assert [len(own) for own in draws] == [min(most, example.blocks) for example in examples]
+        assert [tuple(sorted({d.block for d in own})) for own in draws] == [
+            tuple(d.block for d in own) for own in draws
+        ]
+        assert list(map(any_coin, draws)) == [
+            prepared(ground, blocks).any_self_conditioned([at]) for at in range(BATCH)
+        ]
+
+
+def any_coin(draws: tuple[NoiseSample, ...]) -> bool:
+    return any(draw.self_condition for draw in draws)
 
 
 def test_the_cuts_hold_every_case_of_ragged_work(ground: Path) -> None:

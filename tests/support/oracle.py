@@ -7,7 +7,7 @@ the engine but the draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,21 @@ Stage = Callable[[tuple[NoiseSample, str] | None], None]
 def plain_loss(
     model: DiffusionGemmaForBlockDiffusion,
     examples: list[Example],
-    draws: list[NoiseSample],
+    draws: Sequence[NoiseSample | Sequence[NoiseSample]],
     encoder_loss_weight: float = 1.0,
     stage: Stage = lambda _: None,
 ) -> tuple[torch.Tensor, float, float]:
     """(total with gradient, diffusion mean, autoregressive mean) of a global batch on a stock
-    model.
+    model. Each of several blocks of an example is denoised by itself.
 
     `stage` is called before each pass with whose rows it runs, and "clean" or "canvas"; None: all
     of pass 1.
     """
     diffusion, autoregressive = [], []
-    for example, draw in zip(examples, draws, strict=True):
-        logits, targets, encoder_logits = plain_forward(model, example, draw, stage)
-        diffusion.append(F.cross_entropy(logits, targets, reduction="none"))
+    for example, own in zip(examples, draws, strict=True):
+        for draw in [own] if isinstance(own, NoiseSample) else own:
+            logits, targets, encoder_logits = plain_forward(model, example, draw, stage)
+            diffusion.append(F.cross_entropy(logits, targets, reduction="none"))
         autoregressive.append(
             F.cross_entropy(encoder_logits[:-1], example.tokens[1:], reduction="none")
         )

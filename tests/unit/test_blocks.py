@@ -1,4 +1,4 @@
-"""objective.md section 9: several blocks of an example in one step, beside one clean pass (float32).
+"""objective.md section 9: several blocks of an example in one step, next to one clean pass (float32).
 
 `test_noise` has their draws, `tests/distributed/test_parallel.py` several ranks.
 """
@@ -23,7 +23,7 @@ from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import NoiseSample
 from canvastune.objective import losses
 from tests.distributed.test_precision import adapters_that_act
-from tests.support.oracle import plain_forward
+from tests.support.oracle import plain_loss
 from tests.support.small import (
     CANVAS,
     WINDOW,
@@ -45,7 +45,7 @@ Blocks = list[tuple[NoiseSample, ...]]
 Found = tuple[float, float, float, dict[str, torch.Tensor]]
 
 
-def built(checkpoint: Path, method: str, **train: object) -> WeightTiedDiffusionGemma:
+def built(checkpoint: Path, method: str, **train: Any) -> WeightTiedDiffusionGemma:
     kind, lora = METHODS[method]
     model = shared_model(checkpoint, run_config(kind, lora=lora, **train))
     adapters_that_act(model)
@@ -56,8 +56,12 @@ def summed(
     model: WeightTiedDiffusionGemma,
     batches: list[tuple[PackedBatch, tuple[float, float]]],
     checkpointing: bool = False,
+    any_coin: bool = False,
 ) -> Found:
-    """The losses and gradients of batches with these weights, added up."""
+    """The losses and gradients of batches with these weights, added up.
+
+    `any_coin`: whether another rank has a self-conditioned canvas in each of them.
+    """
     model.zero_grad(set_to_none=True)
     totals = torch.zeros(3)
     for batch, weights in batches:
@@ -65,7 +69,7 @@ def summed(
             losses,
             batch,
             weights,
-            any_self_conditioned=any(batch.self_conditioned),
+            any_self_conditioned=any_coin or any(batch.self_conditioned),
             checkpointing=checkpointing,
         )
         found[0].backward()
@@ -75,7 +79,7 @@ def summed(
 
 
 def one_by_one(examples: list[Example], draws: Blocks) -> list[Any]:
-    """A batch for each block alone; the autoregressive loss counts with an example's first."""
+    """A batch for each block only; the autoregressive loss counts with an example's first."""
     canvas_rows, pairs = counts(examples, draws)
     batches = []
     for example, own in zip(examples, draws, strict=True):
@@ -140,16 +144,8 @@ def test_loss_and_every_gradient_are_those_of_stock_modules(checkpoint: Path) ->
     examples, draws = examples_and_blocks(ALL)
     canvas_rows, pairs = counts(examples, draws)
     stock = stock_model(checkpoint)
-    expected = [0.0, 0.0]
-    for example, own in zip(examples, draws, strict=True):
-        for index, draw in enumerate(own):
-            logits, targets, encoded = plain_forward(stock, example, draw)
-            diffusion = F.cross_entropy(logits, targets, reduction="sum")
-            loss, expected[0] = diffusion / canvas_rows, expected[0] + float(diffusion.detach())
-            if index == 0:
-                pairwise = F.cross_entropy(encoded[:-1], example.tokens[1:], reduction="sum")
-                loss, expected[1] = loss + pairwise / pairs, expected[1] + float(pairwise.detach())
-            loss.backward()
+    loss, diffusion, autoregressive = plain_loss(stock, examples, draws)
+    loss.backward()
     model = built(checkpoint, "full")
     found = summed(model, together(examples, draws, (8,)))
     gradients = {
@@ -157,8 +153,9 @@ def test_loss_and_every_gradient_are_those_of_stock_modules(checkpoint: Path) ->
         for name, p in stock.named_parameters()
         if p.grad is not None
     }
-    assert found[1:3] == pytest.approx(expected, rel=1e-6)
-    assert found[0] == pytest.approx(expected[0] / canvas_rows + expected[1] / pairs, rel=1e-6)
+    assert found[1] / canvas_rows == pytest.approx(diffusion, rel=1e-6)
+    assert found[2] / pairs == pytest.approx(autoregressive, rel=1e-6)
+    assert found[0] == pytest.approx(float(loss.detach()), rel=1e-6)
     worst, name = worst_difference(found[3], {n: gradients[n] for n in found[3]})
     assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e} relative to the plain step"
     assert found[3].keys() == {n for n, p in model.named_parameters() if p.requires_grad}
