@@ -152,6 +152,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _upload(options: argparse.Namespace) -> None:
+    from pipelines.steps import read_steps_file
     from pipelines.submit import read_cluster_file, upload
 
     cluster = read_cluster_file(options.cluster_file) if options.cluster_file else None
@@ -160,6 +161,7 @@ def _upload(options: argparse.Namespace) -> None:
         name=options.pipeline_name,
         cluster=cluster,
         image=options.pipeline_image,
+        steps=read_steps_file(options.steps_file) if options.steps_file else None,
     )
 
 

@@ -224,6 +224,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="in Kubeflow (default: %(default)s)",
     )
+    upload.add_argument(
+        "--steps-file",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON with settings of the pods of the pipeline's steps",
+    )
     upload.add_argument("--pipeline-image", metavar="IMAGE", help="the default image of the steps")
     _add_doctor_options(
         add("doctor", _DOCTOR, "check what this machine lacks for a run, in the order to fix it")

@@ -109,6 +109,7 @@ def upload(
     name: str = PIPELINE,
     cluster: str | None = None,
     image: str | None = None,
+    steps: str | None = None,
 ) -> Version:
     """Upload the pipeline, unless the server has the same version already.
 
@@ -116,11 +117,13 @@ def upload(
         cluster: JSON text; the default of the parameter `cluster`, and its claim the default of
             `volume_claim`.
         image: the default of the parameter `pipeline_image`.
+        steps: JSON text with settings of the steps' pods, which the graph is compiled with.
 
     Raises:
         UserError: as `create_kfp_client`.
     """
     defaults = _cluster_parameters(cluster) | ({"pipeline_image": image} if image else {})
+    defaults |= {"steps": steps} if steps is not None else {}
     return _upload_if_changed(kubeflow.create_kfp_client(), kubeflow, name, defaults)
 
 
@@ -234,9 +237,14 @@ def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None
     """Write the compiled pipeline; `defaults` replaces the defaults of its parameters."""
     from kfp.compiler import Compiler
 
-    from pipelines.finetune import finetune
+    from pipelines.finetune import pipeline_with
+    from pipelines.steps import dump, parse_steps
 
-    Compiler().compile(finetune, str(path), pipeline_parameters=defaults or None)
+    given = dict(defaults or {})
+    settings = parse_steps(given.get("steps", "{}"))
+    if "steps" in given:  # written as this version writes it: the run compares the texts
+        given["steps"] = dump(settings)
+    Compiler().compile(pipeline_with(settings), str(path), pipeline_parameters=given or None)
 
 
 def _cluster_parameters(cluster: str | None) -> dict[str, str]:
@@ -315,7 +323,7 @@ def _kept_defaults(version: Any) -> dict[str, str]:
         .get("inputDefinitions", {})
         .get("parameters", {})
     )
-    names = ("cluster", "volume_claim", "credentials", "pipeline_image")
+    names = ("cluster", "volume_claim", "credentials", "pipeline_image", "steps")
     kept = {name: parameters.get(name, {}).get("defaultValue") for name in names}
     return {
         key: value for key, value in kept.items() if value and not value.startswith(DEFAULT_IMAGE)

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -54,6 +54,13 @@ Quantity = Annotated[
     # as Kubernetes does: 32 is "32"
     BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value),
     matching(f"(?=.*[1-9]){_QUANTITY}", "a Kubernetes quantity above 0, such as 32, 500m or 512Gi"),
+]
+ResourceName = Annotated[
+    str,
+    matching(
+        rf"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_LABEL}",
+        "the name of a resource, such as cpu, memory or nvidia.com/gpu",
+    ),
 ]
 EnvVarName = Annotated[
     str, matching("[A-Za-z_][A-Za-z0-9_]*", "the name of an environment variable")
@@ -104,10 +111,161 @@ class Toleration(StrictModel):
     )
 
 
-class ClusterConfig(StrictModel):
+class Resources(StrictModel):
+    """Requests and limits of a container, as in Kubernetes."""
+
+    requests: dict[ResourceName, Quantity] = Field({}, description="by resource, such as cpu: 32")
+    limits: dict[ResourceName, Quantity] = Field({}, description="by resource, such as cpu: 32")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Resources:
+        for name in self.requests.keys() & self.limits.keys():
+            if parse_quantity(self.requests[name]) > parse_quantity(self.limits[name]):
+                raise InvalidSetting(
+                    f"resources: the request of {name}, {self.requests[name]}, is above its limit, "
+                    f"{self.limits[name]}",
+                    hint="Lower the request, or raise the limit.",
+                )
+        return self
+
+
+class CaBundle(StrictModel):
+    """Certificates of authorities, in PEM, that replace those of the image."""
+
+    config_map: Name | None = Field(None, description="name of the ConfigMap that holds it")
+    secret: Name | None = Field(None, description="name of the secret that holds it")
+    key: Annotated[str, matching(r"[-._a-zA-Z0-9]+", "a key of a ConfigMap or secret")] = Field(
+        "ca.crt", description="key in it"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CaBundle:
+        if (self.config_map is None) == (self.secret is None):
+            raise InvalidSetting(
+                "ca_bundle: expected either config_map or secret",
+                hint="Name the one that holds the bundle, for example {config_map: company-ca}.",
+            )
+        return self
+
+
+CA_PATH = "/etc/canvastune-ca"  # where the bundle is mounted
+# Each is read by some of: Python and Go, requests, curl, S3's client, git, MLflow's client.
+_CA_VARIABLES = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "AWS_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+)
+# What PodSecurity restricted allows.
+VOLUME_SOURCES = (
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+)
+_AFFINITIES = ("nodeAffinity", "podAffinity", "podAntiAffinity")
+
+
+class PodSettings(StrictModel):
+    """What pods of training and pods of the pipeline's steps can both be given."""
+
+    section: ClassVar[str] = "cluster."  # before a key, in messages
+    env: dict[EnvVarName, str] = Field({}, description="environment variables")
+    secret_env: dict[EnvVarName, SecretKey] = Field(
+        {}, description="variables whose values come from secrets"
+    )
+    pull_secrets: tuple[Name, ...] = Field((), description="existing secrets for pulling the image")
+    resources: Resources = Field(
+        Resources(), description="requests and limits of a container, limits of CPU among them"
+    )
+    node_selector: dict[LabelKey, LabelValue] = Field(
+        {}, description="labels of the nodes to run on"
+    )
+    tolerations: tuple[Toleration, ...] = Field((), description="taints that the pods tolerate")
+    affinity: dict[str, Any] = Field(
+        {}, description="affinity of the pods, as in Kubernetes: nodeAffinity and others"
+    )
+    priority_class: Name | None = Field(None, description="PriorityClass of the pods")
+    extra_volumes: tuple[dict[str, Any], ...] = Field(
+        (), description="volumes of the pods, as in Kubernetes"
+    )
+    extra_volume_mounts: tuple[dict[str, Any], ...] = Field(
+        (), description="where the container mounts them, as in Kubernetes"
+    )
+    ca_bundle: CaBundle | None = Field(
+        None,
+        description="certificates of the company's authority and public ones, for Python, the Hub, "
+        "MLflow, S3 and git",
+    )
+
+    @model_validator(mode="after")
+    def _consistent_pods(self) -> PodSettings:
+        for name in self.env:
+            if SECRET.fullmatch(name):
+                raise InvalidSetting(
+                    f"{self.section}env: {name} looks like a secret, which would be readable in the job",
+                    hint=f"Set it in {self.section}secret_env: {{{name}: {{secret: S, key: K}}}}.",
+                )
+            if name in self.secret_env:
+                raise InvalidSetting(
+                    f"{self.section}env and {self.section}secret_env both set {name}",
+                    hint="Remove one of them.",
+                )
+        if unknown := sorted(set(self.affinity) - set(_AFFINITIES)):
+            raise InvalidSetting(
+                f"{self.section}affinity.{unknown[0]}: expected {', '.join(_AFFINITIES)}",
+                hint="Correct the key.",
+            )
+        self._check_volumes()
+        return self
+
+    def _check_volumes(self) -> None:
+        names = [str(volume.get("name", "")) for volume in self.extra_volumes]
+        for number, volume in enumerate(self.extra_volumes):
+            sources = sorted(set(volume) - {"name"})
+            if not names[number] or len(sources) != 1 or sources[0] not in VOLUME_SOURCES:
+                raise InvalidSetting(
+                    f"{self.section}extra_volumes[{number}]: expected a name and one of "
+                    f"{', '.join(VOLUME_SOURCES)}, found {', '.join(sorted(volume)) or 'nothing'}",
+                    hint="PodSecurity restricted allows no others.",
+                )
+        for number, mount in enumerate(self.extra_volume_mounts):
+            path = mount.get("mountPath")
+            if mount.get("name") not in names or not str(path or "").startswith("/"):
+                raise InvalidSetting(
+                    f"{self.section}extra_volume_mounts[{number}]: expected the name of one of extra_volumes and "
+                    f"an absolute mountPath, found {mount.get('name')} and {path}",
+                    hint=f"The names are {', '.join(names) or 'none'}.",
+                )
+
+    def ca_env(self) -> dict[str, str]:
+        """Return the variables that point programs to the bundle of certificates."""
+        file = f"{CA_PATH}/{self.ca_bundle.key}" if self.ca_bundle else ""
+        return dict.fromkeys(_CA_VARIABLES, file) if file else {}
+
+
+class ClusterConfig(PodSettings):
     """Where the training runs: in the pipeline step's own container, or as a job on Kubernetes. It
     changes no weight.
     """
+
+    env: dict[EnvVarName, str] = Field(
+        {}, description="variables of the training processes, such as NCCL_SOCKET_IFNAME"
+    )
+    tolerations: tuple[Toleration, ...] = Field(
+        (), description="taints that the pods tolerate, in addition to that of gpu_resource"
+    )
+    priority_class: Name | None = Field(
+        None,
+        description="Kueue's WorkloadPriorityClass with a queue; without one, the pods' "
+        "PriorityClass",
+    )
 
     backend: Literal["local", "pytorchjob", "trainjob"] = Field(
         "local",
@@ -123,7 +281,6 @@ class ClusterConfig(StrictModel):
     image: Image = Field(
         f"canvastune/trainer:{__version__}", description="image of the training pods"
     )
-    pull_secrets: tuple[Name, ...] = Field((), description="existing secrets for pulling the image")
     claim: Name | None = Field(
         None,
         description="existing PersistentVolumeClaim with the workspace; default: the one that is "
@@ -136,17 +293,13 @@ class ClusterConfig(StrictModel):
     gpu_resource: LabelKey | None = Field(
         "nvidia.com/gpu", description="resource name of an accelerator; null: train on CPU"
     )
-    cpu: Quantity | None = Field(None, description="CPU request of a pod")
+    cpu: Quantity | None = Field(
+        None, description="CPU request of a pod; for a limit, see resources"
+    )
     memory: Quantity | None = Field(
         None, description="memory request and limit of a pod, including its use of shm"
     )
     shm: Quantity = Field("64Gi", description="size limit of the memory-backed /dev/shm")
-    env: dict[EnvVarName, str] = Field(
-        {}, description="variables of the training processes, such as NCCL_SOCKET_IFNAME"
-    )
-    secret_env: dict[EnvVarName, SecretKey] = Field(
-        {}, description="variables whose values come from secrets"
-    )
     credentials: Name | None = Field(
         None,
         description="existing secret whose keys HF_TOKEN, MLFLOW_TRACKING_USERNAME, _PASSWORD and "
@@ -158,18 +311,7 @@ class ClusterConfig(StrictModel):
         description="group that owns the claim, that of the images' user; null: the platform's, as "
         "on OpenShift",
     )
-    node_selector: dict[LabelKey, LabelValue] = Field(
-        {}, description="labels of the nodes to run on"
-    )
-    tolerations: tuple[Toleration, ...] = Field(
-        (), description="taints that the pods tolerate, in addition to that of gpu_resource"
-    )
     queue: Name | None = Field(None, description="Kueue's LocalQueue that admits the job")
-    priority_class: Name | None = Field(
-        None,
-        description="Kueue's WorkloadPriorityClass with a queue; without one, the pods' "
-        "PriorityClass",
-    )
     scheduler: Name | None = Field(
         None, description="scheduler of the pods; default: the cluster's"
     )
@@ -224,20 +366,23 @@ class ClusterConfig(StrictModel):
                 raise InvalidSetting(
                     f"cluster.env: {name} is set by the training operator", hint=f"Remove {name}."
                 )
-        for name in self.env:
-            if SECRET.fullmatch(name):
-                raise InvalidSetting(
-                    f"cluster.env: {name} looks like a secret, which would be readable in the job",
-                    hint=f"Set it in cluster.secret_env: {{{name}: {{secret: S, key: K}}}}.",
-                )
-            if name in self.secret_env:
-                raise InvalidSetting(
-                    f"cluster.env and cluster.secret_env both set {name}",
-                    hint="Remove one of them.",
-                )
-        if self.memory is not None and parse_quantity(self.shm) >= parse_quantity(self.memory):
+        if self.gpu_resource in {**self.resources.requests, **self.resources.limits}:
             raise InvalidSetting(
-                f"cluster.shm ({self.shm}) is part of cluster.memory ({self.memory}), expected "
+                f"cluster.resources: {self.gpu_resource} is set by parallel.nproc_per_node",
+                hint=f"Remove {self.gpu_resource}.",
+            )
+        requested = {"cpu": self.cpu, "memory": self.memory}
+        for name, limit in self.resources.limits.items():
+            request = self.resources.requests.get(name) or requested.get(name)
+            if request is not None and parse_quantity(request) > parse_quantity(limit):
+                raise InvalidSetting(
+                    f"cluster.resources.limits.{name} ({limit}) is below the request ({request})",
+                    hint=f"Lower cluster.{name}, or raise the limit.",
+                )
+        memory = self.resources.limits.get("memory", self.memory)
+        if memory is not None and parse_quantity(self.shm) >= parse_quantity(memory):
+            raise InvalidSetting(
+                f"cluster.shm ({self.shm}) is part of cluster.memory ({memory}), expected "
                 "less than it",
                 hint="Lower cluster.shm.",
             )

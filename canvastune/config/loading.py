@@ -7,7 +7,7 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import AliasChoices, ValidationError
@@ -17,6 +17,7 @@ from canvastune.config.schema import DataConfig, RunConfig
 from canvastune.config.strict import StrictModel, affects_weights, flatten
 from canvastune.errors import UserError
 
+Section = TypeVar("Section", bound=StrictModel)
 _EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
 
 
@@ -141,10 +142,26 @@ def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig
                 f"{where}: not JSON: {error}",
                 hint="Pass the output of the step `resolve`.",
             ) from None
+    return parse_section(RunConfig, _mapping(tree, where), where)
+
+
+def parse_section(section: type[Section], tree: Any, where: str) -> Section:
+    """Validate a tree as one section.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
     try:
-        return RunConfig.model_validate(_mapping(tree, where))
+        return section.model_validate(tree)
     except ValidationError as error:
         found = [_explain(problem) for problem in error.errors()]
+        if section is not RunConfig:  # hints about keys are for a recipe's
+            keys = f"The keys are {', '.join(section.model_fields)}."
+            unknown = [problem["type"] == "extra_forbidden" for problem in error.errors()]
+            found = [
+                (text, keys if new else hint)
+                for (text, hint), new in zip(found, unknown, strict=True)
+            ]
     message = "\n".join(f"{where}: {problem}" for problem, _ in found)
     raise UserError(message, hint=" ".join(dict.fromkeys(hint for _, hint in found if hint)))
 

@@ -66,6 +66,7 @@ def connect_to_cluster() -> tuple[ApiClient, str]:
     settings.retries = False  # KubernetesClient retries, and logs it
     try:
         config.load_incluster_config(settings)
+        settings.proxy = None  # the API server of this cluster is not behind the steps' proxy
         namespace = _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except config.ConfigException:
         try:

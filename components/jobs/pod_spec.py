@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import PurePath
 from typing import Any
 
 from canvastune.config import RunConfig
-from canvastune.config.cluster import ClusterConfig
+from canvastune.config.cluster import CA_PATH, ClusterConfig
 from canvastune.errors import UserError
 
+STEP_ONLY = "CANVASTUNE_STEP_ONLY"  # variable with what a task has for the launcher's pod alone
 RUN_ID, ROLE = "canvastune.io/run-id", "app.kubernetes.io/component"
 CREDENTIALS = (  # keys of a secret
     "HF_TOKEN",
@@ -22,6 +24,7 @@ CREDENTIALS = (  # keys of a secret
 )
 FIRST_RANK, RANK_PREFIX = "[rank 0]:", "[rank ${rank}]:"  # torchrun's prefix of a rank's lines
 _SHUTDOWN_SECONDS = 30  # for torchrun and the container, after the ranks' own grace period
+_CA_VOLUME = "ca-bundle"
 _SCRATCH = (("shm", "/dev/shm"), ("tmp", "/tmp"))
 
 
@@ -70,7 +73,7 @@ def pod_parts(
     Raises:
         UserError: as `manifest`.
     """
-    cluster = config.cluster
+    cluster, task = config.cluster, _without_step_settings(task)
     volumes, mounts = _claims(cluster, task)
     workspace = _mount_path(output, mounts)
     volumes += [
@@ -78,6 +81,11 @@ def pod_parts(
         {"name": "tmp", "emptyDir": {}},
     ]
     mounts += [{"name": name, "mountPath": path} for name, path in _SCRATCH]
+    volumes += [*map(dict, cluster.extra_volumes), *_ca_volume(cluster)]
+    mounts += map(dict, cluster.extra_volume_mounts)
+    if cluster.ca_bundle:
+        mounts.append({"name": _CA_VOLUME, "mountPath": CA_PATH, "readOnly": True})
+    _refuse_twice(volumes, mounts)
     pod: dict[str, Any] = {
         "securityContext": {
             "runAsNonRoot": True,
@@ -94,7 +102,7 @@ def pod_parts(
     }
     optional = {
         "nodeSelector": {**cluster.node_selector, **(task.get("node_selector") or {})},
-        "affinity": task.get("affinity"),
+        "affinity": {**cluster.affinity, **(task.get("affinity") or {})},
         "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
         "serviceAccountName": cluster.service_account,
     }
@@ -116,6 +124,26 @@ def pod_parts(
         env=_env(config, workspace, environment, task),
         resources=_resources(config, task),
     )
+
+
+def _without_step_settings(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Remove from a task's settings those that the section `steps` gave the launcher's own pod."""
+    variables = [dict(entry) for entry in task.get("env") or ()]
+    marks = [entry.get("value") for entry in variables if entry["name"] == STEP_ONLY]
+    if not marks:
+        return task
+    step_only = json.loads(marks[0] or "{}")
+    mounts = [
+        m for m in task.get("volume_mounts") or () if m["mountPath"] not in step_only["mounts"]
+    ]
+    mounted = {mount["name"] for mount in mounts}
+    placed = ("resources", "tolerations", "node_selector", "affinity")
+    return {
+        **{key: value for key, value in task.items() if key not in placed},
+        "env": [e for e in variables if e["name"] not in (STEP_ONLY, *step_only["env"])],
+        "volume_mounts": mounts,
+        "volumes": [v for v in task.get("volumes") or () if v["name"] in mounted],
+    }
 
 
 def _claims(
@@ -145,6 +173,32 @@ def _claims(
     return volumes, mounts
 
 
+def _ca_volume(cluster: ClusterConfig) -> list[dict[str, Any]]:
+    bundle = cluster.ca_bundle
+    if bundle is None:
+        return []
+    source = (
+        {"secret": {"secretName": bundle.secret}}
+        if bundle.secret
+        else {"configMap": {"name": bundle.config_map}}
+    )
+    return [{"name": _CA_VOLUME, **source}]
+
+
+def _refuse_twice(volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]) -> None:
+    """Refuse two volumes of one name, and two mounts at one path: the API server would."""
+    for key, entries in (("name", volumes), ("mountPath", mounts)):
+        seen = set()
+        for entry in entries:
+            if entry[key] in seen:
+                raise UserError(
+                    f"cluster.extra_{'volumes' if key == 'name' else 'volume_mounts'}: "
+                    f"{entry[key]} is taken",
+                    hint="Use another one.",
+                )
+            seen.add(entry[key])
+
+
 def _mount_path(path: PurePath, mounts: list[dict[str, Any]]) -> str:
     """Return the mount path of the volume on which the pods see a path."""
     for mount in mounts:
@@ -171,6 +225,7 @@ def _env(
     cluster = config.cluster
     values = {
         "HF_HOME": f"{workspace}/huggingface",  # one download for all pods and attempts
+        **cluster.ca_env(),
         "HOME": "/tmp",
         "NCCL_DEBUG": "WARN",
         "PYTHONUNBUFFERED": "1",
@@ -210,7 +265,7 @@ def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
         devices[cluster.rdma_resource] = str(cluster.rdma_count)
     memory = {"memory": cluster.memory} if cluster.memory else {}
     given = task.get("resources") or {}
-    limits = {**devices, **memory, **(given.get("limits") or {})}
+    limits = {**devices, **memory, **cluster.resources.limits, **(given.get("limits") or {})}
     if cluster.gpu_resource and str(limits[cluster.gpu_resource]) != devices[cluster.gpu_resource]:
         raise UserError(
             f"parallel.nproc_per_node: found {config.parallel.nproc_per_node}, but the train step "
@@ -221,6 +276,7 @@ def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
         **({"cpu": cluster.cpu} if cluster.cpu else {}),
         **devices,
         **memory,
+        **cluster.resources.requests,
         **(given.get("requests") or {}),
     }
     return {

@@ -18,6 +18,8 @@ def resolve(
     pipeline_image: str,
     kubeflow_url: str,
     compare: str,
+    steps: str,
+    compiled_steps: str,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Settings",
     [
@@ -46,4 +48,6 @@ def resolve(
             pipeline_image,
             kubeflow_url,
             compare,
+            steps,
+            compiled_steps,
         )

@@ -58,6 +58,8 @@ def resolve(
     pipeline_image: str = "",
     kubeflow_url: str = "",
     compare: str = "",
+    steps: str = "{}",
+    compiled_steps: str = "{}",
 ) -> Resolved:
     """Validate a recipe, and claim the folder of its run.
 
@@ -74,12 +76,20 @@ def resolve(
         cluster: JSON object with defaults of the recipe's section `cluster`, as the chart gives
             them.
         compare: earlier runs that the report will lay over this one, found here and not days later.
+        steps, compiled_steps: settings of the steps' pods that the run names, and those of the
+            graph, which cannot be changed for one run.
 
     Raises:
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder
             that belongs to a run with another recipe or other data, or that is finished; no run
             where one is to be compared with.
     """
+    if steps != compiled_steps:
+        raise UserError(
+            f"pipeline parameter steps: found {steps[:200]}, but the uploaded graph has "
+            f"{compiled_steps[:200]}",
+            hint="Leave the parameter at its default; canvastune upload --steps-file changes it.",
+        )
     settings = [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)]
     config = _tracked(loads(recipe, overrides=settings, defaults=_cluster_defaults(cluster)))
     folder = run_directory(workspace, run_name, job_name)

@@ -15,7 +15,7 @@ from inline_snapshot import snapshot
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError, format_error
 from components.jobs.manifests import SPEC_HASH, JobContext, manifest
-from components.jobs.pod_spec import RUN_ID
+from components.jobs.pod_spec import RUN_ID, STEP_ONLY
 from tests.support import cluster_rules
 
 CONTEXT = JobContext(
@@ -79,6 +79,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "secrets": {"secret_env": {"HF_TOKEN": {"secret": "hf", "key": "token"}}},
     "credentials": {"credentials": "team"},
     "no group": {"fs_group": None},
+    "limits": {"cpu": 32, "resources": {"limits": {"cpu": 32, "memory": "512Gi"}}},
+    "company": {
+        "ca_bundle": {"config_map": "company-ca", "key": "ca.crt"},
+        "affinity": TASK["affinity"],
+        "extra_volumes": [
+            {"name": "scratch", "emptyDir": {"sizeLimit": "1Ti"}},
+            {"name": "lake", "persistentVolumeClaim": {"claimName": "lake", "readOnly": True}},
+        ],
+        "extra_volume_mounts": [
+            {"name": "scratch", "mountPath": "/scratch"},
+            {"name": "lake", "mountPath": "/lake", "readOnly": True},
+        ],
+    },
     "ends": {"deadline_hours": 1.5, "ttl_hours": None, "restarts": 0},
 }
 BOTH = pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
@@ -227,6 +240,57 @@ def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
 
 
 @BOTH
+def test_limits_volumes_and_the_company_s_certificates_reach_the_pods(backend: str) -> None:
+    job = manifest(config_of(backend, **OPTIONS["company"], **OPTIONS["limits"]), CONTEXT)
+    pod, container = pods_of(job)[0], container_of(job)
+    assert container["resources"]["limits"]["cpu"] == "32"
+    assert pod["affinity"] == TASK["affinity"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "GIT_SSL_CAINFO"):
+        assert env[name] == "/etc/canvastune-ca/ca.crt"
+    paths = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[paths["/etc/canvastune-ca"]]["configMap"] == {"name": "company-ca"}
+    assert volumes[paths["/lake"]]["persistentVolumeClaim"]["claimName"] == "lake"
+
+
+@BOTH
+def test_what_the_steps_have_stays_off_the_training_pods(backend: str) -> None:
+    mark = {"env": ["HTTPS_PROXY"], "mounts": ["/etc/canvastune-ca"]}
+    task = {
+        "env": [
+            {"name": "HTTPS_PROXY", "value": "http://proxy"},
+            {"name": STEP_ONLY, "value": json.dumps(mark)},
+            {"name": "OTHER", "value": "1"},
+        ],
+        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}, TASK["volumes"][0]],
+        "volume_mounts": [
+            {"name": "ca", "mountPath": "/etc/canvastune-ca"},
+            TASK["volume_mounts"][0],
+        ],
+        "node_selector": {"pool": "cpu"},
+        "resources": {"limits": {"cpu": "1"}},
+        "tolerations": [{"key": "steps"}],
+    }
+    job = manifest(config_of(backend, claim=None), CONTEXT, task)
+    names = {entry["name"] for entry in container_of(job)["env"]}
+    assert not names & {"HTTPS_PROXY", STEP_ONLY}
+    assert "OTHER" in names
+    pod = pods_of(job)[0]
+    assert {volume["name"] for volume in pod["volumes"]} == {"shm", "tmp", "workspace"}
+    assert "nodeSelector" not in pod
+    assert "cpu" not in container_of(job)["resources"]["limits"]
+    assert {"key": "steps"} not in pod["tolerations"]
+
+
+@BOTH
+def test_a_name_or_a_path_that_is_taken_is_refused(backend: str) -> None:
+    volumes = [{"name": "tmp", "emptyDir": {}}]
+    with pytest.raises(UserError, match=r"cluster\.extra_volumes: tmp is taken"):
+        manifest(config_of(backend, extra_volumes=volumes), CONTEXT)
+
+
+@BOTH
 def test_a_task_without_settings_changes_nothing(backend: str) -> None:
     assert manifest(config_of(backend), CONTEXT, dict.fromkeys(TASK)) == manifest(
         config_of(backend), CONTEXT
@@ -346,6 +410,22 @@ canvastune: error: parallel.nproc_per_node: found 8, but the train step requests
         ({"node_selector": {"a": "b c"}}, "a Kubernetes label value"),
         ({"mount_path": "workspace"}, "an absolute path"),
         ({"deadline_hours": 0}, "greater than 0"),
+        (
+            {"cpu": 32, "resources": {"limits": {"cpu": 2}}},
+            r"limits.cpu \(2\) is below the request",
+        ),
+        ({"resources": {"limits": {"nvidia.com/gpu": 8}}}, "is set by parallel.nproc_per_node"),
+        (
+            {"resources": {"limits": {"memory": "32Gi"}}},
+            "cluster.shm .64Gi. is part of cluster.memory",
+        ),
+        ({"extra_volumes": [{"name": "a", "hostPath": {"path": "/"}}]}, "PodSecurity restricted"),
+        (
+            {"extra_volume_mounts": [{"name": "a", "mountPath": "/a"}]},
+            "the name of one of extra_vol",
+        ),
+        ({"ca_bundle": {}}, "either config_map or secret"),
+        ({"affinity": {"nodeSelector": {}}}, "expected nodeAffinity, podAffinity"),
         ({"restarts": -1}, "cluster.restarts"),
         ({"backend": "trainjob", "runtime": None}, "cluster.runtime: found null.*TrainingRuntime"),
         ({"nods": 1}, "Did you mean 'cluster.nodes'"),
