@@ -48,7 +48,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
-from canvastune.model.attention import Packing
+from canvastune.model.attention import CanvasCall, Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import training_draws
 from canvastune.objective import losses
@@ -81,7 +81,8 @@ class CleanRows:
     ) -> torch.Tensor:
         """Attend as `Packing.attend` does."""
         self.kept[:] = key, value
-        return dataclasses.replace(self.packing, canvas_lengths=(0,)).attend(
+        no_canvas: dict[str, tuple[CanvasCall, ...]] = dict.fromkeys(self.packing.calls, ())
+        return dataclasses.replace(self.packing, calls=no_canvas).attend(
             kind, query, key, value, scale
         )
 
@@ -98,7 +99,8 @@ class CanvasRows:
         self, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Attend as `Packing.attend` does."""
-        (seen,) = self.packing.prefix_slices[kind]
+        (call,) = self.packing.calls[kind]
+        seen = slice(call.first, call.stop)
         keys, values = (
             torch.cat([old[:, :, seen], new], dim=2)
             for old, new in zip(self.kept, (key, value), strict=True)

@@ -2,8 +2,8 @@
 and their own block.
 
 Each example attends by itself, so nothing is padded, and the keys that a canvas sees are
-contiguous, so it needs no mask. Canvases of one example that see as many keys attend in one call:
-in sliding layers, all but those near the example's beginning.
+contiguous, so one by itself needs no mask. Several canvases of one example share calls: see
+`canvas_calls`.
 `canvastune.model.flex_attention` is the alternative for `train.attention: flex`.
 
 Shape letters: S clean tokens of an example, C tokens of a canvas, N and M their sums over the
@@ -13,8 +13,9 @@ batch, K canvases, A query heads, G key and value heads, D head size.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,78 @@ from canvastune.data.packing import PackedBatch
 from canvastune.model.flex_attention import FlexPacking
 
 NAME = "canvastune"  # the attention implementation in transformers' registry
+# Scores that a call of several canvases may compute for each one that a canvas sees. Up to here a
+# CPU takes as long as with a call for each; all of an answer of 16 blocks at once takes two to
+# three times as long. Fewer calls copy fewer keys, and fill a GPU, which a canvas of 256 rows does
+# not. Calls grow with the keys seen, so that the copies grow in proportion to the canvases.
+_MOST_SCORES = 1.25
+_ALIGNMENT = 8  # elements of a mask's row: CUDA's kernels copy a mask with other strides
+
+
+class Sight(NamedTuple):
+    """What a canvas sees other than itself: clean positions `first` to `stop` of its example."""
+
+    example: int
+    rows: int  # of the canvas
+    first: int
+    stop: int
+
+    @property
+    def keys(self) -> int:
+        return self.stop - self.first + self.rows
+
+
+@dataclass(frozen=True)
+class CanvasCall:
+    """Neighboring canvases of one example that attend in one call.
+
+    Either all have as many rows and keys and form a batch, each with a copy of its keys, or they
+    form one sequence over the keys that any of them sees, with a mask.
+    """
+
+    canvases: tuple[Sight, ...]
+
+    @property
+    def example(self) -> int:
+        return self.canvases[0].example
+
+    @property
+    def is_batch(self) -> bool:
+        return len({(canvas.rows, canvas.keys) for canvas in self.canvases}) == 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of all canvases."""
+        return sum(canvas.rows for canvas in self.canvases)
+
+    @property
+    def first(self) -> int:
+        """First clean position that any of them sees."""
+        return min(canvas.first for canvas in self.canvases)
+
+    @property
+    def stop(self) -> int:
+        """End of the clean positions that any of them sees."""
+        return max(canvas.stop for canvas in self.canvases)
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of keys, and of values, that are copied for the call."""
+        if self.is_batch:
+            return sum(canvas.keys for canvas in self.canvases)
+        return self.stop - self.first + self.rows
+
+    @property
+    def scores(self) -> int:
+        """Pairs of a row and a key that the call computes, masked ones included."""
+        if self.is_batch:
+            return sum(canvas.rows * canvas.keys for canvas in self.canvases)
+        return self.rows * self.key_rows
+
+    @property
+    def mask_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of the call's mask; None: it has none."""
+        return None if self.is_batch else (self.rows, _aligned(self.key_rows))
 
 
 @dataclass(frozen=True)
@@ -33,18 +106,13 @@ class Packing:
     """Which rows of a packed batch belong together, and which keys they see; built once per batch."""
 
     clean_lengths: tuple[int, ...]  # S of each example
-    canvas_lengths: tuple[int, ...]  # C of each canvas
-    canvas_examples: tuple[int, ...]  # the example of each canvas, ascending
-    prefix_slices: dict[
-        str, tuple[slice, ...]
-    ]  # layer type -> clean positions of its example that each canvas sees
-    clean_masks: dict[
-        str, torch.Tensor | None
-    ]  # layer type -> bool[S, S] for the longest example; None: causal
-    window: int  # positions that a row of a sliding layer sees, where `clean_masks` has a mask
+    calls: dict[str, tuple[CanvasCall, ...]]  # layer type -> calls of the canvases, in their order
+    window: int  # positions that a clean row of a sliding layer sees
     row_keys: torch.Tensor | None = (
         None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
     )
+    # What was masked so far, which all layers share: each call adds it to its scores.
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @property
     def clean_rows(self) -> int:
@@ -54,23 +122,14 @@ class Packing:
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
-        # Only what precedes the block, never its own clean tokens. On sliding layers, the last
-        # window - 1 positions
-        # before the block's start, the same for each of its rows: what block-by-block inference
-        # keeps in its cache.
-        full = tuple(slice(0, start) for start in batch.block_starts)
-        sliding = tuple(
-            slice(max(0, start - (sliding_window - 1)), start) for start in batch.block_starts
+        canvases = list(
+            zip(batch.canvas_examples, batch.block_starts, batch.canvas_lengths, strict=True)
         )
-        mask = _sliding_causal(max(batch.clean_lengths), sliding_window)
         return cls(
             clean_lengths=batch.clean_lengths,
-            canvas_lengths=batch.canvas_lengths,
-            canvas_examples=batch.canvas_examples,
-            prefix_slices={"full_attention": full, "sliding_attention": sliding},
-            clean_masks={
-                "full_attention": None,
-                "sliding_attention": None if mask is None else mask.to(batch.clean.device),
+            calls={
+                "full_attention": canvas_calls(canvases, None),
+                "sliding_attention": canvas_calls(canvases, sliding_window),
             },
             window=sliding_window,
             row_keys=batch.row_keys,
@@ -83,42 +142,92 @@ class Packing:
         A, N+M, D].
         """
         options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-        mask, prefixes = self.clean_masks[kind], self.prefix_slices[kind]
-        lengths = [*self.clean_lengths, *self.canvas_lengths]
+        calls = self.calls[kind]
+        lengths = [*self.clean_lengths, *(call.rows for call in calls)]
         queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
         examples = len(self.clean_lengths)
         clean = [
-            _causal(*rows, mask, self.window, options)
-            for rows in zip(queries[:examples], keys, values, strict=False)
+            self._attend_clean(kind, queries[at], keys[at], values[at], options)
+            for at in range(examples)
         ]
-
-        def seen(rows: tuple[torch.Tensor, ...], canvas: int) -> torch.Tensor:
-            past = rows[self.canvas_examples[canvas]][:, :, prefixes[canvas]]
-            return torch.cat([past, rows[examples + canvas]], dim=2)
-
         canvases = [
-            F.scaled_dot_product_attention(
-                _stack([queries[examples + canvas] for canvas in group]),
-                _stack([seen(keys, canvas) for canvas in group]),
-                _stack([seen(values, canvas) for canvas in group]),
-                **options,
+            self._attend_canvases(
+                call,
+                queries[at],
+                (keys[call.example], keys[at]),
+                (values[call.example], values[at]),
+                options,
             )
-            for group in self._groups(prefixes)
+            for at, call in enumerate(calls, examples)
         ]
-        return torch.cat([*clean, *(rows for group in canvases for rows in group.split(1))], dim=2)
+        return torch.cat([*clean, *(part for call in canvases for part in call.split(1))], dim=2)
 
-    def _groups(self, prefixes: tuple[slice, ...]) -> list[list[int]]:
-        """Return neighboring canvases of one example with as many rows and keys, which attend in
-        one call.
+    def _attend_clean(
+        self,
+        kind: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attend over one example's clean rows: causally, and on a sliding layer within its window."""
+        length = query.shape[2]
+        if kind == "full_attention" or length <= self.window:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        parts = []
+        for own, seen in sliding_calls(length, self.window):
+            # The same few masks for any length: what a row sees depends on its distance from a key.
+            shape = (own.stop - own.start, seen.stop - seen.start)
+            mask = self._mask(query, shape, lambda: _sliding_causal(*shape, self.window))  # noqa: B023
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, own],
+                    key[:, :, seen],
+                    value[:, :, seen],
+                    attn_mask=mask,
+                    **options,
+                )
+            )
+        return torch.cat(parts, dim=2)
+
+    def _attend_canvases(
+        self,
+        call: CanvasCall,
+        query: torch.Tensor,
+        keys: tuple[torch.Tensor, torch.Tensor],
+        values: tuple[torch.Tensor, torch.Tensor],
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attend in one call: query [1, A, rows, D], and keys and values of the example's clean rows
+        and of the canvases -> [1, A, rows, D], or [canvases, A, C, D] of a batch.
         """
-        shapes = zip(
-            self.canvas_examples,
-            self.canvas_lengths,
-            (seen.stop - seen.start for seen in prefixes),
-            strict=True,
-        )
-        indexed = itertools.groupby(enumerate(shapes), key=lambda canvas: canvas[1])
-        return [[index for index, _ in group] for _, group in indexed]
+        if not call.is_batch:
+            past = slice(call.first, call.stop)
+            key, value = (
+                torch.cat([clean[:, :, past], own], dim=2) for clean, own in (keys, values)
+            )
+            mask = self._mask(query, call, lambda: _canvas_mask(call))
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+        def batch(rows: torch.Tensor) -> torch.Tensor:
+            """[1, heads, canvases * n, D] -> [canvases, heads, n, D], not copied."""
+            return rows.unflatten(2, (len(call.canvases), -1))[0].transpose(0, 1)
+
+        def seen(clean: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+            parts = zip(call.canvases, own.chunk(len(call.canvases), dim=2), strict=True)
+            both = [(clean[:, :, canvas.first : canvas.stop], part) for canvas, part in parts]
+            return batch(torch.cat([rows for pair in both for rows in pair], dim=2))
+
+        return F.scaled_dot_product_attention(batch(query), seen(*keys), seen(*values), **options)
+
+    def _mask(
+        self, query: torch.Tensor, key: Any, seen: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return a mask in the query's dtype, as sdpa would convert it in each layer again."""
+        found = self._masks.get((key, query.dtype))
+        if found is None:
+            found = self._masks[key, query.dtype] = _additive(seen(), query)
+        return found
 
 
 def packed_attention(
@@ -149,45 +258,94 @@ def packed_attention(
     )
 
 
-def _causal(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    window: int,
-    options: dict[str, Any],
-) -> torch.Tensor:
-    """Attend over one example's clean rows: causally, and on a sliding layer of a long example
-    within its window.
+def canvas_calls(
+    canvases: Sequence[tuple[int, int, int]], window: int | None
+) -> tuple[CanvasCall, ...]:
+    """Return the calls in which canvases attend: as few as their masks allow without much waste.
 
-    The latter takes half a window of rows at a time, with all keys that any of them sees.
+    Neighbors with as many rows and keys form a batch without a mask: in sliding layers, all but
+    those near the example's beginning. The others join while few of a call's scores are masked.
+
+    Args:
+        canvases: example, first position of the block, and rows, of each canvas; ascending.
+        window: of a sliding layer; None: full attention.
     """
-    length, size = query.shape[2], sliding_window_rows(window)
-    if mask is None or length <= window:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    parts = []
-    for start, rows in zip(range(0, length, size), query.split(size, dim=2), strict=True):
-        stop = start + rows.shape[2]
-        seen = slice(max(0, start - window + 1), stop)
-        part_mask = mask[start:stop, seen]
-        parts.append(
-            F.scaled_dot_product_attention(
-                rows, key[:, :, seen], value[:, :, seen], attn_mask=part_mask, **options
-            )
+    # Only what precedes the block, never its own clean tokens. On sliding layers, the last
+    # window - 1 positions before the block's start, the same for each of its rows: what
+    # block-by-block inference keeps in its cache.
+    sights = [
+        Sight(example, rows, 0 if window is None else max(0, start - (window - 1)), start)
+        for example, start, rows in canvases
+    ]
+    alike = itertools.groupby(sights, key=lambda canvas: (canvas.example, canvas.rows, canvas.keys))
+    calls: list[CanvasCall] = []
+    for _, group in alike:
+        call = CanvasCall(tuple(group))
+        if calls and len(call.canvases) == 1:
+            joined = CanvasCall((*calls[-1].canvases, *call.canvases))
+            seen = sum(canvas.rows * canvas.keys for canvas in joined.canvases)
+            mergeable = len(calls[-1].canvases) == 1 or not calls[-1].is_batch
+            same = calls[-1].example == call.example
+            if same and mergeable and joined.scores <= _MOST_SCORES * seen:
+                calls[-1] = joined
+                continue
+        calls.append(call)
+    return tuple(calls)
+
+
+def sliding_calls(length: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows of each call of a sliding layer over `length` clean rows, more than `window`,
+    and the keys that any of them sees.
+
+    Half a window of rows: more would see many masked keys, fewer would be many small calls.
+    """
+    size = -(-window // 2)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        yield slice(start, stop), slice(max(0, start - window + 1), stop)
+
+
+def mask_elements(calls: Iterable[CanvasCall], longest: int, window: int | None) -> int:
+    """Return the elements of the masks of a layer type, for clean lengths of up to `longest`."""
+    shapes = [call.mask_shape for call in calls]
+    found = sum(shape[0] * shape[1] for shape in shapes if shape)
+    if window is not None and longest > window:
+        found += sum(
+            rows * _aligned(keys)
+            for rows, keys in {
+                (own.stop - own.start, seen.stop - seen.start)
+                for own, seen in sliding_calls(longest, window)
+            }
         )
-    return torch.cat(parts, dim=2)
+    return found
 
 
-def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Join tensors [1, ...] along their first dimension; a single one is not copied."""
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+def _sliding_causal(rows: int, keys: int, window: int) -> torch.Tensor:
+    """Return what the last `rows` of `keys` neighboring positions see of them: bool[rows, keys]."""
+    distance = torch.arange(keys - rows, keys)[:, None] - torch.arange(keys)[None]
+    return (distance >= 0) & (distance < window)
 
 
-def _sliding_causal(length: int, window: int) -> torch.Tensor | None:
-    if length <= window:
-        return None
-    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
-    return (column <= row) & (column > row - window)
+def _canvas_mask(call: CanvasCall) -> torch.Tensor:
+    """Return which of the call's keys each of its rows sees: bool[rows, key_rows]."""
+    first, stop = call.first, call.stop
+    lengths = torch.tensor([canvas.rows for canvas in call.canvases])
+    ranges = torch.tensor([(canvas.first, canvas.stop) for canvas in call.canvases])
+    firsts, stops = ranges.repeat_interleave(lengths, dim=0)[:, :, None].unbind(1)
+    place, owner = torch.arange(first, stop), torch.arange(len(lengths)).repeat_interleave(lengths)
+    past = (place >= firsts) & (place < stops)
+    return torch.cat([past, owner[:, None] == owner], dim=1)
+
+
+def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return zero where a row sees a key and minus infinity elsewhere, in another tensor's dtype."""
+    rows, keys = seen.shape
+    mask = like.new_zeros(rows, _aligned(keys))[:, :keys]
+    return mask.masked_fill_(~seen.to(like.device), -torch.inf)
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
 PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {
@@ -196,11 +354,3 @@ PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {
 }  # by `train.attention`
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def sliding_window_rows(window: int) -> int:
-    """Return how many rows of a sliding layer attend in one call.
-
-    More rows would see many masked keys, fewer would be many small calls.
-    """
-    return -(-window // 2)

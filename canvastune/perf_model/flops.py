@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import PackedBatch
-from canvastune.model.attention import sliding_window_rows
+from canvastune.model.attention import canvas_calls, sliding_calls
 from canvastune.model.diffusion_gemma import is_recomputed
 from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
 from canvastune.perf_model.memory import FLOAT, StepShape, fsdp_units
@@ -74,18 +74,23 @@ def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas])
         {kind: product * tokens for kind, product in parts.items()} for parts in products
     )
     scores = scores_again = 0.0
+    twice = [canvas for canvas in canvases if canvas.coin]
+    coin = sum(canvas.coin for canvas in twice) / max(1, len(twice))
     for index, layer in enumerate(architecture.layers):
         again_here = is_recomputed(step.checkpointing, index)
-        of_canvases = [_canvas_scores(canvas, layer, architecture.window) for canvas in canvases]
-        own = _clean_scores(step.clean, layer, architecture.window) + sum(of_canvases)
+        own = _clean_scores(step.clean, layer, architecture.window)
+        own += _canvas_scores(canvases, layer, architecture.window)
         scores += own
         _add(
             recomputed, {"attention": own * (again_here + 0.5)}
         )  # fused kernels recompute the scores
-        scores_again += sum(
-            probability * _clean_scores(past, layer, architecture.window)
-            for past, probability in last.items()
-        ) + sum(canvas.coin * one for canvas, one in zip(canvases, of_canvases, strict=True))
+        scores_again += (
+            sum(
+                probability * _clean_scores(past, layer, architecture.window)
+                for past, probability in last.items()
+            )
+            + _canvas_scores(twice, layer, architecture.window) * coin
+        )
     tokens_again = again_rows + sum(past * probability for past, probability in last.items())
     again = {kind: product * tokens_again for kind, product in products[0].items()}
     _add(forward, {"attention": scores})
@@ -306,21 +311,23 @@ def _pass_1(canvases: list[_Canvas]) -> tuple[dict[int, float], float]:
     return last, sum(canvas.coin * canvas.rows for canvas in canvases)
 
 
-def _canvas_scores(canvas: _Canvas, layer: LayerShape, window: int) -> float:
-    """Count one canvas's attention over the clean tokens that it sees and itself."""
-    seen = min(canvas.past, window - 1) if layer.sliding else canvas.past
-    return 4.0 * layer.query_width * canvas.rows * (seen + canvas.rows)
+def _canvas_scores(canvases: list[_Canvas], layer: LayerShape, window: int) -> float:
+    """Count the attention of one example's canvases over the clean tokens that they see and
+    themselves, in the engine's calls.
+    """
+    calls = canvas_calls(
+        [(0, canvas.past, canvas.rows) for canvas in canvases], window if layer.sliding else None
+    )
+    return 4.0 * layer.query_width * sum(call.scores for call in calls)
 
 
 def _clean_scores(rows: int, layer: LayerShape, window: int) -> float:
     """Count the attention of one example's clean `rows` over each other."""
     clean = float(rows**2)
     if layer.sliding and rows > window:
-        starts = range(0, rows, sliding_window_rows(window))
-        stops = [min(start + sliding_window_rows(window), rows) for start in starts]
         clean = sum(
-            float((stop - start) * (stop - max(0, start - window + 1)))
-            for start, stop in zip(starts, stops, strict=True)
+            float((own.stop - own.start) * (seen.stop - seen.start))
+            for own, seen in sliding_calls(rows, window)
         )
     return 4.0 * layer.query_width * clean
 

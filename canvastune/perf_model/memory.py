@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from canvastune.config.schema import Checkpointing
-from canvastune.model.attention import sliding_window_rows
+from canvastune.model.attention import canvas_calls, mask_elements
 from canvastune.model.diffusion_gemma import is_recomputed
 from canvastune.objective import chunk_rows, tile_columns
 from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
@@ -348,12 +348,10 @@ def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tu
     heads = layer.query_width + layer.key_width * (
         2 if layer.own_values else 1
     )  # inputs of the heads' norms
-    seen = [min(past, architecture.window - 1) if layer.sliding else past for past in step.pasts]
     rows = step.clean + step.canvas_rows
-    joined = (sum(seen) + step.canvas_rows) / rows  # keys and values of the canvases' attention
-    # Canvases that see as many keys attend in one call, for which their queries are copied.
-    stacked = sum(step.canvas for past in seen if seen.count(past) > 1) / rows
-    attention = (3 + stacked) * layer.query_width + 2 * layer.key_width * (
+    calls = canvas_calls(_canvases(step), architecture.window if layer.sliding else None)
+    joined = sum(call.key_rows for call in calls) / rows  # keys and values of the canvases' calls
+    attention = 3 * layer.query_width + 2 * layer.key_width * (
         1 + joined
     )  # queries, the calls' outputs, joined output
     mlp = 3 * architecture.intermediate
@@ -368,8 +366,6 @@ def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tu
         )
         adapters += dropped + c * hidden * (3 if layer.own_values else 2)
     per_token = c * (norms + heads + attention + mlp) + router + scalars + adapters
-    keys = architecture.window + sliding_window_rows(architecture.window)  # width of a row's mask
-    mask = c * keys * step.clean if layer.sliding and step.clean > architecture.window else 0
     # Gate and up; their weighted product if the next projection is trained; the rows if they came
     # from other ranks.
     rows_kept = inputs and (step.ep > 1 or architecture.expert_rank > 0)
@@ -378,7 +374,7 @@ def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tu
         + hidden * rows_kept
         + 2 * architecture.expert_rank
     )
-    return round(step.tokens * per_token) + mask, step.tokens * architecture.experts_per_token * row
+    return round(step.tokens * per_token), step.tokens * architecture.experts_per_token * row
 
 
 def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
@@ -429,13 +425,19 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
     head_dims = sum({layer.sliding: layer.head_dim for layer in architecture.layers}.values())
     canvas = step.micro_batch * step.canvas_rows
     total = step.tokens * 2 * c * head_dims
-    if step.clean > architecture.window:
-        total += step.clean**2  # the sliding layers' mask, a byte each
+    for sliding in {layer.sliding for layer in architecture.layers}:
+        window = architecture.window if sliding else None
+        calls = canvas_calls(_canvases(step), window) * step.micro_batch
+        total += c * mask_elements(calls, step.clean, window)
     if step.self_conditioning:
         total += canvas * c * hidden * (2 if architecture.full else 1)
     if architecture.full:
         total += canvas * (c * (4 * architecture.intermediate + 2 * hidden) + FLOAT * 4 * hidden)
     return total
+
+
+def _canvases(step: StepShape) -> list[tuple[int, int, int]]:
+    return [(0, past, step.canvas) for past in step.pasts]
 
 
 def _tail(architecture: Architecture, step: StepShape) -> int:

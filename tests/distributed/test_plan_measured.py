@@ -141,12 +141,12 @@ CASES = {
     "several blocks, one rank": (
         "full",
         "bfloat16",
-        StepShape(1, 1, 1, 1, 128, CANVAS, checkpointing=True, self_conditioning=0.5, blocks=4),
+        StepShape(1, 1, 1, 1, 512, CANVAS, checkpointing=True, self_conditioning=0.5, blocks=16),
     ),
     "several blocks, all activations kept": (
         "full",
         "float32",
-        StepShape(1, 1, 2, 1, 192, CANVAS, checkpointing=False, self_conditioning=0, blocks=5),
+        StepShape(1, 1, 2, 1, 384, CANVAS, checkpointing=False, self_conditioning=0, blocks=8),
     ),
     "several blocks, expert parallel": (
         "lora",

@@ -231,10 +231,12 @@ def test_a_canvas_sees_itself_and_the_clean_tokens_before_its_block_alone(
             assert not sight[clean, len(batch.clean) :].any(), "a clean row sees a canvas"
 
 
-def test_canvases_with_as_many_keys_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    example = Example(torch.arange(5 + 6 * CANVAS), 5, CANVAS, "x")
+def test_canvases_of_an_example_attend_in_as_few_calls_as_their_masks_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    example = Example(torch.arange(5 + 12 * CANVAS), 5, CANVAS, "x")
     draw = examples_and_blocks(1)[1][0][0]
-    batch = pack([example], [[dataclasses.replace(draw, block=b) for b in range(6)]])
+    batch = pack([example], [[dataclasses.replace(draw, block=b) for b in range(12)]])
     shapes: list[tuple[int, ...]] = []
     plain = F.scaled_dot_product_attention
 
@@ -244,15 +246,31 @@ def test_canvases_with_as_many_keys_attend_in_one_call(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
     rows = torch.randn(1, 2, len(batch.clean) + len(batch.canvas), 4)
-    Packing.of(batch, WINDOW).attend("sliding_attention", rows, rows, rows, 1.0)
-    near = [5 + b * CANVAS + CANVAS for b in range(2)]
+    packing = Packing.of(batch, WINDOW)
+    packing.attend("sliding_attention", rows, rows, rows, 1.0)
     assert shapes[-3:] == [
-        (1, CANVAS, near[0]),
-        (1, CANVAS, near[1]),
-        (4, CANVAS, WINDOW - 1 + CANVAS),
+        (1, CANVAS, 5 + CANVAS),
+        (1, CANVAS, 5 + 2 * CANVAS),
+        (10, CANVAS, WINDOW - 1 + CANVAS),
     ], "blocks past the first window have equal masks"
-    Packing.of(batch, WINDOW).attend("full_attention", rows, rows, rows, 1.0)
-    assert [keys for _, _, keys in shapes[-6:]] == [5 + (b + 1) * CANVAS for b in range(6)]
+    shapes.clear()
+    packing.attend("full_attention", rows, rows, rows, 1.0)
+    calls = packing.calls["full_attention"]
+    assert shapes[1:] == [(1, call.rows, call.key_rows) for call in calls]
+    assert [len(call.canvases) for call in calls] == [1, 1, 1, 1, 2, 2, 2, 2], (
+        "canvases that see many keys share a call; the first ones would mostly see masked keys"
+    )
+    for call in calls:
+        seen = sum(canvas.rows * canvas.keys for canvas in call.canvases)
+        assert seen <= call.scores <= 1.25 * seen
+
+
+def test_canvases_of_several_examples_share_no_call() -> None:
+    spans = [(at, 90, CANVAS) for at in range(3)]
+    for window in (None, WINDOW):
+        calls = attention.canvas_calls(spans, window)
+        assert [call.canvases[0].example for call in calls] == [0, 1, 2]
+        assert all(call.scores == CANVAS * call.key_rows for call in calls)
 
 
 def test_scored_rows_positions_and_targets_are_those_of_each_block() -> None:

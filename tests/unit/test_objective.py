@@ -273,16 +273,25 @@ def test_hidden_states_equal_those_of_block_by_block_inference(
 def test_sliding_layers_see_exactly_window_minus_one_positions_before_the_block() -> None:
     example = Example(torch.arange(80), 60, CANVAS, "x")
     packing = Packing.of(pack([example], [dataclasses.replace(noise(0, 3), block=1)]), WINDOW)
-    start = 60 + CANVAS
-    positions = list(range(80))
-    visible = positions[packing.prefix_slices["sliding_attention"][0]]
-    assert visible == list(range(start - (WINDOW - 1), start))
-    assert positions[packing.prefix_slices["full_attention"][0]] == list(range(start))
-    clean = packing.clean_masks["sliding_attention"]
-    assert clean is not None
-    assert clean[50].nonzero().flatten().tolist() == list(range(50 - (WINDOW - 1), 51)), (
-        "a clean row sees the last `window` tokens, itself included"
+    start, rows = 60 + CANVAS, 80 + CANVAS
+    # With equal keys a row's weights are uniform over what it sees, and one-hot values return them.
+    equal, one_hot = torch.zeros(1, 1, rows, rows), torch.eye(rows)[None, None]
+    sliding, full = (
+        packing.attend(kind, equal, equal, one_hot, 1.0)[0, 0] > 0
+        for kind in ("sliding_attention", "full_attention")
     )
+    own = list(range(80, rows))
+    for row in own:
+        assert sliding[row].nonzero().flatten().tolist() == [
+            *range(start - (WINDOW - 1), start),
+            *own,
+        ]
+        assert full[row].nonzero().flatten().tolist() == [*range(start), *own]
+    for row in range(80):
+        assert sliding[row].nonzero().flatten().tolist() == list(
+            range(max(0, row - (WINDOW - 1)), row + 1)
+        ), "a clean row sees the last `window` tokens, itself included"
+        assert full[row].nonzero().flatten().tolist() == list(range(row + 1))
 
 
 def test_decoding_one_block_equals_decoding_all_and_scoring_one(
