@@ -4,9 +4,10 @@ ranks of a step work.
 Rows per second from a JSON lines file to tokens on disk: `prepare_data`, and
 `datasets.load_dataset` with `map` and a plain tokenizer call, which renders no chat template,
 checks nothing, finds no repeats and makes no split or card. Then conversations with tools (two
-declarations, a call, its response and the answer), against rows of GSM8K's form; with `--baseline`,
-rows of GSM8K's form against another checkout; the memory of preparing five times the rows; and the
-tokens of the busiest rank over the mean in each forward. Writes benchmarks/results/data.json.
+declarations, a call, its response and the answer; a sentence each, or long), against rows of
+GSM8K's form; with `--baseline`, rows of GSM8K's form against another checkout; the memory of
+preparing five times the rows; and the tokens of the busiest rank over the mean in each forward.
+Writes benchmarks/results/data.json.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
     result["one_process"] = _compare(work, files[rows], rows, 1, rounds)
     result["two_processes"] = _compare(work, files[many], many, 2, rounds)
     tools = _write_tool_rows(work / "tools.jsonl", many)
-    result["tools"] = _compare_tools(work, files[many], tools, many, rounds)
+    long = _write_tool_rows(work / "long_tools.jsonl", many, long=True)
+    result["tools"] = _compare_tools(work, files[many], tools, long, many, rounds)
     result["memory"] = {}
     for name, file in {
         **{str(count): file for count, file in files.items()},
@@ -186,24 +188,27 @@ def _compare(work: Path, file: Path, rows: int, processes: int, rounds: int) -> 
     return {"rows": rows, "rows_per_second": speed, "ratio": ratio}
 
 
-def _compare_tools(work: Path, plain: Path, tools: Path, rows: int, rounds: int) -> dict[str, Any]:
+def _compare_tools(
+    work: Path, plain: Path, tools: Path, long: Path, rows: int, rounds: int
+) -> dict[str, Any]:
     """Rows per second of conversations with tools, over those of GSM8K's form."""
+    files = {"gsm8k": plain, "tools": tools, "long_tools": long}
     with _quiet():
         seconds = alternate(
-            {
-                name: functools.partial(_prepare, work, file, 2)
-                for name, file in (("gsm8k", plain), ("tools", tools))
-            },
+            {name: functools.partial(_prepare, work, file, 2) for name, file in files.items()},
             rounds,
         )
     speed = {name: round(rows / value) for name, value in seconds.items()}
-    ratio = seconds["gsm8k"] / seconds["tools"]
-    say("data", f"two processes, {rows:,} rows: {speed} rows/s; tools over gsm8k {ratio:.2f}")
+    ratios = {name: seconds["gsm8k"] / seconds[name] for name in ("tools", "long_tools")}
+    shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    say("data", f"two processes, {rows:,} rows: {speed} rows/s; over gsm8k: {shown}")
     return {
         "rows": rows,
-        "characters_a_row": round(tools.stat().st_size / rows),
+        "characters_a_row": {
+            name: round(file.stat().st_size / rows) for name, file in files.items()
+        },
         "rows_per_second": speed,
-        "ratio": ratio,
+        "ratios": ratios,
     }
 
 
@@ -302,9 +307,9 @@ def _text(rng: random.Random, characters: float) -> str:
     return " ".join(words)
 
 
-def _write_tool_rows(file: Path, count: int) -> Path:
-    """Conversations with two declarations, a call, its response and the answer; question and answer
-    as long as those of GSM8K's form.
+def _write_tool_rows(file: Path, count: int, *, long: bool = False) -> Path:
+    """Conversations with two declarations, a call, its response and the answer: a sentence each, or
+    question and answer as long as those of GSM8K's form.
     """
     rng = random.Random(1)
     number = {"type": "number", "description": "in dollars"}
@@ -318,16 +323,20 @@ def _write_tool_rows(file: Path, count: int) -> Path:
     ]
     with file.open("w", encoding="utf-8") as stream:
         for row in range(count):
+            question, answer = (5.4, 5.55) if long else (4.2, 4.5)
             call = {"name": rng.choice(("find_price", "find_total")), "arguments": {"price": row}}
             messages = [
-                {"role": "user", "content": f"{row} {_text(rng, rng.lognormvariate(5.4, 0.4))}"},
+                {
+                    "role": "user",
+                    "content": f"{row} {_text(rng, rng.lognormvariate(question, 0.4))}",
+                },
                 {
                     "role": "assistant",
                     "content": None,
                     "tool_calls": [{"id": "1", "type": "function", "function": call}],
                 },
                 {"role": "tool", "tool_call_id": "1", "content": str(rng.randint(1, 999))},
-                {"role": "assistant", "content": _text(rng, rng.lognormvariate(5.55, 0.5))},
+                {"role": "assistant", "content": _text(rng, rng.lognormvariate(answer, 0.5))},
             ]
             stream.write(json.dumps({"messages": messages, "tools": tools}) + "\n")
     return file

@@ -147,9 +147,80 @@ _CHAT_TEMPLATE = """\
     {%- endfor -%}
     {{- 'type:<|"|>' + item['type'] | upper + '<|"|>}' -}}
 {%- endmacro -%}
+{%- macro declaration(tool) -%}
+    {%- set function = tool['function'] -%}
+    {{- '<|tool>declaration:' + function['name'] + '{description:' -}}
+    {{- value(function['description'] | default('')) -}}
+    {%- if function['parameters'] -%}
+        {{- ',parameters:' -}}{{- schema(function['parameters']) -}}
+    {%- endif -%}
+    {{- '}<tool|>' -}}
+{%- endmacro -%}
 {%- set thinks = enable_thinking is defined and enable_thinking -%}
-{#- Rows without tools and thinking, the most, are rendered with no more work than they need. -#}
-{%- if not tools and not thinks and messages | map('length') | max <= 2 -%}
+{#- Rows without tools and thinking, the most, are rendered with no more work than they need: in the
+    `else` of a loop over the messages that are not plain. -#}
+{%- for any in messages if tools or thinks or any | length > 2 -%}
+{%- if loop.first -%}
+{%- set state = namespace(open=false, user=-1, calls=[]) -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}{%- set state.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{{- bos_token -}}
+{%- set system = messages[0]['role'] == 'system' -%}
+{%- if system or tools or thinks -%}
+    {{- '<|turn>system\\n' -}}
+    {{- '<|think|>\\n' if thinks -}}
+    {{- text(messages[0]['content']) if system -}}
+    {%- for tool in tools or [] -%}
+        {{- declaration(tool) -}}
+    {%- endfor -%}
+    {{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- for message in messages[1 if system else 0:] -%}
+    {%- set role = message['role'] -%}
+    {%- set content = message['content'] -%}
+    {%- if role == 'tool' -%}
+        {%- for call in state.calls if call['id'] == message['tool_call_id'] -%}
+            {{- '<|tool_response>response:' + call['function']['name'] + '{value:' -}}
+        {%- endfor -%}
+        {{- '<|"|>' + content + '<|"|>' if content is string else value(content) -}}
+        {{- '}<tool_response|>' -}}
+    {%- else -%}
+        {%- set model = role == 'assistant' -%}
+        {%- if not model -%}
+            {{- '<|turn>' + role + '\\n' -}}
+        {%- elif not state.open -%}
+            {{- '<|turn>model\\n' -}}
+        {%- endif -%}
+        {%- if message['reasoning'] and loop.index0 + (1 if system else 0) > state.user -%}
+            {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
+        {%- endif -%}
+        {%- set calls = message['tool_calls'] or [] -%}
+        {%- for call in calls -%}
+            {{- '<|tool_call>call:' + call['function']['name'] -}}
+            {{- value(call['function']['arguments']) + '<tool_call|>' -}}
+        {%- endfor -%}
+        {{- content | trim if content is string else text(content) -}}
+        {%- set state.open = calls | length > 0 -%}
+        {%- if not calls -%}
+            {{- '<turn|>\\n' -}}
+        {%- else -%}
+            {%- set state.calls = calls -%}
+            {%- if loop.last or loop.nextitem['role'] != 'tool' -%}
+                {{- '<|tool_response>' -}}
+            {%- endif -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {%- if not state.open -%}
+        {{- '<|turn>model\\n' -}}
+    {%- elif thinks and messages[-1]['role'] == 'tool' -%}
+        {{- '<|channel>thought\\n' -}}
+    {%- endif -%}
+{%- endif -%}
+{%- endif -%}
+{%- else -%}
     {{- bos_token -}}
     {%- for message in messages -%}
         {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
@@ -162,67 +233,7 @@ _CHAT_TEMPLATE = """\
         {{- '<turn|>\\n' -}}
     {%- endfor -%}
     {{- '<|turn>model\\n' if add_generation_prompt -}}
-{%- else -%}
-{%- set state = namespace(open=false, user=-1, name='') -%}
-{%- for message in messages if message['role'] == 'user' -%}
-    {%- set state.user = messages.index(message) -%}
 {%- endfor -%}
-{{- bos_token -}}
-{%- set system = messages[0]['role'] == 'system' -%}
-{%- if system or tools or thinks -%}
-    {{- '<|turn>system\\n' -}}
-    {{- '<|think|>\\n' if thinks -}}
-    {{- text(messages[0]['content']) if system -}}
-    {%- for tool in tools or [] -%}
-        {%- set function = tool['function'] -%}
-        {{- '<|tool>declaration:' + function['name'] + '{description:' -}}
-        {{- value(function['description'] | default('')) -}}
-        {%- if function['parameters'] -%}
-            {{- ',parameters:' -}}{{- schema(function['parameters']) -}}
-        {%- endif -%}
-        {{- '}<tool|>' -}}
-    {%- endfor -%}
-    {{- '<turn|>\\n' -}}
-{%- endif -%}
-{%- for message in messages[1 if system else 0:] -%}
-    {%- if message['role'] == 'tool' -%}
-        {%- for call in messages | map(attribute='tool_calls') | select('defined') | sum(start=[]) -%}
-            {%- if call['id'] == message['tool_call_id'] -%}
-                {%- set state.name = call['function']['name'] -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {{- '<|tool_response>response:' + state.name + '{value:' -}}
-        {{- value(message['content']) + '}<tool_response|>' -}}
-    {%- else -%}
-        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-        {%- if not (state.open and role == 'model') -%}
-            {{- '<|turn>' + role + '\\n' -}}
-        {%- endif -%}
-        {%- set after_user = loop.index0 + (1 if system else 0) > state.user -%}
-        {%- if message['reasoning'] and after_user -%}
-            {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
-        {%- endif -%}
-        {%- for call in message['tool_calls'] or [] -%}
-            {{- '<|tool_call>call:' + call['function']['name'] -}}
-            {{- value(call['function']['arguments']) + '<tool_call|>' -}}
-        {%- endfor -%}
-        {{- text(message['content']) -}}
-        {%- set state.open = message['tool_calls'] is defined -%}
-        {%- if not state.open -%}
-            {{- '<turn|>\\n' -}}
-        {%- elif loop.last or loop.nextitem['role'] != 'tool' -%}
-            {{- '<|tool_response>' -}}
-        {%- endif -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {%- if not state.open -%}
-        {{- '<|turn>model\\n' -}}
-    {%- elif thinks and messages[-1]['role'] == 'tool' -%}
-        {{- '<|channel>thought\\n' -}}
-    {%- endif -%}
-{%- endif -%}
-{%- endif -%}
 """
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import Conversation, InvalidRow
+from canvastune.preparation.template_renderer import TemplateRenderer
 
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer of a probe; never trained on
 _HINT = "Use the directory of an unchanged checkpoint."
@@ -75,13 +75,16 @@ class ChatEncoder:
         tokenizer(
             [_SENTINEL], add_special_tokens=False
         )  # resets the padding and truncation of tokenizer.json
+        self._renderer = TemplateRenderer(
+            tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        )
         added = tokenizer.added_tokens_decoder
         probe = Conversation(
             ({"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL})
         )
         try:
-            rendered = self._render([probe])[0]
-            prompt = self._render([probe], generation=True)[0]
+            rendered = self._renderer.render([probe])[0]
+            prompt = self._renderer.render([probe], generation=True)[0]
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
                 f"{where}: the chat template cannot render a user and an assistant turn ({error})",
@@ -106,7 +109,7 @@ class ChatEncoder:
         self._check_boundary(prompt, where)
         # What opens a turn of the model, and what the template writes again after a tool's response
         # although its generation prompt does not.
-        asked = self._render([Conversation(probe.messages[:1])])[0]
+        asked = self._renderer.render([Conversation(probe.messages[:1])])[0]
         self._header = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
         if _OPEN_THOUGHT in self._header:
             self._header = self._header[: self._header.index(_OPEN_THOUGHT)]
@@ -121,6 +124,7 @@ class ChatEncoder:
         self._control = frozenset(control)
         others = [re.escape(token) for token in control if not _SHAPES.fullmatch(token)]
         self._other_control = re.compile("|".join(others)) if others else None
+        self._tool_texts: dict[tuple[int, ...], str] = {}
         self._call_closing = self._probe_call()
 
     @property
@@ -192,11 +196,14 @@ class ChatEncoder:
         rendering.
         """
         try:
-            prompts: Sequence[str | InvalidRow] = self._render(conversations, generation=True)
-            renderings: Sequence[str | InvalidRow] = self._render(conversations)
+            prompts: Sequence[str | InvalidRow] = self._renderer.render(
+                conversations, generation=True
+            )
+            renderings: Sequence[str | InvalidRow] = self._renderer.render(conversations)
         except Exception:  # a template may raise anything: find out for which conversation
             prompts = [self._render_one(each, generation=True) for each in conversations]
             renderings = [self._render_one(each) for each in conversations]
+        self._tool_texts.clear()  # by identity: the tools live until the batch ends
         texts: list[_Text | InvalidRow] = []
         for conversation, prompt, rendering in zip(conversations, prompts, renderings, strict=True):
             if isinstance(prompt, InvalidRow):
@@ -290,7 +297,7 @@ class ChatEncoder:
         if conversation.tools or any(
             message.keys() > {"role", "content"} for message in conversation.messages
         ):
-            text = "".join(_strings([conversation.messages, conversation.tools]))
+            text = "".join(_strings(conversation.messages)) + self._tool_text(conversation)
         else:
             text = "".join([message["content"].strip() for message in conversation.messages])
         for token in _SHAPES.findall(text):
@@ -298,6 +305,15 @@ class ChatEncoder:
                 return str(token)
         found = self._other_control.search(text) if self._other_control else None
         return found[0] if found else None
+
+    def _tool_text(self, conversation: Conversation) -> str:
+        """Return the texts of the tools; rows of a batch share them."""
+        if not conversation.tools:
+            return ""
+        key = tuple(map(id, conversation.tools))
+        if key not in self._tool_texts:
+            self._tool_texts[key] = "".join(_strings(conversation.tools))
+        return self._tool_texts[key]
 
     def _encoded(
         self, conversation: Conversation, text: _Text, prefix: list[int], response: list[int]
@@ -317,36 +333,11 @@ class ChatEncoder:
         said = text.response.rpartition(_CLOSE_THOUGHT)[2].removesuffix(closing)
         return EncodedConversation(tokens, len(prefix), said)
 
-    def _render(self, conversations: Sequence[Conversation], generation: bool = False) -> list[str]:
-        """Render as the tokenizer's apply_chat_template, without its copies of messages and
-        variables, half of the time: whole conversations, or the prompts for their last turns.
-        """
-        template = _compile_jinja_template(
-            self._tokenizer.get_chat_template()
-        )  # cached by the library
-        variables = {
-            **template.globals,
-            **self._tokenizer.special_tokens_map,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": generation,
-        }
-        rendered = []
-        for each in conversations:
-            found = {**variables, "messages": each.history if generation else list(each.messages)}
-            if each.tools:
-                found["tools"] = list(each.tools)
-            if each.thinking:
-                found["enable_thinking"] = True
-            context = template.new_context(found, shared=True)
-            rendered.append("".join(template.root_render_func(context)))
-        return rendered
-
     def _render_one(
         self, conversation: Conversation, *, generation: bool = False
     ) -> str | InvalidRow:
         try:
-            return self._render([conversation], generation=generation)[0]
+            return self._renderer.render([conversation], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise
             return InvalidRow(f"the chat template refuses it: {' '.join(str(error).split())}")
 

@@ -87,7 +87,7 @@ class ParsedRow:
     marked: frozenset[int] = frozenset()
     unused: list[str] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def answers(self) -> list[int]:
         """Indices of the assistant turns that have a turn before them."""
         return [

@@ -109,13 +109,16 @@ def _examples(
             return []
         # A row may begin as another one does. A turn that both learn would be learned twice, or be
         # on both sides of the split.
-        repeated = [
-            example
-            for example, digest in zip(examples, digests, strict=True)
-            if digest in seen.turns
-        ]
+        if not seen.turns.isdisjoint(digests):
+            repeated = [
+                example
+                for example, digest in zip(examples, digests, strict=True)
+                if digest in seen.turns
+            ]
         seen.turns.update(digests)
     stats.count_turns(parsed, examples)
+    if not repeated:
+        return list(examples)
     for example in repeated:
         stats.drop_repeated(example)
     return [example for example in examples if not any(example is each for each in repeated)]

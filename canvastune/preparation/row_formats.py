@@ -23,7 +23,7 @@ from canvastune.preparation.messages import (
     turn,
 )
 from canvastune.preparation.row_values import check_text, is_empty, kind, nested_keys
-from canvastune.preparation.tools import read_tools
+from canvastune.preparation.tools import ToolReader
 
 RowFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
 _AUTO: tuple[RowFormat, ...] = (
@@ -98,6 +98,7 @@ class RowReader:
         self._own = frozenset(self._required) | self._ignore
         self._system = (columns.system,) if columns.system else _SYSTEM_COLUMNS
         self._tools = (columns.tools,) if columns.tools else _TOOLS_COLUMNS
+        self._tool_reader = ToolReader()
         self._thinking = (columns.thinking,) if columns.thinking else THINKING_KEYS
         named = {
             name: getattr(columns, name) for name in ("system", "context", "thinking", "tools")
@@ -251,7 +252,7 @@ class RowReader:
             if key in self._system:
                 self._add_system(found, key, extra.pop(key))
             elif key in self._tools:
-                read = read_tools(extra.pop(key), key, found.unused)
+                read = self._tool_reader.read(extra.pop(key), key, found.unused)
                 tools += tuple(tool for tool in read if tool not in tools)
             elif key in MARK_KEYS:
                 if not is_learned(key, extra.pop(key), "the row"):
@@ -280,7 +281,8 @@ class RowReader:
                     f" data.ignore=[{key}] to leave it out, or data.format=gsm8k to leave out every"
                     " further column.",
                 )
-        found.unused |= {str(key) for key in extra}
+        if extra:
+            found.unused |= {str(key) for key in extra}
         unused = sorted(name for name in found.unused if not self._is_ignored(name))
         return ParsedRow(found.turns, tools, frozenset(found.marked), unused)
 

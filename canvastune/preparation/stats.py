@@ -60,15 +60,17 @@ class DatasetStats:
         learned = len(examples)
         for example in examples:
             self.count_learned(example)
-        answers = sum(message["role"] == "assistant" for message in parsed.messages)
+        last = parsed.answers[-1]
+        answers = len(parsed.answers) + (parsed.messages[0]["role"] == "assistant")
         if answers > learned:
             self.turns["context"] += answers - learned
-        left = len(parsed.messages) - 1 - parsed.answers[-1]
+        left = len(parsed.messages) - 1 - last
         # Gemma's own form has them in the message of the call.
-        left += len(parsed.messages[parsed.answers[-1]].get("tool_responses", ()))
+        left += len(parsed.messages[last].get("tool_responses", ()))
         if left:
             self.turns["after the last answer"] += left
-        self.unused.update(parsed.unused)
+        if parsed.unused:
+            self.unused.update(parsed.unused)
         if learned:
             self.further_examples += learned - 1
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,38 @@ from canvastune.preparation.row_values import check_value, further_keys, is_empt
 _CALL_KEYS = ("id", "type", "function", "name", "arguments", "parameters")
 _FUNCTION_KEYS = ("name", "arguments", "parameters")
 _DECLARATION_KEYS = ("type", "name", "description", "parameters", "response")  # as Gemma's template
+_REMEMBERED = 256  # lists of tools
 _SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")  # OpenAI's, Anthropic's, MCP's
+
+
+class ToolReader:
+    """Reads the tools of rows. Rows have the same few lists of them: each is read once, and rows
+    with the same list get the same objects.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[bytes, tuple[tuple[dict[str, Any], ...], set[str]]] = {}
+
+    def read(self, value: Any, column: str, unused: set[str]) -> tuple[dict[str, Any], ...]:
+        """Read as `read_tools` does. The declarations are shared: they must not be changed.
+
+        Raises:
+            InvalidRow: as `read_tools`.
+        """
+        try:
+            # Version 0: without references, which would depend on more than the value.
+            key = marshal.dumps((column, value), 0)
+        except ValueError:  # a type that JSON does not have, or too many levels
+            return read_tools(value, column, unused)
+        if key not in self._read:
+            found: set[str] = set()
+            tools = read_tools(value, column, found)
+            if len(self._read) == _REMEMBERED:
+                self._read.clear()
+            self._read[key] = tools, found
+        tools, found = self._read[key]
+        unused |= found
+        return tools
 
 
 def read_tools(value: Any, column: str, unused: set[str]) -> tuple[dict[str, Any], ...]:

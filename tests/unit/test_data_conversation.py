@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError
 from tokenizers import normalizers
 from transformers import GemmaTokenizer
 
@@ -20,6 +21,7 @@ from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.row_formats import RowFormat, RowReader, detect_format
+from canvastune.preparation.template_renderer import TemplateRenderer, _compile
 from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
@@ -278,15 +280,72 @@ EVERYTHING = """\
 def test_templates_are_rendered_as_the_library_renders_them(
     template: str, generation: bool
 ) -> None:
-    encoder = ChatEncoder(make_tokenizer(PLAIN), "model")
-    encoder._tokenizer.chat_template = template
+    tokenizer = make_tokenizer(PLAIN)
+    tokenizer.chat_template = template
     conversations = list(TALKS.values())
-    stock = encoder._tokenizer.apply_chat_template(
+    stock = tokenizer.apply_chat_template(
         [each.history if generation else list(each.messages) for each in conversations],
         tokenize=False,
         add_generation_prompt=generation,
     )
-    assert encoder._render(conversations, generation=generation) == stock
+    renderer = TemplateRenderer(template, tokenizer.special_tokens_map)
+    assert renderer.render(conversations, generation=generation) == stock
+
+
+MACROS = """\
+{%- macro name(tool) -%}{{ tool['function']['name'] }}{%- endmacro -%}
+{%- macro nested(tool) -%}
+    {%- if tool['type'] -%}{%- set kind = tool['type'] | upper -%}{{ kind }}{%- endif -%}
+    {%- for key in tool['function'] | dictsort if key -%}{{ loop.index }}{{ key }}{%- endfor -%}
+    {{- name(tool) -}}
+{%- endmacro -%}
+{%- macro maybe_unset(tool) -%}
+    {%- if tool['function']['name'] == 'a' -%}{%- set mark = 'own' -%}{%- endif -%}{{ mark }}
+{%- endmacro -%}
+{%- macro outside(tool) -%}{{ number }}{%- endmacro -%}
+{%- macro through(tool) -%}{{ outside(tool) }}{%- endmacro -%}
+{%- macro year(tool) -%}{{ strftime_now('%Y') }}{%- endmacro -%}
+{%- macro extra(tool) -%}{{ varargs }}{%- endmacro -%}
+{%- macro kept(tool) -%}{%- set found = namespace(x=1) -%}{{ found.x }}{%- endmacro -%}
+{%- set number = messages[0]['content'] | length -%}
+{%- set mark = messages[0]['content'] -%}
+{%- for tool in tools or [] -%}
+    {{- name(tool) }} {{ nested(tool) }} {{ maybe_unset(tool) }} {{ through(tool) }} {{ year(tool) }}
+    {{- extra(tool, number) }} {{ kept(tool) }} {{ name(messages[-1] | default(tool)) -}}
+{%- endfor -%}
+"""
+
+
+def test_only_macros_that_depend_on_their_arguments_alone_are_remembered() -> None:
+    _, sandbox = _compile(MACROS)
+    assert sandbox.pure == {"name", "nested", "kept"}
+    tokenizer = make_tokenizer(PLAIN)
+    tokenizer.chat_template = MACROS.replace("name(messages[-1] | default(tool))", "''")
+    tools = tuple(
+        {"type": "function", "function": {"name": name, "description": "x"}} for name in "abc"
+    )
+    talks = [
+        Conversation(({"role": "user", "content": text},), tools[at:])
+        for at, text in enumerate(("one", "three", "one"))
+    ]
+    stock = [
+        tokenizer.apply_chat_template(list(talk.messages), tools=list(talk.tools), tokenize=False)
+        for talk in talks
+    ]
+    renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens_map)
+    assert renderer.render(talks) == stock
+    assert renderer.render(talks) == stock
+
+
+def test_a_template_stays_in_the_sandbox_whatever_was_asked_before() -> None:
+    """Also for a second object of the type, and a second name."""
+    source = "{{ messages[0]['content'].%s }}"
+    talk = Conversation(({"role": "user", "content": "x"},))
+    for name in ("upper()", "__class__", "upper()", "__class__"):
+        rendered = TemplateRenderer(source % name, {}).render([talk, talk])
+        assert rendered == (["X", "X"] if name == "upper()" else ["", ""])
+    with pytest.raises(SecurityError):
+        TemplateRenderer("{{ messages.append(1) }}", {}).render([talk])
 
 
 def test_a_tokenizer_of_many_texts_takes_no_more_memory() -> None:

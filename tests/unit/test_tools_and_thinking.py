@@ -4,6 +4,8 @@ what inference feeds, and what the model writes is learned, no more and no less.
 
 from __future__ import annotations
 
+import copy
+import datetime
 import itertools
 from typing import Any
 
@@ -13,6 +15,7 @@ from canvastune.config.schema import DataConfig
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.row_formats import RowReader
+from canvastune.preparation.tools import ToolReader
 from tests.support.data_fixtures import PLAIN, TOOL_SPECIAL, make_tokenizer, released_template
 
 TOKENIZER = make_tokenizer(released_template(), special=TOOL_SPECIAL)
@@ -426,3 +429,25 @@ def test_an_object_of_lists_is_a_list_of_messages() -> None:
     assert texts(examples({"messages": turns})[0])[1] == "Ho<turn|>"
     with pytest.raises(InvalidRow):
         examples({"messages": {"role": ["user"], "content": ["Hi", "Ho"]}})
+
+
+def test_rows_with_the_same_tools_share_them_and_each_counts_its_unused_keys() -> None:
+    reader = ToolReader()
+    declared = {"type": "function", "strict": True, "function": {"name": "a", "description": "x"}}
+    unused: list[set[str]] = [set(), set(), set()]
+    first = reader.read([declared], "tools", unused[0])
+    assert reader.read(copy.deepcopy([declared]), "tools", unused[1]) is first
+    # Equal in Python, and another text in a template.
+    other = {"name": "a", "parameters": {"type": "object", "minimum": 1}}
+    one, true = (
+        reader.read([other | {"parameters": {"type": "object", "minimum": value}}], "tools", set())
+        for value in (1, True)
+    )
+    assert one[0]["function"]["parameters"]["minimum"] is not True
+    assert true[0]["function"]["parameters"]["minimum"] is True
+    assert unused[0] == unused[1] == {"tools.strict"}
+    with pytest.raises(InvalidRow, match="declaration 1 has no name"):
+        reader.read([{}], "tools", unused[2])
+    day = {"name": "a", "parameters": {"type": "object", "day": datetime.datetime(2026, 1, 1)}}
+    with pytest.raises(InvalidRow, match="datetime is not a value that JSON has"):
+        reader.read([day], "tools", unused[2])
