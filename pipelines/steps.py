@@ -91,7 +91,7 @@ def dump(steps: StepsConfig) -> str:
 
 
 def apply(task: dsl.PipelineTask, steps: StepsConfig) -> dsl.PipelineTask:
-    """Give a task's pod the settings."""
+    """Set what the recipe says of a task's pod."""
     for name, value in {**steps.ca_env(), **steps.env}.items():
         task.set_env_variable(name, value)
     for name, source in steps.secret_env.items():

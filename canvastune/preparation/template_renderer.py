@@ -115,7 +115,7 @@ def _compile(source: str) -> tuple[jinja2.Template, _CachingSandbox]:
 
 
 def _pure_macros(sandbox: jinja2.Environment, source: str) -> frozenset[str]:
-    """Return the template's macros whose text depends on their arguments alone: they read nothing
+    """Return the template's macros whose text depends on their arguments only: they read nothing
     but these, what they assign before, constants, and other pure macros.
     """
     tree = sandbox.parse(source)

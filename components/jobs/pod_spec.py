@@ -14,7 +14,7 @@ from canvastune.config import RunConfig
 from canvastune.config.cluster import CA_PATH, ClusterConfig
 from canvastune.errors import UserError
 
-STEP_ONLY = "CANVASTUNE_STEP_ONLY"  # variable with what a task has for the launcher's pod alone
+STEP_ONLY = "CANVASTUNE_STEP_ONLY"  # variable with what a task has for the launcher's pod only
 RUN_ID, ROLE = "canvastune.io/run-id", "app.kubernetes.io/component"
 CREDENTIALS = (  # keys of a secret
     "HF_TOKEN",
