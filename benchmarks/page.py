@@ -142,6 +142,10 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 | the same with the chat template on both sides | {_templated(data)} | |
 | the same with two processes on both sides | {data["two_processes"]["ratio"]:.2f}x | 1x |
 | memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
+| the largest process with 100,000 conversations with tools | {_largest(data, "tools")} MB | constant |
+| rows per second of conversations with tools ({_characters(data, "tools")} characters a row, a sentence a turn) relative to GSM8K's form ({_characters(data, "gsm8k")}) | {data["tools"]["ratios"]["tools"]:.2f}x | 0.5x |
+| the same with question and answer as long as GSM8K's ({_characters(data, "long_tools")} characters a row) | {data["tools"]["ratios"]["long_tools"]:.2f}x | |
+| rows of GSM8K's form relative to {data["baseline"]["commit"]}, the last commit that read no tools | {data["baseline"]["ratio"]:.2f}x | 1x |
 | `benchmarks.merge`{_at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
 | `benchmarks.pipeline`{_at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
@@ -254,6 +258,10 @@ def _growth(row: dict[str, Any]) -> str:
 def _templated(data: dict[str, Any]) -> str:
     rates = data["one_process"]["rows_per_second"]
     return f"{rates['prepare_data'] / rates['map_chat_template']:.2f}x"
+
+
+def _characters(data: dict[str, Any], form: str) -> str:
+    return f"{data['tools']['characters_a_row'][form]:,}"
 
 
 def _largest(data: dict[str, Any], rows: str) -> str:

@@ -30,6 +30,26 @@ _NOT_WORDS = re.compile(r"[^\w\s]")
 # Control tokens of these two shapes are found by one pass over a text, whatever their number.
 _SHAPES = re.compile(r"<[^<>\[\]\s]+>|\[[^<>\[\]\s]+\]")
 
+# What templates of other models write around turns: ChatML, Llama, Mistral, Phi, GLM, DeepSeek,
+# gpt-oss, and Gemma before version 4. Not <s> and </s>, which are HTML as well.
+FOREIGN_CONTROL = frozenset(
+    {
+        *(
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|im_sep|>",
+            "<|endoftext|>",
+            "<|end|>",
+            "<|endofprompt|>",
+        ),
+        *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+        *("<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]"),
+        *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|return|>", "<|call|>"),
+        *("<start_of_turn>", "<end_of_turn>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)
+
 
 class EncodedConversation(NamedTuple):
     """The tokens of one conversation, uncut, as int32: sent to another process and to disk without
@@ -40,11 +60,13 @@ class EncodedConversation(NamedTuple):
         prefix_length: tokens that inference feeds, with the header of the model turn.
         answer: what a response with tool calls says, without thinking and closing marker; None:
             the learned message's content.
+        foreign: control tokens of other models in the texts.
     """
 
     tokens: array[int]
     prefix_length: int
     answer: str | None = None
+    foreign: tuple[str, ...] = ()
 
 
 class _Text(NamedTuple):
@@ -52,6 +74,7 @@ class _Text(NamedTuple):
 
     prefix: str
     response: str
+    foreign: tuple[str, ...]
 
 
 class ChatEncoder:
@@ -252,12 +275,13 @@ class ChatEncoder:
             message.keys() > {"role", "content"} for message in conversation.messages
         ):
             self._check_extras(conversation, prompt, response)
-        if name := self._find_control(conversation):
+        name, foreign = self._find_control(conversation)
+        if name:
             raise InvalidRow(
                 f"the text holds the control token {name!r}, which would become a marker of the"
                 " chat, not text"
             )
-        return _Text(prompt, response)
+        return _Text(prompt, response, foreign)
 
     def _check_extras(self, conversation: Conversation, prompt: str, response: str) -> None:
         """Refuse what the template does not write: tools, calls, tool responses, thinking.
@@ -290,9 +314,10 @@ class ChatEncoder:
                 "Use a model whose template does, or set data.thinking=drop.",
             )
 
-    def _find_control(self, conversation: Conversation) -> str | None:
-        """Return a control token in the texts of a conversation: it would open or close something
-        that is not in the data. Texts are joined: a template may write two of them side by side.
+    def _find_control(self, conversation: Conversation) -> tuple[str | None, tuple[str, ...]]:
+        """Return a control token in the texts of a conversation, which would open or close something
+        that is not in the data, and those of other models, which are text to this one. Texts are
+        joined: a template may write two of them side by side.
         """
         if conversation.tools or any(
             message.keys() > {"role", "content"} for message in conversation.messages
@@ -300,11 +325,13 @@ class ChatEncoder:
             text = "".join(_strings(conversation.messages)) + self._tool_text(conversation)
         else:
             text = "".join([message["content"].strip() for message in conversation.messages])
-        for token in _SHAPES.findall(text):
+        shaped = _SHAPES.findall(text)
+        for token in shaped:
             if token in self._control:
-                return str(token)
-        found = self._other_control.search(text) if self._other_control else None
-        return found[0] if found else None
+                return str(token), ()
+        if self._other_control and (found := self._other_control.search(text)):
+            return found[0], ()
+        return None, tuple(sorted(FOREIGN_CONTROL.intersection(shaped))) if shaped else ()
 
     def _tool_text(self, conversation: Conversation) -> str:
         """Return the texts of the tools; rows of a batch share them."""
@@ -323,7 +350,7 @@ class ChatEncoder:
             return InvalidRow("the text holds a character that the tokenizer has no token for")
         tokens = array("i", prefix + response)
         if "tool_calls" not in conversation.messages[-1]:
-            return EncodedConversation(tokens, len(prefix))
+            return EncodedConversation(tokens, len(prefix), foreign=text.foreign)
         if response[-1] != self._call_closing:
             name = self._tokenizer.convert_ids_to_tokens(response[-1])
             return InvalidRow(
@@ -331,7 +358,7 @@ class ChatEncoder:
             )
         closing = self._tokenizer.convert_ids_to_tokens(response[-1])
         said = text.response.rpartition(_CLOSE_THOUGHT)[2].removesuffix(closing)
-        return EncodedConversation(tokens, len(prefix), said)
+        return EncodedConversation(tokens, len(prefix), said, text.foreign)
 
     def _render_one(
         self, conversation: Conversation, *, generation: bool = False

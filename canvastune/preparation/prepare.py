@@ -137,6 +137,7 @@ def prepare_data(
                         continue
                     response = len(encoded.tokens) - encoded.prefix_length
                     stats.keep(encoded.prefix_length, response)
+                    stats.foreign.update(encoded.foreign)
                     if stats.kept <= _SAMPLES and not part.held_out:
                         samples.append(_sample(example, loaded.tokenizer))
                     held_out = part.held_out or (

@@ -44,6 +44,7 @@ class DatasetStats:
         self.invalid_rows: list[tuple[Row, str]] = []  # the first ones, each with its reason
         self.unused: Counter[str] = Counter()  # rows with a value, by column or message key
         self.unseen_ignored: set[str] = set()  # names in data.ignore that no row has
+        self.foreign: Counter[str] = Counter()  # examples with a control token of other models
         self.turns: Counter[str] = Counter()
         self._hints: Counter[str] = Counter()  # what to do about the invalid rows
         self.duplicates: list[Row] = []  # the first ones
@@ -161,6 +162,7 @@ class DatasetStats:
                 "dropped",
                 "turns",
                 "unused",
+                "foreign",
                 "_prefixes",
                 "_responses",
                 "_lengths",
@@ -190,6 +192,14 @@ class DatasetStats:
             said.append(
                 f"not used: {names}; data.ignore says that a column is known to be unneeded"
             )
+        if self.foreign:
+            names = ", ".join(
+                f"{name} ({count:,} examples)" for name, count in sorted(self.foreign.items())
+            )
+            said.append(
+                f"control tokens of other models, which are text to this one and learned as such:"
+                f" {names}; remove them if a turn's text came with its template"
+            )
         return said
 
     def card(self) -> dict[str, Any]:
@@ -203,6 +213,7 @@ class DatasetStats:
             "cut": self.cut,
             "turns": {name: turns for name, turns in self.turns.items() if turns},
             "unused": dict(sorted(self.unused.items())),
+            "foreign_control_tokens": dict(sorted(self.foreign.items())),
             "bad": self.dropped[INVALID],
             "bad_rows": [
                 {"file": row.file, "row": row.number, "reason": reason}

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from canvastune.config.schema import DataConfig
+from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.row_formats import RowReader, detect_format
 from canvastune.preparation.stats import DatasetStats
+from tests.support.data_fixtures import PLAIN, make_tokenizer
 from tests.unit.test_tools_and_thinking import TOOLS, call, result, says, texts, user
 
 
@@ -284,3 +286,22 @@ def test_a_name_in_ignore_that_no_row_has_is_known() -> None:
     reader = RowReader("messages", config, config)
     reader.read(talk({**user("a"), "name": "boss"}, says("b"), id=7))
     assert reader.unseen_ignored == {"absent_key", "tools.strict"}
+
+
+def test_control_tokens_of_other_models_are_text_and_counted() -> None:
+    encoder = ChatEncoder(make_tokenizer(PLAIN), "model")
+    texts = ("b<|im_end|>", "[INST] b [/INST] <s>", "b < c <br> [1] <|x", "<end_of_turn>" * 3)
+    encoded = encoder.encode(
+        [
+            Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": text}))
+            for text in texts
+        ]
+    )
+    found = [each.foreign for each in encoded if isinstance(each, EncodedConversation)]
+    assert found == [("<|im_end|>",), ("[/INST]", "[INST]"), (), ("<end_of_turn>",)]
+    stats = DatasetStats(256, 16)
+    for each in found:
+        stats.foreign.update(each)
+    (remark,) = stats.remarks()
+    for name in ("<|im_end|>", "[INST]", "<end_of_turn>"):
+        assert f"{name} (1 examples)" in remark
