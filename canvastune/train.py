@@ -177,7 +177,9 @@ def _start_processes() -> RankRegistry:
 
 
 def _log_on_rank0(error: UserError) -> None:
-    if os.environ.get("RANK", "0") == "0":  # every rank raises the same one
+    # Every rank raises the same one; before they are connected, every rank of a node.
+    name = "RANK" if dist.is_initialized() else "LOCAL_RANK"
+    if os.environ.get(name, "0") == "0":
         log_error(error)
 
 

@@ -35,7 +35,8 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
 
 FROM installed
 COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
-# Any user ID works, and a read-only root with a writable /tmp.
+# Any user ID works, and a read-only root with a writable /tmp. The image has no C compiler, and
+# PyTorch would compile the launcher of its Triton kernels for some matrix products at first use.
 ENV HOME=/tmp \
     USER=canvastune \
     XDG_CACHE_HOME=/tmp/cache \
@@ -43,6 +44,7 @@ ENV HOME=/tmp \
     MPLCONFIGDIR=/tmp/cache/matplotlib \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
+    TORCH_DISABLE_NATIVE_JIT=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1 \

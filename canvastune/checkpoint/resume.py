@@ -15,7 +15,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,8 @@ class Checkpoints:
         )  # for the writing thread: its collectives must not mix with the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.waiting: Callable[[], object] = str
+        """Called every second while `wait` waits: a slow disk is no hang."""
 
     def restore(
         self, parameters: Parameters, optimizer: torch.optim.Optimizer
@@ -160,7 +163,7 @@ class Checkpoints:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            wait_for(pending, self.waiting)
 
     def best(self) -> int | None:
         """Return the step of the checkpoint with the lowest validation loss, or None."""
@@ -266,6 +269,17 @@ class Checkpoints:
         losses = [(m["progress"]["validation"], step) for step, m in markers if m is not None]
         scored = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
         return min(scored)[1] if scored else None
+
+
+def wait_for(pending: Future[Any], waiting: Callable[[], object], every: float = 1.0) -> None:
+    """Wait for what a thread does, and call `waiting` every so many seconds.
+
+    Raises:
+        Exception: what the thread raised.
+    """
+    while not futures.wait([pending], timeout=every).done:
+        waiting()
+    pending.result()
 
 
 def newest_identity(folder: Path) -> dict[str, Any] | None:

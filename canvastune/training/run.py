@@ -194,10 +194,21 @@ def find_metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun 
 
 
 def select_device() -> torch.device:
-    """Return this rank's GPU, made the current device, or the CPU."""
+    """Return this rank's GPU, made the current device, or the CPU.
+
+    Raises:
+        UserError: this node has fewer GPUs than processes, on every rank of the node.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+    if processes > devices:
+        raise UserError(
+            f"{processes} processes on this node, which has {devices} GPUs",
+            hint="Set parallel.nproc_per_node, or torchrun's --nproc-per-node, to the GPUs of a node.",
+        )
+    device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
 

@@ -67,6 +67,9 @@ class Trainer:
         self.heartbeat: Callable[[str], object] = (
             str  # called before each piece of work, with its name
         )
+        self.checkpoints.waiting = lambda: self.heartbeat(
+            f"waiting at step {self.progress.step} until a checkpoint is written"
+        )
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
         self.place = device_name(self.device, self.world_size)

@@ -1,0 +1,48 @@
+"""A rank's device, and what waits for a disk."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from canvastune.checkpoint.resume import wait_for
+from canvastune.errors import UserError
+from canvastune.training.run import select_device
+
+
+def test_more_processes_than_gpus_are_refused_on_every_rank_of_the_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for rank in ("0", "7"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(UserError, match="8 processes on this node, which has 4 GPUs"):
+            select_device()
+
+
+def test_a_slow_disk_is_progress_to_the_watchdog() -> None:
+    written = threading.Event()
+    beats = 0
+
+    def waiting() -> None:
+        nonlocal beats
+        beats += 1
+        if beats == 3:
+            written.set()
+
+    with ThreadPoolExecutor(1) as thread:
+        wait_for(thread.submit(written.wait, 60), waiting, every=0.01)
+    assert beats == 3
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    def fail() -> None:
+        raise TimeoutError("the disk")
+
+    with ThreadPoolExecutor(1) as thread, pytest.raises(TimeoutError, match="the disk"):
+        wait_for(thread.submit(fail), str, every=0.01)
