@@ -27,8 +27,8 @@ SECRET = "canvastune-credentials"  # optional
 JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
-def pipeline_with(settings: StepsConfig) -> GraphComponent:
-    """Return the pipeline whose steps have these settings."""
+def pipeline_with(settings: StepsConfig, sub_path: str = "") -> GraphComponent:
+    """Return the pipeline whose steps have these settings, and mount this folder of the claim."""
     train_step = train if settings == StepsConfig() else _with_own_pod(train)
 
     @dsl.pipeline(
@@ -72,7 +72,7 @@ def pipeline_with(settings: StepsConfig) -> GraphComponent:
 
         def with_workspace(task: dsl.PipelineTask) -> dsl.PipelineTask:
             """Set the image, the workspace and the credentials of a task."""
-            kubernetes.mount_pvc(task, pvc_name=volume_claim, mount_path=MOUNT_PATH)
+            kubernetes.mount_pvc(task, volume_claim, MOUNT_PATH, sub_path)
             kubernetes.use_secret_as_env(
                 task, credentials, {name: name for name in CREDENTIALS}, optional=True
             )

@@ -244,7 +244,9 @@ def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None
     settings = parse_steps(given.get("steps", "{}"))
     if "steps" in given:  # written as this version writes it: the run compares the texts
         given["steps"] = dump(settings)
-    Compiler().compile(pipeline_with(settings), str(path), pipeline_parameters=given or None)
+    sub_path = json.loads(given.get("cluster") or "{}").get("sub_path") or ""
+    pipeline = pipeline_with(settings, sub_path)
+    Compiler().compile(pipeline, str(path), pipeline_parameters=given or None)
 
 
 def _cluster_parameters(cluster: str | None) -> dict[str, str]:

@@ -290,6 +290,9 @@ class ClusterConfig(PodSettings):
         "/workspace",
         description="where the claim is mounted, both in the pods and in the pipeline's steps",
     )
+    sub_path: Annotated[str, matching(r"[-\w.][-\w./]*", "a folder within the claim")] | None = (
+        Field(None, description="folder of the claim that is mounted; default: all of it")
+    )
     gpu_resource: LabelKey | None = Field(
         "nvidia.com/gpu", description="resource name of an accelerator; null: train on CPU"
     )

@@ -163,13 +163,20 @@ def _claims(
                 f"{cluster.mount_path}",
                 hint="Use the same claim in both places, or remove cluster.claim.",
             )
+        if (mount.get("subPath") or None) != cluster.sub_path:
+            raise UserError(
+                f"cluster.sub_path: found {cluster.sub_path}, but the train step mounts "
+                f"{mount.get('subPath') or 'all'} of the claim",
+                hint="Use the same in both places: upload the pipeline with these settings.",
+            )
         claim = mounted
         mounts.remove(mount)
         if not any(other["name"] == volume["name"] for other in mounts):
             volumes.remove(volume)
     if claim is not None:  # named as in the chart's TrainingRuntime, so that a TrainJob replaces it
         volumes.append({"name": "workspace", "persistentVolumeClaim": {"claimName": claim}})
-        mounts.append({"name": "workspace", "mountPath": cluster.mount_path})
+        mount = {"name": "workspace", "mountPath": cluster.mount_path}
+        mounts.append(mount | ({"subPath": cluster.sub_path} if cluster.sub_path else {}))
     return volumes, mounts
 
 

@@ -79,6 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "secrets": {"secret_env": {"HF_TOKEN": {"secret": "hf", "key": "token"}}},
     "credentials": {"credentials": "team"},
     "no group": {"fs_group": None},
+    "folder": {"sub_path": "team/a"},
     "limits": {"cpu": 32, "resources": {"limits": {"cpu": 32, "memory": "512Gi"}}},
     "company": {
         "ca_bundle": {"config_map": "company-ca", "key": "ca.crt"},
@@ -180,6 +181,9 @@ def test_a_job_of_any_size_is_accepted(backend: str, nodes: int, gpus: int) -> N
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("task", [{}, TASK], ids=["", "task"])
 def test_every_option_is_accepted(backend: str, option: str, task: dict[str, Any]) -> None:
+    if task and (folder := OPTIONS[option].get("sub_path")):  # the task mounts the same
+        mount = {**TASK["volume_mounts"][0], "subPath": folder}
+        task = {**TASK, "volume_mounts": [mount, TASK["volume_mounts"][1]]}
     assert problems_of(manifest(config_of(backend, 2, **OPTIONS[option]), CONTEXT, task)) == []
 
 
@@ -383,6 +387,9 @@ canvastune: error: the training pods would not see /workspace/runs/a/train: they
 canvastune: error: cluster.claim: found other, but the train step mounts claim-a at /workspace
   hint: Use the same claim in both places, or remove cluster.claim.\
 """)
+    assert "cluster.sub_path: found a, but the train step mounts all" in refusal(
+        config_of("pytorchjob", sub_path="a"), TASK
+    )
     assert refusal(
         config_of("pytorchjob"), {"resources": {"limits": {"nvidia.com/gpu": "4"}}}
     ) == snapshot(

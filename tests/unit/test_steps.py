@@ -111,6 +111,15 @@ def test_without_settings_the_graph_is_the_one_in_the_repository(tmp_path: Path)
     assert (tmp_path / "a.yaml").read_text() == (ROOT / "pipelines/finetune.yaml").read_text()
 
 
+def test_every_step_mounts_the_folder_of_the_claim_that_training_mounts(tmp_path: Path) -> None:
+    compile_pipeline(tmp_path / "a.yaml", {"cluster": json.dumps({"sub_path": "team/a"})})
+    _, platforms = yaml.safe_load_all((tmp_path / "a.yaml").read_text(encoding="utf-8"))
+    executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert {mount["subPath"] for one in executors.values() for mount in one["pvcMount"]} == {
+        "team/a"
+    }
+
+
 def test_steps_and_training_have_the_same_keys() -> None:
     shared = set(PodSettings.model_fields)
     assert set(StepsConfig.model_fields) == shared
