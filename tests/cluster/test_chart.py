@@ -17,6 +17,7 @@ import pytest
 from canvastune import __version__
 from canvastune.config import parse_config
 from canvastune.config.cluster import ClusterConfig
+from pipelines.steps import parse_steps
 from tests.support.cluster_rules import (
     PYTORCHJOB_CRD,
     TRAININGRUNTIME_CRD,
@@ -338,6 +339,8 @@ def test_training_defaults_are_a_valid_section_of_a_recipe(ci: str) -> None:
         == ClusterConfig().mount_path
     ), "the steps mount it there"
     assert set(given) == set(ClusterConfig.model_fields), "a key of the section is left to chance"
+    steps = named(installed(ci), "ConfigMap", "canvastune-training")["data"]["steps.json"]
+    assert parse_steps(steps).resources.limits.keys() == {"cpu", "memory"}
 
 
 @every_ci_file
@@ -380,7 +383,12 @@ def test_trainjob_comes_with_a_runtime_that_trainer_accepts() -> None:
 
 
 def test_what_a_trainjob_cannot_set_is_in_its_runtime() -> None:
-    training = {"backend": "trainjob", "scheduler": "gang", "priorityClass": "low", "restarts": 7}
+    training = {
+        "backend": "trainjob",
+        "scheduler": "gang",
+        "priorityClassName": "low",
+        "restarts": 7,
+    }
     documents = render({"training": training})
     spec = of_kind(documents, "TrainingRuntime")[0]["spec"]["template"]["spec"]
     pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -427,11 +435,14 @@ def test_pipeline_is_uploaded_after_every_install_and_upgrade() -> None:
     assert job["metadata"]["annotations"] == {
         "helm.sh/hook": "post-install,post-upgrade",
         "helm.sh/hook-delete-policy": "before-hook-creation",
+        "argocd.argoproj.io/hook": "Sync",
+        "argocd.argoproj.io/hook-delete-policy": "BeforeHookCreation",
     }
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert [*container["command"], *container["args"]] == [
         *("canvastune", "upload", "--host=http://ml-pipeline.kubeflow.svc.cluster.local:8888"),
-        *("--cluster-file=/etc/canvastune/cluster.json", "--pipeline-name=canvastune-finetune"),
+        *("--cluster-file=/etc/canvastune/cluster.json", "--steps-file=/etc/canvastune/steps.json"),
+        "--pipeline-name=canvastune-finetune",
         f"--pipeline-image=canvastune/pipeline:{__version__}",
     ]
     assert job["spec"]["activeDeadlineSeconds"] < 300, "Helm gives up first, and does not say why"
@@ -478,8 +489,9 @@ def test_notes_show_three_commands_that_fit_the_values(ci: str) -> None:
     notes = texts(ci_values(ci))["canvastune/templates/NOTES.txt"]
     assert "helm test canvastune -n team-a" in notes
     assert "canvastune submit " in notes
-    assert (
-        "https://mlflow.example.com"
-        if ci == "ingress-tls-auth"
-        else "kubectl port-forward -n team-a service/canvastune-mlflow"
-    ) in notes
+    addresses = {
+        "ingress-tls-auth": "https://mlflow.example.com",
+        "company": "http://tools.example.com/mlflow",
+    }
+    forwarded = "kubectl port-forward -n team-a service/canvastune-mlflow"
+    assert addresses.get(ci, forwarded) in notes

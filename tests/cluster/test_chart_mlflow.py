@@ -166,8 +166,11 @@ def test_passwords_have_a_separate_database(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_the_chart_s_command_line_serves_its_names_and_no_others(tmp_path: Path) -> None:
-    documents = render({"mlflow": {"workers": 1}})
+@pytest.mark.parametrize("prefix", ["", "/tools/mlflow"])
+def test_the_chart_s_command_line_serves_its_names_and_no_others(
+    prefix: str, tmp_path: Path
+) -> None:
+    documents = render({"mlflow": {"workers": 1, "pathPrefix": prefix}})
     pod = server(documents)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -181,7 +184,8 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(tmp_path: Path)
         )
 
     def status(host: str, path: str = "/api/2.0/mlflow/experiments/search?max_results=1") -> int:
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": host})
+        url = f"http://127.0.0.1:{port}{prefix}{path}"
+        request = urllib.request.Request(url, headers={"Host": host})
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return int(answer.status)
@@ -223,7 +227,10 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(tmp_path: Path)
         helm_test = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0][
             "command"
         ]
-        subprocess.run([sys.executable, *helm_test[1:], f"http://127.0.0.1:{port}"], check=True)
+        address = f"http://127.0.0.1:{port}{prefix}"
+        subprocess.run([sys.executable, *helm_test[1:], address], check=True)
+        probe = pod["containers"][0]["startupProbe"]["httpGet"]["path"]
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}{probe}", timeout=30).status == 200
         assert (tmp_path / "mlflow.db").is_file(), "the database is not where the claim is mounted"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

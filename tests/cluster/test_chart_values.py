@@ -12,6 +12,12 @@ import pytest
 from tests.support.rendered_chart import texts
 from tools.chart_table import CHART, documented_values, values_table, with_table
 
+_AFFINITIES = [("steps", "nodeAffinity")] + [
+    (section, kind)
+    for section in ("mlflow", "training")
+    for kind in ("nodeAffinity", "podAffinity", "podAntiAffinity")
+]
+
 
 @pytest.fixture(scope="module")
 def chart() -> helm_python.Chart:
@@ -71,10 +77,40 @@ def chart() -> helm_python.Chart:
             "does not match",
         ),
         ({"images": {"pullPolicy": "Sometimes"}}, "/images/pullPolicy", "'IfNotPresent'"),
+        ({"images": {"pullSecrets": [{"secret": "x"}]}}, "/images/pullSecrets/0", "'secret' not"),
         (
-            {"images": {"pullSecrets": [{"name": "x"}]}},
-            "/images/pullSecrets/0",
-            "got object, want string",
+            {"mlflow": {"env": {"MLFLOW_STATIC_PREFIX": "/x"}}},
+            "/mlflow/env/MLFLOW_STATIC_PREFIX",
+            "set mlflow.pathPrefix",
+        ),
+        ({"mlflow": {"env": {"A": {"value": "1"}}}}, "/mlflow/env/A", "missing property"),
+        ({"mlflow": {"pathPrefix": "mlflow/"}}, "/mlflow/pathPrefix", "does not match"),
+        (
+            {"training": {"priorityClass": "x"}},
+            "/training/priorityClass",
+            "training.priorityClassN",
+        ),
+        (
+            {"training": {"extraVolumes": [{"name": "a", "hostPath": {"path": "/"}}]}},
+            "/training/extraVolumes/0",
+            "'hostPath' not allowed",
+        ),
+        ({"steps": {"affinity": {"podAffinity": {}}}}, "/steps/affinity", "'podAffinity' not"),
+        ({"steps": {"env": {"HF_TOKEN": "x"}}}, "/steps/env/HF_TOKEN", "name a secret"),
+        (
+            {"httpRoute": {"enabled": True, "hostnames": ["a.b"]}},
+            "/httpRoute/parentRefs",
+            "at least one Gateway",
+        ),
+        (
+            {"mlflow": {"service": {"type": "NodePort"}}},
+            "/mlflow/extraAllowedHosts",
+            "from outside",
+        ),
+        (
+            {"mlflow": {"persistence": {"accessMode": "ReadWriteMany"}}},
+            "/mlflow/persistence/accessMode",
+            "network file systems corrupt",
         ),
         ({"podSecurity": {"runAsUser": 0}}, "/podSecurity/runAsUser", "minimum"),
         (
@@ -157,10 +193,11 @@ def test_the_schema_has_exactly_the_keys_of_the_values(chart: helm_python.Chart)
     chart.validate_schema({})  # conversely: the schema accepts every key of values.yaml
     resources = {
         f"{where}.resources.{key}"
-        for where in ("mlflow", "pipeline.upload")
+        for where in ("mlflow", "mlflow.backup", "pipeline.upload", "steps", "training")
         for key in ("requests", "limits")
     }
-    assert set(missing(chart.values, keys(schema))) - resources == {"global"}
+    free = resources | {f"{section}.affinity.{kind}" for section, kind in _AFFINITIES}
+    assert set(missing(chart.values, keys(schema))) - free == {"global"}
 
 
 def test_every_value_is_documented_and_the_readme_has_the_same_table() -> None:

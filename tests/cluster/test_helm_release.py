@@ -178,7 +178,7 @@ def test_an_upgrade_and_its_rollback_change_the_server_and_nothing_that_is_kept(
         api.all("Job")["canvastune-upload"]["metadata"]["uid"],
         copy.deepcopy(server(api)),
     )
-    resources = {"requests": {"cpu": "2", "memory": "3Gi"}, "limits": {"memory": "6Gi"}}
+    resources = {"requests": {"cpu": "2", "memory": "3Gi"}, "limits": {"cpu": "4", "memory": "6Gi"}}
     upgrade(helm, {"images": {"mlflow": {"tag": "9.9"}}, "mlflow": {"resources": resources}})
     pod = server(api)["template"]["spec"]
     assert {container["image"] for container in [*pod["initContainers"], *pod["containers"]]} == {

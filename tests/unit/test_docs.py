@@ -403,11 +403,12 @@ def _compiled_with(graph: Block, component: Block, folder: Path) -> Any:
     source = (ROOT / "pipelines" / "finetune.py").read_text()
     lines = [line for line in graph.text.splitlines()[1:] if line]
     own = [line for line in lines if "wordlist" not in line and "checked" not in line]
-    assert all(f"        {line}\n" in source for line in own), (
+    assert all(f"            {line}\n" in source for line in own), (
         f"{graph}: the graph does not have the lines {own}"
     )
-    start, end = source.index(f"        {lines[0]}"), source.index("        keep_node(training)")
-    changed = source[:start] + "".join(f"        {line}\n" for line in lines) + source[end:]
+    start = source.index(f"            {lines[0]}")
+    end = source.index("            keep_node(training)")
+    changed = source[:start] + "".join(f"            {line}\n" for line in lines) + source[end:]
     imported = "from wordlist import wordlist\n"
     sys.path.insert(0, str(folder))
     try:

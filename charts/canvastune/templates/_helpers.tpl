@@ -32,13 +32,128 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if .image.digest -}}@{{ .image.digest }}{{- else -}}:{{ default .root.Chart.AppVersion .image.tag }}{{- end -}}
 {{- end -}}
 
+{{/* Names of pull secrets, each given as a name or as {name: ...}: those of all images and of one section. JSON. */}}
+{{- define "canvastune.pullSecretNames" -}}
+{{- $names := list -}}
+{{- range concat .root.Values.images.pullSecrets (default list .own) -}}
+{{- $names = append $names (kindIs "string" . | ternary . (get (kindIs "map" . | ternary . dict) "name")) -}}
+{{- end -}}
+{{- $names | uniq | toJson -}}
+{{- end -}}
+
 {{- define "canvastune.pullSecrets" -}}
-{{- with .Values.images.pullSecrets -}}
+{{- with include "canvastune.pullSecretNames" (dict "root" .) | fromJsonArray -}}
 imagePullSecrets:
 {{- range . }}
   - name: {{ . }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Annotations of an object: (dict "root" . "own" (dict ...)). Own ones win. */}}
+{{- define "canvastune.annotations" -}}
+{{- with merge (dict) (default dict .own) .root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Variables of a container: (dict "env" ... "secretEnv" ...); a value is text or {valueFrom: ...}. */}}
+{{- define "canvastune.env" -}}
+{{- range $key, $value := .env }}
+- name: {{ $key }}
+  {{- if kindIs "map" $value }}
+  {{- toYaml $value | nindent 2 }}
+  {{- else }}
+  value: {{ $value | quote }}
+  {{- end }}
+{{- end }}
+{{- range $key, $source := .secretEnv }}
+- name: {{ $key }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $source.secret }}
+      key: {{ $source.key }}
+{{- end }}
+{{- end -}}
+
+{{/* Where the pods of a section run: (.Values.steps, for example). */}}
+{{- define "canvastune.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* The bundle of certificates of `steps`, for the chart's own jobs: variables, mount and volume. */}}
+{{- define "canvastune.steps.env" -}}
+{{- $steps := .Values.steps }}
+{{- include "canvastune.env" (dict "env" $steps.env "secretEnv" $steps.secretEnv) }}
+{{- if or $steps.caBundle.configMap $steps.caBundle.secret }}
+{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "CURL_CA_BUNDLE" }}
+- name: {{ . }}
+  value: {{ printf "/etc/canvastune-ca/%s" $steps.caBundle.key }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "canvastune.steps.caMount" -}}
+{{- with .Values.steps.caBundle }}
+{{- if or .configMap .secret }}
+- name: ca-bundle
+  mountPath: /etc/canvastune-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "canvastune.steps.caVolume" -}}
+{{- with .Values.steps.caBundle }}
+{{- if .configMap }}
+- name: ca-bundle
+  configMap:
+    name: {{ .configMap }}
+{{- else if .secret }}
+- name: ca-bundle
+  secret:
+    secretName: {{ .secret }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Settings that `steps` and `training` share, with the names of a recipe: (dict "root" . "section" .Values.steps). JSON.
+A priority class is set by the caller: Kubeflow Pipelines has none for steps. */}}
+{{- define "canvastune.podSettings" -}}
+{{- $ca := .section.caBundle -}}
+{{- $bundle := dict "config_map" (default nil $ca.configMap) "secret" (default nil $ca.secret) "key" $ca.key -}}
+{{- dict
+  "env" .section.env
+  "secret_env" .section.secretEnv
+  "pull_secrets" (include "canvastune.pullSecretNames" (dict "root" .root "own" .section.pullSecrets) | fromJsonArray)
+  "resources" (dict "requests" (default dict .section.resources.requests) "limits" (default dict .section.resources.limits))
+  "node_selector" .section.nodeSelector
+  "tolerations" .section.tolerations
+  "affinity" .section.affinity
+  "priority_class" (default nil .priorityClass)
+  "extra_volumes" .section.extraVolumes
+  "extra_volume_mounts" .section.extraVolumeMounts
+  "ca_bundle" (or $ca.configMap $ca.secret | empty | ternary nil $bundle)
+  | toJson -}}
 {{- end -}}
 
 {{/* PodSecurity restricted, for a pod and for a container. */}}
@@ -115,10 +230,8 @@ capabilities:
 {{- range include "canvastune.mlflow.serviceNames" . | fromJsonArray -}}
 {{- $hosts = concat $hosts (list . (printf "%s:%d" . (int $.Values.mlflow.service.port))) -}}
 {{- end -}}
-{{- if .Values.ingress.enabled -}}
-{{- range .Values.ingress.hosts -}}
+{{- range include "canvastune.mlflow.outerNames" . | fromJsonArray -}}
 {{- $hosts = concat $hosts (list . (printf "%s:*" .)) -}}
-{{- end -}}
 {{- end -}}
 {{- concat $hosts .Values.mlflow.extraAllowedHosts | uniq | join "," -}}
 {{- end -}}
@@ -129,16 +242,46 @@ capabilities:
 {{- range include "canvastune.mlflow.serviceNames" . | fromJsonArray -}}
 {{- $origins = concat $origins (list (printf "http://%s" .) (printf "http://%s:%d" . (int $.Values.mlflow.service.port))) -}}
 {{- end -}}
-{{- if .Values.ingress.enabled -}}
-{{- range .Values.ingress.hosts -}}
+{{- range include "canvastune.mlflow.outerNames" . | fromJsonArray -}}
 {{- $origins = concat $origins (list (printf "https://%s" .) (printf "http://%s" .)) -}}
-{{- end -}}
 {{- end -}}
 {{- concat $origins .Values.mlflow.extraAllowedOrigins | uniq | join "," -}}
 {{- end -}}
 
+{{/* The ingress' hosts, each given as a name or as {host: ..., paths: [...]}. JSON. */}}
+{{- define "canvastune.ingress.hosts" -}}
+{{- $names := list -}}
+{{- $prefix := default "/" .Values.mlflow.pathPrefix -}}
+{{- range .Values.ingress.hosts -}}
+{{- if kindIs "string" . -}}
+{{- $names = append $names . -}}
+{{- else -}}
+{{- $names = append $names .host -}}
+{{- range .paths -}}
+{{- $path := default "/" (trimSuffix "/" (kindIs "string" . | ternary . (get (kindIs "map" . | ternary . dict) "path"))) -}}
+{{- if ne $path $prefix -}}
+{{- fail (printf "ingress.hosts: found path %s, expected %s: MLflow serves below one path, which mlflow.pathPrefix sets (mlflow.pathPrefix: %s)" $path $prefix $path) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $names | toJson -}}
+{{- end -}}
+
+{{/* Host names outside of the cluster, by ingress and by HTTPRoute. JSON. */}}
+{{- define "canvastune.mlflow.outerNames" -}}
+{{- $names := list -}}
+{{- if .Values.ingress.enabled -}}
+{{- $names = concat $names (include "canvastune.ingress.hosts" . | fromJsonArray) -}}
+{{- end -}}
+{{- if .Values.httpRoute.enabled -}}
+{{- $names = concat $names .Values.httpRoute.hostnames -}}
+{{- end -}}
+{{- $names | uniq | toJson -}}
+{{- end -}}
+
 {{- define "canvastune.mlflow.url" -}}
-http://{{ include "canvastune.mlflow.fullname" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.mlflow.service.port }}
+http://{{ include "canvastune.mlflow.fullname" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.mlflow.service.port }}{{ .Values.mlflow.pathPrefix }}
 {{- end -}}
 
 {{/* The run config's section `cluster`, as JSON. A TrainJob has no place for scheduler and pod priority: its runtime has
@@ -147,25 +290,27 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
 {{- $training := .Values.training -}}
 {{- $inRuntime := eq $training.backend "trainjob" -}}
 {{- $env := merge (dict) $training.env (dict "MLFLOW_TRACKING_URI" (include "canvastune.mlflow.url" .)) -}}
-{{- dict
+{{- $settings := include "canvastune.podSettings" (dict "root" . "section" $training) | fromJson -}}
+{{- $limits := $settings.resources.limits -}}
+{{- if and $training.cpuLimit (not (hasKey $limits "cpu")) -}}
+{{- $limits = merge (dict "cpu" (default $training.cpu (get $settings.resources.requests "cpu"))) $limits -}}
+{{- end -}}
+{{- $own := dict
   "backend" $training.backend
   "nodes" (int $training.nodes)
   "image" (include "canvastune.image" (dict "root" . "image" .Values.images.trainer))
-  "pull_secrets" .Values.images.pullSecrets
   "claim" (include "canvastune.workspace.claim" .)
   "mount_path" "/workspace"
+  "sub_path" (default nil .Values.workspace.subPath)
   "gpu_resource" (default nil $training.gpuResource)
   "cpu" $training.cpu
   "memory" $training.memory
   "shm" $training.shm
   "env" $env
-  "secret_env" $training.secretEnv
   "credentials" (default nil .Values.credentials.existingSecret)
   "fs_group" .Values.podSecurity.fsGroup
-  "node_selector" $training.nodeSelector
-  "tolerations" $training.tolerations
   "queue" (default nil $training.queue)
-  "priority_class" (and $inRuntime (not $training.queue) | ternary nil (default nil $training.priorityClass))
+  "priority_class" (and $inRuntime (not $training.queue) | ternary nil (default nil $training.priorityClassName))
   "scheduler" ($inRuntime | ternary nil (default nil $training.scheduler))
   "service_account" (include "canvastune.training.serviceAccount" .)
   "rdma_resource" (default nil $training.rdmaResource)
@@ -175,5 +320,8 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
   "restarts" (int $training.restarts)
   "ttl_hours" $training.ttlHours
   "runtime" (include "canvastune.training.runtime" .)
-  | toPrettyJson -}}
+  "resources" (dict "requests" $settings.resources.requests "limits" $limits)
+  "ca_bundle" (get $settings "ca_bundle")
+-}}
+{{- merge $own $settings | toPrettyJson -}}
 {{- end -}}

@@ -1,0 +1,26 @@
+"""Copy MLflow's SQLite databases consistently while the server runs, and keep the newest copies."""
+
+import pathlib
+import sqlite3
+import sys
+import time
+
+folder, keep = pathlib.Path("/mlflow"), int(sys.argv[1])
+backups = folder / "backups"
+backups.mkdir(exist_ok=True)
+for name in ("mlflow", "auth"):
+    database = folder / f"{name}.db"
+    if not database.exists():
+        continue
+    made = backups / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.db"
+    partial = made.with_suffix(".partial")
+    with sqlite3.connect(database) as source, sqlite3.connect(partial) as copy:
+        source.backup(copy)
+        (state,) = copy.execute("PRAGMA integrity_check").fetchone()
+    if state != "ok":
+        sys.exit(f"{database}: the copy is damaged: {state}")
+    partial.rename(made)
+    print(f"{made}: {made.stat().st_size} bytes")
+    for old in sorted(backups.glob(f"{name}-*.db"))[:-keep]:
+        old.unlink()
+        print(f"{old}: removed")

@@ -1,0 +1,489 @@
+"""Values as teams write them: each gives what is right, or is refused with the form that is right."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+
+from canvastune.config import parse_config
+from canvastune.config.cluster import parse_quantity
+from components.jobs.manifests import JobContext, manifest
+from pipelines.submit import compile_pipeline
+from tests.support.cluster_rules import pod_security_problems, pod_specs
+from tests.support.rendered_chart import (
+    CI,
+    ci_values,
+    cluster,
+    flag,
+    named,
+    of_kind,
+    render,
+    server,
+    texts,
+)
+from tools.chart_table import CHART
+
+PROXY = {
+    "HTTPS_PROXY": "http://proxy.example.com:3128",
+    "NO_PROXY": ".svc,.cluster.local,10.0.0.0/8",
+}
+FROM = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}]
+ALL = {  # every optional object and setting at once
+    "commonAnnotations": {"team": "a"},
+    "images": {"pullSecrets": ["one", {"name": "two"}]},
+    "mlflow": {
+        "pathPrefix": "/mlflow",
+        "backup": {"enabled": True},
+        "priorityClassName": "high",
+        "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
+        "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca"}],
+        "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
+    },
+    "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
+    "httpRoute": {
+        "enabled": True,
+        "hostnames": ["gateway.example.com"],
+        "parentRefs": [{"name": "shared", "namespace": "gateways"}],
+    },
+    "networkPolicy": {"from": FROM},
+    "steps": {
+        "env": PROXY,
+        "caBundle": {"configMap": "company-ca"},
+        "nodeSelector": {"pool": "cpu"},
+        "tolerations": [{"key": "team", "operator": "Exists"}],
+    },
+    "training": {"backend": "trainjob", "caBundle": {"secret": "company-ca"}},
+}
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises((helm_python.HelmValuesError, helm_python.HelmError)) as refused:
+        render(values)
+    return str(refused.value)
+
+
+def env_of(container: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+
+
+def steps(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the steps, as the upload job gets them."""
+    text = named(documents, "ConfigMap", "canvastune-training")["data"]["steps.json"]
+    return dict(json.loads(text))
+
+
+# --- values that are taken
+
+
+def test_a_claim_takes_annotations_of_argo_cd() -> None:
+    annotations = {
+        "argocd.argoproj.io/sync-wave": "1",
+        "argocd.argoproj.io/sync-options": "Prune=false",
+    }
+    documents = render({"workspace": {"annotations": annotations}})
+    claim = named(documents, "PersistentVolumeClaim", "canvastune-workspace")
+    assert claim["metadata"]["annotations"] == {**annotations, "helm.sh/resource-policy": "keep"}
+
+
+@pytest.mark.parametrize(
+    ("training", "limit"),
+    [
+        ({}, "32"),
+        ({"cpu": "32", "resources": {"limits": {"cpu": "32", "memory": "512Gi"}}}, "32"),
+        ({"cpu": "16"}, "16"),
+        ({"resources": {"limits": {"cpu": "64"}}}, "64"),
+        ({"cpuLimit": False}, None),
+    ],
+)
+def test_training_pods_have_a_limit_of_cpu(training: dict[str, Any], limit: str | None) -> None:
+    section = cluster(render({"training": training}))
+    config = parse_config({"name": "run", "data": {"source": "x"}, "cluster": section})
+    job = manifest(config, JobContext("id", PurePath("/workspace/runs/a"), ("m",)))
+    (_, pod), *_ = pod_specs(job)
+    assert pod["containers"][0]["resources"]["limits"].get("cpu") == limit
+
+
+def test_a_company_s_authority_reaches_mlflow() -> None:
+    documents = render(
+        {
+            "mlflow": {
+                "artifacts": {
+                    "destination": "s3://mlflow/artifacts",
+                    "s3": {
+                        "endpoint": "https://minio.storage.svc:9000",
+                        "existingSecret": {"name": "mlflow-s3"},
+                    },
+                },
+                "env": {"AWS_CA_BUNDLE": "/etc/company-ca/ca.crt"},
+                "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
+                "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca"}],
+            }
+        }
+    )
+    pod = server(documents)
+    for container in [*pod["initContainers"], *pod["containers"]]:
+        assert env_of(container)["AWS_CA_BUNDLE"] == "/etc/company-ca/ca.crt"
+        assert "/etc/company-ca" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert {"name": "ca", "configMap": {"name": "company-ca"}} in pod["volumes"]
+
+
+def test_a_variable_can_come_from_a_secret() -> None:
+    source = {"secretKeyRef": {"name": "aws", "key": "token"}}
+    values = {"mlflow": {"env": {"A": "true", "AWS_SESSION_TOKEN": {"valueFrom": source}}}}
+    given = env_of(server(render(values))["containers"][0])
+    assert (given["A"], given["AWS_SESSION_TOKEN"]) == ("true", source)
+
+
+def test_pull_secrets_are_taken_in_both_forms_for_every_pod() -> None:
+    documents = render(
+        {
+            "images": {
+                "registry": "registry.example.com/ml",
+                "pullSecrets": [{"name": "regcred"}, "other"],
+            },
+            "training": {"pullSecrets": ["gpu"]},
+        }
+    )
+    names = ["regcred", "other"]
+    for document in documents:
+        for _, pod in pod_specs(document):
+            assert pod["imagePullSecrets"] == [{"name": name} for name in names]
+    assert cluster(documents)["pull_secrets"] == [*names, "gpu"]
+    assert steps(documents)["pull_secrets"] == names
+
+
+def test_a_proxy_for_training_does_not_replace_mlflow_s_address() -> None:
+    given = cluster(render({"training": {"env": PROXY}}))["env"]
+    assert PROXY.items() < given.items()
+    assert given["MLFLOW_TRACKING_URI"].startswith("http://canvastune-mlflow.team-a")
+
+
+def test_a_folder_of_a_shared_claim_is_mounted_everywhere(tmp_path: Path) -> None:
+    values = {
+        "workspace": {"existingClaim": "team-share", "subPath": "canvastune"},
+        "training": {"backend": "trainjob"},
+    }
+    documents = render(values)
+    section = cluster(documents)
+    assert (section["claim"], section["sub_path"]) == ("team-share", "canvastune")
+    compile_pipeline(tmp_path / "a.yaml", {"cluster": json.dumps(section)})
+    assert (tmp_path / "a.yaml").read_text().count("subPath: canvastune") >= 8
+    (_, pod), *_ = pod_specs(of_kind(documents, "TrainingRuntime")[0])
+    assert [m.get("subPath") for m in pod["containers"][0]["volumeMounts"]] == [
+        None,
+        None,
+        "canvastune",
+    ]
+
+
+def test_mlflow_takes_a_priority_and_is_placed() -> None:
+    mlflow = {
+        "affinity": {"nodeAffinity": {}},
+        "priorityClassName": "high",
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+    }
+    pod = server(render({"mlflow": mlflow}))
+    assert {key: pod[key] for key in mlflow} == mlflow
+    assert "affinity" not in server(render({"mlflow": {"affinity": {}}}))
+
+
+def test_the_steps_get_what_the_chart_is_given_and_so_do_its_own_jobs() -> None:
+    documents = render(ALL)
+    given = steps(documents)
+    assert given["env"] == PROXY
+    assert given["ca_bundle"] == {"config_map": "company-ca", "secret": None, "key": "ca.crt"}
+    assert cluster(documents)["ca_bundle"]["secret"] == "company-ca"
+    pod = of_kind(documents, "Job")[0]["spec"]["template"]["spec"]
+    assert env_of(pod["containers"][0])["SSL_CERT_FILE"] == "/etc/canvastune-ca/ca.crt"
+    assert env_of(pod["containers"][0])["HTTPS_PROXY"] == PROXY["HTTPS_PROXY"]
+    assert pod["nodeSelector"] == {"pool": "cpu"}
+    assert {"name": "ca-bundle", "configMap": {"name": "company-ca"}} in pod["volumes"]
+
+
+# --- a path of a shared host
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        ["tools.example.com"],
+        [{"host": "tools.example.com", "paths": [{"path": "/mlflow", "pathType": "Prefix"}]}],
+        [{"host": "tools.example.com", "paths": ["/mlflow"]}],
+    ],
+)
+def test_one_value_moves_everything_below_a_path(hosts: list[Any]) -> None:
+    values = {
+        "mlflow": {"pathPrefix": "/mlflow"},
+        "ingress": {"enabled": True, "className": "nginx", "hosts": hosts},
+        "networkPolicy": {"from": FROM},
+    }
+    documents = render(values)
+    container = server(documents)["containers"][0]
+    assert flag(container, "static-prefix") == ["/mlflow"]
+    assert "tools.example.com" in flag(container, "allowed-hosts")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/mlflow/health"
+    assert cluster(documents)["env"]["MLFLOW_TRACKING_URI"].endswith(":5000/mlflow")
+    (rule,) = of_kind(documents, "Ingress")[0]["spec"]["rules"]
+    assert (rule["host"], rule["http"]["paths"][0]["path"]) == ("tools.example.com", "/mlflow")
+    test = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0]
+    assert all(address.endswith(":5000/mlflow") for address in test["args"])
+    notes = texts(values)["canvastune/templates/NOTES.txt"]
+    assert "http://tools.example.com/mlflow" in notes
+
+
+def test_a_path_of_the_ingress_that_mlflow_does_not_serve_is_refused() -> None:
+    hosts = [{"host": "tools.example.com", "paths": [{"path": "/mlflow", "pathType": "Prefix"}]}]
+    values: dict[str, Any] = {"ingress": {"enabled": True, "hosts": hosts}}
+    assert "pods of the ingress controller" in refusal(values)
+    values["networkPolicy"] = {"from": FROM}
+    assert "found path /mlflow, expected /" in refusal(values)
+    assert "mlflow.pathPrefix: /mlflow" in refusal(values)
+
+
+def test_a_gateway_routes_to_the_same_path() -> None:
+    (route,) = of_kind(render(ALL), "HTTPRoute")
+    (rule,) = route["spec"]["rules"]
+    assert rule["matches"][0]["path"] == {"type": "PathPrefix", "value": "/mlflow"}
+    assert rule["backendRefs"] == [{"name": "canvastune-mlflow", "port": 5000}]
+    hosts = flag(server(render(ALL))["containers"][0], "allowed-hosts")
+    assert {"gateway.example.com", "tools.example.com"} <= set(hosts)
+
+
+def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
+    values = {
+        "ingress": {"enabled": True, "hosts": ["*.apps.example.com"]},
+        "networkPolicy": {"enabled": False},
+    }
+    assert "*.apps.example.com" in flag(server(render(values))["containers"][0], "allowed-hosts")
+    assert "at a name of:" in texts(values)["canvastune/templates/NOTES.txt"]
+
+
+# --- values that are refused, with the form that is right
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"pipeline": {"env": PROXY}, "training": {"env": PROXY}},
+            "the steps have it in steps.env",
+        ),
+        ({"mlflow": {"service": {"type": "LoadBalancer", "port": 80}}}, "reached from outside"),
+        ({"mlflow": {"service": {"type": "LoadBalancer", "port": 80}}}, "ipBlock: {cidr:"),
+        (
+            {
+                "mlflow": {
+                    "database": {"existingSecret": {"name": "pg-app"}},
+                    "artifacts": {"destination": "mlflow-artifacts:/"},
+                }
+            },
+            "the store itself, such as s3://bucket/prefix",
+        ),
+        (
+            {
+                "mlflow": {
+                    "persistence": {"storageClass": "nfs-client", "accessMode": "ReadWriteMany"},
+                    "workers": 4,
+                }
+            },
+            "set mlflow.database.existingSecret.name",
+        ),
+        (
+            {
+                "mlflow": {"env": {"MLFLOW_STATIC_PREFIX": "/mlflow"}},
+                "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
+                "networkPolicy": {"from": FROM},
+            },
+            "absent: set mlflow.pathPrefix",
+        ),
+        ({"training": {"env": {"NCCL_IB_DISABLE": 1}}}, "got number, want string"),
+        ({"training": {"env": {"NCCL_P2P_DISABLE": True}}}, "got boolean, want string"),
+        (
+            {"mlflow": {"env": {"MLFLOW_S3_IGNORE_TLS": True}}},
+            "got boolean, want string or object",
+        ),
+        (
+            {
+                "mlflow": {
+                    "database": {"existingSecret": {"name": "pg"}},
+                    "backup": {"enabled": True},
+                }
+            },
+            "there is no SQLite database",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_the_form_that_is(
+    values: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(values)
+
+
+def test_a_load_balancer_is_taken_with_what_it_needs() -> None:
+    documents = render(
+        {
+            "mlflow": {
+                "service": {"type": "LoadBalancer", "port": 80},
+                "extraAllowedHosts": ["mlflow.corp.example"],
+            },
+            "networkPolicy": {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
+        }
+    )
+    assert of_kind(documents, "Service")[0]["spec"]["type"] == "LoadBalancer"
+
+
+# --- every pod in a namespace with a quota, a LimitRange and PodSecurity restricted
+
+FILES = {
+    **{name: ci_values(name) for name in CI},
+    "all": ALL,
+    "openshift": {
+        "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+        "mlflow": {"backup": {"enabled": True}},
+    },
+}
+LIMIT_RANGE = {"cpu": ("10m", "128"), "memory": ("32Mi", "2Ti"), "ratio": 10.0}
+
+
+def every_pod(values: dict[str, Any], tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every pod: the chart's, the training job's, the evaluation's and the steps'."""
+    documents = render(values)
+    for document in documents:
+        for path, pod in pod_specs(document):
+            yield f"{document['kind']} {document['metadata']['name']} {path}", pod
+    config = parse_config({"name": "run", "data": {"source": "x"}, "cluster": cluster(documents)})
+    if config.cluster.backend == "pytorchjob":
+        for role in ("train", "evaluate"):
+            context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)  # type: ignore[arg-type]
+            for path, pod in pod_specs(manifest(config, context)):
+                yield f"{role} {path}", pod
+    elif config.cluster.backend == "trainjob":
+        job = manifest(config, JobContext("id", PurePath("/workspace/runs/run"), ("m",)))
+        for path, patched in pod_specs(job):
+            pod = copy.deepcopy(patched)
+            pod["containers"][0]["resources"] = job["spec"]["trainer"]["resourcesPerNode"]
+            yield f"train {path}", pod
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_pod_is_admitted_with_quota_limit_range_and_restricted(
+    name: str, tmp_path: Path
+) -> None:
+    problems, seen = [], 0
+    for where, pod in every_pod(FILES[name], tmp_path):
+        problems += [f"{where}: {problem}" for problem in pod_security_problems(pod)]
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            seen += 1
+            problems += [
+                f"{where}: {container['name']}: {problem}"
+                for problem in _quantities(container.get("resources") or {})
+            ]
+    assert not problems, "\n".join(problems)
+    assert seen >= 6
+
+
+def _quantities(resources: dict[str, Any]) -> Iterator[str]:
+    """Yield what a quota on requests and limits of cpu and memory, or a LimitRange, refuses."""
+    for name in ("cpu", "memory"):
+        low, high = LIMIT_RANGE[name]  # type: ignore[misc]
+        found = {kind: (resources.get(kind) or {}).get(name) for kind in ("requests", "limits")}
+        if None in found.values():
+            yield f"must specify {' and '.join(k for k, v in found.items() if v is None)} of {name}"
+            continue
+        request, limit = (parse_quantity(str(value)) for value in found.values())
+        if not parse_quantity(low) <= request <= limit <= parse_quantity(high):
+            yield f"{name} {request} to {limit} is outside of {low} to {high}"
+        if limit / request > LIMIT_RANGE["ratio"]:  # type: ignore[operator]
+            yield f"limit of {name} is {limit / request:g} times the request"
+
+
+@pytest.mark.parametrize("name", ["default", "company"])
+def test_every_step_of_the_compiled_graph_specifies_its_resources(
+    name: str, tmp_path: Path
+) -> None:
+    settings = json.dumps(steps(render(ci_values(name))))
+    compile_pipeline(tmp_path / "a.yaml", {"steps": settings})
+    tree = next(iter(yaml.safe_load_all((tmp_path / "a.yaml").read_text())))
+    for executor in tree["deploymentSpec"]["executors"].values():
+        given = executor["container"]["resources"]
+        resources = {
+            "requests": {
+                "cpu": given["resourceCpuRequest"],
+                "memory": given["resourceMemoryRequest"],
+            },
+            "limits": {"cpu": given["resourceCpuLimit"], "memory": given["resourceMemoryLimit"]},
+        }
+        assert list(_quantities(resources)) == []
+
+
+# --- objects and annotations
+
+
+def test_common_annotations_are_on_every_object_and_own_ones_stay() -> None:
+    for document in render(ALL):
+        assert document["metadata"]["annotations"]["team"] == "a", document["kind"]
+    (job,) = of_kind(render(ALL), "Job")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"
+
+
+@pytest.mark.parametrize("name", ["default", "all"])
+def test_rendering_without_a_cluster_gives_the_same_twice(name: str) -> None:
+    """As Argo CD and Flux do: `helm template`, which looks nothing up; a difference is a change."""
+    first, again = texts(FILES[name]), texts(FILES[name], revision=9)
+    assert first == again
+    for path in (CHART / "templates").rglob("*"):
+        if path.is_file():
+            words = path.read_text(encoding="utf-8")
+            assert not any(f in words for f in ("lookup ", "randAlpha", "now |", "genCA")), path
+
+
+def test_argo_cd_uploads_without_waiting_for_a_claim_that_waits_for_its_first_pod() -> None:
+    (job,) = of_kind(render({}), "Job")
+    assert job["metadata"]["annotations"]["argocd.argoproj.io/hook"] == "Sync"
+    other = {"argocd.argoproj.io/hook": "Skip"}
+    (job,) = of_kind(render({"pipeline": {"upload": {"annotations": other}}}), "Job")
+    assert job["metadata"]["annotations"]["argocd.argoproj.io/hook"] == "Skip"
+
+
+def test_several_servers_have_a_disruption_budget_and_one_has_none() -> None:
+    (budget,) = of_kind(render(ci_values("postgres-s3")), "PodDisruptionBudget")
+    labels = server_labels(render(ci_values("postgres-s3")))
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert not of_kind(render({}), "PodDisruptionBudget"), "its node could not be drained"
+
+
+def server_labels(documents: list[dict[str, Any]]) -> dict[str, str]:
+    template = of_kind(documents, "Deployment")[0]["spec"]["template"]
+    return dict(template["metadata"]["labels"])
+
+
+def test_a_backup_is_a_whole_database_and_only_the_newest_are_kept(tmp_path: Path) -> None:
+    """Run the script of the backup's container."""
+    (job,) = of_kind(render({"mlflow": {"backup": {"enabled": True, "keep": 2}}}), "CronJob")
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("create table runs (name text)")
+        database.execute("insert into runs values ('a')")
+    (tmp_path / "backups").mkdir()
+    for day in ("20200101", "20200102"):
+        (tmp_path / "backups" / f"mlflow-{day}-000000.db").touch()
+    script = container["command"][-1].replace('"/mlflow"', repr(str(tmp_path)))
+    subprocess.run([sys.executable, "-c", script, *container["args"]], check=True)
+    kept = sorted(file.name for file in (tmp_path / "backups").iterdir())
+    assert len(kept) == 2
+    assert kept[0] == "mlflow-20200102-000000.db"
+    with sqlite3.connect(tmp_path / "backups" / kept[1]) as copy_:
+        assert copy_.execute("select name from runs").fetchall() == [("a",)]
