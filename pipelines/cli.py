@@ -86,6 +86,18 @@ def _prepare(options: argparse.Namespace) -> None:
     logger.info("", extra=event("prepared", folder=str(options.output), **counts))
 
 
+def _fetch(options: argparse.Namespace) -> None:
+    from canvastune.checkpoint.fetch import fetch_model
+    from canvastune.preparation.sources import open_sources
+
+    config = _load_config(options)
+    fetch_model(config.model)
+    for source in open_sources(config.data):  # downloads what is on the Hub
+        logger.info(
+            f"data: {source.source.label}", extra=event("fetched", data=source.source.label)
+        )
+
+
 def _report(options: argparse.Namespace) -> None:
     from canvastune.report.build import build_report
     from components.earlier_runs import find_compared, find_run
@@ -220,6 +232,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "plan": _plan,
     "prepare": _prepare,
+    "fetch": _fetch,
     "report": _report,
     "sync": _sync,
     "compile": _compile,

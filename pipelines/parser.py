@@ -104,6 +104,12 @@ cluster.yaml holds settings of a recipe's section `cluster`:
   backend: pytorchjob
   image: registry.example/canvastune/trainer:0.1.0
   claim: canvastune-workspace"""
+_FETCH = """Downloads to HF_HOME, on a cluster the workspace, so that runs need no Hub (HF_HUB_OFFLINE=1).
+Room is checked before, size and SHA-256 of every file after; an interrupted download continues.
+
+examples:
+  canvastune fetch pipelines/recipes/gsm8k_lora.yaml
+  HF_HOME=/data/huggingface canvastune fetch my.yaml --set model.revision=main"""
 _DOCTOR = """Changes nothing and downloads no weights. The cluster is checked if there is a
 kubeconfig or a pod's service account.
 
@@ -187,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
         "prepare", _PREPARE, "read, check, split and tokenize a recipe's data", [recipe, logs]
     )
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("fetch", _FETCH, "download a recipe's model and data to the Hub's cache", [recipe, logs])
     report = add(
         "report", _REPORT, "write a run's report again, compared with other runs", [compare]
     )

@@ -17,6 +17,7 @@ from canvastune.errors import UserError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*")
+PATTERNS = (*_TEXT, *_WEIGHTS)
 
 
 def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
@@ -42,7 +43,7 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
             f"model.id: folder not found: {config.id}",
             hint="Check the path; `canvastune make-tiny-model DIR` writes a small model.",
         )
-    patterns = [*_TEXT, *(_WEIGHTS if weights else ())]
+    patterns = list(PATTERNS if weights else _TEXT)
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except RepositoryNotFoundError:

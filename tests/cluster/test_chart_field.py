@@ -50,6 +50,7 @@ ALL = {  # every optional object and setting at once
         "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
     },
     "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
+    "workspace": {"fetch": {"enabled": True, "data": {"source": "openai/gsm8k"}}},
     "httpRoute": {
         "enabled": True,
         "hostnames": ["gateway.example.com"],
@@ -205,7 +206,7 @@ def test_the_steps_get_what_the_chart_is_given_and_so_do_its_own_jobs() -> None:
     assert given["env"] == PROXY
     assert given["ca_bundle"] == {"config_map": "company-ca", "secret": None, "key": "ca.crt"}
     assert cluster(documents)["ca_bundle"]["secret"] == "company-ca"
-    pod = of_kind(documents, "Job")[0]["spec"]["template"]["spec"]
+    pod = named(documents, "Job", "canvastune-upload")["spec"]["template"]["spec"]
     assert env_of(pod["containers"][0])["SSL_CERT_FILE"] == "/etc/canvastune-ca/ca.crt"
     assert env_of(pod["containers"][0])["HTTPS_PROXY"] == PROXY["HTTPS_PROXY"]
     assert pod["nodeSelector"] == {"pool": "cpu"}
@@ -429,13 +430,31 @@ def test_every_step_of_the_compiled_graph_specifies_its_resources(
         assert list(_quantities(resources)) == []
 
 
+def test_the_fetch_job_has_a_recipe_and_another_name_for_another_model() -> None:
+    def rendered(**fetch: Any) -> tuple[str, dict[str, Any]]:
+        given = {"enabled": True, "data": {"source": "openai/gsm8k"}, **fetch}
+        documents = render({"workspace": {"subPath": "a", "fetch": given}})
+        (job,) = [one for one in of_kind(documents, "Job") if "fetch" in one["metadata"]["name"]]
+        name = job["metadata"]["name"]
+        recipe = yaml.safe_load(named(documents, "ConfigMap", name)["data"]["recipe.yaml"])
+        pod = job["spec"]["template"]["spec"]
+        assert pod["containers"][0]["volumeMounts"][2]["subPath"] == "a"
+        assert env_of(pod["containers"][0])["HF_HOME"] == "/workspace/huggingface"
+        return name, recipe
+
+    (name, recipe), (other, _) = rendered(), rendered(model={"id": "a/b"})
+    assert parse_config(recipe).data.source == "openai/gsm8k"
+    assert name != other, "Kubernetes refuses to change a job"
+    assert "minProperties" in refusal({"workspace": {"fetch": {"enabled": True}}})
+
+
 # --- objects and annotations
 
 
 def test_common_annotations_are_on_every_object_and_own_ones_stay() -> None:
     for document in render(ALL):
         assert document["metadata"]["annotations"]["team"] == "a", document["kind"]
-    (job,) = of_kind(render(ALL), "Job")
+    job = named(render(ALL), "Job", "canvastune-upload")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"
 
 

@@ -193,7 +193,14 @@ def test_the_schema_has_exactly_the_keys_of_the_values(chart: helm_python.Chart)
     chart.validate_schema({})  # conversely: the schema accepts every key of values.yaml
     resources = {
         f"{where}.resources.{key}"
-        for where in ("mlflow", "mlflow.backup", "pipeline.upload", "steps", "training")
+        for where in (
+            "mlflow",
+            "mlflow.backup",
+            "pipeline.upload",
+            "steps",
+            "training",
+            "workspace.fetch",
+        )
         for key in ("requests", "limits")
     }
     free = resources | {f"{section}.affinity.{kind}" for section, kind in _AFFINITIES}
