@@ -26,6 +26,7 @@ COMMANDS = (
     "demo",
     "plan",
     "prepare",
+    "fetch",
     "report",
     "sync",
     "compile",
