@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapter
 from canvastune.checkpoint.peft_adapter import Adapter, each_expert, read_adapter
@@ -59,6 +60,7 @@ def merge_lora(
         checkpoint = CheckpointReader(base)
         trained = read_adapter(adapter, checkpoint, config.model.id)
         copy_side_files(base, folder)
+        write_generation_file(base, folder)
         with CheckpointWriter(folder, checkpoint.specs()) as writer:
             written = 0
             for name in checkpoint.names():

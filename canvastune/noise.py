@@ -130,6 +130,26 @@ def validation_draws(
     )
 
 
+def answer_uniforms(
+    seed: int, question: str, block: int, step: int, canvas_length: int
+) -> torch.Tensor:
+    """Return what chooses the tokens of a denoising step at inference, float64[C] in [0, 1).
+
+    Like `answer_canvas` it depends on nothing but its arguments: an answer is the same alone and
+    beside others, on any number of devices.
+    """
+    generator = _generator("answer", seed, question, block, step, "choice")
+    return torch.from_numpy(generator.random(canvas_length))
+
+
+def answer_canvas(
+    seed: int, question: str, block: int, step: int, canvas_length: int, vocab_size: int
+) -> torch.Tensor:
+    """Return uniform tokens, int64[C]: what a block starts from (step 0) or is renoised with."""
+    generator = _generator("answer", seed, question, block, step, "canvas")
+    return torch.from_numpy(generator.integers(0, vocab_size, canvas_length))
+
+
 def epoch_order(seed: int, epoch: int, rows: int, source: int = 0) -> np.ndarray:
     """Return int64[rows]: the order in which an epoch of a source visits its rows."""
     parts = ("order", seed, epoch, source) if source else ("order", seed, epoch)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
+from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.peft_adapter import write_adapter
 from canvastune.config import RunConfig
@@ -44,6 +45,7 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
         return
     with atomic_directory(out) as partial:
         copy_side_files(base, partial)
+        write_generation_file(base, partial)
         with CheckpointWriter(partial, checkpoint.specs()) as writer:
             for name in checkpoint.names():
                 # No variable holds the tensor, so that the last one is freed before the next one is

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.utils import logging
 
+from canvastune.checkpoint.generation_config import read_generation_file
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.errors import UserError
 
@@ -38,6 +39,8 @@ def load_stock(
             dtype=dtype or "auto",
             device_map=device,
             local_files_only=True,
+            # Stock refuses to load a model for one unknown key of this file.
+            generation_config=read_generation_file(folder).stock(),
             output_loading_info=True,
         )
     model, report = loaded

@@ -455,20 +455,74 @@ class ParallelConfig(StrictModel):
     )
 
 
+class SamplerConfig(StrictModel):
+    """How answers are denoised; default of each key: what the base's generation_config.json has,
+    else DiffusionGemma's own.
+    """
+
+    steps: int | None = Field(
+        None, ge=1, description="maximum number of denoising steps per block (max_denoising_steps)"
+    )
+    entropy_bound: float | None = Field(
+        None,
+        gt=0,
+        description="nats; a step accepts the surest places until their summed entropy is above it",
+    )
+    t_min: float | None = Field(
+        None, ge=0, description="temperature that a block's schedule goes down to"
+    )
+    t_max: float | None = Field(
+        None, gt=0, description="temperature that a block's schedule starts from"
+    )
+    stability_threshold: int | None = Field(
+        None,
+        ge=0,
+        description="a block may end when this many steps left its likeliest tokens as they were",
+    )
+    confidence_threshold: float | None = Field(
+        None,
+        ge=0,
+        description="nats; a stable block ends when its mean entropy is below this; 0: never",
+    )
+    self_conditioning: bool = Field(
+        True, description="whether a step is given what the one before it expects"
+    )
+
+
 class EvaluateConfig(StrictModel):
     """Answers before and after training, on held-out rows."""
 
     rows: int = Field(64, ge=1, description="number of held-out rows to answer")
-    batch_size: int = Field(8, ge=1, description="rows answered at once")
-    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens per answer")
-    max_denoising_steps: int = Field(
-        48, ge=1, description="maximum number of denoising steps per block"
+    batch_size: int = Field(
+        8, ge=1, description="rows answered at once; answers do not depend on it"
     )
+    max_new_tokens: int = Field(
+        1024,
+        ge=1,
+        description="tokens after which an answer is cut, if the model has not ended it before",
+    )
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     answer_pattern: str | None = Field(
         r"####\s*(-?[\d.,]+)",
         description="regular expression whose last match's group 1 is the answer that exact match "
         "compares; null: no exact match, for data whose answers have no such form",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_name(cls, found: Any) -> Any:
+        """Take `max_denoising_steps`, the name until 0.9, for `sampler.steps`."""
+        if not isinstance(found, dict) or "max_denoising_steps" not in found:
+            return found
+        rest = dict(found)
+        steps, sampler = rest.pop("max_denoising_steps"), rest.get("sampler") or {}
+        if not isinstance(sampler, dict) or sampler.get("steps", steps) not in (None, steps):
+            raise InvalidSetting(
+                f"evaluate.max_denoising_steps ({steps}) is the earlier name of "
+                f"evaluate.sampler.steps, and both are set",
+                hint="Remove evaluate.max_denoising_steps.",
+            )
+        return rest | {"sampler": {**sampler, "steps": steps}}
 
     @field_validator("answer_pattern")
     @classmethod
@@ -569,6 +623,12 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        low, high = self.evaluate.sampler.t_min, self.evaluate.sampler.t_max
+        if low is not None and high is not None and low > high:
+            raise InvalidSetting(
+                f"evaluate.sampler.t_min ({low}) is above evaluate.sampler.t_max ({high})",
+                hint="Lower evaluate.sampler.t_min.",
+            )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise InvalidSetting(
                 f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr "

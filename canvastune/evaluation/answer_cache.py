@@ -52,11 +52,11 @@ class AnswerCache:
 
     def get(self, key: Mapping[str, Any]) -> Any:
         """Return the result for a key; None if there is none."""
-        return self._results.get(_hash_key(key))
+        return self._results.get(hash_key(key))
 
     def put(self, key: Mapping[str, Any], result: Any) -> None:
         """Write a result to the disk. Raises: UserError, the disk is full."""
-        digest = _hash_key(key)
+        digest = hash_key(key)
         line = json.dumps({"piece": digest, "result": result}).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
@@ -103,5 +103,6 @@ class AnswerCache:
             ) from None
 
 
-def _hash_key(key: Mapping[str, Any]) -> str:
+def hash_key(key: Mapping[str, Any]) -> str:
+    """Return what a result is found by."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,15 @@ import torch
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from canvastune.checkpoint.generation_config import (
+    SamplerSettings,
+    read_generation_file,
+    sampler_settings,
+)
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.denoising_trace import DenoisingTrace, select_frames
+from canvastune.evaluation.denoising_trace import select_frames
+from canvastune.evaluation.sampler import KeyedNoise, Sampler
 
 # Special tokens that stay in an answer's text; all others are left out of it.
 _THINKING, _THINKING_END = "<|channel>", "<channel|>"
@@ -105,12 +111,6 @@ def _open_thinking(
     return ""
 
 
-def batch_questions(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Group questions of similar length into batches: padding is computed like any other token."""
-    ordered = sorted(questions, key=lambda question: (len(question.tokens), question.id))
-    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
-
-
 def hash_questions(questions: Sequence[Question]) -> str:
     """Return a hash that two evaluations share if their questions and references are the same."""
     asked = sorted((question.id, question.text, question.reference) for question in questions)
@@ -151,85 +151,104 @@ def _compact(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def generate_answers(
-    model: Any,
-    batch: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluateConfig,
-    seed: int,
-    traced: str | None,
-    ends: Collection[int] = (),
-) -> dict[str, Any]:
-    """Generate answers to a batch of questions with a stock model.
+@dataclass(frozen=True)
+class Answering:
+    """What an answer depends on beside model, question and seed."""
 
-    Prompts are padded on the left, which stock `generate` masks exactly, sliding layers included (a
-    test compares). Generation stops when every answer of the batch has ended.
+    sampler: SamplerSettings
+    max_new_tokens: int
+    stops: tuple[int, ...]  # tokens that end an answer
+
+
+def answering(base: Path, model: Any, config: EvaluateConfig, ends: Collection[int]) -> Answering:
+    """Read how the base and a model tuned from it are asked.
 
     Args:
-        seed: the run's seed. The batch's own seed is derived from it and the rows of the batch, so
-            it is the same before and after, whatever was generated earlier. In another batch a row
-            is denoised from other noise.
-        traced: id of the question whose denoising is recorded.
+        base: folder of the base, whose generation_config.json counts where the recipe says nothing.
+        model: its configuration, which names the token that ends an answer if the file does not.
         ends: tokens that end an answer, in addition to those that the checkpoint names.
 
-    Returns:
-        {"texts": by question id, with the markers of thinking and of tool calls,
-        "tokens": generated, including those that end an answer,
-        "seconds", "tokens_per_forward": `generate`'s own figure, summed over the questions,
-        "trace": frames, or None if the question is not in the batch}
+    Raises:
+        UserError: as `sampler_settings`.
+    """
+    stops = read_generation_file(base).stops
+    if not stops:
+        named = model.text_config.eos_token_id
+        stops = tuple(named) if isinstance(named, list) else (named,)
+    return Answering(
+        sampler_settings(base, config.sampler),
+        config.max_new_tokens,
+        tuple(sorted({*stops, *ends})),
+    )
+
+
+def generate_answers(
+    model: Any,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    how: Answering,
+    seed: int,
+    rows: int,
+    traced: str | None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each question's id and answer, in the order in which the answers end.
+
+    An answer depends on the seed and its question, not on what is asked beside it or was before.
+
+    Args:
+        rows: questions that are answered at once.
+        traced: id of the question whose denoising is recorded.
+
+    Yields:
+        id, {"text": with the markers of thinking and of tool calls,
+        "tokens": generated, including the one that ends the answer,
+        "forwards": denoising steps,
+        "cut": whether the answer was cut at the limit of tokens,
+        "seconds": since the answer before; they add up to the time of all,
+        "trace": frames, or None if the question is not traced}
 
     Raises:
-        UserError: the device has too little memory for the batch.
+        UserError: the device has too little memory for so many rows.
     """
-    stops, pad = _end_tokens(model)
-    stops = sorted({*stops, *ends})
     hidden = _hidden_tokens(tokenizer)
-    device = model.lm_head.weight.device
-    width = max(len(question.tokens) for question in batch)
-    ids = torch.tensor(
-        [[pad] * (width - len(question.tokens)) + question.tokens for question in batch]
+    text_config = model.config.text_config
+    noise = KeyedNoise(seed, model.config.canvas_length, text_config.vocab_size)
+    sampler = Sampler(
+        model,
+        how.sampler,
+        noise,
+        rows=rows,
+        max_new_tokens=how.max_new_tokens,
+        stops=how.stops,
+        traced=traced,
     )
-    mask = torch.tensor(
-        [[0] * (width - len(question.tokens)) + [1] * len(question.tokens) for question in batch]
-    )
-    trace = next(
-        (DenoisingTrace(row) for row, question in enumerate(batch) if question.id == traced), None
-    )
+    by_id = {question.id: question for question in questions}
     started = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(
-                _batch_seed(seed, batch)
-            )  # `generate` draws from the global generators
-            output = model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                streamer=trace,
-                max_new_tokens=config.max_new_tokens,
-                max_denoising_steps=config.max_denoising_steps,
-                eos_token_id=stops,
-                pad_token_id=pad,
+        for answer in sampler.answer(questions):
+            question, tokens = by_id[answer.question], answer.tokens
+            shown = [token for token in tokens if token not in hidden and token not in how.stops]
+            now = time.perf_counter()
+            trace = None
+            if question.id == traced:
+                trace = select_frames(answer.drafts, len(tokens), tokenizer)
+            yield (
+                question.id,
+                {
+                    "text": f"{question.opening}{tokenizer.decode(shown)}".strip(),
+                    "tokens": len(tokens),
+                    "forwards": answer.forwards,
+                    "cut": answer.cut,
+                    "seconds": now - started,
+                    "trace": trace,
+                },
             )
+            started = now
     except torch.OutOfMemoryError:
         raise UserError(
-            f"evaluate.batch_size: out of device memory with a batch of {len(batch)} rows",
+            f"evaluate.batch_size: out of device memory with {min(rows, len(questions))} rows",
             hint="Lower evaluate.batch_size.",
         ) from None
-    texts, lengths = {}, []
-    for question, generated in zip(batch, output.sequences[:, width:].tolist(), strict=True):
-        end = next(
-            (position for position, token in enumerate(generated) if token in stops), len(generated)
-        )
-        shown = [token for token in generated[:end] if token not in hidden]
-        texts[question.id] = f"{question.opening}{tokenizer.decode(shown)}".strip()
-        lengths.append(min(end + 1, len(generated)))
-    return {
-        "texts": texts,
-        "tokens": sum(lengths),
-        "seconds": time.perf_counter() - started,
-        "tokens_per_forward": float(output.tokens_per_forward.sum()),
-        "trace": None if trace is None else select_frames(trace, lengths[trace.row], tokenizer),
-    }
 
 
 def _hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -239,21 +258,3 @@ def _hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         for id, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content not in _VISIBLE
     }
-
-
-def _end_tokens(model: Any) -> tuple[list[int], int]:
-    """Return the tokens that end an answer and the padding token.
-
-    They are the generation config's or, where it has none, the model configuration's.
-    """
-    stops, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    text = model.config.text_config
-    stops = text.eos_token_id if stops is None else stops
-    pad = text.pad_token_id if pad is None else pad
-    return stops if isinstance(stops, list) else [stops], pad or 0
-
-
-def _batch_seed(seed: int, batch: Sequence[Question]) -> int:
-    # 32 bits: torch's CPU generator ignores the rest.
-    text = "\0".join([str(seed), *(question.id for question in batch)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

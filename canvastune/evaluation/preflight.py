@@ -7,66 +7,23 @@ import logging
 import re
 from pathlib import Path
 
-import transformers
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
-    DiffusionGemmaGenerationConfig,
-)
-
+from canvastune.checkpoint.generation_config import read_generation_file
 from canvastune.config import RunConfig
-from canvastune.errors import UserError, one_line
 from canvastune.evaluation.generation import open_validation, select_rows
 from canvastune.evaluation.scoring import extract_answer
 
 logger = logging.getLogger(__name__)
 
-_GENERATION = "generation_config.json"
-
 
 def check_generation_config(model: Path) -> list[str]:
-    """Load a checkpoint's generation config as stock transformers will, after training.
-
-    Returns:
-        What its settings do to every answer, a line each; mostly none.
+    """Return what of a checkpoint's generation_config.json is not used, a line each; mostly none.
 
     Raises:
-        UserError: stock transformers cannot load it, or `generate` does not return what evaluation
-            reads.
+        UserError: the file cannot be read, or is no JSON object.
     """
-    file = model / _GENERATION
-    if not file.is_file() or not _is_diffusion_gemma(model):  # preparation refuses another model
+    if not _is_diffusion_gemma(model):  # preparation refuses another model
         return []
-    hint = f"Remove or correct these settings in {_GENERATION}; DiffusionGemma has its own."
-    try:
-        found = DiffusionGemmaGenerationConfig.from_pretrained(model, local_files_only=True)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({one_line(error)})",
-            hint="Use the directory of an unchanged checkpoint.",
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: transformers {transformers.__version__} cannot load it ({one_line(error)}), "
-            "so no tuned model could be verified or evaluated",
-            hint=hint,
-        ) from None
-    if not found.return_dict_in_generate:
-        raise UserError(
-            f"{file}: return_dict_in_generate is {found.return_dict_in_generate}, expected true: "
-            "evaluation reads more than tokens",
-            hint=hint,
-        )
-    remarks = []
-    if found.max_length is not None:
-        remarks.append(
-            f"{file}: max_length is {found.max_length}: answers end there, prompt included, and a "
-            f"longer prompt gets none. Remove it; evaluate.max_new_tokens limits answers"
-        )
-    if found.cache_implementation not in (None, "dynamic"):
-        remarks.append(
-            f"{file}: cache_implementation is {found.cache_implementation!r}: answers to prompts "
-            "beyond the sliding window differ from those of a dynamic cache. Remove it"
-        )
-    return remarks
+    return list(read_generation_file(model).remarks)
 
 
 def _is_diffusion_gemma(model: Path) -> bool:
@@ -107,12 +64,7 @@ def describe_answers(config: RunConfig, dataset: Path) -> list[str]:
         lines.append(f"evaluate.rows is {settings.rows}, but {held_out} held out: all are answered")
     card = json.loads((dataset / "card.json").read_text(encoding="utf-8"))
     canvas = int(card["canvas_length"])
-    longest = -(-settings.max_new_tokens // canvas) * canvas
-    if longest != settings.max_new_tokens:
-        lines.append(
-            f"evaluate.max_new_tokens is {settings.max_new_tokens}, but the model writes whole "
-            f"canvases of {canvas} tokens: answers have up to {longest}"
-        )
+    longest = -(-settings.max_new_tokens // canvas) * canvas  # whole canvases are denoised
     prompt, positions = max(rows["prefix_length"]), card.get("positions")
     if positions is not None and prompt + longest > positions:  # older data does not have it
         lines.append(

@@ -34,6 +34,8 @@ _MEASURED_KEYS = {
     "tokens_per_forward": "tokens_per_forward_{}",
     "validation_loss": "validation_loss_{}",
 }
+_CUT_KEY = "cut_{}"  # absent from results of earlier versions, as the two below
+_REUSED, _SAMPLER = "base_reused", "sampler"
 _COMPARISON = ("gained", "lost", "p_value", "verdict")
 _NORMALIZED_COMPARISON = ("gained_normalized", "lost_normalized")
 _SETTINGS = (
@@ -59,6 +61,7 @@ class ModelFigures:
     seconds: float  # spent generating
     tokens_per_second: float | None  # None, here and below: not a finite number
     tokens_per_forward: float | None  # mean over the rows, as `generate` counts them
+    cut: int | None  # answers that `max_new_tokens` cut
     validation_loss: float | None  # nats per token, mean over the corruption levels
     validation_loss_by_level: Mapping[str, float | None]  # by corruption level, for example "0.1"
 
@@ -86,6 +89,8 @@ class EvaluationResult:
     max_denoising_steps: int
     seed: int
     device: str
+    base_reused: int | None  # of the base's answers, those of earlier evaluations that are reused
+    sampler: Mapping[str, Any] | None  # its settings, by their name in the recipe
 
     @property
     def unscored_reason(self) -> str | None:
@@ -135,11 +140,13 @@ class EvaluationResult:
             scored=found["scored"],
             before=_model_figures(found, "before"),
             after=_model_figures(found, "after"),
+            base_reused=found.get(_REUSED),
+            sampler=found.get(_SAMPLER),
             **same_names,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object in evaluation.json: one level, a key per figure and side."""
+        """Return the object in evaluation.json: a key per figure and side."""
         sides = [(side, getattr(self, side)) for side in SIDES]
         found: dict[str, Any] = {"rows": self.rows, "scored": self.scored}
         for keys, comparison in (
@@ -157,7 +164,9 @@ class EvaluationResult:
                 f"{_level_key(side)}{level}": loss
                 for level, loss in model.validation_loss_by_level.items()
             }
-        return dict(finite(found | {name: getattr(self, name) for name in _SETTINGS}))
+        found |= {name: getattr(self, name) for name in _SETTINGS}
+        found |= {_CUT_KEY.format(side): model.cut for side, model in sides}
+        return dict(finite(found | {_REUSED: self.base_reused, _SAMPLER: self.sampler}))
 
     def figures(self) -> dict[str, float]:
         """Return the measured numbers by their key in evaluation.json, without the settings.
@@ -178,6 +187,7 @@ def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     values |= {name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()}
     return ModelFigures(
         **values,
+        cut=found.get(_CUT_KEY.format(side)),
         validation_loss_by_level={
             key.removeprefix(prefix): loss for key, loss in found.items() if key.startswith(prefix)
         },

@@ -6,10 +6,10 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +21,11 @@ from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.data.packing import Example
 from canvastune.evaluation.answer_cache import AnswerCache
+from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.generation import (
+    Answering,
     Question,
-    batch_questions,
+    answering,
     generate_answers,
     hash_questions,
     response_ends,
@@ -50,8 +52,6 @@ _PROGRESS_SECONDS = 2.0
 _LOGGED_ANSWERS = 3  # at the end; the report has all of them
 _EXAMPLES_PER_PART = 32  # held-out examples whose loss is saved at once
 
-Part = TypeVar("Part")
-
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +62,7 @@ class _Task:
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
-    ends: list[int]  # tokens at which an answer ends, from the prepared responses
+    how: Answering
     examples: list[Example]
     common: dict[str, str]  # what every result depends on
     device: torch.device
@@ -77,6 +77,8 @@ class _ModelOutput:
     tokens: int
     seconds: float
     tokens_per_forward: float
+    cut: int  # answers that the limit of tokens cut
+    reused: int  # answers that an earlier run got
     validation_loss: float  # these may be NaN, of a model that overflows
     validation_loss_by_level: dict[str, float]
 
@@ -88,14 +90,15 @@ def evaluate(
     tuned: Path,
     out: Path,
     cache_path: Path | None = None,
+    base_results: Path | None = None,
 ) -> EvaluationResult:
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
-    of the answer to the first question. Every batch has the same seed before and after. The prompts
-    are the tokens that training put before the responses. Exact match compares what
-    `evaluate.answer_pattern` finds last in the answer and in the reference, strictly and without
-    typography; rows whose reference has no match are answered but not scored, and without any match
+    of the answer to the first question. Both models are given the same noise, which depends on the
+    seed and the question only. The prompts are the tokens that training put before the responses.
+    Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
+    reference, strictly and without typography; rows whose reference has no match are answered but not scored, and without any match
     exact match is left out. The validation loss is training's, of the checkpoints as stored. One
     model at a time is in memory.
 
@@ -107,6 +110,8 @@ def evaluate(
         base: checkpoint folder; its tokenizer and chat template serve both models.
         tuned: checkpoint folder of the merged or fully tuned model.
         cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
+        base_results: folder where results of bases are kept for later evaluations, and used if they
+            depend on the same; None: nowhere.
 
     Raises:
         UserError: no prepared dataset, a checkpoint that cannot be loaded, an `out` that is not
@@ -123,20 +128,24 @@ def evaluate(
         question.id: find_reference(pattern, question.reference) for question in questions
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    examples = held_out_examples(dataset, config.train, read_model_config(base))
+    model_config = read_model_config(base)
+    examples = held_out_examples(dataset, config.train, model_config)
+    how = answering(base, model_config, settings, response_ends(dataset))
     versions = {
         "canvastune": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    common = {"base": hash_path(base), "device": device.type, **versions}
-    task = _Task(config, tokenizer, questions, response_ends(dataset), examples, common, device)
+    common = {"base": (base_hash := hash_path(base)), "device": device.type, **versions}
+    task = _Task(config, tokenizer, questions, how, examples, common, device)
+    kept = BaseResults(base_results, base_hash)
     with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
             logger.info(f"evaluate: resuming from {cache.path}")
         checkpoints = zip(SIDES, (base, tuned), strict=True)
         outputs = {
-            side: _run_model(task, side, checkpoint, cache) for side, checkpoint in checkpoints
+            side: _run_model(task, side, checkpoint, cache, kept if side == SIDES[0] else None)
+            for side, checkpoint in checkpoints
         }
         answers = [
             _answer_row(question, outputs, pattern, references[question.id])
@@ -164,90 +173,118 @@ def evaluate(
     return result
 
 
-def _run_model(task: _Task, side: str, checkpoint: Path, cache: AnswerCache) -> _ModelOutput:
+def _run_model(
+    task: _Task, side: str, checkpoint: Path, cache: AnswerCache, kept: BaseResults | None
+) -> _ModelOutput:
     """Generate one model's answers and measure its loss, reusing what the cache has."""
-    config, settings, levels = (
-        task.config,
-        task.config.evaluate,
-        task.config.train.validation_levels,
-    )
+    config, levels = task.config, task.config.train.validation_levels
     common = {**task.common, "side": side, "model": hash_path(checkpoint)}
-    generation = {
-        "seed": config.seed,
-        "tokens": settings.max_new_tokens,
-        "steps": settings.max_denoising_steps,
-        "ends": task.ends,
-    }
-    traced = task.questions[0].id
+    generation = {"seed": config.seed, **asdict(task.how)}
+    first = task.questions[0].id
+    store = _Store(cache, kept)
 
     @functools.cache
     def model() -> Any:
         logger.info(f"evaluate: {side}: loading {checkpoint}")
         return load_stock(checkpoint, task.device)
 
-    def generation_key(batch: list[Question]) -> dict[str, Any]:
-        asked = [[question.id, question.tokens] for question in batch]
-        return {**common, **generation, "traced": traced, "asked": asked}
+    def answer_key(question: Question) -> dict[str, Any]:
+        asked = {"id": question.id, "asked": question.tokens, "traced": question.id == first}
+        return {**common, **generation, **asked}
 
     def loss_key(part: list[Example]) -> dict[str, Any]:
         denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
         return {**common, "levels": levels, "denoised": denoised}
 
-    answered = _compute(
-        batch_questions(task.questions, settings.batch_size),
-        generation_key,
-        lambda batch: generate_answers(
-            model(), batch, task.tokenizer, settings, config.seed, traced, task.ends
-        ),
-        cache,
-        f"{side}: {{}} of {{}} rows answered",
-    )
-    denoised = _compute(
-        [
-            task.examples[at : at + _EXAMPLES_PER_PART]
-            for at in range(0, len(task.examples), _EXAMPLES_PER_PART)
-        ],
-        loss_key,
-        lambda part: denoising_loss(model(), part, levels),
-        cache,
-        f"{side}: {{}} of {{}} rows denoised",
-    )
-    loss, by_level = mean_losses(denoised, levels)
+    progress = _Progress(f"{side}: {{}} of {{}} rows answered", len(task.questions))
+    answers = {one.id: store.get(answer_key(one)) for one in task.questions}
+    reused = store.reused
+    open_questions = [one for one in task.questions if answers[one.id] is None]
+    progress.add(len(task.questions) - len(open_questions), 0.0)
+    if open_questions:
+        keys = {one.id: answer_key(one) for one in open_questions}
+        given = (open_questions, task.tokenizer, task.how, config.seed, config.evaluate.batch_size)
+        for name, answer in generate_answers(model(), *given, first):
+            store.put(keys[name], answer)
+            answers[name] = answer
+            progress.add(1, answer["seconds"])
+
+    losses = []
+    progress = _Progress(f"{side}: {{}} of {{}} rows denoised", len(task.examples))
+    for at in range(0, len(task.examples), _EXAMPLES_PER_PART):
+        part = task.examples[at : at + _EXAMPLES_PER_PART]
+        found = store.get(loss_key(part))
+        if found is None:
+            found = denoising_loss(model(), part, levels)
+            store.put(loss_key(part), found)
+        losses.append(found)
+        progress.add(len(part), found["seconds"])
+    if kept is not None:
+        kept.save()
+    if reused:
+        logger.info(
+            f"evaluate: {side}: {reused} of {len(answers)} answers are those of an earlier run, "
+            "which asked the same model the same"
+        )
+    loss, by_level = mean_losses(losses, levels)
+    each = list(answers.values())
     return _ModelOutput(
-        texts={name: text for found in answered for name, text in found["texts"].items()},
-        trace=next(found["trace"] for found in answered if found["trace"] is not None),
-        tokens=sum(found["tokens"] for found in answered),
-        seconds=sum(found["seconds"] for found in answered),
-        tokens_per_forward=sum(found["tokens_per_forward"] for found in answered)
-        / len(task.questions),
+        texts={name: answer["text"] for name, answer in answers.items()},
+        trace=answers[first]["trace"],
+        tokens=sum(answer["tokens"] for answer in each),
+        seconds=sum(answer["seconds"] for answer in each),
+        tokens_per_forward=sum(answer["tokens"] / answer["forwards"] for answer in each)
+        / len(each),
+        cut=sum(answer["cut"] for answer in each),
+        reused=reused,
         validation_loss=loss,
         validation_loss_by_level=by_level,
     )
 
 
-def _compute(
-    parts: Sequence[list[Part]],
-    key: Callable[[list[Part]], dict[str, Any]],
-    work: Callable[[list[Part]], dict[str, Any]],
-    cache: AnswerCache,
-    progress: str,
-) -> list[dict[str, Any]]:
-    """Return the result of each part, from the cache or computed and saved; log the progress."""
-    results = []
-    total, done, seconds, logged = sum(map(len, parts)), 0, 0.0, time.monotonic()
-    for part in parts:
-        found = cache.get(key(part))
-        if found is None:
-            found = work(part)
-            cache.put(key(part), found)
-        results.append(found)
-        done, seconds, now = done + len(part), seconds + found["seconds"], time.monotonic()
-        if now - logged > _PROGRESS_SECONDS or done == total:
-            logged, left = now, round(seconds / done * (total - done))
-            logger.info(
-                f"evaluate: {progress.format(done, total)}, {left // 60}:{left % 60:02d} left"
-            )
-    return results
+class _Store:
+    """Where results are looked up and saved: this evaluation's, then those kept of the base."""
+
+    def __init__(self, cache: AnswerCache, kept: BaseResults | None) -> None:
+        self.cache, self.kept = cache, kept
+        self.reused = 0  # results of earlier evaluations
+
+    def get(self, key: Mapping[str, Any]) -> Any:
+        found = self.cache.get(key)
+        if self.kept is None:
+            return found
+        if found is not None:
+            self.kept.put(key, found)
+            return found
+        found = self.kept.get(key)
+        self.reused += found is not None
+        return found
+
+    def put(self, key: Mapping[str, Any], result: Any) -> None:
+        self.cache.put(key, result)
+        if self.kept is not None:
+            self.kept.put(key, result)
+
+
+class _Progress:
+    """Logs how much is done, and how long the rest takes."""
+
+    def __init__(self, line: str, total: int) -> None:
+        self.line, self.total = line, total
+        self.done, self.timed, self.seconds = 0, 0, 0.0
+        self.logged = time.monotonic()
+
+    def add(self, rows: int, seconds: float) -> None:
+        self.done += rows
+        if seconds:
+            self.timed, self.seconds = self.timed + rows, self.seconds + seconds
+        now = time.monotonic()
+        if not rows or not (now - self.logged > _PROGRESS_SECONDS or self.done == self.total):
+            return
+        self.logged = now
+        left = round(self.seconds / max(1, self.timed) * (self.total - self.done))
+        line = self.line.format(self.done, self.total)
+        logger.info(f"evaluate: {line}, {left // 60}:{left % 60:02d} left")
 
 
 def _answer_row(
@@ -291,6 +328,7 @@ def _result(
             seconds=output.seconds,
             tokens_per_second=output.tokens / output.seconds,
             tokens_per_forward=output.tokens_per_forward,
+            cut=output.cut,
             validation_loss=output.validation_loss,
             validation_loss_by_level=output.validation_loss_by_level,
         )
@@ -307,9 +345,11 @@ def _result(
         asked=hash_questions(task.questions),
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
-        max_denoising_steps=settings.max_denoising_steps,
+        max_denoising_steps=task.how.sampler.steps,
         seed=task.config.seed,
         device=task.device.type,
+        base_reused=outputs["before"].reused,
+        sampler=asdict(task.how.sampler),
     )
     return EvaluationResult.from_json(result.to_json())  # as it is read: finite numbers
 

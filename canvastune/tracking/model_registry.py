@@ -135,7 +135,9 @@ def score_of(result: EvaluationResult) -> Score | None:
         return None
     compared = [result.asked, result.scored, result.answer_pattern]
     compared += [result.max_new_tokens, result.max_denoising_steps]
-    digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()[:16]
+    if result.sampler is not None:  # earlier versions sampled by the checkpoint's own settings
+        compared.append(result.sampler)
+    digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
     return Score(before, after, digest)
 
 

@@ -1,0 +1,77 @@
+"""Results of base models that later evaluations use again: a base is asked the same in many runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from canvastune.evaluation.answer_cache import hash_key
+
+logger = logging.getLogger(__name__)
+
+
+class BaseResults:
+    """Answers and losses of one base, in a file that all runs of a workspace share.
+
+    A result is found by everything that it depends on, as in `AnswerCache`: base, question, seed,
+    settings, device and versions. The file is replaced as a whole, so a reader never sees a part of
+    one. Two runs that end at the same moment may lose each other's results, which costs time only.
+    """
+
+    def __init__(self, folder: Path | None, base: str) -> None:
+        """Read the results of a base, by its hash; none without a folder."""
+        self.path = None if folder is None else folder / f"{base[:32]}.jsonl"
+        self._results = self._read()
+        self._new: dict[str, Any] = {}
+
+    def get(self, key: Mapping[str, Any]) -> Any:
+        """Return the result for a key; None if there is none."""
+        return self._results.get(hash_key(key))
+
+    def put(self, key: Mapping[str, Any], result: Any) -> None:
+        """Take a result, which `save` writes."""
+        if hash_key(key) not in self._results:
+            self._new[hash_key(key)] = result
+
+    def save(self) -> None:
+        """Write the results for later runs; a full or read-only disk is only said."""
+        if self.path is None or not self._new:
+            return
+        results = self._read() | self._new
+        lines = [
+            json.dumps({"piece": digest, "result": result}) for digest, result in results.items()
+        ]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
+                os.replace(partial, self.path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+                raise
+        except OSError as error:
+            logger.warning(
+                f"evaluate: {self.path}: cannot be written ({error.strerror}): later runs ask the "
+                "base again"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        if self.path is None or not self.path.is_file():
+            return {}
+        try:
+            lines = [
+                json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()
+            ]
+            return {line["piece"]: line["result"] for line in lines}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning(f"evaluate: {self.path}: cannot be read ({error}): the base is asked")
+            return {}
