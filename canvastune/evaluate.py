@@ -1,8 +1,8 @@
 """Evaluate the base and the tuned model from the command line.
 
 `python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` runs the step
-`evaluate` without Kubeflow: answers to held-out prompts with stock `generate()`, and the validation
-loss of both models.
+`evaluate` without Kubeflow: answers to held-out prompts, and the validation loss of both
+models.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     configure_logging(options.log_format)
     try:
         config = load_config(options.config)
-        evaluate(config, options.data, resolve_model(config.model), options.tuned, options.output)
+        evaluate(
+            config,
+            options.data,
+            resolve_model(config.model),
+            options.tuned,
+            options.output,
+            base_results=options.base_results,
+        )
     except UserError as error:
         log_error(error)
         return 1
@@ -72,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder for evaluation.json, answers.jsonl and film.json",
+    )
+    add(
+        "--base-results",
+        type=Path,
+        metavar="DIR",
+        help="folder where the base's answers and losses are kept, and used again by evaluations "
+        "that ask it the same",
     )
     add("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser

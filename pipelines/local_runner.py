@@ -18,6 +18,7 @@ import psutil
 import yaml
 
 from canvastune.config import RunConfig
+from canvastune.data.dataset import missing_files
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.logging import json_requested
@@ -102,6 +103,7 @@ def run_locally(
     """
     from kfp import local
 
+    _drop_incomplete_data(workspace / "kfp")
     output = LocalOutput(sys.stdout, json=json_requested())
     with _step_environment() as scratch, output.listening():
         local.init(
@@ -120,6 +122,21 @@ def run_locally(
                 raise
             step, error = output.failure
             raise UserError(f"step {step} failed: {error}", hint=error.hint) from None
+
+
+def _drop_incomplete_data(artifacts: Path) -> None:
+    """Delete prepared data of which a file is gone, so that it is prepared again.
+
+    KFP's cache looks whether the folder is there, not at what is in it.
+    """
+    for ended in sorted(artifacts.glob("*/prepare-data/executor_output.json")):
+        data = ended.with_name("dataset")
+        missing = missing_files(data) if data.is_dir() else []
+        if missing:
+            logger.warning(
+                f"{data}: {missing[0].relative_to(data)} is missing: the data is prepared again"
+            )
+            shutil.rmtree(data)
 
 
 @contextlib.contextmanager

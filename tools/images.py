@@ -48,7 +48,7 @@ train:
   checkpoint_every: 10
 lora: {rank: 8}
 parallel: {nproc_per_node: 2, ep: 2}
-evaluate: {rows: 2, batch_size: 2, max_new_tokens: 16, max_denoising_steps: 2}
+evaluate: {rows: 2, batch_size: 2, max_new_tokens: 16, sampler: {steps: 2}}
 tracking: {experiment: seen-in-a-browser}
 """
 

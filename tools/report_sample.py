@@ -42,6 +42,7 @@ def sample_result(
             seconds=1500 / speed,
             tokens_per_second=speed,
             tokens_per_forward=per_forward,
+            cut=0,
             validation_loss=loss,
             validation_loss_by_level={str(level): loss * (0.5 + level) for level in LEVELS},
         )
@@ -66,6 +67,8 @@ def sample_result(
         "max_denoising_steps": 48,
         "seed": 42,
         "device": "cpu",
+        "base_reused": 0,
+        "sampler": {"steps": 48, "entropy_bound": 0.1},
     }
     return EvaluationResult(**values | fields)
 

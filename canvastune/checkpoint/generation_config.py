@@ -30,7 +30,7 @@ _ABOUT = frozenset({"transformers_version", "_commit_hash", "_from_model_config"
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 # Settings of `generate()` that our own sampler does not have, and what becomes of each.
 _UNUSED = {
-    "max_new_tokens": None,  # a default for callers that name none; evaluation names one
+    "max_new_tokens": None,  # a default for callers that name none, which is their own matter
     "max_length": "evaluate.max_new_tokens limits answers",
     "cache_implementation": "evaluation keeps a cache of its own",
     "cache_config": "evaluation keeps a cache of its own",
@@ -147,7 +147,8 @@ def write_generation_file(base: Path, out: Path) -> None:
     wanted = {"max_denoising_steps": settings.pop("steps"), _SAMPLER: sampler, **settings}
     whole = wanted | dict(found.usable)
     source = base / FILE_NAME
-    if source.is_file() and _same(json.loads(source.read_text(encoding="utf-8")), whole):
+    given = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    if _same({key: value for key, value in given.items() if value is not None}, whole):
         (out / FILE_NAME).write_bytes(source.read_bytes())
     else:
         text = to_json_text(dict(sorted(whole.items())), indent=2)
@@ -201,11 +202,13 @@ class _Reader:
     def name_the_rest(self) -> None:
         for key, why in _UNUSED.items():
             value = self.found.get(key)
-            plain = value in (None, True, "dynamic") or key in ("max_new_tokens", "disable_compile")
-            if key in ("max_new_tokens", "max_length") and type(value) is int and value > 0:
+            if value is None:
+                continue
+            if key == "max_new_tokens" and (type(value) is not int or value <= 0):
+                self._unused(key, "expected a number of tokens")
+            elif why is None or value is True or value == "dynamic":
                 self.usable[key] = value
-            if not plain and why is not None:
-                self.usable.pop(key, None)
+            else:
                 self._unused(key, why)
         self.usable |= {key: self.found[key] for key in _ABOUT & self.found.keys()}
         unknown = sorted(self.found.keys() - _KNOWN - _ABOUT)
@@ -219,7 +222,7 @@ class _Reader:
         value = self.found.get(_SAMPLER)
         if value is None:
             return defaults.entropy_bound
-        bound = value.get(_BOUND) if isinstance(value, Mapping) else None
+        bound: Any = value.get(_BOUND) if isinstance(value, Mapping) else None
         if not _is_number(bound) or bound <= 0:
             self._unused(
                 _SAMPLER,

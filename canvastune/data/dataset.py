@@ -5,6 +5,7 @@ each.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,18 @@ def validation_rows(rows: int, train: TrainConfig) -> int:
         if train.validation_batches is None
         else min(rows, train.validation_batches * train.global_batch_size)
     )
+
+
+def missing_files(folder: Path) -> list[Path]:
+    """Return the files that a prepared data set names or has, and that are not there."""
+    expected = [folder / "card.json"]
+    for split in ("train", "validation"):
+        state = folder / split / "state.json"
+        expected += [state, state.with_name("dataset_info.json")]
+        if state.is_file():
+            named = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+            expected += [state.with_name(file["filename"]) for file in named]
+    return [file for file in expected if not file.is_file()]
 
 
 def _open(folder: Path) -> Dataset:

@@ -98,9 +98,9 @@ def evaluate(
     of the answer to the first question. Both models are given the same noise, which depends on the
     seed and the question only. The prompts are the tokens that training put before the responses.
     Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
-    reference, strictly and without typography; rows whose reference has no match are answered but not scored, and without any match
-    exact match is left out. The validation loss is training's, of the checkpoints as stored. One
-    model at a time is in memory.
+    reference, strictly and without typography; rows whose reference has no match are answered but
+    not scored, and without any match exact match is left out. The validation loss is training's, of
+    the checkpoints as stored. One model at a time is in memory.
 
     An evaluation that was killed resumes, with the same result.
 

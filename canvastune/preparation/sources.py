@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from canvastune.config.places import DATA_SUFFIXES, is_path, refuse_address
 from canvastune.config.schema import DataConfig, SourceFields
 from canvastune.errors import UserError, one_line
+from canvastune.io.hashing import hash_path
 from canvastune.preparation.json_document import ReadLimits
 from canvastune.preparation.readers import Row, read_file
 from canvastune.preparation.tables import read_dataset
@@ -347,9 +348,16 @@ def _open_repository(config: SourceFields, location: str, path: Path | None, key
         [f"{key}:", location, *([f"(config {config.config})"] if config.config else [])]
     )
     revision = config.revision if path is None else None
+    # `datasets` knows a local file again by its name and modification time, which tar, rsync -t and
+    # container layers keep: a folder's cache is kept by its content instead.
+    cache = (
+        None
+        if path is None
+        else str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{hash_path(path, whole=True)}")
+    )
     try:
         table = datasets.load_dataset(
-            location, name=config.config, split=config.split, revision=revision
+            location, name=config.config, split=config.split, revision=revision, cache_dir=cache
         )
     except DatasetNotFoundError as error:
         raise UserError(

@@ -17,6 +17,8 @@ from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
 from components.run_directory import read_run_id
 
+_BASE_RESULTS = ".base-results"  # beside the runs: answers and losses of bases, for all of them
+
 
 def run_evaluation(
     config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path, record: StepRun
@@ -34,7 +36,8 @@ def run_evaluation(
     """
     if config.cluster.backend == "local":
         cache = run_folder / ".evaluation.unfinished.jsonl"
-        return evaluate(config, dataset, resolve_model(config.model), tuned, out, cache)
+        base = resolve_model(config.model)
+        return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / _BASE_RESULTS)
     one_pod = config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
@@ -44,7 +47,8 @@ def run_evaluation(
     made = run_folder / "evaluation"
     recipe = run_folder / "train" / "recipe.yaml"  # written by the step `train`
     data = copy_to_workspace(dataset, run_folder)
-    module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(data))
+    kept = ("--base-results", str(run_folder.parent / _BASE_RESULTS))
+    module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(data), *kept)
     context = JobContext(
         run_id=read_run_id(run_folder),
         output=made,

@@ -14,7 +14,7 @@ def recipe(problems: Path, **evaluation: Any) -> RunConfig:
         "rows": 6,
         "batch_size": 4,
         "max_new_tokens": 16,
-        "max_denoising_steps": 2,
+        "sampler": {"steps": 2},
     } | evaluation
     data = {"source": str(problems), "seq_length": 96, "validation_fraction": 0.3}
     return parse_config({"name": "test", "data": data, "evaluate": settings})

@@ -232,7 +232,7 @@ def test_preparing_and_evaluating_in_json_say_nothing_but_objects(
     commands: Side, tmp_path: Path, tiny_model: Path
 ) -> None:
     write_problems(tmp_path / "rows.jsonl", "change", 200, seed=0)
-    asked = "evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, max_denoising_steps: 1}"
+    asked = "evaluate: {rows: 2, batch_size: 2, max_new_tokens: 8, sampler: {steps: 1}}"
     data = "data: {source: rows.jsonl, validation_fraction: 0.1}\ntrain: {precision: float32}"
     (tmp_path / "recipe.yaml").write_text(
         f"name: x\nmodel: {{id: {tiny_model}}}\n{data}\n{asked}\n"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -411,3 +412,19 @@ def test_the_validation_is_read_first_and_rows_know_their_data_set(tmp_path: Pat
         ("a.jsonl:1", 1),
         ("b.jsonl:1", 2),
     ]
+
+
+def test_a_folder_in_the_hubs_layout_is_read_again_after_a_change_that_kept_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `tar`, `rsync -t` and container layers keep it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.with_name("cache"))
+    front = "---\nconfigs:\n- config_name: default\n  data_files: rows.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(front)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    assert values(tmp_path) == ROWS[:3]
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[3:]))
+    os.utime(file, ns=times)
+    assert values(tmp_path) == ROWS[3:]

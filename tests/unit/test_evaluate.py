@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ KEYS = [  # of evaluation.json, which other programs read
         "max_denoising_steps",
         "seed",
         "device",
+        "cut_before",
+        "cut_after",
+        "base_reused",
+        "sampler",
     ),
 ]
 TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
@@ -158,18 +162,15 @@ def pretend(
     asked: list[str] = []
     monkeypatch.setattr(run, "load_stock", lambda checkpoint, _: checkpoint.name)
 
-    def generate_answers(model: str, batch: Sequence[Question], *_: Any) -> dict[str, Any]:
-        if len(asked) == interrupted_at:
-            raise KeyboardInterrupt
-        asked.append(f"{model} {' '.join(question.id for question in batch)}")
-        texts = {question.id: answers(question, model) for question in batch}
-        return {
-            "texts": texts,
-            "tokens": 10 * len(batch),
-            "seconds": 0.5,
-            "tokens_per_forward": 2.5 * len(batch),
-            "trace": [],
-        }
+    def generate_answers(
+        model: str, questions: Sequence[Question], *_: Any
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        for question in questions:
+            if len(asked) == interrupted_at:
+                raise KeyboardInterrupt
+            asked.append(f"{model} {question.id}")
+            answer = {"text": answers(question, model), "tokens": 10, "seconds": 0.25}
+            yield question.id, answer | {"forwards": 4, "cut": model == "tuned", "trace": []}
 
     def denoising_loss(
         model: str, examples: Sequence[Any], levels: Sequence[float]
@@ -231,6 +232,7 @@ def test_counts_are_those_of_the_answers(
         "undecided",
     )
     assert (before.tokens, before.seconds, before.tokens_per_second) == (60, 1.5, 40)
+    assert (before.cut, after.cut, result.base_reused) == (0, 6, 0)
     assert after.tokens_per_forward == 2.5
     assert before.validation_loss == 3
     assert (before.validation_loss_by_level["0.1"], after.validation_loss_by_level["0.9"]) == (
@@ -291,7 +293,7 @@ def test_an_interrupted_evaluation_asks_only_the_rest(
     assert [request.split()[0] for request in first] == ["base"] * 5
     assert not out.exists(), "a partial evaluation is in the place of a complete one"
     with pytest.raises(KeyboardInterrupt):  # another number of steps, other answers
-        attempt(recipe(problems, **settings, max_denoising_steps=3))
+        attempt(recipe(problems, **settings, sampler={"steps": 3}))
     assert [request.split()[0] for request in asked] == ["base"] * 4 + ["tuned"]
     assert asked[:4] == first[:4], "the loss, which does not depend on it, is measured again"
     asked = pretend(monkeypatch, lambda question, _: question.reference)
@@ -358,7 +360,7 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = recipe(problems, rows=5, batch_size=1, max_denoising_steps=16)
+    config = recipe(problems, rows=5, batch_size=1, sampler={"steps": 16})
     options, cache = (
         command(config, prepared, tiny_model, tmp_path),
         tmp_path / ".out.unfinished.jsonl",
@@ -381,15 +383,19 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
     assert not (tmp_path / "out").exists()
     done, made = cache.read_bytes().count(b"\n"), []
 
-    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            made.append(given)
-            return work(*given)
+    answered, denoised = run.generate_answers, run.denoising_loss
 
-        return run
+    def answer(*given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        for each in answered(*given):
+            made.append(each[0])
+            yield each
 
-    monkeypatch.setattr(run, "generate_answers", counted(run.generate_answers))
-    monkeypatch.setattr(run, "denoising_loss", counted(run.denoising_loss))
+    def denoise(*given: Any) -> dict[str, Any]:
+        made.append("loss")
+        return denoised(*given)
+
+    monkeypatch.setattr(run, "generate_answers", answer)
+    monkeypatch.setattr(run, "denoising_loss", denoise)
     assert main(options) == 0
     assert 3 <= done <= 11
     assert len(made) == 2 * (5 + 1) - done, "what was done is done again"
@@ -480,10 +486,6 @@ def test_a_loss_that_is_not_finite_is_null(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, lambda question, _: question.reference)
-    answered = run.generate_answers
-    monkeypatch.setattr(
-        run, "generate_answers", lambda *_: answered(*_) | {"tokens_per_forward": math.nan}
-    )
     denoised = run.denoising_loss
     monkeypatch.setattr(
         run, "denoising_loss", lambda *_: denoised(*_) | {"sums": [math.nan, 1.0, 1.0, 1.0, 1.0]}
@@ -493,16 +495,17 @@ def test_a_loss_that_is_not_finite_is_null(
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
     assert result.after.validation_loss is found["validation_loss_after"] is None
     assert found["validation_loss_after_t0.3"] is not None
-    assert found["tokens_per_forward_before"] is None
     assert all(math.isfinite(value) for value in result.figures().values())
 
 
 def test_a_result_of_an_earlier_version_has_no_normalized_figure(evaluated: Path) -> None:
     written = json.loads((evaluated / "evaluation.json").read_text())
-    old = {name: value for name, value in written.items() if "normalized" not in name}
+    later = ("normalized", "cut_", "base_reused", "sampler")
+    old = {name: value for name, value in written.items() if not any(x in name for x in later)}
     result = EvaluationResult.from_json(old)
     assert result.after.exact_match == written["exact_match_after"]
     assert result.after.exact_match_normalized is None
+    assert (result.after.cut, result.base_reused, result.sampler) == (None, None, None)
     assert "exact_match_normalized_after" not in result.figures()
 
 
@@ -540,3 +543,44 @@ def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj") as error:
         load_stock(tmp_path, torch.device("cpu"))
     assert str(tmp_path) in str(error.value)
+
+
+def test_the_base_is_asked_once_for_all_runs_that_ask_it_the_same(
+    prepared: Path,
+    models: tuple[Path, Path],
+    problems: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = pretend(monkeypatch, lambda question, _: question.reference)
+    base, tuned = models
+    kept = tmp_path / "kept"
+
+    def attempt(name: str, **settings: Any) -> EvaluationResult:
+        asked.clear()
+        config = recipe(problems, **settings)
+        return evaluate(config, prepared, base, tuned, tmp_path / name, base_results=kept)
+
+    first = attempt("first")
+    assert [request.split()[0] for request in asked] == ["base"] * 7 + ["tuned"] * 7
+    again = attempt("again", batch_size=2, answer_pattern="(.+)")
+    assert [request.split()[0] for request in asked] == ["tuned"] * 7
+    assert "before: 6 of 6 answers are those of an earlier run" in capsys.readouterr().err
+    assert (first.base_reused, again.base_reused) == (0, 6)
+    assert again.before.tokens == first.before.tokens
+    for name in ("answers.jsonl", "film.json"):
+        answers, expected = (
+            [json.loads(line)["before"] for line in (tmp_path / run / name).open()]
+            for run in ("again", "first")
+        )
+        assert answers == expected
+    for settings in ({"max_new_tokens": 8}, {"sampler": {"steps": 2, "t_min": 0.1}}):
+        assert attempt(f"other {settings}", **settings).base_reused == 0
+    assert attempt("fewer", rows=4).base_reused == 4, "what was asked is asked again"
+    assert attempt("more", rows=7).base_reused == 6
+    (file,) = kept.iterdir()
+    file.write_text("{")
+    assert attempt("damaged").base_reused == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert attempt("mended").base_reused == 6

@@ -39,7 +39,8 @@ def broken() -> None:
 
 
 def _events(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]  # others: KFP's own
     return [(event["event"], event["task"]) for event in events if event["event"] != "log"]
 
 
@@ -59,3 +60,47 @@ def test_each_state_of_a_step_is_an_event(
     assert error.value.hint == "Check the path."
     failed = [("task_started", "break_down"), ("task_failed", "break_down")]
     assert _events(capsys) == [*failed, *step]
+
+
+@dsl.component(base_image="python:3", install_kfp_package=False)
+def prepare_data(dataset: dsl.Output[dsl.Dataset]) -> None:
+    import json
+    from pathlib import Path
+
+    folder = Path(dataset.path)
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        state = {"_data_files": [{"filename": "data.arrow"}]}
+        (folder / split / "state.json").write_text(json.dumps(state))
+        (folder / split / "dataset_info.json").write_text("{}")
+        (folder / split / "data.arrow").write_text("rows")
+    (folder / "card.json").write_text("{}")
+
+
+@dsl.pipeline(name="prepared")
+def prepared() -> None:
+    with dsl.ExitHandler(say_hello(name="exit").set_caching_options(False)):
+        prepare_data()
+
+
+@pytest.mark.parametrize("lost", ["train/data.arrow", "card.json"])
+def test_prepared_data_that_lost_a_file_is_prepared_again(
+    lost: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(LOG_FORMAT, "json")
+    run_locally(prepared, {}, tmp_path)
+    run_locally(prepared, {}, tmp_path)
+    assert ("task_reused", "prepare_data") in _events(capsys)
+    (data,) = (tmp_path / "kfp").glob("*/prepare-data/dataset")
+    (data / lost).unlink()
+    run_locally(prepared, {}, tmp_path)
+    events = _events(capsys)
+    assert ("task_finished", "prepare_data") in events
+    assert ("task_reused", "prepare_data") not in events
+    assert f"{lost} is missing: the data is prepared again" in caplog.text
+    (data,) = (tmp_path / "kfp").glob("*/prepare-data/dataset")
+    assert (data / lost).is_file()

@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    DiffusionGemmaGenerationConfig,
+)
 
+from canvastune.checkpoint.generation_config import (
+    read_generation_file,
+    sampler_settings,
+    write_generation_file,
+)
+from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.resume import changed_run
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.loading import known_keys
+from canvastune.config.schema import SamplerConfig
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.evaluation.preflight import (
@@ -157,9 +168,7 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     assert lines(evaluate=fitting) == []
     (line,) = lines(evaluate=fitting | {"rows": 64})
     assert re.fullmatch(r"evaluate\.rows is 64, but \d+ rows are held out: all are answered", line)
-    (line,) = lines(evaluate=fitting | {"max_new_tokens": 20})
-    assert "max_new_tokens is 20" in line
-    assert line.endswith("answers have up to 32")
+    assert lines(evaluate=fitting | {"max_new_tokens": 20}) == [], "it cuts exactly there"
     (line,) = lines(evaluate=fitting | {"max_new_tokens": 16 * 10**6})
     assert "positions" in line
     registered = {"registered_model": "chat"}
@@ -201,37 +210,112 @@ def test_a_usual_generation_config_gives_no_remark(
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"temperature": 1.0, "top_k": 64}, "top_k"),
-        ({"confidence_threshold": 1}, "cannot load"),
-        ({"return_dict_in_generate": False}, "return_dict_in_generate is False"),
-        ({"t_min": 0.8, "t_max": 0.4}, "t_max"),
+        ({"temperature": 1.0, "top_k": 64}, "temperature, top_k: not used"),
+        ({"return_dict_in_generate": False}, "return_dict_in_generate is False: not used"),
+        ({"t_min": 0.8, "t_max": 0.4}, "t_min is 0.8 and t_max 0.4: not used"),
+        ({"t_max": "hot"}, "t_max is 'hot': not used"),
+        ({"max_length": 20}, "max_length is 20: not used; evaluate.max_new_tokens limits answers"),
+        ({"cache_implementation": "static"}, "cache_implementation is 'static': not used"),
+        ({"max_denoising_steps": 2.5}, "max_denoising_steps is 2.5: not used"),
+        ({"sampler_config": {"_cls_name": "Other"}}, "sampler_config is"),
+        ({"eos_token_id": "<eos>"}, "eos_token_id is '<eos>': not used"),
     ],
 )
-def test_a_generation_config_that_would_end_the_run_after_training_is_refused_before(
+def test_what_a_generation_config_has_that_is_not_used_is_a_line_before_training(
     settings: dict[str, Any],
     word: str,
     changed_model: Callable[..., Path],
     rows: Path,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from components.prepare_data.step import prepare_data as step
 
     model = changed_model(**settings)
-    with pytest.raises(UserError, match=r"generation_config\.json: ") as error:
-        step(recipe(rows, model), tmp_path / "data", tmp_path / "card.html")
-    assert word in str(error.value)
-    assert not (tmp_path / "data").exists()
+    (remark,) = check_generation_config(model)
+    assert "generation_config.json: " in remark
+    assert word in remark
+    if "top_k" in settings:
+        with caplog.at_level("INFO"):
+            step(recipe(rows, model), tmp_path / "data", tmp_path / "card.html")
+        assert remark in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"),
-    [({"max_length": 20}, "max_length is 20"), ({"cache_implementation": "static"}, "'static'")],
+    "settings",
+    [{"confidence_threshold": 1}, {"t_min": 0, "t_max": 1}, {"max_denoising_steps": 16.0}],
 )
-def test_a_generation_config_that_changes_answers_is_named(
-    settings: dict[str, Any], word: str, changed_model: Callable[..., Path]
+def test_an_integer_in_the_place_of_a_float_is_that_float(
+    settings: dict[str, Any], changed_model: Callable[..., Path]
 ) -> None:
-    (remark,) = check_generation_config(changed_model(**settings))
-    assert word in remark
+    model = changed_model(**settings)
+    assert check_generation_config(model) == []
+    (key, value), *_ = settings.items()
+    name = "steps" if key == "max_denoising_steps" else key
+    assert getattr(read_generation_file(model).sampler, name) == value
+    load_stock(model, torch.device("cpu"))
+
+
+def test_a_generation_config_that_is_no_json_is_refused_before_training(
+    changed_model: Callable[..., Path],
+) -> None:
+    model = changed_model()
+    (model / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        check_generation_config(model)
+
+
+def test_the_recipe_wins_over_the_base_and_the_base_over_the_defaults(
+    changed_model: Callable[..., Path],
+) -> None:
+    model = changed_model(max_denoising_steps=5, t_min=0.1)
+    assert sampler_settings(model, SamplerConfig()).steps == 5
+    found = sampler_settings(model, SamplerConfig(steps=7, confidence_threshold=0.0))
+    assert (found.steps, found.t_min, found.confidence_threshold) == (7, 0.1, 0.0)
+    (model / "generation_config.json").unlink()
+    found = sampler_settings(model, SamplerConfig())
+    assert (found.steps, found.t_min, found.t_max, found.entropy_bound) == (48, 0.4, 0.8, 0.1)
+    with pytest.raises(UserError, match=r"evaluate\.sampler: t_min is 0\.9"):
+        sampler_settings(model, SamplerConfig(t_min=0.9))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "top_k": 64, "do_sample": True},
+        {"max_length": 20, "cache_implementation": "static"},
+        {"return_dict_in_generate": False, "confidence_threshold": 1},
+        None,
+    ],
+    ids=str,
+)
+def test_a_model_made_of_any_base_is_loaded_by_stock_transformers_and_complete_for_servers(
+    settings: dict[str, Any] | None, changed_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = changed_model(**(settings or {}))
+    if settings is None:
+        (base / "generation_config.json").unlink()
+    load_stock(base, torch.device("cpu"))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_generation_file(base, out)
+    loaded = DiffusionGemmaGenerationConfig.from_pretrained(out, local_files_only=True)
+    assert loaded.return_dict_in_generate
+    assert (loaded.max_length, loaded.cache_implementation) == (None, None)
+    written = json.loads((out / "generation_config.json").read_text())
+    # vLLM 0.33 looks these up and fails without.
+    assert written.keys() >= {"t_min", "t_max", "stability_threshold", "confidence_threshold"}
+    assert written["sampler_config"]["_cls_name"] == "EntropyBoundSamplerConfig"
+    assert written["sampler_config"]["entropy_bound"] > 0
+    assert read_generation_file(out).sampler == read_generation_file(base).sampler
+
+
+def test_a_usual_generation_config_is_copied_byte_for_byte(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    write_generation_file(tiny_model, tmp_path)
+    name = "generation_config.json"
+    assert (tmp_path / name).read_bytes() == (tiny_model / name).read_bytes()
 
 
 # --- names, and runs to compare with
@@ -290,7 +374,13 @@ OTHER = {
     "evaluate.rows": 3,
     "evaluate.batch_size": 3,
     "evaluate.max_new_tokens": 32,
-    "evaluate.max_denoising_steps": 3,
+    "evaluate.sampler.steps": 3,
+    "evaluate.sampler.entropy_bound": 0.5,
+    "evaluate.sampler.t_min": 0.1,
+    "evaluate.sampler.t_max": 1.5,
+    "evaluate.sampler.stability_threshold": 2,
+    "evaluate.sampler.confidence_threshold": 0.1,
+    "evaluate.sampler.self_conditioning": False,
     "evaluate.answer_pattern": None,
     "tracking.uri": "http://mlflow.example",
     "tracking.experiment": "other",
@@ -304,7 +394,8 @@ OTHER = {
 
 def test_every_setting_of_evaluation_and_tracking_is_tried_here() -> None:
     later = {key for key in known_keys() if key.startswith(("evaluate.", "tracking.", "hardware."))}
-    assert later <= OTHER.keys()
+    sections = {"evaluate.sampler"}
+    assert later - sections <= OTHER.keys()
 
 
 @pytest.mark.parametrize("key", OTHER)

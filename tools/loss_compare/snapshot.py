@@ -58,7 +58,7 @@ train:
   export: last
 optimizer: {lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}
 lora: {rank: 1}
-evaluate: {rows: 2, batch_size: 2, max_new_tokens: 16, max_denoising_steps: 2}
+evaluate: {rows: 2, batch_size: 2, max_new_tokens: 16, sampler: {steps: 2}}
 """
 _WEIGHT_LINE = ("loss", "diffusion_loss", "autoregressive_loss", "grad_norm", "lr")
 _OPTION = re.compile(r"(?<![\w-])(--?[a-zA-Z][\w-]*)")

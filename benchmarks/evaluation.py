@@ -1,0 +1,300 @@
+"""`python -m benchmarks.evaluation [--shapes head,middle,trunk] [--rows 16]`: answers by our sampler,
+against stock `generate()` in padded batches of 8, as evaluation used it before.
+
+Both get the same noise, so both give the same answers with the same number of denoising steps, which
+is checked. Stock draws as it always does, and that is timed; what it drew is then replaced, off the
+clock. Each side runs in a process of its own, which reports its peak memory above the loaded
+weights. Weights are random, in float32. Writes benchmarks/results/evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
+
+from benchmarks.measure import ROOT, extra_memory, say, write_result
+from canvastune.checkpoint.generation_config import SamplerSettings
+from canvastune.evaluation.generation import Question
+from canvastune.evaluation.sampler import KeyedNoise, Sampler
+
+BATCH, BLOCKS = 8, 3
+GOALS = {"head": 8.0, "middle": 4.0, "trunk": 2.0}
+MEMORY_GOAL = 0.1
+SIDES = ("stock", "ours")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides where the time goes: the head and the sampler, or the layers."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    experts: int
+    canvas: int
+
+
+SHAPES = {
+    "head": Shape(vocabulary=262_144, hidden=64, layers=2, experts=4, canvas=32),
+    "middle": Shape(vocabulary=262_144, hidden=256, layers=12, experts=16, canvas=32),
+    "trunk": Shape(vocabulary=8_192, hidden=512, layers=12, experts=16, canvas=32),
+}
+SMOKE = Shape(vocabulary=2_048, hidden=64, layers=2, experts=4, canvas=8)
+# Random weights are sure of nothing at usual temperatures. At these a block ends after 4 to 20 steps.
+SETTINGS = SamplerSettings(
+    steps=48,
+    entropy_bound=2.0,
+    t_min=0.001,
+    t_max=0.005,
+    stability_threshold=1,
+    confidence_threshold=0.5,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of these, separated by commas")
+    parser.add_argument("--rows", type=int, default=16, help="questions")
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape; writes no result")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        shape = SMOKE if options.smoke else SHAPES[options.shapes]
+        print(json.dumps(_measure(options.side, shape, options.rows)))
+        return 0
+    names = ["smoke"] if options.smoke else options.shapes.split(",")
+    found = {name: _compare(name, options.rows) for name in names}
+    print(json.dumps(found, indent=2))
+    if not options.smoke:
+        write_result("evaluation", {"rows": options.rows, "batch": BATCH, "shapes": found})
+    return 0
+
+
+def _compare(name: str, rows: int) -> dict[str, Any]:
+    sides: dict[str, dict[str, Any]] = {}
+    for side in SIDES:
+        chosen = ["--smoke"] if name == "smoke" else ["--shapes", name]
+        command = [sys.executable, "-m", "benchmarks.evaluation", *chosen, "--side", side]
+        ended = subprocess.run(
+            [*command, "--rows", str(rows)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        sides[side] = json.loads(ended.stdout.splitlines()[-1])
+        say("evaluation", f"{name}: {side}: {sides[side]['seconds']:.1f} s")
+    stock, ours = (sides[side] for side in SIDES)
+    answers = [
+        one == other for one, other in zip(stock.pop("answers"), ours.pop("answers"), strict=True)
+    ]
+    forwards = [
+        one == other for one, other in zip(stock.pop("forwards"), ours["forwards"], strict=True)
+    ]
+    counts = ours.pop("forwards")
+    return {
+        **sides,
+        "goal": GOALS.get(name),
+        "faster": stock["seconds"] / ours["seconds"],
+        "memory_share": ours["peak_bytes"] / stock["peak_bytes"],
+        "memory_goal": MEMORY_GOAL,
+        "equal_answers": sum(answers),
+        "equal_step_counts": sum(forwards),
+        "steps_of_an_answer": sum(counts) / len(counts),
+        "shape": dataclasses.asdict(SHAPES.get(name, SMOKE)),
+    }
+
+
+def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
+    model = _model(shape)
+    questions = _questions(shape, rows)
+    stops = list(range(5, shape.vocabulary, 2 * shape.canvas))  # a canvas often has one of them
+    noise = KeyedNoise(0, shape.canvas, shape.vocabulary)
+    run = _Stock(model, noise, stops) if side == "stock" else _Ours(model, noise, stops)
+    run(questions[:1])  # warm-up
+    run.reset()
+    found: dict[str, Any] = {}
+
+    def timed() -> None:
+        started = time.perf_counter()
+        found.update(run(questions))
+        found["seconds"] = time.perf_counter() - started - run.paused
+
+    found["peak_bytes"] = extra_memory(timed)
+    return found
+
+
+def _model(shape: Shape) -> Any:
+    kinds = ["sliding_attention"] * (shape.layers - 1) + ["full_attention"]
+    text = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": 2 * shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": shape.hidden // 4,
+        "global_head_dim": shape.hidden // 2,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 64,
+        "layer_types": kinds,
+        "num_experts": shape.experts,
+        "top_k_experts": 2,
+        "moe_intermediate_size": shape.hidden // 2,
+    }
+    vision = {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=shape.canvas
+    )
+    torch.manual_seed(0)
+    model = DiffusionGemmaForBlockDiffusion(config).eval()
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)
+    return model
+
+
+def _questions(shape: Shape, rows: int) -> list[Question]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(16, 97, (rows,), generator=generator).tolist()
+    return [
+        Question(
+            f"q{index}",
+            "",
+            torch.randint(5, shape.vocabulary, (length,), generator=generator).tolist(),
+            "",
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+class _Ours:
+    """Our sampler, as evaluation uses it."""
+
+    def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
+        self.paused = 0.0
+        limit = BLOCKS * noise.canvas_length
+        self.sampler = Sampler(
+            model, SETTINGS, noise, rows=BATCH, max_new_tokens=limit, stops=stops
+        )
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, questions: list[Question]) -> dict[str, Any]:
+        found = {answer.question: answer for answer in self.sampler.answer(questions)}
+        each = [found[question.id] for question in questions]
+        return {"answers": [one.tokens for one in each], "forwards": [one.forwards for one in each]}
+
+
+class _Stock:
+    """Stock `generate()` on batches of similar length, padded on the left."""
+
+    def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
+        self.model, self.noise, self.stops = model, noise, stops
+        self.paused, self.batch = 0.0, list[Question]()
+        self.block, self.step, self.new_block = -1, 0, True
+
+    def reset(self) -> None:
+        self.paused = 0.0
+
+    def __call__(self, questions: list[Question]) -> dict[str, Any]:
+        ordered = sorted(questions, key=lambda one: len(one.tokens))
+        found: dict[str, tuple[list[int], int]] = {}
+        for at in range(0, len(ordered), BATCH):
+            found |= self._answer(ordered[at : at + BATCH])
+        each = [found[question.id] for question in questions]
+        return {"answers": [tokens for tokens, _ in each], "forwards": [steps for _, steps in each]}
+
+    def _answer(self, batch: list[Question]) -> dict[str, tuple[list[int], int]]:
+        self.batch, self.block, self.new_block = batch, -1, True
+        width = max(len(one.tokens) for one in batch)
+        padding = [width - len(one.tokens) for one in batch]
+        ids = torch.tensor(
+            [[0] * pad + one.tokens for pad, one in zip(padding, batch, strict=True)]
+        )
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+        draw, finalize = torch.multinomial, type(self.model)._finalize_canvas
+
+        def chosen(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+            draw(probabilities, num_samples)
+            return self._choose(probabilities)
+
+        def finalized(*given: Any, **named: Any) -> Any:
+            self.new_block = True
+            return finalize(*given, **named)
+
+        with (
+            mock.patch.object(EntropyBoundSampler, "initialize_canvas", self._canvas),
+            mock.patch.object(torch, "multinomial", chosen),
+            mock.patch.object(type(self.model), "_finalize_canvas", staticmethod(finalized)),
+        ):
+            found = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=BLOCKS * self.noise.canvas_length,
+                max_denoising_steps=SETTINGS.steps,
+                sampler_config=EntropyBoundSamplerConfig(SETTINGS.entropy_bound),
+                t_min=SETTINGS.t_min,
+                t_max=SETTINGS.t_max,
+                stability_threshold=SETTINGS.stability_threshold,
+                confidence_threshold=SETTINGS.confidence_threshold,
+                eos_token_id=self.stops,
+                pad_token_id=0,
+            )
+        stops, answers = set(self.stops), {}
+        for one, row, rate in zip(
+            batch, found.sequences[:, width:].tolist(), found.tokens_per_forward, strict=True
+        ):
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+            kept = sum(token != 0 for token in row)
+            answers[one.id] = (row[:end], round(kept / float(rate)))
+        return answers
+
+    def _canvas(self, *_: Any, **__: Any) -> torch.Tensor:
+        started = time.perf_counter()
+        if self.new_block:
+            self.block, self.step, self.new_block = self.block + 1, 0, False
+        place = (self.block, self.step)
+        rows = [self.noise.renoise(one.id, *place) for one in self.batch]
+        self.paused += time.perf_counter() - started
+        return torch.stack(rows)
+
+    def _choose(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of the noise that our side gets, off the clock."""
+        started = time.perf_counter()
+        self.step += 1
+        place = (self.block, self.step)
+        uniforms = torch.cat([self.noise.uniforms(one.id, *place) for one in self.batch])
+        chosen = []
+        for row, uniform in zip(probabilities, uniforms, strict=True):
+            cumulated = row.double().cumsum(0)
+            chosen.append(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
+        self.paused += time.perf_counter() - started
+        return torch.stack(chosen)[:, None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
