@@ -3,7 +3,7 @@ against stock `generate()` in padded batches of 8, as evaluation used it before.
 
 Both get the same noise, so both give the same answers with the same number of denoising steps, which
 is checked. Stock draws as it always does, and that is timed; what it drew is then replaced, off the
-clock. Each side runs in a process of its own, which reports its peak memory above the loaded
+clock. Each side runs in a separate process, which reports its peak memory above the loaded
 weights. Weights are random, in float32. Writes benchmarks/results/evaluation.json.
 """
 

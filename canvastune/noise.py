@@ -135,8 +135,8 @@ def answer_uniforms(
 ) -> torch.Tensor:
     """Return what chooses the tokens of a denoising step at inference, float64[C] in [0, 1).
 
-    Like `answer_canvas` it depends on nothing but its arguments: an answer is the same alone and
-    beside others, on any number of devices.
+    Like `answer_canvas` it depends on nothing but its arguments: an answer is the same in any
+    batch, on any number of devices.
     """
     generator = _generator("answer", seed, question, block, step, "choice")
     return torch.from_numpy(generator.random(canvas_length))

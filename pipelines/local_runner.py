@@ -125,7 +125,7 @@ def run_locally(
 
 
 def _drop_incomplete_data(artifacts: Path) -> None:
-    """Delete prepared data of which a file is gone, so that it is prepared again.
+    """Delete prepared data of which a file is missing, so that it is prepared again.
 
     KFP's cache looks whether the folder is there, not at what is in it.
     """

@@ -32,8 +32,8 @@ _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _UNUSED = {
     "max_new_tokens": None,  # a default for callers that name none, which is their own matter
     "max_length": "evaluate.max_new_tokens limits answers",
-    "cache_implementation": "evaluation keeps a cache of its own",
-    "cache_config": "evaluation keeps a cache of its own",
+    "cache_implementation": "evaluation has its own cache",
+    "cache_config": "evaluation has its own cache",
     "disable_compile": None,
     "return_dict_in_generate": "evaluation does not call `generate`",
 }

@@ -153,7 +153,7 @@ def _compact(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Answering:
-    """What an answer depends on beside model, question and seed."""
+    """What an answer depends on apart from model, question and seed."""
 
     sampler: SamplerSettings
     max_new_tokens: int
@@ -193,7 +193,7 @@ def generate_answers(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each question's id and answer, in the order in which the answers end.
 
-    An answer depends on the seed and its question, not on what is asked beside it or was before.
+    An answer depends on the seed and its question, not on what is asked with it or was before.
 
     Args:
         rows: questions that are answered at once.

@@ -65,15 +65,15 @@ class KeyedNoise:
     vocab_size: int
 
     def start(self, question: str, block: int) -> torch.Tensor:
-        """As of `Noise`."""
+        """Implement `Noise`."""
         return self.renoise(question, block, 0)
 
     def uniforms(self, question: str, block: int, step: int) -> torch.Tensor:
-        """As of `Noise`."""
+        """Implement `Noise`."""
         return answer_uniforms(self.seed, question, block, step, self.canvas_length)
 
     def renoise(self, question: str, block: int, step: int) -> torch.Tensor:
-        """As of `Noise`."""
+        """Implement `Noise`."""
         place = (self.seed, question, block, step)
         return answer_canvas(*place, self.canvas_length, self.vocab_size)
 
@@ -127,7 +127,7 @@ class Sampler:
     """Answers questions, at most `rows` at once.
 
     For one device and dtype an answer depends on the question, the noise and the settings. What is
-    answered beside it changes only how float sums are rounded.
+    answered with it changes only how float sums are rounded.
     """
 
     def __init__(
@@ -425,11 +425,11 @@ class _EncodedRows(_AttendingRows):
     """Pending tokens attend causally to those before them, which are kept for the decoder."""
 
     def lengths(self) -> list[int]:
-        """As of `_AttendingRows`."""
+        """Implement `_AttendingRows`."""
         return [len(row.pending) for row in self.rows]
 
     def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """As of `_AttendingRows`."""
+        """Implement `_AttendingRows`."""
         query, key, value = tensors
         layer, window = module.layer_idx, module.sliding_window
         if row.length:
@@ -450,11 +450,11 @@ class _DenoisedRows(_AttendingRows):
     """A canvas attends to what is kept of the tokens before it, and to all of itself."""
 
     def lengths(self) -> list[int]:
-        """As of `_AttendingRows`."""
+        """Implement `_AttendingRows`."""
         return [self.canvas_length] * len(self.rows)
 
     def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """As of `_AttendingRows`."""
+        """Implement `_AttendingRows`."""
         query, key, value = tensors
         keys, values = row.keys[module.layer_idx], row.values[module.layer_idx]
         keys[:, :, -self.canvas_length :] = key

@@ -17,7 +17,7 @@ from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
 from components.run_directory import read_run_id
 
-_BASE_RESULTS = ".base-results"  # beside the runs: answers and losses of bases, for all of them
+_BASE_RESULTS = ".base-results"  # next to the runs: answers and losses of bases, for all of them
 
 
 def run_evaluation(

@@ -1,5 +1,5 @@
 """The sampler's answers are those of stock `generate()` for the same noise, whatever is answered
-beside them.
+with them.
 """
 
 from __future__ import annotations
