@@ -64,7 +64,7 @@ HOW = Answering(
 def ask(
     model: Any, questions: Sequence[Question], tokenizer: Any = NUMBERS, **changes: Any
 ) -> dict[str, dict[str, Any]]:
-    options = {"seed": 0, "rows": 2, "traced": None}
+    options: dict[str, Any] = {"seed": 0, "rows": 2, "traced": None}
     options |= {name: changes.pop(name) for name in list(changes) if name in options}
     how = dataclasses.replace(HOW, **changes)
     return dict(generate_answers(model, questions, tokenizer, how, **options))
