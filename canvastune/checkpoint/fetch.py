@@ -71,7 +71,9 @@ def _files(config: ModelConfig) -> list[Any]:
             hint="Check the name, HF_TOKEN, and the proxy (HTTPS_PROXY).",
         ) from None
     files = info.siblings or []
-    return list(filter_repo_objects(files, allow_patterns=PATTERNS, key=lambda f: f.rfilename))
+    return list(
+        filter_repo_objects(files, allow_patterns=list(PATTERNS), key=lambda f: f.rfilename)
+    )
 
 
 @contextlib.contextmanager

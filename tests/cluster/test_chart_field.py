@@ -356,7 +356,8 @@ FILES = {
         "mlflow": {"backup": {"enabled": True}},
     },
 }
-LIMIT_RANGE = {"cpu": ("10m", "128"), "memory": ("32Mi", "2Ti"), "ratio": 10.0}
+LIMIT_RANGE = {"cpu": ("10m", "128"), "memory": ("32Mi", "2Ti")}
+LIMIT_RATIO = 10.0  # of a limit to its request, at most
 
 
 def every_pod(values: dict[str, Any], tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -368,7 +369,7 @@ def every_pod(values: dict[str, Any], tmp_path: Path) -> Iterator[tuple[str, dic
     config = parse_config({"name": "run", "data": {"source": "x"}, "cluster": cluster(documents)})
     if config.cluster.backend == "pytorchjob":
         for role in ("train", "evaluate"):
-            context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)  # type: ignore[arg-type]
+            context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)
             for path, pod in pod_specs(manifest(config, context)):
                 yield f"{role} {path}", pod
     elif config.cluster.backend == "trainjob":
@@ -399,7 +400,7 @@ def test_every_pod_is_admitted_with_quota_limit_range_and_restricted(
 def _quantities(resources: dict[str, Any]) -> Iterator[str]:
     """Yield what a quota on requests and limits of cpu and memory, or a LimitRange, refuses."""
     for name in ("cpu", "memory"):
-        low, high = LIMIT_RANGE[name]  # type: ignore[misc]
+        low, high = LIMIT_RANGE[name]
         found = {kind: (resources.get(kind) or {}).get(name) for kind in ("requests", "limits")}
         if None in found.values():
             yield f"must specify {' and '.join(k for k, v in found.items() if v is None)} of {name}"
@@ -407,7 +408,7 @@ def _quantities(resources: dict[str, Any]) -> Iterator[str]:
         request, limit = (parse_quantity(str(value)) for value in found.values())
         if not parse_quantity(low) <= request <= limit <= parse_quantity(high):
             yield f"{name} {request} to {limit} is outside of {low} to {high}"
-        if limit / request > LIMIT_RANGE["ratio"]:  # type: ignore[operator]
+        if limit / request > LIMIT_RATIO:
             yield f"limit of {name} is {limit / request:g} times the request"
 
 

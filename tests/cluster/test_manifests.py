@@ -32,7 +32,7 @@ CONTEXT = JobContext(
     environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
     owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
 )
-TASK = {  # the fields of dsl.TaskConfig, with the claim that the pipeline mounts
+TASK: dict[str, Any] = {  # the fields of dsl.TaskConfig, with the claim that the pipeline mounts
     "resources": {"limits": {"memory": "700Gi"}, "requests": {"cpu": "90"}},
     "tolerations": [{"key": "team", "operator": "Equal", "value": "a", "effect": "NoSchedule"}],
     "node_selector": {"zone": "b"},
@@ -230,7 +230,7 @@ def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
     }
     assert pod["nodeSelector"] == {"zone": "b"}
     assert pod["affinity"] == TASK["affinity"]
-    assert TASK["tolerations"][0] in pod["tolerations"]  # type: ignore[index]
+    assert TASK["tolerations"][0] in pod["tolerations"]
     env = {entry["name"]: entry for entry in container["env"]}
     assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf"
     assert env["NCCL_DEBUG"]["value"] == "INFO"

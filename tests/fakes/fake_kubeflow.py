@@ -112,7 +112,7 @@ class FakeKubeflow:
 
     def health(self, _: Call) -> Any:
         """Answer as the API server does, or (`page`) as the server of Kubeflow's page in front."""
-        versions = {"commit_sha": "0" * 40, "tag_name": self.version}
+        versions: dict[str, Any] = {"commit_sha": "0" * 40, "tag_name": self.version}
         if self.page:
             versions = {"apiServerTagName": self.version, "apiServerReady": True}
         return {**versions, "multi_user": bool(self.namespaces)}

@@ -400,7 +400,7 @@ def test_operator_that_the_recipe_needs_and_the_cluster_lacks_is_a_problem() -> 
 def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
     cluster: Cluster, fields: tuple[str, ...], state: str
 ) -> None:
-    spec = {"properties": {field: {} for field in fields}}
+    spec: dict[str, Any] = {"properties": {field: {} for field in fields}}
     cluster.schemas = {
         "/openapi/v3/apis/trainer.kubeflow.org/v1alpha1": {
             "io.kubeflow.trainer.v1alpha1.TrainJob": {
