@@ -207,7 +207,7 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
             [local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)]
         )
         shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks)
-        own = [position for forward in shares for position in forward[dist.get_rank()]]
+        own = [part.position for forward in shares for part in forward[dist.get_rank()]]
         has_coin = any(
             draw_self_conditioning(SEED, position, self_conditioning) for position in own
         )

@@ -99,11 +99,12 @@ def draw_self_conditioning(seed: int, position: int, probability: float) -> bool
     return bool(_draw_blocks(seed, position, 1, 1)[0][1] < probability)
 
 
-def count_self_conditioned(
+def drawn_blocks(
     seed: int, position: int, count: int, *, blocks: int, probability: float
-) -> int:
-    """Return how many blocks of `training_block_draws` are denoised twice."""
-    return sum(bool(coin < probability) for _, coin in _draw_blocks(seed, position, blocks, count))
+) -> list[tuple[int, bool]]:
+    """Return each block of `training_block_draws`, and whether it is denoised twice."""
+    chosen = sorted(_draw_blocks(seed, position, blocks, count))
+    return [(block, bool(coin < probability)) for block, coin in chosen]
 
 
 def validation_draws(

@@ -364,6 +364,13 @@ class TrainConfig(StrictModel):
         ge=1,
         description="examples per rank and forward pass; default: the rank's whole share at once",
     )
+    micro_batch_blocks: ChangeableOnResume[int | None] = Field(
+        None,
+        ge=1,
+        description="blocks of an example in one forward pass; the others of objective.blocks go "
+        "through further ones, which compute the clean tokens before them again; default: all at "
+        "once",
+    )
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
         description="compute dtype; master weights of trained parameters are always float32",

@@ -16,11 +16,11 @@ from datasets import Dataset, load_from_disk
 
 from canvastune.config.schema import ObjectiveConfig, TrainConfig
 from canvastune.data.mixture import Interleaving, Mixture
-from canvastune.data.packing import Example, balance_microbatches, make_example
+from canvastune.data.packing import Example, Part, balance_microbatches, make_example
 from canvastune.errors import UserError
 from canvastune.noise import (
     NoiseSample,
-    count_self_conditioned,
+    drawn_blocks,
     epoch_order,
     training_block_draws,
     validation_draws,
@@ -67,7 +67,7 @@ class TrainingDataset:
         self._first_rows = [0, *itertools.accumulate(self._rows)]
         self._interleaving = Interleaving([share.weight for share in shares])
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source: epoch and its order
-        self._tokens, self._blocks = _count_tokens_and_blocks(self._train, canvas_length)
+        self._tokens, self._prefixes, self._blocks = _lengths(self._train, canvas_length)
 
     def __len__(self) -> int:
         return len(self._train)
@@ -101,27 +101,52 @@ class TrainingDataset:
             self_conditioning_probability=self._objective.self_conditioning_probability,
         )
 
-    def any_self_conditioned(self, positions: Iterable[int]) -> bool:
-        """Return whether any block of these positions, those of other ranks included, is
+    def any_self_conditioned(self, parts: Iterable[Part]) -> bool:
+        """Return whether any block of these parts, those of other ranks included, is
         self-conditioned.
         """
-        return any(self._canvases(position)[1] for position in positions)
+        return any(coin for part in parts for _, coin in self._drawn(part.position)[part.blocks])
+
+    def parts(self, positions: Iterable[int], most_blocks: int | None = None) -> list[Part]:
+        """Divide the drawn blocks of each example into as few parts of at most `most_blocks` as
+        possible, of even sizes.
+        """
+        parts = []
+        for position in positions:
+            blocks = len(self._drawn(position))
+            count = -(-blocks // (most_blocks or blocks))
+            edges = [blocks * at // count for at in range(count + 1)]
+            parts += [
+                Part(position, first, stop, stop == blocks)
+                for first, stop in itertools.pairwise(edges)
+            ]
+        return parts
 
     def balance_microbatches(
-        self, positions: range, ranks: int, size: int
-    ) -> list[list[list[int]]]:
-        """Divide the global batch at these positions evenly: [forward][rank] -> `size` positions.
+        self, positions: range, ranks: int, size: int, most_blocks: int | None = None
+    ) -> list[list[list[Part]]]:
+        """Divide the global batch at these positions evenly: [forward][rank] -> `size` parts of
+        examples, or fewer if the parts do not divide.
 
         Which examples make up a step, and their noise, follow from the positions only; the number
         of ranks decides which rank computes which example. See `packing.balance_microbatches`.
         """
+        parts = self.parts(positions, most_blocks)
         tokens, again = [], []
-        for position, count in zip(positions, self.token_counts(positions), strict=True):
-            canvases, twice = self._canvases(position)
-            tokens.append(count + canvases * self._canvas_length)
-            again.append(count + twice * self._canvas_length if twice else 0)
-        forwards = balance_microbatches(tokens, again, ranks, size)
-        return [[[positions[index] for index in own] for own in forward] for forward in forwards]
+        for part in parts:
+            row = self._row(part.position)
+            drawn = self._drawn(part.position)[part.blocks]
+            clean, coins = int(self._tokens[row]), sum(coin for _, coin in drawn)
+            if not part.is_last:  # only what its last block sees
+                clean = int(self._prefixes[row]) + drawn[-1][0] * self._canvas_length
+            tokens.append(clean + len(drawn) * self._canvas_length)
+            again.append(clean + coins * self._canvas_length if coins else 0)
+        nothing = [0] * (-len(parts) % (ranks * size))
+        forwards = balance_microbatches(tokens + nothing, again + nothing, ranks, size)
+        return [
+            [[parts[index] for index in own if index < len(parts)] for own in forward]
+            for forward in forwards
+        ]
 
     def validation_examples(self, rows: range) -> list[Example]:
         """Return held-out examples by their row; rows past the end repeat the last one (their
@@ -146,13 +171,15 @@ class TrainingDataset:
         setting = self._objective.blocks
         return blocks if setting == "all" else min(setting, blocks)
 
-    def _canvases(self, position: int) -> tuple[int, int]:
-        """Return how many blocks a step denoises at a position, and how many of them twice."""
+    def _drawn(self, position: int) -> list[tuple[int, bool]]:
+        """Return the blocks that a step denoises at a position, each with whether it does twice."""
         blocks = int(self._blocks[self._row(position)])
-        count = self._block_count(blocks)
-        probability = self._objective.self_conditioning_probability
-        return count, count_self_conditioned(
-            self._seed, position, count, blocks=blocks, probability=probability
+        return drawn_blocks(
+            self._seed,
+            position,
+            self._block_count(blocks),
+            blocks=blocks,
+            probability=self._objective.self_conditioning_probability,
         )
 
     def _row(self, position: int) -> int:
@@ -205,9 +232,9 @@ def _open(folder: Path) -> Dataset:
     return data
 
 
-def _count_tokens_and_blocks(data: Dataset, canvas_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return int32[rows] twice: the tokens of each row with its fill, and its blocks, as `Example`
-    has them; the tokens are not read.
+def _lengths(data: Dataset, canvas_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return int32[rows] three times: the tokens of each row with its fill, those of its prefix, and
+    its blocks, as `Example` has them; the tokens are not read.
     """
     table = data.with_format("arrow")[:]
     length, prefix = (
@@ -217,4 +244,4 @@ def _count_tokens_and_blocks(data: Dataset, canvas_length: int) -> tuple[np.ndar
     fill = -(length - prefix) % canvas_length
     tokens = length + np.where(table["complete"].to_numpy(), fill, 0)
     blocks = (length - prefix + fill) // canvas_length
-    return tokens.astype(np.int32), blocks.astype(np.int32)
+    return tokens.astype(np.int32), prefix.astype(np.int32), blocks.astype(np.int32)

@@ -12,8 +12,9 @@ batch, K canvases, A query heads, G key and value heads, D head size.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ class Packing:
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> Packing:
         """Lay out a batch for layers of type `full_attention` and `sliding_attention`."""
-        canvases = list(
+        canvases = tuple(
             zip(batch.canvas_examples, batch.block_starts, batch.canvas_lengths, strict=True)
         )
         return cls(
@@ -146,16 +147,16 @@ class Packing:
         lengths = [*self.clean_lengths, *(call.rows for call in calls)]
         queries, keys, values = (rows.split(lengths, dim=2) for rows in (query, key, value))
         examples = len(self.clean_lengths)
+        past = [(_Slices(keys[at]), _Slices(values[at])) for at in range(examples)]
         clean = [
-            self._attend_clean(kind, queries[at], keys[at], values[at], options)
-            for at in range(examples)
+            self._attend_clean(kind, queries[at], *past[at], options) for at in range(examples)
         ]
         canvases = [
             self._attend_canvases(
                 call,
                 queries[at],
-                (keys[call.example], keys[at]),
-                (values[call.example], values[at]),
+                (past[call.example][0], keys[at]),
+                (past[call.example][1], values[at]),
                 options,
             )
             for at, call in enumerate(calls, examples)
@@ -166,24 +167,28 @@ class Packing:
         self,
         kind: str,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: _Slices,
+        value: _Slices,
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Attend over one example's clean rows: causally, and on a sliding layer within its window."""
         length = query.shape[2]
         if kind == "full_attention" or length <= self.window:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+            return F.scaled_dot_product_attention(
+                query, key.rows, value.rows, is_causal=True, **options
+            )
         parts = []
-        for own, seen in sliding_calls(length, self.window):
+        calls = list(sliding_calls(length, self.window))
+        queries = query.split([own.stop - own.start for own, _ in calls], dim=2)
+        for rows, (own, seen) in zip(queries, calls, strict=True):
             # The same few masks for any length: what a row sees depends on its distance from a key.
             shape = (own.stop - own.start, seen.stop - seen.start)
             mask = self._mask(query, shape, lambda: _sliding_causal(*shape, self.window))  # noqa: B023
             parts.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, own],
-                    key[:, :, seen],
-                    value[:, :, seen],
+                    rows,
+                    key[seen],
+                    value[seen],
                     attn_mask=mask,
                     **options,
                 )
@@ -194,8 +199,8 @@ class Packing:
         self,
         call: CanvasCall,
         query: torch.Tensor,
-        keys: tuple[torch.Tensor, torch.Tensor],
-        values: tuple[torch.Tensor, torch.Tensor],
+        keys: tuple[_Slices, torch.Tensor],
+        values: tuple[_Slices, torch.Tensor],
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Attend in one call: query [1, A, rows, D], and keys and values of the example's clean rows
@@ -203,9 +208,7 @@ class Packing:
         """
         if not call.is_batch:
             past = slice(call.first, call.stop)
-            key, value = (
-                torch.cat([clean[:, :, past], own], dim=2) for clean, own in (keys, values)
-            )
+            key, value = (torch.cat([clean[past], own], dim=2) for clean, own in (keys, values))
             mask = self._mask(query, call, lambda: _canvas_mask(call))
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
@@ -213,9 +216,9 @@ class Packing:
             """[1, heads, canvases * n, D] -> [canvases, heads, n, D], not copied."""
             return rows.unflatten(2, (len(call.canvases), -1))[0].transpose(0, 1)
 
-        def seen(clean: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        def seen(clean: _Slices, own: torch.Tensor) -> torch.Tensor:
             parts = zip(call.canvases, own.chunk(len(call.canvases), dim=2), strict=True)
-            both = [(clean[:, :, canvas.first : canvas.stop], part) for canvas, part in parts]
+            both = [(clean[canvas.first : canvas.stop], part) for canvas, part in parts]
             return batch(torch.cat([rows for pair in both for rows in pair], dim=2))
 
         return F.scaled_dot_product_attention(batch(query), seen(*keys), seen(*values), **options)
@@ -228,6 +231,54 @@ class Packing:
         if found is None:
             found = self._masks[key, query.dtype] = _additive(seen(), query)
         return found
+
+
+class _Slices:
+    """Overlapping slices of rows [1, heads, n, D], whose gradients are added in one buffer.
+
+    Autograd pads the gradient of a slice with zeros to all n rows. With a slice for every half
+    window of a long example, that takes more time than a sliding layer's arithmetic, and grows with
+    the square of the length.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self._gradient = _SliceGradient()
+
+    def __getitem__(self, seen: slice) -> torch.Tensor:
+        return _Slice.apply(self.rows, seen, self._gradient)
+
+
+@dataclass
+class _SliceGradient:
+    """The gradient of a tensor from its slices; without the tensor, which a checkpointed layer must
+    not keep.
+    """
+
+    sum: torch.Tensor | None = None
+    pending: int = 0  # slices whose gradient is not in the sum yet
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, seen: slice, gradient: _SliceGradient
+    ) -> torch.Tensor:
+        gradient.pending += 1
+        ctx.shape, ctx.seen, ctx.gradient = rows.shape, seen, gradient
+        return rows[:, :, seen]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        gradient: _SliceGradient = ctx.gradient
+        if gradient.sum is None:
+            gradient.sum = upstream.new_zeros(ctx.shape)
+        gradient.sum[:, :, ctx.seen] += upstream
+        gradient.pending -= 1
+        if gradient.pending:
+            return None, None, None
+        total, gradient.sum = gradient.sum, None
+        return total, None, None
 
 
 def packed_attention(
@@ -258,8 +309,9 @@ def packed_attention(
     )
 
 
+@functools.lru_cache(maxsize=256)  # layers of one type ask for the same
 def canvas_calls(
-    canvases: Sequence[tuple[int, int, int]], window: int | None
+    canvases: tuple[tuple[int, int, int], ...], window: int | None
 ) -> tuple[CanvasCall, ...]:
     """Return the calls in which canvases attend: as few as their masks allow without much waste.
 
@@ -305,19 +357,21 @@ def sliding_calls(length: int, window: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(max(0, start - window + 1), stop)
 
 
-def mask_elements(calls: Iterable[CanvasCall], longest: int, window: int | None) -> int:
-    """Return the elements of the masks of a layer type, for clean lengths of up to `longest`."""
+def canvas_mask_elements(calls: Iterable[CanvasCall]) -> int:
+    """Return the elements of the masks of these calls."""
     shapes = [call.mask_shape for call in calls]
-    found = sum(shape[0] * shape[1] for shape in shapes if shape)
-    if window is not None and longest > window:
-        found += sum(
-            rows * _aligned(keys)
-            for rows, keys in {
-                (own.stop - own.start, seen.stop - seen.start)
-                for own, seen in sliding_calls(longest, window)
-            }
-        )
-    return found
+    return sum(shape[0] * shape[1] for shape in shapes if shape)
+
+
+def clean_mask_elements(length: int, window: int) -> int:
+    """Return the elements of the masks of sliding layers over `length` clean rows, whose calls share
+    a few.
+    """
+    shapes = {
+        (own.stop - own.start, seen.stop - seen.start)
+        for own, seen in sliding_calls(length, window)
+    }
+    return sum(rows * _aligned(keys) for rows, keys in shapes) if length > window else 0
 
 
 def _sliding_causal(rows: int, keys: int, window: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import PackedBatch
@@ -61,7 +61,18 @@ class _Canvas:
 
 def count_flops(architecture: Architecture, step: StepShape) -> Flops:
     """Count the FLOPs of one rank's step, with its share of the global batch."""
-    return _count(architecture, step, _canvases(step))
+    whole = _count(architecture, replace(step, blocks_at_once=None), _canvases(step))
+    if len(step.forwards) == 1:
+        return whole
+    parts = [_count(architecture, part, _canvases(part)) for part in step.forwards]
+    by_part: Parts = {}
+    for part in parts:
+        _add(by_part, part.by_part)
+    # What the forwards of an example compute more than one would.
+    idle = sum(part.by_pass[IDLE] for part in parts)
+    again = sum(part.total for part in parts) - idle - (whole.total - whole.by_pass[IDLE])
+    by_pass = whole.by_pass | {RECOMPUTED: whole.by_pass[RECOMPUTED] + again, IDLE: idle}
+    return Flops(by_pass, by_part, whole.model)
 
 
 def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas]) -> Flops:
@@ -109,7 +120,7 @@ def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas])
             "self-conditioning": block_row * again_rows + soft,
         },
     )
-    scored = row * (step.clean - 1 + canvas_rows)
+    scored = row * (step.scored_clean + canvas_rows)
     _add(forward, {"self-conditioning": block, "head": scored})
     _add(backward, {"head": scored})
     if architecture.full:
@@ -161,6 +172,11 @@ def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]
     """Count the bytes that one rank receives from others in an optimizer step, by collective; it
     sends as many.
     """
+    if len(step.forwards) > 1:
+        total: dict[str, float] = {}
+        for part in step.forwards:
+            _add(total, count_bytes(architecture, part))
+        return total
     groups = fsdp_units(architecture, step)
     anyone = any_self_conditioning_share(step)
     # Self-conditioning, forward and backward pass; the last layer stays gathered between the latter
@@ -316,7 +332,8 @@ def _canvas_scores(canvases: list[_Canvas], layer: LayerShape, window: int) -> f
     themselves, in the engine's calls.
     """
     calls = canvas_calls(
-        [(0, canvas.past, canvas.rows) for canvas in canvases], window if layer.sliding else None
+        tuple((0, canvas.past, canvas.rows) for canvas in canvases),
+        window if layer.sliding else None,
     )
     return 4.0 * layer.query_width * sum(call.scores for call in calls)
 

@@ -166,8 +166,9 @@ def step_time(
     in_experts = computed * sum(flops.by_part.get(kind, 0.0) for kind in EXPERT_KINDS) / flops.total
     # Each pass reads the weights once; the backward pass does for the gradients of inputs and of
     # weights.
-    passes = step.micro_steps * (
-        3 + recomputed_share(architecture, step) + any_self_conditioning_share(step)
+    passes = step.micro_steps * sum(
+        3 + recomputed_share(architecture, part) + any_self_conditioning_share(part)
+        for part in step.forwards
     )
     compute_bytes = architecture.compute_bytes
     expert_bytes = (

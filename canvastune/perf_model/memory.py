@@ -18,11 +18,12 @@ compute dtype.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from canvastune.config.schema import Checkpointing
-from canvastune.model.attention import canvas_calls, mask_elements
+from canvastune.model.attention import canvas_calls, canvas_mask_elements, clean_mask_elements
 from canvastune.model.diffusion_gemma import is_recomputed
 from canvastune.objective import chunk_rows, tile_columns
 from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
@@ -57,6 +58,8 @@ class StepShape:
         None  # clean tokens before an example's one chosen block; None: its last blocks are chosen
     )
     blocks: int = 1  # chosen blocks per example: canvases next to its clean tokens
+    blocks_at_once: int | None = None  # of an example in one forward; the others take further ones
+    is_last: bool = True  # False: only the clean tokens before the last canvas, none of them scored
 
     @property
     def efsdp(self) -> int:
@@ -77,8 +80,34 @@ class StepShape:
         """Clean tokens that each canvas of an example sees in full attention, ascending."""
         if self.chosen_start is not None:
             return (self.chosen_start,)
+        after = 1 if self.is_last else 0
         return tuple(
-            max(0, self.clean - before * self.canvas) for before in range(self.blocks, 0, -1)
+            max(0, self.clean - before * self.canvas)
+            for before in range(self.blocks - 1 + after, after - 1, -1)
+        )
+
+    @property
+    def scored_clean(self) -> int:
+        """Clean tokens per example whose prediction is scored."""
+        return self.clean - 1 if self.is_last else 0
+
+    @property
+    def forwards(self) -> tuple[StepShape, ...]:
+        """Shapes of the forwards that the blocks of an example take; the last one is the largest."""
+        count = -(-self.blocks // (self.blocks_at_once or self.blocks))
+        edges = [self.blocks * at // count for at in range(count + 1)]
+        return tuple(
+            replace(
+                self,
+                blocks=stop - first,
+                blocks_at_once=None,
+                # before the last of its blocks
+                clean=max(0, self.clean - (self.blocks - stop + 1) * self.canvas)
+                if stop < self.blocks
+                else self.clean,
+                is_last=stop == self.blocks,
+            )
+            for first, stop in itertools.pairwise(edges)
         )
 
 
@@ -139,6 +168,7 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
 
     The first step has no optimizer state yet.
     """
+    accumulating, step = step.micro_steps * len(step.forwards) > 1, step.forwards[-1]
     groups = fsdp_units(architecture, step)
     trained = [weight for weight in architecture.weights if weight.trained]
     weights = sum(local_numel(weight, step) * weight.itemsize for weight in architecture.weights)
@@ -148,7 +178,6 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
         for layer, experts in zip(groups.layers, groups.experts, strict=True)
     ]
     all_gradients = groups.root.shard + sum(of_layer)
-    accumulating = step.micro_steps > 1
     before = all_gradients if accumulating else 0
     steady = _steady(architecture, step)
     kept = [
@@ -427,8 +456,8 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
     total = step.tokens * 2 * c * head_dims
     for sliding in {layer.sliding for layer in architecture.layers}:
         window = architecture.window if sliding else None
-        calls = canvas_calls(_canvases(step), window) * step.micro_batch
-        total += c * mask_elements(calls, step.clean, window)
+        masks = step.micro_batch * canvas_mask_elements(canvas_calls(_canvases(step), window))
+        total += c * (masks + (clean_mask_elements(step.clean, window) if window else 0))
     if step.self_conditioning:
         total += canvas * c * hidden * (2 if architecture.full else 1)
     if architecture.full:
@@ -436,8 +465,8 @@ def _steady(architecture: Architecture, step: StepShape) -> int:
     return total
 
 
-def _canvases(step: StepShape) -> list[tuple[int, int, int]]:
-    return [(0, past, step.canvas) for past in step.pasts]
+def _canvases(step: StepShape) -> tuple[tuple[int, int, int], ...]:
+    return tuple((0, past, step.canvas) for past in step.pasts)
 
 
 def _tail(architecture: Architecture, step: StepShape) -> int:
@@ -446,7 +475,7 @@ def _tail(architecture: Architecture, step: StepShape) -> int:
     """
     c = architecture.compute_bytes
     norm = FLOAT * (2 if architecture.full else 1) + c
-    scored = step.micro_batch * (step.clean - 1 + step.canvas_rows)
+    scored = step.micro_batch * (step.scored_clean + step.canvas_rows)
     return architecture.hidden * (step.tokens * norm + scored * 2 * c)
 
 
@@ -456,7 +485,8 @@ def _loss_workspace(architecture: Architecture, step: StepShape) -> int:
     """
     c, vocabulary, hidden = architecture.compute_bytes, architecture.vocabulary, architecture.hidden
     rows = min(
-        chunk_rows(vocabulary, step.device), step.micro_batch * (step.clean - 1 + step.canvas_rows)
+        chunk_rows(vocabulary, step.device),
+        step.micro_batch * (step.scored_clean + step.canvas_rows),
     )
     columns = tile_columns(rows, vocabulary, step.device)
     found = FLOAT * rows * (vocabulary + columns + 2 * hidden)

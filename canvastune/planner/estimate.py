@@ -43,6 +43,7 @@ def step_shape(
         self_conditioning=config.objective.self_conditioning_probability,
         device="cpu" if config.hardware.accelerator == "cpu" else "cuda",
         blocks=_most_blocks(config, config.data.seq_length, architecture.canvas),
+        blocks_at_once=train.micro_batch_blocks,
     )
     return with_longest_example(step, config.data.seq_length, config) if longest else step
 

@@ -134,6 +134,15 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
             ),
             _MAX_EXAMPLES,
         ),
+        blocks=longest.blocks,
+        forwards_per_example=len(longest.forwards),
+        largest_blocks=largest_fitting(
+            lambda blocks: (
+                needed_bytes(architecture, dataclasses.replace(longest, blocks=blocks), accelerator)
+                <= limit
+            ),
+            -(-config.data.seq_length // architecture.canvas),
+        ),
         largest_sequence=largest_fitting(
             lambda length: (
                 needed_bytes(

@@ -27,6 +27,14 @@ def render(plan: Plan) -> str:
             f" {plan.micro_batch_size} examples x {plan.micro_steps} forwards; sequences of"
             f" {plan.seq_length} tokens, canvas {plan.canvas_length}"
         ),
+        *(
+            [
+                f"  up to {plan.blocks} blocks of an example in a step, in"
+                f" {plan.forwards_per_example} forwards"
+            ]
+            if plan.blocks > 1
+            else []
+        ),
         f"  activation checkpointing {_CHECKPOINTING[plan.activation_checkpointing]}",
         "",
         *_parameters(plan),
@@ -137,6 +145,10 @@ def _verdict(plan: Plan) -> list[str]:
     if length:
         lines.append(
             f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens"
+        )
+    if plan.largest_blocks:
+        lines.append(
+            f"  Most blocks of an example in a step (objective.blocks): {plan.largest_blocks}"
         )
     for change in plan.changes:
         lines.append(

@@ -90,6 +90,19 @@ def _fewer_examples(config: RunConfig, ranks: int) -> Candidates:
         size //= 2
 
 
+def _fewer_blocks_at_once(config: RunConfig, ranks: int) -> Candidates:
+    blocks = config.objective.blocks
+    most = config.data.seq_length if blocks == "all" else blocks  # far more than there are
+    at_once = config.train.micro_batch_blocks or most
+    while at_once > 1:
+        at_once = -(-at_once // 2)
+        yield (
+            _with(config, "train", micro_batch_blocks=at_once),
+            ranks,
+            (f"train.micro_batch_blocks={at_once}",),
+        )
+
+
 def _shorten(config: RunConfig, ranks: int) -> Candidates:
     length = config.data.seq_length * 3 // 4 // 64 * 64
     while length >= 256:
@@ -125,6 +138,7 @@ def _fewer_adapters(config: RunConfig, ranks: int) -> Candidates:
 _LEVERS: dict[Callable[[RunConfig, int], Candidates], int] = {
     _checkpoint: 1,
     _fewer_examples: 1,
+    _fewer_blocks_at_once: 1,
     _shorten: 2,
     _fewer_adapters: 3,
     _adapters: 4,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig
 from canvastune.data.dataset import TrainingDataset, validation_rows
-from canvastune.data.packing import PackedBatch, pack
+from canvastune.data.packing import PackedBatch, Part, pack, padding_batch
 from canvastune.distributed.parallelize import clip_gradients
 from canvastune.distributed.sync import gather_results
 from canvastune.errors import UserError
@@ -32,6 +32,16 @@ from canvastune.perf_model.flops import needed_flops
 from canvastune.perf_model.hardware import accelerator_of, peak_rate
 from canvastune.tracking import MetricsWriter, read_metrics
 from canvastune.training.optimizer import build_optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes in one forward of a step."""
+
+    batch: PackedBatch  # on the device
+    is_padding: bool  # whether the rank has no example here, and only takes part
+    whole: PackedBatch | None  # all of the examples that have their last part here, to count them
+    any_self_conditioned: bool  # on any rank
 
 
 @dataclass
@@ -152,16 +162,19 @@ class Trainer:
         batch_size = self.config.train.global_batch_size
         first = self.progress.step * batch_size
         micro_batches = self._micro_batches(first)
-        counts = self._global_counts([batch for batch, _ in micro_batches])
+        counts = self._global_counts([micro.whole for micro in micro_batches if micro.whole])
         encoder_weight = self.config.objective.encoder_loss_weight
         weights = (1 / counts[0], encoder_weight / counts[1])
         sums = torch.zeros(len(micro_batches), 2, device=self.device)
-        for index, (batch, any_self_conditioned) in enumerate(micro_batches):
+        for index, micro in enumerate(micro_batches):
             loss, diffusion, autoregressive = self.compute_losses(
-                batch, weights, any_self_conditioned
+                micro.batch,
+                (0.0, 0.0) if micro.is_padding else weights,
+                micro.any_self_conditioned,
             )
             loss.backward()
-            sums[index] = torch.stack([diffusion, autoregressive])
+            if not micro.is_padding:
+                sums[index] = torch.stack([diffusion, autoregressive])
         gradient_norm = clip_gradients(
             list(self.trained.values()), self.config.optimizer.max_grad_norm
         )
@@ -267,27 +280,52 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def _micro_batches(self, first: int) -> list[tuple[PackedBatch, bool]]:
+    def _micro_batches(self, first: int) -> list[MicroBatch]:
         """Pack this rank's micro-batches, each with whether any rank self-conditions."""
         result = []
         for everyone in self._shares(first):
             own = everyone[self.rank]
-            examples = self.data.train_examples(own)
+            examples = self.data.train_examples(part.position for part in own)
             draws = [
-                self.data.train_draws(example, position)
-                for example, position in zip(examples, own, strict=True)
+                self.data.train_draws(example, part.position)
+                for example, part in zip(examples, own, strict=True)
             ]
-            any_self_conditioned = self.data.any_self_conditioned(itertools.chain(*everyone))
-            result.append((pack(examples, draws).to(self.device), any_self_conditioned))
+            counted = [at for at, part in enumerate(own) if part.is_last]
+            whole = (
+                pack([examples[at] for at in counted], [draws[at] for at in counted])
+                if counted
+                else None
+            )
+            if all(part.is_last and part.first == 0 for part in own):
+                batch = whole
+            else:
+                batch = pack(
+                    examples,
+                    [drawn[part.blocks] for drawn, part in zip(draws, own, strict=True)],
+                    scored=[part.is_last for part in own],
+                )
+            result.append(
+                MicroBatch(
+                    batch=(batch or padding_batch()).to(self.device),
+                    is_padding=batch is None,
+                    whole=whole,
+                    any_self_conditioned=self.data.any_self_conditioned(itertools.chain(*everyone)),
+                )
+            )
         return result
 
-    def _shares(self, first: int) -> list[list[list[int]]]:
-        """Return the positions of the global batch that starts at one.
+    def _shares(self, first: int) -> list[list[list[Part]]]:
+        """Return the parts of the global batch that starts at a position.
 
         [micro-batch][rank], so that ranks finish each forward together.
         """
-        positions = range(first, first + self.config.train.global_batch_size)
-        return self.data.balance_microbatches(positions, self.world_size, self.micro_batch_size)
+        train = self.config.train
+        return self.data.balance_microbatches(
+            range(first, first + train.global_batch_size),
+            self.world_size,
+            self.micro_batch_size,
+            train.micro_batch_blocks,
+        )
 
     def compute_losses(
         self, batch: PackedBatch, weights: LossWeights, any_self_conditioned: bool
@@ -333,8 +371,10 @@ class Trainer:
         """
         bad = (~sums.isfinite().all(dim=1)).nonzero().flatten().tolist()
         shares = self._shares(first)
-        own = [position for index in bad for position in shares[index][self.rank]]
-        positions = sorted(position for found in gather_results(lambda: own) for position in found)
+        own = [part.position for index in bad for part in shares[index][self.rank]]
+        positions = sorted(
+            {position for found in gather_results(lambda: own) for position in found}
+        )
         everyone = list(range(first, first + self.config.train.global_batch_size))
         return [example.id for example in self.data.train_examples(positions or everyone)]
 
@@ -398,7 +438,10 @@ class Trainer:
         return stop > 0
 
     def _global_counts(self, batches: list[PackedBatch]) -> torch.Tensor:
-        """Sum canvas targets, pair targets, tokens and FLOPs over all ranks, float64[4]."""
+        """Sum canvas targets, pair targets, tokens and FLOPs over all ranks, float64[4].
+
+        What several forwards compute again of an example counts once.
+        """
         sizes = [
             (
                 len(b.canvas_targets),
@@ -408,7 +451,8 @@ class Trainer:
             )
             for b in batches
         ]
-        counts = torch.tensor(sizes, dtype=torch.float64).sum(0).to(self.device, non_blocking=True)
+        counts = torch.tensor(sizes, dtype=torch.float64).view(-1, 4).sum(0)
+        counts = counts.to(self.device, non_blocking=True)
         dist.all_reduce(counts)
         return counts
 

@@ -20,12 +20,13 @@ from benchmarks.instruments.live_bytes import (
 )
 from canvastune.config import RunConfig
 from canvastune.config.schema import Checkpointing
+from canvastune.data.packing import Example, pack
 from canvastune.objective import losses
 from canvastune.perf_model import flops as work
 from canvastune.perf_model.architecture import Architecture, describe, read_architecture
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 from tests.support.small import MIDDLING_CANVAS as CANVAS
-from tests.support.small import run_config, shared_model
+from tests.support.small import noise, run_config, shared_model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -220,6 +221,86 @@ def test_planned_flops_are_those_of_the_engines_step(
     assert planned.total == counter.get_total_flops()
     assert sum(planned.by_part.values()) == pytest.approx(planned.total)
     assert work.needed_flops(describe(model, config), batch) == pytest.approx(planned.model)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_planned_flops_of_an_example_in_several_forwards_are_the_engines(
+    at_once: int, checkpoint: Path
+) -> None:
+    config = configured("full")
+    architecture = read_architecture(config, checkpoint)
+    clean, canvas, blocks = 48, architecture.canvas, 5
+    step = StepShape(
+        *(1, 1, 1, 1, clean, canvas),
+        checkpointing=True,
+        self_conditioning=1,
+        blocks=blocks,
+        blocks_at_once=at_once,
+    )
+    assert len(step.forwards) == -(-blocks // at_once)
+    assert sum(part.blocks for part in step.forwards) == blocks
+    example = Example(torch.arange(clean), clean - blocks * canvas, canvas, "x")
+    draws = [
+        dataclasses.replace(noise(0, blocks), block=block, self_condition=True)
+        for block in range(blocks)
+    ]
+    model = shared_model(checkpoint, config)
+    done = 0
+    with FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS) as counter:
+        for part in step.forwards:
+            batch = pack([example], [draws[done : done + part.blocks]], scored=[part.is_last])
+            done += part.blocks
+            assert (batch.clean_lengths, batch.block_starts) == ((part.clean,), part.pasts)
+            loss, _, _ = losses(
+                model, batch, (1.0, 1.0), any_self_conditioned=True, checkpointing=True
+            )
+            loss.backward()
+    planned = work.count_flops(architecture, step)
+    assert planned.total == counter.get_total_flops()
+    assert sum(planned.by_part.values()) == pytest.approx(planned.total)
+    once = work.count_flops(architecture, dataclasses.replace(step, blocks_at_once=None))
+    assert planned.model == once.model, "what is computed again is not worth more"
+
+
+def test_fewer_blocks_at_once_need_less_memory(middling: Path) -> None:
+    architecture = read_architecture(run_config("full"), middling)
+    step = StepShape(
+        *(1, 1, 1, 1, 512, CANVAS), checkpointing=True, self_conditioning=0.5, blocks=16
+    )
+    needed = [
+        sum(
+            peak(memory_timeline(architecture, dataclasses.replace(step, blocks_at_once=at_once)))[
+                1
+            ].values()
+        )
+        for at_once in (16, 8, 4, 2, 1)
+    ]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[0] > needed[-1]
+
+
+def test_memory_is_linear_in_the_length(middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many windows long, checkpointed: the masks of sliding layers do not grow, and a layer keeps its
+    input only.
+    """
+    config = configured("lora", precision="bfloat16")
+    for blocks in (1, 4):
+        steps = [
+            StepShape(
+                *(1, 1, 1, 1, clean, CANVAS),
+                checkpointing=True,
+                self_conditioning=1,
+                blocks=blocks,
+            )
+            for clean in (512, 1024, 2048)
+        ]
+        held = [measure(monkeypatch, config, described(middling), step).peak for step in steps]
+        once, twice = held[1] - held[0], held[2] - held[1]
+        assert twice <= 2.04 * once, f"{blocks} blocks: {held}"
+        architecture = read_architecture(config, middling)
+        found = memory_timeline(architecture, steps[-1])
+        found.pop("update")
+        assert sum(peak(found)[1].values()) == pytest.approx(held[-1], rel=0.05)
 
 
 def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,9 +12,16 @@ from datasets import Dataset
 
 from canvastune.config.schema import ObjectiveConfig
 from canvastune.data.dataset import TrainingDataset
-from canvastune.data.packing import Example, balance_microbatches, pack, step_cost
+from canvastune.data.packing import Example, Part, balance_microbatches, pack, step_cost
 from canvastune.errors import UserError
-from tests.support.small import CANVAS, EOS, VOCABULARY, examples_and_draws, noise
+from tests.support.small import (
+    CANVAS,
+    EOS,
+    VOCABULARY,
+    examples_and_blocks,
+    examples_and_draws,
+    noise,
+)
 
 ROWS = 11
 
@@ -38,14 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def prepared(folder: Path, seed: int = 0) -> TrainingDataset:
+def prepared(folder: Path, seed: int = 0, blocks: int | Literal["all"] = 1) -> TrainingDataset:
     return TrainingDataset(
         folder,
         canvas_length=CANVAS,
         vocab_size=VOCABULARY,
         eos_token_id=EOS,
         seed=seed,
-        objective=ObjectiveConfig(),
+        objective=ObjectiveConfig(blocks=blocks),
     )
 
 
@@ -186,10 +194,69 @@ def test_every_rank_gets_as_many_examples_and_a_step_has_the_same_ones_on_any_nu
     shares = prepared(folder).balance_microbatches(positions, ranks, size)
     assert [len(forward) for forward in shares] == [ranks] * (len(positions) // (ranks * size))
     assert all(len(own) == size and own == sorted(own) for forward in shares for own in forward)
-    assert sorted(at for forward in shares for own in forward for at in own) == list(positions)
+    dealt = sorted(part for forward in shares for own in forward for part in own)
+    assert dealt == [Part(position, 0, 1, True) for position in positions]
     assert prepared(folder).balance_microbatches(positions, ranks, size) == shares, (
         "ranks would not agree, or a resumed run"
     )
+
+
+@pytest.mark.parametrize(("ranks", "size"), LAYOUTS)
+def test_parts_of_examples_are_dealt_evenly_and_each_block_once(
+    folder: Path, ranks: int, size: int
+) -> None:
+    data, positions, most = prepared(folder, blocks="all"), range(16, 24), 2
+    shares = data.balance_microbatches(positions, ranks, size, most)
+    assert all(len(forward) == ranks for forward in shares)
+    assert all(len(own) <= size for forward in shares for own in forward)
+    dealt = sorted(part for forward in shares for own in forward for part in own)
+    assert dealt == data.parts(positions, most)
+    assert len(shares) == -(-len(dealt) // (ranks * size)), "more forwards than needed"
+    for example, position in zip(data.train_examples(positions), positions, strict=True):
+        own = [part for part in dealt if part.position == position]
+        assert [block for part in own for block in range(part.first, part.stop)] == list(
+            range(example.blocks)
+        )
+        assert len(own) == -(-example.blocks // most)
+        assert [part.is_last for part in own] == [False] * (len(own) - 1) + [True]
+    sizes = [[sum(rows_of(data, part) for part in own) for own in forward] for forward in shares]
+    even = sum(sum(forward) for forward in sizes) / ranks
+    largest = max(rows_of(data, part) for part in dealt)
+    assert sum(max(forward) for forward in sizes) <= even + largest * len(sizes), (
+        "ranks would wait for one of them"
+    )
+
+
+def rows_of(data: TrainingDataset, part: Part) -> int:
+    """Clean and canvas rows of a part, as it is packed."""
+    (example,) = data.train_examples([part.position])
+    draws = data.train_draws(example, part.position)[part.blocks]
+    batch = pack([example], [draws], scored=[part.is_last])
+    return len(batch.clean) + len(batch.canvas)
+
+
+def test_a_part_has_the_clean_tokens_that_its_blocks_see_and_only_the_last_one_scores_them() -> (
+    None
+):
+    examples, draws = examples_and_blocks(99)
+    example, own = examples[4], draws[4]  # five blocks
+    parts = [
+        pack([example], [own[blocks]], scored=[is_last])
+        for blocks, is_last in ((slice(0, 2), False), (slice(2, 5), True))
+    ]
+    whole = pack([example], [own])
+    assert parts[0].clean_lengths == (example.prefix_length + CANVAS,)
+    assert parts[1].clean_lengths == whole.clean_lengths
+    assert len(parts[0].next_rows) == len(parts[0].next_targets) == 0
+    assert torch.equal(parts[1].next_targets, whole.next_targets)
+    assert torch.equal(torch.cat([part.canvas for part in parts]), whole.canvas)
+    assert whole.row_keys is not None
+    rows = len(whole.clean)
+    for part, first in zip(parts, (0, 2 * CANVAS), strict=True):
+        assert part.row_keys is not None
+        clean, canvas = part.row_keys[: len(part.clean)], part.row_keys[len(part.clean) :]
+        assert torch.equal(clean, whole.row_keys[: len(clean)]), "parts drop other features"
+        assert torch.equal(canvas, whole.row_keys[rows + first :][: len(canvas)])
 
 
 def test_lengths_are_those_of_the_examples(folder: Path) -> None:

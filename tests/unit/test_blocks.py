@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torch_flex
+from torch.profiler import ProfilerActivity, profile
 
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model import attention
@@ -122,6 +123,31 @@ def test_loss_and_every_gradient_are_the_sum_of_single_block_passes(
             for checkpointing in (False, True) if sizes == (8,) else (False,):
                 found = summed(model, together(examples, draws, sizes), checkpointing)
                 assert_equal(found, expected, f"{count} blocks, {sizes} examples a forward")
+
+
+def in_parts(examples: list[Example], draws: Blocks, most: int) -> list[Any]:
+    """The blocks of each example in forwards of at most this many."""
+    canvas_rows, pairs = counts(examples, draws)
+    batches = []
+    for example, own in zip(examples, draws, strict=True):
+        for first in range(0, len(own), most):
+            batch = pack([example], [own[first : first + most]], scored=[first + most >= len(own)])
+            batches.append((batch, (1 / canvas_rows, 1 / pairs)))
+    return batches
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_an_example_in_several_forwards_give_what_one_forward_gives(
+    checkpoint: Path, method: str
+) -> None:
+    model = built(checkpoint, method)
+    examples, draws = examples_and_blocks(ALL)
+    expected = summed(model, together(examples, draws, (8,)))
+    for most in (1, 2, 3):
+        batches = in_parts(examples, draws, most)
+        assert max(len(batch.canvas_lengths) for batch, _ in batches) == most
+        found = summed(model, batches, checkpointing=True)
+        assert_equal(found, expected, f"{most} blocks a forward")
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -263,6 +289,18 @@ def test_canvases_of_an_example_attend_in_as_few_calls_as_their_masks_allow(
     for call in calls:
         seen = sum(canvas.rows * canvas.keys for canvas in call.canvases)
         assert seen <= call.scores <= 1.25 * seen
+
+
+def test_slices_of_a_long_example_add_their_gradients_in_place() -> None:
+    """Autograd would pad each slice's gradient to the whole example: time grows with its square."""
+    example = Example(torch.arange(40 * WINDOW), 39 * WINDOW, CANVAS, "x")
+    batch = pack([example], [examples_and_blocks(1)[1][0][0]])
+    rows = torch.randn(1, 2, len(batch.clean) + len(batch.canvas), 4, requires_grad=True)
+    out = Packing.of(batch, WINDOW).attend("sliding_attention", rows, rows, rows, 1.0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        out.sum().backward()
+    padded = [e for e in profiled.events() if e.name == "aten::slice_backward"]
+    assert not padded, f"{len(padded)} slices are padded with zeros"
 
 
 def test_canvases_of_several_examples_share_no_call() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from canvastune.noise import (
     NoiseSample,
-    count_self_conditioned,
     draw_self_conditioning,
+    drawn_blocks,
     epoch_order,
     training_block_draws,
     training_draws,
@@ -156,11 +156,11 @@ def test_more_blocks_keep_the_draws_of_fewer() -> None:
         assert [d.block for d in draw_blocks(position, 3, blocks=1)] == [0]
 
 
-def test_the_count_of_coins_is_that_of_the_draws() -> None:
+def test_blocks_and_coins_are_known_without_the_noise() -> None:
     for position in range(200):
         for count in (1, 3, BLOCKS):
-            found = count_self_conditioned(7, position, count, blocks=BLOCKS, probability=0.5)
-            assert found == sum(d.self_condition for d in draw_blocks(position, count))
+            found = drawn_blocks(7, position, count, blocks=BLOCKS, probability=0.5)
+            assert found == [(d.block, d.self_condition) for d in draw_blocks(position, count)]
 
 
 def test_blocks_are_drawn_without_replacement_uniformly_and_independent_of_their_noise() -> None:

@@ -136,6 +136,30 @@ def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not() -> None:
         )
 
 
+def test_the_most_blocks_of_an_example_fit_and_one_more_does_not() -> None:
+    settings = ("data.seq_length=16384", "hardware.gpu_memory=20")
+    plan = released("gsm8k_lora", *settings)
+    assert plan.fits
+    assert plan.largest_blocks is not None
+    for fits, grown in ((True, 0), (False, 1)):
+        blocks = plan.largest_blocks + grown
+        assert released("gsm8k_lora", *settings, f"objective.blocks={blocks}").fits is fits, blocks
+
+
+def test_blocks_that_do_not_fit_together_fit_in_several_forwards() -> None:
+    settings = ("data.seq_length=16384", "hardware.gpu_memory=20", "objective.blocks=all")
+    plan = released("gsm8k_lora", *settings)
+    assert not plan.fits
+    named = [setting for change in plan.changes for setting in change.settings]
+    (change,) = [setting for setting in named if setting.startswith("train.micro_batch_blocks=")]
+    parted = released("gsm8k_lora", *settings, change)
+    assert parted.fits
+    assert parted.forwards_per_example == -(-plan.blocks // int(change.split("=")[1]))
+    assert f"in {parted.forwards_per_example} forwards" in render(parted)
+    assert parted.model_flops == plan.model_flops
+    assert sum(parted.flops_by_pass.values()) > sum(plan.flops_by_pass.values())
+
+
 def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smallest_change() -> None:
     told = refusal(
         "gsm8k_sft",

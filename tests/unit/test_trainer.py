@@ -158,7 +158,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
     data = TrainingDataset(ground / "data", **sizes, seed=recipe.seed, objective=recipe.objective)
     # Step 2 is positions 8 to 15, in micro-batches of two: rank 1's second one.
     shares = data.balance_microbatches(range(8, 16), 2, 2)
-    culprits = [example.id for example in data.train_examples(shares[1][1])]
+    culprits = [
+        example.id for example in data.train_examples(part.position for part in shares[1][1])
+    ]
     assert f"on examples {', '.join(culprits)}" in told[0]["detail"]
 
 
