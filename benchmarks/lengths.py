@@ -1,7 +1,7 @@
 """`python -m benchmarks.lengths [TOKENS ...]`: a step on one long example at small width, with
 activation checkpointing: memory, and seconds next to counted FLOPs, by length.
 
-One process, two threads, float32, full fine-tuning, with pass 1. Attention alone is timed too, by layer
+One process, two threads, float32, full fine-tuning, with pass 1. Attention is timed by itself too, by layer
 type: a layer's seconds per counted FLOP grow where something other than arithmetic grows.
 Writes benchmarks/results/lengths.json.
 """

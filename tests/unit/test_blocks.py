@@ -304,7 +304,7 @@ def test_slices_of_a_long_example_add_their_gradients_in_place() -> None:
 
 
 def test_canvases_of_several_examples_share_no_call() -> None:
-    spans = [(at, 90, CANVAS) for at in range(3)]
+    spans = tuple((at, 90, CANVAS) for at in range(3))
     for window in (None, WINDOW):
         calls = attention.canvas_calls(spans, window)
         assert [call.canvases[0].example for call in calls] == [0, 1, 2]
