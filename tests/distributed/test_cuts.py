@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -125,7 +126,7 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     )
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     adapters_that_act(model)
-    unused: Any = None
+    unused: Any = SimpleNamespace()
     trainer = Trainer(config, model, prepared(ground, config.objective.blocks), unused, None, None)
     gradients: dict[str, torch.Tensor] = {}
 
