@@ -117,18 +117,52 @@ def validation_draws(
     level only. Never self-conditioned: validation measures the first denoising pass. No dropout
     either.
     """
-    generator = _generator("validation", example_id)
-    block = np.float32(generator.random(dtype=np.float32))
-    return NoiseSample(
-        block=_index(block, blocks),
-        level=float(np.float32(level)),
-        corrupted=torch.from_numpy(
-            generator.random(canvas_length, dtype=np.float32) < np.float32(level)
-        ),
-        replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
-        self_condition=False,
-        dropout_key=None,
+    (only,) = validation_block_draws(
+        example_id, level, 1, blocks=blocks, canvas_length=canvas_length, vocab_size=vocab_size
     )
+    return only
+
+
+def validation_block_draws(
+    example_id: str,
+    level: float,
+    count: int,
+    *,
+    blocks: int,
+    canvas_length: int,
+    vocab_size: int,
+) -> tuple[NoiseSample, ...]:
+    """Draw fixed noise for `count` distinct blocks of a held-out example, or for all of them if it
+    has fewer; in the order of the blocks.
+
+    A larger count adds blocks to those of a smaller one, and changes no draw of theirs.
+    """
+
+    def draw(order: int, block: int) -> NoiseSample:
+        # The first block's noise continues the stream that the block was drawn from.
+        generator = _generator("validation", example_id, *((block,) if order else ()))
+        generator.random(dtype=np.float32)
+        return NoiseSample(
+            block=block,
+            level=float(np.float32(level)),
+            corrupted=torch.from_numpy(
+                generator.random(canvas_length, dtype=np.float32) < np.float32(level)
+            ),
+            replacement=torch.from_numpy(generator.integers(0, vocab_size, canvas_length)),
+            self_condition=False,
+            dropout_key=None,
+            order=order,
+        )
+
+    first = _index(
+        np.float32(_generator("validation", example_id).random(dtype=np.float32)), blocks
+    )
+    others: list[int] = []
+    if min(count, blocks) > 1:
+        places = _generator("validation blocks", example_id).permutation(blocks - 1)
+        others = [int(place) + int(place >= first) for place in places[: count - 1]]
+    samples = [draw(order, block) for order, block in enumerate((first, *others))]
+    return tuple(sorted(samples, key=lambda sample: sample.block))
 
 
 def answer_uniforms(

@@ -40,6 +40,33 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the loss of a packed batch; call it through `model.run_under_fsdp`.
 
+    The arguments are those of `row_losses`.
+
+    Returns:
+        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain
+        sums of cross-entropy, without.
+    """
+    loss, canvas, pairs = row_losses(
+        model,
+        batch,
+        weights,
+        any_self_conditioned=any_self_conditioned,
+        checkpointing=checkpointing,
+    )
+    return loss, canvas.sum(), pairs.sum()
+
+
+def row_losses(
+    model: WeightTiedDiffusionGemma,
+    batch: PackedBatch,
+    weights: LossWeights,
+    *,
+    any_self_conditioned: bool,
+    checkpointing: Checkpointing,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the loss of a packed batch, and the cross-entropy of each scored row; call it through
+    `model.run_under_fsdp`.
+
     Args:
         weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and
             `encoder_loss_weight` / its
@@ -49,9 +76,8 @@ def losses(
             pass, since their collectives must match.
 
     Returns:
-        (loss [], diffusion [], autoregressive []): the weighted sum, with gradient, and the plain
-        sums of
-        cross-entropy, without.
+        (loss [], canvas rows [M], pairs of `next_rows` [N - B]): the weighted sum, with gradient,
+        and each row's cross-entropy, without.
     """
     table, cap = model.lm_head.weight, model.final_logit_softcapping
     gradient = SharedGradBuffer() if torch.is_grad_enabled() and table.requires_grad else None
@@ -68,7 +94,7 @@ def losses(
     row_weights = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     row_weights[:canvas_rows], row_weights[canvas_rows:] = weights
     loss, each = _WeightedCrossEntropy.apply(hidden, table, targets, row_weights, cap, gradient)
-    return loss, each[:canvas_rows].sum(), each[canvas_rows:].sum()
+    return loss, each[:canvas_rows], each[canvas_rows:]
 
 
 def _self_conditioning_signal(

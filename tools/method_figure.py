@@ -95,7 +95,8 @@ def shown(folder: Path) -> Shown:
         ):
             break
     fixed = {
-        level: replace(data.validation_draws(example, level), block=draws.block) for level in LEVELS
+        level: replace(data.validation_draws(example, level, 1)[0], block=draws.block)
+        for level in LEVELS
     }
     at_levels = {level: pack([example], [noise]) for level, noise in fixed.items()}
     words = [tokenizer.convert_ids_to_tokens(token) for token in range(len(tokenizer))]

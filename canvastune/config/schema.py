@@ -16,6 +16,7 @@ from canvastune.config.places import is_path
 from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
+Blocks = int | Literal["all"]
 DataFormat = Literal[
     "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"
 ]
@@ -287,7 +288,7 @@ class LoraConfig(StrictModel):
 class ObjectiveConfig(StrictModel):
     """What one step computes."""
 
-    blocks: int | Literal["all"] = Field(
+    blocks: Blocks = Field(
         1,
         description="blocks of each example that a step denoises, drawn without replacement, next to "
         "one pass over its clean tokens: 1 or more, or `all`; an example with fewer blocks has all "
@@ -308,10 +309,7 @@ class ObjectiveConfig(StrictModel):
     @field_validator("blocks", mode="before")
     @classmethod
     def _check_blocks(cls, value: Any) -> Any:
-        """Refuse here what no member of the union takes, with one message instead of one each."""
-        if value == "all" or (type(value) is int and value >= 1):
-            return value
-        raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
+        return _check_blocks(value)
 
 
 class OptimizerConfig(StrictModel):
@@ -399,6 +397,12 @@ class TrainConfig(StrictModel):
         min_length=1,
         description="corruption levels of the validation loss, each above 0 and at most 1",
     )
+    validation_blocks: ChangeableOnResume[Blocks] = Field(
+        1,
+        description="blocks of each held-out example that a validation scores, 1 or more, or `all`; "
+        "with more than 1, the loss is recorded by block too: where in the answer the model is "
+        "wrong",
+    )
     validation_batches: ChangeableOnResume[int | None] = Field(
         None, ge=1, description="maximum number of global batches per validation"
     )
@@ -443,6 +447,11 @@ class TrainConfig(StrictModel):
         ge=10,
         description="seconds without progress after which a run ends and names the rank that hangs",
     )
+
+    @field_validator("validation_blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> Any:
+        return _check_blocks(value)
 
 
 class ParallelConfig(StrictModel):
@@ -650,3 +659,10 @@ class RunConfig(StrictModel):
                 hint="Correct the level.",
             )
         return self
+
+
+def _check_blocks(value: Any) -> Any:
+    """Refuse here what no member of the union takes, with one message instead of one each."""
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("blocks", "a whole number of at least 1, or all")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from canvastune.config.schema import ObjectiveConfig, TrainConfig
+from canvastune.config.schema import Blocks, ObjectiveConfig, TrainConfig
 from canvastune.data.mixture import Interleaving, Mixture
 from canvastune.data.packing import Example, Part, balance_microbatches, make_example
 from canvastune.errors import UserError
@@ -23,7 +23,7 @@ from canvastune.noise import (
     drawn_blocks,
     epoch_order,
     training_block_draws,
-    validation_draws,
+    validation_block_draws,
 )
 
 
@@ -93,7 +93,7 @@ class TrainingDataset:
         return training_block_draws(
             self._seed,
             position,
-            self._block_count(example.blocks),
+            block_count(self._objective.blocks, example.blocks),
             blocks=example.blocks,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
@@ -156,20 +156,29 @@ class TrainingDataset:
             self._example(self._validation[min(row, len(self._validation) - 1)]) for row in rows
         ]
 
-    def validation_draws(self, example: Example, level: float) -> NoiseSample:
-        """Return the fixed noise of a held-out example at a level."""
-        return validation_draws(
+    def most_validation_blocks(self, rows: int) -> int:
+        """Return the blocks of the longest answer among the first held-out examples."""
+        _, blocks = _count_tokens_and_blocks(
+            self._validation.select(range(rows)), self._canvas_length
+        )
+        return int(blocks.max())
+
+    def validation_draws(
+        self, example: Example, level: float, setting: Blocks
+    ) -> tuple[NoiseSample, ...]:
+        """Return the fixed noise of a held-out example's blocks at a level.
+
+        Args:
+            setting: `train.validation_blocks`.
+        """
+        return validation_block_draws(
             example.id,
             level,
+            block_count(setting, example.blocks),
             blocks=example.blocks,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
         )
-
-    def _block_count(self, blocks: int) -> int:
-        """Return how many of an example's blocks a step denoises."""
-        setting = self._objective.blocks
-        return blocks if setting == "all" else min(setting, blocks)
 
     def _drawn(self, position: int) -> list[tuple[int, bool]]:
         """Return the blocks that a step denoises at a position, each with whether it does twice."""
@@ -177,7 +186,7 @@ class TrainingDataset:
         return drawn_blocks(
             self._seed,
             position,
-            self._block_count(blocks),
+            block_count(self._objective.blocks, blocks),
             blocks=blocks,
             probability=self._objective.self_conditioning_probability,
         )
@@ -193,6 +202,11 @@ class TrainingDataset:
 
     def _example(self, row: dict[str, Any]) -> Example:
         return make_example(row, self._canvas_length, self._eos_token_id)
+
+
+def block_count(setting: Blocks, blocks: int) -> int:
+    """Return how many of an example's blocks a setting chooses."""
+    return blocks if setting == "all" else min(setting, blocks)
 
 
 def validation_rows(rows: int, train: TrainConfig) -> int:

@@ -178,6 +178,7 @@ def _run_model(
 ) -> _ModelOutput:
     """Generate one model's answers and measure its loss, reusing what the cache has."""
     config, levels = task.config, task.config.train.validation_levels
+    blocks = config.train.validation_blocks
     common = {**task.common, "side": side, "model": hash_path(checkpoint)}
     generation = {"seed": config.seed, **asdict(task.how)}
     first = task.questions[0].id
@@ -194,7 +195,9 @@ def _run_model(
 
     def loss_key(part: list[Example]) -> dict[str, Any]:
         denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
-        return {**common, "levels": levels, "denoised": denoised}
+        # With one block of each answer, the key is that of results from before there were more.
+        more = {} if blocks == 1 else {"blocks": blocks}
+        return {**common, "levels": levels, **more, "denoised": denoised}
 
     progress = _Progress(f"{side}: {{}} of {{}} rows answered", len(task.questions))
     answers = {one.id: store.get(answer_key(one)) for one in task.questions}
@@ -215,7 +218,7 @@ def _run_model(
         part = task.examples[at : at + _EXAMPLES_PER_PART]
         found = store.get(loss_key(part))
         if found is None:
-            found = denoising_loss(model(), part, levels)
+            found = denoising_loss(model(), part, levels, blocks)
             store.put(loss_key(part), found)
         losses.append(found)
         progress.add(len(part), found["seconds"])

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from transformers import DiffusionGemmaConfig
 
-from canvastune.config.schema import TrainConfig
-from canvastune.data.dataset import validation_rows
+from canvastune.config.schema import Blocks, TrainConfig
+from canvastune.data.dataset import block_count, validation_rows
 from canvastune.data.packing import Example, make_example, pack, pad_token
-from canvastune.noise import validation_draws
+from canvastune.noise import validation_block_draws
 
 
 def held_out_examples(
@@ -33,11 +33,14 @@ def held_out_examples(
 
 @torch.no_grad()
 def denoising_loss(
-    model: Any, examples: Sequence[Example], levels: Sequence[float]
+    model: Any, examples: Sequence[Example], levels: Sequence[float], setting: Blocks = 1
 ) -> dict[str, Any]:
     """Compute the cross-entropy of the chosen blocks under the conditions of inference.
 
     The tokens before a block are encoded, and the block is denoised once.
+
+    Args:
+        setting: `train.validation_blocks`.
 
     Returns:
         {"sums": by level, "tokens": scored at each, "seconds"}
@@ -46,32 +49,39 @@ def denoising_loss(
     started = time.perf_counter()
     sums, count = torch.zeros(len(levels), dtype=torch.float64), 0
     for example in examples:
-        packed = []
-        for level in levels:
-            draws = validation_draws(
+        at_levels = [
+            validation_block_draws(
                 example.id,
                 level,
+                block_count(setting, example.blocks),
                 blocks=example.blocks,
                 canvas_length=example.canvas_length,
                 vocab_size=model.config.text_config.vocab_size,
             )
-            packed.append(pack([example], [draws]))
-        (start,) = packed[0].block_starts  # the same at every level
-        targets, positions = (
-            packed[0].canvas_targets.to(device),
-            packed[0].canvas_positions.to(device),
-        )
-        cache = model.model.encoder(
-            input_ids=example.tokens[None, :start].to(device)
-        ).past_key_values
-        cache.batch_repeat_interleave(len(levels))
-        canvases = torch.stack([batch.canvas for batch in packed]).to(device)
-        logits = model(
-            past_key_values=cache, decoder_input_ids=canvases, decoder_position_ids=positions[None]
-        ).logits
-        each = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(levels)), reduction="none")
-        sums += each.view(len(levels), -1).double().sum(1).cpu()
-        count += len(targets)
+            for level in levels
+        ]
+        for draws in zip(*at_levels, strict=True):  # of one block, which is the same at every level
+            packed = [pack([example], [draw]) for draw in draws]
+            (start,) = packed[0].block_starts
+            targets, positions = (
+                packed[0].canvas_targets.to(device),
+                packed[0].canvas_positions.to(device),
+            )
+            cache = model.model.encoder(
+                input_ids=example.tokens[None, :start].to(device)
+            ).past_key_values
+            cache.batch_repeat_interleave(len(levels))
+            canvases = torch.stack([batch.canvas for batch in packed]).to(device)
+            logits = model(
+                past_key_values=cache,
+                decoder_input_ids=canvases,
+                decoder_position_ids=positions[None],
+            ).logits
+            each = F.cross_entropy(
+                logits.flatten(0, 1), targets.repeat(len(levels)), reduction="none"
+            )
+            sums += each.view(len(levels), -1).double().sum(1).cpu()
+            count += len(targets)
     return {"sums": sums.tolist(), "tokens": count, "seconds": time.perf_counter() - started}
 
 

@@ -158,7 +158,7 @@
         values: (_, values) => values.map(tick), filter: (_, values) => values, space: 36,
       };
       if (this.log) y.splits = logSplits;
-      return [{ ...plain, incrs, space: 56, size: 26, label: "step", labelSize: 18, grid: { show: false } }, y];
+      return [{ ...plain, incrs, space: 56, size: 26, label: this.chart.across, labelSize: 18, grid: { show: false } }, y];
     }
 
     range(plot, min, max) {
@@ -209,7 +209,7 @@
       ctx.strokeStyle = color("soft");
       ctx.lineWidth = devicePixelRatio;
       ctx.setLineDash([devicePixelRatio, 3 * devicePixelRatio]);
-      for (const step of content.events) {
+      for (const step of this.chart.across === "step" ? content.events : []) {
         const x = plot.valToPos(step, "x", true);
         if (x < bbox.left || x > bbox.left + bbox.width) continue;
         ctx.beginPath();
@@ -226,7 +226,7 @@
       this.tip.hidden = idx == null || left < 0;
       if (this.tip.hidden) return "";
       const step = plot.data[0][idx];
-      const rows = [make("b", {}, `step ${step.toLocaleString("en")}`)];
+      const rows = [make("b", {}, `${this.chart.across} ${step.toLocaleString("en")}`)];
       this.chart.lines.forEach((line, index) => {
         const value = this.on[index] ? at(this.shown[index], step) : null;
         if (value == null) return;

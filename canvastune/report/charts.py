@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from canvastune.report.summary import Record, is_plottable, loss_ends, series
+from canvastune.tracking import mean_by_block
 
 _MAX_POINTS = 600  # of a line in a picture: more than its pixels
 _PAGE_POINTS = (
@@ -55,7 +56,8 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Line:
-    """A recorded series; steps ascend, `color` is a name of the palette.
+    """A recorded series; steps (or what the chart's `across` names) ascend, `color` is a name of the
+    palette.
 
     The page draws a noisy line smoothed.
     """
@@ -84,6 +86,7 @@ class Chart:
     wide: bool = False
     log: bool = False
     note: str = ""
+    across: str = "step"  # what the horizontal axis counts
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -138,7 +141,7 @@ def build_charts(runs: Sequence[tuple[str, list[Record]]]) -> list[Chart]:
         _flops_measure(runs) or each if each.name == "utilisation" else each for each in _MEASURES
     ]
     charts = [_measure_chart(measure, runs) for measure in measures]
-    charts.insert(3, _validation_chart(runs))
+    charts[3:3] = [_validation_chart(runs), _block_chart(runs)]
     return [chart for chart in charts if chart.lines]
 
 
@@ -239,10 +242,51 @@ def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
     return Chart("validation_loss", title, _LOSS_UNIT, lines, wide=True, note=note)
 
 
+def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
+    """Chart the loss across the blocks of an answer: of each corruption level at the last
+    validation, and the mean at the first one, dashed; of compared runs the mean at their last.
+    """
+    found = [
+        [record for record in records if record["kind"] == "validation" and record.get("blocks")]
+        for _, records in runs
+    ]
+    lines: list[Line] = []
+
+    def add(label: str, values: Sequence[float | None], color: str, dashed: bool = False) -> None:
+        known = [(at, value) for at, value in enumerate(values, 1) if is_plottable(value)]
+        if known:
+            places, losses = zip(*known, strict=True)
+            lines.append(Line(label, list(places), list(losses), color=color, dashed=dashed))
+
+    if found[0]:
+        first, last = found[0][0], found[0][-1]
+        levels = sorted(last["blocks"], key=float)
+        for index, level in enumerate(levels):
+            shade = round(index * (_LEVEL_COLORS - 1) / max(1, len(levels) - 1))
+            add(f"t = {level}", last["blocks"][level], f"l{shade}")
+        if first is not last:
+            add(f"mean at step {first['step']}", mean_by_block(first), "soft", dashed=True)
+        add(f"mean at step {last['step']}", mean_by_block(last), "s0", dashed=True)
+        for index, (name, _) in enumerate(runs[1:], 1):
+            if found[index]:
+                values = mean_by_block(found[index][-1])
+                add(f"{name}, mean", values, f"s{index % _RUN_COLORS}", dashed=True)
+    return Chart(
+        "validation_loss_by_block",
+        "Validation loss by position in the answer",
+        _LOSS_UNIT,
+        lines,
+        wide=True,
+        note="Block 1 begins the answer; the last blocks are those of the longest answers only. Lines"
+        " with t are of the last validation.",
+        across="block",
+    )
+
+
 def _draw(chart: Chart, events: Sequence[int], width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    for step in events:
+    for step in events if chart.across == "step" else ():
         axes.axvline(step, color=_COLORS["soft"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     for depth, line in enumerate(reversed(chart.lines), 3):  # the run itself on top
         color = _COLORS[line.color]
@@ -275,7 +319,7 @@ def _style_axes(axes: Axes, chart: Chart) -> None:
     axes.tick_params(colors=_COLORS["soft"], length=0, labelsize=9.5)
     axes.grid(axis="y", color=_COLORS["line"], linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step", color=_COLORS["soft"], fontsize=9.5)
+    axes.set_xlabel(chart.across, color=_COLORS["soft"], fontsize=9.5)
     axes.set_ylabel(chart.unit, color=_COLORS["soft"], fontsize=9.5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02, y=0.08)
@@ -382,6 +426,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
         "title": chart.title,
         "unit": chart.unit,
         "log": chart.log,
+        "across": chart.across,
         "lines": lines,
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from canvastune.tracking.client import TrackingError, connect, load_mlflow, log
-from canvastune.tracking.metrics_file import MetricsWriter, Tail
+from canvastune.tracking.metrics_file import MetricsWriter, Tail, mean_by_block
 from canvastune.tracking.system_metrics import SYSTEM, SystemSampler
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ def points_of(records: Iterable[dict[str, Any]]) -> list[Point]:
     for record in records:
         if record["kind"] not in _PREFIXES:
             continue
-        skipped = ("kind", "step", "time", "levels")
+        skipped = ("kind", "step", "time", "levels", "blocks")
         values = {name: value for name, value in record.items() if name not in skipped}
         values |= {f"loss_t{level}": value for level, value in record.get("levels", {}).items()}
+        by_block = mean_by_block(record)
+        values |= {f"loss_block{block}": value for block, value in enumerate(by_block, 1)}
         for name, value in numbers(values).items():
             key = metric_name(f"{_PREFIXES[record['kind']]}/{name}")
             points.append(Point(key, value, record.get("time", 0.0), record["step"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -134,3 +135,11 @@ def _parse(text: str, path: Path, first: int) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: found {line[:80]!r}, {expected}", hint=_HINT)
         records.append(record)
     return records
+
+
+def mean_by_block(record: Mapping[str, Any]) -> list[float | None]:
+    """Return a validation's loss by block of the answer, the mean over the levels; None: of a block
+    that was not scored. A record has it if `train.validation_blocks` is not 1.
+    """
+    of_levels = zip(*record.get("blocks", {}).values(), strict=True)
+    return [None if None in losses else sum(losses) / len(losses) for losses in of_levels]

@@ -26,7 +26,7 @@ from canvastune.distributed.sync import gather_results
 from canvastune.errors import UserError
 from canvastune.logging import TrainingProgress
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.objective import LossWeights, losses
+from canvastune.objective import LossWeights, losses, row_losses
 from canvastune.perf_model.architecture import describe
 from canvastune.perf_model.flops import needed_flops
 from canvastune.perf_model.hardware import accelerator_of, peak_rate
@@ -231,9 +231,14 @@ class Trainer:
         Returns None if a stop was requested before it was done.
         """
         started = time.perf_counter()
-        levels = self.config.train.validation_levels
+        levels, setting = (
+            self.config.train.validation_levels,
+            self.config.train.validation_blocks,
+        )
         rows = validation_rows(self.data.validation_rows, self.config.train)
-        sums = torch.zeros(len(levels) + 1, 2, device=self.device)  # last row: autoregressive
+        blocks = 0 if setting == 1 else self.data.most_validation_blocks(rows)
+        # Of each level, of the clean tokens, and of each level's blocks.
+        sums = torch.zeros(len(levels) + 1 + len(levels) * blocks, 2, device=self.device)
         stride = self.world_size * self.micro_batch_size
         for start in range(0, rows, stride):
             self.heartbeat(f"validating at step {self.progress.step}")
@@ -251,31 +256,43 @@ class Trainer:
                 )
             )
             for index, level in enumerate(levels):
-                batch = pack(
-                    examples, [self.data.validation_draws(example, level) for example in examples]
-                )
+                draws = [
+                    self.data.validation_draws(example, level, setting) for example in examples
+                ]
+                batch = pack(examples, draws)
                 if index:  # the encoder's loss does not depend on the level
                     batch = replace(
                         batch, next_rows=batch.next_rows[:0], next_targets=batch.next_targets[:0]
                     )
-                _, diffusion, autoregressive = self.compute_losses(
-                    batch.to(self.device), (0.0, 0.0), any_self_conditioned=False
+                _, canvas, pairs = self.model.run_under_fsdp(
+                    row_losses,
+                    batch.to(self.device),
+                    (0.0, 0.0),
+                    any_self_conditioned=False,
+                    checkpointing=self.config.train.activation_checkpointing,
                 )
                 if any(real):
-                    sums[index] += torch.stack(
-                        [diffusion, diffusion.new_tensor(len(batch.canvas_targets))]
-                    )
-                    sums[-1] += torch.stack(
-                        [autoregressive, autoregressive.new_tensor(len(batch.next_targets))]
-                    )
-        means = [
-            a / b
-            for a, b in zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True)
-        ]
+                    sums[index] += _sum_and_count(canvas)
+                    sums[len(levels)] += _sum_and_count(pairs)
+                if any(real) and blocks:
+                    own_blocks = [draw.block for example in draws for draw in example]
+                    first = len(levels) + 1 + index * blocks
+                    for block, of_canvas in zip(
+                        own_blocks, canvas.split(batch.canvas_lengths), strict=True
+                    ):
+                        sums[first + block] += _sum_and_count(of_canvas)
+        totals = list(zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True))
+        means = [total / count for total, count in totals[: len(levels) + 1]]
         by_level = {str(level): mean for level, mean in zip(levels, means, strict=False)}
+        # A block that no chosen canvas has is without a loss.
+        of_blocks = iter(
+            total / count if count else None for total, count in totals[len(levels) + 1 :]
+        )
+        by_block = {str(level): list(itertools.islice(of_blocks, blocks)) for level in levels}
         return {
             "loss": sum(by_level.values()) / len(by_level),
             "levels": by_level,
+            **({"blocks": by_block} if blocks else {}),
             "autoregressive_loss": means[-1],
             "seconds": time.perf_counter() - started,
         }
@@ -472,6 +489,10 @@ def device_name(device: torch.device, ranks: int) -> dict[str, Any]:
     if device.type == "cuda":
         return {"ranks": ranks, "device": "cuda", "device_name": torch.cuda.get_device_name(device)}
     return {"ranks": ranks, "device": "cpu", "threads": torch.get_num_threads()}
+
+
+def _sum_and_count(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([rows.sum(), rows.new_tensor(len(rows))])
 
 
 def _format_event(place: dict[str, Any]) -> str:

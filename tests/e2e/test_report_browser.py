@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     _CHROMIUM is None,
     reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)",
 )
-_CHARTS = 9
+_CHARTS = 10
 _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 
 
@@ -135,6 +135,7 @@ def test_hovering_reads_every_run_at_a_step(tab: _Tab) -> None:
 def test_the_readout_is_what_was_recorded(tab: _Tab) -> None:
     assert tab.hover("memory", 0.9).splitlines()[1] == "tiny_lora: 1.46"
     assert "t = 0.5: " in tab.hover("validation_loss", 0.5)
+    assert tab.hover("validation_loss_by_block", 0.99).splitlines()[0] == "block 6"
 
 
 def test_dragging_zooms_and_a_double_click_shows_everything(tab: _Tab) -> None:

@@ -16,6 +16,7 @@ from canvastune.noise import (
     epoch_order,
     training_block_draws,
     training_draws,
+    validation_block_draws,
     validation_draws,
 )
 
@@ -236,6 +237,33 @@ def test_validation_noise_depends_on_the_example_alone_and_grows_with_the_level(
     )
     assert not low.self_condition
     assert low.dropout_key is None, "validation would drop inputs of the adapters"
+
+
+def test_more_validation_blocks_add_to_fewer_and_change_none_of_them() -> None:
+    sizes = {"blocks": 5, "canvas_length": 64, "vocab_size": VOCABULARY}
+
+    def drawn(count: int, level: float = 0.3) -> dict[int, NoiseSample]:
+        samples = validation_block_draws("abc", level, count, **sizes)
+        assert [s.block for s in samples] == sorted({s.block for s in samples})
+        return {sample.block: sample for sample in samples}
+
+    only = validation_draws("abc", 0.3, **sizes)
+    assert same(only, drawn(1)[only.block]), "one block has other noise than before"
+    for count in range(1, 7):
+        fewer, more = drawn(count), drawn(count + 1)
+        assert len(fewer) == min(count, 5)
+        assert all(same(fewer[block], more[block]) for block in fewer)
+    every = drawn(5)
+    assert len({tuple(s.replacement.tolist()) for s in every.values()}) == 5, "blocks share noise"
+    for block, high in drawn(5, 0.7).items():
+        assert bool((high.corrupted | ~every[block].corrupted).all())
+    first = {
+        min(s for s in drawn_of)
+        for drawn_of in (
+            [d.block for d in validation_block_draws(str(i), 0.3, 2, **sizes)] for i in range(50)
+        )
+    }
+    assert first == {0, 1, 2, 3}, "the second block is not drawn from all others"
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order() -> None:

@@ -45,6 +45,7 @@ PNGS = {
     "diffusion_loss.png",
     "autoregressive_loss.png",
     "validation_loss.png",
+    "validation_loss_by_block.png",
     "gradient_norm.png",
     "learning_rate.png",
     "throughput.png",
@@ -310,6 +311,29 @@ def test_compared_runs_are_overlaid_and_listed(folder: Path, page: _Page) -> Non
         "rank32, mean",
     ]
     assert "tiny_lora (this run) 300" in page.text
+
+
+def test_the_loss_is_charted_by_block_where_validation_has_it(folder: Path, page: _Page) -> None:
+    records = read_metrics(folder / "train" / "metrics.jsonl")
+    by_name = {chart.name: chart for chart in build_charts([("own", records), ("other", records)])}
+    chart = by_name["validation_loss_by_block"]
+    last = [record for record in records if record["kind"] == "validation"][-1]
+    assert [line.label for line in chart.lines] == [
+        *(f"t = {level}" for level in last["blocks"]),
+        "mean at step 0",
+        "mean at step 300",
+        "other, mean",
+    ]
+    assert chart.lines[0].steps == [1, 2, 3, 4, 5, 6], "blocks are not counted from 1"
+    assert chart.lines[0].values == last["blocks"]["0.1"]
+    of_block = [losses[1] for losses in last["blocks"].values()]
+    assert chart.lines[6].values[1] == pytest.approx(sum(of_block) / len(of_block))
+    assert re.search(r"t = 0\.1 \S+ block 1 \S+ block 1 \S+ block 6", page.text)
+    unscored = {**last, "blocks": {level: [1.0, None, 3.0] for level in last["blocks"]}}
+    (gap,) = [c for c in build_charts([("own", [*records, unscored])]) if c.across == "block"]
+    assert [line.steps for line in gap.lines[:5]] == [[1, 3]] * 5, "a block without rows is drawn"
+    bare = [{key: value for key, value in r.items() if key != "blocks"} for r in records]
+    assert all(chart.across == "step" for chart in build_charts([("own", bare)]))
 
 
 def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None:
