@@ -66,7 +66,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.set.append(f"hardware.gpu_memory={options.gpu_memory}")
     config = _load_config(options)
     ranks = config.world_size if options.gpus is None else options.gpus
-    plan = make_plan(config, find_architecture(config.model), ranks)
+    plan = make_plan(config, find_architecture(config.model), ranks, options.data)
     print(render(plan))
     refuse_if_too_big(plan)
 

@@ -189,6 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="memory of each GPU, such as 80GB (default: the recipe's hardware.gpu_memory)",
     )
+    plan.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="a prepared data set, whose answers decide what objective.blocks costs and gives",
+    )
     prepare = add(
         "prepare", _PREPARE, "read, check, split and tokenize a recipe's data", [recipe, logs]
     )

@@ -158,9 +158,7 @@ class TrainingDataset:
 
     def most_validation_blocks(self, rows: int) -> int:
         """Return the blocks of the longest answer among the first held-out examples."""
-        _, blocks = _count_tokens_and_blocks(
-            self._validation.select(range(rows)), self._canvas_length
-        )
+        *_, blocks = _lengths(self._validation.select(range(rows)), self._canvas_length)
         return int(blocks.max())
 
     def validation_draws(

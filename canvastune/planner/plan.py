@@ -14,6 +14,7 @@ from canvastune.perf_model.architecture import (
 from canvastune.perf_model.hardware import (
     Seconds,
 )
+from canvastune.planner.blocks import BlocksCost
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Plan:
     blocks: int  # of the longest example, that a step denoises
     forwards_per_example: int  # that these blocks take
     largest_blocks: int | None  # the largest objective.blocks that fits
+    block_costs: tuple[BlocksCost, ...]  # by `objective.blocks`
+    answer_blocks: dict[int, int] | None  # answers by their blocks; None: no data was given
     changes: tuple[Change, ...]  # if it does not fit: the smallest changes that would
 
     @property

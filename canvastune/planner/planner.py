@@ -28,6 +28,7 @@ from canvastune.perf_model.hardware import (
     step_time,
 )
 from canvastune.perf_model.memory import peak, peak_by_phase
+from canvastune.planner.blocks import Answers, block_costs, largest_blocks
 from canvastune.planner.estimate import (
     available_bytes,
     check_layout,
@@ -65,11 +66,15 @@ def find_architecture(config: ModelConfig) -> Path:
         return SHIPPED_CONFIG
 
 
-def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
+def make_plan(
+    config: RunConfig, model: Path, world_size: int, prepared: Path | None = None
+) -> Plan:
     """Plan a run on `world_size` ranks, without weights and without a GPU.
 
     Args:
         model: a checkpoint's folder, of which only config.json is read, or a config.json.
+        prepared: the folder of a prepared data set, whose answers decide what `objective.blocks`
+            costs and gives; None: answers that fill `data.seq_length`.
 
     Raises:
         UserError: ranks, experts and batch do not divide, or the model or the accelerator is
@@ -87,6 +92,11 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
     seconds = step_time(architecture, step, flops, received, accelerator)
     limit = available_bytes(config, accelerator)
     memory_bytes = sum(parts.values())
+    answers = (
+        Answers.assumed(config, architecture.canvas)
+        if prepared is None
+        else Answers.read(prepared, architecture.canvas)
+    )
     parameters = count_parameters(architecture)
     checkpoint = parameters["total"].trained * _CHECKPOINT_BYTES
     plan = Plan(
@@ -136,13 +146,6 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
         ),
         blocks=longest.blocks,
         forwards_per_example=len(longest.forwards),
-        largest_blocks=largest_fitting(
-            lambda blocks: (
-                needed_bytes(architecture, dataclasses.replace(longest, blocks=blocks), accelerator)
-                <= limit
-            ),
-            -(-config.data.seq_length // architecture.canvas),
-        ),
         largest_sequence=largest_fitting(
             lambda length: (
                 needed_bytes(
@@ -152,6 +155,9 @@ def make_plan(config: RunConfig, model: Path, world_size: int) -> Plan:
             ),
             architecture.longest,
         ),
+        largest_blocks=largest_blocks(config, architecture, accelerator, world_size, limit),
+        block_costs=block_costs(config, architecture, accelerator, world_size, limit, answers),
+        answer_blocks=dict(answers.rows) if answers.measured else None,
         changes=(),
     )
     if plan.fits:

@@ -45,6 +45,8 @@ def render(plan: Plan) -> str:
         "",
         *_time(plan),
         "",
+        *_blocks(plan),
+        "",
         *_verdict(plan),
     ]
     return "\n".join(lines) + "\n"
@@ -135,6 +137,46 @@ def _time(plan: Plan) -> list[str]:
         ),
         "  Assumes examples of full length; shorter ones take less time.",
     ]
+
+
+def _blocks(plan: Plan) -> list[str]:
+    canvas = plan.canvas_length
+    if plan.answer_blocks is None:
+        most = -(-plan.seq_length // canvas)
+        assumed = (
+            f"  Assumes answers of {most} blocks of {canvas} tokens, which fill data.seq_length;"
+            " --data PREPARED reads yours."
+        )
+    else:
+        rows, most = sum(plan.answer_blocks.values()), max(plan.answer_blocks)
+        several = sum(count for blocks, count in plan.answer_blocks.items() if blocks > 1)
+        mean = sum(blocks * count for blocks, count in plan.answer_blocks.items()) / rows
+        assumed = (
+            f"  Answers have {mean:.1f} blocks of {canvas} tokens on average, at most {most};"
+            f" {several / rows:.0%} have more than one."
+        )
+    table = _table(
+        (
+            "Blocks of an answer in a step (objective.blocks)",
+            "of an epoch's",
+            "step",
+            "scored/s",
+            "per GPU-hour",
+            "GB",
+        ),
+        [
+            (
+                f"{cost.blocks}{'' if cost.fits else ' (does not fit)'}",
+                f"{cost.share:.0%}",
+                _seconds(cost.step_seconds),
+                f"{cost.scored_per_second:,.0f}",
+                f"{cost.scored_per_gpu_hour:,.0f}",
+                f"{cost.memory_bytes / 1e9:.1f}",
+            )
+            for cost in plan.block_costs
+        ],
+    )
+    return [*table, assumed]
 
 
 def _verdict(plan: Plan) -> list[str]:

@@ -17,6 +17,7 @@ from canvastune.perf_model.architecture import (
 from canvastune.perf_model.hardware import (
     Accelerator,
 )
+from canvastune.planner.blocks import with_blocks
 from canvastune.planner.estimate import check_layout, needed_bytes, step_shape
 from canvastune.planner.plan import Change
 
@@ -103,6 +104,15 @@ def _fewer_blocks_at_once(config: RunConfig, ranks: int) -> Candidates:
         )
 
 
+def _fewer_blocks(config: RunConfig, ranks: int) -> Candidates:
+    # An example has fewer blocks than tokens: the first counts may be those of all blocks.
+    most, blocks = config.data.seq_length, config.objective.blocks
+    count = (most if blocks == "all" else min(blocks, most)) // 2
+    while count >= 1:
+        yield with_blocks(config, count), ranks, (f"objective.blocks={count}",)
+        count //= 2
+
+
 def _shorten(config: RunConfig, ranks: int) -> Candidates:
     length = config.data.seq_length * 3 // 4 // 64 * 64
     while length >= 256:
@@ -139,6 +149,7 @@ _LEVERS: dict[Callable[[RunConfig, int], Candidates], int] = {
     _checkpoint: 1,
     _fewer_examples: 1,
     _fewer_blocks_at_once: 1,
+    _fewer_blocks: 2,
     _shorten: 2,
     _fewer_adapters: 3,
     _adapters: 4,

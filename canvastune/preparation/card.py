@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,30 @@ def render_card(card: dict[str, Any]) -> str:
     )
     environment.filters |= {"thousands": "{:,}".format, "visible": _visible}
     template = environment.get_template("card.html.jinja")
-    return template.render(card, token_chart=_token_chart(card), block_chart=_block_chart(card))
+    return template.render(
+        card,
+        token_chart=_token_chart(card),
+        block_chart=_block_chart(card),
+        epoch_shares=epoch_shares(card["block_histogram"]),
+    )
+
+
+def epoch_shares(histogram: Mapping[str, int]) -> dict[str, float]:
+    """Return the share of all blocks that an epoch denoises, by `objective.blocks`; nothing if no
+    answer has several blocks.
+
+    Args:
+        histogram: conversations by the number of their blocks.
+    """
+    counts = {int(blocks): rows for blocks, rows in histogram.items()}
+    every = sum(blocks * rows for blocks, rows in counts.items())
+    most = max(counts)
+    shares = {
+        str(chosen): sum(min(chosen, blocks) * rows for blocks, rows in counts.items()) / every
+        for chosen in (1, 2, 4, 8)
+        if chosen < most
+    }
+    return shares | {"all": 1.0} if shares else {}
 
 
 def _token_chart(card: dict[str, Any]) -> dict[str, Any]:

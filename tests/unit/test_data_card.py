@@ -105,6 +105,16 @@ def test_many_blocks_share_bars(card: dict[str, Any], tmp_path: Path) -> None:
     assert page.tags["rect"] < 60
 
 
+def test_the_page_says_what_an_epoch_denoises_of_long_answers(card: dict[str, Any]) -> None:
+    text = Page(render_card(card | {"block_histogram": {"1": 30, "3": 10}})).text
+    assert (
+        "Of all blocks, an epoch denoises 67% with objective.blocks: 1; 83% with objective.blocks: 2;"
+        " 100% with objective.blocks: all." in text
+    )
+    text = Page(render_card(card | {"block_histogram": {"1": 30}})).text
+    assert "objective.blocks" not in text, "answers of one block have nothing to choose"
+
+
 @settings(max_examples=80, deadline=None, database=None)
 @given(st.dictionaries(st.integers(0, 5000), st.integers(1, 9), min_size=1, max_size=40))
 def test_a_histogram_counts_every_row_once(lengths: dict[int, int]) -> None:

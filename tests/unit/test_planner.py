@@ -303,6 +303,65 @@ def test_plan_files_hold_the_plan_and_a_refused_plan_leaves_nothing(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_plan_says_what_each_number_of_blocks_costs_and_gives() -> None:
+    plan = released("gsm8k_lora", "data.seq_length=4096", "objective.blocks=all")
+    assert [cost.blocks for cost in plan.block_costs] == [1, 2, 4, 8, "all"]
+    assert [cost.share for cost in plan.block_costs] == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    one, every = plan.block_costs[0], plan.block_costs[-1]
+    for quantity in ("scored_per_second", "step_seconds", "memory_bytes"):
+        values = [getattr(cost, quantity) for cost in plan.block_costs]
+        assert values == sorted(values), f"{quantity} does not grow with the blocks"
+    assert every.scored_tokens == 8 * 4096 == 16 * one.scored_tokens
+    assert every.step_seconds == pytest.approx(plan.step_seconds), "another step than the plan's"
+    assert every.memory_bytes == plan.needed_bytes
+    assert every.scored_per_gpu_hour == pytest.approx(
+        every.scored_tokens / every.step_seconds * 3600 / 8
+    )
+    short = released("gsm8k_lora", "data.seq_length=256")
+    assert [cost.blocks for cost in short.block_costs] == ["all"], "one block is all of them"
+
+
+def test_the_most_blocks_fit_and_one_more_does_not() -> None:
+    settings = ("data.seq_length=8192", "objective.blocks=all", "hardware.gpu_memory=17")
+    plan = released("gsm8k_lora", *settings)
+    most = plan.largest_blocks
+    assert most is not None
+    assert 1 < most < 32
+    assert not plan.fits
+    assert [cost.fits for cost in plan.block_costs] == [
+        cost.blocks != "all" and cost.blocks <= most for cost in plan.block_costs
+    ]
+    for blocks in (most, most + 1):
+        fits = released("gsm8k_lora", *settings, f"objective.blocks={blocks}").fits
+        assert fits == (blocks == most)
+    found = [change.settings for change in plan.changes]
+    assert any(s[0].startswith("objective.blocks=") and len(s) == 1 for s in found), found
+    assert f"Largest objective.blocks: {most}" in render(plan)
+
+
+def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None:
+    card = {
+        "canvas_length": 256,
+        "block_histogram": {"1": 30, "3": 10},
+        "prefix_tokens": {"mean": 128.4},
+    }
+    (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    plan = make_plan(recipe("gsm8k_lora"), SHIPPED_CONFIG, 8, tmp_path)
+    assert [cost.blocks for cost in plan.block_costs] == [1, 2, "all"]
+    assert [cost.share for cost in plan.block_costs] == [40 / 60, 50 / 60, 1]
+    assert [cost.scored_tokens for cost in plan.block_costs] == [
+        8 * 256 * mean for mean in (1, 1.25, 1.5)
+    ]
+    assert "Answers have 1.5 blocks of 256 tokens on average, at most 3; 25% have more" in render(
+        plan
+    )
+    (tmp_path / "card.json").write_text(json.dumps(card | {"canvas_length": 16}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"canvas_length is 16, expected the model's 256"):
+        make_plan(recipe("gsm8k_lora"), SHIPPED_CONFIG, 8, tmp_path)
+    with pytest.raises(UserError, match=r"missing.card\.json: found no data card"):
+        make_plan(recipe("gsm8k_lora"), SHIPPED_CONFIG, 8, tmp_path / "missing")
+
+
 def test_the_table_says_whether_it_fits_and_what_would() -> None:
     fits, not_ = (
         render(released("gsm8k_lora")),
