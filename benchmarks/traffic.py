@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.instruments.live_bytes import LiveBytes
 from canvastune.perf_model.flops import (
@@ -49,7 +50,7 @@ class Traffic(LiveBytes):
             self.received_by_kind[kind] += count
         return out
 
-    def watch_routing(self, experts: Any, has_coin: bool) -> None:
+    def watch_routing(self, experts: Any, has_coin: bool) -> RemovableHandle:
         """Count at a layer's router the rows that need another rank's experts: there and back, and
         the gradients in a forward pass.
         """
@@ -62,7 +63,8 @@ class Traffic(LiveBytes):
                 2 if in_backward else 4 if torch.is_grad_enabled() else 2 * has_coin
             )
 
-        experts.register_forward_pre_hook(before)
+        handle: RemovableHandle = experts.register_forward_pre_hook(before)
+        return handle
 
     @contextmanager
     def watching(self) -> Iterator[None]:
