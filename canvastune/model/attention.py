@@ -33,6 +33,7 @@ NAME = "canvastune"  # the attention implementation in transformers' registry
 # three times as long. Fewer calls copy fewer keys, and fill a GPU, which a canvas of 256 rows does
 # not. Calls grow with the keys seen, so that the copies grow in proportion to the canvases.
 _MOST_SCORES = 1.25
+_FLASH_WIDTH = 256  # the widest head that flash attention takes
 _ALIGNMENT = 8  # elements of a mask's row: CUDA's kernels copy a mask with other strides
 
 
@@ -174,9 +175,7 @@ class Packing:
         """Attend over one example's clean rows: causally, and on a sliding layer within its window."""
         length = query.shape[2]
         if kind == "full_attention" or length <= self.window:
-            return F.scaled_dot_product_attention(
-                query, key.rows, value.rows, is_causal=True, **options
-            )
+            return _attention(query, key.rows, value.rows, is_causal=True, **options)
         parts = []
         calls = list(sliding_calls(length, self.window))
         queries = query.split([own.stop - own.start for own, _ in calls], dim=2)
@@ -185,7 +184,7 @@ class Packing:
             shape = (own.stop - own.start, seen.stop - seen.start)
             mask = self._mask(query, shape, lambda: _sliding_causal(*shape, self.window))  # noqa: B023
             parts.append(
-                F.scaled_dot_product_attention(
+                _attention(
                     rows,
                     key[seen],
                     value[seen],
@@ -210,7 +209,7 @@ class Packing:
             past = slice(call.first, call.stop)
             key, value = (torch.cat([clean[past], own], dim=2) for clean, own in (keys, values))
             mask = self._mask(query, call, lambda: _canvas_mask(call))
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+            return _attention(query, key, value, attn_mask=mask, **options)
 
         def batch(rows: torch.Tensor) -> torch.Tensor:
             """[1, heads, canvases * n, D] -> [canvases, heads, n, D], not copied."""
@@ -221,7 +220,7 @@ class Packing:
             both = [(clean[canvas.first : canvas.stop], part) for canvas, part in parts]
             return batch(torch.cat([rows for pair in both for rows in pair], dim=2))
 
-        return F.scaled_dot_product_attention(batch(query), seen(*keys), seen(*values), **options)
+        return _attention(batch(query), seen(*keys), seen(*values), **options)
 
     def _mask(
         self, query: torch.Tensor, key: Any, seen: Callable[[], torch.Tensor]
@@ -400,6 +399,42 @@ def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _aligned(columns: int) -> int:
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    enable_gqa: bool,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Call SDPA such that CUDA has a fused kernel: [B, A, Q, D], [B, G, K, D] -> [B, A, Q, D].
+
+    Grouped heads are known to flash only, which takes neither a mask nor wide heads. The efficient
+    kernel takes both, with as many heads of keys; SDPA itself would silently compute in float32
+    and keep every score.
+    """
+    if enable_gqa and query.is_cuda and not takes_grouped_heads(query, attn_mask):
+        repeats, enable_gqa = query.shape[1] // key.shape[1], False
+        key, value = (rows.repeat_interleave(repeats, dim=1) for rows in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+def takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether flash attention takes a call on CUDA."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and mask is None and query.shape[-1] <= _FLASH_WIDTH
 
 
 PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {

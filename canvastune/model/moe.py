@@ -8,6 +8,7 @@ receive, H hidden size, I expert size, r rank of an adapter.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,24 @@ class DispatchedTokens:
         return _AllToAllWait.apply(self.rows, rows), _AllToAllWait.apply(self.weights, weights)
 
 
+class _HostCopy:
+    """A copy of a small tensor on the host, which the device makes when it gets there."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._copy = tensor
+        if tensor.is_cuda:
+            self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[list[int]]:
+        """Wait for the copy, and return its values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy.tolist()
+
+
 def is_expert_parallel(module: Any) -> bool:
     """Return whether a layer's experts are on several ranks (`parallelize` sets `ep_group`)."""
     group: dist.ProcessGroup | None = getattr(module, "ep_group", None)
@@ -76,15 +95,17 @@ def dispatch(
     """
     order, inverse, counts = _sort_by_expert(module, top_k_index)
     group: dist.ProcessGroup = module.ep_group
-    ranks = group.size()
     received = torch.empty_like(counts)
     dist.all_to_all_single(
         received, counts, group=group
     )  # received[r * L + l]: rows from rank r for my expert l
-    send, receive = (numbers.view(ranks, -1).sum(1).tolist() for numbers in (counts, received))
+    sizes = _HostCopy(torch.stack([counts, received]).view(2, group.size(), -1).sum(2))
+    rows = _DispatchedRows.apply(hidden, order, inverse)  # launched while the sizes travel
+    weights = top_k_weights.flatten()[order, None]
+    send, receive = sizes.wait()
     plans = AllToAllPlan(send, receive, group), AllToAllPlan(send, receive, group)
-    rows = _AllToAllStart.apply(_DispatchedRows.apply(hidden, order, inverse), plans[0])
-    weights = _AllToAllStart.apply(top_k_weights.flatten()[order, None], plans[1])
+    rows = _AllToAllStart.apply(rows, plans[0])
+    weights = _AllToAllStart.apply(weights, plans[1])
     return DispatchedTokens(order, inverse, received, rows, weights, plans)
 
 
@@ -127,12 +148,21 @@ def _sort_by_expert(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort rows by expert: index [T, K] -> order [T*K], its inverse [T, K], rows per expert [E]."""
     expert_of_row = top_k_index.flatten()
-    order = torch.argsort(expert_of_row, stable=True)
-    return (
-        order,
-        _inverse(order).view_as(top_k_index),
-        torch.bincount(expert_of_row, minlength=module.num_experts),
-    )
+    order = sorted_order(expert_of_row, module.num_experts, as_bytes=expert_of_row.is_cuda)
+    counts = expert_of_row.new_zeros(module.num_experts)  # bincount would wait for the device
+    counts.scatter_add_(0, expert_of_row, torch.ones_like(expert_of_row))
+    return order, _inverse(order).view_as(top_k_index), counts
+
+
+def sorted_order(expert_of_row: torch.Tensor, experts: int, *, as_bytes: bool) -> torch.Tensor:
+    """Return the order that sorts rows by expert, stably.
+
+    Args:
+        as_bytes: sort bytes, if they can count the experts: a GPU's radix sort takes a pass per
+            byte of a key. On a CPU they take longer.
+    """
+    keys = expert_of_row.to(torch.uint8) if as_bytes and experts <= 256 else expert_of_row
+    return torch.argsort(keys, stable=True)
 
 
 def _apply_experts(
@@ -170,15 +200,15 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) ->
     """
     weight = local_tensor(getattr(module, name))
     rows = rows.to(weight.dtype)
-    out = grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    out = _GroupedProduct.apply(rows, weight, ends)
     if not hasattr(module, "lora_A"):
         return out
     a, b = (
         local_tensor(getattr(factors[ADAPTER], name)).to(rows.dtype)
         for factors in (module.lora_A, module.lora_B)
     )
-    low = grouped_mm(rows, a.transpose(-2, -1), offs=ends) * module.lora_scale  # [R, r]
-    return out.add_(grouped_mm(low, b.transpose(-2, -1), offs=ends))
+    low = _GroupedProduct.apply(rows, a, ends) * module.lora_scale  # [R, r]
+    return out.add_(_GroupedProduct.apply(low, b, ends))
 
 
 def _apply_to_dispatched(
@@ -190,12 +220,13 @@ def _apply_to_dispatched(
     plan = sent.plans[0]
     ranks = plan.group.size()
     # Rows arrive ordered by sender and then by expert; the grouped matmul takes them by expert.
+    experts = len(sent.received) // ranks
     expert = (
-        torch.arange(len(sent.received) // ranks, device=rows.device)
+        torch.arange(experts, device=rows.device)
         .repeat(ranks)
-        .repeat_interleave(sent.received)
+        .repeat_interleave(sent.received, output_size=len(rows))  # known: no wait for the device
     )
-    by_expert = torch.argsort(expert, stable=True)
+    by_expert = sorted_order(expert, experts, as_bytes=expert.is_cuda)
     by_sender = _inverse(by_expert)
     rows, weights = (_PermutedTokens.apply(part, by_expert, by_sender) for part in (rows, weights))
     out = _PermutedTokens.apply(
@@ -229,6 +260,28 @@ class _DispatchedRows(torch.autograd.Function):
         return _combine(gradient, *ctx.saved_tensors), None, None
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """Rows [R, in], sorted by expert up to ends [E], times the experts' weight [E, out, in]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_weight else None, weight if needs_rows else None, ends)
+        return grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, ends = ctx.saved_tensors
+        rows_gradient = None if weight is None else grouped_mm(gradient, weight, offs=ends)
+        return (
+            rows_gradient,
+            None if rows is None else _weight_gradient(gradient, rows, ends),
+            None,
+        )
+
+
 class _DispatchedProduct(torch.autograd.Function):
     """`_DispatchedRows`, then the grouped matmul with the experts' weight [E, out, H], without
     keeping the rows.
@@ -255,10 +308,30 @@ class _DispatchedProduct(torch.autograd.Function):
         hidden_gradient = weight_gradient = None
         if ctx.needs_input_grad[1]:
             rows = _dispatch(hidden, order, inverse).to(weight.dtype)
-            weight_gradient = grouped_mm(gradient.T, rows, offs=ends)
+            weight_gradient = _weight_gradient(gradient, rows, ends)
         if ctx.needs_input_grad[0]:
             hidden_gradient = _combine(grouped_mm(gradient, weight, offs=ends), inverse)
         return hidden_gradient, weight_gradient, None, None, None
+
+
+def _weight_gradient(
+    gradient: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of a grouped product's weight: zeros for an expert without rows."""
+    found = grouped_mm(gradient.T, rows, offs=ends)
+    if leaves_empty_groups(found.device):
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        found.masked_fill_(empty[:, None, None], 0)
+    return found
+
+
+@functools.cache
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Return whether the grouped matmul leaves the result of an empty group as it finds it.
+
+    The kernel for Blackwell does (pytorch#172439).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 class _CombinedRows(torch.autograd.Function):

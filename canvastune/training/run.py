@@ -210,7 +210,29 @@ def select_device() -> torch.device:
         )
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    # It takes precedence on Hopper, and compiles a plan for every new shape and stride: with
+    # examples of different lengths, several in every step, for as long as a run takes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def refuse_silent_cpu(config: RunConfig, device: torch.device) -> None:
+    """Refuse to train on the CPU what a recipe means for a GPU.
+
+    Raises:
+        UserError: torch finds no CUDA device, and `hardware.accelerator` is not cpu.
+    """
+    wanted = config.hardware.accelerator
+    if device.type == "cpu" and wanted.lower() != "cpu":
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
+        raise UserError(
+            f"hardware.accelerator: found {wanted!r}, but torch {torch.__version__} (a build "
+            f"{build}) finds no GPU on this node",
+            hint=(
+                "`canvastune doctor` and nvidia-smi say what is missing, mostly a newer driver; "
+                "--set hardware.accelerator=cpu trains on the CPU."
+            ),
+        )
 
 
 def acquire_output_lock(output: Path, export: Path) -> IO[str]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from canvastune.checkpoint.resume import wait_for
+from canvastune.config import parse_config
 from canvastune.errors import UserError
-from canvastune.training.run import select_device
+from canvastune.training.run import refuse_silent_cpu, select_device
 
 
 def test_more_processes_than_gpus_are_refused_on_every_rank_of_the_node(
@@ -46,3 +47,15 @@ def test_what_a_thread_raises_is_raised() -> None:
 
     with ThreadPoolExecutor(1) as thread, pytest.raises(TimeoutError, match="the disk"):
         wait_for(thread.submit(fail), str, every=0.01)
+
+
+def test_a_recipe_for_a_gpu_is_refused_where_torch_finds_none() -> None:
+    tree = {"name": "x", "model": {"id": "x"}, "data": {"source": "x"}, "train": {"steps": 1}}
+    config = parse_config(tree)
+    with pytest.raises(UserError, match=r"found 'h100', but torch .* finds no GPU") as refused:
+        refuse_silent_cpu(config, torch.device("cpu"))
+    assert "hardware.accelerator=cpu" in str(refused.value.hint)
+    refuse_silent_cpu(config, torch.device("cuda"))
+    refuse_silent_cpu(
+        parse_config({**tree, "hardware": {"accelerator": "cpu"}}), torch.device("cpu")
+    )

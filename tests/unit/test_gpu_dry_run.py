@@ -1,0 +1,140 @@
+"""What the engine asks of a GPU, counted without one: `tools.gpu_dry_run` at the released model's
+widths, with its last two layers, a sliding and a full one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from canvastune.model import moe
+from canvastune.model.attention import takes_grouped_heads
+from tools import attention_backends, fake_cuda
+
+ROOT = Path(__file__).parents[2]
+CASES = ("lora, no coin", "lora, experts", "full, longest")
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if (reason := fake_cuda.missing()) is not None:
+        pytest.skip(reason)
+    out = tmp_path_factory.mktemp("dry-run") / "accounts.json"
+    cases = [option for case in CASES for option in ("--case", case)]
+    command = [sys.executable, "-m", "tools.gpu_dry_run", "--layers", "2", *cases]
+    done = subprocess.run(
+        [*command, "--json", str(out)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"  # no bar is missed
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_once_per_layer_and_pass_and_once_per_step(
+    accounts: dict[str, Any], case: str
+) -> None:
+    waits = accounts[case]["waits_by_line"]
+    assert sorted(waits.values()) == [1, 6]
+    assert [line.split(":")[0] for line in sorted(waits, key=waits.__getitem__)] == [
+        "canvastune/training/trainer.py",
+        "canvastune/model/moe.py",
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_fused_and_nothing_is_compiled_just_in_time(
+    accounts: dict[str, Any], case: str
+) -> None:
+    assert {call.partition(":")[0] for call in accounts[case]["attention"]} == {
+        "flash",
+        "efficient",
+    }
+    assert accounts[case]["compiled"] == accounts[case]["broken"] == {}
+
+
+def test_live_bytes_are_those_of_the_plan(accounts: dict[str, Any]) -> None:
+    found = accounts["full, longest"]
+    assert found["planned"] == pytest.approx(found["peak"], rel=0.10)
+
+
+def test_launches_stay_below_their_ceiling(accounts: dict[str, Any]) -> None:
+    for case, ceiling in zip(CASES, (1450, 1650, 1600), strict=True):
+        assert 500 < accounts[case]["launches"] < ceiling, case
+
+
+def test_the_rules_of_attention_were_read_in_the_locked_wheel() -> None:
+    lock = (ROOT / "docker" / "requirements-torch-cuda.txt").read_text(encoding="utf-8")
+    pin = f"torch=={attention_backends.VERSION} \\"
+    todo = "read the selector of the new wheel, then change tools/attention_backends.py"
+    assert pin in lock, todo
+    assert attention_backends.WHEEL in lock, todo
+
+
+def test_the_table_of_backends() -> None:
+    def call(heads: int, width: int, dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> str:
+        query, key = torch.empty(1, 16, 4, width, dtype=dtype), torch.empty(1, heads, 4, width)
+        key = key.to(dtype)
+        options = {"mask": None, "causal": True, "gqa": heads != 16, **kwargs}
+        return attention_backends.backend_of(query, key, key, **options)[0]
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert call(8, 256) == "cudnn"
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        assert call(8, 256) == "flash"
+        assert call(8, 256, mask=mask, causal=False) == call(2, 512) == "math"
+        assert call(16, 256, mask=mask, causal=False) == call(16, 512) == "efficient"
+        assert call(16, 256, torch.float32) == "efficient"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_heads_are_repeated_where_flash_does_not_take_a_call() -> None:
+    half, wide = torch.empty(1, 16, 4, 256, dtype=torch.bfloat16), torch.empty(1, 16, 4, 512)
+    assert takes_grouped_heads(half, None)
+    assert not takes_grouped_heads(half, torch.ones(4, 4))
+    assert not takes_grouped_heads(half.float(), None)
+    assert not takes_grouped_heads(wide.bfloat16(), None)
+
+
+def test_bytes_sort_as_expert_ids_do() -> None:
+    for experts in (3, 128, 256):
+        ids = torch.randint(0, experts, (5000,), generator=torch.Generator().manual_seed(experts))
+        plain = moe.sorted_order(ids, experts, as_bytes=False)
+        assert torch.equal(moe.sorted_order(ids, experts, as_bytes=True), plain)
+        assert torch.equal(plain, torch.argsort(ids, stable=True))
+
+
+def test_an_expert_without_rows_gets_a_zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 12, 8, generator=generator, requires_grad=True)
+    ends = torch.tensor([2, 2, 6, 6], dtype=torch.int32)  # the second and the last have no rows
+    stock = moe.grouped_mm
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = moe._GroupedProduct.apply(rows, weight, ends)
+        return torch.autograd.grad(out.square().sum(), (rows, weight))
+
+    plain = torch.autograd.grad(
+        stock(rows, weight.transpose(-2, -1), offs=ends).square().sum(), (rows, weight)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
+
+    def leaves_garbage(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        out = stock(a, b, offs=offs)
+        if b.ndim == 2:  # a weight's gradient
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(moe, "grouped_mm", leaves_garbage)
+    assert gradients()[1].isnan().any()
+    monkeypatch.setattr(moe, "leaves_empty_groups", lambda device: True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))

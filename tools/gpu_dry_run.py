@@ -1,0 +1,249 @@
+"""Training steps of the released model on 8 H100, without a GPU: `make test-gpu-dry`.
+
+    python -m tools.gpu_dry_run [--layers N] [--case NAME ...] [--json FILE]
+
+Rank 0 of 8 runs the engine's own trainer (build, shard, two train steps, of which the second is
+measured) on fake CUDA tensors (`tools.fake_cuda`), at the released model's widths and, unless
+`--layers` cuts it, depth. Exit code 1 if a bar is missed; the last line names it. `make test` runs
+the same with two layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LOCAL_RANK", "0")
+
+from tools import fake_cuda  # before torch, which it has to come before
+
+# isort: split
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from canvastune.checkpoint.load import build_model, read_model_config
+from canvastune.config import RunConfig, parse_config
+from canvastune.data.dataset import TrainingDataset
+from canvastune.distributed.parallel_dims import ParallelDims
+from canvastune.distributed.parallelize import shard_model
+from canvastune.planner import make_plan
+from canvastune.planner.planner import SHIPPED_CONFIG
+from canvastune.training.run import select_device
+from canvastune.training.trainer import Trainer
+
+WORLD, EP = fake_cuda.GPUS, fake_cuda.GPUS
+MEMORY_NEAR = 0.10  # how far the plan's peak may be from the live bytes
+MOST_WAITS = 1  # of the host, per layer and pass
+ENGINE = Path(__file__).parents[1] / "canvastune"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to run."""
+
+    method: str
+    tokens: int = 240  # of an example, of which
+    prefix: int = 110
+    experts: bool = False  # adapters on experts
+    blocks: int = 1
+    examples: int = 1  # per rank
+    coin: bool = True  # whether this rank has a self-conditioned example; another one has
+    most_launches: int = 0  # at full depth; 0: no bar
+
+
+CASES = {
+    "lora": Case("lora"),
+    "lora, no coin": Case("lora", coin=False),
+    "lora, experts": Case("lora", experts=True),
+    "lora, 4 blocks": Case("lora", tokens=1024, prefix=16, blocks=4),
+    "lora, 8 examples": Case("lora", examples=8),
+    "lora, longest": Case("lora", tokens=1024, prefix=1),
+    "full": Case("full"),
+    "full, longest": Case("full", tokens=1024, prefix=1),
+}
+PLANNED = ("lora, longest", "full, longest")  # whose live bytes are the plan's
+DEFAULT = ("lora", "lora, no coin", "lora, experts", "lora, 8 examples", "full", "full, longest")
+
+
+def recipe(case: Case) -> RunConfig:
+    """Return the recipe of a case: the shipped one's values."""
+    batch = case.examples * WORLD
+    return parse_config(
+        {
+            "name": "dry-run",
+            "seed": 42,
+            "model": {"id": "google/diffusiongemma-26B-A4B-it"},
+            "data": {"source": "made", "seq_length": case.tokens},
+            "objective": {"blocks": case.blocks},
+            "train": {"method": case.method, "steps": 800, "global_batch_size": batch},
+            "lora": {"rank": 16, "alpha": 32, "experts": case.experts},
+            "optimizer": {"lr": 1.5e-4, "warmup_steps": 25, "betas": [0.95, 0.99]},
+            "parallel": {"nproc_per_node": WORLD, "ep": EP},
+        }
+    )
+
+
+def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
+    """Run two steps of a case; return the second one's account."""
+    config = recipe(case)
+    shipped = json.loads(SHIPPED_CONFIG.read_text(encoding="utf-8"))
+    if layers is not None:  # the last ones: sliding layers, then a full one
+        text = shipped["text_config"]
+        text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][-layers:]}
+    model_json = scratch / "config.json"
+    model_json.write_text(json.dumps(shipped), encoding="utf-8")
+    model_config = read_model_config(model_json)
+    text_config = model_config.text_config
+    _write_rows(scratch, case, text_config.vocab_size)
+    device = fake_cuda.FakeDevice(ENGINE, ep=EP)
+    dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
+    started = time.perf_counter()
+    try:
+        with device:
+            cuda = select_device()
+            model = build_model(config, model_config)
+            dims = ParallelDims(efsdp=WORLD // EP, ep=EP)
+            shard_model(model, dims.build_meshes("cuda"), config)
+            model.to_empty(device=cuda)
+            model.lm_head.weight = model.model.decoder.embed_tokens.weight
+            data = TrainingDataset(
+                scratch,
+                canvas_length=model_config.canvas_length,
+                vocab_size=text_config.vocab_size,
+                eos_token_id=1,
+                seed=config.seed,
+                objective=config.objective,
+            )
+            checkpoints: Any = types.SimpleNamespace(failed=False)
+            trainer = Trainer(config, model, data, checkpoints, None, None)
+            step = next(number for number in range(64) if _coins(trainer, number) == case.coin)
+            weights = device.now
+            for _ in range(2):  # the first step makes the optimizer's state
+                trainer.progress.step = step
+                device.reset()
+                trainer.train_step()
+            plan = make_plan(config, model_json, WORLD)
+            result = {
+                "layers": text_config.num_hidden_layers,
+                "weights": weights,
+                "peak": device.peak,
+                "at_peak": device.at_peak,
+                "planned": plan.memory_bytes,
+                "launches": sum(device.kernels.values()),
+                "by_kernel": dict(device.kernels.most_common(40)),
+                "by_line": dict(device.places.most_common(60)),
+                "waits": sum(device.waits.values()),
+                "waits_by_line": dict(device.waits.most_common()),
+                "uploads": dict(device.uploads),
+                "attention": dict(device.attention),
+                "compiled": dict(device.compiled),
+                "broken": dict(device.broken),
+                "received": dict(device.received),
+            }
+            del trainer, model, data
+        return result | {"seconds": time.perf_counter() - started}
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def missed(name: str, result: dict[str, Any]) -> list[str]:
+    """Return a line per bar that a case's account misses."""
+    case, found = CASES[name], [f"{name}: {what}" for what in result["broken"]]
+    for slow, why in (("math", "unfused, in float32"), ("cudnn", "a plan compiled per shape")):
+        calls = {what: n for what, n in result["attention"].items() if what.startswith(slow)}
+        found += [f"{name}: {n} attention calls on {what}: {why}" for what, n in calls.items()]
+    found += [f"{name}: {what} is compiled just in time" for what in result["compiled"]]
+    passes = 3 * result["layers"]  # self-conditioning, forward, recomputation
+    if result["waits"] > MOST_WAITS * passes + 1:
+        found.append(f"{name}: {result['waits']} host waits, expected {MOST_WAITS * passes + 1}")
+    if case.most_launches and result["launches"] > case.most_launches:
+        found.append(f"{name}: {result['launches']} launches, expected {case.most_launches}")
+    if name in PLANNED and abs(result["planned"] / result["peak"] - 1) > MEMORY_NEAR:
+        planned, live = result["planned"] / 1e9, result["peak"] / 1e9
+        found.append(f"{name}: planned {planned:.2f} GB, live bytes {live:.2f} GB")
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the cases as a Markdown table."""
+    lines = [
+        "| case | host waits | launches | attention calls | uploads | peak, GB | planned, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        backends: dict[str, int] = {}
+        for what, calls in found["attention"].items():
+            backend = what.partition(":")[0]
+            backends[backend] = backends.get(backend, 0) + calls
+        attention = ", ".join(f"{count} {backend}" for backend, count in backends.items())
+        planned = f"{found['planned'] / 1e9:.2f}" if name in PLANNED else "-"
+        lines.append(
+            f"| {name} | {found['waits']} | {found['launches']:,} | {attention} |"
+            f" {sum(found['uploads'].values())} | {found['peak'] / 1e9:.2f} | {planned} |"
+        )
+    return "\n".join(lines)
+
+
+def _write_rows(folder: Path, case: Case, vocabulary: int) -> None:
+    disable_progress_bar()
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_ids": torch.randint(5, vocabulary, (case.tokens,), generator=generator).tolist(),
+            "prefix_length": case.prefix,
+            "complete": True,
+            "id": str(row),
+        }
+        for row in range(64)
+    ]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).save_to_disk(str(folder / split))
+
+
+def _coins(trainer: Trainer, step: int) -> bool | None:
+    """Return whether this rank has a self-conditioned example in a step, None if no rank has."""
+    first = step * trainer.config.train.global_batch_size
+    (forward,) = trainer._shares(first)
+    if not trainer.data.any_self_conditioned(position for own in forward for position in own):
+        return None
+    return trainer.data.any_self_conditioned(forward[trainer.rank])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases; return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser("tools.gpu_dry_run", description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, help="of the model, its last ones; default: all")
+    parser.add_argument("--case", action="append", choices=CASES, help=f"default: {DEFAULT}")
+    parser.add_argument("--json", type=Path, help="also gets the accounts")
+    options = parser.parse_args(arguments)
+    fake_cuda.pretend()
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, Any]] = {}
+    lines: list[str] = []
+    for name in options.case or DEFAULT:
+        with tempfile.TemporaryDirectory() as scratch:
+            results[name] = measure(CASES[name], options.layers, Path(scratch))
+        lines += missed(name, results[name])
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    print("\n".join(f"missed: {line}" for line in lines) or "every bar is met")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
