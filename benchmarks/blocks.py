@@ -1,7 +1,7 @@
 """`python -m benchmarks.blocks [BLOCKS ...]`: several blocks of an answer in one step.
 
 Side by side on the same weights, examples and draws: one block of each answer, as before; all of
-them beside one clean pass (`objective.blocks: all`); and a row for each block, which pays for the
+them next to one clean pass (`objective.blocks: all`); and a row for each block, which pays for the
 clean tokens before it again. The latter as Megatron-Bridge's data set has it, a row of the prompt,
 the blocks before and one canvas, on Hugging Face's modules, and the same rows in our packed pass.
 
@@ -283,7 +283,7 @@ def one_block(examples: list[Example], draws: Draws) -> PackedBatch:
 
 
 def rows_of(examples: list[Example], draws: Draws) -> tuple[list[Example], list[NoiseSample]]:
-    """Return a row for each block: the tokens up to its end, with its noise."""
+    """Return a row for each block: the tokens before and in it, with its noise."""
     rows, noise = [], []
     for example, own in zip(examples, draws, strict=True):
         for draw in own:

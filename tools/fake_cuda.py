@@ -264,12 +264,16 @@ def pretend() -> None:
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
-    torch.version.cuda = "13.0"  # type: ignore[assignment]
-    fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
-    FakeTensor.tolist = lambda tensor: _device().read(tensor).tolist()  # type: ignore[method-assign]
-    torch.nn.functional.scaled_dot_product_attention = _attention
-    torch.nn.functional.rms_norm = _rms_norm
-    torch.UntypedStorage.resize_ = _resize  # type: ignore[method-assign]
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (torch.version, "cuda", "13.0"),
+        (fake_tensor, "init_gpu_context", lambda device: None),
+        (FakeTensor, "tolist", lambda tensor: _device().read(tensor).tolist()),
+        (torch.nn.functional, "scaled_dot_product_attention", _attention),
+        (torch.nn.functional, "rms_norm", _rms_norm),
+        (torch.UntypedStorage, "resize_", _resize),
+    )
+    for owner, name, value in stand_ins:
+        setattr(owner, name, value)
 
 
 # --- the device, as the dispatcher sees it ---
