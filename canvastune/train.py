@@ -14,7 +14,7 @@ from typing import IO, NoReturn
 
 import torch.distributed as dist
 
-from canvastune.config import RunConfig, load_config
+from canvastune.config import load_config
 from canvastune.distributed.sync import run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
@@ -24,7 +24,6 @@ from canvastune.training.run import (
     acquire_output_lock,
     find_finished,
     find_metrics_run,
-    refuse_silent_cpu,
     select_device,
     train,
 )
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank_registry: RankRegistry | None = None
     try:
         config = load_config(options.config, options.set)
-        rank_registry = _start_processes(config)
+        rank_registry = _start_processes()
         run_on_rank0(
             lambda: locks.append(
                 acquire_output_lock(options.output, export_path(options.output, config))
@@ -155,13 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _start_processes(config: RunConfig) -> RankRegistry:
+def _start_processes() -> RankRegistry:
     if "RANK" not in os.environ:  # started without torchrun: one process
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     device = select_device()
-    refuse_silent_cpu(config, device)
     store, rank, world_size = next(dist.rendezvous("env://"))
     # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedConfig
 
 from canvastune.checkpoint.export import export_adapter, export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -44,6 +45,7 @@ from canvastune.training.trainer import Trainer, export_path
 logger = logging.getLogger(__name__)
 
 # Messages of collectives after another process has exited.
+_LARGE = 1e9  # parameters of experts and embedding
 _LOST = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|"
     r"[Tt]imed out|Socket"
@@ -83,6 +85,7 @@ def train(
     base = run_on_rank0(lambda: resolve_model(config.model))
     model_config = run_on_all_ranks(lambda: read_model_config(base))
     text = model_config.text_config
+    refuse_silent_cpu(config, device, text)
     dims = ParallelDims.of(
         config,
         world_size,
@@ -216,14 +219,16 @@ def select_device() -> torch.device:
     return device
 
 
-def refuse_silent_cpu(config: RunConfig, device: torch.device) -> None:
-    """Refuse to train on the CPU what a recipe means for a GPU.
+def refuse_silent_cpu(config: RunConfig, device: torch.device, text: PreTrainedConfig) -> None:
+    """Refuse to train a large model on the CPU, unless the recipe says so: a step takes minutes.
 
     Raises:
         UserError: torch finds no CUDA device, and `hardware.accelerator` is not cpu.
     """
     wanted = config.hardware.accelerator
-    if device.type == "cpu" and wanted.lower() != "cpu":
+    experts = 3 * text.num_hidden_layers * text.num_experts * text.moe_intermediate_size
+    large = (experts + text.vocab_size) * text.hidden_size > _LARGE
+    if large and device.type == "cpu" and wanted.lower() != "cpu":
         build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
         raise UserError(
             f"hardware.accelerator: found {wanted!r}, but torch {torch.__version__} (a build "

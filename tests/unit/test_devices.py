@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from canvastune.checkpoint.load import read_model_config
 from canvastune.checkpoint.resume import wait_for
 from canvastune.config import parse_config
 from canvastune.errors import UserError
+from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training.run import refuse_silent_cpu, select_device
+from tests.support.small import model_config
 
 
 def test_more_processes_than_gpus_are_refused_on_every_rank_of_the_node(
@@ -49,13 +52,13 @@ def test_what_a_thread_raises_is_raised() -> None:
         wait_for(thread.submit(fail), str, every=0.01)
 
 
-def test_a_recipe_for_a_gpu_is_refused_where_torch_finds_none() -> None:
+def test_a_large_model_is_refused_where_torch_finds_no_gpu_unless_the_recipe_says_cpu() -> None:
     tree = {"name": "x", "model": {"id": "x"}, "data": {"source": "x"}, "train": {"steps": 1}}
-    config = parse_config(tree)
+    config, cpu = parse_config(tree), torch.device("cpu")
+    released = read_model_config(SHIPPED_CONFIG).text_config
     with pytest.raises(UserError, match=r"found 'h100', but torch .* finds no GPU") as refused:
-        refuse_silent_cpu(config, torch.device("cpu"))
+        refuse_silent_cpu(config, cpu, released)
     assert "hardware.accelerator=cpu" in str(refused.value.hint)
-    refuse_silent_cpu(config, torch.device("cuda"))
-    refuse_silent_cpu(
-        parse_config({**tree, "hardware": {"accelerator": "cpu"}}), torch.device("cpu")
-    )
+    refuse_silent_cpu(config, torch.device("cuda"), released)
+    refuse_silent_cpu(parse_config({**tree, "hardware": {"accelerator": "cpu"}}), cpu, released)
+    refuse_silent_cpu(config, cpu, model_config().text_config)
