@@ -25,6 +25,7 @@ from datasets import load_from_disk
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.config import RunConfig, parse_config
+from canvastune.config.schema import Blocks
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser, main
 from canvastune.evaluation import run
@@ -173,9 +174,10 @@ def pretend(
             yield question.id, answer | {"forwards": 4, "cut": model == "tuned", "trace": []}
 
     def denoising_loss(
-        model: str, examples: Sequence[Any], levels: Sequence[float]
+        model: str, examples: Sequence[Any], levels: Sequence[float], blocks: Blocks
     ) -> dict[str, Any]:
         assert len(levels) == 5
+        assert blocks == 1
         asked.append(f"{model} denoises")
         return {
             "sums": [10.0, 20.0, 30.0, 40.0, 50.0],
