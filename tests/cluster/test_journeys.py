@@ -279,7 +279,8 @@ def check_run(cluster: FakeCluster, reader: Reader) -> None:
     assert job_states(cluster) == dict.fromkeys(
         ("evaluate", "train"), (run["run_id"], {"Created", "Succeeded"})
     )
-    (folder,) = (cluster.node.claim("canvastune-workspace") / "runs").iterdir()
+    runs = cluster.node.claim("canvastune-workspace") / "runs"
+    (folder,) = (each for each in runs.iterdir() if not each.name.startswith("."))
     assert (folder / "report" / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())["train_loss_last"] > 0
     assert any((folder / "model").glob("*.safetensors")), "no merged model"

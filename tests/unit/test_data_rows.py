@@ -358,7 +358,15 @@ def test_what_the_hub_answers_becomes_one_sentence(
 ) -> None:
     """No hub is reachable from a test: the library's answers are played back."""
 
-    def answer(location: str, *, name: str | None, split: str, revision: str | None) -> None:
+    def answer(
+        location: str,
+        *,
+        name: str | None,
+        split: str,
+        revision: str | None,
+        cache_dir: str | None,
+    ) -> None:
+        assert cache_dir is None
         assert (location, name, split, revision) == (
             "a/b",
             "main",

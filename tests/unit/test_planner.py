@@ -336,7 +336,7 @@ def test_the_most_blocks_fit_and_one_more_does_not() -> None:
         assert fits == (blocks == most)
     found = [change.settings for change in plan.changes]
     assert any(s[0].startswith("objective.blocks=") and len(s) == 1 for s in found), found
-    assert f"Largest objective.blocks: {most}" in render(plan)
+    assert f"in a step (objective.blocks): {most}" in render(plan)
 
 
 def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None:
