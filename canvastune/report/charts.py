@@ -243,8 +243,8 @@ def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
 
 
 def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
-    """Chart the loss across the blocks of an answer: of each corruption level at the last
-    validation, and the mean at the first one, dashed; of compared runs the mean at their last.
+    """Chart the last validation's loss across the blocks of an answer: of each corruption level and,
+    dashed, the mean; of compared runs the mean.
     """
     found = [
         [record for record in records if record["kind"] == "validation" and record.get("blocks")]
@@ -259,14 +259,12 @@ def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
             lines.append(Line(label, list(places), list(losses), color=color, dashed=dashed))
 
     if found[0]:
-        first, last = found[0][0], found[0][-1]
+        last = found[0][-1]
         levels = sorted(last["blocks"], key=float)
         for index, level in enumerate(levels):
             shade = round(index * (_LEVEL_COLORS - 1) / max(1, len(levels) - 1))
             add(f"t = {level}", last["blocks"][level], f"l{shade}")
-        if first is not last:
-            add(f"mean at step {first['step']}", mean_by_block(first), "soft", dashed=True)
-        add(f"mean at step {last['step']}", mean_by_block(last), "s0", dashed=True)
+        add("mean", mean_by_block(last), "s0", dashed=True)
         for index, (name, _) in enumerate(runs[1:], 1):
             if found[index]:
                 values = mean_by_block(found[index][-1])
@@ -277,8 +275,8 @@ def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
         _LOSS_UNIT,
         lines,
         wide=True,
-        note="Block 1 begins the answer; the last blocks are those of the longest answers only. Lines"
-        " with t are of the last validation.",
+        note="Of the last validation. Block 1 begins the answer; the last blocks are those of the"
+        " longest answers only.",
         across="block",
     )
 
