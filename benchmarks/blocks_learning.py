@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import ROOT, say, write_result
@@ -42,8 +43,8 @@ from canvastune.training.trainer import Trainer
 PICTURE = ROOT / "docs" / "blocks.png"
 SEEDS = (1, 2, 3)
 STEPS, SHARE = 600, 0.2  # of the run with one block; of them, those of the run with all
-VALIDATIONS = 15  # of each run
-BATCH, LR, ROWS, HELD_OUT = 1, 3e-3, 3000, 24
+VALIDATIONS = 12  # of each run
+BATCH, LR, ROWS, HELD_OUT = 1, 3e-3, 3000, 16
 GOAL = 1 / 3  # of the wall time
 THREADS = 2
 SIDES: tuple[int | str, str] = (1, "all")
@@ -253,6 +254,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         share = "never" if curves["share"] is None else f"{curves['share']:.0%} of the time"
         axes.set_title(f"seed {seed}: {share}", fontsize=10)
         axes.set_xlabel("seconds in training steps", fontsize=9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 2, 5]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
     panels[0].set_ylabel("validation loss, every block", fontsize=9)
