@@ -192,7 +192,7 @@ def measure(
     alive = {
         name: peak_bytes(ours, run) for name, run in steps.items() if name.endswith(CHECKPOINTED)
     }
-    seconds = alternate(steps, rounds)
+    seconds = alternate(steps, rounds, settle=True)
     scored = {
         name: len(batches[name.removesuffix(CHECKPOINTED).replace("plain: ", "")].canvas_targets)
         for name in steps
