@@ -159,12 +159,9 @@ _CHAT_TEMPLATE = """\
 {%- set thinks = enable_thinking is defined and enable_thinking -%}
 {#- Rows without tools and thinking, the most, are rendered with no more work than they need: in the
     `else` of a loop over the messages that are not plain. -#}
-{%- for any in messages if tools or thinks or any | length > 2 -%}
+{%- for any in (messages[:1] if tools or thinks else messages) if tools or thinks or any | length > 2 -%}
 {%- if loop.first -%}
-{%- set state = namespace(open=false, user=-1, calls=[]) -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}{%- set state.user = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
+{%- set state = namespace(open=false, calls=[]) -%}
 {{- bos_token -}}
 {%- set system = messages[0]['role'] == 'system' -%}
 {%- if system or tools or thinks -%}
@@ -186,29 +183,32 @@ _CHAT_TEMPLATE = """\
         {{- '<|"|>' + content + '<|"|>' if content is string else value(content) -}}
         {{- '}<tool_response|>' -}}
     {%- else -%}
-        {%- set model = role == 'assistant' -%}
-        {%- if not model -%}
+        {%- if role != 'assistant' -%}
             {{- '<|turn>' + role + '\\n' -}}
         {%- elif not state.open -%}
             {{- '<|turn>model\\n' -}}
         {%- endif -%}
-        {%- if message['reasoning'] and loop.index0 + (1 if system else 0) > state.user -%}
-            {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
+        {%- if 'reasoning' in message and message['reasoning'] -%}
+            {%- set rest = messages[loop.index0 + (1 if system else 0):] -%}
+            {%- if 'user' not in rest | map(attribute='role') | list -%}
+                {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
+            {%- endif -%}
         {%- endif -%}
-        {%- set calls = message['tool_calls'] or [] -%}
-        {%- for call in calls -%}
-            {{- '<|tool_call>call:' + call['function']['name'] -}}
-            {{- value(call['function']['arguments']) + '<tool_call|>' -}}
-        {%- endfor -%}
-        {{- content | trim if content is string else text(content) -}}
-        {%- set state.open = calls | length > 0 -%}
-        {%- if not calls -%}
-            {{- '<turn|>\\n' -}}
-        {%- else -%}
-            {%- set state.calls = calls -%}
+        {%- if 'tool_calls' in message and message['tool_calls'] -%}
+            {%- for call in message['tool_calls'] -%}
+                {{- '<|tool_call>call:' + call['function']['name'] -}}
+                {{- value(call['function']['arguments']) + '<tool_call|>' -}}
+            {%- endfor -%}
+            {{- content | trim if content is string else text(content) -}}
+            {%- set state.open = true -%}
+            {%- set state.calls = message['tool_calls'] -%}
             {%- if loop.last or loop.nextitem['role'] != 'tool' -%}
                 {{- '<|tool_response>' -}}
             {%- endif -%}
+        {%- else -%}
+            {{- content | trim if content is string else text(content) -}}
+            {%- set state.open = false -%}
+            {{- '<turn|>\\n' -}}
         {%- endif -%}
     {%- endif -%}
 {%- endfor -%}

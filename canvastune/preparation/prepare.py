@@ -136,17 +136,15 @@ def prepare_data(
                         stats.drop_long_prefix(encoded.prefix_length, conversation)
                         continue
                     response = len(encoded.tokens) - encoded.prefix_length
-                    stats.keep(encoded.prefix_length, response)
-                    stats.foreign.update(encoded.foreign)
+                    stats.keep(encoded.prefix_length, response, encoded.foreign)
                     if stats.kept <= _SAMPLES and not part.held_out:
                         samples.append(_sample(example, loaded.tokenizer))
+                    position = split_position(conversation.group)
                     held_out = part.held_out or (
                         config.data.validation is None
-                        and split_position(conversation.group) < config.data.validation_fraction
+                        and position < config.data.validation_fraction
                     )
-                    (validation if held_out else train).add(
-                        example, response, conversation.group, row.source
-                    )
+                    (validation if held_out else train).add(example, response, position, row.source)
         for part in parts:
             check_thresholds(part.stats, part.config, part.source.label)
         _refuse_empty(train, validation, parts, config.data)

@@ -95,6 +95,7 @@ class RowReader:
         # Rows of question and answer often have more: only a recipe that says gsm8k takes them.
         self._strict = row_format == "gsm8k" and source.format == "auto"
         self._required = required_columns(row_format, columns)
+        self._places = tuple(f"column {name!r}" for name in self._required)
         self._own = frozenset(self._required) | self._ignore
         self._system = (columns.system,) if columns.system else _SYSTEM_COLUMNS
         self._tools = (columns.tools,) if columns.tools else _TOOLS_COLUMNS
@@ -141,6 +142,10 @@ class RowReader:
             }
         if self._format in ("messages", "sharegpt"):
             parsed = self._read_conversation(value, extra)
+        elif not extra and all(isinstance(value[name], str) for name in self._required):
+            asked, answered = self._places
+            prompt, response = (value[name] for name in self._required)
+            parsed = ParsedRow([turn("user", prompt, asked), turn("assistant", response, answered)])
         else:
             parsed = self._read_sides(value, extra)
         return parsed, parsed.examples(self._learn)

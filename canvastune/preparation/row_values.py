@@ -16,6 +16,8 @@ def check_text(text: Any, role: str, where: str) -> str:
     """Return the text. Raises: InvalidRow, not text or not valid Unicode."""
     if not isinstance(text, str):
         raise InvalidRow(f"{where} ({role}): the content is {kind(text)}, expected text")
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:

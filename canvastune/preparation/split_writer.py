@@ -44,7 +44,7 @@ class SplitWriter:
             folder: the split's directory, written by `save`.
             batch_rows, batch_tokens: rows are written when so many rows or tokens wait.
         """
-        self.lowest = 1.0  # smallest split position of an id
+        self.lowest = 1.0  # smallest split position of a row
         self._batch_rows, self._batch_tokens = batch_rows, batch_tokens
         self._folder = folder
         self._file = folder.with_suffix(".arrow")
@@ -65,12 +65,12 @@ class SplitWriter:
         chosen = range(self.count) if self._chosen is None else self._chosen
         return Counter(self._sources[at] for at in chosen)
 
-    def add(self, example: dict[str, Any], response: int, group: str, source: int) -> None:
+    def add(self, example: dict[str, Any], response: int, position: float, source: int) -> None:
         """Add a row.
 
         Args:
             response: the number of its response tokens before the cut.
-            group: the id that decides on the split.
+            position: that decides on the split, from `split_position`.
             source: index of its data set.
         """
         self._rows.append(example)
@@ -78,7 +78,7 @@ class SplitWriter:
         self._lengths[0].append(example["prefix_length"])
         self._lengths[1].append(response)
         self._sources.append(source)
-        self.lowest = min(self.lowest, split_position(group))
+        self.lowest = min(self.lowest, position)
         if len(self._rows) == self._batch_rows or self._tokens > self._batch_tokens:
             self._flush()
 

@@ -124,9 +124,13 @@ class DatasetStats:
         self.dropped[NO_ROOM] += 1
         self.longest_prefix = max(self.longest_prefix, prefix)
 
-    def keep(self, prefix: int, response: int) -> None:
-        """Count a row that is kept, by its tokens before the cut."""
+    def keep(self, prefix: int, response: int, foreign: Sequence[str] = ()) -> None:
+        """Count a row that is kept, by its tokens before the cut, and the control tokens of other
+        models in it.
+        """
         self._count(prefix, response, 1)
+        if foreign:
+            self.foreign.update(foreign)
 
     def drop_beyond(self, left_out: list[tuple[int, int]]) -> None:
         """Move held-out rows beyond `validation_rows` from kept to dropped.

@@ -2,8 +2,8 @@
 
 The compiled template and its sandbox are the library's. What is saved: copies of messages and
 variables for each call, questions to the sandbox that were answered before (a quarter of the time
-of Gemma's template), and tool declarations that were written before (another third, of rows with
-tools, which have the same few declarations).
+of Gemma's template), and tool declarations and arguments of calls that were written before (another
+third, of rows with tools, which have the same few declarations).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class _CachingSandbox(ImmutableSandboxedEnvironment):
     """The sandbox of chat templates, which remembers its answers.
 
     Whether an attribute is safe depends on its name and the type of its owner. What a pure macro
-    writes of a tool declaration depends on the declaration.
+    writes of a tool declaration, or of a call's arguments, depends on these.
     """
 
     safe: dict[tuple[type, str], bool]
     pure: frozenset[str]
     written: dict[int, dict[str, Any]]
-    """What macros, by their name, wrote of each tool, by its id()."""
+    """What macros, by their name, wrote of each tool and of each call's arguments, by its id()."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         key = (type(obj), attr)
@@ -82,12 +82,34 @@ class TemplateRenderer:
         Raises:
             Exception: whatever the template raises.
         """
-        template, sandbox = _compile(self._source)
+        self._remember(conversations)
+        return self._render(conversations, generation)
+
+    def render_both(self, conversations: Sequence[Conversation]) -> tuple[list[str], list[str]]:
+        """Render the prompts for the last turns, and the whole conversations.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
+        self._remember(conversations)
+        return self._render(conversations, True), self._render(conversations, False)
+
+    def _remember(self, conversations: Sequence[Conversation]) -> None:
         # By identity: a hash of a declaration would cost more than to write it. All of them live
         # until the batch ends.
+        _, sandbox = _compile(self._source)
         sandbox.written = {id(tool): {} for each in conversations for tool in each.tools}
+        for each in conversations:
+            if not each.is_plain:
+                for message in each.messages:
+                    for call in message.get("tool_calls", ()):
+                        sandbox.written[id(call["function"]["arguments"])] = {}
+
+    def _render(self, conversations: Sequence[Conversation], generation: bool) -> list[str]:
+        template, sandbox = _compile(self._source)
+        known = dict(template.globals)  # a ChainMap: each context would go through all of its maps
         variables = {
-            **template.globals,
+            **known,
             **self._special_tokens,
             "tools": None,
             "documents": None,
@@ -100,7 +122,7 @@ class TemplateRenderer:
                 found["tools"] = list(each.tools)
             if each.thinking:
                 found["enable_thinking"] = True
-            context = template.new_context(found, shared=True)
+            context = Context(sandbox, found, template.name, template.blocks, known)
             rendered.append("".join(template.root_render_func(context)))
         return rendered
 
