@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from canvastune.data.packing import PackedBatch
 
 TILE = 128  # rows and keys that the kernel computes or skips together
+_COUNTED = 8 * TILE  # rows whose visible tiles are counted at a time
 # Batches differ in length, so `dynamic` compiles once for all of them. Few things remain to
 # recompile for: two kinds of
 # layer, with and without gradients, more than a tile of rows or not. Past the limit it raises an
@@ -114,15 +115,21 @@ def _block_mask(
     edges = torch.arange(tiles, device=first.device, dtype=torch.int32) * TILE
 
     def seen(first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """Count the rows of each tile in a range -> [L, T]."""
+        """Count the rows of each tile in a range -> [R, T] for R rows."""
         return (
             torch.minimum(stop[:, None], edges + TILE) - torch.maximum(first[:, None], edges)
         ).clamp_(min=0)
 
-    pairs = (
-        F.pad(seen(first, stop) + seen(own_first, own_stop), (0, 0, 0, tiles * TILE - rows))
-        .view(tiles, TILE, tiles)
-        .sum(1)
+    # A range of rows at a time: of all of them, the counts would take as much as attention scores.
+    pairs = torch.cat(
+        [
+            F.pad(seen(*ends[:2]) + seen(*ends[2:]), (0, 0, 0, -len(ends[0]) % TILE))
+            .view(-1, TILE, tiles)
+            .sum(1)
+            for ends in zip(
+                *(edge.split(_COUNTED) for edge in (first, stop, own_first, own_stop)), strict=True
+            )
+        ]
     )
     whole = pairs == TILE * TILE
 

@@ -71,6 +71,7 @@ class Plan:
     tokens_per_step: int
     largest_micro_batch: int | None  # None: not even one example fits
     largest_sequence: int | None
+    sequence_limit: str | None  # what a longer sequence would exceed
     blocks: int  # of the longest example, that a step denoises
     forwards_per_example: int  # that these blocks take
     largest_blocks: int | None  # the largest objective.blocks that fits

@@ -17,6 +17,7 @@ from canvastune.io.atomic import atomic_directory
 from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 from canvastune.perf_model.architecture import (
+    Architecture,
     count_parameters,
     read_architecture,
 )
@@ -27,7 +28,7 @@ from canvastune.perf_model.hardware import (
     peak_rate,
     step_time,
 )
-from canvastune.perf_model.memory import peak, peak_by_phase
+from canvastune.perf_model.memory import StepShape, peak, peak_by_phase
 from canvastune.planner.blocks import Answers, block_costs, largest_blocks
 from canvastune.planner.estimate import (
     available_bytes,
@@ -97,6 +98,13 @@ def make_plan(
         if prepared is None
         else Answers.read(prepared, architecture.canvas)
     )
+    length = largest_fitting(
+        lambda length: (
+            needed_bytes(architecture, with_longest_example(longest, length, config), accelerator)
+            <= limit
+        ),
+        architecture.longest,
+    )
     parameters = count_parameters(architecture)
     checkpoint = parameters["total"].trained * _CHECKPOINT_BYTES
     plan = Plan(
@@ -146,15 +154,9 @@ def make_plan(
         ),
         blocks=longest.blocks,
         forwards_per_example=len(longest.forwards),
-        largest_sequence=largest_fitting(
-            lambda length: (
-                needed_bytes(
-                    architecture, with_longest_example(longest, length, config), accelerator
-                )
-                <= limit
-            ),
-            architecture.longest,
-        ),
+        largest_sequence=length,
+        sequence_limit=length
+        and _sequence_limit(config, architecture, longest, length, accelerator),
         largest_blocks=largest_blocks(config, architecture, accelerator, world_size, limit),
         block_costs=block_costs(config, architecture, accelerator, world_size, limit, answers),
         answer_blocks=dict(answers.rows) if answers.measured else None,
@@ -164,6 +166,29 @@ def make_plan(
         return plan
     changes = smallest_changes(config, model, world_size, accelerator, limit)
     return dataclasses.replace(plan, changes=tuple(itertools.islice(changes, _CHANGES_SHOWN)))
+
+
+def _sequence_limit(
+    config: RunConfig,
+    architecture: Architecture,
+    longest: StepShape,
+    length: int,
+    accelerator: Accelerator,
+) -> str:
+    """Say what a sequence longer than the longest one that fits would exceed: the model's positions,
+    or the memory of the part that grows most with the length.
+    """
+    if length == architecture.longest:
+        return "the model's positions"
+    moment, parts = peak(
+        device_memory_timeline(
+            architecture, with_longest_example(longest, length, config), accelerator
+        )
+    )
+    half = with_longest_example(longest, max(1, length // 2), config)
+    before = device_memory_timeline(architecture, half, accelerator)[moment]
+    grown = max(parts, key=lambda part: parts[part] - before.get(part, 0))
+    return f"memory in {moment}: {grown}, {parts[grown] / 1e9:.1f} GB"
 
 
 def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:

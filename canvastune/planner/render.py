@@ -188,6 +188,7 @@ def _verdict(plan: Plan) -> list[str]:
         lines.append(
             f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens"
         )
+        lines.append(f"    limited by {plan.sequence_limit}")
     if plan.largest_blocks:
         lines.append(
             f"  Most blocks of an example in a step (objective.blocks): {plan.largest_blocks}"

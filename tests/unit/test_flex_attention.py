@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.errors import UserError
@@ -155,6 +155,27 @@ def test_each_row_sees_what_the_objective_says_and_each_tile_is_classed_as_torch
     assert torch.equal(
         found.mask_mod(zero, zero, at[:, None], at[None]), seen_by_definition(packed, kind)
     )
+    check_tiles(found, kind)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_tiles_are_classed_as_torch_would_where_they_are_counted_a_range_at_a_time(
+    kind: str,
+) -> None:
+    examples, draws = long()
+    prefix = torch.arange(1200) % VOCABULARY
+    longest = dataclasses.replace(
+        examples[0],
+        tokens=torch.cat([prefix, examples[0].tokens]),
+        prefix_length=len(prefix) + examples[0].prefix_length,
+    )
+    packed = pack([examples[1], longest], [draws[1], draws[0]])
+    check_tiles(FlexPacking.of(packed, 10 * WINDOW).masks[kind], kind)
+
+
+def check_tiles(found: BlockMask, kind: str) -> None:
+    """Compare the tiles of a mask with those of torch's own function, which looks at every pair."""
+    rows = found.shape[-1]
     expected = create_block_mask(
         found.mask_mod, None, None, rows, rows, device="cpu", BLOCK_SIZE=TILE
     )

@@ -136,6 +136,17 @@ def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not() -> None:
         )
 
 
+def test_a_plan_names_what_limits_the_longest_sequence() -> None:
+    """Without a head, whose logits are computed in tiles, the inputs of the layers grow most."""
+    small, whole = released("gsm8k_lora", "hardware.gpu_memory=40"), released("gsm8k_lora")
+    assert small.sequence_limit is not None
+    assert small.largest_sequence is not None
+    assert small.sequence_limit.startswith("memory in backward"), small.sequence_limit
+    assert whole.sequence_limit is not None
+    positions = whole.largest_sequence == 262_144
+    assert positions == (whole.sequence_limit == "the model's positions")
+
+
 def test_the_most_blocks_of_an_example_fit_and_one_more_does_not() -> None:
     settings = ("data.seq_length=16384", "hardware.gpu_memory=20")
     plan = released("gsm8k_lora", *settings)
