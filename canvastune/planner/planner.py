@@ -155,8 +155,9 @@ def make_plan(
         blocks=longest.blocks,
         forwards_per_example=len(longest.forwards),
         largest_sequence=length,
-        sequence_limit=length
-        and _sequence_limit(config, architecture, longest, length, accelerator),
+        sequence_limit=(
+            _sequence_limit(config, architecture, longest, length, accelerator) if length else None
+        ),
         largest_blocks=largest_blocks(config, architecture, accelerator, world_size, limit),
         block_costs=block_costs(config, architecture, accelerator, world_size, limit, answers),
         answer_blocks=dict(answers.rows) if answers.measured else None,
