@@ -160,15 +160,12 @@ class RowReader:
     def _read_sides(self, value: dict[str, Any], extra: dict[str, Any]) -> ParsedRow:
         """Read a row whose prompt and response are columns, each text or a list of messages."""
         prompt, response = self._required
-        found = Messages()
         asks = value[prompt]
         if isinstance(asks, dict) and _SPEAKER & asks.keys():
             asks = [asks]
         if not isinstance(asks, list):
             text = self._prompt_text(asks, prompt, extra)
-            for user, assistant in self._history(extra):
-                found.append(user)
-                found.append(assistant)
+            found = self._history(extra)
             found.append(text)
         else:
             found = self._messages(asks, prompt)
@@ -235,20 +232,26 @@ class RowReader:
             message["content"] = "\n\n".join([*before, message["content"]])
         return message
 
-    def _history(self, extra: dict[str, Any]) -> list[tuple[Message, Message]]:
-        """Return the earlier turns of Alpaca's rows: a list of pairs."""
-        pairs = extra.pop(_HISTORY_COLUMN, [])
-        if not isinstance(pairs, list) or not all(
-            isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    def _history(self, extra: dict[str, Any]) -> Messages:
+        """Return the earlier turns of a row: a list of pairs, as Alpaca's rows have them, or of
+        messages.
+        """
+        turns = extra.pop(_HISTORY_COLUMN, [])
+        if isinstance(turns, list) and turns and all(map(_is_message, turns)):
+            return self._messages(turns, _HISTORY_COLUMN)
+        if not isinstance(turns, list) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in turns
         ):
             raise InvalidRow(
                 f"column {_HISTORY_COLUMN!r} is not a list of pairs, expected [[prompt, response],"
-                " ...]"
+                " ...], or a list of messages with 'role' and 'content'"
             )
         where = f"column {_HISTORY_COLUMN!r}"
-        return [
-            (turn("user", user, where), turn("assistant", answer, where)) for user, answer in pairs
-        ]
+        found = Messages()
+        for user, answer in turns:
+            found.append(turn("user", user, where))
+            found.append(turn("assistant", answer, where))
+        return found
 
     def _parsed(self, found: Messages, extra: dict[str, Any]) -> ParsedRow:
         """Add what accompanies the messages; every other column is counted or refused."""
@@ -423,5 +426,8 @@ def _near(name: str, value: Mapping[str, Any]) -> str | None:
 
 
 def _is_messages(value: Any) -> bool:
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and bool(_SPEAKER & first.keys())
+    return isinstance(value, list) and bool(value) and _is_message(value[0])
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and bool(_SPEAKER & value.keys())

@@ -65,8 +65,10 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value says nothing: null, or empty text, list or object."""
-    return value is None or (isinstance(value, str | list | dict | tuple) and not value)
+    """Return whether a value says nothing: null, empty text or object, a list of nothing else."""
+    if isinstance(value, list | tuple):
+        return all(item is None for item in value)
+    return value is None or (isinstance(value, str | dict) and not value)
 
 
 def kind(value: Any) -> str:

@@ -305,18 +305,24 @@ def test_a_marked_turn_is_context_only(
     assert "Hello Ana1." in found.prefix
 
 
-def test_history_pairs_are_turns_before_the_prompt(tmp_path: Path, released_model: Path) -> None:
-    found = prepare(
-        write(
-            tmp_path,
-            lambda name: {
-                "prompt": "And now?",
-                "response": f"Bye {name}.",
-                "history": [[f"Greet {name}.", f"Hello {name}."]],
-            },
-        ),
-        released_model,
-    )
+@pytest.mark.parametrize("form", ["pairs", "messages"])
+def test_the_history_is_turns_before_the_prompt(
+    form: str, tmp_path: Path, released_model: Path
+) -> None:
+    def row(name: str) -> dict[str, Any]:
+        earlier = (f"Greet {name}.", f"Hello {name}.")
+        roles = ("user", "assistant")
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, earlier, strict=True)
+        ]
+        return {
+            "prompt": "And now?",
+            "response": f"Bye {name}.",
+            "history": messages if form == "messages" else [list(earlier)],
+            "images": [None],
+        }
+
+    found = prepare(write(tmp_path, row), released_model)
     turns = "\n<|turn>user\nAnd now?<turn|>\n<|turn>model\n"
     assert (found.prefix, found.response) == (f"{ASK}{SAY}{turns}", "Bye Ana1.<turn|>")
 
