@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arg
     """Call `function(folder, *args)` on every rank of a fresh process group and wait for all; a
     failure on any rank is raised here.
     """
-    meeting = folder / f"meeting-{function.__name__}-{world_size}"
+    # A name of its own: an earlier call may have left its file, with the addresses of its ranks.
+    meeting = folder / f"meeting-{uuid.uuid4().hex}"
     mp.start_processes(
         _rank,
         args=(function, world_size, str(meeting), folder, args),
