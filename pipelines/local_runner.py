@@ -18,7 +18,7 @@ import psutil
 import yaml
 
 from canvastune.config import RunConfig
-from canvastune.data.dataset import missing_files
+from canvastune.data.files import missing_files
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.logging import json_requested

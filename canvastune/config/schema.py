@@ -666,3 +666,8 @@ def _check_blocks(value: Any) -> Any:
     if value == "all" or (type(value) is int and value >= 1):
         return value
     raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
+
+
+def block_count(setting: Blocks, blocks: int) -> int:
+    """Return how many of an example's blocks a setting chooses."""
+    return blocks if setting == "all" else min(setting, blocks)

@@ -5,7 +5,6 @@ each.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from canvastune.config.schema import Blocks, ObjectiveConfig, TrainConfig
+from canvastune.config.schema import Blocks, ObjectiveConfig, TrainConfig, block_count
 from canvastune.data.mixture import Interleaving, Mixture
 from canvastune.data.packing import Example, Part, balance_microbatches, make_example
 from canvastune.errors import UserError
@@ -202,11 +201,6 @@ class TrainingDataset:
         return make_example(row, self._canvas_length, self._eos_token_id)
 
 
-def block_count(setting: Blocks, blocks: int) -> int:
-    """Return how many of an example's blocks a setting chooses."""
-    return blocks if setting == "all" else min(setting, blocks)
-
-
 def validation_rows(rows: int, train: TrainConfig) -> int:
     """Return how many of the held-out rows a validation takes; it takes the first ones."""
     return (
@@ -214,18 +208,6 @@ def validation_rows(rows: int, train: TrainConfig) -> int:
         if train.validation_batches is None
         else min(rows, train.validation_batches * train.global_batch_size)
     )
-
-
-def missing_files(folder: Path) -> list[Path]:
-    """Return the files that a prepared data set names or has, and that are not there."""
-    expected = [folder / "card.json"]
-    for split in ("train", "validation"):
-        state = folder / split / "state.json"
-        expected += [state, state.with_name("dataset_info.json")]
-        if state.is_file():
-            named = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-            expected += [state.with_name(file["filename"]) for file in named]
-    return [file for file in expected if not file.is_file()]
 
 
 def _open(folder: Path) -> Dataset:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from canvastune.checkpoint.generation_config import (
@@ -23,6 +22,7 @@ from canvastune.checkpoint.generation_config import (
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import select_frames
+from canvastune.evaluation.held_out import open_validation, select_rows
 from canvastune.evaluation.sampler import KeyedNoise, Sampler
 
 # Special tokens that stay in an answer's text; all others are left out of it.
@@ -66,12 +66,6 @@ def select_questions(
     ]
 
 
-def select_rows(dataset: Path, count: int) -> Any:
-    """Return the prepared rows of the questions, in their order. Raises: as `select_questions`."""
-    rows = open_validation(dataset)
-    return rows.select(sorted(range(len(rows)), key=rows["id"].__getitem__)[:count])
-
-
 def response_ends(dataset: Path) -> list[int]:
     """Return the last tokens of the held-out responses, at which generation has to stop.
 
@@ -85,17 +79,6 @@ def response_ends(dataset: Path) -> list[int]:
     tokens = table["input_ids"].combine_chunks()
     last = tokens.values.to_numpy()[tokens.offsets.to_numpy()[1:] - 1]
     return [int(token) for token in np.unique(last[complete])]
-
-
-def open_validation(dataset: Path) -> Any:
-    """Open the held-out rows of a prepared dataset. Raises: UserError, there is none."""
-    folder = dataset / "validation"
-    if not (folder / "state.json").is_file():
-        raise UserError(
-            f"{dataset}: no prepared dataset, expected a folder `validation` in it",
-            hint="Use the output folder of `canvastune prepare`.",
-        )
-    return load_from_disk(str(folder))
 
 
 def _open_thinking(

@@ -7,9 +7,8 @@ import logging
 import re
 from pathlib import Path
 
-from canvastune.checkpoint.generation_config import read_generation_file
 from canvastune.config import RunConfig
-from canvastune.evaluation.generation import open_validation, select_rows
+from canvastune.evaluation.held_out import open_validation, select_rows
 from canvastune.evaluation.scoring import extract_answer
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,9 @@ def check_generation_config(model: Path) -> list[str]:
     """
     if not _is_diffusion_gemma(model):  # preparation refuses another model
         return []
+    # Takes seconds to import, and the step `train` needs only the rest of this module
+    from canvastune.checkpoint.generation_config import read_generation_file
+
     return list(read_generation_file(model).remarks)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from transformers import DiffusionGemmaConfig
 
-from canvastune.config.schema import Blocks, TrainConfig
-from canvastune.data.dataset import block_count, validation_rows
+from canvastune.config.schema import Blocks, TrainConfig, block_count
+from canvastune.data.dataset import validation_rows
 from canvastune.data.packing import Example, make_example, pack, pad_token
 from canvastune.noise import validation_block_draws
 

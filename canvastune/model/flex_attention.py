@@ -11,6 +11,7 @@ heads, D head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,6 @@ _COUNTED = 8 * TILE  # rows whose visible tiles are counted at a time
 # error; without
 # `fullgraph` it would silently fall back to the slow unfused path.
 COMPILATION: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
-_COMPILED = torch.compile(flex_attention, **COMPILATION)
 # head size above which three stages of keys and values, the default, may exceed a GPU's shared
 # memory
 _WIDE = 256
@@ -87,7 +87,7 @@ class FlexPacking:
         """Attend in a layer of this type: query [1, A, L, D], key and value [1, G, L, D] -> [1, A,
         L, D].
         """
-        attention = _COMPILED if query.is_cuda else flex_attention
+        attention = _compiled() if query.is_cuda else flex_attention
         options: Any = {"fwd_num_stages": 2} if query.shape[-1] > _WIDE else None
         gqa = query.shape[1] != key.shape[1]
         return attention(
@@ -99,6 +99,12 @@ class FlexPacking:
             enable_gqa=gqa,
             kernel_options=options,
         )
+
+
+@functools.cache
+def _compiled() -> Any:
+    """Return the compiled kernel. Even without a call, making it imports for half a second."""
+    return torch.compile(flex_attention, **COMPILATION)
 
 
 def _block_mask(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from canvastune.config import RunConfig
-from canvastune.config.schema import Blocks
-from canvastune.data.dataset import block_count
+from canvastune.config.schema import Blocks, block_count
 from canvastune.errors import UserError
 from canvastune.perf_model.architecture import Architecture
 from canvastune.perf_model.flops import count_bytes, count_flops

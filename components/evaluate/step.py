@@ -9,7 +9,6 @@ from pathlib import Path
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
 from canvastune.evaluation.result import FILE_NAME, EvaluationResult
-from canvastune.evaluation.run import evaluate
 from canvastune.io.atomic import atomic_directory
 from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import describe_evaluation
@@ -35,6 +34,9 @@ def run_evaluation(
         UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run_job`.
     """
     if config.cluster.backend == "local":
+        # Loads torch, which the launcher of a job has no use for.
+        from canvastune.evaluation.run import evaluate
+
         cache = run_folder / ".evaluation.unfinished.jsonl"
         base = resolve_model(config.model)
         return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / _BASE_RESULTS)

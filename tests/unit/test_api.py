@@ -76,3 +76,12 @@ def test_importing_the_package_loads_no_library() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_only_starts_the_work_of_others_loads_no_pytorch() -> None:
+    launchers = "components.evaluate.step, components.train.step, pipelines.local_runner"
+    program = f"import sys, {launchers}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "False"
