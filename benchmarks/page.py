@@ -9,11 +9,15 @@ import statistics
 import sys
 from typing import Any
 
+from benchmarks import blocks as several_blocks
 from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
-FILES = ("step", "first_pass", "growth", "data", "merge", "pipeline")
+FILES = (
+    *("step", "step_commits", "first_pass", "growth", "blocks", "blocks_learning", "lengths"),
+    *("data", "merge", "pipeline"),
+)
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -36,8 +40,12 @@ def main() -> int:
 
 def page(
     step: dict[str, Any],
+    step_commits: dict[str, Any],
     first_pass: dict[str, Any],
     growth: dict[str, Any],
+    blocks: dict[str, Any],
+    blocks_learning: dict[str, Any],
+    lengths: dict[str, Any],
     data: dict[str, Any],
     merge: dict[str, Any],
     pipeline: dict[str, Any],
@@ -133,6 +141,35 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 | examples | tokens | ms per token | ms per token, memory kept | MB per example, live tensors | MB per example, process |
 |---|---|---|---|---|---|
 {chr(10).join(map(_growth, growth["rows"]))}
+
+## Every block of an answer in one step
+
+`python -m benchmarks.blocks`{_at(blocks)}: `objective.blocks: all` against one block of each answer, and against a row for each block, as
+Megatron-Bridge's data set has it: written plainly on Hugging Face's modules (*plain*), and in our packed pass. Gradients equal those of the
+rows to {max(row["gradient_difference"] for row in blocks["answers"].values()):.0e}. A step of answers of many blocks takes about twice the
+time of one block's, whatever their number is: the clean tokens are as many as the canvases' together.
+
+| blocks of an answer | scored rows per second, times one block's (goal {several_blocks.RATE}) | seconds of a step, times (at most {several_blocks.SLOWER}) | rate, times a row for each block, plain (goal {several_blocks.BY_ROW:g}) | packed | expert rows sent per scored row, times fewer (goal {several_blocks.BY_ROW:g}) | peak memory, checkpointed, times (at most {several_blocks.MEMORY}) |
+|---|---|---|---|---|---|---|
+{chr(10).join(_blocks(*each) for each in blocks["answers"].items())}
+
+`python -m benchmarks.blocks_learning`{_at(blocks_learning)}: the tiny model learns running sums, answers of 16 to 18 blocks;
+{blocks_learning["steps"]["1"]} steps with one block, {blocks_learning["steps"]["all"]} with all. `all` reaches the first run's final
+validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (geometric mean of three seeds; goal: a third).
+
+![Validation loss by seconds in training steps, three seeds: all blocks reach the final loss of one block in a fraction of the time](blocks.png)
+
+`python -m benchmarks.lengths`{_at(lengths)}: one example, activation checkpointing, full fine-tuning at small width
+(hidden {lengths["model"]["hidden"]}, {lengths["model"]["layers"]} layers). What limits the length at full width is in `canvastune plan`.
+
+| clean tokens | blocks denoised | seconds | FLOPs per second, relative to the shortest | bytes per token |
+|---|---|---|---|---|
+{chr(10).join(_lengths(lengths["rows"]))}
+
+## This commit and an earlier one
+
+`python -m benchmarks.step_commits CHECKOUT`{_at(step_commits)}: steps of both in turns, on the same weights, batch and draws; their losses
+are equal bit by bit. Times as fast as {step_commits["baseline"]}, geometric mean of the shapes above: {_commits(step_commits)}.
 
 ## Data, merge, pipeline
 
@@ -243,6 +280,36 @@ def _first_pass(case: dict[str, Any]) -> str:
         f"| {case['tokens']:,}, {case['ranks']} / {case['ep']} | {of_whole('before')} |"
         f" {of_whole('reused')} |"
     )
+
+
+def _blocks(blocks: str, row: dict[str, Any]) -> str:
+    ratios = row["ratios"]
+    by_row = ratios["by_row"]
+
+    def both(name: str) -> str:
+        whole, checkpointed = ratios[name]
+        return f"{whole:.2f}, checkpointed {checkpointed:.2f}"
+
+    return (
+        f"| {blocks} | {both('rate')} | {both('slower')} | {by_row['plain']:.2f} |"
+        f" {by_row['packed']:.2f} | {by_row['sent']:.2f} | {ratios['memory']:.2f} |"
+    )
+
+
+def _lengths(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        shortest = next(each for each in rows if each["blocks"] == row["blocks"])
+        rate = row["flops"] / row["seconds"] / (shortest["flops"] / shortest["seconds"])
+        lines.append(
+            f"| {row['clean']:,} | {row['blocks']} | {row['seconds']:.1f} | {rate:.2f} |"
+            f" {row['live_bytes'] / row['tokens']:,.0f} |"
+        )
+    return lines
+
+
+def _commits(result: dict[str, Any]) -> str:
+    return ", ".join(f"{ours} {ratio:.2f}" for ours, ratio in result["faster"].items())
 
 
 def _growth(row: dict[str, Any]) -> str:
