@@ -3,7 +3,8 @@
 
 The server starts as its user starts it, by `canvastune serve --run`, in a separate environment. It
 is asked the held-out questions of the run's evaluation by the `openai` client, with the server's
-own sampler and with the model's. Exact match must be that of the evaluation, but for chance.
+own sampler and with the model's. With the model's, exact match must be that of the evaluation, but
+for chance; with the other, it must not be lower.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / "build" / "test-serving"
 _CLIENT = "openai==3.57.0"
 _START_SECONDS = 300
-# A difference of exact match with a smaller p is more than chance, over the two samplers asked.
+# A difference of exact match with a smaller p is more than chance.
 _LEVEL = 0.01
 SAMPLERS: dict[str, dict[str, Any]] = {
     "the server's own (confidence threshold, temperature 0)": {},
@@ -87,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lost = sum(old and not new for new, old in zip(right, ours, strict=True))
             p = mcnemar(gained, lost)
             ended = sum(answer["end"] == "stop" for answer in found["answers"])
-            well = p >= _LEVEL and bool(found["streamed"].strip()) and any(right)
+            # Another sampler may be better for a task; it must not be worse.
+            alike = p >= _LEVEL or (gained > lost and not settings)
+            well = alike and bool(found["streamed"].strip()) and any(right)
             passed = passed and well
             print(
                 f"{'ok  ' if well else 'FAIL'} {name}: {sum(right)} of {len(rows)} right, "

@@ -77,9 +77,12 @@ these merges correctly:
 - With PEFT only, and half of the scale for each of the two (only before merging, and only once):
 
 ```python
+from peft.tuners.lora import LoraLayer
+
 for module in model.modules():
-    for name in getattr(module, "scaling", {}):
-        module.scaling[name] /= 2
+    if isinstance(module, LoraLayer):
+        for name in module.scaling:
+            module.scaling[name] /= 2
 merged = model.merge_and_unload()
 ```
 
@@ -155,7 +158,7 @@ def data_figures(prepared: Path | None) -> dict[str, Any] | None:
     if file is None or not file.is_file():
         return None
     try:
-        card = json.loads(file.read_text(encoding="utf-8"))
+        card = dict(json.loads(file.read_text(encoding="utf-8")))
         figures = {key: card[key] for key in _DATA_KEYS if key in card}
         if "sources" in card:
             figures["sources"] = [

@@ -86,10 +86,11 @@ _ROOMS = (
     "tools",
 )
 _NOT_MODULES = {
+    "canvastune.path",
     "canvastune.promotion",
     "pipelines.kubeflow.org",
     "tools.strict",
-}  # a tag in MLflow, an audience of tokens, a key of rows
+}  # tags in MLflow, an audience of tokens, a key of rows
 _VALUES = {
     key: default
     for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))

@@ -14,7 +14,6 @@ import transformers
 import yaml
 from peft import PeftModel
 from transformers import Gemma4Processor
-from transformers.models.gemma4.image_processing_gemma4 import _SUPPORTED_SOFT_TOKENS
 
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.model_card import (
@@ -224,4 +223,5 @@ def test_the_tiny_models_processor_file_names_what_stock_transformers_builds(
     for name in ("image_processor", "video_processor"):
         for key in ("patch_size", "pooling_kernel_size"):
             assert tree[name][key] == vision[key], f"{name} cuts other patches than the model"
-        assert tree[name]["max_soft_tokens"] in _SUPPORTED_SOFT_TOKENS
+        # The numbers that transformers takes; its module needs torchvision too.
+        assert tree[name]["max_soft_tokens"] in (70, 140, 280, 560, 1120)
