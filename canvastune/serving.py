@@ -262,7 +262,8 @@ def _transformers(model: _Model, host: str, port: int) -> tuple[str, ...]:
 
 
 def _transformers_remarks(_: _Model) -> Iterator[str]:
-    yield "one request at a time"
+    yield "one request at a time, and only streamed answers: generate() returns no tensor here"
+    yield "its processor needs torchvision, and a tokenizer that has an audio_token"
 
 
 def _is_float32(model: _Model) -> bool:

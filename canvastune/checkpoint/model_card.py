@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype="auto", device_map="auto")
+model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype="auto")
 question = [{"role": "user", "content": "..."}]
 prompt = tokenizer.apply_chat_template(
     question, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -58,7 +58,7 @@ _LOAD_ADAPTER = """```python
 from peft import PeftModel
 from transformers import DiffusionGemmaForBlockDiffusion
 
-base = DiffusionGemmaForBlockDiffusion.from_pretrained(BASE, dtype="auto", device_map="auto")
+base = DiffusionGemmaForBlockDiffusion.from_pretrained(BASE, dtype="auto")
 model = PeftModel.from_pretrained(base, ".")  # this folder
 ```
 
