@@ -5,7 +5,7 @@ BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help run test lint format test-faults test-images test-cluster test-gpu-dry dev
+.PHONY: help run test lint format test-faults test-images test-cluster test-gpu-dry test-serving dev
 
 ##@ General
 help: ## Show this help
@@ -49,6 +49,9 @@ test-images: .venv/installed ## Build and run the images; start Docker if it is 
 
 test-gpu-dry: .venv/installed ## Count what training steps of the released model ask of 8 GPUs, without one
 	@$(BIN)/python -m tools.gpu_dry_run $(OPTIONS)
+
+test-serving: .venv/installed ## Serve the tiny run's model with mlx-vlm on this CPU, and ask it over HTTP
+	@$(BIN)/python -m tools.serving $(OPTIONS)
 
 test-cluster: .venv/installed ## Test chart and pipeline on the cluster in KUBECONFIG; OPTIONS=--keep and others
 	@$(BIN)/python -m tools.cluster $(OPTIONS)

@@ -15,8 +15,17 @@ import torch
 from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
 from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapter
-from canvastune.checkpoint.peft_adapter import Adapter, each_expert, read_adapter
-from canvastune.config import RunConfig
+from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.model_card import write_model_card
+from canvastune.checkpoint.peft_adapter import (
+    CONFIG,
+    Adapter,
+    each_expert,
+    read_adapter,
+    read_data_figures,
+)
+from canvastune.config import RunConfig, load_config
+from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
@@ -44,7 +53,7 @@ def merge_lora(
 
     `out` gets the base's configuration, tokenizer and tensors, adapted weights being `W + scale * B
     @ A` (expert by expert, summed in float32, stored in the base's dtype), and `merge_proof.json`,
-    `config.yaml` and `provenance.json`. It is written completely or not at all. Memory is the
+    `config.yaml`, `provenance.json` and a model card. It is written completely or not at all. Memory is the
     adapter and a few times the largest tensor; the proof loads the model if it fits.
 
     Args:
@@ -61,6 +70,7 @@ def merge_lora(
         trained = read_adapter(adapter, checkpoint, config.model.id)
         copy_side_files(base, folder)
         write_generation_file(base, folder)
+        write_model_card(folder, "merged", config, base, read_data_figures(adapter))
         with CheckpointWriter(folder, checkpoint.specs()) as writer:
             written = 0
             for name in checkpoint.names():
@@ -95,6 +105,38 @@ def merge_lora(
         f"{proof['merge_seconds']:.1f} s: {out}"
     )
     return proof
+
+
+def merge_folder(adapter: Path, out: Path, base: str | None = None) -> dict[str, Any]:
+    """Merge an adapter's folder as `merge_lora` does, by the recipe that it holds.
+
+    Args:
+        base: id or folder of the base; None: the one that the recipe names.
+
+    Raises:
+        UserError: as `merge_lora`; a folder without a recipe; a base that cannot be found.
+    """
+    config = load_config(_recipe_of(adapter))
+    if base is not None:
+        model = config.model.model_copy(update={"id": base, "revision": None})
+        config = config.model_copy(update={"model": model})
+    return merge_lora(config, resolve_model(config.model), adapter, out)
+
+
+def _recipe_of(adapter: Path) -> Path:
+    """Return the recipe of an adapter; earlier versions wrote it next to its folder."""
+    if not (adapter / CONFIG).is_file():
+        raise UserError(
+            f"{adapter}: not an adapter, expected {CONFIG} in it",
+            hint="Use the folder `train/adapter` of a run.",
+        )
+    for folder in (adapter, adapter.absolute().parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise UserError(
+        f"{adapter}: no config.yaml, expected the recipe of the adapter's run",
+        hint="Copy config.yaml from the run's folder `train` into it.",
+    )
 
 
 def merge_weight(

@@ -36,6 +36,9 @@ _GEMMA_IDS = {
     "\n": 107,
 }
 _IMAGE_TOKENS = ("<|image>", "<|image|>", "<image|>")
+# What a processor of text and images reads; vLLM builds one even for text only.
+_PROCESSOR_FILE = "processor_config.json"
+_IMAGE_LENGTH = 70  # tokens of an image: the smallest number that the processor takes
 _VOCABULARY = 768  # tokens; a multiple of 8, so that the embedding shards evenly over 8 ranks
 
 _NAMES = ("Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Kim", "Joe")
@@ -257,6 +260,9 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial, max_shard_size="2MB")
         tokenizer.save_pretrained(partial)
+        (partial / _PROCESSOR_FILE).write_text(
+            json.dumps(_processor_tree(), indent=2) + "\n", encoding="utf-8"
+        )
         # save_pretrained rewrites the keys of the full-attention layers in a form that other tools
         # cannot read
         tree = {
@@ -337,6 +343,22 @@ def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
             "max_position_embeddings": 256,
             "standardize": True,
         },
+    }
+
+
+def _processor_tree() -> dict[str, Any]:
+    """Return `processor_config.json` for the vision tower of `_config_tree`.
+
+    The model has no audio, but stock transformers builds the processor only with a feature
+    extractor.
+    """
+    patches = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": _IMAGE_LENGTH}
+    return {
+        "processor_class": "Gemma4Processor",
+        "image_seq_length": _IMAGE_LENGTH,
+        "image_processor": {"image_processor_type": "Gemma4ImageProcessor", **patches},
+        "video_processor": {"video_processor_type": "Gemma4VideoProcessor", **patches},
+        "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
     }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from canvastune.errors import UserError
 from canvastune.logging import configure_logging, event, log_error
 from pipelines.kfp_client import KubeflowClient
-from pipelines.parser import build_parser, subcommands
+from pipelines.parser import build_parser, parse, subcommands
 
 if TYPE_CHECKING:  # `canvastune doctor` runs before anything is installed
     from canvastune.config import RunConfig
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code.
 
     0: done; 1: refused or failed, with the reason on standard error; 130: interrupted."""
-    options = build_parser().parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     configure_logging(getattr(options, "log_format", "text"))
     before = signal.signal(
         signal.SIGTERM, signal.default_int_handler
@@ -119,6 +119,26 @@ def _report(options: argparse.Namespace) -> None:
     new.rename(report)
     shutil.rmtree(old, ignore_errors=True)
     print(report / "report.html")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from canvastune.merge import merge_folder
+
+    merge_folder(options.adapter, options.output, options.base)
+    print(options.output)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from canvastune.serving import find_server
+
+    server = find_server(
+        options.model, options.backend, options.host, options.port, options.options
+    )
+    for remark in server.remarks:
+        logger.info(f"serve: {remark}")
+    print(server, flush=True)
+    if options.run:
+        server.run()
 
 
 def _sync(options: argparse.Namespace) -> None:
@@ -234,6 +254,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "prepare": _prepare,
     "fetch": _fetch,
     "report": _report,
+    "merge": _merge,
+    "serve": _serve,
     "sync": _sync,
     "compile": _compile,
     "submit": _submit,

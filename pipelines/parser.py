@@ -68,6 +68,28 @@ examples:
   canvastune report workspace/runs/rank16
   canvastune report workspace/runs/rank16 --compare workspace/runs/rank32 workspace/runs/rank64
   canvastune report workspace/runs/rank16 --output look     # also of an unfinished run"""
+_MERGE = """Streams the base, adds the adapter's update once to each weight, and verifies the result. A run
+does so itself: this is for an adapter that was copied elsewhere, or that a run of `canvastune.train`
+left. PEFT's merge_and_unload() adds the update twice: encoder and decoder share their weights.
+
+examples:
+  canvastune merge workspace/runs/rank16/train/adapter --output merged
+  canvastune merge adapter --output merged --base /data/diffusiongemma    # a copy of the base"""
+_SERVE = """Checks that the folder has all that the server reads, and that the server computes what was trained;
+prints the server's command (the only line on standard output), or becomes the server with --run. No server
+loads an adapter: merge it first. What was run and what was only read: docs/serving.md.
+
+  vllm          NVIDIA or AMD GPU; reads generation_config.json
+  sglang        NVIDIA or AMD GPU; reads sglang.yaml, which is written into the folder if it lacks it
+  mlx           Apple silicon, or a CPU; requests choose the sampler
+  transformers  any device; for trying a model, one request at a time
+
+examples:
+  canvastune serve workspace/runs/rank16/model
+  canvastune serve workspace/runs/rank16/model --backend mlx --port 8080 --run
+  canvastune serve model -- --tensor-parallel-size 2    # after --: options of the server
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+      -d '{"model": "model", "messages": [{"role": "user", "content": "..."}], "max_tokens": 256}'"""
 _SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step
 sends MLflow what it missed, and so does this command.
 
@@ -212,6 +234,36 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a new folder for the page and its images (default: RUN/report)",
     )
+    merge = add("merge", _MERGE, "merge an adapter into its base, and verify the result", [logs])
+    merge.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="its folder, such as RUN/train/adapter"
+    )
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    merge.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="id or folder of the base (default: as in the adapter's config.yaml)",
+    )
+    serving = add(
+        "serve", _SERVE, "check a model for an inference server, and print or run its command"
+    )
+    serving.add_argument("model", type=Path, metavar="MODEL", help="its folder, such as RUN/model")
+    serving.add_argument(
+        "options", nargs="*", metavar="OPTION", help="after --: more options of the server"
+    )
+    serving.add_argument(
+        "--backend",
+        choices=("vllm", "sglang", "mlx", "transformers"),
+        default="vllm",
+        help="the server (default: %(default)s)",
+    )
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    serving.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
+    )
+    serving.add_argument("--run", action="store_true", help="start the server")
     sync = add("sync", _SYNC, "send MLflow what it missed of a run")
     sync.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
@@ -252,6 +304,18 @@ def build_parser() -> argparse.ArgumentParser:
     tiny = add("make-tiny-model", _TINY, "write a small random DiffusionGemma, in the Hub's format")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line; what follows `--` are options of the server that `serve` starts.
+
+    argparse would take them only directly after the model.
+    """
+    own = arguments.index("--") if arguments[:1] == ["serve"] and "--" in arguments else None
+    options = build_parser().parse_args(arguments[:own])
+    if own is not None:
+        options.options = arguments[own + 1 :]
+    return options
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -1,21 +1,23 @@
-"""What several test files share."""
+"""What several test files share.
+
+Imports that take seconds are in the fixtures: the process that only hands out tests loads this, too.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from canvastune.logging import configure_logging
-from canvastune.tiny_model import make_tiny_model
 from tests.fakes.tracking_server import no_outer_mlflow
-from tests.support.cluster_stage import Cluster, stage
-from tests.support.rendered_chart import installed, of_kind
-from tests.support.small import write_checkpoint, write_middling
 from tools.loss_compare.side import Side
+
+if TYPE_CHECKING:
+    from tests.support.cluster_stage import Cluster
 
 _DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
@@ -35,6 +37,8 @@ def text_logs() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a tiny random DiffusionGemma; tests do not write to its folder."""
+    from canvastune.tiny_model import make_tiny_model
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(folder)
     return folder
@@ -53,6 +57,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a small model for numerics; tests do not write to its folder."""
+    from tests.support.small import write_checkpoint
+
     folder = tmp_path_factory.mktemp("small")
     write_checkpoint(folder)
     return folder
@@ -61,6 +67,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a config.json for plans; tests do not write to its folder."""
+    from tests.support.small import write_middling
+
     folder = tmp_path_factory.mktemp("middling")
     write_middling(folder)
     return folder
@@ -88,6 +96,8 @@ def cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Cluster]:
     """A cluster with one kind of job, then with the other."""
+    from tests.support.cluster_stage import stage
+
     yield from stage(request.param, capsys, monkeypatch)
 
 
@@ -96,12 +106,16 @@ def pytorch(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Cluster]:
     """A cluster with PyTorchJobs."""
+    from tests.support.cluster_stage import stage
+
     yield from stage("pytorchjob", capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def role() -> list[Mapping[str, Any]]:
     """The rules that the chart gives to the account that runs pipeline steps."""
+    from tests.support.rendered_chart import installed, of_kind
+
     (found,) = [
         role
         for role in of_kind(installed("default"), "Role")

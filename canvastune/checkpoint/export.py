@@ -15,14 +15,21 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 
 from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.model_card import data_figures, write_model_card
 from canvastune.checkpoint.peft_adapter import write_adapter
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, write_config
 from canvastune.io.atomic import atomic_directory
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.lora import base_name, lora_factors
 
 
-def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path) -> None:
+def export_model(
+    model: WeightTiedDiffusionGemma,
+    config: RunConfig,
+    base: Path,
+    out: Path,
+    prepared: Path | None = None,
+) -> None:
     """Write the whole model to `out`; a collective call.
 
     In addition to its shard, rank 0 holds one whole tensor, others none.
@@ -30,6 +37,9 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
     Every tensor of the base checkpoint is written with its name, shape and dtype: trained ones with
     their new values, the vision tower and the layer scalars unchanged. Configuration, tokenizer and
     generation config are the base's own files.
+
+    Args:
+        prepared: the data set, whose figures the model card shows.
     """
     checkpoint = CheckpointReader(base)
     trained = {
@@ -46,6 +56,8 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
     with atomic_directory(out) as partial:
         copy_side_files(base, partial)
         write_generation_file(base, partial)
+        write_config(config, partial / "config.yaml")
+        write_model_card(partial, "full", config, base, data_figures(prepared))
         with CheckpointWriter(partial, checkpoint.specs()) as writer:
             for name in checkpoint.names():
                 # No variable holds the tensor, so that the last one is freed before the next one is
@@ -60,16 +72,26 @@ def export_model(model: WeightTiedDiffusionGemma, config: RunConfig, base: Path,
 
 
 def export_adapter(
-    model: WeightTiedDiffusionGemma, config: RunConfig, base: Path, out: Path
+    model: WeightTiedDiffusionGemma,
+    config: RunConfig,
+    base: Path,
+    out: Path,
+    prepared: Path | None = None,
 ) -> None:
     """Write the adapter to `out` so that stock PEFT loads it; a collective call.
 
     Rank 0 holds all of it.
+
+    Args:
+        prepared: the data set, whose figures the model card shows.
     """
     whole = {name: (_whole(a, a.dtype), _whole(b, b.dtype)) for name, a, b in lora_factors(model)}
     if dist.get_rank() == 0:
         with atomic_directory(out) as partial:
-            write_adapter(partial, whole, config, base)
+            data = data_figures(prepared)
+            write_adapter(partial, whole, config, base, data)
+            write_config(config, partial / "config.yaml")  # `canvastune merge` needs nothing else
+            write_model_card(partial, "adapter", config, base, data)
     dist.barrier()
 
 

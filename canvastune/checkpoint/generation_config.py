@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
     EntropyBoundSamplerConfig,
@@ -23,6 +24,7 @@ from canvastune.errors import UserError, one_line
 from canvastune.io.json_text import to_json_text
 
 FILE_NAME = "generation_config.json"
+SGLANG_FILE = "sglang.yaml"  # what SGLang's --dllm-algorithm-config reads: it has its own defaults
 _SAMPLER, _BOUND, _CLASS = "sampler_config", "entropy_bound", "_cls_name"
 _KNOWN = frozenset(DiffusionGemmaGenerationConfig().__dict__)
 # Read by transformers about the file itself.
@@ -131,7 +133,8 @@ def sampler_settings(folder: Path, config: SamplerConfig) -> SamplerSettings:
 
 
 def write_generation_file(base: Path, out: Path) -> None:
-    """Write the generation_config.json of a model that is made of `base`, for any consumer.
+    """Write the generation_config.json of a model that is made of `base`, for any consumer, and
+    the same settings as SGLang reads them.
 
     What a base's file lacks of DiffusionGemma's settings is filled in with their defaults (vLLM
     looks them up and fails without), and what stock transformers cannot load is left out. A file
@@ -141,11 +144,7 @@ def write_generation_file(base: Path, out: Path) -> None:
         UserError: as `read_generation_file`.
     """
     found = read_generation_file(base)
-    settings = asdict(found.sampler)
-    sampler = {_BOUND: settings.pop(_BOUND), _CLASS: EntropyBoundSamplerConfig.__name__}
-    del settings["self_conditioning"]
-    wanted = {"max_denoising_steps": settings.pop("steps"), _SAMPLER: sampler, **settings}
-    whole = wanted | dict(found.usable)
+    whole = sampler_keys(found.sampler) | dict(found.usable)
     source = base / FILE_NAME
     given = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     if _same({key: value for key, value in given.items() if value is not None}, whole):
@@ -153,6 +152,32 @@ def write_generation_file(base: Path, out: Path) -> None:
     else:
         text = to_json_text(dict(sorted(whole.items())), indent=2)
         (out / FILE_NAME).write_text(text, encoding="utf-8")
+    (out / SGLANG_FILE).write_text(sglang_text(found.sampler), encoding="utf-8")
+
+
+def sampler_keys(sampler: SamplerSettings) -> dict[str, Any]:
+    """Return the sampler's settings by their keys in generation_config.json."""
+    settings = asdict(sampler)
+    bound = {_BOUND: settings.pop(_BOUND), _CLASS: EntropyBoundSamplerConfig.__name__}
+    del settings["self_conditioning"]
+    return {"max_denoising_steps": settings.pop("steps"), _SAMPLER: bound, **settings}
+
+
+def sglang_text(sampler: SamplerSettings) -> str:
+    """Return the sampler's settings as YAML for SGLang, which reads no generation_config.json.
+
+    The sections are those that every version with DiffusionGemma takes; the flat keys are newer.
+    """
+    tree = {
+        "max_denoising_steps": sampler.steps,
+        "sampler_config": {_BOUND: sampler.entropy_bound},
+        "temperature_schedule": {"t_min": sampler.t_min, "t_max": sampler.t_max},
+        "stopping_config": {
+            "stability_threshold": sampler.stability_threshold,
+            "confidence_threshold": sampler.confidence_threshold,
+        },
+    }
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -16,7 +16,9 @@ from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*")
+# The README.md names the license, which is carried on together with its files.
+_LEGAL = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+_TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*", *_LEGAL)
 PATTERNS = (*_TEXT, *_WEIGHTS)
 
 

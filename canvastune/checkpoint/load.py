@@ -102,9 +102,8 @@ def load_weights(
     the parameter's name.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape or not of a floating-point dtype,
-            or the encoder's layer scalars differ from the decoder's; all found before memory is
-            allocated.
+        UserError: a tensor is missing, unknown, of another shape or not of a floating-point dtype;
+            all found before memory is allocated.
     """
     _check(model, checkpoint)
     model.to_empty(device=device)
@@ -165,18 +164,6 @@ def _check(model: WeightTiedDiffusionGemma, checkpoint: CheckpointReader) -> Non
                 f"{expected_dtypes}",
                 hint="Use an unquantized checkpoint.",
             )
-    for index in layers:
-        scalar, twin = (
-            checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR)
-        )
-        if not torch.equal(scalar, twin):
-            name = ENCODER_SCALAR.format(index)
-            raise UserError(
-                f"{checkpoint.path(name)}: tensor {name!r}: found {twin.item():.6g}, expected "
-                f"{scalar.item():.6g} as in "
-                f"{DECODER_SCALAR.format(index)!r}: encoder and decoder share one stack",
-                hint=DOWNLOAD_AGAIN,
-            )
 
 
 def _fill(
@@ -205,7 +192,12 @@ def _fill_buffers(
 ) -> None:
     decoder = model.model.decoder
     for index, layer in enumerate(decoder.layers):
-        layer.layer_scalar.copy_(checkpoint.get(DECODER_SCALAR.format(index)))
+        scalar, twin = (
+            checkpoint.get(form.format(index)) for form in (DECODER_SCALAR, ENCODER_SCALAR)
+        )
+        layer.layer_scalar.copy_(scalar)
+        if not torch.equal(scalar, twin):
+            layer.encoder_scalar = twin.to(layer.layer_scalar)  # its device and dtype
     decoder.embed_tokens.embed_scale.fill_(decoder.embed_tokens.scalar_embed_scale)
     # Not in any checkpoint: recomputed, in float32 whatever the compute dtype.
     fresh = DiffusionGemmaTextRotaryEmbedding(model.config.text_config, device=device)

@@ -91,13 +91,20 @@ def each_expert(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors), strict=True)
 
 
-def write_adapter(folder: Path, factors: Factors, config: RunConfig, base: Path) -> None:
+def write_adapter(
+    folder: Path,
+    factors: Factors,
+    config: RunConfig,
+    base: Path,
+    data: Mapping[str, Any] | None = None,
+) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and `canvastune.json`.
 
     Args:
         factors: the shared weight's name, as `model.decoder.layers.0.self_attn.q_proj.weight` or
             `model.decoder.layers.0.experts.down_proj` -> A [(E,) r, in], B [(E,) out, r].
         base: the checkpoint that the adapter was trained on; its fingerprint is kept.
+        data: figures of the data card, for the card of the merged model; None: not known.
 
     Raises:
         ValueError: the factors are not those of every layer, for the kinds of weights that they
@@ -157,8 +164,20 @@ def write_adapter(folder: Path, factors: Factors, config: RunConfig, base: Path)
         "base_id": config.model.id,
         "base_revision": config.model.revision,
         "base_fingerprint": checkpoint.fingerprint(),
+        "data": data,
     }
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def read_data_figures(folder: Path) -> dict[str, Any] | None:
+    """Return the figures of the data that an adapter was trained on, if it names them.
+
+    Raises:
+        UserError: the file that names them is not a JSON object.
+    """
+    origin = folder / ORIGIN
+    found = _read_json(origin).get("data") if origin.is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def read_adapter(folder: Path, base: CheckpointReader, base_id: str) -> Adapter:

@@ -160,6 +160,8 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
     too.
     """
 
+    encoder_scalar: torch.Tensor | None = None  # [1]; None: the decoder's `layer_scalar` is both's
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, T, H] -> [1, T, H]."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
@@ -178,8 +180,27 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
             self.experts(rows, index, weights, sent=sent).view_as(residual)
         )
         out = residual + self.post_feedforward_layernorm(dense + routed)
-        out *= self.layer_scalar  # in place, to keep the dtype: the scalar is float32
+        # In place, to keep the dtype: the scalar is float32.
+        out *= self._scalar(out.shape[-2], **kwargs)
         return out
+
+    def _scalar(
+        self,
+        rows: int,
+        packing: Packing | FlexPacking | None = None,
+        write_cache: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return the layer's scalar, [1], or one for each row, [T, 1], where clean and canvas rows
+        have different ones.
+        """
+        if self.encoder_scalar is None:
+            return self.layer_scalar
+        if packing is None:
+            return self.encoder_scalar if write_cache else self.layer_scalar
+        clean = packing.clean_rows
+        kinds = [self.encoder_scalar.expand(clean), self.layer_scalar.expand(rows - clean)]
+        return torch.cat(kinds)[:, None]
 
 
 class _EncoderView:

@@ -41,6 +41,24 @@ def describe_report(
     Args:
         figures: the run's summary, by MLflow's names.
     """
+    table = figures_table(figures, evaluation)
+    places = {"model": "train/model"}
+    if config.train.method == "lora":
+        places = {"adapter": "train/adapter", "merged model": "model"}
+    report = f"{_code(folder / 'report/report.html')}, also a file of the nested run `report`"
+    where = {"report": report} | {name: _code(folder / path) for name, path in places.items()}
+    where |= {"checkpoints": _code(folder / "train/checkpoints")}
+    files = _table(_about(config, folder) | where)
+    verdict = describe_evaluation(evaluation)
+    return "\n\n".join((verdict, _what(config), table, "**Where**", files, _AGAIN))
+
+
+def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) -> str:
+    """Return a table of the figures before and after training; of losses, those that are known.
+
+    Args:
+        figures: as for `describe_report`.
+    """
     rows: list[tuple[str, ...]] = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
         sides = (evaluation.before, evaluation.after)
@@ -56,16 +74,7 @@ def describe_report(
     for label, before, after in (("validation loss", *losses), training):
         if before in figures and after in figures:
             rows.append((label, f"{figures[before]:.3f}", f"{figures[after]:.3f}"))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    places = {"model": "train/model"}
-    if config.train.method == "lora":
-        places = {"adapter": "train/adapter", "merged model": "model"}
-    report = f"{_code(folder / 'report/report.html')}, also a file of the nested run `report`"
-    where = {"report": report} | {name: _code(folder / path) for name, path in places.items()}
-    where |= {"checkpoints": _code(folder / "train/checkpoints")}
-    files = _table(_about(config, folder) | where)
-    verdict = describe_evaluation(evaluation)
-    return "\n\n".join((verdict, _what(config), table, "**Where**", files, _AGAIN))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def describe_evaluation(evaluation: EvaluationResult) -> str:

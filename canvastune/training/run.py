@@ -142,7 +142,8 @@ def train(
         rank == 0 and out.exists()
     ):  # by an attempt that was killed right after the export, from the same weights
         shutil.rmtree(out)
-    (export_adapter if config.train.method == "lora" else export_model)(model, config, base, out)
+    export = export_adapter if config.train.method == "lora" else export_model
+    export(model, config, base, out, data)
     result = {
         "method": config.train.method,
         "steps": trainer.progress.step,

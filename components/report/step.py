@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from canvastune.checkpoint.model_card import set_evaluation
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
@@ -15,6 +16,7 @@ from canvastune.io.atomic import atomic_directory
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
 from canvastune.tracking import StepRun, descriptions, read_metrics
+from canvastune.tracking.descriptions import figures_table
 from canvastune.tracking.model_registry import score_of
 from components.earlier_runs import find_comparable, find_run
 
@@ -67,11 +69,26 @@ def publish(
     summary.write(run_folder)
     record.outputs(out)
     values = _mlflow_metrics(summary, result, TrainingStats.from_records(records, config))
+    _complete_cards(run_folder, tuned, values, result)
     record.summary(values, data)
     record.note("The report, as a page and as images.")
     description = descriptions.describe_report(config, run_folder, values, result)
     record.promotion(score_of(result), result.verdict, description)
     return summary
+
+
+def _complete_cards(
+    run_folder: Path, tuned: Path, figures: Mapping[str, float], result: EvaluationResult
+) -> None:
+    """Add the evaluation to the model cards of the tuned model and of its adapter."""
+    verdict, table = descriptions.describe_evaluation(result), figures_table(figures, result)
+    of = "of the merged model " if (run_folder / "train" / "adapter").is_dir() else ""
+    text = f"{verdict}\n\n{table}\n\nFigures {of}by the run `{run_folder.name}`."
+    for folder in (tuned, run_folder / "train" / "adapter"):
+        try:
+            set_evaluation(folder, text)
+        except OSError as error:  # the card without figures is right too
+            logger.warning(f"{folder}: the model card lacks the evaluation ({error.strerror})")
 
 
 def _mlflow_metrics(

@@ -64,6 +64,7 @@ ALL = {  # every optional object and setting at once
         "tolerations": [{"key": "team", "operator": "Exists"}],
     },
     "training": {"backend": "trainjob", "caBundle": {"secret": "company-ca"}},
+    "serving": {"enabled": True, "model": "runs/a/model", "priorityClassName": "high"},
 }
 
 

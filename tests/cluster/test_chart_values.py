@@ -14,7 +14,7 @@ from tools.chart_table import CHART, documented_values, values_table, with_table
 
 _AFFINITIES = [("steps", "nodeAffinity")] + [
     (section, kind)
-    for section in ("mlflow", "training")
+    for section in ("mlflow", "training", "serving")
     for kind in ("nodeAffinity", "podAffinity", "podAntiAffinity")
 ]
 
@@ -155,6 +155,18 @@ def chart() -> helm_python.Chart:
             "since training.nodes is above 1",
         ),
         ({"workspace": {"accessMode": "ReadOnlyMany"}}, "/workspace/accessMode", "'ReadWriteMany'"),
+        (
+            {"serving": {"enabled": True}},
+            "/serving/model",
+            "such as runs/RUN/model, since serving.enabled is true",
+        ),
+        ({"serving": {"model": "/workspace/runs/a/model"}}, "/serving/model", "does not match"),
+        ({"serving": {"gpuResource": ""}}, "/serving/gpuResource", "does not match"),
+        (
+            {"serving": {"env": {"VLLM_API_KEY": "x"}}},
+            "/serving/env/VLLM_API_KEY",
+            "serving.apiKey.existingSecret",
+        ),
         ({"pipeline": {"host": "ml-pipeline:8888"}}, "/pipeline/host", "does not match"),
     ],
 )
@@ -197,6 +209,7 @@ def test_the_schema_has_exactly_the_keys_of_the_values(chart: helm_python.Chart)
             "mlflow",
             "mlflow.backup",
             "pipeline.upload",
+            "serving",
             "steps",
             "training",
             "workspace.fetch",

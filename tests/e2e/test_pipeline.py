@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.io.hashing import hash_path
 from canvastune.tiny_model import write_problems
 from canvastune.tracking import read_metrics
@@ -365,6 +366,17 @@ def test_files_of_a_run_their_keys_and_its_names_in_mlflow_stay(runs: Runs) -> N
         "mlflow": names,
     }
     assert found == golden("run", found), "see tests/golden/README.md for when this may change"
+
+
+def test_model_and_adapter_say_what_they_were_trained_on_and_how_they_did(runs: Runs) -> None:
+    folder = _folder(runs.lora)
+    card = json.loads((folder / "data" / "card.json").read_text())
+    result = EvaluationResult.read(folder / "evaluation")
+    for made in (folder / "model", folder / "train" / "adapter"):
+        text = (made / "README.md").read_text(encoding="utf-8")
+        assert f"| trained on | {card['train']:,} |" in text
+        assert f"{result.after.exact_match or 0:.1%}" in text.partition("## Evaluation")[2]
+        assert "Not evaluated" not in text
 
 
 def test_no_artifact_has_an_address_that_kubeflow_would_refuse(runs: Runs) -> None:

@@ -53,7 +53,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 ARCHITECTURE, EXTENDING = DOCS / "architecture.md", DOCS / "extending.md"
 TINY = ROOT / "pipelines" / "recipes" / "tiny_lora.yaml"
 # Programs of others: tests/cluster/test_journeys.py runs those for a cluster, and
-# `make test-images` those for images.
+# `make test-images` those for images; tests/unit/test_serving.py compares those of servers.
 _OTHERS = {
     "cat",
     "cd",
@@ -66,7 +66,11 @@ _OTHERS = {
     "kfp",
     "kind",
     "kubectl",
+    "mlx_vlm.server",
     "renew-locks.sh",
+    "sglang",
+    "transformers",
+    "vllm",
     "xdg-open",
 }
 _ROOMS = (
@@ -82,10 +86,11 @@ _ROOMS = (
     "tools",
 )
 _NOT_MODULES = {
+    "canvastune.path",
     "canvastune.promotion",
     "pipelines.kubeflow.org",
     "tools.strict",
-}  # a tag in MLflow, an audience of tokens, a key of rows
+}  # tags in MLflow, an audience of tokens, a key of rows
 _VALUES = {
     key: default
     for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))

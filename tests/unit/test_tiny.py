@@ -83,6 +83,7 @@ def test_layout_is_the_hub_s(checkpoint: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "processor_config.json",
     }
     assert len(shards) >= 2, "the weights are in one file: streaming over shards would go untested"
     assert names == shards | rest, "the folder holds something else than the Hub's files"

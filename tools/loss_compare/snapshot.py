@@ -28,6 +28,8 @@ COMMANDS = (
     "prepare",
     "fetch",
     "report",
+    "merge",
+    "serve",
     "sync",
     "compile",
     "submit",
@@ -313,7 +315,7 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
     """Return the dotted keys of every JSON and JSON lines file below a folder, by file name.
 
     Records of metrics.jsonl are distinguished by their kind. Files in the formats of libraries
-    (tokenizer, model configuration, system metrics) and the records for MLflow (whose keys contain
+    (tokenizer, processor, model configuration, system metrics) and the records for MLflow (whose keys contain
     hashes) are left out.
     """
     foreign = (
@@ -321,6 +323,7 @@ def artifact_keys(folder: Path) -> dict[str, list[str]]:
         "config.json",
         "generation_config",
         "special_tokens",
+        "processor_config",
         "dataset_info",
         "state.json",
         "model.safetensors.index",

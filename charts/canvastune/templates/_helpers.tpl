@@ -217,6 +217,8 @@ capabilities:
 {{- default (include "canvastune.fullname" .) .Values.training.runtime -}}
 {{- end -}}
 
+{{- define "canvastune.serving.fullname" -}}{{ include "canvastune.fullname" . }}-serving{{- end -}}
+
 {{/* Every host name by which pods can call MLflow, shortest first, as JSON. */}}
 {{- define "canvastune.mlflow.serviceNames" -}}
 {{- $name := include "canvastune.mlflow.fullname" . -}}

@@ -1,0 +1,319 @@
+"""Check a model folder against what an inference server needs, and return the server's command.
+
+What each backend needs and ignores, with the versions that this was run with or read from, is in
+docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DiffusionGemmaConfig
+
+from canvastune.checkpoint.generation_config import (
+    FILE_NAME as GENERATION_FILE,
+)
+from canvastune.checkpoint.generation_config import (
+    SGLANG_FILE,
+    SamplerSettings,
+    read_generation_file,
+    sampler_keys,
+    sglang_text,
+)
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR, read_model_config
+from canvastune.checkpoint.peft_adapter import CONFIG as ADAPTER_CONFIG
+from canvastune.errors import UserError
+
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+_SAMPLER_CLASS = "EntropyBoundSamplerConfig"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A command that serves a model, and what its user should know."""
+
+    command: tuple[str, ...]
+    remarks: tuple[str, ...]
+    install: str  # the command that installs the backend
+
+    def __str__(self) -> str:
+        return shlex.join(self.command)
+
+    def run(self) -> None:
+        """Become the server: its signals and its exit code are then those of this process.
+
+        Raises:
+            UserError: the backend is not installed.
+        """
+        program = shutil.which(self.command[0])
+        if program is None:
+            raise UserError(
+                f"{self.command[0]}: not found on the PATH",
+                hint=f"Install it in a separate environment and activate that: {self.install}.",
+            )
+        os.execv(program, self.command)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the checks look at."""
+
+    folder: Path
+    config: Mapping[str, Any]  # config.json as it stands
+    parsed: DiffusionGemmaConfig  # with the defaults of what it lacks
+    reader: CheckpointReader
+    sampler: SamplerSettings
+
+
+@dataclass(frozen=True)
+class _Backend:
+    command: Callable[[_Model, str, int], tuple[str, ...]]
+    checks: tuple[Callable[[_Model], None], ...]
+    remarks: Callable[[_Model], Iterator[str]]
+    install: str
+
+
+def find_server(
+    folder: Path, backend: str, host: str, port: int, extra: Sequence[str] = ()
+) -> Server:
+    """Return the command that serves a model folder.
+
+    For SGLang the folder's `sglang.yaml` is written if it is missing, or does not say what
+    `generation_config.json` says.
+
+    Args:
+        backend: a key of `BACKENDS`.
+        extra: more options of the server, added at the end.
+
+    Raises:
+        UserError: not a model folder, or one that this backend cannot serve or would serve wrongly.
+    """
+    model, chosen = _read_model(folder), BACKENDS[backend]
+    _check_tokenizer(model)
+    for check in chosen.checks:
+        check(model)
+    command = (*chosen.command(model, host, port), *extra)
+    return Server(command, tuple(chosen.remarks(model)), chosen.install)
+
+
+def _read_model(folder: Path) -> _Model:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder",
+            hint="Pass a model's folder, such as RUN/model; `hf download ID` prints that of a model "
+            "on the Hub.",
+        )
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder}: found an adapter, expected a complete model: no server loads it, as encoder "
+            "and decoder share the weights that it adapts",
+            hint=f"Merge it: canvastune merge {shlex.quote(str(folder))} --output DIR, then serve "
+            "DIR.",
+        )
+    for inner in (folder / "model", folder / "train" / "model"):
+        if not (folder / "config.json").is_file() and (inner / "config.json").is_file():
+            raise UserError(
+                f"{folder}: found a run, expected a model's folder", hint=f"Serve {inner}."
+            )
+    parsed = read_model_config(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sampler = read_generation_file(folder).sampler
+    return _Model(folder, config, parsed, CheckpointReader(folder), sampler)
+
+
+def _check_tokenizer(model: _Model) -> None:
+    if not (model.folder / "tokenizer.json").is_file():
+        raise _missing(model, "tokenizer.json")
+    settings = model.folder / "tokenizer_config.json"
+    inline = settings.is_file() and "chat_template" in _read_object(settings)
+    named = ("chat_template.jinja", "chat_template.json")
+    if not inline and not any((model.folder / name).is_file() for name in named):
+        raise _missing(model, "chat_template.jinja")
+
+
+def _check_architecture(model: _Model) -> None:
+    found = model.config.get("architectures")
+    if not isinstance(found, list) or found[:1] != [ARCHITECTURE]:
+        raise UserError(
+            f"{model.folder / 'config.json'}: architectures: found {found!r}, expected "
+            f"[{ARCHITECTURE!r}], by which the server chooses the model's code",
+            hint=f'Set "architectures": ["{ARCHITECTURE}"] there.',
+        )
+
+
+def _check_tied_embeddings(model: _Model) -> None:
+    for where, config in (("", model.parsed), ("text_config.", model.parsed.text_config)):
+        tied = getattr(config, "tie_word_embeddings", None)
+        if tied is not True:
+            raise UserError(
+                f"{model.folder / 'config.json'}: {where}tie_word_embeddings: found {tied!r}, "
+                "expected true: the server has one tensor for both",
+                hint='Set "tie_word_embeddings": true there, at both levels.',
+            )
+
+
+def _check_unquantized(model: _Model) -> None:
+    if model.config.get("quantization_config") is not None:
+        raise UserError(
+            f"{model.folder / 'config.json'}: found quantization_config, which SGLang does not load "
+            "for DiffusionGemma",
+            hint="Use --backend vllm, or the unquantized model.",
+        )
+
+
+def _check_sampler_file(model: _Model) -> None:
+    """Check the keys that vLLM looks up without a default."""
+    file = model.folder / GENERATION_FILE
+    given = _read_object(file) if file.is_file() else {}
+    wanted = sampler_keys(model.sampler)
+    sampler = given.get("sampler_config")
+    lacking = {key: value for key, value in wanted.items() if given.get(key) is None}
+    if not isinstance(sampler, dict) or sampler.get("_cls_name") != _SAMPLER_CLASS:
+        lacking["sampler_config"] = wanted["sampler_config"]
+    if lacking:
+        add = json.dumps(lacking)[1:-1]
+        raise UserError(
+            f"{file}: no usable {', '.join(lacking)}, which the server looks up",
+            hint=f"Add to that file: {add}. These are the settings that apply without them.",
+        )
+
+
+def _check_processor(model: _Model) -> None:
+    names = ("processor_config.json", "preprocessor_config.json")
+    if not any((model.folder / name).is_file() for name in names):
+        raise _missing(model, names[0])
+
+
+def _check_equal_scalars(model: _Model) -> None:
+    for index in range(model.parsed.text_config.num_hidden_layers):
+        names = (DECODER_SCALAR.format(index), ENCODER_SCALAR.format(index))
+        decoder, encoder = (model.reader.get(name) for name in names)
+        if not torch.equal(decoder, encoder):
+            raise UserError(
+                f"{model.folder}: layer {index}: the decoder's layer_scalar is {decoder.item():.6g},"
+                f" the encoder's {encoder.item():.6g}; vLLM would use the encoder's for both",
+                hint="Use --backend sglang, mlx or transformers.",
+            )
+
+
+def _write_sglang_file(model: _Model) -> None:
+    file, text = model.folder / SGLANG_FILE, sglang_text(model.sampler)
+    if file.is_file() and file.read_text(encoding="utf-8") == text:
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot write the sampler's settings ({error.strerror})",
+            hint="Make the folder writable, or copy the model.",
+        ) from None
+
+
+def _vllm(model: _Model, host: str, port: int) -> tuple[str, ...]:
+    command = ("vllm", "serve", str(model.folder), "--host", host, "--port", str(port))
+    return (*command, "--dtype", "float32") if _is_float32(model) else command
+
+
+def _vllm_remarks(model: _Model) -> Iterator[str]:
+    yield "answers end where max_tokens of the request says: max_new_tokens is not read"
+    yield "a GPU is needed: vLLM runs no diffusion model on a CPU"
+    if _is_float32(model):
+        yield "the weights are float32, which vLLM would cast to bfloat16 without --dtype"
+
+
+def _sglang(model: _Model, host: str, port: int) -> tuple[str, ...]:
+    settings = ("--dllm-algorithm-config", str(model.folder / SGLANG_FILE))
+    address = ("--host", host, "--port", str(port))
+    start = ("sglang", "serve", "--model-type", "llm", "--model-path", str(model.folder))
+    return (*start, "--dllm-algorithm", "Gemma4Renoise", *settings, *address)
+
+
+def _sglang_remarks(model: _Model) -> Iterator[str]:
+    yield f"{SGLANG_FILE} holds the sampler's settings, as SGLang reads no {GENERATION_FILE}"
+    yield "requests with a seed, penalties, log probabilities, min_p or a JSON schema are refused"
+    yield "a CUDA or ROCm GPU is needed"
+
+
+def _mlx(model: _Model, host: str, port: int) -> tuple[str, ...]:
+    return ("mlx_vlm.server", "--model", str(model.folder), "--host", host, "--port", str(port))
+
+
+def _mlx_remarks(_: _Model) -> Iterator[str]:
+    yield (
+        "the server's own sampler is confidence-threshold at temperature 0; a request chooses the "
+        'model\'s with {"diffusion_sampler": "entropy-bound", "diffusion_full_canvas": true, '
+        '"temperature": 1}'
+    )
+    yield "`model` in a request is the folder as given here"
+
+
+def _transformers(model: _Model, host: str, port: int) -> tuple[str, ...]:
+    start = ("transformers", "serve", str(model.folder))
+    return (*start, "--host", host, "--port", str(port))
+
+
+def _transformers_remarks(_: _Model) -> Iterator[str]:
+    yield "one request at a time, and only streamed answers: generate() returns no tensor here"
+    yield "its processor needs torchvision, and a tokenizer that has an audio_token"
+
+
+def _is_float32(model: _Model) -> bool:
+    return model.config.get("dtype", model.config.get("torch_dtype")) == "float32"
+
+
+def _missing(model: _Model, name: str) -> UserError:
+    return UserError(
+        f"{model.folder}: no {name}, which the server reads",
+        hint=f"Copy {name} from the base's folder or repository.",
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: invalid JSON: {error}", hint="Copy it from the base.") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+BACKENDS: Mapping[str, _Backend] = {
+    "vllm": _Backend(
+        _vllm,
+        (
+            _check_architecture,
+            _check_tied_embeddings,
+            _check_sampler_file,
+            _check_processor,
+            _check_equal_scalars,
+        ),
+        _vllm_remarks,
+        "pip install vllm==0.33.0",
+    ),
+    "sglang": _Backend(
+        _sglang,
+        (
+            _check_architecture,
+            _check_tied_embeddings,
+            _check_unquantized,
+            _write_sglang_file,
+        ),
+        _sglang_remarks,
+        "pip install sglang==0.5.23",
+    ),
+    "mlx": _Backend(_mlx, (), _mlx_remarks, "pip install 'mlx[cpu]==0.32.4' mlx-vlm==0.7.10"),
+    "transformers": _Backend(
+        _transformers,
+        (_check_processor,),
+        _transformers_remarks,
+        "pip install 'transformers[serving]==5.24.0' torchvision",
+    ),
+}
