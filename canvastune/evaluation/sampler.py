@@ -12,6 +12,7 @@ hidden, V vocabulary, W tile of the vocabulary, A and G heads of queries and of 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -406,19 +407,19 @@ def accept(entropy: torch.Tensor, bound: float) -> torch.Tensor:
     return torch.zeros_like(chosen).scatter(1, order, chosen)
 
 
-class _AttendingRows:
+class _AttendingRows(abc.ABC):
     """Rows that share a pass, and how each attends by itself."""
 
     def __init__(self, rows: Sequence[_Row], canvas_length: int) -> None:
         self.rows, self.canvas_length = rows, canvas_length
 
+    @abc.abstractmethod
     def lengths(self) -> list[int]:
-        """Tokens of each row in this pass."""
-        raise NotImplementedError
+        """Return the number of tokens of each row in this pass."""
 
+    @abc.abstractmethod
     def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
         """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
-        raise NotImplementedError
 
 
 class _EncodedRows(_AttendingRows):
