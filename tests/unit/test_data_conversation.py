@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from transformers import GemmaTokenizer
 
 from benchmarks.resident import read_status
-from canvastune.config.schema import ColumnsConfig, DataConfig
+from canvastune.config.data import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from canvastune.config.data import DataConfig
 from canvastune.config.places import is_path
-from canvastune.config.schema import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.json_document import ReadLimits
 from canvastune.preparation.readers import Row

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.preparation.sources import open_source
 from tests.support.data_fixtures import (
     write_lines,
