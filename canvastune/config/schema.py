@@ -240,8 +240,8 @@ class ParallelConfig(StrictModel):
 
 
 class SamplerConfig(StrictModel):
-    """How answers are denoised; default of each key: what the base's generation_config.json has,
-    else DiffusionGemma's own.
+    """How answers are denoised. The default of each key is the value in the base's
+    generation_config.json, or else DiffusionGemma's own.
     """
 
     steps: int | None = Field(
@@ -250,7 +250,8 @@ class SamplerConfig(StrictModel):
     entropy_bound: float | None = Field(
         None,
         gt=0,
-        description="nats; a step accepts the surest places until their summed entropy is above it",
+        description="nats; a step accepts tokens by increasing entropy until the entropies of the "
+        "accepted ones add up to more than this",
     )
     t_min: float | None = Field(
         None, ge=0, description="temperature that a block's schedule goes down to"
@@ -261,7 +262,8 @@ class SamplerConfig(StrictModel):
     stability_threshold: int | None = Field(
         None,
         ge=0,
-        description="a block may end when this many steps left its likeliest tokens as they were",
+        description="a block may end once its likeliest tokens have stayed the same for this many "
+        "steps",
     )
     confidence_threshold: float | None = Field(
         None,
@@ -269,7 +271,9 @@ class SamplerConfig(StrictModel):
         description="nats; a stable block ends when its mean entropy is below this; 0: never",
     )
     self_conditioning: bool = Field(
-        True, description="whether a step is given what the one before it expects"
+        True,
+        description="whether a denoising step sees the soft embeddings that the step before it "
+        "predicted",
     )
 
 
@@ -283,7 +287,7 @@ class EvaluateConfig(StrictModel):
     max_new_tokens: int = Field(
         1024,
         ge=1,
-        description="tokens after which an answer is cut, if the model has not ended it before",
+        description="maximum number of tokens of an answer; a longer one is cut there",
     )
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     answer_pattern: str | None = Field(

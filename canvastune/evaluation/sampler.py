@@ -1,7 +1,7 @@
 """Answer questions with a stock DiffusionGemma, equal to its `generate()` for the same noise.
 
-Three things differ from `generate()`, none of them in the answers. A question whose answer has ended
-leaves its place to the next one at once. Prompts of several lengths share a pass without padding:
+Three things differ from `generate()`, none of them in the answers. As soon as an answer ends, the
+next question takes its place. Prompts of several lengths share a pass without padding:
 each row attends by itself. And logits exist one tile of the vocabulary at a time, as scores do in
 flash attention: softmax, entropy, the sampled token and the soft embedding of self-conditioning are
 accumulated over the tiles.
@@ -45,7 +45,7 @@ class Asked(Protocol):
 
 
 class Noise(Protocol):
-    """Where chance comes from. A step is counted from 1 in each block."""
+    """The source of randomness. Steps are counted from 1 in each block."""
 
     def start(self, question: str, block: int) -> torch.Tensor:
         """Return the canvas that a block starts from, int64[C]."""
@@ -92,7 +92,7 @@ class Answer:
 
 @dataclass(eq=False)
 class _Row:
-    """A question in its place.
+    """A question that is being answered.
 
     A layer's keys and values are those of the tokens before the block, as many as its window shows,
     with room for the canvas' own behind them.
