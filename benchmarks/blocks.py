@@ -30,13 +30,12 @@ from benchmarks.instruments.live_bytes import LiveBytes
 from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import alternate, extra_memory, say, write_result
 from benchmarks.plain_step import IGNORED, PlainBatch, plain_loss
-from benchmarks.step import gradient_difference
+from benchmarks.step import gradient_difference, packed_step
 from benchmarks.synthetic_checkpoint import described
 from benchmarks.traffic import Traffic
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.config import RunConfig, parse_config
-from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
@@ -172,7 +171,7 @@ def measure(
     }
     plain = plain_rows(stock, examples, draws)
     steps: dict[str, Step] = {
-        name + suffix: lambda batch=batch, again=again: our_step(ours, batch, again)  # type: ignore[misc]
+        name + suffix: lambda batch=batch, again=again: packed_step(ours, batch, again)  # type: ignore[misc]
         for suffix, again in (("", False), (CHECKPOINTED, True))
         for name, batch in batches.items()
         if name != ROWS or not again
@@ -214,24 +213,6 @@ def measure(
         "loss_difference": max(abs(value / expected - 1) for value in loss.values()),
         "gradient_difference": max(difference.values()),
     }
-
-
-def our_step(
-    model: WeightTiedDiffusionGemma,
-    batch: PackedBatch,
-    checkpointing: Checkpointing,
-) -> torch.Tensor:
-    """Forward and backward of a batch as the trainer does it."""
-    weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
-    loss, _, _ = model.run_under_fsdp(
-        losses,
-        batch,
-        weights,
-        any_self_conditioned=any(batch.self_conditioned),
-        checkpointing=checkpointing,
-    )
-    loss.backward()
-    return loss.detach()
 
 
 def plain_step(

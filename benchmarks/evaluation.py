@@ -27,6 +27,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from benchmarks.measure import ROOT, extra_memory, say, write_result
+from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.sampler import KeyedNoise, Sampler
@@ -156,17 +157,8 @@ def _model(shape: Shape) -> Any:
         "top_k_experts": 2,
         "moe_intermediate_size": shape.hidden // 2,
     }
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
     config = DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=shape.canvas
+        text_config=text, vision_config=SMALLEST_VISION, canvas_length=shape.canvas
     )
     torch.manual_seed(0)
     model = DiffusionGemmaForBlockDiffusion(config).eval()

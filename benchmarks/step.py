@@ -30,7 +30,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.config import parse_config
 from canvastune.config.schema import Checkpointing
-from canvastune.data.packing import Example, pack
+from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import NoiseSample, training_draws
 from canvastune.objective import losses
@@ -226,10 +226,16 @@ def our_step(
     checkpointing: Checkpointing,
 ) -> torch.Tensor:
     """Forward and backward of a batch as the trainer does it, packing included."""
-    batch = pack(examples, draws)
+    return packed_step(model, pack(examples, draws), checkpointing)
+
+
+def packed_step(
+    model: WeightTiedDiffusionGemma, batch: PackedBatch, checkpointing: Checkpointing
+) -> torch.Tensor:
+    """Forward and backward of a packed batch as the trainer does it."""
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
-    loss, _, _ = losses(
-        model,
+    loss, _, _ = model.run_under_fsdp(
+        losses,
         batch,
         weights,
         any_self_conditioned=any(batch.self_conditioned),

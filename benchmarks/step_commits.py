@@ -1,7 +1,7 @@
 """`python -m benchmarks.step_commits CHECKOUT [SHAPE ...]`: our step at this commit against another
 one, such as the last release's: median seconds on the same weights, batch and draws, in turns.
 
-Each side is a process of its own with two threads, float32; while one computes, the other waits. The
+Each side is a separate process with two threads, float32; while one computes, the other waits. The
 shapes are those of `benchmarks.step`. Losses are compared bit by bit. Writes
 benchmarks/results/step_commits.json.
 """
@@ -102,7 +102,7 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _worker(root: Path, weights: Path, shape: str) -> Iterator[Any]:
-    """Start a process of a checkout, and give a function that lets it do a step."""
+    """Start a process of a checkout, and yield a function that lets it do a step."""
     process = subprocess.Popen(
         [sys.executable, "-P", str(WORKER), str(weights), shape],
         cwd=root,

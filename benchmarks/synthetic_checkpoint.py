@@ -33,6 +33,15 @@ _VISION = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+SMALLEST_VISION = {  # for models whose vision tower only has to be there
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def described(

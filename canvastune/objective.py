@@ -69,8 +69,8 @@ def row_losses(
 
     Args:
         weights: (diffusion, autoregressive) weight of one scored row: 1 / global count, and
-            `encoder_loss_weight` / its
-            count; numbers, or tensors [] on the device, which need no synchronization.
+            `encoder_loss_weight` / its count; numbers, or tensors [] on the device, which need no
+            synchronization.
         any_self_conditioned: whether any rank has a self-conditioned canvas: then all ranks run
             the self-conditioning
             pass, since their collectives must match.

@@ -24,7 +24,7 @@ def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *arg
     """Call `function(folder, *args)` on every rank of a fresh process group and wait for all; a
     failure on any rank is raised here.
     """
-    # A name of its own: an earlier call may have left its file, with the addresses of its ranks.
+    # A new name: an earlier call may have left its file, with the addresses of its ranks.
     meeting = folder / f"meeting-{uuid.uuid4().hex}"
     mp.start_processes(
         _rank,

@@ -1,4 +1,4 @@
-"""Fill the Hub's cache with a base model once: room is checked before, every file after."""
+"""Download a base model to the Hub's cache once: check the free space before, and each file after."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a checkpoint's generation_config.json says, read so that no content of it ends a run.
+"""A checkpoint's generation_config.json, read so that no key or value in it ends a run.
 
 Stock transformers refuses a whole model for one key of another Gemma in this file, or for an integer
-where it expects a float. Here every key is used, or named as not used and why.
+where it expects a float. Here every key is used, or reported as unused with the reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SamplerSettings:
 
 
 def _defaults() -> SamplerSettings:
-    """Return DiffusionGemma's own settings, of transformers."""
+    """Return DiffusionGemma's own settings, as transformers has them."""
     found = DiffusionGemmaGenerationConfig._get_default_generation_params()
     return SamplerSettings(
         steps=found["max_denoising_steps"],
@@ -133,8 +133,8 @@ def sampler_settings(folder: Path, config: SamplerConfig) -> SamplerSettings:
 
 
 def write_generation_file(base: Path, out: Path) -> None:
-    """Write the generation_config.json of a model that is made of `base`, for any consumer, and
-    the same settings as SGLang reads them.
+    """Write the generation_config.json of a model derived from `base`, for any consumer, and the
+    same settings as SGLang reads them.
 
     What a base's file lacks of DiffusionGemma's settings is filled in with their defaults (vLLM
     looks them up and fails without), and what stock transformers cannot load is left out. A file

@@ -13,7 +13,8 @@ import yaml
 from pydantic import AliasChoices, ValidationError
 from pydantic.fields import FieldInfo
 
-from canvastune.config.schema import DataConfig, RunConfig
+from canvastune.config.data import DataConfig
+from canvastune.config.schema import RunConfig
 from canvastune.config.strict import StrictModel, affects_weights, flatten
 from canvastune.errors import UserError
 

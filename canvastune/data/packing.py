@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
     @property
     def blocks(self) -> slice:
-        """Its own of the example's drawn blocks."""
+        """This part of the example's drawn blocks."""
         return slice(self.first, self.stop)
 
 

@@ -1,4 +1,4 @@
-"""Results of base models that later evaluations use again: a base is asked the same in many runs."""
+"""Results of base models, kept because many runs ask the same base the same questions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 class BaseResults:
     """Answers and losses of one base, in a file that all runs of a workspace share.
 
-    A result is found by everything that it depends on, as in `AnswerCache`: base, question, seed,
-    settings, device and versions. The file is replaced as a whole, so a reader never sees a part of
-    one. Two runs that end at the same moment may lose each other's results, which costs time only.
+    The key of a result is everything that it depends on, as in `AnswerCache`: base, question, seed,
+    settings, device and versions. The file is replaced as a whole, so a reader never sees a partial
+    one. If two runs end at the same moment, one may lose the other's results, which only costs time.
     """
 
     def __init__(self, folder: Path | None, base: str) -> None:
@@ -40,7 +40,7 @@ class BaseResults:
             self._new[hash_key(key)] = result
 
     def save(self) -> None:
-        """Write the results for later runs; a full or read-only disk is only said."""
+        """Write the results for later runs; a full or read-only disk is only logged."""
         if self.path is None or not self._new:
             return
         results = self._read() | self._new
@@ -60,8 +60,8 @@ class BaseResults:
                 raise
         except OSError as error:
             logger.warning(
-                f"evaluate: {self.path}: cannot be written ({error.strerror}): later runs ask the "
-                "base again"
+                f"evaluate: {self.path}: cannot be written ({error.strerror}): the base has to "
+                "answer again in later runs"
             )
 
     def _read(self) -> dict[str, Any]:
@@ -73,5 +73,7 @@ class BaseResults:
             ]
             return {line["piece"]: line["result"] for line in lines}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning(f"evaluate: {self.path}: cannot be read ({error}): the base is asked")
+            logger.warning(
+                f"evaluate: {self.path}: cannot be read ({error}): the base answers again"
+            )
             return {}

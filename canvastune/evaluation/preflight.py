@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_generation_config(model: Path) -> list[str]:
-    """Return what of a checkpoint's generation_config.json is not used, a line each; mostly none.
+    """Return a line for each part of a checkpoint's generation_config.json that is not used.
 
     Raises:
         UserError: the file cannot be read, or is no JSON object.

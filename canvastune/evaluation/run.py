@@ -226,8 +226,8 @@ def _run_model(
         kept.save()
     if reused:
         logger.info(
-            f"evaluate: {side}: {reused} of {len(answers)} answers are those of an earlier run, "
-            "which asked the same model the same"
+            f"evaluate: {side}: {reused} of {len(answers)} answers were taken from an earlier "
+            "run with the same model, questions and settings"
         )
     loss, by_level = mean_losses(losses, levels)
     each = list(answers.values())

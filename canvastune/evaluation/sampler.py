@@ -1,7 +1,7 @@
 """Answer questions with a stock DiffusionGemma, equal to its `generate()` for the same noise.
 
-Three things differ from `generate()`, none of them in the answers. A question whose answer has ended
-leaves its place to the next one at once. Prompts of several lengths share a pass without padding:
+Three things differ from `generate()`, none of them in the answers. As soon as an answer ends, the
+next question takes its place. Prompts of several lengths share a pass without padding:
 each row attends by itself. And logits exist one tile of the vocabulary at a time, as scores do in
 flash attention: softmax, entropy, the sampled token and the soft embedding of self-conditioning are
 accumulated over the tiles.
@@ -12,6 +12,7 @@ hidden, V vocabulary, W tile of the vocabulary, A and G heads of queries and of 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ class Asked(Protocol):
 
 
 class Noise(Protocol):
-    """Where chance comes from. A step is counted from 1 in each block."""
+    """The source of randomness. Steps are counted from 1 in each block."""
 
     def start(self, question: str, block: int) -> torch.Tensor:
         """Return the canvas that a block starts from, int64[C]."""
@@ -91,7 +92,7 @@ class Answer:
 
 @dataclass(eq=False)
 class _Row:
-    """A question in its place.
+    """A question that is being answered.
 
     A layer's keys and values are those of the tokens before the block, as many as its window shows,
     with room for the canvas' own behind them.
@@ -406,19 +407,19 @@ def accept(entropy: torch.Tensor, bound: float) -> torch.Tensor:
     return torch.zeros_like(chosen).scatter(1, order, chosen)
 
 
-class _AttendingRows:
+class _AttendingRows(abc.ABC):
     """Rows that share a pass, and how each attends by itself."""
 
     def __init__(self, rows: Sequence[_Row], canvas_length: int) -> None:
         self.rows, self.canvas_length = rows, canvas_length
 
+    @abc.abstractmethod
     def lengths(self) -> list[int]:
-        """Tokens of each row in this pass."""
-        raise NotImplementedError
+        """Return the number of tokens of each row in this pass."""
 
+    @abc.abstractmethod
     def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
         """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
-        raise NotImplementedError
 
 
 class _EncodedRows(_AttendingRows):

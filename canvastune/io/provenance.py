@@ -11,7 +11,7 @@ from pathlib import Path
 
 from canvastune import __version__
 from canvastune.config import RunConfig, write_config
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.io.hashing import hash_path
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")

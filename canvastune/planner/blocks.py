@@ -1,4 +1,4 @@
-"""What `objective.blocks` costs and gives at each number of blocks."""
+"""What `objective.blocks` costs and yields at each number of blocks."""
 
 from __future__ import annotations
 

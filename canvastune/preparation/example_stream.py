@@ -8,7 +8,7 @@ import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.parts import Part

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import RunConfig
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import local_inputs, write_provenance

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from canvastune.config.schema import ColumnsConfig, DataConfig
+from canvastune.config.data import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import Conversation, InvalidRow, Message, ParsedRow
 from canvastune.preparation.messages import (

@@ -17,8 +17,8 @@ import yaml
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
 
+from canvastune.config.data import DataConfig, SourceFields
 from canvastune.config.places import DATA_SUFFIXES, is_path, refuse_address
-from canvastune.config.schema import DataConfig, SourceFields
 from canvastune.errors import UserError, one_line
 from canvastune.io.hashing import hash_path
 from canvastune.preparation.json_document import ReadLimits

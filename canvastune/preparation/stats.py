@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.readers import Row

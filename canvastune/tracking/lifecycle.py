@@ -18,7 +18,7 @@ import yaml
 
 from canvastune import __version__
 from canvastune.config import RunConfig
-from canvastune.config.schema import MixtureSource
+from canvastune.config.data import MixtureSource
 from canvastune.tracking import descriptions, steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE

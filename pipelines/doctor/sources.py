@@ -12,8 +12,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
+from canvastune.config.data import MixtureSource
 from canvastune.config.places import is_path
-from canvastune.config.schema import MixtureSource
 from canvastune.errors import UserError
 from canvastune.preparation.sources import open_source
 from pipelines.doctor.finding import Finding

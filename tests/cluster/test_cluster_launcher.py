@@ -4,6 +4,7 @@ outages.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_preempted_job_resumes(cluster: Cluster) -> None:
     ]
     cluster.goes_well(start=300)
     cluster.launch()
-    assert "preempted, it will resume from its newest checkpoint" in cluster.output
+    assert "; preempted," in cluster.output
     assert cluster.creations == 1
 
 
@@ -95,7 +96,7 @@ def test_a_container_that_restarts_loses_no_line(pytorch: Cluster) -> None:
     pytorch.launch()
     lines = ["before", "the last before the end", "resumed at step 100"]
     assert [line for line in pytorch.output.splitlines() if line in lines] == lines
-    assert "exited (OOMKilled, exit code 137) and is restarted" in pytorch.output
+    assert re.search(r"\(OOMKilled, exit code 137\) .*reason=PodRestarted", pytorch.output)
 
 
 def test_lines_of_one_moment_are_neither_lost_nor_repeated(pytorch: Cluster) -> None:
@@ -193,7 +194,7 @@ def test_a_failed_job_of_an_earlier_attempt_is_replaced_by_one_that_resumes(
     cluster.api.linger = 40
     cluster.goes_well(start=100)
     cluster.launch()
-    assert "a new job resumes from the newest checkpoint" in cluster.output
+    assert re.search(r"\bearlier attempt; a new job\b", cluster.output)
     assert len(cluster.jobs()) <= 1
 
 
@@ -203,7 +204,7 @@ def test_a_job_of_this_run_with_other_settings_is_ended_first(pytorch: Cluster) 
         pytorch.launch(config_of(cpu="4"))
     pytorch.goes_well(start=60)
     pytorch.launch(config_of(cpu="8"))
-    assert "deleting, it is of this run with other settings" in pytorch.output
+    assert re.search(r": deleting\b.* other settings\b", pytorch.output)
     assert len(pytorch.jobs()) == 1
 
 

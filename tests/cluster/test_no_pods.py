@@ -4,6 +4,7 @@ change, and ends a wait that cannot succeed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_two_pods_of_which_a_quota_admits_one_end_the_wait(pytorch: Cluster) -> 
         "requests.nvidia.com/gpu=8, limited: requests.nvidia.com/gpu=8",
     )
     error = pytorch.fails(config_of(nodes=2, queue_hours=24))
-    assert "requests.nvidia.com/gpu of 2 pods exceeds its limit" in error
+    assert re.search(r"requests\.nvidia\.com/gpu\b.* 2 pods\b", error)
     assert _elapsed(pytorch) < 600
 
 
@@ -184,7 +185,7 @@ def test_an_event_without_a_uid_counts_by_kind_and_name(pytorch: Cluster) -> Non
 
 def test_an_operator_that_does_not_respond_is_named(cluster: Cluster) -> None:
     error = cluster.fails(config_of(cluster.backend))
-    assert "no operator has responded to the KIND for over a minute" in error
+    assert re.search(r"\boperator\b.* KIND\b", error)
     assert cluster.output.count("reason=OperatorSilent") == 1
 
 
@@ -260,21 +261,21 @@ def test_an_admission_check_is_named(cluster: Cluster) -> None:
     reserved = {"type": "QuotaReserved", "status": "True", "message": "Quota reserved"}
     cluster.at(2, cluster.operator.in_queue, "", conditions=[reserved], admissionChecks=[check])
     error = cluster.fails(config_of(cluster.backend, queue="team-a", queue_hours=0.1))
-    assert "admission check capacity is pending: no capacity in the zone" in error
+    assert re.search(r"admission check capacity\b.*: no capacity in the zone", error)
 
 
 def test_a_job_that_kueue_does_not_manage_is_named(cluster: Cluster) -> None:
     cluster.at(2, cluster.operator.suspended)
     error = cluster.fails(config_of(cluster.backend, queue="team-a"))
-    assert "Kueue has no Workload for it" in error
+    assert re.search(r"Kueue\b.* Workload\b", error)
     assert _elapsed(cluster) == pytest.approx(0.1 * HOUR, abs=40)
 
 
 def test_a_job_that_runs_outside_of_its_queue_is_named(cluster: Cluster) -> None:
     cluster.goes_well()
     cluster.launch(config_of(cluster.backend, queue="team-a"))
-    assert cluster.output.count("runs outside of queue team-a") == 1
-    assert "reason=QueueIgnored" in cluster.output
+    assert cluster.output.count("reason=QueueIgnored") == 1
+    assert re.search(r"queue team-a\b.*reason=QueueIgnored", cluster.output)
 
 
 def test_a_job_that_was_queued_is_not_said_to_be_outside_of_its_queue(cluster: Cluster) -> None:
@@ -301,7 +302,7 @@ canvastune: error: KIND JOB: deleted by the launcher: the API server did not sto
   hint: Install Kubeflow Trainer 2.3 or newer, with its CRDs, or choose another cluster.backend.\
 """)
     else:
-        assert "did not store spec.nprocPerNode: the installed KIND (kubeflow.org/v1)" in error
+        assert re.search(r"spec\.nprocPerNode: .*KIND \(kubeflow\.org/v1\)", error)
     assert _elapsed(cluster) < 60, "it waits for pods that it cannot find"
     assert not cluster.jobs()
 

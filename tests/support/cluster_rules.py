@@ -23,6 +23,7 @@ TRAINJOB_CRD = CRDS / "trainer.kubeflow.org_trainjobs.v2.3.0.yaml"
 TRAININGRUNTIME_CRD = CRDS / "trainer.kubeflow.org_trainingruntimes.v2.3.0.yaml"
 
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+# Written out again: it checks what canvastune.config.cluster lets through.
 _VOLUMES = {
     "configMap",
     "csi",

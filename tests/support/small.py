@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, parse_config
@@ -40,16 +41,9 @@ def model_config() -> DiffusionGemmaConfig:
         "top_k_experts": 2,
         "moe_intermediate_size": 16,
     }
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    return DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
+    return DiffusionGemmaConfig(
+        text_config=text, vision_config=SMALLEST_VISION, canvas_length=CANVAS
+    )
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -195,15 +189,6 @@ def write_middling(folder: Path) -> None:
         "top_k_experts": 4,
         "moe_intermediate_size": 32,
     }
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
     DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=MIDDLING_CANVAS
+        text_config=text, vision_config=SMALLEST_VISION, canvas_length=MIDDLING_CANVAS
     ).save_pretrained(folder)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from tokenizers import normalizers
 from transformers import GemmaTokenizer
 
 from benchmarks.resident import read_status
-from canvastune.config.schema import ColumnsConfig, DataConfig
+from canvastune.config.data import ColumnsConfig, DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
@@ -213,7 +214,8 @@ def test_an_answer_whose_thought_the_template_removes_is_refused() -> None:
     refused = ENCODERS["thought"].encode(
         [talk(("user", "q"), ("assistant", "<|channel>thought\nhm<channel|>a"))]
     )[0]
-    assert "the chat template changes the answer" in str(refused)
+    assert isinstance(refused, InvalidRow)
+    assert "answer" in str(refused)
 
 
 def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() -> None:
@@ -227,7 +229,8 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() 
     )
     assert isinstance(good, EncodedConversation)
     assert isinstance(also_good, EncodedConversation)
-    assert str(bad) == "the chat template refuses it: I refuse no"
+    assert isinstance(bad, InvalidRow)
+    assert str(bad).endswith(": I refuse no")
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
@@ -238,11 +241,12 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
         "model",
     )
     refused = encoder.encode([talk(("user", "q"), ("assistant", "a"))])[0]
-    assert "generation prompt after the turns user differs" in str(refused)
+    assert isinstance(refused, InvalidRow)
+    assert re.search(r"prompt .*\buser\b", str(refused))
 
 
 def test_a_template_without_its_end_of_turn_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model: the chat template closes a turn with '<turn\|>'"):
+    with pytest.raises(UserError, match=r"^model: .*'<turn\|>'"):
         ChatEncoder(
             make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]), "model"
         )
@@ -260,7 +264,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    with pytest.raises(UserError, match="model: the tokenizer encodes an answer differently"):
+    with pytest.raises(UserError, match=r"^model: the tokenizer "):
         ChatEncoder(tokenizer, "model")
 
 
@@ -498,9 +502,9 @@ def test_a_row_that_cannot_be_trained_on_says_why(name: str) -> None:
 
 
 def test_columns_say_which_one_is_wrong() -> None:
-    with pytest.raises(InvalidRow, match=r"column 'answer' \(assistant\): the content is empty"):
+    with pytest.raises(InvalidRow, match=r"column 'answer' \(assistant\): .*\bempty\b"):
         read({"question": "q", "answer": " "}, "gsm8k")
-    with pytest.raises(InvalidRow, match=r"column 'in' \(user\): the content is a int"):
+    with pytest.raises(InvalidRow, match=r"column 'in' \(user\): .*\bint\b"):
         read({"in": 3, "out": "b"}, "columns", columns=ColumnsConfig(prompt="in", response="out"))
 
 

@@ -289,10 +289,11 @@ def test_too_many_bad_rows_fail_and_are_named(tmp_path: Path, model: Path) -> No
     assert re.findall(r": row (\d+):", message) == ["4", "8", "10"], (
         "bad rows are not named in the order of the file"
     )
-    assert f"  {source}: row 4: not JSON: Expecting property name" in message
-    assert f"  {source}: row 8: the text holds the control token '<turn|>'" in message
-    assert f"  {source}: row 10: no column 'answer'; the row's columns: question\n" in message
-    assert "raise data.max_bad_row_fraction" in message.splitlines()[-1]
+    reasons = dict(re.findall(rf"^  {re.escape(str(source))}: row (\d+): (.*)$", message, re.M))
+    assert "JSON" in reasons["4"]
+    assert "'<turn|>'" in reasons["8"]
+    assert re.search(r"'answer'.*\bquestion$", reasons["10"]), "the missing column, and those found"
+    assert "data.max_bad_row_fraction" in message.splitlines()[-1]
     card = prepare_data(run_config(source, max_bad_row_fraction=0.15), model, tmp_path / "out")
     assert card["bad"] == 3
 
@@ -322,9 +323,9 @@ def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(
 ) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", problems(8))
     message = refusal(source, model, validation_fraction=1e-6)
-    assert "none of the 8 rows kept" in message
+    assert re.search(r"\bnone of the 8\b", message)
     enough = float(message.rsplit(" ", 1)[1].removesuffix("."))
-    assert "all of the 8 rows kept" in refusal(source, model, validation_fraction=0.999999)
+    assert re.search(r"\ball of the 8\b", refusal(source, model, validation_fraction=0.999999))
     card = prepare_data(run_config(source, validation_fraction=enough), model, tmp_path / "out")
     assert card["validation"] == 1
 
@@ -334,8 +335,8 @@ def test_rows_that_are_all_too_long_are_refused_with_their_length(
 ) -> None:
     message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(8)), model, seq_length=10)
     longest = 1 + max(len(row["question"]) for row in problems(8))
-    assert "(prefix leaves no room for the response in seq_length: 8)" in message
-    found = re.search(r" (\d+) tokens; raise data\.seq_length", message)
+    assert "seq_length: 8)" in message, "how many rows were dropped for it"
+    found = re.search(r" (\d+) tokens\b.* data\.seq_length", message)
     assert found is not None
     assert int(found[1]) > longest
 
@@ -344,20 +345,18 @@ def test_columns_of_no_known_form_are_listed(tmp_path: Path, model: Path) -> Non
     source = write_lines(tmp_path / "a.jsonl", [{"id": n, "text": "t"} for n in range(5)])
     message = refusal(source, model)
     assert f"{source}: row 1: " in message
-    assert "found the columns id, text, " in message
+    assert " id, text, " in message
     assert "data.columns.prompt=text" in message.splitlines()[-1]
     message = refusal(
         source, model, format="columns", columns={"prompt": "text", "response": "label"}
     )
-    assert f"{source}: row 1: no column label, " in message
+    assert re.search(rf"{re.escape(str(source))}: row 1: .*\blabel, ", message)
     assert "data.format columns" in message
     assert "data.columns.prompt" in message.splitlines()[-1]
     message = refusal(source, model, format="gsm8k")
-    assert "row 1: no column question, answer, " in message
+    assert re.search(r"row 1: .*\bquestion, answer, ", message)
     assert "data.format" in message.splitlines()[-1]
-    assert "row 1: found int, expected an object" in refusal(
-        write_lines(tmp_path / "b.jsonl", [1, 2]), model
-    )
+    assert "row 1: found int" in refusal(write_lines(tmp_path / "b.jsonl", [1, 2]), model)
 
 
 def test_a_few_odd_rows_at_the_start_do_not_hide_the_form(tmp_path: Path, model: Path) -> None:
@@ -459,10 +458,8 @@ def test_a_model_whose_generation_does_not_stop_at_the_end_of_turn_is_refused(
     model = make_model(tmp_path / "model")
     (model / "generation_config.json").write_text('{"eos_token_id": [1, 99]}')
     message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
-    assert (
-        "generation_config.json: eos_token_id is [1, 99], but the chat template closes a turn with "
-        "'<turn|>' (id 6)" in message
-    )
+    assert "generation_config.json: eos_token_id is [1, 99]" in message
+    assert "'<turn|>' (id 6)" in message
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from canvastune.config import load_config, parse_config
+from canvastune.config.data import ColumnsConfig, DataConfig
 from canvastune.config.loading import known_keys, loads
-from canvastune.config.schema import ColumnsConfig, DataConfig
 from canvastune.preparation import messages, row_formats
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tiny_model import make_tiny_model

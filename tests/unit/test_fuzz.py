@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from canvastune.config import RunConfig, load_config, parse_config, write_config
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import InvalidRow
 from canvastune.preparation.prepare import prepare_data

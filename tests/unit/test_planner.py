@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -363,13 +364,11 @@ def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None
     assert [cost.scored_tokens for cost in plan.block_costs] == [
         8 * 256 * mean for mean in (1, 1.25, 1.5)
     ]
-    assert "Answers have 1.5 blocks of 256 tokens on average, at most 3; 25% have more" in render(
-        plan
-    )
+    assert re.search(r"\b1\.5 blocks of 256 tokens\D+\b3\b\D+\b25% ", render(plan))
     (tmp_path / "card.json").write_text(json.dumps(card | {"canvas_length": 16}), encoding="utf-8")
-    with pytest.raises(UserError, match=r"canvas_length is 16, expected the model's 256"):
+    with pytest.raises(UserError, match=r"canvas_length is 16\b.* 256"):
         make_plan(recipe("gsm8k_lora"), SHIPPED_CONFIG, 8, tmp_path)
-    with pytest.raises(UserError, match=r"missing.card\.json: found no data card"):
+    with pytest.raises(UserError, match=r"missing.card\.json: "):
         make_plan(recipe("gsm8k_lora"), SHIPPED_CONFIG, 8, tmp_path / "missing")
 
 

@@ -167,13 +167,13 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     fitting = {"rows": 2, "max_new_tokens": 32}
     assert lines(evaluate=fitting) == []
     (line,) = lines(evaluate=fitting | {"rows": 64})
-    assert re.fullmatch(r"evaluate\.rows is 64, but \d+ rows are held out: all are answered", line)
+    assert re.match(r"evaluate\.rows is 64\b.* \d+ rows\b", line)
     assert lines(evaluate=fitting | {"max_new_tokens": 20}) == [], "it cuts exactly there"
     (line,) = lines(evaluate=fitting | {"max_new_tokens": 16 * 10**6})
     assert "positions" in line
     registered = {"registered_model": "chat"}
     (line,) = lines(evaluate=fitting, tracking=registered)
-    assert "no version of chat becomes champion by itself" in line
+    assert re.search(r"\bchat\b.* champion\b", line)
     assert lines(evaluate=fitting, tracking=registered | {"promote": "never"}) == []
     assert lines(evaluate=fitting | {"answer_pattern": "(.+)"}, tracking=registered) == []
 
@@ -363,7 +363,7 @@ def test_a_run_that_cannot_be_compared_is_refused_at_the_start_and_left_out_at_t
 def test_submit_refuses_more_runs_to_compare_than_colors() -> None:
     config = parse_config({"name": "x", "data": {"source": "openai/gsm8k"}})
     client = KubeflowClient.from_address("http://localhost:1", None, None)
-    with pytest.raises(UserError, match="found 6 runs, expected at most 5"):
+    with pytest.raises(UserError, match=r"\b6 runs, .*\b5\b"):
         submission.submit(config, client, compare=list("abcdef"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.row_formats import RowReader, detect_format

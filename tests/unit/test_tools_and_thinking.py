@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from canvastune.config.schema import DataConfig
+from canvastune.config.data import DataConfig
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.row_formats import RowReader
@@ -446,8 +446,8 @@ def test_rows_with_the_same_tools_share_them_and_each_counts_its_unused_keys() -
     assert one[0]["function"]["parameters"]["minimum"] is not True
     assert true[0]["function"]["parameters"]["minimum"] is True
     assert unused[0] == unused[1] == {"tools.strict"}
-    with pytest.raises(InvalidRow, match="declaration 1 has no name"):
+    with pytest.raises(InvalidRow, match=r"declaration 1\b.* name\b"):
         reader.read([{}], "tools", unused[2])
     day = {"name": "a", "parameters": {"type": "object", "day": datetime.datetime(2026, 1, 1)}}
-    with pytest.raises(InvalidRow, match="datetime is not a value that JSON has"):
+    with pytest.raises(InvalidRow, match=r"\bdatetime\b.* JSON\b"):
         reader.read([day], "tools", unused[2])

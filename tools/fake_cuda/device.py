@@ -1,117 +1,20 @@
-"""A process with eight H100 on a machine that has none: fake tensors on `cuda`, and an account of
-what the real device would be asked.
-
-The CPU wheel of torch carries fake CUDA tensors through autograd (with a device thread), FSDP2,
-checkpointing and DTensor once a library of 30 lines registers a device guard and the hooks of a
-CUDA build. Tensors on `cuda` then have shapes, strides, types and devices, but neither memory nor
-values. What is real is everything that the host does: the engine, FSDP's hooks and streams,
-autograd, and every check of the operators' meta kernels. Integers do have values (routing, sizes),
-made up where they come from fake floats, so that ragged splits are what they would be.
-
-Counted, by line of the engine: waits of the host for the device, kernels that calls launch,
-attention calls by the backend that the CUDA wheel takes, calls that the CUDA build compiles just in
-time, collectives, live bytes. `tools.gpu_dry_run` runs training steps on it.
-
-Call `load_library()` before torch is imported, `pretend()` before the engine asks for devices.
-"""
+"""The device as the dispatcher sees it: fake tensors, and an account of what they would cost."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import ctypes
-import hashlib
-import importlib.util
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import types
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_LIBRARY = r"""
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <c10/core/impl/FakeGuardImpl.h>
-namespace c10::impl {
-C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>)
-}
-namespace at {
-struct CUDAHooks final : CUDAHooksInterface {  // the name that torch looks for
-  explicit CUDAHooks(CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex deviceCount() const override { return 8; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
-  int getNumGPUs() const override { return 8; }
-};
-REGISTER_CUDA_HOOKS(CUDAHooks)
-}
-"""
-GPUS = 8
-
-
-def missing() -> str | None:
-    """Return why the library cannot be built here; None if it can."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return "torch is not installed"
-    if shutil.which("g++") is None:
-        return "g++ is not installed"
-    version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    return None if "cuda: Optional[str] = None" in version else "torch is a CUDA build"
-
-
-def load_library() -> None:
-    """Register the guard and the hooks, from a library that is built once per build of torch.
-
-    Call it before anything imports torch.
-    """
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
-    version = (folder / "version.py").read_text(encoding="utf-8")
-    key = hashlib.sha256(f"{_LIBRARY}{folder}{version}".encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"fake-cuda-{os.getuid()}" / f"{key}.so"
-    library.parent.mkdir(mode=0o700, exist_ok=True)
-    if library.parent.stat().st_uid != os.getuid():
-        raise PermissionError(f"{library.parent} belongs to another user")
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            source, built = Path(scratch) / "guard.cpp", Path(scratch) / "guard.so"
-            source.write_text(_LIBRARY, encoding="utf-8")
-            libraries = folder / "lib"
-            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{folder / 'include'}"]
-            command += [str(source), "-o", str(built), f"-L{libraries}", "-lc10", "-ltorch_cpu"]
-            subprocess.run([*command, f"-Wl,-rpath,{libraries}"], check=True)
-            built.replace(library)
-    ctypes.CDLL(str(library))
-
-
-if "torch" not in sys.modules:
-    load_library()
-
-import torch  # noqa: E402
-from torch._C._distributed_c10d import FakeWork, Work  # noqa: E402
-from torch._subclasses import fake_tensor  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
-
-from tools.attention_backends import backend_of  # noqa: E402
+import torch
+from torch._C._distributed_c10d import FakeWork, Work
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -163,120 +66,6 @@ _KERNELS = {
 _SORTS = ("aten::sort", "aten::argsort")  # CUB's radix sort: a pass per byte of a key, and 4 more
 _LISTS = ("aten::_foreach_", "aten::_fused_adam")  # one launch for many tensors
 _LIST_BLOCK, _LIST_BLOCKS, _LIST_TENSORS, _ADAM_TENSORS = 65536, 320, 110, 36
-
-
-# --- torch.cuda, as far as Python asks ---
-
-
-class _Stream:
-    current: _Stream
-    count = 0
-
-    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
-        _Stream.count += 1
-        self.priority, self.device, self.cuda_stream = priority, CUDA, _Stream.count
-        self.stream_id, self.device_index, self.device_type = _Stream.count, 0, 1
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        _device().wait("stream.synchronize")
-
-
-class _Event:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> _Event:
-        return self
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        return 0.0
-
-    def synchronize(self) -> None:
-        _device().wait("event.synchronize")
-
-
-@contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
-    before, _Stream.current = _Stream.current, stream or _Stream.current
-    try:
-        yield
-    finally:
-        _Stream.current = before
-
-
-def pretend() -> None:
-    """Make `torch.cuda` of this process describe eight H100, for good."""
-    _Stream.current = _Stream()
-    properties = types.SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3",
-        major=9,
-        minor=0,
-        total_memory=85_520_809_984,
-        multi_processor_count=132,
-        warp_size=32,
-    )
-    replaced: dict[str, Any] = {
-        "_lazy_init": lambda: None,
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "_is_compiled": lambda: True,
-        "device_count": lambda: GPUS,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "get_device_name": lambda device=None: properties.name,
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_properties": lambda device=None: properties,
-        "is_bf16_supported": lambda *_, **__: True,
-        "mem_get_info": lambda device=None: (84_000_000_000, properties.total_memory),
-        "max_memory_allocated": lambda device=None: _device().peak,
-        "memory_allocated": lambda device=None: _device().now,
-        "memory_reserved": lambda device=None: _device().now,
-        "max_memory_reserved": lambda device=None: _device().peak,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "synchronize": lambda device=None: _device().wait("torch.cuda.synchronize"),
-        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": lambda state, device=None: None,
-        "is_current_stream_capturing": lambda: False,
-        "Stream": _Stream,
-        "Event": _Event,
-        "current_stream": lambda device=None: _Stream.current,
-        "default_stream": lambda device=None: _Stream.current,
-        "stream": _stream_context,
-    }
-    for name, value in replaced.items():
-        setattr(torch.cuda, name, value)
-    stand_ins: tuple[tuple[Any, str, Any], ...] = (
-        (torch.version, "cuda", "13.0"),
-        (fake_tensor, "init_gpu_context", lambda device: None),
-        (FakeTensor, "tolist", lambda tensor: _device().read(tensor).tolist()),
-        (torch.nn.functional, "scaled_dot_product_attention", _attention),
-        (torch.nn.functional, "rms_norm", _rms_norm),
-        (torch.UntypedStorage, "resize_", _resize),
-    )
-    for owner, name, value in stand_ins:
-        setattr(owner, name, value)
-
-
-# --- the device, as the dispatcher sees it ---
 
 
 class FakeDevice(TorchDispatchMode):
@@ -612,100 +401,7 @@ def _list_launches(name: str, args: Any) -> int:
     return max(1, -(-blocks // _LIST_BLOCKS), -(-len(tensors) // most))
 
 
-def _device() -> FakeDevice:
+def running_device() -> FakeDevice:
+    """Return the device whose account is being kept."""
     assert FakeDevice.running is not None
     return FakeDevice.running
-
-
-_STOCK_RESIZE = torch.UntypedStorage.resize_
-
-
-def _resize(storage: Any, size: int) -> Any:
-    found = _STOCK_RESIZE(storage, size)
-    if FakeDevice.running is not None:
-        FakeDevice.running.resized(storage)
-    return found
-
-
-# --- attention: the call that torch's selector would make ---
-
-_STOCK_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if query.device.type != "cuda":
-        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        return _STOCK_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    backend, why = backend_of(query, key, value, attn_mask, is_causal, enable_gqa)
-    device = _device()
-    heads = f"{query.shape[-3]} over {key.shape[-3]} heads, {query.dtype}".replace("torch.", "")
-    kind = "causal" if is_causal else "mask" if attn_mask is not None else "all keys"
-    reason = f" ({why})" if backend == "math" else ""
-    device.attention[f"{backend}: D {query.shape[-1]}, {heads}, {kind}{reason}"] += 1
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool and backend != "math":
-        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
-        attn_mask = bias.masked_fill_(attn_mask.logical_not(), float("-inf"))
-    if backend == "cudnn":
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[-2])
-        return aten._scaled_dot_product_cudnn_attention(
-            query, key, value, attn_mask, grad, dropout_p, is_causal, False, scale=scale
-        )[0]
-    if backend == "flash":
-        return aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-    if backend == "efficient":
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
-        )[0]
-    return aten._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        None,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )[0]
-
-
-# --- norms: on CUDA one kernel forward, one or two backward; the CPU's are composed ---
-
-_STOCK_NORM = torch.nn.functional.rms_norm
-
-
-class _FusedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any, eps: float) -> torch.Tensor:
-        out, inverse = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        _device().launched("aten::_fused_rms_norm", 1)
-        ctx.save_for_backward(x, weight, inverse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        x, weight, _ = ctx.saved_tensors
-        needs_weight = ctx.needs_input_grad[1]
-        _device().launched("aten::_fused_rms_norm_backward", 1 + needs_weight)
-        return torch.empty_like(x), torch.empty_like(weight) if needs_weight else None, None
-
-
-def _rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
-    same = weight is None or weight.dtype == x.dtype
-    if x.device.type == "cuda" and len(shape) == 1 and same:
-        return _FusedNorm.apply(x, weight, eps)
-    return _STOCK_NORM(x, shape, weight, eps)
