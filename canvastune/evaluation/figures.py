@@ -127,7 +127,7 @@ def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
     Lengths are the references', in bins of 1, 2, 3 to 4, 5 to 8, ... canvases.
     """
     sources = [row.source or "" for row in rows]
-    bins = [max(0, (-(-row.reference_tokens // canvas) - 1).bit_length()) for row in rows]
+    bins = [max(0, -(-row.reference_tokens // canvas) - 1).bit_length() for row in rows]
     lengths = {
         number: f"{(canvas << number - 1) + 1 if number else 1} to {canvas << number} tokens"
         for number in sorted(set(bins))

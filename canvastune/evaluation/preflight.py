@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from canvastune.config import RunConfig
 from canvastune.config.schema import EvaluateConfig
 from canvastune.data.row_sources import read_sources
 from canvastune.evaluation.held_out import open_validation, select_rows
-from canvastune.evaluation.judges import Judging, default_judges, load_judge
-from canvastune.evaluation.scoring import too_few
+from canvastune.evaluation.judges import Judge, Judging, default_judges, load_judge
+from canvastune.evaluation.scoring import answer_part, too_few
 
 NOT_SCORED = "none of them will be scored"
 
@@ -49,8 +49,9 @@ def describe_scoring(config: RunConfig, dataset: Path) -> list[str]:
         UserError: a judge that cannot be loaded.
     """
     settings, lines = config.evaluate, []
+    rows = open_validation(dataset)
     by_source: dict[str | None, list[str]] = {}
-    for source, reference in _references(config, open_validation(dataset), dataset):
+    for source, reference in _references(config, rows, dataset):
         by_source.setdefault(source, []).append(reference)
     for source, references in by_source.items():
         names = settings.judges.get(source or "", settings.judge)
@@ -71,6 +72,9 @@ def describe_scoring(config: RunConfig, dataset: Path) -> list[str]:
             lines.append(f"evaluate.judge is []: the {len(references)} {where} are not scored")
             continue
         judges = [load_judge(name, settings) for name in names]
+        for judge in judges:  # now, and not after both models have answered
+            if judge.name.startswith("python:"):
+                _try_judge(judge, rows[0])
         scored = sum(
             any(judge.read(reference) is not None for judge in judges) for reference in references
         )
@@ -84,6 +88,14 @@ def describe_scoring(config: RunConfig, dataset: Path) -> list[str]:
             line += "; the others are not scored"
         lines.append(line)
     return lines
+
+
+def _try_judge(judge: Judge, row: Mapping[str, Any]) -> None:
+    """Ask a judge about a reference as its own answer. Raises: UserError, what it raises."""
+    from canvastune.evaluation.generation import plain_text  # loads torch
+
+    prompt = plain_text(json.loads(row["prompt"]))
+    judge.compare(answer_part(row["answer"]), judge.read(row["answer"]), prompt)
 
 
 def _judge_label(names: Sequence[str], settings: EvaluateConfig) -> str:

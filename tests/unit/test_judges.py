@@ -425,6 +425,17 @@ def test_prepare_says_how_each_source_is_judged(mixture: tuple[RunConfig, Path])
     assert any(line.startswith("evaluate.judge is []") for line in lines)
 
 
+def test_a_function_that_fails_is_found_before_training(
+    mixture: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
+    config, dataset = mixture
+    file = tmp_path / "own.py"
+    file.write_text("def grade(answer, reference):\n    return True\n")
+    evaluate = config.evaluate.model_copy(update={"judge": (f"python:{file}:grade",)})
+    with pytest.raises(UserError, match=r"TypeError: grade\(\) takes 2 positional"):
+        describe_scoring(config.model_copy(update={"evaluate": evaluate}), dataset)
+
+
 def test_prepare_says_where_answers_are_longer_than_the_limit(
     mixture: tuple[RunConfig, Path],
 ) -> None:
