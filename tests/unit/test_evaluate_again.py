@@ -77,7 +77,7 @@ def test_the_same_judges_give_the_same_figures(
 ) -> None:
     assert main(["evaluate", str(finished)]) == 0
     again = finished / "evaluation-2"
-    assert capsys.readouterr().out == f"{again}\n"
+    assert capsys.readouterr().out.endswith(f"\n{again}\n")
     for name in ("evaluation.json", "answers.jsonl", "film.json"):
         assert (again / name).read_bytes() == (finished / "evaluation" / name).read_bytes(), name
 
@@ -92,7 +92,7 @@ def test_other_judges_judge_the_same_answers_without_a_model(
     assert main(["evaluate", str(finished), "--set", "evaluate.judge=text"]) == 0
     graded = EvaluationResult.read(finished / "evaluation-2")
     exact = EvaluationResult.read(finished / "evaluation-3")
-    assert "chrF" in capsys.readouterr().err
+    assert "evaluate: chrF " in capsys.readouterr().out
     assert not asked
     assert (graded.measure, graded.judges, exact.measure) == ("chrF", ("chrf",), "exact match")
     assert graded.after.exact_match is None

@@ -389,6 +389,8 @@ OTHER = {
     "evaluate.sampler.confidence_threshold": 0.1,
     "evaluate.sampler.self_conditioning": False,
     "evaluate.answer_pattern": None,
+    "evaluate.judge": ["chrf"],
+    "evaluate.repeats": 2,
     "tracking.uri": "http://mlflow.example",
     "tracking.experiment": "other",
     "tracking.registered_model": "other",
@@ -401,7 +403,7 @@ OTHER = {
 
 def test_every_setting_of_evaluation_and_tracking_is_tried_here() -> None:
     later = {key for key in known_keys() if key.startswith(("evaluate.", "tracking.", "hardware."))}
-    sections = {"evaluate.sampler"}
+    sections = {"evaluate.sampler", "evaluate.judges"}  # the latter has a test of its own
     assert later - sections <= OTHER.keys()
 
 
@@ -459,3 +461,15 @@ def test_a_disk_that_is_too_small_for_checkpoints_and_model_is_said_before_train
     shortage = describe_shortage(plan, needed - 1)
     assert shortage is not None
     assert "lower train.keep_checkpoints" in shortage
+
+
+def test_an_unfinished_run_goes_on_with_judges_of_a_source(
+    rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    text = yaml.safe_dump(recipe(rows, tiny_model).model_dump(mode="json"))
+    judges = json.dumps({str(rows): "text"})
+    for job, overrides in (("job-1", ""), ("job-2", f"evaluate.judges={judges}")):
+        found = resolution.resolve(text, overrides, "", str(tmp_path), "mine", job, job)
+    assert parse_config(found.config).evaluate.judges == {str(rows): ("text",)}
+    assert json.loads(found.data_config)["evaluate"]["judges"] == {str(rows): ["text"]}
