@@ -6,19 +6,19 @@ import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from canvastune.config.strict import InvalidSetting
 
-# What each judge compares. `pattern` may have its own regular expression, `python` needs its place.
-JUDGES = {
-    "pattern": "group 1 of a regular expression's last match (evaluate.answer_pattern, or its own)",
-    "number": "the last number, by value and without typography",
-    "text": "the whole text",
-    "json": "the JSON object or list, by value",
-    "tool_call": "name and arguments of every call",
-    "chrf": "chrF of the text (sacrebleu), 0 to 1",
-    "python": "a function of your own: python:FILE.py:FUNCTION",
-}
+JUDGES = (
+    "pattern",  # group 1 of a regular expression's last match: evaluate.answer_pattern, or its own
+    "number",  # the last number, by value and without typography
+    "text",  # the whole text
+    "json",  # the JSON object or list, by value
+    "tool_call",  # name and arguments of every call
+    "chrf",  # how near the text comes, 0 to 1
+    "python",  # what a function of one's own says
+)
 _PYTHON = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -63,11 +63,9 @@ def _check_judge(name: str) -> str:
     elif kind == "python":
         python_place(argument)
     elif kind not in JUDGES or name != kind:
-        expected = ", ".join(kind for kind in JUDGES if kind not in ("pattern", "python"))
-        raise InvalidSetting(
-            f"evaluate.judge: found {name!r}, expected {expected}, pattern, pattern:REGEX or "
-            "python:FILE.py:FUNCTION",
-            hint="Use one of these, or a list of them.",
+        plain = ", ".join(kind for kind in JUDGES if kind not in ("pattern", "python"))
+        raise PydanticCustomError(
+            "judge", f"a judge: {plain}, pattern, pattern:REGEX or python:FILE.py:FUNCTION"
         )
     return name
 

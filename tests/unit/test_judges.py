@@ -202,7 +202,7 @@ def test_a_function_that_cannot_be_loaded_is_refused(
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ("rouge", "found 'rouge', expected number, text, json, tool_call, chrf, pattern"),
+        ("rouge", "found 'rouge', expected a judge: number, text, json, tool_call, chrf, pattern"),
         ("number:3", "found 'number:3'"),
         ("python:grade", "expected python:FILE.py:FUNCTION"),
         ("pattern:(", "invalid regular expression"),
