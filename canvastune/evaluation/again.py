@@ -109,11 +109,9 @@ def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
     hint = "Use the folder of a run whose evaluation has finished."
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [
-            {"source": config.data.source} | {name: line[name] for name in kept if name in line}
-            for line in lines
-        ]
+        rows = [{name: line[name] for name in kept if name in line} for line in lines]
         for row in rows:
+            row.setdefault("source", config.data.source)  # an earlier version did not write it
             row["prompt"], row["reference"], row["before"], row["after"]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: cannot be read: {error}", hint=hint) from None
