@@ -25,8 +25,10 @@ from canvastune.evaluation.figures import (
     slices,
     with_judgement,
 )
+from canvastune.evaluation.generation import select_questions
 from canvastune.evaluation.judges import Judging, Score, load_judge
 from canvastune.evaluation.preflight import describe_answers, describe_scoring
+from canvastune.evaluation.run import judging_of
 from canvastune.evaluation.scoring import (
     mcnemar,
     mean_interval,
@@ -39,6 +41,7 @@ from canvastune.evaluation.scoring import (
 from canvastune.evaluation.tool_calls import InvalidCall, read_tool_calls
 from canvastune.preparation.prepare import prepare_data
 from canvastune.preparation.tokenizer import load_tokenizer
+from pipelines.submit import refuse_local_paths
 
 CALL = '<|tool_call>call:count{text:<|"|>a, b: {c}<|"|>,times:3}<tool_call|>'
 
@@ -423,6 +426,41 @@ def test_prepare_says_how_each_source_is_judged(mixture: tuple[RunConfig, Path])
     lines = describe_scoring(config.model_copy(update={"evaluate": evaluate}), dataset)
     assert any("evaluate.judge json can judge by 0 of" in line for line in lines)
     assert any(line.startswith("evaluate.judge is []") for line in lines)
+
+
+def test_a_question_knows_its_source_and_the_length_of_its_reference(
+    mixture: tuple[RunConfig, Path], tiny_model: Path
+) -> None:
+    config, dataset = mixture
+    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    questions = select_questions(dataset, tokenizer, 1000)
+    assert {question.source for question in questions} == {
+        source.source for source in config.data.sources
+    }
+    for question in questions:
+        assert Path(question.source or "").stem == question.text.split()[0]
+        expected = len(tokenizer(question.reference, add_special_tokens=False).input_ids) + 1
+        assert question.reference_tokens == expected
+    judges = {config.data.sources[0].source: ("text",)}
+    evaluate = config.evaluate.model_copy(update={"judges": judges})
+    judging = judging_of(config.model_copy(update={"evaluate": evaluate}), questions)
+    assert sorted(judging.names) == ["pattern", "text"]
+    (dataset / "validation" / "sources.json").rename(dataset / "sources.json")
+    try:
+        older = select_questions(dataset, tokenizer, 1000)
+        with pytest.raises(UserError, match="does not say which source a row is from"):
+            judging_of(config.model_copy(update={"evaluate": evaluate}), older)
+    finally:
+        (dataset / "sources.json").rename(dataset / "validation" / "sources.json")
+
+
+def test_a_function_that_no_pod_can_see_is_refused() -> None:
+    refuse_local_paths(recipe("openai/gsm8k", judge="python:/workspace/own.py:grade"))
+    with pytest.raises(
+        UserError, match=r"evaluate\.judge: own\.py is a path on this machine"
+    ) as error:
+        refuse_local_paths(recipe("openai/gsm8k", judge=["text", "python:own.py:grade"]))
+    assert "/workspace/own.py" in error.value.hint
 
 
 def test_a_function_that_fails_is_found_before_training(
