@@ -130,8 +130,9 @@ def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) 
                     {"before": text, "after": text}
                     for text in (answers[one.id, seed]["text"] for seed in seeds)
                 )
-                row = {"source": one.source or config.data.source, "prompt": one.text}
-                row |= {"reference": one.reference, "repeats": repeats, **shown}
+                row: dict[str, Any] = {"source": one.source or config.data.source}
+                row |= {"prompt": one.text, "reference": one.reference, **shown}
+                row["repeats"] = repeats
                 judged[name].append(judge_row(judging, row))
             if not any(row.scored for row in judged[name]):
                 raise UserError(

@@ -267,7 +267,11 @@ def row(before: Sequence[float], after: Sequence[float], **about: Any) -> Judged
         side: tuple(Score(value, exact, bool(value) if exact else None) for value in values)
         for side, values in (("before", before), ("after", after))
     }
-    found = {"source": None, "reference_tokens": 10, "judge": "pattern" if exact else "chrf"}
+    found: dict[str, Any] = {
+        "source": None,
+        "reference_tokens": 10,
+        "judge": "pattern" if exact else "chrf",
+    }
     return JudgedRow(scores=scores, **found | about)
 
 
@@ -297,8 +301,8 @@ def test_scores_between_right_and_wrong_have_no_exact_match() -> None:
 
 
 def test_an_answer_line_says_who_judged_it_and_how() -> None:
-    line = {"prompt": "?", "reference": "#### 7", "source": "a", "before": "#### 8"}
-    line |= {"after": "#### 7", "reference_tokens": 4}
+    line: dict[str, Any] = {"prompt": "?", "reference": "#### 7", "source": "a"}
+    line |= {"before": "#### 8", "after": "#### 7", "reference_tokens": 4}
     judging = Judging(EvaluateConfig(), [("a", "#### 7")])
     found = with_judgement(line, judge_row(judging, line))
     assert found["judge"] == "pattern"
