@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from canvastune.config.judge import python_place, split_judge
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError, one_line
@@ -249,7 +247,7 @@ def _own_score(name: str, grade: Callable[..., Any], given: tuple[str, str, str]
             f"{where}: {type(error).__name__}: {one_line(error)}",
             hint="Correct the function, and run the same command again: the answers are kept.",
         ) from error
-    if isinstance(found, np.generic):
+    if hasattr(found, "item"):  # a scalar of NumPy or PyTorch
         found = found.item()
     if found is None:
         return None

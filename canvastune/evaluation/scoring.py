@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-import numpy as np
-
 from canvastune.evaluation.normalization import normalized_answer
 
 SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller p is called one
@@ -81,6 +79,8 @@ def sign_flip(differences: Sequence[float]) -> float:
     well have the other sign. For differences of -1, 0 and 1 it is McNemar's exact test. Up to
     2**14 sign patterns are all counted, of more 20,000 are drawn, always the same.
     """
+    import numpy as np  # here: the commands that only compare runs do not need it
+
     values = np.array([each for each in differences if each], dtype=np.float64)
     if not len(values):
         return 1.0
