@@ -17,8 +17,7 @@ from typing import Any, cast
 import pytest
 
 from canvastune.config import RunConfig
-from canvastune.evaluation.figures import describe_slices, summarize
-from canvastune.evaluation.result import EvaluationResult, Slice
+from canvastune.evaluation.result import EvaluationResult
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary
 from canvastune.tracking.descriptions import describe_report
@@ -27,7 +26,6 @@ from components.run_directory import RunRecord, write_record
 from pipelines.local_runner import describe_result
 from tools.report_sample import (
     sample_config,
-    sample_result,
     sample_run,
     write_data,
     write_evaluation,
@@ -281,58 +279,3 @@ def test_looking_for_runs_to_compare_imports_no_plotting() -> None:
 def _text(page: Path) -> str:
     html = re.sub(r"<(script|style).*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
-
-
-def test_scores_of_sources_and_lengths_are_shown_everywhere(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    """A mixture judged by chrF and by calls: the score has its name, each slice its interval."""
-    run = sample_run(tmp_path / "run", config)
-    assert run.evaluation is not None
-    scores = {"score_before": 0.25, "score_before_low": 0.2, "score_before_high": 0.31}
-    scores |= {"score_after": 0.5, "score_after_low": 0.42, "score_after_high": 0.58}
-    change: dict[str, Any] = {"gained": 9, "lost": 2, "p_value": 0.065, "verdict": "undecided"}
-    prose = Slice("source", "data/prose.jsonl", 40, 38, ("chrf",), **scores, **change)
-    empty = {"by": "length", "name": "1 to 16 tokens", "rows": 3, "scored": 0, "judges": ()}
-    none = replace(prose, **empty, **dict.fromkeys([*scores, *change]))
-    result = sample_result(64)
-    sides = [
-        replace(model, correct=None, exact_match=None, exact_match_normalized=None)
-        for model in (result.before, result.after)
-    ]
-    result = replace(
-        result,
-        before=replace(sides[0], score_by_seed=(0.1, 0.12)),
-        after=replace(sides[1], score_by_seed=(0.8, 0.83)),
-        measure="score",
-        judges=("tool_call", "chrf"),
-        repeats=2,
-        slices=(prose, none),
-    )
-    result.write(run.evaluation)
-    assert EvaluationResult.read(run.evaluation) == result
-    figures = result.figures()
-    assert figures["source/data_prose.jsonl/score_after"] == 0.5
-    assert not any(name.startswith("length/") for name in figures)
-    summary = RunSummary.from_records([], result)
-    assert (summary.score_after, summary.exact_match_after) == (52 / 64, None)
-    page = _text(build_report(run, tmp_path / "report"))
-    assert "Score rose from 9.4% to 81.2% on 64 held-out rows, each answered with 2 seeds" in page
-    assert "by seed: 80.0%, 83.0%; before: 10.0%, 12.0%" in page
-    assert "Score by source and answer length" in page
-    assert (
-        "data/prose.jsonl chrf 38 of 40 25.0% 20.0% to 31.0% 50.0% 42.0% to 58.0% 9 2 p = 0.065"
-        in page
-    )
-    assert "1 to 16 tokens 0 of 3 not scored" in page
-    assert "normalized:" not in page
-    note = describe_report(config, tmp_path, {}, result)
-    assert "| score on 64 held-out rows (95% interval) | 9.4% (" in note
-    assert "| source: `data/prose.jsonl`, 38 rows | 25.0% | 50.0% |" in note
-    logged = [*describe_slices(result), summarize(result)]
-    assert logged[0].startswith(
-        "source data/prose.jsonl: 25.0% before, 50.0% after, 38 rows (chrf)"
-    )
-    assert logged[1] == "length 1 to 16 tokens: 3 rows, none scored"
-    assert logged[2].startswith("score 9.4% [")
-    assert "64 rows x 2 seeds" in logged[2]
