@@ -276,25 +276,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
     )
     serving.add_argument("--run", action="store_true", help="start the server")
-    report.add_argument(
-        "--evaluation",
-        type=Path,
-        metavar="DIR",
-        help="what `canvastune evaluate` wrote (default: RUN/evaluation)",
-    )
-    evaluate = add("evaluate", _EVALUATE, "evaluate a finished run again, without training", [logs])
-    evaluate.add_argument(
-        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
-    )
-    _add_set_option(evaluate)
-    evaluate.add_argument(
-        "--sweep", action="store_true", help="quality against forward passes, by sampler setting"
-    )
-    evaluate.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="a new folder (default: RUN/evaluation-2, or the next number; RUN/sweep)",
+    _add_evaluate_options(
+        report,
+        add("evaluate", _EVALUATE, "evaluate a finished run again, without training", [logs]),
     )
     sync = add("sync", _SYNC, "send MLflow what it missed of a run")
     sync.add_argument(
@@ -432,6 +416,30 @@ def _kubeflow_options() -> argparse.ArgumentParser:
         help="YAML or JSON with settings of a recipe's section `cluster`",
     )
     return parser
+
+
+def _add_evaluate_options(
+    report: argparse.ArgumentParser, evaluate: argparse.ArgumentParser
+) -> None:
+    report.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DIR",
+        help="what `canvastune evaluate` wrote (default: RUN/evaluation)",
+    )
+    evaluate.add_argument(
+        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
+    )
+    _add_set_option(evaluate)
+    evaluate.add_argument(
+        "--sweep", action="store_true", help="quality against forward passes, by sampler setting"
+    )
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a new folder (default: RUN/evaluation-2, or the next number; RUN/sweep)",
+    )
 
 
 def _add_submit_options(parser: argparse.ArgumentParser) -> None:
