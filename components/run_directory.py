@@ -25,6 +25,8 @@ from canvastune.tracking import PipelineRun
 if TYPE_CHECKING:
     from kfp.dsl import Model
 
+BASE_RESULTS = ".base-results"  # next to the runs: answers and losses of bases, for all of them
+
 
 @dataclass(frozen=True)
 class RunRecord:

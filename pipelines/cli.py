@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,8 @@ def _report(options: argparse.Namespace) -> None:
     from components.run_directory import read_record
 
     run, others = find_run(options.run), find_compared(options.compare)
+    if options.evaluation is not None:
+        run = replace(run, evaluation=options.evaluation)
     if options.output is not None:
         print(build_report(run, options.output, others))
         return
@@ -139,6 +142,13 @@ def _serve(options: argparse.Namespace) -> None:
     print(server, flush=True)
     if options.run:
         server.run()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from components.evaluate.again import evaluate_again, sweep_again
+
+    again = sweep_again if options.sweep else evaluate_again
+    print(again(options.run, options.set, options.output))
 
 
 def _sync(options: argparse.Namespace) -> None:
@@ -256,6 +266,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "report": _report,
     "merge": _merge,
     "serve": _serve,
+    "evaluate": _evaluate,
     "sync": _sync,
     "compile": _compile,
     "submit": _submit,

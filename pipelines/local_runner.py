@@ -204,7 +204,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     lines = {
         "training loss": f"{loss(summary.train_loss_first)} -> {loss(summary.train_loss_last)}",
         "validation loss": f"{loss(first)} -> {loss(last)}",
-        "exact match": f"left out: {evaluation.unscored_reason}",
+        evaluation.measure: f"left out: {evaluation.unscored_reason}",
         "report": _relative(folder / "report" / "report.html"),
         "tuned model": _relative(model),
         "MLflow": str(connect(uri)),
@@ -214,12 +214,13 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     if pending(pipeline_run(config, folder, "")):
         sync = f"canvastune sync {_relative(folder)}"
         lines["MLflow"] = f"incomplete; once {connect(uri)} responds again: {sync}"
-    if summary.exact_match_after is not None:
-        before, after = summary.exact_match_before, summary.exact_match_after
-        lines["exact match"] = f"{before:.1%} -> {after:.1%} of held-out rows"
+    if evaluation.scored:
+        before, after = evaluation.before.score, evaluation.after.score
+        of = "of" if summary.exact_match_after is not None else "mean of"
+        lines[evaluation.measure] = f"{before:.1%} -> {after:.1%} {of} held-out rows"
         ends = (summary.exact_match_normalized_before, summary.exact_match_normalized_after)
         if None not in ends:  # as in an evaluation of an earlier version
-            lines["exact match"] += f"; normalized {ends[0]:.1%} -> {ends[1]:.1%}"
+            lines[evaluation.measure] += f"; normalized {ends[0]:.1%} -> {ends[1]:.1%}"
     return lines
 
 

@@ -90,6 +90,18 @@ examples:
   canvastune serve model -- --tensor-parallel-size 2    # after --: options of the server
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
       -d '{"model": "model", "messages": [{"role": "user", "content": "..."}], "max_tokens": 256}'"""
+_EVALUATE = """RUN is a finished run in workspace/runs. If only judges change, its answers are judged again
+in seconds; other settings of evaluate.* have both models answer again. Nothing is trained.
+
+--sweep answers with a few settings of the sampler around the recipe's: a table, sweep.json, sweep.svg
+and sweep.png show quality against forward passes.
+
+examples:
+  canvastune evaluate workspace/runs/rank16 --set evaluate.judge=chrf
+  canvastune evaluate workspace/runs/rank16 --set evaluate.judge=python:judge.py:grade --output own
+  canvastune evaluate workspace/runs/rank16 --set evaluate.repeats=4 --set evaluate.rows=256
+  canvastune evaluate workspace/runs/rank16 --sweep
+  canvastune report workspace/runs/rank16 --evaluation workspace/runs/rank16/evaluation-2 --output look"""
 _SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step
 sends MLflow what it missed, and so does this command.
 
@@ -264,6 +276,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
     )
     serving.add_argument("--run", action="store_true", help="start the server")
+    _add_evaluate_options(
+        report,
+        add("evaluate", _EVALUATE, "evaluate a finished run again, without training", [logs]),
+    )
     sync = add("sync", _SYNC, "send MLflow what it missed of a run")
     sync.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
@@ -400,6 +416,30 @@ def _kubeflow_options() -> argparse.ArgumentParser:
         help="YAML or JSON with settings of a recipe's section `cluster`",
     )
     return parser
+
+
+def _add_evaluate_options(
+    report: argparse.ArgumentParser, evaluate: argparse.ArgumentParser
+) -> None:
+    report.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DIR",
+        help="what `canvastune evaluate` wrote (default: RUN/evaluation)",
+    )
+    evaluate.add_argument(
+        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
+    )
+    _add_set_option(evaluate)
+    evaluate.add_argument(
+        "--sweep", action="store_true", help="quality against forward passes, by sampler setting"
+    )
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a new folder (default: RUN/evaluation-2, or the next number; RUN/sweep)",
+    )
 
 
 def _add_submit_options(parser: argparse.ArgumentParser) -> None:

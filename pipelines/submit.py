@@ -205,6 +205,13 @@ def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
             copy = f"Copy it to the workspace volume and use {mount}/{path.name}"
             hint = f"{copy}, or use the id of a {kind} on the Hub."
             raise UserError(message, hint=hint)
+    for file in map(Path, config.evaluate.judge_files):
+        if not file.is_relative_to(mount):
+            raise UserError(
+                f"evaluate.judge: {file} is a path on this machine, which no pod of the cluster can "
+                "see",
+                hint=f"Copy it to the workspace volume and use {mount}/{file.name}.",
+            )
 
 
 def read_cluster_file(path: Path) -> str:

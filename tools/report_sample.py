@@ -45,6 +45,7 @@ def sample_result(
             cut=0,
             validation_loss=loss,
             validation_loss_by_level={str(level): loss * (0.5 + level) for level in LEVELS},
+            **_score(correct, rows),
         )
 
     gained = after - before + lost
@@ -81,6 +82,13 @@ def _exact_match(correct: int, rows: int, kind: str) -> dict[str, Any]:
         f"exact_match{kind}_low": low,
         f"exact_match{kind}_high": high,
     }
+
+
+def _score(correct: int, rows: int) -> dict[str, Any]:
+    exact = _exact_match(correct, rows, "")
+    ends = ("", "_low", "_high")
+    by_seed = (correct / rows,) if rows else ()
+    return {f"score{end}": exact[f"exact_match{end}"] for end in ends} | {"score_by_seed": by_seed}
 
 
 def write_metrics(
@@ -233,6 +241,11 @@ def write_evaluation(
                 "correct_after": right_after if scored else None,
                 "correct_normalized_before": right_before if scored else None,
                 "correct_normalized_after": right_after if scored else None,
+                "source": "problems.jsonl",
+                "reference_tokens": 24,
+                "judge": "pattern" if scored else None,
+                "score_before": float(right_before) if scored else None,
+                "score_after": float(right_after) if scored else None,
             }
         )
     counts = (rows, before, after, lost) if scored else (0, 0, 0, 0)

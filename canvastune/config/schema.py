@@ -5,7 +5,6 @@ next to every output.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from canvastune.config.cluster import ClusterConfig
 from canvastune.config.data import DataConfig
+from canvastune.config.judge import (
+    JudgeName,
+    as_list,
+    check_pattern,
+    python_place,
+    split_judge,
+)
 from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
@@ -292,8 +298,27 @@ class EvaluateConfig(StrictModel):
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     answer_pattern: str | None = Field(
         r"####\s*(-?[\d.,]+)",
-        description="regular expression whose last match's group 1 is the answer that exact match "
-        "compares; null: no exact match, for data whose answers have no such form",
+        description="regular expression whose last match's group 1 is the answer that the judge "
+        "`pattern` compares; null: none, for data whose answers have no such form",
+    )
+    judge: tuple[JudgeName, ...] | None = Field(
+        None,
+        description="what decides whether an answer is right, or how near it comes: `pattern` or "
+        "`pattern:REGEX`, `number`, `text`, `json`, `tool_call`, `chrf`, `python:FILE.py:FUNCTION`; "
+        "of several, the first that can judge by a row's reference; default: `pattern` where it "
+        "matches a held-out reference, else `chrf`; []: none",
+    )
+    judges: dict[str, tuple[JudgeName, ...]] = Field(
+        {},
+        description="judges of single sources of `data.mixture`, by their `source`; the others have "
+        "`evaluate.judge`",
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="answers of each model to each row, with seeds `seed`, `seed` + 1, ...: the "
+        "figures are their means, with the noise of sampling in their intervals",
     )
 
     @model_validator(mode="before")
@@ -315,21 +340,26 @@ class EvaluateConfig(StrictModel):
     @field_validator("answer_pattern")
     @classmethod
     def _check_pattern(cls, value: str | None) -> str | None:
-        if not value:
-            return None
-        try:
-            groups = re.compile(value).groups
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InvalidSetting(
-                f"evaluate.answer_pattern: invalid regular expression {value!r}: {error}",
-                hint="Correct the pattern; in YAML, put it in single quotes.",
-            ) from None
-        if groups < 1:
-            raise InvalidSetting(
-                f"evaluate.answer_pattern: found no group in {value!r}, expected the answer in one",
-                hint="Put the answer in parentheses, as in '####\\s*(.+)'.",
-            )
-        return value
+        return check_pattern("evaluate.answer_pattern", value) if value else None
+
+    @property
+    def judge_files(self) -> list[str]:
+        """The files of the judges that are functions of one's own."""
+        names = [name for names in (self.judge or (), *self.judges.values()) for name in names]
+        found = [split_judge(name) for name in names]
+        return [python_place(argument)[0] for kind, argument in found if kind == "python"]
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _read_one_judge(cls, value: Any) -> Any:
+        return as_list(value)
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _read_one_judge_each(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {source: as_list(names) for source, names in value.items()}
 
 
 class TrackingConfig(StrictModel):
@@ -353,9 +383,9 @@ class TrackingConfig(StrictModel):
     )
     promote: Literal["better", "never"] = Field(
         "better",
-        description="when a registered model gets the alias champion: better, if its exact match "
-        "is above the champion's on the same rows "
-        "(the first one: not below the base's); never",
+        description="when a registered model gets the alias champion: better, if the paired test on "
+        "the same held-out rows says that it is better than the champion (the first one: than the "
+        "base); never",
     )
 
     @field_validator("registered_model")
@@ -417,6 +447,13 @@ class RunConfig(StrictModel):
                 f"evaluate.sampler.t_min ({low}) is above evaluate.sampler.t_max ({high})",
                 hint="Lower evaluate.sampler.t_min.",
             )
+        sources = [source.source for source in self.data.sources]
+        for name in self.evaluate.judges:
+            if name not in sources:
+                raise InvalidSetting(
+                    f"evaluate.judges: found {name!r}, which is no source of data.mixture",
+                    hint=f"The sources are {', '.join(sources)}.",
+                )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise InvalidSetting(
                 f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr "

@@ -20,6 +20,7 @@ from canvastune.checkpoint.generation_config import (
     sampler_settings,
 )
 from canvastune.config.schema import EvaluateConfig
+from canvastune.data.row_sources import read_sources
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import select_frames
 from canvastune.evaluation.held_out import open_validation, select_rows
@@ -39,6 +40,8 @@ class Question:
     tokens: list[int]  # the prompt in the chat template, including the header of the answer's turn
     reference: str
     opening: str = ""  # what the prompt already has of the answer: the start of its thinking
+    reference_tokens: int = 0  # of the prepared response, which `data.seq_length` may have cut
+    source: str | None = None  # of a mixture, as the recipe names it; None: there is one source
 
 
 def select_questions(
@@ -53,6 +56,7 @@ def select_questions(
         UserError: no prepared dataset.
     """
     rows = select_rows(dataset, count)
+    sources = read_sources(dataset / "validation")
     markers = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     return [
         Question(
@@ -61,6 +65,8 @@ def select_questions(
             tokens=(tokens := list(row["input_ids"][: row["prefix_length"]])),
             reference=row["answer"],
             opening=_open_thinking(tokens, markers, tokenizer),
+            reference_tokens=len(row["input_ids"]) - row["prefix_length"],
+            source=sources.get(row["id"]),
         )
         for row in rows
     ]

@@ -66,7 +66,7 @@ def normalized_answer(pattern: re.Pattern[str], text: str) -> Decimal | str | No
     for candidate in (plain, _LEAD.sub("", plain), text):
         matches = list(pattern.finditer(candidate))
         if matches and matches[-1].group(1) is not None:
-            return _value(_whole_answer(matches[-1], candidate))
+            return normalized_value(_whole_answer(matches[-1], candidate))
     return None
 
 
@@ -106,6 +106,7 @@ def _whole_answer(match: re.Match[str], text: str) -> str:
     return f"{before.group() if before else ''}{answer}{after.group() if after else ''}"
 
 
-def _value(answer: str) -> Decimal | str | None:
+def normalized_value(answer: str) -> Decimal | str | None:
+    """Return a whole text without its typography: a number, or other text; None if it is empty."""
     text = " ".join(_without_typography(answer).split()).strip("\"'").rstrip(".,;:").casefold()
     return Decimal(text) if _PLAIN_NUMBER.fullmatch(text) else text or None

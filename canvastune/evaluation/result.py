@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,31 @@ _MEASURED_KEYS = {
 }
 _CUT_KEY = "cut_{}"  # absent from results of earlier versions, as the two below
 _REUSED, _SAMPLER = "base_reused", "sampler"
+_JUDGED_KEYS = {  # absent from results of earlier versions, as all that follows
+    "score": "score_{}",
+    "score_low": "score_{}_low",
+    "score_high": "score_{}_high",
+    "score_by_seed": "score_{}_by_seed",
+}
+_JUDGED, _SLICES = ("measure", "judges", "repeats"), "slices"
 _COMPARISON = ("gained", "lost", "p_value", "verdict")
 _NORMALIZED_COMPARISON = ("gained_normalized", "lost_normalized")
 _SETTINGS = (
     *("validation_rows", "answer_pattern", "asked"),
     *("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
 )
-_NOT_FIGURES = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed")
+_NOT_IN_NAME = re.compile(r"[^\w.-]+")  # of a figure, where "/" would begin another level
+_NOT_FIGURES = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "repeats")
 
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """The figures of one model. Those of exact match are None if no row was scored."""
+    """The figures of one model.
 
-    correct: int | None
+    Scores are None if no row was scored, exact match also if a judge gives more than right and wrong.
+    """
+
+    correct: int | None  # answers, of all repeats
     exact_match: float | None  # share of the scored rows, 0 to 1
     exact_match_low: float | None  # ends of Wilson's 95% interval
     exact_match_high: float | None
@@ -64,6 +76,32 @@ class ModelFigures:
     cut: int | None  # answers that `max_new_tokens` cut
     validation_loss: float | None  # nats per token, mean over the corruption levels
     validation_loss_by_level: Mapping[str, float | None]  # by corruption level, for example "0.1"
+    score: float | None = None  # mean over the scored rows, 0 to 1; exact match is one kind
+    score_low: float | None = None  # ends of its 95% interval
+    score_high: float | None = None
+    score_by_seed: tuple[float, ...] = ()  # of each repeat
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Both models on the held-out rows of one source, or of one length of the reference."""
+
+    by: str  # "source" or "length"
+    name: str
+    rows: int
+    scored: int
+    judges: tuple[str, ...]
+    # None, if no row was scored:
+    score_before: float | None
+    score_before_low: float | None
+    score_before_high: float | None
+    score_after: float | None
+    score_after_low: float | None
+    score_after_high: float | None
+    gained: int | None
+    lost: int | None
+    p_value: float | None
+    verdict: str | None
 
 
 @dataclass(frozen=True)
@@ -71,13 +109,13 @@ class EvaluationResult:
     """The figures of both models on the same held-out rows."""
 
     rows: int  # answered
-    scored: int  # of them, those whose reference has an answer that `answer_pattern` finds
+    scored: int  # of them, those that a judge can judge by their reference
     before: ModelFigures  # the base
     after: ModelFigures  # the tuned model
     # None, if no row was scored:
-    gained: int | None  # rows that only the tuned model answers correctly
-    lost: int | None  # rows that only the base answers correctly
-    p_value: float | None  # of McNemar's exact test on gained and lost
+    gained: int | None  # rows that the tuned model answers better: right, where the base is wrong
+    lost: int | None  # rows that the base answers better
+    p_value: float | None  # of the paired test on the rows; McNemar's exact one for right and wrong
     verdict: str | None  # "better", "worse" or "undecided"
     gained_normalized: int | None
     lost_normalized: int | None
@@ -91,15 +129,28 @@ class EvaluationResult:
     device: str
     base_reused: int | None  # of the base's answers, those of earlier evaluations that are reused
     sampler: Mapping[str, Any] | None  # its settings, by their name in the recipe
+    measure: str = "exact match"  # what a score is called: or "chrF", or "score" of several judges
+    judges: tuple[str, ...] = ("pattern",)
+    repeats: int = 1  # answers of each model to each row
+    slices: tuple[Slice, ...] = ()
 
     @property
     def unscored_reason(self) -> str | None:
-        """Why there is no exact match; None if there is one."""
+        """Why there is no score; None if there is one."""
         if self.scored:
             return None
-        if self.answer_pattern is None:
-            return "evaluate.answer_pattern is null"
-        return f"evaluate.answer_pattern matches none of the {self.rows} references"
+        if not self.judges:
+            return "evaluate.judge is []"
+        if self.judges == ("pattern",):
+            if self.answer_pattern is None:
+                return "evaluate.answer_pattern is null"
+            return f"evaluate.answer_pattern matches none of the {self.rows} references"
+        return f"evaluate.judge ({', '.join(self.judges)}) can judge none of the {self.rows} rows"
+
+    @property
+    def title(self) -> str:
+        """What a score is called, at the start of a sentence: "Exact match", "chrF" or "Score"."""
+        return self.measure if self.measure == "chrF" else self.measure.capitalize()
 
     @classmethod
     def read(cls, path: Path) -> EvaluationResult:
@@ -142,6 +193,13 @@ class EvaluationResult:
             after=_model_figures(found, "after"),
             base_reused=found.get(_REUSED),
             sampler=found.get(_SAMPLER),
+            measure=found.get("measure", "exact match"),
+            judges=tuple(found.get("judges", ("pattern",))),
+            repeats=found.get("repeats", 1),
+            slices=tuple(
+                Slice(**{**each, "judges": tuple(each["judges"])})
+                for each in found.get(_SLICES, ())
+            ),
             **same_names,
         )
 
@@ -166,18 +224,27 @@ class EvaluationResult:
             }
         found |= {name: getattr(self, name) for name in _SETTINGS}
         found |= {_CUT_KEY.format(side): model.cut for side, model in sides}
-        return dict(finite(found | {_REUSED: self.base_reused, _SAMPLER: self.sampler}))
+        found |= {_REUSED: self.base_reused, _SAMPLER: self.sampler}
+        for side, model in sides:
+            found |= {key.format(side): getattr(model, name) for name, key in _JUDGED_KEYS.items()}
+        found |= {name: getattr(self, name) for name in _JUDGED}
+        return dict(finite(found | {_SLICES: [asdict(each) for each in self.slices]}))
 
     def figures(self) -> dict[str, float]:
         """Return the measured numbers by their key in evaluation.json, without the settings.
 
         All of them are finite; a figure that is not known is left out.
         """
-        return {
+        found = {
             name: value
             for name, value in self.to_json().items()
             if isinstance(value, int | float) and name not in _NOT_FIGURES
         }
+        for each in self.slices:
+            scores = {"score_before": each.score_before, "score_after": each.score_after}
+            place = f"{each.by}/{_NOT_IN_NAME.sub('_', each.name)}"
+            found |= {f"{place}/{name}": n for name, n in scores.items() if n is not None}
+        return found
 
 
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
@@ -185,6 +252,12 @@ def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     keys = _SCORE_KEYS | _MEASURED_KEYS
     values: dict[str, Any] = {name: found[key.format(side)] for name, key in keys.items()}
     values |= {name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()}
+    # Earlier versions judged by exact match only.
+    earlier = {name: values.get(name.replace("score", "exact_match")) for name in _JUDGED_KEYS}
+    values |= {
+        name: found.get(key.format(side), earlier[name]) for name, key in _JUDGED_KEYS.items()
+    }
+    values["score_by_seed"] = tuple(values["score_by_seed"] or ())
     return ModelFigures(
         **values,
         cut=found.get(_CUT_KEY.format(side)),

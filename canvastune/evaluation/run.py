@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,20 @@ from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.data.packing import Example
+from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.base_results import BaseResults
+from canvastune.evaluation.figures import (
+    JudgedRow,
+    compared,
+    describe_slices,
+    judge_row,
+    measure,
+    side_scores,
+    slices,
+    summarize,
+    with_judgement,
+)
 from canvastune.evaluation.generation import (
     Answering,
     Question,
@@ -31,16 +42,8 @@ from canvastune.evaluation.generation import (
     response_ends,
     select_questions,
 )
+from canvastune.evaluation.judges import Judging
 from canvastune.evaluation.result import SIDES, EvaluationResult, ModelFigures
-from canvastune.evaluation.scoring import (
-    Reference,
-    answer_part,
-    compare,
-    find_reference,
-    is_correct,
-    mcnemar,
-    wilson,
-)
 from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
@@ -66,13 +69,14 @@ class _Task:
     examples: list[Example]
     common: dict[str, str]  # what every result depends on
     device: torch.device
+    canvas: int  # tokens that are denoised together
 
 
 @dataclass(frozen=True)
 class _ModelOutput:
     """What one model produced."""
 
-    texts: dict[str, str]  # answers by question id
+    texts: dict[str, list[str]]  # answers by question id, one of each repeat
     trace: list[dict[str, Any]]  # of the answer to the first question
     tokens: int
     seconds: float
@@ -97,10 +101,10 @@ def evaluate(
     `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
     of the answer to the first question. Both models are given the same noise, which depends on the
     seed and the question only. The prompts are the tokens that training put before the responses.
-    Exact match compares what `evaluate.answer_pattern` finds last in the answer and in the
-    reference, strictly and without typography; rows whose reference has no match are answered but
-    not scored, and without any match exact match is left out. The validation loss is training's, of
-    the checkpoints as stored. One model at a time is in memory.
+    The judges of `evaluate.judge` and `evaluate.judges` compare an answer with its reference; rows
+    that none of them can judge by are answered but not scored. With `evaluate.repeats`, each row is
+    answered with several seeds. The validation loss is training's, of the checkpoints as stored.
+    One model at a time is in memory.
 
     An evaluation that was killed resumes, with the same result.
 
@@ -114,19 +118,16 @@ def evaluate(
             depend on the same; None: nowhere.
 
     Raises:
-        UserError: no prepared dataset, a checkpoint that cannot be loaded, an `out` that is not
-            empty, a batch too large for the device, another process that evaluates into the same
-            place.
+        UserError: no prepared dataset, a checkpoint or a judge that cannot be loaded, an `out` that
+            is not empty, a batch too large for the device, another process that evaluates into the
+            same place.
     """
     out = out.absolute()
     settings = config.evaluate
-    pattern = re.compile(settings.answer_pattern) if settings.answer_pattern else None
     check_writable(out)
     tokenizer = load_tokenizer(base).tokenizer
     questions = select_questions(dataset, tokenizer, settings.rows)
-    references = {
-        question.id: find_reference(pattern, question.reference) for question in questions
-    }
+    judging = judging_of(config, questions)  # before the models answer: it may be refused
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_model_config(base)
     examples = held_out_examples(dataset, config.train, model_config)
@@ -137,7 +138,8 @@ def evaluate(
         "transformers": transformers.__version__,
     }
     common = {"base": (base_hash := hash_path(base)), "device": device.type, **versions}
-    task = _Task(config, tokenizer, questions, how, examples, common, device)
+    canvas = model_config.canvas_length
+    task = _Task(config, tokenizer, questions, how, examples, common, device, canvas)
     kept = BaseResults(base_results, base_hash)
     with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
@@ -147,11 +149,9 @@ def evaluate(
             side: _run_model(task, side, checkpoint, cache, kept if side == SIDES[0] else None)
             for side, checkpoint in checkpoints
         }
-        answers = [
-            _answer_row(question, outputs, pattern, references[question.id])
-            for question in questions
-        ]
-        result = _result(task, answers, outputs)
+        rows = [_answer_row(config, question, outputs) for question in questions]
+        judged = [judge_row(judging, row) for row in rows]
+        result = _result(task, judging, judged, outputs)
         first = questions[0]
         film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
         film |= {side: output.trace for side, output in outputs.items()}
@@ -161,15 +161,19 @@ def evaluate(
                 to_json_text(film, ensure_ascii=False), encoding="utf-8"
             )
             with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(to_json_text(row, ensure_ascii=False) for row in answers)
+                file.writelines(
+                    to_json_text(with_judgement(row, each), ensure_ascii=False)
+                    for row, each in zip(rows, judged, strict=True)
+                )
             write_provenance(
                 folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
             )
         cache.delete()
-    for row in answers[:_LOGGED_ANSWERS]:
+    for row in rows[:_LOGGED_ANSWERS]:
         prompt, before, after = (_shorten(row[key]) for key in ("prompt", *SIDES))
         logger.info(f"evaluate: asked {prompt}, before {before}, after {after}")
-    logger.info(f"evaluate: {_summary(result)}: {out}")
+    for line in [*describe_slices(result), f"{summarize(result)}: {out}"]:
+        logger.info(f"evaluate: {line}")
     return result
 
 
@@ -180,7 +184,8 @@ def _run_model(
     config, levels = task.config, task.config.train.validation_levels
     blocks = config.train.validation_blocks
     common = {**task.common, "side": side, "model": hash_path(checkpoint)}
-    generation = {"seed": config.seed, **asdict(task.how)}
+    generation = asdict(task.how)
+    seeds = [(config.seed + repeat) % 2**63 for repeat in range(config.evaluate.repeats)]
     first = task.questions[0].id
     store = _Store(cache, kept)
 
@@ -189,9 +194,10 @@ def _run_model(
         logger.info(f"evaluate: {side}: loading {checkpoint}")
         return load_stock(checkpoint, task.device)
 
-    def answer_key(question: Question) -> dict[str, Any]:
-        asked = {"id": question.id, "asked": question.tokens, "traced": question.id == first}
-        return {**common, **generation, **asked}
+    def answer_key(question: Question, seed: int) -> dict[str, Any]:
+        traced = question.id == first and seed == seeds[0]
+        asked = {"id": question.id, "asked": question.tokens, "traced": traced}
+        return {**common, "seed": seed, **generation, **asked}
 
     def loss_key(part: list[Example]) -> dict[str, Any]:
         denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
@@ -199,17 +205,23 @@ def _run_model(
         more = {} if blocks == 1 else {"blocks": blocks}
         return {**common, "levels": levels, **more, "denoised": denoised}
 
-    progress = _Progress(f"{side}: {{}} of {{}} rows answered", len(task.questions))
-    answers = {one.id: store.get(answer_key(one)) for one in task.questions}
+    total = len(task.questions) * len(seeds)
+    progress = _Progress(f"{side}: {{}} of {{}} {_answered(seeds)}", total)
+    answers = {
+        (one.id, seed): store.get(answer_key(one, seed)) for seed in seeds for one in task.questions
+    }
     reused = store.reused
-    open_questions = [one for one in task.questions if answers[one.id] is None]
-    progress.add(len(task.questions) - len(open_questions), 0.0)
-    if open_questions:
-        keys = {one.id: answer_key(one) for one in open_questions}
-        given = (open_questions, task.tokenizer, task.how, config.seed, config.evaluate.batch_size)
-        for name, answer in generate_answers(model(), *given, first):
+    progress.add(sum(answer is not None for answer in answers.values()), 0.0)
+    for seed in seeds:
+        open_questions = [one for one in task.questions if answers[one.id, seed] is None]
+        if not open_questions:
+            continue
+        keys = {one.id: answer_key(one, seed) for one in open_questions}
+        given = (open_questions, task.tokenizer, task.how, seed, config.evaluate.batch_size)
+        traced = first if seed == seeds[0] else None
+        for name, answer in generate_answers(model(), *given, traced):
             store.put(keys[name], answer)
-            answers[name] = answer
+            answers[name, seed] = answer
             progress.add(1, answer["seconds"])
 
     losses = []
@@ -232,8 +244,8 @@ def _run_model(
     loss, by_level = mean_losses(losses, levels)
     each = list(answers.values())
     return _ModelOutput(
-        texts={name: answer["text"] for name, answer in answers.items()},
-        trace=answers[first]["trace"],
+        texts={one.id: [answers[one.id, seed]["text"] for seed in seeds] for one in task.questions},
+        trace=answers[first, seeds[0]]["trace"],
         tokens=sum(answer["tokens"] for answer in each),
         seconds=sum(answer["seconds"] for answer in each),
         tokens_per_forward=sum(answer["tokens"] / answer["forwards"] for answer in each)
@@ -290,43 +302,57 @@ class _Progress:
         logger.info(f"evaluate: {line}, {left // 60}:{left % 60:02d} left")
 
 
-def _answer_row(
-    question: Question,
-    outputs: Mapping[str, _ModelOutput],
-    pattern: re.Pattern[str] | None,
-    reference: Reference | None,
-) -> dict[str, Any]:
-    """Return a line of answers.jsonl."""
-    texts = {side: output.texts[question.id] for side, output in outputs.items()}
-    strict: dict[str, bool | None] = {}
-    normalized: dict[str, bool | None] = {}
-    for side, text in texts.items():
-        correct = (
-            is_correct(pattern, answer_part(text), reference)
-            if pattern is not None and reference is not None
-            else (None, None)
+def judging_of(config: RunConfig, questions: Sequence[Question]) -> Judging:
+    """Return the judges of a recipe for the questions.
+
+    Raises:
+        UserError: a judge that cannot be loaded, or judges of sources that the data does not know.
+    """
+    named = bool(config.data.source) or any(question.source for question in questions)
+    if config.evaluate.judges and not named:
+        raise UserError(
+            "evaluate.judges: the prepared data does not say which source a row is from",
+            hint="Prepare the data again: an earlier version did not write it.",
         )
-        strict[f"correct_{side}"], normalized[f"correct_normalized_{side}"] = correct
+    return Judging(
+        config.evaluate,
+        [(question.source or config.data.source, question.reference) for question in questions],
+    )
+
+
+def _answered(seeds: Sequence[int]) -> str:
+    return "rows answered" if len(seeds) == 1 else f"rows answered, each with {len(seeds)} seeds"
+
+
+def _answer_row(
+    config: RunConfig, question: Question, outputs: Mapping[str, _ModelOutput]
+) -> dict[str, Any]:
+    """Return what a line of answers.jsonl has before it is judged."""
+    texts = {side: output.texts[question.id] for side, output in outputs.items()}
+    shown, *repeats = (
+        dict(zip(texts, each, strict=True)) for each in zip(*texts.values(), strict=True)
+    )
     return {
         "id": question.id,
+        "source": question.source or config.data.source,
         "prompt": question.text,
         "reference": question.reference,
-        **texts,
-        **strict,
-        **normalized,
+        "reference_tokens": question.reference_tokens,
+        **shown,
+        **({"repeats": repeats} if repeats else {}),
     }
 
 
 def _result(
-    task: _Task, answers: Sequence[Mapping[str, Any]], outputs: Mapping[str, _ModelOutput]
+    task: _Task,
+    judging: Judging,
+    judged: Sequence[JudgedRow],
+    outputs: Mapping[str, _ModelOutput],
 ) -> EvaluationResult:
-    scored = [answer for answer in answers if answer["correct_before"] is not None]
-
     def figures(side: str) -> ModelFigures:
         output = outputs[side]
         return ModelFigures(
-            **_exact_match(scored, side, ""),
-            **_exact_match(scored, side, "_normalized"),
+            **side_scores(judged, side),
             tokens=output.tokens,
             seconds=output.seconds,
             tokens_per_second=output.tokens / output.seconds,
@@ -338,11 +364,11 @@ def _result(
 
     settings = task.config.evaluate
     result = EvaluationResult(
-        rows=len(answers),
-        scored=len(scored),
+        rows=len(judged),
+        scored=sum(row.scored for row in judged),
         before=figures("before"),
         after=figures("after"),
-        **_comparison(scored),
+        **compared(judged),
         validation_rows=len(task.examples),
         answer_pattern=settings.answer_pattern,
         asked=hash_questions(task.questions),
@@ -353,57 +379,12 @@ def _result(
         device=task.device.type,
         base_reused=outputs["before"].reused,
         sampler=asdict(task.how.sampler),
+        measure=measure(judged),
+        judges=tuple(judging.names),
+        repeats=settings.repeats,
+        slices=slices(judged, task.canvas),
     )
     return EvaluationResult.from_json(result.to_json())  # as it is read: finite numbers
-
-
-def _exact_match(scored: Sequence[Mapping[str, Any]], side: str, kind: str) -> dict[str, Any]:
-    """Return the fields of ModelFigures for one kind of exact match, "" or "_normalized"."""
-    correct = sum(answer[f"correct{kind}_{side}"] for answer in scored) if scored else None
-    low, high = (None, None) if correct is None else wilson(correct, len(scored))
-    return {
-        f"correct{kind}": correct,
-        f"exact_match{kind}": None if correct is None else correct / len(scored),
-        f"exact_match{kind}_low": low,
-        f"exact_match{kind}_high": high,
-    }
-
-
-def _comparison(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fields of EvaluationResult that compare the models row by row."""
-    names = ("gained", "lost", "p_value", "verdict", "gained_normalized", "lost_normalized")
-    if not scored:
-        return dict.fromkeys(names)
-    found = []
-    for kind in ("", "_normalized"):
-        sides = [(row[f"correct{kind}_before"], row[f"correct{kind}_after"]) for row in scored]
-        found.append((sides.count((False, True)), sides.count((True, False))))
-    strict, normalized = found
-    return dict(zip(names, (*strict, mcnemar(*strict), compare(*strict), *normalized), strict=True))
-
-
-def _summary(result: EvaluationResult) -> str:
-    before, after = (
-        "not finite" if model.validation_loss is None else f"{model.validation_loss:.3f}"
-        for model in (result.before, result.after)
-    )
-    losses = f"validation loss {before} before, {after} after"
-    if not result.scored:
-        return f"{losses}; exact match is left out: {result.unscored_reason}"
-    sides = (("before", result.before), ("after", result.after))
-    shares = [
-        f"{model.exact_match:.1%} "
-        f"[{model.exact_match_low:.1%}, {model.exact_match_high:.1%}] {side}"
-        for side, model in sides
-    ]
-    normalized = [f"{model.exact_match_normalized:.1%} {side}" for side, model in sides]
-    change = (
-        f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
-    )
-    return (
-        f"exact match {', '.join(shares)}, {result.scored} rows; {change}; "
-        f"normalized {', '.join(normalized)}; {losses}"
-    )
 
 
 def _shorten(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.data.mixture import Mixture, Share
+from canvastune.data.row_sources import write_sources
 from canvastune.io.hashing import hash_path
 from canvastune.preparation.readers import Row
 from canvastune.preparation.sources import OpenedSource
@@ -41,6 +42,12 @@ class Part:
                 self._content.update(text.encode() + b"\n")
             progress.update()
             yield row
+
+    @property
+    def recipe_name(self) -> str:
+        """The `source` by which the recipe names it."""
+        assert self.config.source is not None
+        return self.config.source
 
     @property
     def fingerprint(self) -> str:
@@ -97,15 +104,24 @@ def describe_parts(
     }
 
 
-def write_mixture(parts: Sequence[Part], train: Counter[int], folder: Path) -> None:
-    """Write the shares that the trainer interleaves into the folder of the training rows, if there are several
-    sources.
+def write_mixture(
+    parts: Sequence[Part], train: Counter[int], held_out: Iterable[tuple[str, int]], folder: Path
+) -> None:
+    """Write, if there are several data sets, what the trainer and the evaluation need to know of
+    them: the shares that training rows are interleaved by, and where each held-out row is from.
+
+    Args:
+        train: rows of the training split, by the index of the data set.
+        held_out: id of each held-out row, and the index of its data set.
+        folder: of the prepared data set.
     """
     shares = tuple(
         Share(part.weight, train[index]) for index, part in enumerate(parts) if not part.held_out
     )
     if len(shares) > 1:
-        Mixture(shares).write(folder)
+        Mixture(shares).write(folder / "train")
+        names = [part.recipe_name for part in parts]
+        write_sources({id: names[index] for id, index in held_out}, folder / "validation")
 
 
 def log_parts(parts: Sequence[Part], train: Counter[int], validation: Counter[int]) -> None:

@@ -152,7 +152,12 @@ def prepare_data(
             parts[index].stats.drop_beyond(left_out)
         splits = {"train": train.save(), "validation": validation.save()}
         rows = (train.rows_by_source(), validation.rows_by_source())
-        write_mixture(parts, rows[0], folder / "train")
+        write_mixture(
+            parts,
+            rows[0],
+            zip(splits["validation"]["id"], validation.sources(), strict=True),
+            folder,
+        )
         card: dict[str, Any] = {
             **describe_parts(parts, *rows),
             "train": len(splits["train"]),

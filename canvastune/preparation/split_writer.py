@@ -62,8 +62,12 @@ class SplitWriter:
 
     def rows_by_source(self) -> Counter[int]:
         """Count the rows that are kept, by the index of their data set."""
+        return Counter(self.sources())
+
+    def sources(self) -> list[int]:
+        """Return the index of the data set of each row that is kept, in the order of the rows."""
         chosen = range(self.count) if self._chosen is None else self._chosen
-        return Counter(self._sources[at] for at in chosen)
+        return [self._sources[at] for at in chosen]
 
     def add(self, example: dict[str, Any], response: int, position: float, source: int) -> None:
         """Add a row.

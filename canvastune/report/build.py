@@ -15,7 +15,7 @@ from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.result import SIDES, EvaluationResult
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import write_provenance
 from canvastune.report import formatting
@@ -56,7 +56,8 @@ _OPEN_ANSWERS = 12  # shown without a click
 _MAX_TEXT = 1500  # characters of a cell
 _MAX_EVENTS = 100
 _MAX_PAGE_BYTES = 2_000_000  # what Kubeflow's and MLflow's viewers show without trouble
-_OUTCOMES = ("lost", "wrong", "gained", "right", "unscored")  # in the order of the page
+# In the order of the page; "same" is a score between right and wrong that did not change.
+_OUTCOMES = ("lost", "wrong", "same", "gained", "right", "unscored")
 
 
 def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] = ()) -> Path:
@@ -84,6 +85,10 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
         if compare:
             rows = zip(names, runs, recorded, strict=True)
             context["compared"] = [_comparison_row(*each) for each in rows]
+            results = [each["evaluation"] for each in context["compared"] if each["evaluation"]]
+            context["titles"] = " / ".join(dict.fromkeys(each.title for each in results))
+            context["titles"] = context["titles"] or "Exact match"
+            context["mixed_measures"] = len({each.measure for each in results}) > 1
             context["differing"] = differing_settings(runs)
         context["charts"] = [_chart_context(chart, marks) for chart in charts]
         context["curves"] = charts_json(charts, marks, context["stats"].steps)
@@ -129,6 +134,7 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "cost": Cost.from_records(records, config),
         "evaluation": evaluation,
         "direction": direction(evaluation) if evaluation else None,
+        "slice_kinds": _slice_kinds(evaluation) if evaluation else "",
         "answers": [_side_by_side(row) for row in answers[:_MAX_ANSWERS]],
         "answer_count": len(answers),
         "open_answers": _OPEN_ANSWERS,
@@ -182,18 +188,23 @@ def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
     path = evaluation / "answers.jsonl" if evaluation and evaluation.is_dir() else None
     if path is None or not path.is_file():
         return []
-    outcomes = {
-        (True, False): "lost",
-        (False, False): "wrong",
-        (False, True): "gained",
-        (True, True): "right",
-    }
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        sides = (row.get("correct_before"), row.get("correct_after"))
-        rows.append(row | {"outcome": outcomes.get(sides, "unscored")})
+        scores = [row.get(f"score_{side}", row.get(f"correct_{side}")) for side in SIDES]
+        graded = None not in scores and not set(scores) <= {0, 1}
+        more = {"outcome": _outcome(*scores), "graded": graded}
+        rows.append(row | dict(zip(("score_before", "score_after"), scores, strict=True)) | more)
     return sorted(rows, key=lambda row: _OUTCOMES.index(row["outcome"]))
+
+
+def _outcome(before: float | None, after: float | None) -> str:
+    """Name how the score of a row changed; earlier versions wrote only whether it is right."""
+    if before is None or after is None:
+        return "unscored"
+    if before != after:
+        return "gained" if after > before else "lost"
+    return {0: "wrong", 1: "right"}.get(int(after) if after in (0, 1) else -1, "same")
 
 
 def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
@@ -202,8 +213,13 @@ def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
-    order = ("gained", "lost", "right", "wrong", "unscored")
+    order = ("gained", "lost", "right", "wrong", "same", "unscored")
     return {name: sum(row["outcome"] == name for row in answers) for name in order}
+
+
+def _slice_kinds(evaluation: EvaluationResult) -> str:
+    names = {"source": "source", "length": "answer length"}
+    return " and ".join(dict.fromkeys(names[each.by] for each in evaluation.slices))
 
 
 def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:

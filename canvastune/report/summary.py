@@ -16,6 +16,7 @@ from canvastune.config import RunConfig
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.scoring import too_few
 from canvastune.io.json_text import finite, to_json_text
 
 Record = dict[str, Any]  # a line of metrics.jsonl
@@ -46,7 +47,8 @@ class RunSummary:
 
     summary.json, the command line, Kubeflow, MLflow, the report and its comparison table all show
     these. Losses are in nats per token, exact match is a share of the scored rows (0 to 1), strict
-    and without typography.
+    and without typography; scores are means from 0 to 1, where a judge gives more than right and
+    wrong.
     """
 
     train_loss_first: float | None = None  # of the first step
@@ -57,6 +59,8 @@ class RunSummary:
     exact_match_after: float | None = None
     exact_match_normalized_before: float | None = None
     exact_match_normalized_after: float | None = None
+    score_before: float | None = None
+    score_after: float | None = None
 
     @classmethod
     def from_records(cls, records: list[Record], evaluation: EvaluationResult | None) -> RunSummary:
@@ -64,6 +68,7 @@ class RunSummary:
         losses = loss_ends(series(records, "train", "loss")[1])
         validation = series(records, "validation", "loss")[1]
         scored = evaluation if evaluation and evaluation.scored else None
+        graded = scored if scored and scored.after.exact_match is None else None
         return cls(
             train_loss_first=losses[0] if losses else None,
             train_loss_last=losses[1] if losses else None,
@@ -73,6 +78,8 @@ class RunSummary:
             exact_match_after=scored.after.exact_match if scored else None,
             exact_match_normalized_before=scored.before.exact_match_normalized if scored else None,
             exact_match_normalized_after=scored.after.exact_match_normalized if scored else None,
+            score_before=graded.before.score if graded else None,
+            score_after=graded.after.score if graded else None,
         )
 
     @classmethod
@@ -229,8 +236,8 @@ def count_checkpoints(records: list[Record]) -> int:
 
 
 def direction(evaluation: EvaluationResult) -> str | None:
-    """Return how exact match changed: "rose", "fell" or "stayed"; None if no row was scored."""
-    before, after = evaluation.before.correct, evaluation.after.correct
+    """Return how the score changed: "rose", "fell" or "stayed"; None if no row was scored."""
+    before, after = evaluation.before.score, evaluation.after.score
     if before is None or after is None:
         return None
     return "rose" if after > before else "fell" if after < before else "stayed"
@@ -290,20 +297,35 @@ def find_warnings(
 def _evaluation_warnings(evaluation: EvaluationResult | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated: it is unknown whether the tuned model answers better."]
+    found = []
+    if evaluation.after.cut:
+        found.append(
+            f"{evaluation.after.cut} answers of the tuned model were cut at "
+            f"evaluate.max_new_tokens ({evaluation.max_new_tokens})."
+        )
     if not evaluation.scored:
-        if evaluation.answer_pattern is None:  # switched off: nothing to overlook
-            return []
-        return [f"Exact match is left out: {evaluation.unscored_reason}."]
-    before, after = evaluation.before.correct, evaluation.after.correct
+        if evaluation.answer_pattern is None or not evaluation.judges:
+            return found  # switched off: nothing to overlook
+        return [*found, f"{evaluation.title} is left out: {evaluation.unscored_reason}."]
+    change = f"{evaluation.gained} gained, {evaluation.lost} lost, p = {evaluation.p_value:.2f}"
     if direction(evaluation) == "fell":
-        return [f"Exact match fell from {before} to {after} of {evaluation.scored} rows."]
+        return [_fall(evaluation), *found]
     if evaluation.verdict == "undecided" and direction(evaluation) != "stayed":
-        change = f"{evaluation.gained} gained, {evaluation.lost} lost, p = {evaluation.p_value:.2f}"
-        return [
-            f"{evaluation.scored} rows are too few to be sure of the change in exact match: "
-            f"{change}."
-        ]
-    return []
+        found.insert(
+            0,
+            f"{evaluation.scored} rows are too few to be sure of the change in "
+            f"{evaluation.measure}: {change}.",
+        )
+    found += [f"{line}." for line in too_few(evaluation.scored)]
+    return found
+
+
+def _fall(evaluation: EvaluationResult) -> str:
+    before, after = evaluation.before, evaluation.after
+    if before.correct is None or evaluation.repeats > 1:
+        return f"{evaluation.title} fell from {before.score:.1%} to {after.score:.1%}."
+    fall = f"{before.correct} to {after.correct} of {evaluation.scored} rows"
+    return f"{evaluation.title} fell from {fall}."
 
 
 def _interruptions(events: list[Record]) -> list[str]:

@@ -62,10 +62,23 @@ def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) ->
     rows: list[tuple[str, ...]] = [("", "before", "after"), ("---", "---:", "---:")]
     if evaluation.scored:
         sides = (evaluation.before, evaluation.after)
-        label = f"exact match on {evaluation.scored} held-out rows (95% interval)"
-        rows.append((label, *(_with_interval(model) for model in sides)))
-        label = "exact match, normalized (95% interval)"
-        rows.append((label, *(_with_interval(model, "_normalized") for model in sides)))
+        label = f"{evaluation.measure} on {evaluation.scored} held-out rows (95% interval)"
+        rows.append((label, *(_with_interval(model, "score") for model in sides)))
+        if evaluation.after.exact_match is not None:
+            label, name = "exact match, normalized (95% interval)", "exact_match_normalized"
+            rows.append((label, *(_with_interval(model, name) for model in sides)))
+        rows += [
+            (
+                f"{each.by}: {_code(each.name)}, {each.scored} rows",
+                *(
+                    f"{score:.1%}"
+                    for score in (each.score_before, each.score_after)
+                    if score is not None
+                ),
+            )
+            for each in evaluation.slices
+            if each.scored
+        ]
     # Of the exported weights; training's own curve ends with the last step's.
     losses = ("eval/validation_loss_before", "eval/validation_loss_after")
     if losses[0] not in figures:
@@ -79,18 +92,17 @@ def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) ->
 
 def describe_evaluation(evaluation: EvaluationResult) -> str:
     """Summarize the evaluation in a sentence."""
-    before, after = evaluation.before.exact_match, evaluation.after.exact_match
+    before, after = evaluation.before.score, evaluation.after.score
     if evaluation.verdict is None or before is None or after is None:
-        return f"**Not judged by exact match**: {evaluation.unscored_reason}."
+        return f"**Not judged by {evaluation.measure}**: {evaluation.unscored_reason}."
     verdicts = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
     verdict = verdicts[evaluation.verdict]
     change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
-    return f"**{verdict}**: exact match {before:.1%} before, {after:.1%} after ({change})."
+    return f"**{verdict}**: {evaluation.measure} {before:.1%} before, {after:.1%} after ({change})."
 
 
-def _with_interval(model: ModelFigures, kind: str = "") -> str:
-    names = (f"exact_match{kind}", f"exact_match{kind}_low", f"exact_match{kind}_high")
-    share, low, high = (getattr(model, name) for name in names)
+def _with_interval(model: ModelFigures, name: str) -> str:
+    share, low, high = (getattr(model, f"{name}{end}") for end in ("", "_low", "_high"))
     return "not recorded" if share is None else f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune.config.strict import flatten
 from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.scoring import paired_test
 from canvastune.tracking.client import load_mlflow, log
 from canvastune.tracking.run_lookup import PipelineRun
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-_RESULT, _SCORE = "canvastune.promotion", "canvastune.exact_match"  # tags of a version
-_ROWS = "canvastune.evaluation"
+_RESULT, _SCORE = "canvastune.promotion", "canvastune.score"  # tags of a version
+_ROWS, _ROW_SCORES = "canvastune.evaluation", "canvastune.row_scores"
+_LONGEST_TAG = 100_000  # characters: MLflow's limit
 _LONGEST_PARAMETER = 6000  # characters: MLflow's limit
 _LARGEST_MODEL = 200 * 10**6  # bytes: a larger model is logged as a pointer to its folder
 _REGISTRATION_SECONDS = 30
@@ -30,7 +32,8 @@ _MODEL_FILES += ["provenance.json", "merge_proof.json"]
 _DESCRIPTION = f"""DiffusionGemma models tuned by Canvastune. A version has its run and evaluation.
 
 - `{CANDIDATE}`: the newest version.
-- `{CHAMPION}`: the best so far on the same held-out rows. A version says why it is or is not."""
+- `{CHAMPION}`: the newest one that did clearly better than the champion before it, or the base, on
+  the same held-out rows. A version says why it is or is not."""
 
 
 def log_model(
@@ -123,22 +126,41 @@ def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, str]:
 class Score:
     """How a version did in an evaluation."""
 
-    before: float  # exact match of the base, 0 to 1
+    before: float  # mean score of the base, 0 to 1
     after: float
     evaluation: str  # hash of the questions and settings: scores compare where these agree
+    change: str = ""  # how the rows changed from the base to this version, for people
+    verdict: str | None = None  # of the paired test: "better", "worse" or "undecided"
+    measure: str = "exact match"
+    rows: tuple[float | None, ...] = ()  # of this version, by row; None: not scored
 
 
-def score_of(result: EvaluationResult) -> Score | None:
-    """Return the score of an evaluation; None if no row was scored."""
-    before, after = result.before.exact_match, result.after.exact_match
+def score_of(result: EvaluationResult, answers: Sequence[Mapping[str, Any]]) -> Score | None:
+    """Return the score of an evaluation; None if no row was scored.
+
+    Args:
+        answers: the lines of answers.jsonl.
+    """
+    before, after = result.before.score, result.after.score
     if before is None or after is None:
         return None
     compared = [result.asked, result.scored, result.answer_pattern]
     compared += [result.max_new_tokens, result.max_denoising_steps]
     if result.sampler is not None:  # earlier versions sampled by the checkpoint's own settings
         compared.append(result.sampler)
+    if result.judges != ("pattern",):  # what earlier versions judged by
+        compared.append(result.judges)
+    if result.repeats > 1:
+        compared.append(result.repeats)
     digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
-    return Score(before, after, digest)
+    rows = tuple(row.get("score_after") for row in answers)
+    change = describe_change(result.gained, result.lost, result.p_value)
+    return Score(before, after, digest, change, result.verdict, result.measure, rows)
+
+
+def describe_change(gained: int | None, lost: int | None, p: float | None) -> str:
+    """Return how rows changed, for people."""
+    return f"{gained} gained, {lost} lost, p = {p:.2g}"
 
 
 def promote(
@@ -149,14 +171,16 @@ def promote(
     This is decided once: a repeated step changes nothing, nor does it undo what a person set since.
 
     Args:
-        when: "better": than the champion or, without one, not worse than the base. "never": only a
-            person sets the alias.
+        when: "better": if the paired test on the rows says that it is better than the champion or,
+            without one, than the base. "never": only a person sets the alias.
     """
     if _RESULT in version.tags:
         return str(version.tags[_RESULT])
     if score is not None:
         client.set_model_version_tag(name, version.version, _SCORE, f"{score.after:.6g}")
         client.set_model_version_tag(name, version.version, _ROWS, score.evaluation)
+        if len(text := _row_scores(score)) <= _LONGEST_TAG:
+            client.set_model_version_tag(name, version.version, _ROW_SCORES, text)
     champion = with_alias(client, name, CHAMPION)
     deserved, result = _compare(version, champion, score, when)
     if deserved:  # of two runs at once the last one has the alias, as in MLflow itself
@@ -173,31 +197,55 @@ def _compare(
         return False, "not promoted: tracking.promote is never"
     if score is None:
         return False, (
-            "not promoted: there is no exact match to decide by, as no held-out row was scored. "
+            "not promoted: there is no score to decide by, as no held-out row was scored. "
             "If the answers are better, set the alias by hand"
         )
-    match = f"exact match {score.after:.1%}"
+    match = f"{score.measure} {score.after:.1%}"
     if champion is None:
-        base = f"{score.before:.1%}"
-        if score.after < score.before:
-            return False, f"not promoted: {match} is below the base's {base}"
-        return True, f"promoted to {CHAMPION}: the first one, {match}, the base has {base}"
+        base = f"the base's {score.before:.1%} ({score.change})"
+        if score.verdict == "better":
+            return True, f"promoted to {CHAMPION}: the first one, {match}, clearly above {base}"
+        return False, f"not promoted: {match}, {_UNCLEAR[score.verdict]} {base}"
     if champion.version == version.version:  # the step was repeated
         return True, f"promoted to {CHAMPION}: {match}"
     return _beats(champion, score, match)
 
 
+_UNCLEAR = {
+    "worse": "clearly below",
+    "undecided": "not clearly different from",
+    None: "not tested against",  # recorded by an earlier version
+}
+
+
 def _beats(champion: ModelVersion, score: Score, match: str) -> tuple[bool, str]:
-    """Return whether a score is above the champion's on the same rows, and why."""
-    if champion.tags.get(_ROWS) != score.evaluation:
+    """Return whether a version is clearly better than the champion on the same rows, and why."""
+    known = champion.tags.get(_ROW_SCORES, "").split(",")
+    pairs = [
+        (float(f"{new:.4g}"), float(old))
+        for new, old in zip(score.rows, known, strict=False)
+        if new is not None and old
+    ]
+    if (
+        champion.tags.get(_ROWS) != score.evaluation
+        or len(known) != len(score.rows)
+        or len(pairs) < sum(each is not None for each in score.rows)
+    ):
         return False, (
             f"not promoted: version {champion.version}, the {CHAMPION}, was not evaluated on the "
             "same rows in the same way. If this one is better, set the alias by hand"
         )
-    best, after = float(champion.tags[_SCORE]), float(f"{score.after:.6g}")  # as in the tag
-    if after > best:
-        other = f"version {champion.version} before it has {best:.1%}"
-        return True, f"promoted to {CHAMPION}: {match}, {other}"
-    how = "is no better than" if after == best else "is below"
-    other = f"the {best:.1%} of version {champion.version}, the {CHAMPION}"
-    return False, f"not promoted: {match} {how} {other}"
+    differences = [new - old for new, old in pairs]
+    p, verdict = paired_test(differences)
+    gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    before = sum(old for _, old in pairs) / len(pairs)
+    other = f"the {before:.1%} of version {champion.version}"
+    change = f"({describe_change(gained, lost, p)})"
+    if verdict == "better":
+        return True, f"promoted to {CHAMPION}: {match}, clearly above {other} before it {change}"
+    return False, f"not promoted: {match}, {_UNCLEAR[verdict]} {other}, the {CHAMPION} {change}"
+
+
+def _row_scores(score: Score) -> str:
+    """Return the rows' scores as a tag's value; nothing where a row is not scored."""
+    return ",".join("" if each is None else f"{each:.4g}" for each in score.rows)

@@ -14,9 +14,7 @@ from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import describe_evaluation
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
-from components.run_directory import read_run_id
-
-_BASE_RESULTS = ".base-results"  # next to the runs: answers and losses of bases, for all of them
+from components.run_directory import BASE_RESULTS, read_run_id
 
 
 def run_evaluation(
@@ -39,7 +37,7 @@ def run_evaluation(
 
         cache = run_folder / ".evaluation.unfinished.jsonl"
         base = resolve_model(config.model)
-        return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / _BASE_RESULTS)
+        return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / BASE_RESULTS)
     one_pod = config.model_copy(
         update={
             "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
@@ -49,7 +47,7 @@ def run_evaluation(
     made = run_folder / "evaluation"
     recipe = run_folder / "train" / "recipe.yaml"  # written by the step `train`
     data = copy_to_workspace(dataset, run_folder)
-    kept = ("--base-results", str(run_folder.parent / _BASE_RESULTS))
+    kept = ("--base-results", str(run_folder.parent / BASE_RESULTS))
     module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(data), *kept)
     context = JobContext(
         run_id=read_run_id(run_folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ _COMPARED = (
     *("exact_match_normalized_before", "exact_match_normalized_after"),
     *("validation_loss_before", "validation_loss_after", "tokens_per_second_after"),
 )
+
+_SCORES = ("score_before", "score_after")  # of summary.json: where exact match does not say it
 
 
 def publish(
@@ -73,7 +76,9 @@ def publish(
     record.summary(values, data)
     record.note("The report, as a page and as images.")
     description = descriptions.describe_report(config, run_folder, values, result)
-    record.promotion(score_of(result), result.verdict, description)
+    lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    score = score_of(result, [json.loads(line) for line in lines])
+    record.promotion(score, result.verdict, description)
     return summary
 
 
@@ -111,6 +116,7 @@ def _mlflow_metrics(
     return {
         **{name: figures[key] for name, key in names.items() if key in figures},
         **{f"eval/{name}": evaluated[name] for name in _COMPARED if name in evaluated},
+        **{f"eval/{name}": figures[name] for name in _SCORES if name in figures},
         **{name: value for name, value in totals.items() if value is not None},
     }
 

@@ -99,8 +99,12 @@ def resolve(
             "name": "prepared-data",
             "model": config.model.model_dump(),
             "data": config.data.model_dump(),
-            # Only looked at: the step says how many references it matches.
-            "evaluate": {"answer_pattern": config.evaluate.answer_pattern},
+            # Only looked at: the step says how many references they can judge by.
+            "evaluate": {
+                name: value
+                for name, value in config.evaluate.model_dump().items()
+                if name in ("answer_pattern", "judge", "judges")
+            },
         }
     )
     claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))

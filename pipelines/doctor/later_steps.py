@@ -10,6 +10,7 @@ from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.preflight import (
+    NOT_SCORED,
     check_generation_config,
     describe_answers,
     describe_scoring,
@@ -45,16 +46,12 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
             found = f"of the first {_ROWS} rows: {error}"
             yield Finding("evaluation", "warning", found, error.hint or "see the message")
             return
-        if config.evaluate.answer_pattern is None:
-            yield Finding("evaluation", "ok", "exact match is off: evaluate.answer_pattern is null")
         for remark in describe_scoring(config, dataset):
             found = f"of the first {_ROWS} rows: {remark}"
-            if "exact match will be left out" in remark:
-                fix = "set evaluate.answer_pattern to the form of the answers, or to null"
+            if NOT_SCORED in remark:
+                fix = "set evaluate.judge to one that fits the references, such as chrf"
                 yield Finding("evaluation", "warning", found, fix)
             else:
                 yield Finding("evaluation", "ok", found)
-        # How many rows are held out of all is not known here.
-        few = config.evaluate.model_copy(update={"rows": 1})
-        for remark in describe_answers(config.model_copy(update={"evaluate": few}), dataset):
+        for remark in describe_answers(config, dataset, sample=True):
             yield Finding("evaluation", "warning", remark)

@@ -316,7 +316,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
         interrupted.interrupt()
         interrupted.join()
         left = _processes_of(workspace / "runs" / "full")
-        later = ("evaluate.answer_pattern=null", "evaluate.rows=3", "tracking.promote=never")
+        later = ("evaluate.judge=[]", "evaluate.rows=3", "tracking.promote=never")
         again = start("again", workspace, *full, *(f"--set={setting}" for setting in later))
         for run in (lora, again, broken):
             run.join()
@@ -439,15 +439,15 @@ def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
 
 
 def test_an_unfinished_run_goes_on_with_other_settings_of_later_steps(runs: Runs) -> None:
-    """Here without an answer pattern: exact match is left out, and all else is reported."""
+    """Here without a judge: the score is left out, and all else is reported."""
     folder = runs.workspace / "runs" / "full"
     found = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    assert (found["rows"], found["scored"], found["answer_pattern"]) == (3, 0, None)
+    assert (found["rows"], found["scored"], found["judges"]) == (3, 0, [])
     assert found["exact_match_after"] is found["verdict"] is None
     assert found["validation_loss_after"] < found["validation_loss_before"]
     assert len((folder / "evaluation" / "answers.jsonl").read_text().splitlines()) == 3
     assert not any("exact" in name for name in json.loads((folder / "summary.json").read_text()))
-    assert "exact match      left out: evaluate.answer_pattern is null" in runs.full.said
+    assert "exact match      left out: evaluate.judge is []" in runs.full.said
     page = (folder / "report" / "report.html").read_text()
     assert "without exact match" in page
     assert "Validation loss before and after" in page

@@ -79,6 +79,9 @@ KEYS = [  # of evaluation.json, which other programs read
         "base_reused",
         "sampler",
     ),
+    *("score_before", "score_before_low", "score_before_high", "score_before_by_seed"),
+    *("score_after", "score_after_low", "score_after_high", "score_after_by_seed"),
+    *("measure", "judges", "repeats", "slices"),
 ]
 TIMES = ("seconds_before", "seconds_after", "tokens_per_second_before", "tokens_per_second_after")
 
@@ -113,14 +116,19 @@ def test_every_answer_is_listed_with_its_question_and_reference(
         assert answer["reference"] == row["answer"]
         assert answer.keys() == {
             "id",
+            "source",
             "prompt",
             "reference",
+            "reference_tokens",
             "before",
             "after",
             "correct_before",
             "correct_after",
             "correct_normalized_before",
             "correct_normalized_after",
+            "judge",
+            "score_before",
+            "score_after",
         }
     result = json.loads((evaluated / "evaluation.json").read_text())
     assert (result["rows"], result["scored"]) == (6, 6)
@@ -448,31 +456,43 @@ def test_one_model_at_a_time_is_in_memory(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "reason"),
+    ("settings", "reason"),
     [
-        ("is exactly (never)", "evaluate.answer_pattern matches none of the 6 references"),
-        (None, "evaluate.answer_pattern is null"),
+        (
+            {"answer_pattern": "is exactly (never)", "judge": "pattern"},
+            "evaluate.answer_pattern matches none of the 6 references",
+        ),
+        ({"answer_pattern": None, "judge": "pattern"}, "evaluate.answer_pattern is null"),
+        ({"judge": []}, "evaluate.judge is []"),
+        (
+            {"judge": ["json", "tool_call"]},
+            "evaluate.judge (json, tool_call) can judge none of the 6 rows",
+        ),
     ],
 )
-def test_without_a_scored_row_everything_but_exact_match_is_reported(
+def test_without_a_scored_row_everything_but_the_score_is_reported(
     prepared: Path,
     models: tuple[Path, Path],
     problems: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    pattern: str | None,
+    settings: dict[str, Any],
     reason: str,
 ) -> None:
     pretend(monkeypatch, lambda question, _: question.reference)
-    result = evaluate(recipe(problems, answer_pattern=pattern), prepared, *models, tmp_path / "out")
+    result = evaluate(recipe(problems, **settings), prepared, *models, tmp_path / "out")
     assert (result.rows, result.scored, result.unscored_reason) == (6, 0, reason)
     assert (result.before.validation_loss, result.after.validation_loss) == (3, 1.5)
-    assert f"exact match is left out: {reason}" in capsys.readouterr().err
+    assert f"no row is scored: {reason}" in capsys.readouterr().err
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert list(written) == KEYS
     unknown = {name for name, value in written.items() if value is None} - {"answer_pattern"}
-    assert unknown == {name for name in KEYS if re.match("correct|exact|gained|lost|p_|ver", name)}
+    assert unknown == {
+        name
+        for name in KEYS
+        if re.match("correct|exact|gained|lost|p_|ver|score_", name) and "by_seed" not in name
+    }
     assert not any(name.startswith(("exact", "correct")) for name in result.figures())
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
     assert all(answer["before"] for answer in answers)
@@ -502,12 +522,16 @@ def test_a_loss_that_is_not_finite_is_null(
 
 def test_a_result_of_an_earlier_version_has_no_normalized_figure(evaluated: Path) -> None:
     written = json.loads((evaluated / "evaluation.json").read_text())
-    later = ("normalized", "cut_", "base_reused", "sampler")
+    later = ("normalized", "cut_", "base_reused", "sampler", "score_", "judges", "measure")
+    later += ("repeats", "slices")
     old = {name: value for name, value in written.items() if not any(x in name for x in later)}
     result = EvaluationResult.from_json(old)
     assert result.after.exact_match == written["exact_match_after"]
     assert result.after.exact_match_normalized is None
     assert (result.after.cut, result.base_reused, result.sampler) == (None, None, None)
+    assert result.after.score == result.after.exact_match
+    assert result.after.score_low == result.after.exact_match_low
+    assert (result.measure, result.repeats, result.slices) == ("exact match", 1, ())
     assert "exact_match_normalized_after" not in result.figures()
 
 

@@ -97,13 +97,16 @@ def test_a_pattern_that_matches_no_reference_is_found_before_training(
 ) -> None:
     (line,) = describe_scoring(recipe(rows, tiny_model), prepared)
     held_out = json.loads((prepared / "card.json").read_text())["validation"]
+    assert line.startswith(f"evaluate.judge: chrF judges all {held_out} held-out references")
+    assert "####\\s*(-?[\\d.,]+) matches none of them (one ends with" in line
+    named = recipe(rows, tiny_model, evaluate={"judge": "pattern"})
+    (line,) = describe_scoring(named, prepared)
     assert f"####\\s*(-?[\\d.,]+) matches 0 of {held_out} held-out references" in line
-    assert "exact match will be left out" in line
-    assert "null" in line
+    assert "none of them will be scored" in line
 
 
 def test_the_matches_of_a_pattern_are_counted(rows: Path, prepared: Path, tiny_model: Path) -> None:
-    def line(pattern: str) -> str:
+    def line(pattern: str | None) -> str:
         (found,) = describe_scoring(
             recipe(rows, tiny_model, evaluate={"answer_pattern": pattern}), prepared
         )
@@ -114,8 +117,7 @@ def test_the_matches_of_a_pattern_are_counted(rows: Path, prepared: Path, tiny_m
     some = re.search(r"matches (\d+) of", line(r"\((\d+)\)"))
     assert some is not None
     assert 0 < int(some[1]) < held_out
-    off = recipe(rows, tiny_model, evaluate={"answer_pattern": None})
-    assert describe_scoring(off, prepared) == []
+    assert line(None) == f"evaluate.judge: chrF judges all {held_out} held-out references"
 
 
 def test_prepare_doctor_and_the_step_say_it(
@@ -126,7 +128,7 @@ def test_prepare_doctor_and_the_step_say_it(
     config = recipe(rows, tiny_model)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    line = r"evaluate\.answer_pattern .* matches 0 of \d+ held-out references"
+    line = r"chrF judges all \d+ held-out references: evaluate\.answer_pattern .* matches none"
     assert main(["prepare", str(file), "--output", str(tmp_path / "prepared")]) == 0
     said = capsys.readouterr().err
     assert re.search(line, said)
@@ -134,13 +136,16 @@ def test_prepare_doctor_and_the_step_say_it(
     step(config, tmp_path / "data", tmp_path / "card.html")
     assert re.search(line, capsys.readouterr().err)
     (found,) = [one for one in check_evaluation(config) if "answer_pattern" in one.found]
-    assert found.state == "warning"
+    assert found.state == "ok"
     assert re.search(line, found.found)
+    unscored = recipe(rows, tiny_model, evaluate={"judge": "pattern"})
+    (found,) = [one for one in check_evaluation(unscored) if "answer_pattern" in one.found]
+    assert found.state == "warning"
     scored = recipe(rows, tiny_model, evaluate={"answer_pattern": "(.+)", "max_new_tokens": 32})
     assert [one.state for one in check_evaluation(scored)] == ["ok"]
 
 
-def test_the_step_prepare_data_is_given_the_pattern_and_no_other_later_setting(
+def test_the_step_prepare_data_is_given_the_judges_and_no_other_later_setting(
     rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
@@ -153,6 +158,7 @@ def test_the_step_prepare_data_is_given_the_pattern_and_no_other_later_setting(
     assert data_config("b", "evaluate.rows=2\ntracking.promote=never") == first
     changed = data_config("c", "evaluate.answer_pattern=null")
     assert json.loads(changed)["evaluate"]["answer_pattern"] is None
+    assert json.loads(data_config("d", "evaluate.judge=chrf"))["evaluate"]["judge"] == ["chrf"]
 
 
 # --- what evaluation will do
@@ -164,7 +170,7 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     def lines(**sections: Any) -> list[str]:
         return describe_answers(recipe(rows, tiny_model, **sections), prepared)
 
-    fitting = {"rows": 2, "max_new_tokens": 32}
+    fitting = {"rows": 2, "max_new_tokens": 32, "judge": []}
     assert lines(evaluate=fitting) == []
     (line,) = lines(evaluate=fitting | {"rows": 64})
     assert re.match(r"evaluate\.rows is 64\b.* \d+ rows\b", line)
@@ -175,7 +181,8 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     (line,) = lines(evaluate=fitting, tracking=registered)
     assert re.search(r"\bchat\b.* champion\b", line)
     assert lines(evaluate=fitting, tracking=registered | {"promote": "never"}) == []
-    assert lines(evaluate=fitting | {"answer_pattern": "(.+)"}, tracking=registered) == []
+    (line,) = lines(evaluate=fitting | {"judge": "chrf"}, tracking=registered)
+    assert line.startswith("2 scored rows are too few to tell anything")
 
 
 def test_the_step_train_says_it_before_it_trains(
@@ -382,6 +389,8 @@ OTHER = {
     "evaluate.sampler.confidence_threshold": 0.1,
     "evaluate.sampler.self_conditioning": False,
     "evaluate.answer_pattern": None,
+    "evaluate.judge": ["chrf"],
+    "evaluate.repeats": 2,
     "tracking.uri": "http://mlflow.example",
     "tracking.experiment": "other",
     "tracking.registered_model": "other",
@@ -394,7 +403,7 @@ OTHER = {
 
 def test_every_setting_of_evaluation_and_tracking_is_tried_here() -> None:
     later = {key for key in known_keys() if key.startswith(("evaluate.", "tracking.", "hardware."))}
-    sections = {"evaluate.sampler"}
+    sections = {"evaluate.sampler", "evaluate.judges"}  # the latter has a test of its own
     assert later - sections <= OTHER.keys()
 
 
@@ -452,3 +461,15 @@ def test_a_disk_that_is_too_small_for_checkpoints_and_model_is_said_before_train
     shortage = describe_shortage(plan, needed - 1)
     assert shortage is not None
     assert "lower train.keep_checkpoints" in shortage
+
+
+def test_an_unfinished_run_goes_on_with_judges_of_a_source(
+    rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    text = yaml.safe_dump(recipe(rows, tiny_model).model_dump(mode="json"))
+    judges = json.dumps({str(rows): "text"})
+    for job, overrides in (("job-1", ""), ("job-2", f"evaluate.judges={judges}")):
+        found = resolution.resolve(text, overrides, "", str(tmp_path), "mine", job, job)
+    assert parse_config(found.config).evaluate.judges == {str(rows): ("text",)}
+    assert json.loads(found.data_config)["evaluate"]["judges"] == {str(rows): ["text"]}

@@ -1,10 +1,9 @@
-"""A registered version becomes the champion when it beats the champion on the same rows, and says
-why it did or did not.
+"""A registered version becomes the champion when the paired test says that it beats the champion on
+the same rows; it says why it did or did not.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 
 from canvastune import tracking
 from canvastune.config import parse_config
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.scoring import paired_test
 from canvastune.tracking.client import load_mlflow
-from canvastune.tracking.model_registry import promote, score_of
+from canvastune.tracking.model_registry import Score, promote, score_of
 from tools.report_sample import sample_result
 
 pytestmark = pytest.mark.usefixtures("own_mlflow")
@@ -57,7 +56,7 @@ class Runs:
         """Report: the version is judged; returns the outcome in the run's tag."""
         parent = tracking.start(run)
         with tracking.step_run(run, "report") as record:
-            record.promotion(score_of(evaluation(before, after, **asked)), "better", "the figures")
+            record.promotion(judged(before, after, **asked), "better", "the figures")
         return str(self.client.get_run(parent).data.tags["canvastune.promotion"])
 
     def __call__(
@@ -72,43 +71,102 @@ class Runs:
         }
 
 
-def evaluation(before: float | None, after: float | None, **asked: Any) -> EvaluationResult:
-    result = sample_result()
-    return replace(
-        result,
-        before=replace(result.before, exact_match=before),
-        after=replace(result.after, exact_match=after),
-        **asked,
-    )
+def judged(before: float | None, after: float | None, **asked: Any) -> Score | None:
+    """Return the score of 64 rows, of which the first ones are answered correctly."""
+    if before is None or after is None:
+        return score_of(sample_result(rows=0), [])
+    shares = {"before": before, "after": after}
+    sides = {side: [float(row < share * 64) for row in range(64)] for side, share in shares.items()}
+    p, verdict = paired_test([new - old for old, new in zip(*sides.values(), strict=True)])
+    changed = round(64 * (after - before))
+    result = sample_result(64, round(64 * before), round(64 * after), max(0, -changed))
+    result = replace(result, gained=max(0, changed), p_value=p, verdict=verdict)
+    rows = [{"score_after": score} for score in sides["after"]]
+    return score_of(replace(result, **asked), rows)
 
 
-def reason(outcome: str) -> tuple[str, ...]:
-    """Return whether a model was promoted, and the figures, versions and keys that decided it."""
-    return (
-        outcome.partition(":")[0],
-        *re.findall(r"[\d.]+%|version \d+|tracking\.promote", outcome),
-    )
-
-
-def test_the_champion_is_the_best_on_the_same_rows(workspace: Path) -> None:
+def test_the_champion_is_clearly_better_on_the_same_rows(workspace: Path) -> None:
     runs = Runs(workspace, "best")
-    no, yes = "not promoted", "promoted to champion"
-    assert reason(runs(0.5, 0.4)) == (no, "40.0%", "50.0%"), "below the base"
-    assert runs.aliases() == {"candidate": 1}
-    assert reason(runs(0.5, 0.5)) == (yes, "50.0%", "50.0%"), "the first one"
-    assert reason(runs(0.5, 0.75)) == (yes, "75.0%", "version 2", "50.0%")
-    as_good = runs(0.5, 0.75)
-    assert reason(as_good) == (no, "75.0%", "75.0%", "version 3")
-    assert reason(runs(0.5, 0.7)) == (no, "70.0%", "75.0%", "version 3")
-    for other in ({"asked": "other rows"}, {"answer_pattern": "(..)"}, {"max_new_tokens": 32}):
-        assert reason(runs(0.5, 0.9, **other)) == (no, "version 3"), "they cannot be compared"
-    assert reason(runs(0.5, 0.9, when="never")) == (no, "tracking.promote")
-    assert reason(runs(None, None, scored=0)) == (no,)
-    assert runs.aliases() == {"candidate": 10, "champion": 3}
-    version = runs.client.get_model_version("best", "4")
-    assert version.description == f"{as_good[0].upper()}{as_good[1:]}.\n\nthe figures"
-    assert version.tags["canvastune.exact_match"] == "0.75"
+    assert runs(0.75, 0.5) == (
+        "not promoted: exact match 50.0%, clearly below the base's 75.0% (0 gained, 16 lost, "
+        "p = 3.1e-05)"
+    )
+    for after in (0.5, 0.53125):  # nothing changed; 2 of 64 rows
+        assert "not clearly different from the base's 50.0%" in runs(0.5, after)
+    assert runs.aliases() == {"candidate": 3}, "chance made a champion"
+    assert runs(0.25, 0.5) == (
+        "promoted to champion: the first one, exact match 50.0%, clearly above the base's 25.0% "
+        "(16 gained, 0 lost, p = 3.1e-05)"
+    )
+    assert runs(0.25, 0.75) == (
+        "promoted to champion: exact match 75.0%, clearly above the 50.0% of version 4 before it "
+        "(16 gained, 0 lost, p = 3.1e-05)"
+    )
+    assert runs(0.25, 0.8125) == (
+        "not promoted: exact match 81.2%, not clearly different from the 75.0% of version 5, the "
+        "champion (4 gained, 0 lost, p = 0.12)"
+    )
+    assert runs(0.25, 0.5) == (
+        "not promoted: exact match 50.0%, clearly below the 75.0% of version 5, the champion "
+        "(0 gained, 16 lost, p = 3.1e-05)"
+    )
+    for other in (
+        {"asked": "other rows"},
+        {"answer_pattern": "(..)"},
+        {"max_new_tokens": 32},
+        {"judges": ("chrf",)},
+        {"repeats": 4},
+    ):
+        assert (
+            runs(0.25, 0.96875, **other)
+            == "not promoted: version 5, the champion, was not evaluated on the same rows in the"
+            " same way. If this one is better, set the alias by hand"
+        )
+    assert runs(0.25, 0.96875, when="never") == "not promoted: tracking.promote is never"
+    assert runs(None, None, scored=0) == (
+        "not promoted: there is no score to decide by, as no held-out row was scored. If the"
+        " answers are better, set the alias by hand"
+    )
+    assert runs.aliases() == {"candidate": 14, "champion": 5}
+    version = runs.client.get_model_version("best", "6")
+    assert version.description.startswith("Not promoted: exact match 81.2%, not clearly different")
+    assert version.description.endswith("\n\nthe figures")
+    assert version.tags["canvastune.score"] == "0.8125"
     assert "`champion`" in runs.client.get_registered_model("best").description
+
+
+def test_a_champion_of_an_earlier_version_has_no_rows_to_compare(workspace: Path) -> None:
+    runs = Runs(workspace, "earlier")
+    runs(0.25, 0.5)
+    runs.client.delete_model_version_tag("earlier", "1", "canvastune.row_scores")
+    assert "was not evaluated on the same rows in the same way" in runs(0.25, 0.9375)
+    assert runs.aliases() == {"candidate": 2, "champion": 1}
+
+
+def test_scores_between_right_and_wrong_are_compared_row_by_row(workspace: Path) -> None:
+    runs = Runs(workspace, "graded")
+    first = judged(0.25, 0.5, measure="chrF", judges=("chrf",))
+    assert first is not None
+
+    def say(scores: list[float | None]) -> str:
+        run = runs.begin()
+        parent = tracking.start(run)
+        with tracking.step_run(run, "report") as record:
+            mean = sum(each or 0 for each in scores) / 63
+            record.promotion(replace(first, rows=tuple(scores), after=mean), "better", "")
+        return str(runs.client.get_run(parent).data.tags["canvastune.promotion"])
+
+    base: list[float | None] = [None, *(row / 63 for row in range(63))]
+    say(base)
+    better = [each if each is None else min(1.0, each + 0.01) for each in base]
+    assert say(better).startswith("promoted to champion: chrF 50.2%, clearly above the 49.2% of")
+    mixed = [
+        each if each is None else each + (-1) ** row * 0.001 for row, each in enumerate(better)
+    ]
+    assert "not clearly different from the 50.2% of version 2" in say(mixed)
+    unscored: list[float | None] = [0.5, None, *better[2:]]
+    assert "was not evaluated on the same rows" in say(unscored)
+    assert runs.aliases() == {"candidate": 4, "champion": 2}
 
 
 def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set(
@@ -116,13 +174,13 @@ def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set
 ) -> None:
     runs = Runs(workspace, "repeated")
     first = runs.begin()
-    outcome = runs.judge(first, 0.5, 0.6)
+    outcome = runs.judge(first, 0.25, 0.5)
     second = runs.begin()
-    runs.judge(second, 0.5, 0.7)
-    assert runs.judge(first, 0.5, 0.6) == outcome
+    runs.judge(second, 0.25, 0.75)
+    assert runs.judge(first, 0.25, 0.5) == outcome
     assert runs.aliases() == {"candidate": 2, "champion": 2}
     runs.client.set_registered_model_alias("repeated", "champion", "1")
-    runs.judge(second, 0.5, 0.7)
+    runs.judge(second, 0.25, 0.75)
     with tracking.step_run(first, "merge_lora") as record:
         record.model(first.folder / "model", "merged")
     assert runs.aliases() == {
@@ -133,7 +191,8 @@ def test_a_repeated_step_changes_nothing_and_does_not_undo_what_a_person_has_set
 
 
 @pytest.mark.parametrize(
-    "killed_at", ["canvastune.exact_match", "champion", "canvastune.promotion"]
+    "killed_at",
+    ["canvastune.score", "canvastune.row_scores", "champion", "canvastune.promotion"],
 )
 def test_a_step_that_was_killed_while_it_judged_is_judged_again(
     workspace: Path, killed_at: str
@@ -146,10 +205,10 @@ def test_a_step_that_was_killed_while_it_judged_is_judged_again(
             _Stopping(runs.client, killed_at),  # type: ignore[arg-type]
             runs.name,
             version,
-            score_of(evaluation(0.5, 0.6)),
+            judged(0.25, 0.75),
             "better",
         )
-    assert runs.judge(run, 0.5, 0.6).startswith("promoted to champion: ")
+    assert runs.judge(run, 0.25, 0.75).startswith("promoted to champion: ")
     assert runs.aliases() == {"candidate": 1, "champion": 1}
 
 

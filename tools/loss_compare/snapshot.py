@@ -30,6 +30,7 @@ COMMANDS = (
     "report",
     "merge",
     "serve",
+    "evaluate",
     "sync",
     "compile",
     "submit",

@@ -1,0 +1,126 @@
+"""Judge the answers of a finished run again, with other judges and without a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from canvastune.config import RunConfig
+from canvastune.config.strict import flatten
+from canvastune.errors import UserError
+from canvastune.evaluation.figures import (
+    JudgedRow,
+    compared,
+    judge_row,
+    measure,
+    side_scores,
+    slices,
+    with_judgement,
+)
+from canvastune.evaluation.judges import Judging
+from canvastune.evaluation.result import FILE_NAME, EvaluationResult
+from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import to_json_text
+from canvastune.io.provenance import write_provenance
+
+_SECTION = "evaluate."
+_OF_JUDGES = ("evaluate.answer_pattern", "evaluate.judge", "evaluate.judges.")
+_OF_NOTHING = ("evaluate.batch_size",)  # answers do not depend on it
+
+
+def changes_answers(old: RunConfig, new: RunConfig) -> bool:
+    """Return whether the models have to answer again, or other judges are all that changed.
+
+    Raises:
+        UserError: a setting that a finished run cannot change.
+    """
+    before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if other := [key for key in changed if not key.startswith(_SECTION)]:
+        raise UserError(
+            f"{other[0]}: found another value than the run's, expected changes of evaluate.* only",
+            hint="Train another run with it, by `canvastune run`.",
+        )
+    return any(not key.startswith((*_OF_JUDGES, *_OF_NOTHING)) for key in changed)
+
+
+def judge_again(config: RunConfig, evaluation: Path, out: Path, canvas: int) -> EvaluationResult:
+    """Write a copy of an evaluation, with its answers judged as the recipe now says.
+
+    Args:
+        evaluation: the folder of evaluation.json and answers.jsonl.
+        canvas: tokens of the model's canvas, for the figures by answer length.
+
+    Raises:
+        UserError: no such files, a judge that cannot be loaded, an `out` that is not empty.
+    """
+    found = EvaluationResult.read(evaluation)
+    rows = _read_rows(evaluation / "answers.jsonl", config)
+    judging = Judging(config.evaluate, [(row["source"], row["reference"]) for row in rows])
+    judged = [judge_row(judging, row) for row in rows]
+    result = with_scores(found, config, judging, judged, canvas)
+    with atomic_directory(out) as folder:
+        result.write(folder)
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(
+                to_json_text(with_judgement(row, each), ensure_ascii=False)
+                for row, each in zip(rows, judged, strict=True)
+            )
+        if (evaluation / "film.json").is_file():
+            shutil.copy(evaluation / "film.json", folder)
+        inputs = {name: evaluation / name for name in (FILE_NAME, "answers.jsonl")}
+        write_provenance(folder, "evaluate", config, inputs)
+    return result
+
+
+def with_scores(
+    result: EvaluationResult,
+    config: RunConfig,
+    judging: Judging,
+    judged: Sequence[JudgedRow],
+    canvas: int,
+) -> EvaluationResult:
+    """Return a result with the scores of these rows in the place of its own."""
+    changed = replace(
+        result,
+        scored=sum(row.scored for row in judged),
+        before=replace(result.before, **side_scores(judged, "before")),
+        after=replace(result.after, **side_scores(judged, "after")),
+        **compared(judged),
+        answer_pattern=config.evaluate.answer_pattern,
+        measure=measure(judged),
+        judges=tuple(judging.names),
+        slices=slices(judged, canvas),
+    )
+    return EvaluationResult.from_json(changed.to_json())  # as it is read: finite numbers
+
+
+def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """Read what each line has before it is judged.
+
+    Raises:
+        UserError: the file cannot be read, or does not say which source a row is from.
+    """
+    kept = ("id", "source", "prompt", "reference", "reference_tokens", "before", "after", "repeats")
+    hint = "Use the folder of a run whose evaluation has finished."
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [{name: line[name] for name in kept if name in line} for line in lines]
+        for row in rows:
+            row.setdefault("source", config.data.source)  # an earlier version did not write it
+            row["prompt"], row["reference"], row["before"], row["after"]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}", hint=hint) from None
+    except KeyError as error:
+        raise UserError(f"{file}: found a row without {error}", hint=hint) from None
+    if config.evaluate.judges and any(row["source"] is None for row in rows):
+        raise UserError(
+            f"{file}: does not say which source a row is from, which evaluate.judges needs",
+            hint="An earlier version wrote it. Set evaluate.rows as well: the rows are then "
+            "answered again.",
+        )
+    return rows

@@ -1,0 +1,245 @@
+"""From the texts of both models to figures: every answer judged, both models compared row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from canvastune.evaluation.judges import Judging, Score
+from canvastune.evaluation.result import SIDES, EvaluationResult, Slice
+from canvastune.evaluation.scoring import answer_part, mean_interval, paired_test, share_interval
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """What the judge says of all answers to one row."""
+
+    source: str | None
+    reference_tokens: int
+    judge: str | None  # None: no judge can judge by the reference
+    scores: Mapping[str, tuple[Score, ...]]  # by side, of every repeat; of no repeat: not scored
+
+    @property
+    def scored(self) -> bool:
+        """Whether the row counts."""
+        return bool(self.scores[SIDES[0]])
+
+    @property
+    def exact(self) -> bool:
+        """Whether every answer is right or wrong, with nothing between."""
+        return all(score.exact for side in SIDES for score in self.scores[side])
+
+    def mean(self, side: str) -> float:
+        """Return the mean score of a side's answers."""
+        return _mean([score.value for score in self.scores[side]])
+
+    def normalized(self, side: str) -> float:
+        """Return the share of a side's answers that are right without typography."""
+        return _mean([float(bool(score.normalized)) for score in self.scores[side]])
+
+
+def judge_row(judging: Judging, row: Mapping[str, Any]) -> JudgedRow:
+    """Judge all answers of a line of answers.jsonl: those shown, and those of further repeats.
+
+    A row counts if its judge scores all of them.
+    """
+    nothing: dict[str, tuple[Score, ...]] = {side: () for side in SIDES}
+    about = (row.get("source"), int(row.get("reference_tokens") or 0))
+    found = judging.find(row.get("source"), row["reference"])
+    if found is None:
+        return JudgedRow(*about, None, nothing)
+    judge, expected = found
+    scores: dict[str, tuple[Score, ...]] = {}
+    for side in SIDES:
+        texts = [answers[side] for answers in (row, *row.get("repeats", ()))]
+        each = [judge.compare(answer_part(text), expected, row["prompt"]) for text in texts]
+        kept = tuple(score for score in each if score is not None)
+        if len(kept) < len(texts):
+            return JudgedRow(*about, judge.name, nothing)
+        scores[side] = kept
+    return JudgedRow(*about, judge.name, scores)
+
+
+def with_judgement(row: Mapping[str, Any], judged: JudgedRow) -> dict[str, Any]:
+    """Return a line of answers.jsonl with what the judge says of it.
+
+    `correct_*` are those of the answers shown, `score_*` the means of all repeats; null where the
+    row is not scored, and `correct_*` where an answer is not simply right or wrong.
+    """
+    found: dict[str, Any] = dict(row)
+    shown = {side: judged.scores[side][0] if judged.scored else None for side in SIDES}
+    found |= {
+        f"correct_{side}": bool(score.value) if score and score.exact else None
+        for side, score in shown.items()
+    }
+    found |= {
+        f"correct_normalized_{side}": score.normalized if score else None
+        for side, score in shown.items()
+    }
+    found["judge"] = judged.judge
+    return found | {f"score_{side}": judged.mean(side) if judged.scored else None for side in SIDES}
+
+
+def side_scores(rows: Sequence[JudgedRow], side: str) -> dict[str, Any]:
+    """Return the fields of ModelFigures that judge one model."""
+    scored = [row for row in rows if row.scored]
+    exact = scored if all(row.exact for row in scored) else []
+    low, high = _interval(scored, side)
+    by_seed = zip(*(row.scores[side] for row in scored), strict=True)
+    return {
+        **_exact_match(exact, side, "", lambda row: row.mean(side)),
+        **_exact_match(exact, side, "_normalized", lambda row: row.normalized(side)),
+        "score": _mean([row.mean(side) for row in scored]) if scored else None,
+        "score_low": low,
+        "score_high": high,
+        "score_by_seed": tuple(_mean([each.value for each in scores]) for scores in by_seed),
+    }
+
+
+def compared(rows: Sequence[JudgedRow]) -> dict[str, Any]:
+    """Return the fields of EvaluationResult that compare the models row by row."""
+    names = ("gained", "lost", "p_value", "verdict", "gained_normalized", "lost_normalized")
+    scored = [row for row in rows if row.scored]
+    if not scored:
+        return dict.fromkeys(names)
+    before, after = SIDES
+    strict = [row.mean(after) - row.mean(before) for row in scored]
+    found = (*_changes(strict), *paired_test(strict))
+    exact = all(row.exact for row in scored)
+    normalized = [row.normalized(after) - row.normalized(before) for row in scored]
+    return dict(
+        zip(names, (*found, *(_changes(normalized) if exact else (None, None))), strict=True)
+    )
+
+
+def measure(rows: Sequence[JudgedRow]) -> str:
+    """Return what the scores are called: "exact match", "chrF", or "score" of several judges."""
+    scored = [row for row in rows if row.scored]
+    if all(row.exact for row in scored):
+        return "exact match"
+    return "chrF" if {row.judge for row in scored} == {"chrf"} else "score"
+
+
+def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
+    """Return the figures of each source and of each answer length, where there are several.
+
+    Lengths are the references', in bins of 1, 2, 3 to 4, 5 to 8, ... canvases.
+    """
+    sources = [row.source or "" for row in rows]
+    bins = [max(0, -(-row.reference_tokens // canvas) - 1).bit_length() for row in rows]
+    lengths = {
+        number: f"{(canvas << number - 1) + 1 if number else 1} to {canvas << number} tokens"
+        for number in sorted(set(bins))
+    }
+    found = [
+        ("source", name, [name == each for each in sources]) for name in dict.fromkeys(sources)
+    ]
+    found = found if len(found) > 1 else []
+    if len(lengths) > 1:
+        found += [("length", lengths[n], [n == each for each in bins]) for n in lengths]
+    return tuple(
+        _slice(by, name, [row for row, inside in zip(rows, chosen, strict=True) if inside])
+        for by, name, chosen in found
+    )
+
+
+def describe_slices(result: EvaluationResult) -> list[str]:
+    """Return a line for each source and answer length, for the log."""
+    lines = []
+    for each in result.slices:
+        if not each.scored:
+            lines.append(f"{each.by} {each.name}: {each.rows} rows, none scored")
+            continue
+        lines.append(
+            f"{each.by} {each.name}: {each.score_before:.1%} before, {each.score_after:.1%} after, "
+            f"{each.scored} rows ({', '.join(each.judges)}); {each.gained} gained, "
+            f"{each.lost} lost, p = {each.p_value:.2g}"
+        )
+    return lines
+
+
+def summarize(result: EvaluationResult) -> str:
+    """Return the whole evaluation in a line, for the log."""
+    before, after = (
+        "not finite" if model.validation_loss is None else f"{model.validation_loss:.3f}"
+        for model in (result.before, result.after)
+    )
+    losses = f"validation loss {before} before, {after} after"
+    if not result.scored:
+        return f"{losses}; no row is scored: {result.unscored_reason}"
+    sides = (("before", result.before), ("after", result.after))
+    shares = [
+        f"{model.score:.1%} [{model.score_low:.1%}, {model.score_high:.1%}] {side}"
+        for side, model in sides
+    ]
+    change = (
+        f"{result.gained} gained, {result.lost} lost, p = {result.p_value:.2g}: {result.verdict}"
+    )
+    rows = (
+        f"{result.scored} rows"
+        if result.repeats == 1
+        else (f"{result.scored} rows x {result.repeats} seeds")
+    )
+    if unscored := result.rows - result.scored:
+        rows += f", {unscored} not scored"
+    parts = [f"{result.measure} {', '.join(shares)}, {rows}", change]
+    if result.before.exact_match_normalized is not None:
+        normalized = [f"{model.exact_match_normalized:.1%} {side}" for side, model in sides]
+        parts.append(f"normalized {', '.join(normalized)}")
+    return "; ".join([*parts, losses])
+
+
+def _slice(by: str, name: str, rows: Sequence[JudgedRow]) -> Slice:
+    scored = [row for row in rows if row.scored]
+    comparison = compared(rows)
+    return Slice(
+        by=by,
+        name=name,
+        rows=len(rows),
+        scored=len(scored),
+        judges=tuple(dict.fromkeys(row.judge for row in scored if row.judge)),
+        **{
+            f"score_{side}{end}": value
+            for side in SIDES
+            for end, value in zip(
+                ("", "_low", "_high"),
+                (
+                    _mean([row.mean(side) for row in scored]) if scored else None,
+                    *_interval(scored, side),
+                ),
+                strict=True,
+            )
+        },
+        **{key: comparison[key] for key in ("gained", "lost", "p_value", "verdict")},
+    )
+
+
+def _interval(scored: Sequence[JudgedRow], side: str) -> tuple[float | None, float | None]:
+    if not scored:
+        return None, None
+    means = [row.mean(side) for row in scored]
+    if all(row.exact for row in scored):
+        return share_interval(means, len(scored[0].scores[side]))
+    return mean_interval(means)
+
+
+def _exact_match(
+    rows: Sequence[JudgedRow], side: str, kind: str, share: Callable[[JudgedRow], float]
+) -> dict[str, Any]:
+    """Return the fields of ModelFigures for one kind of exact match, "" or "_normalized"."""
+    names = (f"correct{kind}", *(f"exact_match{kind}{end}" for end in ("", "_low", "_high")))
+    if not rows:
+        return dict.fromkeys(names)
+    repeats, shares = len(rows[0].scores[side]), [share(row) for row in rows]
+    right = round(sum(shares) * repeats)
+    figures = (right, right / (len(rows) * repeats), *share_interval(shares, repeats))
+    return dict(zip(names, figures, strict=True))
+
+
+def _changes(differences: Sequence[float]) -> tuple[int, int]:
+    return sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
