@@ -77,7 +77,8 @@ def test_others_see_its_command_line_and_environment_and_signals_reach_it() -> N
         assert [word for word in seen.cmdline() if word] == command
         assert [word for word in child.cmdline() if word][-2:] == [wait, "inner"]
         assert seen.environ()["PLACE"] == child.environ()["PLACE"] == "outer"
-        process.send_signal(signal.SIGINT)
-    assert process.returncode == -signal.SIGINT
+        process.terminate()
+        assert process.wait(timeout=10) == -signal.SIGTERM
+        child.kill()
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
