@@ -11,6 +11,7 @@ import argparse
 import platform
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.support import training
 from tests.support.training import (
     ADAPTER,
     kill_all,
@@ -32,13 +34,19 @@ from tests.support.training import (
     validations,
 )
 
-KILLS = (
-    "train.method=lora",
-    "parallel.ep=2",
-    "train.steps=60",
-    "train.checkpoint_every=3",
-    "train.validate_every=15",
-)
+
+def settings(steps: int) -> tuple[str, ...]:
+    """Return the settings of a run that writes a checkpoint every three steps."""
+    return (
+        "train.method=lora",
+        "parallel.ep=2",
+        f"train.steps={steps}",
+        "train.checkpoint_every=3",
+        f"train.validate_every={steps // 4}",
+    )
+
+
+KILLS = settings(60)
 LONG = (
     "train.method=lora",
     "parallel.ep=2",
@@ -121,7 +129,7 @@ def _mark_of(output: Path) -> tuple[int, int] | None:
     return (file.stat().st_ino, file.stat().st_size) if file.exists() else None
 
 
-def kill_at(ground: Path, output: Path, moment: float | None) -> Kill:
+def kill_at(ground: Path, output: Path, moment: float | None, run: tuple[str, ...]) -> Kill:
     """Start the run, and kill all of it `moment` seconds later.
 
     None: while it writes a checkpoint.
@@ -129,7 +137,7 @@ def kill_at(ground: Path, output: Path, moment: float | None) -> Kill:
     old = set(unfinished(output))
     marks = _mark_of(output)
     started = time.monotonic()
-    process = start(ground, output, RANKS, *KILLS)
+    process = start(ground, output, RANKS, *run)
     if moment is None:
         wait_for(
             lambda: set(unfinished(output)) - old or process.poll() is not None,
@@ -150,7 +158,13 @@ def kill_at(ground: Path, output: Path, moment: float | None) -> Kill:
     return Kill(after, phase, max(complete(output), default=None), steps_done(output))
 
 
-def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | None]) -> list[Kill]:
+def kill_test(
+    ground: Path,
+    whole: Path,
+    folder: Path,
+    moments: list[float | None],
+    run: tuple[str, ...] = KILLS,
+) -> list[Kill]:
     """Kill one run at each moment, one attempt after the other.
 
     Then let it end, and compare it with one that was never touched.
@@ -164,11 +178,11 @@ def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | Non
     output = folder / "killed"
     kills: list[Kill] = []
     for moment in moments:
-        kill = kill_at(ground, output, moment)
+        kill = kill_at(ground, output, moment, run)
         if kill.phase == "over":  # it ended before its moment came
             break
         kills.append(kill)
-    done = train(ground, output, RANKS, *KILLS)
+    done = train(ground, output, RANKS, *run)
     assert done.returncode == 0, done.stderr
     assert losses(output) == losses(whole), f"other metrics after {kills}"
     assert validations(output) == validations(whole), f"other validation losses after {kills}"
@@ -180,10 +194,10 @@ def kill_test(ground: Path, whole: Path, folder: Path, moments: list[float | Non
     return kills
 
 
-def untouched(ground: Path, output: Path) -> float:
+def untouched(ground: Path, output: Path, run: tuple[str, ...] = KILLS) -> float:
     """Train without a fault; return its seconds."""
     started = time.monotonic()
-    done = train(ground, output, RANKS, *KILLS)
+    done = train(ground, output, RANKS, *run)
     assert done.returncode == 0, done.stderr
     return time.monotonic() - started
 
@@ -256,6 +270,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs at random moments")
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     options = parser.parse_args()
+    training.Popen = subprocess.Popen
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         ground = make_ground(Path(scratch))

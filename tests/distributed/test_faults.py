@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_from_disk
 
+from tests.support import training
 from tests.support.training import (
     ADAPTER,
     command,
     environment,
+    finished,
     kill_all,
     losses,
     make_ground,
@@ -30,7 +32,15 @@ from tests.support.training import (
     validations,
 )
 from tools import faults
-from tools.faults import KILLS, LONG, RANKS, complete, wait_for
+from tools.faults import LONG, RANKS, complete, wait_for
+
+STEPS = 24
+# One example a rank and step, its activations kept: these tests are about what surrounds a step.
+RUN = (
+    *faults.settings(STEPS),
+    "train.global_batch_size=2",
+    "train.activation_checkpointing=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(ground: Path) -> Path:
-    faults.untouched(ground, ground / "whole")
+    faults.untouched(ground, ground / "whole", RUN)
     return ground / "whole"
 
 
@@ -53,7 +63,7 @@ def same(output: Path, whole: Path) -> None:
 def test_a_run_killed_while_saving_and_while_training_ends_with_the_same_bits(
     ground: Path, whole: Path, tmp_path: Path
 ) -> None:
-    kills = faults.kill_test(ground, whole, tmp_path, [None, None])
+    kills = faults.kill_test(ground, whole, tmp_path, [None, None], RUN)
     assert all(kill.phase == "saving" for kill in kills), kills
 
 
@@ -63,15 +73,15 @@ def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_ow
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "checkpoints").rename(tmp_path / "checkpoints")  # as a user does who needs disk space
-    finished = train(ground, output, RANKS, *KILLS)
+    finished = train(ground, output, RANKS, *RUN)
     assert finished.returncode == 0
     assert "already finished" in finished.stderr
-    other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
+    other = train(ground, output, RANKS, *RUN, "optimizer.lr=0.02")
     assert other.returncode != 0
     assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
     (tmp_path / "checkpoints").rename(output / "checkpoints")
     (output / "result.json").unlink()
-    other = train(ground, output, RANKS, *KILLS, "optimizer.lr=0.02")
+    other = train(ground, output, RANKS, *RUN, "optimizer.lr=0.02")
     assert other.returncode != 0
     assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
     assert (output / ADAPTER).exists(), "a refused run took away what was there"
@@ -82,7 +92,7 @@ def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "mine").touch()
-    done = train(ground, tmp_path, 1, *KILLS, "parallel.ep=1")
+    done = train(ground, tmp_path, 1, *RUN, "parallel.ep=1")
     assert done.returncode != 0
     assert "adapter: already exists" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -91,7 +101,7 @@ def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(
 
 def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / ".adapter.partial-1").mkdir()  # of an attempt that was killed while it exported
-    process = start(ground, tmp_path, RANKS, *KILLS, torchrun=("--standalone", "--max-restarts=1"))
+    process = start(ground, tmp_path, RANKS, *RUN, torchrun=("--standalone", "--max-restarts=1"))
     wait_for(lambda: complete(tmp_path), "a checkpoint")
     rank_processes(process)[0].kill()
     _, said = process.communicate(timeout=200)
@@ -119,11 +129,9 @@ def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: 
     rows[0]["input_ids"] = [*rows[0]["input_ids"][:-1], 10**6]
     shutil.copytree(ground / "data" / "validation", tmp_path / "data" / "validation")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "data" / "train"))
-    line = command(ground, tmp_path / "run", RANKS, *KILLS)
+    line = command(ground, tmp_path / "run", RANKS, *faults.settings(STEPS))
     line[line.index("--data") + 1] = str(tmp_path / "data")
-    done = subprocess.run(
-        line, env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+    done = finished(line)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, done.stderr
@@ -156,9 +164,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     shutil.copytree(whole, output)
     (output / "result.json").unlink()  # the adapter stays, as if the kill had come between the two
     before, newest = complete(output)[-2:]
-    assert newest == 60
+    assert newest == STEPS
     faults.damage(output / "checkpoints" / f"step-{newest:06d}", "flip")
-    done = train(ground, output, RANKS, *KILLS)
+    done = train(ground, output, RANKS, *RUN)
     assert done.returncode == 0, done.stderr
     assert f"step-{newest:06d} is damaged" in done.stderr
     assert f"resumed from the checkpoint of step {before}" in done.stderr
@@ -174,10 +182,10 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     ground: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Train on a too small file system, in a namespace, so that it needs no privileges."""
-    size = sum(f.stat().st_size for f in (whole / "checkpoints" / "step-000060").iterdir())
+    size = sum(f.stat().st_size for f in (whole / "checkpoints" / f"step-{STEPS:06d}").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
-    inside = command(ground, disk / "run", RANKS, *KILLS, "train.keep_checkpoints=9")
+    inside = command(ground, disk / "run", RANKS, *RUN, "train.keep_checkpoints=9")
     script = (
         f'mount -t tmpfs -o size={int(2.5 * size)} tmpfs {disk} && "$@"; code=$?; '
         f"cp -r {disk}/run {tmp_path}/run; exit $code"
@@ -199,8 +207,8 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     assert "disk" in errors[0] or "No space left" in errors[0], errors
     kept = complete(tmp_path / "run")
     assert kept
-    assert kept[-1] < 60
-    again = train(ground, tmp_path / "run", RANKS, *KILLS)  # the same command, with enough space
+    assert kept[-1] < STEPS
+    again = train(ground, tmp_path / "run", RANKS, *RUN)  # the same command, with enough space
     assert again.returncode == 0, again.stderr
     assert f"resumed from the checkpoint of step {kept[-1]}" in again.stderr
     same(tmp_path / "run", whole)
@@ -228,8 +236,8 @@ def test_two_nodes_train_as_one_does(ground: Path, whole: Path, tmp_path: Path) 
         "--local-addr=127.0.0.1",
     )
     nodes = [
-        subprocess.Popen(
-            command(ground, tmp_path, 1, *KILLS, torchrun=meeting),
+        training.Popen(
+            command(ground, tmp_path, 1, *RUN, torchrun=meeting),
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,

@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from tests.support import warm
+
 ROOT = Path(__file__).parents[2]
 # The cluster's names, for every Python process in it: the address behind HOST:PORT, where the
 # cluster has one.
@@ -141,7 +143,7 @@ class FakeNode:
     ) -> int:
         """Run a command, and store its output as a pod's log."""
         pipe = subprocess.PIPE
-        with subprocess.Popen(
+        with warm.Popen(
             words,
             env=environment,
             cwd=ROOT,

@@ -23,20 +23,20 @@ CANVAS, WINDOW, VOCABULARY, EOS = 8, 16, 256, 1
 MIDDLING_CANVAS = 32
 
 
-def model_config() -> DiffusionGemmaConfig:
-    """Three sliding layers and a full one, eight experts of which two, a window of two canvases."""
+def model_config(sliding: int = 3) -> DiffusionGemmaConfig:
+    """Some sliding layers and a full one, eight experts of which two, a window of two canvases."""
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": sliding + 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
         "global_head_dim": 32,
         "num_global_key_value_heads": 1,
         "sliding_window": WINDOW,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "layer_types": ["sliding_attention"] * sliding + ["full_attention"],
         "num_experts": 8,
         "top_k_experts": 2,
         "moe_intermediate_size": 16,
@@ -46,12 +46,12 @@ def model_config() -> DiffusionGemmaConfig:
     )
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path, sliding: int = 3) -> None:
     """Random weights, large enough that every part matters to the loss; layer scalars other than
     one.
     """
     torch.manual_seed(0)
-    model = DiffusionGemmaForBlockDiffusion(model_config())
+    model = DiffusionGemmaForBlockDiffusion(model_config(sliding))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "scale" not in name:

@@ -4,6 +4,7 @@ leaves behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,11 @@ import torch
 import yaml
 from datasets import Dataset
 
+from tests.support import warm
 from tests.support.small import VOCABULARY, write_checkpoint
+
+# What starts a run. tools/faults.py, which measures whole runs, puts subprocess's own here.
+Popen: type[subprocess.Popen[str]] = warm.Popen
 
 STEPS = 20
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -24,7 +29,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 def make_ground(folder: Path) -> Path:
     """A folder with a checkpoint, a prepared data set and a recipe."""
-    write_checkpoint(folder / "base")
+    write_checkpoint(folder / "base", sliding=1)
     generator = torch.Generator().manual_seed(0)
 
     def rows(count: int, offset: int) -> Dataset:
@@ -104,10 +109,19 @@ def train(
     torchrun: tuple[str, ...] = ("--standalone",),
 ) -> subprocess.CompletedProcess[str]:
     """Run it until it exits."""
-    line = command(ground, output, ranks, *settings, torchrun=torchrun)
-    return subprocess.run(
-        line, env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+    return finished(command(ground, output, ranks, *settings, torchrun=torchrun))
+
+
+def finished(line: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command line until it exits."""
+    pipe = subprocess.PIPE
+    with Popen(line, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said, errors = process.communicate(timeout=200)
+        except BaseException:
+            kill_all(process)
+            raise
+    return subprocess.CompletedProcess(line, process.returncode, said, errors)
 
 
 def start(
@@ -119,9 +133,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start it in a new session."""
     line = command(ground, output, ranks, *settings, torchrun=torchrun)
-    return subprocess.Popen(
-        line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return Popen(line, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def environment() -> dict[str, str]:
@@ -145,12 +157,13 @@ def kill_all(torchrun: subprocess.Popen[str]) -> None:
     if torchrun.poll() is not None:
         torchrun.communicate()
         return
-    processes = [
-        psutil.Process(torchrun.pid),
-        *psutil.Process(torchrun.pid).children(recursive=True),
-    ]
+    processes: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends in this moment
+        processes += psutil.Process(torchrun.pid).children(recursive=True)
+        processes.insert(0, psutil.Process(torchrun.pid))
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(processes[1:])
     torchrun.communicate()
 

@@ -38,6 +38,7 @@ from canvastune.evaluation.scoring import (
 )
 from canvastune.preparation.tokenizer import load_tokenizer
 from tests.support.evaluation import recipe
+from tests.support.warm import Popen
 
 KEYS = [  # of evaluation.json, which other programs read
     *("rows", "scored"),
@@ -379,7 +380,7 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
         **os.environ,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # other threads, other sums
-    process = subprocess.Popen(
+    process = Popen(
         [sys.executable, "-m", "canvastune.evaluate", *options],
         env=environment,
         stderr=subprocess.PIPE,

@@ -34,6 +34,7 @@ from tests.support.data_fixtures import (
     run_config,
     write_lines,
 )
+from tests.support.warm import Popen
 
 ROWS: list[Any] = [
     *problems(400),
@@ -204,7 +205,7 @@ def test_the_processes_end_with_the_preparation(
         str(model),
         str(tmp_path / "out"),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with Popen(command, stderr=subprocess.PIPE, text=True) as process:
         family = psutil.Process(process.pid)
         until = time.monotonic() + 180  # a loaded machine needs a minute for the imports
         while len(children := family.children()) < 2 and time.monotonic() < until:
