@@ -17,7 +17,7 @@ JUDGES = (
     "json",  # the JSON object or list, by value
     "tool_call",  # name and arguments of every call
     "chrf",  # how near the text comes, 0 to 1
-    "python",  # what a function of one's own says
+    "python",  # what the user's function says
 )
 _PYTHON = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 

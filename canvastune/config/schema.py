@@ -344,7 +344,7 @@ class EvaluateConfig(StrictModel):
 
     @property
     def judge_files(self) -> list[str]:
-        """The files of the judges that are functions of one's own."""
+        """The files of the judges that are the user's functions."""
         names = [name for names in (self.judge or (), *self.judges.values()) for name in names]
         found = [split_judge(name) for name in names]
         return [python_place(argument)[0] for kind, argument in found if kind == "python"]

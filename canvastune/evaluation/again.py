@@ -84,7 +84,7 @@ def with_scores(
     judged: Sequence[JudgedRow],
     canvas: int,
 ) -> EvaluationResult:
-    """Return a result with the scores of these rows in the place of its own."""
+    """Return a result with its scores replaced by those of these rows."""
     changed = replace(
         result,
         scored=sum(row.scored for row in judged),

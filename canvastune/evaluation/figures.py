@@ -193,25 +193,26 @@ def summarize(result: EvaluationResult) -> str:
 def _slice(by: str, name: str, rows: Sequence[JudgedRow]) -> Slice:
     scored = [row for row in rows if row.scored]
     comparison = compared(rows)
+    figures: dict[str, Any] = {
+        f"score_{side}{end}": value
+        for side in SIDES
+        for end, value in zip(
+            ("", "_low", "_high"),
+            (
+                _mean([row.mean(side) for row in scored]) if scored else None,
+                *_interval(scored, side),
+            ),
+            strict=True,
+        )
+    }
+    figures |= {key: comparison[key] for key in ("gained", "lost", "p_value", "verdict")}
     return Slice(
         by=by,
         name=name,
         rows=len(rows),
         scored=len(scored),
         judges=tuple(dict.fromkeys(row.judge for row in scored if row.judge)),
-        **{
-            f"score_{side}{end}": value
-            for side in SIDES
-            for end, value in zip(
-                ("", "_low", "_high"),
-                (
-                    _mean([row.mean(side) for row in scored]) if scored else None,
-                    *_interval(scored, side),
-                ),
-                strict=True,
-            )
-        },
-        **{key: comparison[key] for key in ("gained", "lost", "p_value", "verdict")},
+        **figures,
     )
 
 

@@ -37,7 +37,7 @@ class Score:
 class Judge:
     """One way to compare an answer with its reference."""
 
-    name: str  # for people and for comparing evaluations: with the hash of a file of one's own
+    name: str  # for people and for comparing evaluations: with the hash of the user's file
     read: Callable[[str], Any]  # what of a reference is compared; None: it cannot judge by it
     # Answer without thinking, what `read` returned, prompt; None: the judge does not score the row.
     compare: Callable[[str, Any, str], Score | None]
@@ -55,7 +55,7 @@ class Judging:
             references: source and reference of every row; they decide on the default judge.
 
         Raises:
-            UserError: a function of one's own that cannot be loaded.
+            UserError: a user's function that cannot be loaded.
         """
         self._of: dict[str | None, list[Judge]] = {}
         for source in dict.fromkeys(source for source, _ in references):
@@ -130,7 +130,7 @@ def _compare_text(answer: str, expected: Any, _: str) -> Score:
 
 
 def read_json(text: str) -> str | None:
-    """Return a canonical form of the object or list that a text is, alone or in a code fence."""
+    """Return a canonical form of the object or list that a text is, bare or in a code fence."""
     text = answer_part(text)
     fenced = _FENCE.search(text)
     try:

@@ -13,7 +13,7 @@ from canvastune.evaluation.normalization import normalized_answer
 
 SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller p is called one
 _Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
-_TELLING_SHARE = 0.2  # of the rows: an evaluation should see a change of this size
+_EXPECTED_CHANGE = 0.2  # of the rows: an evaluation should see a change of this size
 _FEWEST_FOR_T = 4  # rows: of fewer, a mean says nothing
 _ENUMERATED = 14  # rows whose 2**14 signs are all tried
 _DRAWS, _DRAWS_AT_ONCE = 20_000, 2_000
@@ -107,16 +107,16 @@ def paired_test(differences: Sequence[float]) -> tuple[float, str]:
 
 
 def too_few(scored: int) -> list[str]:
-    """Say where so few rows are scored that only a large change can be told from chance."""
+    """Say where so few rows are scored that only a large change can be distinguished from chance."""
     needed = next(n for n in itertools.count(1) if mcnemar(n, 0) < SIGNIFICANCE_LEVEL)
-    if not 0 < scored * _TELLING_SHARE < needed:
+    if not 0 < scored * _EXPECTED_CHANGE < needed:
         return []
     rows = f"{scored} scored {'row is' if scored == 1 else 'rows are'}"
     if scored < needed:
-        return [f"{rows} too few to tell anything: the paired test needs {needed} that change"]
+        return [f"{rows} too few to show anything: the paired test needs {needed} that change"]
     return [
         f"{rows} few: only if {needed} of them ({needed / scored:.0%}) get better and none worse "
-        "can the paired test tell"
+        "does the paired test see a difference"
     ]
 
 

@@ -238,7 +238,7 @@ def draw_sweep(points: Sequence[SweepPoint], label: str, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "sweep", "svg.fonttype": "none", "font.size": 9}
+    style: Any = {"svg.hashsalt": "sweep", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()

@@ -82,7 +82,7 @@ class _Forked(subprocess.Popen[Any]):
             return 0, 0
         said = os.read(self._status, 4)
         if len(said) != 4:
-            raise RuntimeError(f"the process that {self.args} was forked from has ended")
+            raise RuntimeError(f"the process that {self.args!r} was forked from has ended")
         os.close(self._status)
         return self.pid, int(struct.unpack("i", said)[0])
 

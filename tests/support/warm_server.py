@@ -156,7 +156,8 @@ def serve(channel: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     statuses: dict[int, int] = {}
     while True:
-        ready = select.select([channel, ended], [], [])[0]
+        waited: list[Any] = [channel, ended]
+        ready = select.select(waited, [], [])[0]
         if ended in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(ended, 4096)
@@ -185,7 +186,7 @@ def _report(statuses: dict[int, int]) -> None:
         if not child:
             return
         pipe = statuses.pop(child)
-        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        with contextlib.suppress(BrokenPipeError):  # no one waits for it any more
             os.write(pipe, struct.pack("i", status))
         os.close(pipe)
 
@@ -219,7 +220,7 @@ _LEFT: list[
 
 
 def _leave_connections() -> None:
-    """Let this copy of a busy process open connections to databases of its own."""
+    """Let this copy of a busy process open its own connections to databases."""
     from sqlalchemy.engine import Engine
 
     from canvastune.tracking.client import connect
@@ -321,7 +322,8 @@ def _show(command: Sequence[str]) -> None:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     places = [int(field) for field in fields[45:49]]  # arg_start ... env_end of proc(5)
     variables = [f"{name}={value}" for name, value in os.environ.items()]
-    for words, start, end in ((command, *places[:2]), (variables, *places[2:])):
+    parts = ((command, places[0], places[1]), (variables, places[2], places[3]))
+    for words, start, end in parts:
         text = b"".join(os.fsencode(word) + b"\0" for word in words)
         if len(text) >= end - start:
             raise RuntimeError(f"{len(text)} bytes do not fit into {end - start}: more _ROOM")

@@ -523,7 +523,15 @@ def test_a_loss_that_is_not_finite_is_null(
 
 def test_a_result_of_an_earlier_version_has_no_normalized_figure(evaluated: Path) -> None:
     written = json.loads((evaluated / "evaluation.json").read_text())
-    later = ("normalized", "cut_", "base_reused", "sampler", "score_", "judges", "measure")
+    later: tuple[str, ...] = (
+        "normalized",
+        "cut_",
+        "base_reused",
+        "sampler",
+        "score_",
+        "judges",
+        "measure",
+    )
     later += ("repeats", "slices")
     old = {name: value for name, value in written.items() if not any(x in name for x in later)}
     result = EvaluationResult.from_json(old)

@@ -49,7 +49,7 @@ CALL = '<|tool_call>call:count{text:<|"|>a, b: {c}<|"|>,times:3}<tool_call|>'
 def judged(name: str, reference: str, answer: str, prompt: str = "?") -> float | None:
     """Return the score of one answer; None if the judge cannot judge by the reference."""
     row = {"source": None, "prompt": prompt, "reference": reference, "before": answer, "after": ""}
-    settings = EvaluateConfig(judge=name)  # type: ignore[arg-type]
+    settings = EvaluateConfig(judge=name)
     result = judge_row(Judging(settings, [(None, reference)]), row)
     return result.mean("before") if result.scored else None
 
@@ -393,7 +393,7 @@ def test_intervals_of_scores_are_students() -> None:
 
 def test_a_word_where_rows_are_too_few() -> None:
     (line,) = too_few(5)
-    assert line == "5 scored rows are too few to tell anything: the paired test needs 6 that change"
+    assert line == "5 scored rows are too few to show anything: the paired test needs 6 that change"
     (line,) = too_few(12)
     assert "only if 6 of them (50%) get better and none worse" in line
     assert too_few(30) == too_few(0) == []
@@ -488,4 +488,4 @@ def test_prepare_says_where_answers_are_longer_than_the_limit(
     assert "references are longer than evaluate.max_new_tokens (8)" in line
     few = config.evaluate.model_copy(update={"rows": 5})
     (line,) = describe_answers(config.model_copy(update={"evaluate": few}), dataset)
-    assert line.startswith("5 scored rows are too few to tell anything")
+    assert line.startswith("5 scored rows are too few to show anything")

@@ -182,7 +182,7 @@ def test_settings_that_evaluation_cannot_follow_are_said(
     assert re.search(r"\bchat\b.* champion\b", line)
     assert lines(evaluate=fitting, tracking=registered | {"promote": "never"}) == []
     (line,) = lines(evaluate=fitting | {"judge": "chrf"}, tracking=registered)
-    assert line.startswith("2 scored rows are too few to tell anything")
+    assert line.startswith("2 scored rows are too few to show anything")
 
 
 def test_the_step_train_says_it_before_it_trains(
@@ -403,7 +403,7 @@ OTHER = {
 
 def test_every_setting_of_evaluation_and_tracking_is_tried_here() -> None:
     later = {key for key in known_keys() if key.startswith(("evaluate.", "tracking.", "hardware."))}
-    sections = {"evaluate.sampler", "evaluate.judges"}  # the latter has a test of its own
+    sections = {"evaluate.sampler", "evaluate.judges"}  # the latter has a separate test
     assert later - sections <= OTHER.keys()
 
 
