@@ -94,7 +94,9 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(here: Side) -> None:
             f"{name} after the checkpoint is not what it would have been"
         )
     assert snapshot.file_names(run / "adapter") == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "canvastune.json",
+        "config.yaml",
     ]

@@ -119,7 +119,7 @@ def go_through(
 
     def report(record: tracking.StepRun) -> None:
         record.summary({"eval/exact_match_after": 0.75, "val/loss_last": 1.5}, data)
-        record.promotion(Score(0.5, 0.75, "rows"), "better", "**Better**")
+        record.promotion(Score(0.5, 0.75, "rows", verdict="better"), "better", "**Better**")
 
     in_step("train", train)
     in_step("merge_lora", lambda record: record.model(run.folder / "model", "merged"))

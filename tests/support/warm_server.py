@@ -232,6 +232,12 @@ def _leave_connections() -> None:
         engine.dispose(close=False)
 
 
+def _forget_cluster() -> None:
+    """Let this process import the client of Kubernetes again, which reads KUBECONFIG then."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kubernetes"]:
+        del sys.modules[name]
+
+
 def _become(job: Mapping[str, Any], streams: Sequence[int], pristine: _Pristine) -> NoReturn:
     """Do what a new interpreter does with this command line; exit with its exit code."""
     code = 1
@@ -256,6 +262,7 @@ def _become(job: Mapping[str, Any], streams: Sequence[int], pristine: _Pristine)
         os.chdir(job["folder"])
         os.environ.clear()
         os.environ.update(job["environment"])
+        _forget_cluster()
         pristine.restore()
         code = _run(job["command"])
     except BaseException:

@@ -17,7 +17,7 @@ from canvastune.train import main
 from tests.support.data_fixtures import problems, write_lines
 from tests.support.training import make_ground
 
-SHARD = "model-00002-of-00004.safetensors"
+SHARD = "model-00002-of-00003.safetensors"
 ALONE = {
     "RANK": "0",
     "WORLD_SIZE": "1",
