@@ -178,6 +178,7 @@ def measure(
     }
     steps[PLAIN] = lambda: plain_step(stock, plain)
 
+    stock.zero_grad(set_to_none=True)  # of the answers measured before
     expected, difference = float(steps[PLAIN]()), {}
     loss = {}
     for name in (ALL, ROWS):
