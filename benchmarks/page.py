@@ -15,7 +15,7 @@ from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
 FILES = (
-    *("step", "step_commits", "first_pass", "growth", "blocks", "blocks_learning", "lengths"),
+    *("step", "first_pass", "growth", "blocks", "blocks_learning"),
     *("data", "merge", "pipeline"),
 )
 PAGE = ROOT / "docs" / "performance.md"
@@ -40,12 +40,10 @@ def main() -> int:
 
 def page(
     step: dict[str, Any],
-    step_commits: dict[str, Any],
     first_pass: dict[str, Any],
     growth: dict[str, Any],
     blocks: dict[str, Any],
     blocks_learning: dict[str, Any],
-    lengths: dict[str, Any],
     data: dict[str, Any],
     merge: dict[str, Any],
     pipeline: dict[str, Any],
@@ -158,18 +156,6 @@ time of one block's, whatever their number is: the clean tokens are as many as t
 validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (geometric mean of three seeds; goal: a third).
 
 ![Validation loss by seconds in training steps, three seeds: all blocks reach the final loss of one block in a fraction of the time](blocks.png)
-
-`python -m benchmarks.lengths`{_at(lengths)}: one example, activation checkpointing, full fine-tuning at small width
-(hidden {lengths["model"]["hidden"]}, {lengths["model"]["layers"]} layers). What limits the length at full width is in `canvastune plan`.
-
-| clean tokens | blocks denoised | seconds | FLOPs per second, relative to the shortest | bytes per token |
-|---|---|---|---|---|
-{chr(10).join(_lengths(lengths["rows"]))}
-
-## This commit and an earlier one
-
-`python -m benchmarks.step_commits CHECKOUT`{_at(step_commits)}: steps of both in turns, on the same weights, batch and draws; their losses
-are equal bit by bit. Times as fast as {step_commits["baseline"]}, geometric mean of the shapes above: {_commits(step_commits)}.
 
 ## Data, merge, pipeline
 
@@ -294,22 +280,6 @@ def _blocks(blocks: str, row: dict[str, Any]) -> str:
         f"| {blocks} | {both('rate')} | {both('slower')} | {by_row['plain']:.2f} |"
         f" {by_row['packed']:.2f} | {by_row['sent']:.2f} | {ratios['memory']:.2f} |"
     )
-
-
-def _lengths(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        shortest = next(each for each in rows if each["blocks"] == row["blocks"])
-        rate = row["flops"] / row["seconds"] / (shortest["flops"] / shortest["seconds"])
-        lines.append(
-            f"| {row['clean']:,} | {row['blocks']} | {row['seconds']:.1f} | {rate:.2f} |"
-            f" {row['live_bytes'] / row['tokens']:,.0f} |"
-        )
-    return lines
-
-
-def _commits(result: dict[str, Any]) -> str:
-    return ", ".join(f"{ours} {ratio:.2f}" for ours, ratio in result["faster"].items())
 
 
 def _growth(row: dict[str, Any]) -> str:
