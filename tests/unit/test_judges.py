@@ -252,7 +252,7 @@ def test_the_first_judge_that_can_judge_by_a_reference_does() -> None:
 
 def test_text_has_a_verdict_without_a_setting() -> None:
     """The default: the pattern where it matches a reference of the source, else chrF."""
-    references = [("maths", "so #### 3"), ("maths", "unclear"), ("chat", "Hello."), ("chat", "Yes")]
+    references = [("math", "so #### 3"), ("math", "unclear"), ("chat", "Hello."), ("chat", "Yes")]
     judging = Judging(EvaluateConfig(), references)
     found = [judging.find(*each) for each in references]
     assert [each and each[0].name for each in found] == ["pattern", None, "chrf", "chrf"]
