@@ -226,6 +226,12 @@ def _beats(champion: ModelVersion, score: Score, match: str) -> tuple[bool, str]
         for new, old in zip(score.rows, known, strict=False)
         if new is not None and old
     ]
+    if champion.tags.get(_ROWS) == score.evaluation and _ROW_SCORES not in champion.tags:
+        return False, (
+            f"not promoted: version {champion.version}, the {CHAMPION}, has no scores by row: an "
+            "earlier version registered it, or its rows are more than a tag of MLflow holds. If "
+            "this one is better, set the alias by hand"
+        )
     if (
         champion.tags.get(_ROWS) != score.evaluation
         or len(known) != len(score.rows)
