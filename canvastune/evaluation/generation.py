@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase
 
+from canvastune import __version__
 from canvastune.checkpoint.generation_config import (
     SamplerSettings,
     read_generation_file,
     sampler_settings,
 )
+from canvastune.config import RunConfig
 from canvastune.config.schema import EvaluateConfig
 from canvastune.data.row_sources import read_sources
 from canvastune.errors import UserError
@@ -169,6 +172,20 @@ def answering(base: Path, model: Any, config: EvaluateConfig, ends: Collection[i
         config.max_new_tokens,
         tuple(sorted({*stops, *ends})),
     )
+
+
+def answer_seeds(config: RunConfig) -> list[int]:
+    """Return the seeds with which each question is answered, one for each repeat."""
+    return [(config.seed + repeat) % 2**63 for repeat in range(config.evaluate.repeats)]
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that an answer depends on."""
+    return {
+        "canvastune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def generate_answers(

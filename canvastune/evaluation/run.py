@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
-from canvastune import __version__
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
@@ -36,11 +34,13 @@ from canvastune.evaluation.figures import (
 from canvastune.evaluation.generation import (
     Answering,
     Question,
+    answer_seeds,
     answering,
     generate_answers,
     hash_questions,
     response_ends,
     select_questions,
+    software_versions,
 )
 from canvastune.evaluation.judges import Judging
 from canvastune.evaluation.result import SIDES, EvaluationResult, ModelFigures
@@ -132,12 +132,7 @@ def evaluate(
     model_config = read_model_config(base)
     examples = held_out_examples(dataset, config.train, model_config)
     how = answering(base, model_config, settings, response_ends(dataset))
-    versions = {
-        "canvastune": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    common = {"base": (base_hash := hash_path(base)), "device": device.type, **versions}
+    common = {"base": (base_hash := hash_path(base)), "device": device.type, **software_versions()}
     canvas = model_config.canvas_length
     task = _Task(config, tokenizer, questions, how, examples, common, device, canvas)
     kept = BaseResults(base_results, base_hash)
@@ -185,7 +180,7 @@ def _run_model(
     blocks = config.train.validation_blocks
     common = {**task.common, "side": side, "model": hash_path(checkpoint)}
     generation = asdict(task.how)
-    seeds = [(config.seed + repeat) % 2**63 for repeat in range(config.evaluate.repeats)]
+    seeds = answer_seeds(config)
     first = task.questions[0].id
     store = _Store(cache, kept)
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from canvastune import __version__
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
@@ -21,10 +19,12 @@ from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.figures import JudgedRow, judge_row, measure, side_scores
 from canvastune.evaluation.generation import (
+    answer_seeds,
     answering,
     generate_answers,
     response_ends,
     select_questions,
+    software_versions,
 )
 from canvastune.evaluation.run import judging_of
 from canvastune.evaluation.scoring import paired_test
@@ -96,9 +96,8 @@ def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) 
     how = answering(base, read_model_config(base), config.evaluate, response_ends(dataset))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     common = {"model": hash_path(tuned), "base": hash_path(base), "device": device.type}
-    common |= {"canvastune": __version__, "torch": torch.__version__}
-    common |= {"transformers": transformers.__version__}
-    seeds = [(config.seed + repeat) % 2**63 for repeat in range(config.evaluate.repeats)]
+    common |= software_versions()
+    seeds = answer_seeds(config)
     tried = settings_to_try(how.sampler)
     model = load_stock(tuned, device)
     judged: dict[str, list[JudgedRow]] = {}

@@ -15,9 +15,11 @@ from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.packing import Example
+from canvastune.config.schema import Checkpointing
+from canvastune.data.packing import Example, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import NoiseSample, training_block_draws, training_draws
+from canvastune.objective import losses
 
 CANVAS, WINDOW, VOCABULARY, EOS = 8, 16, 256, 1
 MIDDLING_CANVAS = 32
@@ -158,6 +160,33 @@ def counts(
         for d in ([own] if isinstance(own, NoiseSample) else own)
     )
     return canvas, sum(len(e.tokens) - 1 for e in examples)
+
+
+def loss_and_gradients(
+    model: WeightTiedDiffusionGemma,
+    batches: list[tuple[list[Example], list[NoiseSample]]],
+    checkpointing: Checkpointing = False,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a global batch that is cut into these micro-batches."""
+    examples = [e for part, _ in batches for e in part]
+    draws = [d for _, part in batches for d in part]
+    canvas_rows, pairs = counts(examples, draws)
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for part, part_draws in batches:
+        coin = any(draw.self_condition for draw in part_draws)
+        loss, _, _ = model.run_under_fsdp(
+            losses,
+            pack(part, part_draws),
+            (1 / canvas_rows, 1 / pairs),
+            any_self_conditioned=coin,
+            checkpointing=checkpointing,
+        )
+        loss.backward()
+        total += float(loss.detach())
+    return total, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def worst_difference(

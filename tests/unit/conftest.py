@@ -45,3 +45,11 @@ def ground(sound_model: Path, tmp_path: Path) -> Ground:
 @pytest.fixture(scope="session")
 def released_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), released_template(), special=TOOL_SPECIAL)
+
+
+@pytest.fixture
+def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints whose names say which is which."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).symlink_to(tiny_model)
+    return tmp_path / "base", tmp_path / "tuned"

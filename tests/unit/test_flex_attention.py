@@ -18,17 +18,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.errors import UserError
 from canvastune.model import flex_attention
-from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.flex_attention import TILE, FlexPacking
 from canvastune.noise import NoiseSample
-from canvastune.objective import losses
 from canvastune.training.run import train
 from tests.support.small import (
     CANVAS,
     VOCABULARY,
     WINDOW,
-    counts,
     examples_and_draws,
+    loss_and_gradients,
     noise,
     run_config,
     shared_model,
@@ -78,27 +76,6 @@ def without_coins() -> Batch:
     return examples, [dataclasses.replace(draw, self_condition=False) for draw in draws]
 
 
-def loss_and_gradients(
-    model: WeightTiedDiffusionGemma, batch: Batch, checkpointing: bool
-) -> tuple[float, dict[str, torch.Tensor]]:
-    examples, draws = batch
-    canvas_rows, pairs = counts(examples, draws)
-    model.zero_grad(set_to_none=True)
-    packed = pack(examples, draws)
-    coin = any(packed.self_conditioned)
-    loss, _, _ = model.run_under_fsdp(
-        losses,
-        packed,
-        (1 / canvas_rows, 1 / pairs),
-        any_self_conditioned=coin,
-        checkpointing=checkpointing,
-    )
-    loss.backward()
-    return float(loss.detach()), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
-
-
 @pytest.mark.parametrize(
     ("method", "batch", "checkpointing"),
     [
@@ -113,10 +90,10 @@ def test_loss_and_every_gradient_equal_those_of_attention_by_example(
     checkpoint: Path, method: str, batch: Callable[[], Batch], checkpointing: bool
 ) -> None:
     by_example = loss_and_gradients(
-        shared_model(checkpoint, run_config(method)), batch(), checkpointing
+        shared_model(checkpoint, run_config(method)), [batch()], checkpointing
     )
     flex = loss_and_gradients(
-        shared_model(checkpoint, run_config(method, attention="flex")), batch(), checkpointing
+        shared_model(checkpoint, run_config(method, attention="flex")), [batch()], checkpointing
     )
     assert flex[0] == pytest.approx(by_example[0], rel=1e-6)
     worst, name = worst_difference(flex[1], by_example[1])

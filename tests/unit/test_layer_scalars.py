@@ -16,14 +16,13 @@ from canvastune.data.packing import pack
 from canvastune.model.attention import Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.flex_attention import FlexPacking
-from canvastune.objective import losses
 from tests.support.oracle import plain_loss
 from tests.support.small import (
     CANVAS,
     VOCABULARY,
     WINDOW,
-    counts,
     examples_and_draws,
+    loss_and_gradients,
     run_config,
     shared_model,
     stock_model,
@@ -68,19 +67,8 @@ def plain(base: Path) -> tuple[float, dict[str, torch.Tensor]]:
 def test_loss_and_every_gradient_equal_the_stock_models(
     model: WeightTiedDiffusionGemma, plain: Any, checkpointing: Checkpointing
 ) -> None:
-    examples, draws = examples_and_draws()
-    canvas_rows, pairs = counts(examples, draws)
-    model.zero_grad(set_to_none=True)
-    loss, _, _ = model.run_under_fsdp(
-        losses,
-        pack(examples, draws),
-        (1 / canvas_rows, 1 / pairs),
-        any_self_conditioned=True,
-        checkpointing=checkpointing,
-    )
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(plain[0], rel=1e-6)
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss, found = loss_and_gradients(model, [examples_and_draws()], checkpointing)
+    assert loss == pytest.approx(plain[0], rel=1e-6)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {name: gradient for name, gradient in plain[1].items() if name in trained}
     worst, name = worst_difference(found, expected)

@@ -25,6 +25,7 @@ from tests.support.small import (
     WINDOW,
     counts,
     examples_and_draws,
+    loss_and_gradients,
     noise,
     run_config,
     shared_model,
@@ -43,33 +44,6 @@ def model(checkpoint: Path) -> WeightTiedDiffusionGemma:
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> DiffusionGemmaForBlockDiffusion:
     return stock_model(checkpoint)
-
-
-def gradients(
-    model: WeightTiedDiffusionGemma,
-    batches: list[tuple[list[Example], list[NoiseSample]]],
-    checkpointing: Checkpointing = False,
-) -> tuple[float, dict]:
-    """Loss and gradients of a global batch that is cut into these micro-batches."""
-    examples = [e for part, _ in batches for e in part]
-    draws = [d for _, part in batches for d in part]
-    canvas_rows, pairs = counts(examples, draws)
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for part, part_draws in batches:
-        coin = any(draw.self_condition for draw in part_draws)
-        loss, _, _ = model.run_under_fsdp(
-            losses,
-            pack(part, part_draws),
-            (1 / canvas_rows, 1 / pairs),
-            any_self_conditioned=coin,
-            checkpointing=checkpointing,
-        )
-        loss.backward()
-        total += float(loss.detach())
-    return total, {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +75,7 @@ def plain(
 def test_loss_and_every_gradient_equal_the_plain_step(
     model: WeightTiedDiffusionGemma, plain: tuple, checkpointing: Checkpointing
 ) -> None:
-    loss, found = gradients(model, [examples_and_draws()], checkpointing)
+    loss, found = loss_and_gradients(model, [examples_and_draws()], checkpointing)
     assert loss == pytest.approx(plain[0], rel=1e-6)
     worst, name = worst_difference(found, plain[3])
     assert worst < 1e-5, f"gradient of {name} is off by {worst:.1e} relative to the plain step"
@@ -125,7 +99,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut_nor_on_padding(
 ) -> None:
     examples, draws = examples_and_draws()
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    loss, found = gradients(
+    loss, found = loss_and_gradients(
         model, [(examples[e - n : e], draws[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
     )
     assert loss == pytest.approx(plain[0], rel=1e-6)
@@ -139,7 +113,7 @@ def test_chunked_loss_equals_the_plain_one(
     model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 3 * VOCABULARY)  # three rows at a time
-    loss, found = gradients(model, [examples_and_draws()])
+    loss, found = loss_and_gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)
     assert worst_difference(found, plain[3])[0] < 1e-5
 
@@ -152,7 +126,7 @@ def test_tiled_loss_equals_the_plain_one(
     monkeypatch.setattr(
         objective, "TILE_ELEMENTS", 5 * tile
     )  # columns at a time, which do not divide the vocabulary
-    loss, found = gradients(model, [examples_and_draws()])
+    loss, found = loss_and_gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)
     assert worst_difference(found, plain[3])[0] < 1e-5
 
@@ -314,7 +288,7 @@ def test_decoding_one_block_equals_decoding_all_and_scoring_one(
 def test_pass_one_matters_only_where_the_coin_says_so(model: WeightTiedDiffusionGemma) -> None:
     examples, draws = examples_and_draws()
     off = [dataclasses.replace(draw, self_condition=False) for draw in draws]
-    _, without = gradients(model, [(examples, off)])
+    _, without = loss_and_gradients(model, [(examples, off)])
     canvas_rows, pairs = counts(examples, off)
     model.zero_grad(set_to_none=True)
     # Another rank has a coin, so pass 1 runs here too: nothing may change.

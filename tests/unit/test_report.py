@@ -28,7 +28,7 @@ from canvastune.report.charts import (
     tick,
 )
 from canvastune.report.formatting import duration, hours, mark_differences, short
-from canvastune.report.summary import Cost, RunArtifacts, find_warnings
+from canvastune.report.summary import RunArtifacts
 from canvastune.tracking import read_metrics
 from tools.report_sample import (
     HOSTILE,
@@ -416,76 +416,6 @@ def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
 
 
-def test_a_paired_comparison_is_surer_than_two_intervals(config: RunConfig) -> None:
-    result = sample_result(64, before=40, after=48, lost=0)
-    assert result.after.exact_match_low is not None
-    assert result.before.exact_match_high is not None
-    assert result.after.exact_match_low < result.before.exact_match_high
-    assert not _warnings(config, [], evaluation=result)
-
-
-GPU = {"device": "cuda", "device_name": "NVIDIA H200"}
-
-
-@pytest.mark.parametrize(
-    ("places", "told"),
-    [
-        ([{"ranks": 8, **GPU}], (8.0, "GPU-hours", "8 × NVIDIA H200")),
-        ([{"ranks": 8, **GPU}, {"ranks": 16, **GPU}], (12.0, "GPU-hours", "16 × NVIDIA H200")),
-        (
-            [{"ranks": 2, "device": "cpu", "threads": 1}],
-            (2.0, "CPU-hours", "2 processes of 1 thread"),
-        ),
-        (
-            [{"ranks": 1, "device": "cpu", "threads": 4}],
-            (4.0, "CPU-hours", "1 process of 4 threads"),
-        ),
-        ([], (4.0, "process-hours", "4 processes")),
-    ],
-)
-def test_cost_is_the_hours_of_the_devices_of_each_attempt(
-    places: list[dict[str, Any]], told: tuple[float, str, str]
-) -> None:
-    records: list[dict[str, Any]] = []
-    for attempt in range(2):  # of half an hour each, the second started where the first was lost
-        if attempt < len(places):
-            records.append(
-                {
-                    "kind": "event",
-                    "step": 2 * attempt,
-                    "event": "resumed" if attempt else "started",
-                    **places[attempt],
-                }
-            )
-        records.append({"kind": "train", "step": 2 * attempt + 1, "seconds": 1200.0})
-        records.append({"kind": "validation", "step": 2 * attempt + 1, "seconds": 600.0})
-    cost = Cost.from_records(records, sample_config(parallel={"nproc_per_node": 4}))
-    assert (cost.hours, cost.unit, cost.devices) == (pytest.approx(told[0]), *told[1:])
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "lost", "warning"),
-    [
-        (
-            6,
-            8,
-            1,
-            (
-                "64 rows are too few to be sure of the change in exact match: 3 gained, 1 lost, p ="
-                " 0.62."
-            ),
-        ),
-        (30, 12, 18, "Exact match fell from 30 to 12 of 64 rows."),
-        (6, 52, 1, None),
-    ],
-)
-def test_a_doubtful_or_bad_result_is_a_warning(
-    before: int, after: int, lost: int, warning: str | None, config: RunConfig
-) -> None:
-    found = _warnings(config, [], evaluation=sample_result(64, before, after, lost))
-    assert found == ([] if warning is None else [warning])
-
-
 @pytest.mark.parametrize("reused", [None, 0, 5, 64])
 def test_base_answers_of_an_earlier_run_are_said(
     config: RunConfig, tmp_path: Path, reused: int | None
@@ -508,28 +438,6 @@ def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> No
     )
     assert "evaluate.answer_pattern" in page.text.split("Charts")[0]
     assert "%" not in page.text.split("Charts")[0]
-
-
-def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
-    records: list[dict[str, Any]] = [
-        {"kind": "event", "step": 7, "time": 0.0, "event": "skipped_step", "detail": "not finite"},
-        {
-            "kind": "event",
-            "step": 7,
-            "time": 0.0,
-            "event": "damaged_checkpoint",
-            "detail": "a checksum differs",
-        },
-        {"kind": "train", "step": 8, "time": 0.0, "loss": 1.0, "grad_norm": None},
-        {"kind": "validation", "step": 100, "time": 0.0, "loss": 1.0, "levels": {}},
-        {"kind": "validation", "step": 300, "time": 0.0, "loss": 1.2, "levels": {}},
-    ]
-    text = " ".join(_warnings(config, records, merge={"passed": False}))
-    assert "merged model" in text
-    assert re.search(r"\b1 step\b[^.]* 7\.", text)
-    assert re.search(r"\b1 checkpoint\b", text)
-    assert re.search(r": grad_norm\.", text)
-    assert re.search(r"\b100 \(1\.000\)\D+1\.200\b", text)
 
 
 def test_smoothing_does_not_lag_and_thinning_keeps_every_peak() -> None:
@@ -584,11 +492,6 @@ def test_text_and_lines_can_be_read_in_light_and_in_dark(mode: str) -> None:
         assert _contrast(colors[ink], colors[back]) >= 4.5, f"--{ink} on --{back} in {mode}"
     for line in (name for name in colors if re.fullmatch(r"[sl]\d", name)):
         assert _contrast(colors[line], colors["card"]) >= 3, f"--{line} on --card in {mode}"
-
-
-def _warnings(config: RunConfig, records: list[dict[str, Any]], **given: Any) -> list[str]:
-    given = {"evaluation": None, "merge": {"passed": True}, "card": {}, **given}
-    return find_warnings(config, records, **given)
 
 
 def _contrast(one: str, other: str) -> float:
