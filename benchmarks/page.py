@@ -4,6 +4,7 @@ benchmarks/results/.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -50,6 +51,7 @@ def page(
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
+    at = functools.partial(_at, usual=here["device"])
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
     goals = "; ".join(
         f"against {plain}, {faster}x faster and {leaner}x less memory"
@@ -57,14 +59,14 @@ def page(
     )
     return f"""# Speed and memory
 
-Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]}, {here["threads"]} threads,
-torch {here["torch"]}). **None of this has been run on a GPU.** Each section names the commit it was measured at.
+Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]} unless another is named,
+{here["threads"]} threads, torch {here["torch"]}). **None of this has been run on a GPU.** Each section names the commit it was measured at.
 `python -m benchmarks.page` generates this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
 versus counted FLOPs and memory: [the planner](planner.md).
 
 ## The step
 
-`python -m benchmarks.step`{_at(step)}, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's
+`python -m benchmarks.step`{at(step)}, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's
 modules called twice, on a right-padded batch with dense masks and whole float32 logits: *all blocks* decodes every response block and
 scores one, *chosen block* decodes only the scored one. Same weights, batch and draws. Our gradient differs from the plain one by at most
 {worst:.0e} of its norm
@@ -118,7 +120,7 @@ both kinds of attention and the plain step, utilization of the card's measured m
 
 ## Pass 1, three ways
 
-`python -m benchmarks.first_pass`{_at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
+`python -m benchmarks.first_pass`{at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
 clean tokens before the block, as in the engine) or with keys *reused* (the prefix's keys of pass 2, which then runs clean tokens and
 canvas separately), relative to a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
 The four ranks share two cores, so their seconds mean little.
@@ -132,7 +134,7 @@ make pass 1 see keys with dropout applied.
 
 ## From 1 to {growth["rows"][-1]["examples"]} examples
 
-`python -m benchmarks.growth`{_at(growth)}: examples of different lengths in one forward pass, with activation checkpointing. Seconds grow as the number of tokens to the power of
+`python -m benchmarks.growth`{at(growth)}: examples of different lengths in one forward pass, with activation checkpointing. Seconds grow as the number of tokens to the power of
 {growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
 between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB again).
 
@@ -142,7 +144,7 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 
 ## Every block of an answer in one step
 
-`python -m benchmarks.blocks`{_at(blocks)}: `objective.blocks: all` against one block of each answer, and against a row for each block, as
+`python -m benchmarks.blocks`{at(blocks)}: `objective.blocks: all` against one block of each answer, and against a row for each block, as
 Megatron-Bridge's data set has it: written plainly on Hugging Face's modules (*plain*), and in our packed pass. Gradients equal those of the
 rows to {max(row["gradient_difference"] for row in blocks["answers"].values()):.0e}. A step of answers of many blocks takes about twice the
 time of one block's, whatever their number is: the clean tokens are as many as the canvases' together.
@@ -151,7 +153,7 @@ time of one block's, whatever their number is: the clean tokens are as many as t
 |---|---|---|---|---|---|---|
 {chr(10).join(_blocks(*each) for each in blocks["answers"].items())}
 
-`python -m benchmarks.blocks_learning`{_at(blocks_learning)}: the tiny model learns running sums, answers of 16 to 18 blocks;
+`python -m benchmarks.blocks_learning`{at(blocks_learning)}: the tiny model learns running sums, answers of 16 to 18 blocks;
 {blocks_learning["steps"]["1"]} steps with one block, {blocks_learning["steps"]["all"]} with all. `all` reaches the first run's final
 validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (geometric mean of three seeds; goal: a third).
 
@@ -161,7 +163,7 @@ validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (g
 
 | what | measured | goal |
 |---|---|---|
-| `benchmarks.data`{_at(data)}: rows per second relative to `datasets.map` with a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
+| `benchmarks.data`{at(data)}: rows per second relative to `datasets.map` with a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
 | the same with the chat template on both sides | {_templated(data)} | |
 | the same with two processes on both sides | {data["two_processes"]["ratio"]:.2f}x | 1x |
 | memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
@@ -169,9 +171,9 @@ validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (g
 | rows per second of conversations with tools ({_characters(data, "tools")} characters a row, a sentence a turn) relative to GSM8K's form ({_characters(data, "gsm8k")}) | {data["tools"]["ratios"]["tools"]:.2f}x | 0.5x |
 | the same with question and answer as long as GSM8K's ({_characters(data, "long_tools")} characters a row) | {data["tools"]["ratios"]["long_tools"]:.2f}x | |
 | rows of GSM8K's form relative to {data["baseline"]["commit"]}, the last commit that read no tools | {data["baseline"]["ratio"]:.2f}x | 1x |
-| `benchmarks.merge`{_at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
+| `benchmarks.merge`{at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
-| `benchmarks.pipeline`{_at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
+| `benchmarks.pipeline`{at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
 
 `map` renders no chat template and verifies nothing; preparation renders each conversation twice, to verify the response's span. The next table shows the busiest
 rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
@@ -182,8 +184,11 @@ rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 """
 
 
-def _at(result: dict[str, Any]) -> str:
-    return f" ({result['machine']['commit']}, {result['machine']['date']})"
+def _at(result: dict[str, Any], usual: str) -> str:
+    """Return commit and date of a result, and its processor where that is not the usual one."""
+    machine = result["machine"]
+    other = f", on {machine['device']}" if machine["device"] != usual else ""
+    return f" ({machine['commit']}, {machine['date']}{other})"
 
 
 def _step_rows(row: dict[str, Any]) -> list[str]:
