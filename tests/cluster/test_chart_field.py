@@ -326,6 +326,15 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
             },
             "there is no SQLite database",
         ),
+        (
+            {
+                "serving": {
+                    **{"enabled": True, "model": "runs/a/model", "kserve": True},
+                    "service": {"annotations": {"team": "a"}},
+                }
+            },
+            "KServe makes the service",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_refused_with_the_form_that_is(
