@@ -1,4 +1,4 @@
-"""Nothing is answered twice: an evaluation that was stopped goes on, and the base is asked once for all
+"""Nothing is answered twice: an evaluation that was stopped resumes, and the base is asked once for all
 runs.
 """
 
