@@ -16,7 +16,7 @@ from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
 FILES = (
-    *("step", "first_pass", "growth", "blocks", "blocks_learning"),
+    *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
     *("data", "merge", "pipeline"),
 )
 PAGE = ROOT / "docs" / "performance.md"
@@ -43,6 +43,7 @@ def page(
     step: dict[str, Any],
     first_pass: dict[str, Any],
     growth: dict[str, Any],
+    lengths: dict[str, Any],
     blocks: dict[str, Any],
     blocks_learning: dict[str, Any],
     data: dict[str, Any],
@@ -141,6 +142,16 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 | examples | tokens | ms per token | ms per token, memory kept | MB per example, live tensors | MB per example, process |
 |---|---|---|---|---|---|
 {chr(10).join(map(_growth, growth["rows"]))}
+
+## One example of up to {max(row["clean"] for row in lengths["rows"]):,} tokens
+
+`python -m benchmarks.lengths`{at(lengths)}: a training step on one long example at small width, with activation checkpointing. Memory per
+token does not grow with the length; the counted FLOPs do, by the attention of full-attention layers, and the machine computes them no
+slower in long examples than in short ones. Seconds vary by up to a factor of two between runs: the machine is shared.
+
+| tokens | blocks of the answer in a step | kB per token in addition to weights and gradients | seconds | GFLOP counted | GFLOP per second | attention, us per token: a sliding-window layer | a full-attention layer |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(map(_length, lengths["rows"]))}
 
 ## Every block of an answer in one step
 
@@ -270,6 +281,18 @@ def _first_pass(case: dict[str, Any]) -> str:
     return (
         f"| {case['tokens']:,}, {case['ranks']} / {case['ep']} | {of_whole('before')} |"
         f" {of_whole('reused')} |"
+    )
+
+
+def _length(row: dict[str, Any]) -> str:
+    tokens, seconds, flops = row["tokens"], row["seconds"], row["flops"]
+    sliding, full = (
+        f"{row['attention_seconds'][kind] / tokens * 1e6:.0f}"
+        for kind in ("sliding_attention", "full_attention")
+    )
+    return (
+        f"| {row['clean']:,} | {row['blocks']} | {row['live_bytes'] / tokens / 1e3:.1f} | {seconds:.1f} |"
+        f" {flops / 1e9:,.0f} | {flops / seconds / 1e9:.0f} | {sliding} | {full} |"
     )
 
 
