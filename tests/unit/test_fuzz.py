@@ -32,7 +32,7 @@ from canvastune.preparation.sources import open_source
 from tests.support.data_fixtures import SPECIAL, make_model, problems, run_config, write_lines
 
 FAST = settings(
-    max_examples=120,
+    max_examples=60,
     deadline=None,
     derandomize=True,  # the same inputs on every machine
     database=None,
@@ -188,7 +188,7 @@ def test_a_damaged_file_inside_sound_gzip_gives_rows_or_is_refused(
 @pytest.mark.parametrize(
     "form", ["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
 )
-@settings(FAST, max_examples=300)
+@settings(FAST, max_examples=150)
 @given(value=ROWS | TREES)
 def test_any_json_is_a_conversation_or_a_bad_row(form: RowFormat, value: Any) -> None:
     conversation(value, form)
@@ -321,7 +321,7 @@ def loads(folder: Path, text: bytes, overrides: list[str] | None = None) -> None
     assert load_config(folder / "again.yaml") == config
 
 
-@settings(FAST, max_examples=300)
+@settings(FAST, max_examples=150)
 @given(
     text=st.binary(max_size=120)
     | st.text(max_size=120).map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -330,7 +330,7 @@ def test_random_text_is_a_recipe_or_refused(text: bytes, tmp_path: Path) -> None
     loads(tmp_path, text)
 
 
-@settings(FAST, max_examples=300)
+@settings(FAST, max_examples=150)
 @given(text=damage(RECIPE.encode()))
 def test_a_damaged_recipe_is_read_or_refused(text: bytes, tmp_path: Path) -> None:
     loads(tmp_path, text)
@@ -382,7 +382,7 @@ def test_the_odd_corners_of_yaml_are_values_or_refused(pieces: list[str], tmp_pa
         loads(tmp_path, f"{RECIPE}\n{glue.join(pieces)}".encode())
 
 
-@settings(FAST, max_examples=300)
+@settings(FAST, max_examples=150)
 @given(
     override=st.text(max_size=30)
     | st.builds(
@@ -393,7 +393,7 @@ def test_any_override_is_applied_or_refused(override: str, tmp_path: Path) -> No
     loads(tmp_path, RECIPE.encode(), [override])
 
 
-@settings(FAST, max_examples=300)
+@settings(FAST, max_examples=150)
 @given(
     tree=st.dictionaries(
         st.sampled_from(list(RunConfig.model_fields)) | st.text(max_size=5), TREES, max_size=4
