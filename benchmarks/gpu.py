@@ -106,6 +106,15 @@ def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
             if not side.get("failed", "out of memory").startswith("out of memory")
         )
         yield from (f"S {row['seq_length']}: {name} failed" for name in broken)
+        for call in (row["attention"] or ()) if goals else ():
+            taken = f"attention of {call['query']} on {call['key']} runs on {call['backend']}"
+            if call["backend"] == "math":
+                yield f"S {row['seq_length']}: {taken}, not on a fused kernel"
+            elif call["table"] not in (None, call["backend"]):
+                yield (
+                    f"S {row['seq_length']}: {taken}, tools/attention_backends.py says"
+                    f" {call['table']}"
+                )
         best = max(
             (row["sides"][name].get("utilisation", 0.0) for name in OURS if name in row["sides"]),
             default=0.0,

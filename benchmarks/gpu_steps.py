@@ -10,14 +10,19 @@ a large matmul.
 
 from __future__ import annotations
 
+import functools
 import gc
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say
@@ -32,6 +37,7 @@ from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.objective import losses
 from canvastune.perf_model.architecture import VISION_KIND, Architecture, read_architecture
 from canvastune.perf_model.flops import needed_flops
+from tools import attention_backends
 
 LENGTHS, SMALL_LENGTHS = (512, 1024, 2048, 4096), (128, 256)
 EXAMPLES = 2
@@ -132,6 +138,8 @@ def measured_steps(
         "weights_and_gradients_bytes": held,
         "matmul_flops_per_second": rate,
         "lengths": rows,
+        # of flex attention, whose kernels are compiled; lengths are bucketed so that they share some
+        "compiled_graphs": counters["stats"]["unique_graphs"],
     }
 
 
@@ -205,6 +213,7 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
         "flops_needed": needed,
         "sides": {name: measured.get(name) or {"failed": tried[name]} for name in sides},
         "gradient_difference": _difference(models, packed, running),
+        "attention": attention_calls(running[DEFAULT]) if DEFAULT in running else None,
         "profile": largest_costs(running[DEFAULT], models.device) if DEFAULT in running else None,
     }
 
@@ -231,6 +240,53 @@ def our_step(
         )
         (sign * loss).backward()
     return loss.detach()
+
+
+def attention_calls(step: Callable[[], torch.Tensor]) -> list[dict[str, Any]]:
+    """Return the distinct SDPA calls of a step, how often each is made, and which backend this
+    device takes for it.
+
+    `table` is the backend that `tools.attention_backends` has for the call, or None: it is known for
+    one build of torch on sm_90.
+    """
+    found: Counter[tuple[Any, ...]] = Counter()
+    known = (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability() == (9, 0)
+        and torch.__version__.split("+")[0] == attention_backends.VERSION
+    )
+    attend = F.scaled_dot_product_attention
+
+    @functools.wraps(attend)
+    def counted(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        call = (query, key, value, attn_mask, dropout_p, is_causal)
+        chosen = SDPBackend(torch._fused_sdp_choice(*call, **how)).name
+        backend = chosen.removesuffix("_ATTENTION").lower()
+        table = None
+        if known:
+            table, _ = attention_backends.backend_of(
+                query, key, value, attn_mask, is_causal, enable_gqa
+            )
+        shapes = tuple(query.shape), tuple(key.shape)
+        found[(*shapes, attn_mask is not None, is_causal, enable_gqa, backend, table)] += 1
+        return attend(*call, **how)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", counted):
+        step()
+    columns = ("query", "key", "masked", "causal", "grouped", "backend", "table")
+    return [
+        {**dict(zip(columns, call, strict=True)), "calls": calls} for call, calls in found.items()
+    ]
 
 
 def _difference(models: Models, packed: PackedBatch, running: Sides) -> float | None:

@@ -28,8 +28,10 @@ def main() -> int:
         for name in (*FILES, "scaling", "planner")
     }
     measured = results["scaling"]
+    on_gpu = RESULTS / "gpu.json"  # only where a GPU was lent
+    gpu = json.loads(on_gpu.read_text(encoding="utf-8")) if on_gpu.exists() else None
     pages = {
-        PAGE: page(**{name: results[name] for name in FILES}),
+        PAGE: page(**{name: results[name] for name in FILES}, gpu=gpu),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
     }
@@ -49,6 +51,7 @@ def page(
     data: dict[str, Any],
     merge: dict[str, Any],
     pipeline: dict[str, Any],
+    gpu: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
@@ -61,7 +64,7 @@ def page(
     return f"""# Speed and memory
 
 Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]} unless another is named,
-{here["threads"]} threads, torch {here["torch"]}). **None of this has been run on a GPU.** Each section names the commit it was measured at.
+{here["threads"]} threads, torch {here["torch"]}). **{"Nothing but [the section on it](#on-a-gpu)" if gpu else "None of this"} has been run on a GPU.** Each section names the commit it was measured at.
 `python -m benchmarks.page` generates this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
 versus counted FLOPs and memory: [the planner](planner.md).
 
@@ -116,9 +119,10 @@ Geometric means (goals: {goals}):
 
 `train.attention: flex` computes a whole batch in one FlexAttention kernel per layer on CUDA; on a CPU its gradients equal those of `sdpa`. It
 has not been measured on a GPU, so it is not the default. `torch.compile` of the layers is not used: it could not be measured on its
-target hardware. `python -m benchmarks.gpu` is ready to run on a GPU, and is tested at small sizes. It covers sequence lengths of 512 to 4,096 with layers of the released model's size,
-both kinds of attention and the plain step, utilization of the card's measured matmul rate, and the five largest costs by name.
-
+target hardware. `tools/gpu_day.sh` is ready to run on a GPU, and is tested at small sizes. It covers sequence lengths of 512 to 4,096 with layers of the released model's size,
+both kinds of attention and the plain step, the kernel that each attention call takes, utilization of the card's measured matmul rate, the five largest costs by name, and 20 steps of
+the trainer against its plan.
+{gpu_section(gpu) if gpu else ""}
 ## Pass 1, three ways
 
 `python -m benchmarks.first_pass`{at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
@@ -192,6 +196,54 @@ rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 | ranks x examples x forward passes | assigned by position | balanced |
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
+"""
+
+
+def gpu_section(result: dict[str, Any]) -> str:
+    """Return the section on what `benchmarks.gpu` measured; its second part may be missing."""
+    steps, machine = result["steps"], result["machine"]
+    rows = []
+    for row in steps["lengths"]:
+        for name, side in row["sides"].items():
+            figures = (
+                f"{side['failed']} | | | "
+                if "failed" in side
+                else f"{side['seconds']:.3f} | {side['tokens_per_second']:,.0f} |"
+                f" {side['utilisation']:.0%} | {side['memory_bytes'] / 1e9:.2f}"
+            )
+            rows.append(f"| {row['seq_length']:,} | {name} | {figures} |")
+    kernels: dict[tuple[str, str], int] = {}
+    for row in steps["lengths"]:
+        for call in row["attention"] or ():
+            taken = call["backend"], call["table"] or "not known for this device"
+            kernels[taken] = kernels.get(taken, 0) + call["calls"]
+    runs = [
+        f"| {method} | {run['layers']} | {run['tokens_per_second']:,.0f} | {run['step_seconds']:.2f} |"
+        f" {run['planned_step_seconds']:.2f} | {run['measured_bytes'] / 1e9:.2f} |"
+        f" {run['planned_bytes'] / 1e9:.2f} | {run['utilisation']:.0%} |"
+        for method, run in result.get("runs", {}).items()
+    ]
+    return f"""
+## On a GPU
+
+`tools/gpu_day.sh` ({machine["commit"]}, {machine["date"]}) on {machine["device"]}, torch {machine["torch"]}: {steps["layers"]} layers of the
+released model's size, bfloat16, forward and backward of {steps["examples"]} examples of a length. Utilization is relative to
+{steps["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s in a large matmul. Memory is in addition to weights and gradients.
+FlexAttention compiled {steps["compiled_graphs"]} graphs.
+
+| tokens of an example | step | seconds | tokens per second | utilization | memory, GB |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+| attention calls | kernel | by `tools/attention_backends.py` |
+|---|---|---|
+{chr(10).join(f"| {calls:,} | {taken} | {table} |" for (taken, table), calls in kernels.items())}
+
+The trainer, one example a step, optimizer included:
+
+| method | layers | tokens per second | seconds | planned | peak memory, GB | planned | utilization |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(runs) or "| not finished | | | | | | | |"}
 """
 
 

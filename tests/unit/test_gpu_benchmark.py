@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_steps, made_model
+from benchmarks import gpu, gpu_steps, made_model, page
 from benchmarks.gpu_steps import (
     DEFAULT,
     PLAIN,
@@ -69,6 +69,14 @@ def test_our_step_and_the_plain_one_compute_the_same(steps: dict[str, Any]) -> N
         assert row["gradient_difference"] < (1e-4 if exact else 0.1)
 
 
+def test_each_kind_of_attention_call_is_counted_with_its_backend(steps: dict[str, Any]) -> None:
+    for row in steps["lengths"]:
+        kinds = {tuple(call["query"][-1:]) for call in row["attention"]}
+        assert len(kinds) == 2, "sliding and full layers have other head sizes"
+        assert all(call["calls"] > 0 and call["backend"] for call in row["attention"])
+        assert {call["table"] for call in row["attention"]} == {None}, "the table is of sm_90"
+
+
 def test_the_plain_step_is_hugging_faces_own_on_our_weights(tmp_path: Path) -> None:
     models = Models(tmp_path, CPU, MEMORY, torch.float32, small=True)
     for module in models.plain.modules():
@@ -81,6 +89,19 @@ def test_the_plain_step_is_hugging_faces_own_on_our_weights(tmp_path: Path) -> N
         )
     held = {parameter.data_ptr() for parameter in models.ours.parameters()}
     assert {parameter.data_ptr() for parameter in models.plain.parameters()} == held
+
+
+def test_the_page_has_every_figure_and_says_where_a_part_is_missing(steps: dict[str, Any]) -> None:
+    machine = {"device": "a GPU", "commit": "abc1234", "date": "2026-01-02", "torch": "2.13.0"}
+    lengths = [*steps["lengths"][1:], {**steps["lengths"][0], "sides": {"all": {"failed": "no"}}}]
+    run = {"layers": 2, "tokens_per_second": 9876.0, "step_seconds": 1.0, "utilisation": 0.5}
+    run |= {"planned_step_seconds": 2.0, "measured_bytes": 3e9, "planned_bytes": 4e9}
+    whole = {"machine": machine, "steps": {**steps, "lengths": lengths}, "runs": {"lora": run}}
+    text = page.gpu_section(whole)
+    assert "| lora | 2 | 9,876 | 1.00 | 2.00 | 3.00 | 4.00 | 50% |" in text
+    assert "| 128 | all | no |" in text
+    del whole["runs"]
+    assert "not finished" in page.gpu_section(whole)
 
 
 def test_the_five_largest_costs_are_named_with_their_shares(steps: dict[str, Any]) -> None:
@@ -120,8 +141,11 @@ def test_what_falls_short_is_named() -> None:
             "ours": {"utilisation": 0.5},
             "all blocks": {"failed": "out of memory: 96 GB"},
         } | changes.pop("sides", {})
+        call = {"query": (1, 4, 9, 8), "key": (1, 4, 9, 8), "backend": "flash", "table": "flash"}
+        call |= changes.pop("call", {})
         run = {"finite": True, "planned_over_measured": 1.05} | changes
-        return {"steps": {"lengths": [{"seq_length": 512, "sides": side}]}, "runs": {"lora": run}}
+        row = {"seq_length": 512, "sides": side, "attention": [call]}
+        return {"steps": {"lengths": [row]}, "runs": {"lora": run}}
 
     def found(**changes: Any) -> list[str]:
         return list(gpu.shortcomings(result(**changes), goals=True))
@@ -133,6 +157,12 @@ def test_what_falls_short_is_named() -> None:
     assert found(sides={"ours, flex": {"failed": "InductorError: no valid configuration"}}) == [
         "S 512: ours, flex failed"
     ]
+    assert found(call={"table": None}) == [], "another device than the table's"
+    (line,) = found(call={"backend": "efficient"})
+    assert "efficient" in line
+    assert "flash" in line
+    (line,) = found(call={"backend": "math", "table": "math"})
+    assert "(1, 4, 9, 8)" in line
 
 
 def test_the_trainers_steps_stand_beside_their_plan(
