@@ -17,9 +17,12 @@ from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 
 FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
-    *("data", "merge", "pipeline"),
+    *("data", "merge", "pipeline", "gpu_dry_run"),
 )
 PAGE = ROOT / "docs" / "performance.md"
+# host waits, launches and unfused attention calls at commit 80fd2ae, counted by tools/gpu_dry_run.py
+BEFORE = {"lora": (451, 19_634, 180), "full": (451, 17_775, 180)}
+MOST_LAUNCHES = 7_000  # goal, per step
 
 
 def main() -> int:
@@ -51,6 +54,7 @@ def page(
     data: dict[str, Any],
     merge: dict[str, Any],
     pipeline: dict[str, Any],
+    gpu_dry_run: dict[str, Any],
     gpu: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
@@ -123,6 +127,19 @@ target hardware. `tools/gpu_day.sh` is ready to run on a GPU, and is tested at s
 both kinds of attention and the plain step, the kernel that each attention call takes, utilization of the card's measured matmul rate, the five largest costs by name, and 20 steps of
 the trainer against its plan.
 {gpu_section(gpu) if gpu else ""}
+## On a GPU, counted without one
+
+`make test-gpu-dry`{at(gpu_dry_run)} runs training steps of the released model on eight H100 that are not there
+([how](verification.md#cuda-without-a-gpu)), with the batch of the `gsm8k` recipes: per rank and step, an example of 240 tokens (*longest*:
+1,024) or eight. *Before* is commit 80fd2ae, counted in the same way. Launches are an estimate; times are not known.
+
+| case | host waits (before) | launches (before) | attention calls that are unfused or compile a plan per shape (before) | fused ones | peak memory, GB | planned, GB |
+|---|---|---|---|---|---|---|
+{chr(10).join(_dry(*case) for case in gpu_dry_run["cases"].items())}
+
+The goal of at most {MOST_LAUNCHES:,} launches is missed: it needs the elementwise work between matmuls fused per layer, which has to be compiled and
+measured on a GPU. Eight examples per rank need hardly more launches than one.
+
 ## Pass 1, three ways
 
 `python -m benchmarks.first_pass`{at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
@@ -197,6 +214,22 @@ rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
 """
+
+
+def _dry(name: str, case: dict[str, Any]) -> str:
+    slow = sum(case["attention"].get(backend, 0) for backend in ("math", "cudnn"))
+    fused = sum(case["attention"].values()) - slow
+    waits, launches, unfused = (
+        f"{now:,}{f' ({then:,})' if then else ''}"
+        for now, then in zip(
+            (case["waits"], case["launches"], slow), BEFORE.get(name, (0, 0, 0)), strict=True
+        )
+    )
+    planned = f"{case['planned'] / 1e9:.2f}" if case["planned"] else "-"
+    return (
+        f"| {name} | {waits} | {launches} | {unfused} | {fused} | {case['peak'] / 1e9:.2f} |"
+        f" {planned} |"
+    )
 
 
 def gpu_section(result: dict[str, Any]) -> str:

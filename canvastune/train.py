@@ -20,13 +20,8 @@ from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
 from canvastune.io.atomic import DISK_FULL_ERRNOS
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
-from canvastune.training.run import (
-    acquire_output_lock,
-    find_finished,
-    find_metrics_run,
-    select_device,
-    train,
-)
+from canvastune.training.devices import select_device
+from canvastune.training.run import acquire_output_lock, find_finished, find_metrics_run, train
 from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here

@@ -5,7 +5,7 @@
 Rank 0 of 8 runs the engine's own trainer (build, shard, two train steps, of which the second is
 measured) on fake CUDA tensors (`tools.fake_cuda`), at the released model's widths and, unless
 `--layers` cuts it, depth. Exit code 1 if a bar is missed; the last line names it. `make test` runs
-the same with two layers.
+the same with two layers. Without options, writes benchmarks/results/gpu_dry_run.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.measure import write_result
 from canvastune.checkpoint.load import build_model, read_model_config
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
@@ -41,7 +42,7 @@ from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.planner import make_plan
 from canvastune.planner.planner import SHIPPED_CONFIG
-from canvastune.training.run import select_device
+from canvastune.training.devices import select_device
 from canvastune.training.trainer import Trainer
 
 WORLD, EP = fake_cuda.GPUS, fake_cuda.GPUS
@@ -185,17 +186,29 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
-        backends: dict[str, int] = {}
-        for what, calls in found["attention"].items():
-            backend = what.partition(":")[0]
-            backends[backend] = backends.get(backend, 0) + calls
-        attention = ", ".join(f"{count} {backend}" for backend, count in backends.items())
+        attention = ", ".join(f"{calls} {backend}" for backend, calls in by_backend(found).items())
         planned = f"{found['planned'] / 1e9:.2f}" if name in PLANNED else "-"
         lines.append(
             f"| {name} | {found['waits']} | {found['launches']:,} | {attention} |"
             f" {sum(found['uploads'].values())} | {found['peak'] / 1e9:.2f} | {planned} |"
         )
     return "\n".join(lines)
+
+
+def by_backend(result: dict[str, Any]) -> dict[str, int]:
+    """Return the number of attention calls by backend."""
+    backends: dict[str, int] = {}
+    for what, calls in result["attention"].items():
+        backend = what.partition(":")[0]
+        backends[backend] = backends.get(backend, 0) + calls
+    return backends
+
+
+def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the performance page shows of a case."""
+    kept = {key: result[key] for key in ("layers", "waits", "launches", "peak")}
+    planned = result["planned"] if name in PLANNED else None
+    return {**kept, "planned": planned, "attention": by_backend(result)}
 
 
 def _write_rows(folder: Path, case: Case, vocabulary: int) -> None:
@@ -240,6 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
         lines += missed(name, results[name])
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.layers is None and options.case is None:
+        cases = {name: summary(name, found) for name, found in results.items()}
+        write_result("gpu_dry_run", {"cases": cases})
     print(table(results))
     print("\n".join(f"missed: {line}" for line in lines) or "every bar is met")
     return int(bool(lines))

@@ -6,7 +6,6 @@ import argparse
 import fcntl
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -14,10 +13,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PreTrainedConfig
 
 from canvastune.checkpoint.export import export_adapter, export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -40,12 +37,12 @@ from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.logging import TrainingProgress
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tracking import FindRun, PipelineRun, open_metrics, training_run
+from canvastune.training.devices import refuse_locked_memory, refuse_silent_cpu, select_device
 from canvastune.training.trainer import Trainer, export_path
 
 logger = logging.getLogger(__name__)
 
 # Messages of collectives after another process has exited.
-_LARGE = 1e9  # parameters of experts and embedding
 _LOST = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Connection refused|remote process|NCCL|"
     r"[Tt]imed out|Socket"
@@ -86,6 +83,7 @@ def train(
     model_config = run_on_all_ranks(lambda: read_model_config(base))
     text = model_config.text_config
     refuse_silent_cpu(config, device, text)
+    refuse_locked_memory(device, world_size)
     dims = ParallelDims.of(
         config,
         world_size,
@@ -195,50 +193,6 @@ def find_metrics_run(options: argparse.Namespace, config: RunConfig) -> FindRun 
             PipelineRun(config, options.output.absolute().parent, options.mlflow_job)
         )
     return None
-
-
-def select_device() -> torch.device:
-    """Return this rank's GPU, made the current device, or the CPU.
-
-    Raises:
-        UserError: this node has fewer GPUs than processes, on every rank of the node.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
-    if processes > devices:
-        raise UserError(
-            f"{processes} processes on this node, which has {devices} GPUs",
-            hint="Set parallel.nproc_per_node, or torchrun's --nproc-per-node, to the GPUs of a node.",
-        )
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    # It takes precedence on Hopper, and compiles a plan for every new shape and stride: with
-    # examples of different lengths, several in every step, for as long as a run takes.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-def refuse_silent_cpu(config: RunConfig, device: torch.device, text: PreTrainedConfig) -> None:
-    """Refuse to train a large model on the CPU, unless the recipe says so: a step takes minutes.
-
-    Raises:
-        UserError: torch finds no CUDA device, and `hardware.accelerator` is not cpu.
-    """
-    wanted = config.hardware.accelerator
-    experts = 3 * text.num_hidden_layers * text.num_experts * text.moe_intermediate_size
-    large = (experts + text.vocab_size) * text.hidden_size > _LARGE
-    if large and device.type == "cpu" and wanted.lower() != "cpu":
-        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU"
-        raise UserError(
-            f"hardware.accelerator: found {wanted!r}, but torch {torch.__version__} (a build "
-            f"{build}) finds no GPU on this node",
-            hint=(
-                "`canvastune doctor` and nvidia-smi say what is missing, mostly a newer driver; "
-                "--set hardware.accelerator=cpu trains on the CPU."
-            ),
-        )
 
 
 def acquire_output_lock(output: Path, export: Path) -> IO[str]:

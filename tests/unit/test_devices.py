@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from canvastune.checkpoint.resume import wait_for
 from canvastune.config import parse_config
 from canvastune.errors import UserError
 from canvastune.planner.planner import SHIPPED_CONFIG
-from canvastune.training.run import refuse_silent_cpu, select_device
+from canvastune.training import devices
+from canvastune.training.devices import refuse_locked_memory, refuse_silent_cpu, select_device
 from tests.support.small import model_config
 
 
@@ -27,6 +30,29 @@ def test_more_processes_than_gpus_are_refused_on_every_rank_of_the_node(
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(UserError, match="8 processes on this node, which has 4 GPUs"):
             select_device()
+
+
+@pytest.mark.parametrize("limit", [8 * 2**20, resource.RLIM_INFINITY])
+def test_nodes_with_rdma_must_let_a_process_lock_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(devices, "INFINIBAND", tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    refuse_locked_memory(cuda, 8)  # one node: nothing crosses a network
+    refuse_locked_memory(torch.device("cpu"), 16)
+    if limit == resource.RLIM_INFINITY:
+        refuse_locked_memory(cuda, 16)
+        return
+    with pytest.raises(UserError, match="RLIMIT_MEMLOCK: found 8388608 bytes") as refused:
+        refuse_locked_memory(cuda, 16)
+    assert "LimitMEMLOCK=infinity" in str(refused.value.hint)
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    refuse_locked_memory(cuda, 16)
+    monkeypatch.delenv("NCCL_IB_DISABLE")
+    monkeypatch.setattr(devices, "INFINIBAND", tmp_path / "none")
+    refuse_locked_memory(cuda, 16)
 
 
 def test_a_slow_disk_is_progress_to_the_watchdog() -> None:
