@@ -14,6 +14,7 @@ from benchmarks import blocks as several_blocks
 from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
+from canvastune.perf_model.launches import LAUNCH_SECONDS
 
 FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
@@ -133,12 +134,12 @@ the trainer against its plan.
 ([how](verification.md#cuda-without-a-gpu)), with the batch of the `gsm8k` recipes: per rank and step, an example of 240 tokens (*longest*:
 1,024) or eight. *Before* is commit 80fd2ae, counted in the same way. Launches are an estimate; times are not known.
 
-| case | host waits (before) | launches (before) | attention calls that are unfused or compile a plan per shape (before) | fused ones | peak memory, GB | planned, GB |
-|---|---|---|---|---|---|---|
+| case | host waits (before) | launches (before) | planned | attention calls that are unfused or compile a plan per shape (before) | fused ones | peak memory, GB | planned, GB |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(_dry(*case) for case in gpu_dry_run["cases"].items())}
 
 The goal of at most {MOST_LAUNCHES:,} launches is missed: it needs the elementwise work between matmuls fused per layer, which has to be compiled and
-measured on a GPU. Eight examples per rank need hardly more launches than one.
+measured on a GPU. `canvastune plan` counts launches at {LAUNCH_SECONDS * 1e6:.0f} us each as a bound of a step's time, and says which bound is the largest.
 
 ## Pass 1, three ways
 
@@ -227,7 +228,7 @@ def _dry(name: str, case: dict[str, Any]) -> str:
     )
     planned = f"{case['planned'] / 1e9:.2f}" if case["planned"] else "-"
     return (
-        f"| {name} | {waits} | {launches} | {unfused} | {fused} | {case['peak'] / 1e9:.2f} |"
+        f"| {name} | {waits} | {launches} | {case['planned_launches']:,} | {unfused} | {fused} | {case['peak'] / 1e9:.2f} |"
         f" {planned} |"
     )
 

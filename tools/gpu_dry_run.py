@@ -40,6 +40,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
+from canvastune.perf_model.launches import LAUNCH_SECONDS
 from canvastune.planner import make_plan
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training.devices import select_device
@@ -47,6 +48,7 @@ from canvastune.training.trainer import Trainer
 
 WORLD, EP = fake_cuda.GPUS, fake_cuda.GPUS
 MEMORY_NEAR = 0.10  # how far the plan's peak may be from the live bytes
+LAUNCHES_NEAR = 0.15  # how far the plan's launches may be from those counted
 MOST_WAITS = 1  # of the host, per layer and pass
 ENGINE = Path(__file__).parents[1] / "canvastune"
 
@@ -143,6 +145,7 @@ def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
                 "peak": device.peak,
                 "at_peak": device.at_peak,
                 "planned": plan.memory_bytes,
+                "planned_launches": round(plan.seconds.launches / LAUNCH_SECONDS),
                 "launches": sum(device.kernels.values()),
                 "by_kernel": dict(device.kernels.most_common(40)),
                 "by_line": dict(device.places.most_common(60)),
@@ -173,6 +176,10 @@ def missed(name: str, result: dict[str, Any]) -> list[str]:
         found.append(f"{name}: {result['waits']} host waits, expected {MOST_WAITS * passes + 1}")
     if case.most_launches and result["launches"] > case.most_launches:
         found.append(f"{name}: {result['launches']} launches, expected {case.most_launches}")
+    if abs(result["planned_launches"] / result["launches"] - 1) > LAUNCHES_NEAR:
+        found.append(
+            f"{name}: {result['launches']} launches, the plan has {result['planned_launches']}"
+        )
     if name in PLANNED and abs(result["planned"] / result["peak"] - 1) > MEMORY_NEAR:
         planned, live = result["planned"] / 1e9, result["peak"] / 1e9
         found.append(f"{name}: planned {planned:.2f} GB, live bytes {live:.2f} GB")
@@ -206,7 +213,7 @@ def by_backend(result: dict[str, Any]) -> dict[str, int]:
 
 def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """Return what the performance page shows of a case."""
-    kept = {key: result[key] for key in ("layers", "waits", "launches", "peak")}
+    kept = {key: result[key] for key in ("layers", "waits", "launches", "planned_launches", "peak")}
     planned = result["planned"] if name in PLANNED else None
     return {**kept, "planned": planned, "attention": by_backend(result)}
 

@@ -14,9 +14,10 @@ from pydantic import AfterValidator, AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, load_config
 from canvastune.config.strict import StrictModel, affects_weights
 from canvastune.perf_model.hardware import ACCELERATORS
+from canvastune.planner.planner import SHIPPED_CONFIG, make_plan
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
@@ -48,6 +49,12 @@ which runs LoRA on the released model, on eight GPUs. Canvastune ships with thes
 |---|---|
 {recipes}
 
+What `canvastune plan` says of the four for the released model, with examples of 1,024 tokens:
+
+| recipe | steps | a step, estimated | bound by | tokens/s | all steps | memory per GPU, GB |
+|---|---|---|---|---|---|---|
+{plans}
+
 - `--set key=value` changes a key for one run, for example `--set lora.rank=32 --set train.method=full`.
   Values are YAML, and the option can be repeated. `canvastune run`, `plan`, `prepare`, `submit`,
   `doctor` and `canvastune.train` accept it.
@@ -72,6 +79,9 @@ RECIPES = {
     "8-way expert parallelism",
     "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision "
     "tower",
+    "gsm8k_lora_throughput": "`gsm8k_lora` with 128 examples a step instead of 8, which fill the GPUs, and a "
+    "sixteenth of the steps",
+    "gsm8k_sft_throughput": "the same of `gsm8k_sft`",
     "tiny_tools": "LoRA on the tiny base, on conversations with a tool; `make run` prepares its data",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
     "tiny_sft": "full fine-tuning of random weights; `make run` creates the tiny base with it",
@@ -84,13 +94,16 @@ def page() -> str:
         f"| [`{name}.yaml`](../pipelines/recipes/{name}.yaml) | {what} |"
         for name, what in RECIPES.items()
     )
+    plans = "\n".join(_plan(name) for name in RECIPES if name.startswith("gsm8k"))
     own = {
         name: field
         for name, field in RunConfig.model_fields.items()
         if _section(field.annotation) is None
     }
     parts = [
-        _INTRODUCTION.format(recipes=recipes, changeable=_changeable(), own=_table(_rows(own, "")))
+        _INTRODUCTION.format(
+            recipes=recipes, plans=plans, changeable=_changeable(), own=_table(_rows(own, ""))
+        )
     ]
     for name, field in RunConfig.model_fields.items():
         section = _section(field.annotation)
@@ -104,6 +117,21 @@ def page() -> str:
                 for key, entry in _entries(section, f"{name}.")
             ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plan(name: str) -> str:
+    config = load_config(ROOT / "pipelines" / "recipes" / f"{name}.yaml")
+    plan = make_plan(config, SHIPPED_CONFIG, config.world_size)
+    cells = (
+        f"`{name}`",
+        f"{config.train.steps}",
+        f"{plan.step_seconds:.2f} s",
+        plan.seconds.bound,
+        f"{plan.tokens_per_step / plan.step_seconds:,.0f}",
+        f"{plan.run_seconds / 60:.1f} min",
+        f"{plan.memory_bytes / 1e9:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:

@@ -19,7 +19,7 @@ of the node's adapters.
   PCIe 4.0 x16 at 64 GB/s.
 - cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo
   over loopback. Call
-  overhead dominates the time of small models; this table does not include it.
+  overhead dominates the time of small models; it is not counted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from canvastune.perf_model.flops import (
     recomputed_share,
     slowest_self_conditioning,
 )
+from canvastune.perf_model.launches import LAUNCH_SECONDS, count_launches
 from canvastune.perf_model.memory import StepShape, fsdp_units, local_numel
 
 MATMUL_SHARE = (
@@ -51,6 +52,7 @@ LINK_SHARE = 0.7  # of a link
 UPDATE_BYTES = (
     40  # per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors
 )
+LAUNCHES = "launches of kernels"  # name of a bound
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
 
@@ -67,6 +69,7 @@ class Accelerator:
     network: float  # GB/s
     per_node: int
     outside: float  # GB outside the allocator: driver context, buffers of collectives
+    launch: float = LAUNCH_SECONDS  # the host's seconds for one kernel
     process: float = (
         0.0  # GB of interpreter and libraries, if memory is measured as that of the process
     )
@@ -79,7 +82,17 @@ ACCELERATORS = {
     "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 8, 1.5),
     "l40s": Accelerator("NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0),
     "cpu": Accelerator(
-        "CPU, one core per rank", 0.2, 0.094, None, 20, 1, 1, 1024, outside=0.0, process=0.55
+        "CPU, one core per rank",
+        0.2,
+        0.094,
+        None,
+        20,
+        1,
+        1,
+        1024,
+        outside=0.0,
+        launch=0.0,
+        process=0.55,
     ),
 }
 
@@ -93,14 +106,30 @@ class Seconds:
     gathering: float  # FSDP's collectives, overlapped with the computation
     exchange: float  # all-to-all of expert rows, not overlapped
     update: float
+    launches: float  # the host's, of kernels; the device computes meanwhile
 
     @property
     def computation(self) -> float:
         return self.experts + self.everything_else
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """Return what a step cannot be faster than, by name."""
+        others = self.exchange + self.update
+        return {
+            "computation": self.computation + others,
+            "all-gather and reduce-scatter": self.gathering + others,
+            LAUNCHES: self.launches,
+        }
+
+    @property
+    def bound(self) -> str:
+        """Name the largest bound."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+    @property
     def total(self) -> float:
-        return max(self.computation, self.gathering) + self.exchange + self.update
+        return max(self.bounds.values())
 
 
 def find_accelerator(name: str) -> Accelerator:
@@ -202,6 +231,7 @@ def step_time(
             else accelerator.network * LINK_SHARE * 1e9
         ),
         update=trained * UPDATE_BYTES / bandwidth,
+        launches=count_launches(architecture, step) * accelerator.launch,
     )
 
 

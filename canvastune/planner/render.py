@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from canvastune.perf_model.hardware import FRAGMENTATION, MATMUL_SHARE
+from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
 from canvastune.planner.plan import Plan
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -124,6 +124,11 @@ def _time(plan: Plan) -> list[str]:
         ("all-gather and reduce-scatter (overlapped)", _seconds(seconds.gathering)),
         ("all-to-all of expert rows", _seconds(seconds.exchange)),
         ("optimizer", _seconds(seconds.update)),
+        *(
+            [(f"{LAUNCHES} by the host (overlapped)", _seconds(seconds.launches))]
+            if seconds.launches
+            else []
+        ),
         ("one step", _seconds(plan.step_seconds)),
         ("all steps", _seconds(plan.run_seconds)),
     ]
@@ -135,7 +140,22 @@ def _time(plan: Plan) -> list[str]:
             f" {plan.model_flops_utilisation:.0%} of the peak rate, assuming {MATMUL_SHARE:.0%} of"
             " it in matmuls"
         ),
+        f"  A step is bound by {seconds.bound}.",
+        *_advice(plan),
         "  Assumes examples of full length; shorter ones take less time.",
+    ]
+
+
+def _advice(plan: Plan) -> list[str]:
+    """Say how to fill GPUs that wait for their host, where memory allows it."""
+    seconds = plan.seconds
+    larger = plan.largest_micro_batch or 0
+    if seconds.bound != LAUNCHES or larger <= plan.micro_batch_size:
+        return []
+    busy = max(size for name, size in seconds.bounds.items() if name != LAUNCHES)
+    return [
+        f"  GPUs wait {1 - busy / seconds.launches:.0%} of it for their host: a larger"
+        " train.global_batch_size takes hardly longer."
     ]
 
 

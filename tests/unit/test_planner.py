@@ -18,6 +18,7 @@ from canvastune.config import RunConfig, load_config
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.perf_model import flops as work
+from canvastune.perf_model.hardware import LAUNCHES
 from canvastune.perf_model.memory import StepShape
 from canvastune.planner import planner
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
@@ -381,3 +382,19 @@ def test_the_table_says_whether_it_fits_and_what_would() -> None:
     assert "\nDoes not fit.\n" in not_
     assert "Would fit with train.method=lora" in not_
     assert max(map(len, fits.splitlines())) <= 120
+
+
+def test_a_small_batch_is_bound_by_the_hosts_launches_and_a_larger_one_by_the_gpus() -> None:
+    small, large = released("gsm8k_lora"), released("gsm8k_lora_throughput")
+    assert small.seconds.bound == LAUNCHES
+    assert small.step_seconds == small.seconds.launches > small.seconds.computation
+    assert large.seconds.bound == "computation"
+    assert large.tokens_per_step / large.step_seconds > small.tokens_per_step / small.step_seconds
+    assert "train.global_batch_size" in _time_of(small)
+    assert "train.global_batch_size" not in _time_of(large)
+    cpu = released("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=500")
+    assert cpu.seconds.launches == 0
+
+
+def _time_of(plan: Plan) -> str:
+    return render(plan).partition("Time, estimated")[2].partition("Blocks of")[0]
