@@ -30,7 +30,7 @@ FULL = Counts(109, 208, 346)
 LORA = Counts(136, 196, 198)
 LORA_WITH_EXPERTS = Counts(148, 256, 180)
 # Of each further example or block in a forward: attention runs on each by itself.
-_FURTHER = Counts(9, 16, 14)
+_FURTHER = Counts(7, 12, 12)
 
 
 def count_launches(architecture: Architecture, step: StepShape) -> int:
