@@ -193,7 +193,7 @@ def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
         UserError: names the key and the path.
     """
     mount = json.loads(cluster or "{}").get("mount_path") or config.cluster.mount_path
-    data = [(key, source.source, "data set") for key, source in config.data.source_keys.items()]
+    data = [(key, source.source, "data set") for key, source in config.source_keys.items()]
     for key, place, kind in (*data, ("model.id", config.model.id, "model")):
         if kind == "data set":
             refuse_address(key, place)

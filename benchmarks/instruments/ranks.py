@@ -13,11 +13,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported these once: fifteen seconds less for eight ranks
-# on two cores.
-mp.get_context("forkserver").set_forkserver_preload(
-    ["canvastune.training.trainer", "tests.support.small"]
-)
+_PRELOADED = ["canvastune.training.trainer"]
+
+
+def preload(module: str) -> None:
+    """Import a module once, in the server that ranks are forked from, and not in every rank.
+
+    It has to be called before the first ranks start.
+    """
+    _PRELOADED.append(module)
+    _set_preload()
+
+
+def _set_preload() -> None:
+    # Fifteen seconds less for eight ranks on two cores.
+    mp.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
+
+
+_set_preload()
 
 
 def run_ranks(function: Callable[..., None], world_size: int, folder: Path, *args: Any) -> None:

@@ -180,7 +180,7 @@ class DataConfig(SourceFields):
         """The sources' names, for people."""
         return " + ".join(source.source for source in self.sources)
 
-    def only(self, source: MixtureSource) -> DataConfig:
+    def only(self, source: SourceFields) -> DataConfig:
         """Return these settings with one of the data sets as the only source."""
         fields = {name: getattr(source, name) for name in SourceFields.model_fields}
         return self.model_copy(update={**fields, "mixture": (), "validation": None})

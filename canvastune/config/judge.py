@@ -17,6 +17,7 @@ JUDGES = (
     "json",  # the JSON object or list, by value
     "tool_call",  # name and arguments of every call
     "chrf",  # how near the text comes, 0 to 1
+    "model",  # what a model behind an OpenAI-compatible address says, 0 to 1
     "python",  # what the user's function says
 )
 _PYTHON = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")

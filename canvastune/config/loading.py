@@ -278,13 +278,22 @@ def _explain(problem: Any) -> tuple[str, str]:
     message = problem["msg"].removeprefix("Input should be ")
     is_sentence = " should " in message  # "String should match pattern ..."
     message = message[0].lower() + message[1:]
-    hint = f"{key}: {description}." if (description := _description(key)) else ""
+    hint = f"{key}: {description}." if (description := _description(key)) else _section_hint(key)
     return f"{key}: found {value}{':' if is_sentence else ', expected'} {message}", hint
 
 
 def _description(key: str) -> str:
     field = known_keys().get(key)
     return field.description or "" if field is not None else ""
+
+
+def _section_hint(key: str) -> str:
+    """Return what belongs into a section; "" if the key is none."""
+    inside = [
+        known.removeprefix(f"{key}.") for known in known_keys() if known.startswith(f"{key}.")
+    ]
+    names = dict.fromkeys(name.partition(".")[0] for name in inside)
+    return f"Write the keys of {key} below it, such as {next(iter(names))}." if names else ""
 
 
 def _suggest(key: str) -> str:

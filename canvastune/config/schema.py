@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from canvastune.config.cluster import ClusterConfig
-from canvastune.config.data import DataConfig
+from canvastune.config.data import DataConfig, MixtureSource, SourceFields
 from canvastune.config.judge import (
     JudgeName,
     as_list,
@@ -283,6 +283,35 @@ class SamplerConfig(StrictModel):
     )
 
 
+class JudgeModelConfig(StrictModel):
+    """The model that the judge `model` asks, behind an OpenAI-compatible address. The API key is
+    only read from the environment, as OPENAI_API_KEY.
+    """
+
+    address: str | None = Field(
+        None,
+        pattern=r"^https?://[^@\s]+$",
+        description="where chat/completions is, such as http://localhost:8000/v1",
+    )
+    model: str | None = Field(None, min_length=1, description="name of the model there")
+    instructions: str | None = Field(
+        None,
+        description="what the model is told, which has to end its reply with `Score: N`, from 0 to "
+        "10; default: to compare the answer's meaning with the reference's",
+    )
+    concurrency: int = Field(4, ge=1, le=64, description="calls at a time")
+    timeout: float = Field(60.0, gt=0, description="seconds that a call may take")
+
+
+class ForgettingConfig(SourceFields):
+    """Rows of another data set, which base and tuned model answer too: what tuning has cost. None
+    of them is trained on.
+    """
+
+    source: str | None = Field(None, description="as `data.source`; default: none is answered")
+    rows: int = Field(64, ge=1, description="number of rows to answer")
+
+
 class EvaluateConfig(StrictModel):
     """Answers before and after training, on held-out rows."""
 
@@ -304,7 +333,8 @@ class EvaluateConfig(StrictModel):
     judge: tuple[JudgeName, ...] | None = Field(
         None,
         description="what decides whether an answer is right, or how near it comes: `pattern` or "
-        "`pattern:REGEX`, `number`, `text`, `json`, `tool_call`, `chrf`, `python:FILE.py:FUNCTION`; "
+        "`pattern:REGEX`, `number`, `text`, `json`, `tool_call`, `chrf`, `model`, "
+        "`python:FILE.py:FUNCTION`; "
         "of several, the first that can judge by a row's reference; default: `pattern` where it "
         "matches a held-out reference, else `chrf`; []: none",
     )
@@ -312,6 +342,13 @@ class EvaluateConfig(StrictModel):
         {},
         description="judges of single sources of `data.mixture`, by their `source`; the others have "
         "`evaluate.judge`",
+    )
+    judge_model: JudgeModelConfig = Field(default_factory=JudgeModelConfig)
+    forgetting: ForgettingConfig = Field(default_factory=ForgettingConfig)
+    slices: tuple[str, ...] = Field(
+        (),
+        description="columns of the data, with one value per row: all figures are also given for the "
+        "rows of each value",
     )
     repeats: int = Field(
         1,
@@ -337,6 +374,17 @@ class EvaluateConfig(StrictModel):
             )
         return rest | {"sampler": {**sampler, "steps": steps}}
 
+    @model_validator(mode="after")
+    def _check_judge_model(self) -> EvaluateConfig:
+        names = [name for names in (self.judge or (), *self.judges.values()) for name in names]
+        for name in ("address", "model"):
+            if "model" in names and getattr(self.judge_model, name) is None:
+                raise InvalidSetting(
+                    f"evaluate.judge: found model, without evaluate.judge_model.{name}",
+                    hint=f"Set evaluate.judge_model.{name}.",
+                )
+        return self
+
     @field_validator("answer_pattern")
     @classmethod
     def _check_pattern(cls, value: str | None) -> str | None:
@@ -349,9 +397,9 @@ class EvaluateConfig(StrictModel):
         found = [split_judge(name) for name in names]
         return [python_place(argument)[0] for kind, argument in found if kind == "python"]
 
-    @field_validator("judge", mode="before")
+    @field_validator("judge", "slices", mode="before")
     @classmethod
-    def _read_one_judge(cls, value: Any) -> Any:
+    def _read_one_name(cls, value: Any) -> Any:
         return as_list(value)
 
     @field_validator("judges", mode="before")
@@ -435,6 +483,16 @@ class RunConfig(StrictModel):
     cluster: ChangeableOnResume[ClusterConfig] = Field(default_factory=ClusterConfig)
 
     @property
+    def source_keys(self) -> dict[str, MixtureSource]:
+        """Every data set that is prepared, by the key of the recipe that names it."""
+        named = dict(self.data.source_keys)
+        other = self.evaluate.forgetting
+        if other.source is not None:
+            fields = {name: getattr(other, name) for name in SourceFields.model_fields}
+            named["evaluate.forgetting"] = MixtureSource(**fields)
+        return named
+
+    @property
     def world_size(self) -> int:
         """Processes that train together in the pipeline, over all nodes."""
         return self.cluster.nodes * self.parallel.nproc_per_node
@@ -448,6 +506,8 @@ class RunConfig(StrictModel):
                 hint="Lower evaluate.sampler.t_min.",
             )
         sources = [source.source for source in self.data.sources]
+        if self.evaluate.forgetting.source is not None:
+            sources.append(self.evaluate.forgetting.source)
         for name in self.evaluate.judges:
             if name not in sources:
                 raise InvalidSetting(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+FORGETTING = "forgetting"  # folder of the rows of evaluate.forgetting, with a validation split
+
 
 def missing_files(folder: Path) -> list[Path]:
     """Return the files that a prepared data set names or has, and that are not there."""
     expected = [folder / "card.json"]
-    for split in ("train", "validation"):
+    splits = ["train", "validation"]
+    if (folder / FORGETTING).is_dir():
+        splits.append(f"{FORGETTING}/validation")
+    for split in splits:
         state = folder / split / "state.json"
         expected += [state, state.with_name("dataset_info.json")]
         if state.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,26 @@ from canvastune.errors import UserError
 from canvastune.evaluation.figures import (
     JudgedRow,
     compared,
-    judge_row,
+    forgetting_figures,
+    judge_rows,
     measure,
     side_scores,
     slices,
-    with_judgement,
+    write_answers,
 )
 from canvastune.evaluation.judges import Judging
-from canvastune.evaluation.result import FILE_NAME, EvaluationResult
+from canvastune.evaluation.result import (
+    ANSWERS,
+    FILE_NAME,
+    FORGETTING_ANSWERS,
+    SIDES,
+    EvaluationResult,
+)
 from canvastune.io.atomic import atomic_directory
-from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 
 _SECTION = "evaluate."
-_OF_JUDGES = ("evaluate.answer_pattern", "evaluate.judge", "evaluate.judges.")
+_OF_JUDGES = ("evaluate.answer_pattern", "evaluate.judge", "evaluate.judges.", "evaluate.slices")
 _OF_NOTHING = ("evaluate.batch_size",)  # answers do not depend on it
 
 
@@ -48,31 +54,46 @@ def changes_answers(old: RunConfig, new: RunConfig) -> bool:
     return any(not key.startswith((*_OF_JUDGES, *_OF_NOTHING)) for key in changed)
 
 
-def judge_again(config: RunConfig, evaluation: Path, out: Path, canvas: int) -> EvaluationResult:
+def judge_again(
+    config: RunConfig,
+    evaluation: Path,
+    out: Path,
+    canvas: int,
+    columns: Mapping[str, Mapping[str, str]] | None = None,
+    kept: Path | None = None,
+) -> EvaluationResult:
     """Write a copy of an evaluation, with its answers judged as the recipe now says.
 
     Args:
         evaluation: the folder of evaluation.json and answers.jsonl.
         canvas: tokens of the model's canvas, for the figures by answer length.
+        columns: values of `evaluate.slices` by row; None: those that the rows have.
+        kept: folder where the scores of a judging model are kept.
 
     Raises:
         UserError: no such files, a judge that cannot be loaded, an `out` that is not empty.
     """
     found = EvaluationResult.read(evaluation)
-    rows = _read_rows(evaluation / "answers.jsonl", config)
-    judging = Judging(config.evaluate, [(row["source"], row["reference"]) for row in rows])
-    judged = [judge_row(judging, row) for row in rows]
+    rows = _read_rows(evaluation / ANSWERS, config)
+    if columns is not None:
+        rows = [_with_columns(row, columns.get(row["id"], {})) for row in rows]
+    judging = Judging(config.evaluate, [(row["source"], row["reference"]) for row in rows], kept)
+    judged = judge_rows(judging, rows)
     result = with_scores(found, config, judging, judged, canvas)
+    others: list[dict[str, Any]] = []
+    if found.forgetting is not None:
+        others = _read_rows(evaluation / FORGETTING_ANSWERS, config)
+    references = [(row["source"], row["reference"]) for row in others]
+    other_judged = judge_rows(Judging(config.evaluate, references, kept), others)
+    result = replace(result, forgetting=forgetting_figures(config.evaluate, other_judged))
     with atomic_directory(out) as folder:
         result.write(folder)
-        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(
-                to_json_text(with_judgement(row, each), ensure_ascii=False)
-                for row, each in zip(rows, judged, strict=True)
-            )
+        write_answers(folder / ANSWERS, rows, judged)
+        if others:
+            write_answers(folder / FORGETTING_ANSWERS, others, other_judged)
         if (evaluation / "film.json").is_file():
             shutil.copy(evaluation / "film.json", folder)
-        inputs = {name: evaluation / name for name in (FILE_NAME, "answers.jsonl")}
+        inputs = {name: evaluation / name for name in (FILE_NAME, ANSWERS)}
         write_provenance(folder, "evaluate", config, inputs)
     return result
 
@@ -99,13 +120,18 @@ def with_scores(
     return EvaluationResult.from_json(changed.to_json())  # as it is read: finite numbers
 
 
+def _with_columns(row: dict[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    rest = {name: value for name, value in row.items() if name != "columns"}
+    return {**rest, "columns": dict(values)} if values else rest
+
+
 def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
     """Read what each line has before it is judged.
 
     Raises:
         UserError: the file cannot be read, or does not say which source a row is from.
     """
-    kept = ("id", "source", "prompt", "reference", "reference_tokens", "before", "after", "repeats")
+    kept = ("id", "source", "columns", "prompt", "reference", "reference_tokens", *SIDES, "repeats")
     hint = "Use the folder of a run whose evaluation has finished."
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

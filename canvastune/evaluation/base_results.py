@@ -60,8 +60,8 @@ class BaseResults:
                 raise
         except OSError as error:
             logger.warning(
-                f"evaluate: {self.path}: cannot be written ({error.strerror}): the base has to "
-                "answer again in later runs"
+                f"evaluate: {self.path}: cannot be written ({error.strerror}): later runs compute "
+                "these results again"
             )
 
     def _read(self) -> dict[str, Any]:
@@ -74,6 +74,6 @@ class BaseResults:
             return {line["piece"]: line["result"] for line in lines}
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning(
-                f"evaluate: {self.path}: cannot be read ({error}): the base answers again"
+                f"evaluate: {self.path}: cannot be read ({error}): its results are computed again"
             )
             return {}

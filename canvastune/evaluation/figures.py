@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from canvastune.evaluation.judges import Judging, Score
+from canvastune.config.schema import EvaluateConfig
+from canvastune.data.row_columns import NO_VALUE
+from canvastune.evaluation.judges import Judge, Judging, Score
 from canvastune.evaluation.result import SIDES, EvaluationResult, Slice
 from canvastune.evaluation.scoring import answer_part, mean_interval, paired_test, share_interval
+from canvastune.io.json_text import to_json_text
+
+_MOST_VALUES = 20  # of a column that have their own figures
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,7 @@ class JudgedRow:
     """What the judge says of all answers to one row."""
 
     source: str | None
+    columns: Mapping[str, str]  # values by which figures are split
     reference_tokens: int
     judge: str | None  # None: no judge can judge by the reference
     scores: Mapping[str, tuple[Score, ...]]  # by side, of every repeat; of no repeat: not scored
@@ -39,13 +47,33 @@ class JudgedRow:
         return _mean([float(bool(score.normalized)) for score in self.scores[side]])
 
 
+def judge_rows(judging: Judging, rows: Sequence[Mapping[str, Any]]) -> list[JudgedRow]:
+    """Judge all rows, as `judge_row`; slow judges see all answers at once before."""
+    waiting: dict[str, tuple[Judge, list[tuple[str, Any, str]]]] = {}
+    for row in rows:
+        found = judging.find(row.get("source"), row["reference"])
+        if found is None or found[0].prepare is None:
+            continue
+        judge, expected = found
+        _, asked = waiting.setdefault(judge.name, (judge, []))
+        asked += [
+            (answer_part(answers[side]), expected, row["prompt"])
+            for answers in (row, *row.get("repeats", ()))
+            for side in SIDES
+        ]
+    for judge, asked in waiting.values():
+        assert judge.prepare is not None
+        judge.prepare(asked)
+    return [judge_row(judging, row) for row in rows]
+
+
 def judge_row(judging: Judging, row: Mapping[str, Any]) -> JudgedRow:
     """Judge all answers of a line of answers.jsonl: those shown, and those of further repeats.
 
     A row counts if its judge scores all of them.
     """
     nothing: dict[str, tuple[Score, ...]] = {side: () for side in SIDES}
-    about = (row.get("source"), int(row.get("reference_tokens") or 0))
+    about = (row.get("source"), row.get("columns", {}), int(row.get("reference_tokens") or 0))
     found = judging.find(row.get("source"), row["reference"])
     if found is None:
         return JudgedRow(*about, None, nothing)
@@ -122,9 +150,11 @@ def measure(rows: Sequence[JudgedRow]) -> str:
 
 
 def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
-    """Return the figures of each source and of each answer length, where there are several.
+    """Return the figures of each source, each value of a column and each answer length, where there
+    are several.
 
-    Lengths are the references', in bins of 1, 2, 3 to 4, 5 to 8, ... canvases.
+    Lengths are the references', in bins of 1, 2, 3 to 4, 5 to 8, ... canvases. Of a column's values,
+    the most frequent have their own figures, and the others have common ones.
     """
     sources = [row.source or "" for row in rows]
     bins = [max(0, -(-row.reference_tokens // canvas) - 1).bit_length() for row in rows]
@@ -136,6 +166,13 @@ def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
         ("source", name, [name == each for each in sources]) for name in dict.fromkeys(sources)
     ]
     found = found if len(found) > 1 else []
+    for column in dict.fromkeys(name for row in rows for name in row.columns):
+        values = _frequent([row.columns.get(column, NO_VALUE) for row in rows])
+        if len(names := dict.fromkeys(values)) > 1:
+            found += [
+                ("column", f"{column}={name}", [name == each for each in values])
+                for name in sorted(names)
+            ]
     if len(lengths) > 1:
         found += [("length", lengths[n], [n == each for each in bins]) for n in lengths]
     return tuple(
@@ -144,10 +181,18 @@ def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
     )
 
 
+def _frequent(values: Sequence[str]) -> list[str]:
+    """Return each row's value, or one name for all that are beyond the most frequent ones."""
+    counts = Counter(values)
+    kept = {value for value, _ in counts.most_common(_MOST_VALUES)}
+    others = f"{len(counts) - len(kept)} other values"
+    return [value if value in kept else others for value in values]
+
+
 def describe_slices(result: EvaluationResult) -> list[str]:
-    """Return a line for each source and answer length, for the log."""
+    """Return a line for each source, column value and answer length, for the log."""
     lines = []
-    for each in result.slices:
+    for each in result.all_slices:
         if not each.scored:
             lines.append(f"{each.by} {each.name}: {each.rows} rows, none scored")
             continue
@@ -188,6 +233,23 @@ def summarize(result: EvaluationResult) -> str:
         normalized = [f"{model.exact_match_normalized:.1%} {side}" for side, model in sides]
         parts.append(f"normalized {', '.join(normalized)}")
     return "; ".join([*parts, losses])
+
+
+def forgetting_figures(settings: EvaluateConfig, rows: Sequence[JudgedRow]) -> Slice | None:
+    """Return the figures of the rows of `evaluate.forgetting`; None without them."""
+    name = settings.forgetting.source
+    return _slice("forgetting", name, rows) if name is not None and rows else None
+
+
+def write_answers(
+    file: Path, rows: Sequence[Mapping[str, Any]], judged: Sequence[JudgedRow]
+) -> None:
+    """Write a line for each row: what was asked and answered, and what the judge says of it."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(
+            to_json_text(with_judgement(row, each), ensure_ascii=False)
+            for row, each in zip(rows, judged, strict=True)
+        )
 
 
 def _slice(by: str, name: str, rows: Sequence[JudgedRow]) -> Slice:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from canvastune.checkpoint.generation_config import (
 )
 from canvastune.config import RunConfig
 from canvastune.config.schema import EvaluateConfig
+from canvastune.data.row_columns import read_columns
 from canvastune.data.row_sources import read_sources
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import select_frames
@@ -45,21 +46,26 @@ class Question:
     opening: str = ""  # what the prompt already has of the answer: the start of its thinking
     reference_tokens: int = 0  # of the prepared response, which `data.seq_length` may have cut
     source: str | None = None  # of a mixture, as the recipe names it; None: there is one source
+    columns: Mapping[str, str] = field(default_factory=dict)  # values of evaluate.slices
 
 
 def select_questions(
-    dataset: Path, tokenizer: PreTrainedTokenizerBase, count: int
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, count: int, columns: Sequence[str] = ()
 ) -> list[Question]:
     """Return the first `count` held-out rows in the order of their content hash.
 
     The first rows of a file may all be of one kind. A prompt's tokens are those of the prepared
     row: what training put before the response, with the row's tools and settings.
 
+    Args:
+        columns: of the data, whose values a question gets too.
+
     Raises:
-        UserError: no prepared dataset.
+        UserError: no prepared dataset, or one that was prepared without these columns.
     """
     rows = select_rows(dataset, count)
     sources = read_sources(dataset / "validation")
+    values = read_columns(dataset / "validation", columns)
     markers = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
     return [
         Question(
@@ -70,6 +76,7 @@ def select_questions(
             opening=_open_thinking(tokens, markers, tokenizer),
             reference_tokens=len(row["input_ids"]) - row["prefix_length"],
             source=sources.get(row["id"]),
+            columns=values.get(row["id"], {}),
         )
         for row in rows
     ]

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,29 +41,39 @@ class Judge:
     read: Callable[[str], Any]  # what of a reference is compared; None: it cannot judge by it
     # Answer without thinking, what `read` returned, prompt; None: the judge does not score the row.
     compare: Callable[[str, Any, str], Score | None]
+    # Called once with all of them, before they are compared: a slow judge takes several at a time.
+    prepare: Callable[[Iterable[tuple[str, Any, str]]], None] | None = None
 
 
 class Judging:
     """The judges of an evaluation, by the source of a row."""
 
     def __init__(
-        self, settings: EvaluateConfig, references: Sequence[tuple[str | None, str]]
+        self,
+        settings: EvaluateConfig,
+        references: Sequence[tuple[str | None, str]],
+        kept: Path | None = None,
     ) -> None:
         """Load the judges.
 
         Args:
             references: source and reference of every row; they decide on the default judge.
+            kept: folder where the scores of a model are kept; None: nowhere.
 
         Raises:
             UserError: a user's function that cannot be loaded.
         """
         self._of: dict[str | None, list[Judge]] = {}
+        loaded: dict[str, Judge] = {}
         for source in dict.fromkeys(source for source, _ in references):
             names = settings.judges.get(source or "", settings.judge)
             if names is None:
                 own = [reference for other, reference in references if other == source]
                 names = default_judges(settings, own)
-            self._of[source] = [load_judge(name, settings) for name in names]
+            for name in names:
+                if name not in loaded:
+                    loaded[name] = load_judge(name, settings, kept)
+            self._of[source] = [loaded[name] for name in names]
 
     @property
     def names(self) -> list[str]:
@@ -88,13 +98,15 @@ def default_judges(settings: EvaluateConfig, references: Sequence[str]) -> tuple
     return ("chrf",)
 
 
-def load_judge(name: str, settings: EvaluateConfig) -> Judge:
+def load_judge(name: str, settings: EvaluateConfig, kept: Path | None = None) -> Judge:
     """Return the judge of a name. Raises: UserError, a function that cannot be loaded."""
     kind, argument = split_judge(name)
     if kind == "pattern":
         return _pattern_judge(name, argument or settings.answer_pattern)
     if kind == "python":
         return _python_judge(name, *python_place(argument))
+    if kind == "model":
+        return _model_judge(settings, kept)
     read, compare = _PLAIN[kind]
     return Judge(name, read, compare)
 
@@ -198,6 +210,18 @@ def _exact(right: bool) -> Score:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
+
+
+def _model_judge(settings: EvaluateConfig, kept: Path | None) -> Judge:
+    from canvastune.evaluation.model_judge import ModelJudge
+
+    asking = ModelJudge(settings.judge_model, kept)
+
+    def compare(*asked: str) -> Score | None:
+        found = asking.score(asked)
+        return None if found is None else Score(found, exact=False)
+
+    return Judge(asking.name, _read_text, compare, asking.ask)
 
 
 def _python_judge(name: str, file: str, function: str) -> Judge:

@@ -13,6 +13,7 @@ from canvastune.errors import UserError
 from canvastune.io.json_text import finite, to_json_text
 
 FILE_NAME = "evaluation.json"
+ANSWERS, FORGETTING_ANSWERS = "answers.jsonl", "forgetting.jsonl"
 SIDES = ("before", "after")  # the base and the tuned model
 
 # Keys of evaluation.json by the field of ModelFigures, with the side in the place of {}.
@@ -44,6 +45,7 @@ _JUDGED_KEYS = {  # absent from results of earlier versions, as all that follows
     "score_by_seed": "score_{}_by_seed",
 }
 _JUDGED, _SLICES = ("measure", "judges", "repeats"), "slices"
+_FORGETTING = "forgetting"  # absent without evaluate.forgetting
 _COMPARISON = ("gained", "lost", "p_value", "verdict")
 _NORMALIZED_COMPARISON = ("gained_normalized", "lost_normalized")
 _SETTINGS = (
@@ -84,9 +86,11 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class Slice:
-    """Both models on the held-out rows of one source, or of one length of the reference."""
+    """Both models on the held-out rows of one source, of one value of a column, or of one length of
+    the reference; or on the rows of another data set.
+    """
 
-    by: str  # "source" or "length"
+    by: str  # "source", "column" or "length"; "forgetting", of another data set
     name: str
     rows: int
     scored: int
@@ -133,6 +137,7 @@ class EvaluationResult:
     judges: tuple[str, ...] = ("pattern",)
     repeats: int = 1  # answers of each model to each row
     slices: tuple[Slice, ...] = ()
+    forgetting: Slice | None = None  # both models on the rows of evaluate.forgetting
 
     @property
     def unscored_reason(self) -> str | None:
@@ -146,6 +151,11 @@ class EvaluationResult:
                 return "evaluate.answer_pattern is null"
             return f"evaluate.answer_pattern matches none of the {self.rows} references"
         return f"evaluate.judge ({', '.join(self.judges)}) can judge none of the {self.rows} rows"
+
+    @property
+    def all_slices(self) -> tuple[Slice, ...]:
+        """The slices, and the rows of another data set last."""
+        return (*self.slices, *([self.forgetting] if self.forgetting else []))
 
     @property
     def title(self) -> str:
@@ -196,10 +206,8 @@ class EvaluationResult:
             measure=found.get("measure", "exact match"),
             judges=tuple(found.get("judges", ("pattern",))),
             repeats=found.get("repeats", 1),
-            slices=tuple(
-                Slice(**{**each, "judges": tuple(each["judges"])})
-                for each in found.get(_SLICES, ())
-            ),
+            slices=tuple(map(_read_slice, found.get(_SLICES, ()))),
+            forgetting=_read_slice(found[_FORGETTING]) if found.get(_FORGETTING) else None,
             **same_names,
         )
 
@@ -228,7 +236,10 @@ class EvaluationResult:
         for side, model in sides:
             found |= {key.format(side): getattr(model, name) for name, key in _JUDGED_KEYS.items()}
         found |= {name: getattr(self, name) for name in _JUDGED}
-        return dict(finite(found | {_SLICES: [asdict(each) for each in self.slices]}))
+        found |= {_SLICES: [asdict(each) for each in self.slices]}
+        if self.forgetting is not None:
+            found[_FORGETTING] = asdict(self.forgetting)
+        return dict(finite(found))
 
     def figures(self) -> dict[str, float]:
         """Return the measured numbers by their key in evaluation.json, without the settings.
@@ -240,11 +251,15 @@ class EvaluationResult:
             for name, value in self.to_json().items()
             if isinstance(value, int | float) and name not in _NOT_FIGURES
         }
-        for each in self.slices:
+        for each in self.all_slices:
             scores = {"score_before": each.score_before, "score_after": each.score_after}
             place = f"{each.by}/{_NOT_IN_NAME.sub('_', each.name)}"
             found |= {f"{place}/{name}": n for name, n in scores.items() if n is not None}
         return found
+
+
+def _read_slice(found: Mapping[str, Any]) -> Slice:
+    return Slice(**{**found, "judges": tuple(found["judges"])})
 
 
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:

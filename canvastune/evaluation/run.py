@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
+from canvastune.data.files import FORGETTING
 from canvastune.data.packing import Example
 from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
@@ -24,12 +25,13 @@ from canvastune.evaluation.figures import (
     JudgedRow,
     compared,
     describe_slices,
-    judge_row,
+    forgetting_figures,
+    judge_rows,
     measure,
     side_scores,
     slices,
     summarize,
-    with_judgement,
+    write_answers,
 )
 from canvastune.evaluation.generation import (
     Answering,
@@ -43,7 +45,13 @@ from canvastune.evaluation.generation import (
     software_versions,
 )
 from canvastune.evaluation.judges import Judging
-from canvastune.evaluation.result import SIDES, EvaluationResult, ModelFigures
+from canvastune.evaluation.result import (
+    ANSWERS,
+    FORGETTING_ANSWERS,
+    SIDES,
+    EvaluationResult,
+    ModelFigures,
+)
 from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
@@ -65,6 +73,7 @@ class _Task:
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
+    others: list[Question]  # of evaluate.forgetting
     how: Answering
     examples: list[Example]
     common: dict[str, str]  # what every result depends on
@@ -98,8 +107,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
-    `evaluation.json` has the figures, `answers.jsonl` each answer, `film.json` the denoising trace
-    of the answer to the first question. Both models are given the same noise, which depends on the
+    `evaluation.json` has the figures, `answers.jsonl` each answer, `forgetting.jsonl` those to the
+    rows of `evaluate.forgetting`, `film.json` the denoising trace of the answer to the first
+    question. Both models are given the same noise, which depends on the
     seed and the question only. The prompts are the tokens that training put before the responses.
     The judges of `evaluate.judge` and `evaluate.judges` compare an answer with its reference; rows
     that none of them can judge by are answered but not scored. With `evaluate.repeats`, each row is
@@ -114,8 +124,8 @@ def evaluate(
         base: checkpoint folder; its tokenizer and chat template serve both models.
         tuned: checkpoint folder of the merged or fully tuned model.
         cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
-        base_results: folder where results of bases are kept for later evaluations, and used if they
-            depend on the same; None: nowhere.
+        base_results: folder where results of bases, and scores of a judging model, are kept for
+            later evaluations, and used if they depend on the same; None: nowhere.
 
     Raises:
         UserError: no prepared dataset, a checkpoint or a judge that cannot be loaded, an `out` that
@@ -126,15 +136,19 @@ def evaluate(
     settings = config.evaluate
     check_writable(out)
     tokenizer = load_tokenizer(base).tokenizer
-    questions = select_questions(dataset, tokenizer, settings.rows)
-    judging = judging_of(config, questions)  # before the models answer: it may be refused
+    questions = select_questions(dataset, tokenizer, settings.rows, settings.slices)
+    others = select_others(config, dataset, tokenizer)
+    # Before the models answer: a judge may be refused.
+    judging = judging_of(config, questions, base_results)
+    other_references = [(question.source, question.reference) for question in others]
+    other_judging = Judging(settings, other_references, base_results)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config = read_model_config(base)
     examples = held_out_examples(dataset, config.train, model_config)
     how = answering(base, model_config, settings, response_ends(dataset))
     common = {"base": (base_hash := hash_path(base)), "device": device.type, **software_versions()}
     canvas = model_config.canvas_length
-    task = _Task(config, tokenizer, questions, how, examples, common, device, canvas)
+    task = _Task(config, tokenizer, questions, others, how, examples, common, device, canvas)
     kept = BaseResults(base_results, base_hash)
     with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
@@ -145,8 +159,13 @@ def evaluate(
             for side, checkpoint in checkpoints
         }
         rows = [_answer_row(config, question, outputs) for question in questions]
-        judged = [judge_row(judging, row) for row in rows]
-        result = _result(task, judging, judged, outputs)
+        judged = judge_rows(judging, rows)
+        other_rows = [_answer_row(config, question, outputs) for question in others]
+        other_judged = judge_rows(other_judging, other_rows)
+        result = replace(
+            _result(task, judging, judged, outputs),
+            forgetting=forgetting_figures(config.evaluate, other_judged),
+        )
         first = questions[0]
         film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
         film |= {side: output.trace for side, output in outputs.items()}
@@ -155,11 +174,9 @@ def evaluate(
             (folder / "film.json").write_text(
                 to_json_text(film, ensure_ascii=False), encoding="utf-8"
             )
-            with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(
-                    to_json_text(with_judgement(row, each), ensure_ascii=False)
-                    for row, each in zip(rows, judged, strict=True)
-                )
+            write_answers(folder / ANSWERS, rows, judged)
+            if others:
+                write_answers(folder / FORGETTING_ANSWERS, other_rows, other_judged)
             write_provenance(
                 folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
             )
@@ -200,24 +217,28 @@ def _run_model(
         more = {} if blocks == 1 else {"blocks": blocks}
         return {**common, "levels": levels, **more, "denoised": denoised}
 
-    total = len(task.questions) * len(seeds)
-    progress = _Progress(f"{side}: {{}} of {{}} {_answered(seeds)}", total)
-    answers = {
-        (one.id, seed): store.get(answer_key(one, seed)) for seed in seeds for one in task.questions
-    }
-    reused = store.reused
-    progress.add(sum(answer is not None for answer in answers.values()), 0.0)
-    for seed in seeds:
-        open_questions = [one for one in task.questions if answers[one.id, seed] is None]
-        if not open_questions:
-            continue
-        keys = {one.id: answer_key(one, seed) for one in open_questions}
-        given = (open_questions, task.tokenizer, task.how, seed, config.evaluate.batch_size)
-        traced = first if seed == seeds[0] else None
-        for name, answer in generate_answers(model(), *given, traced):
-            store.put(keys[name], answer)
-            answers[name, seed] = answer
-            progress.add(1, answer["seconds"])
+    known = {one.id for one in task.questions}
+    others = [one for one in task.others if one.id not in known]
+    answers: dict[tuple[str, int], Any] = {}
+    reused = 0
+    for questions in (task.questions, others):
+        asked = [(one, seed) for seed in seeds for one in questions]
+        answers |= {(one.id, seed): store.get(answer_key(one, seed)) for one, seed in asked}
+        if questions is task.questions:
+            reused = store.reused
+        progress = _Progress(f"{side}: {{}} of {{}} {_answered(seeds)}", len(asked))
+        progress.add(sum(answers[one.id, seed] is not None for one, seed in asked), 0.0)
+        for seed in seeds:
+            open_questions = [one for one in questions if answers[one.id, seed] is None]
+            if not open_questions:
+                continue
+            keys = {one.id: answer_key(one, seed) for one in open_questions}
+            given = (open_questions, task.tokenizer, task.how, seed, config.evaluate.batch_size)
+            traced = first if seed == seeds[0] else None
+            for name, answer in generate_answers(model(), *given, traced):
+                store.put(keys[name], answer)
+                answers[name, seed] = answer
+                progress.add(1, answer["seconds"])
 
     losses = []
     progress = _Progress(f"{side}: {{}} of {{}} rows denoised", len(task.examples))
@@ -231,15 +252,18 @@ def _run_model(
         progress.add(len(part), found["seconds"])
     if kept is not None:
         kept.save()
+    each = [answers[one.id, seed] for seed in seeds for one in task.questions]
     if reused:
         logger.info(
-            f"evaluate: {side}: {reused} of {len(answers)} answers were taken from an earlier "
+            f"evaluate: {side}: {reused} of {len(each)} answers were taken from an earlier "
             "run with the same model, questions and settings"
         )
     loss, by_level = mean_losses(losses, levels)
-    each = list(answers.values())
     return _ModelOutput(
-        texts={one.id: [answers[one.id, seed]["text"] for seed in seeds] for one in task.questions},
+        texts={
+            one.id: [answers[one.id, seed]["text"] for seed in seeds]
+            for one in [*task.questions, *others]
+        },
         trace=answers[first, seeds[0]]["trace"],
         tokens=sum(answer["tokens"] for answer in each),
         seconds=sum(answer["seconds"] for answer in each),
@@ -250,6 +274,17 @@ def _run_model(
         validation_loss=loss,
         validation_loss_by_level=by_level,
     )
+
+
+def select_others(
+    config: RunConfig, dataset: Path, tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """Return the questions of `evaluate.forgetting`, as `select_questions`; none without it."""
+    settings = config.evaluate.forgetting
+    if settings.source is None:
+        return []
+    questions = select_questions(dataset / FORGETTING, tokenizer, settings.rows)
+    return [replace(question, source=settings.source) for question in questions]
 
 
 class _Store:
@@ -297,8 +332,13 @@ class _Progress:
         logger.info(f"evaluate: {line}, {left // 60}:{left % 60:02d} left")
 
 
-def judging_of(config: RunConfig, questions: Sequence[Question]) -> Judging:
+def judging_of(
+    config: RunConfig, questions: Sequence[Question], kept: Path | None = None
+) -> Judging:
     """Return the judges of a recipe for the questions.
+
+    Args:
+        kept: folder where the scores of a judging model are kept.
 
     Raises:
         UserError: a judge that cannot be loaded, or judges of sources that the data does not know.
@@ -312,6 +352,7 @@ def judging_of(config: RunConfig, questions: Sequence[Question]) -> Judging:
     return Judging(
         config.evaluate,
         [(question.source or config.data.source, question.reference) for question in questions],
+        kept,
     )
 
 
@@ -330,6 +371,7 @@ def _answer_row(
     return {
         "id": question.id,
         "source": question.source or config.data.source,
+        **({"columns": dict(question.columns)} if question.columns else {}),
         "prompt": question.text,
         "reference": question.reference,
         "reference_tokens": question.reference_tokens,

@@ -17,7 +17,7 @@ from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
-from canvastune.evaluation.figures import JudgedRow, judge_row, measure, side_scores
+from canvastune.evaluation.figures import JudgedRow, judge_rows, measure, side_scores
 from canvastune.evaluation.generation import (
     answer_seeds,
     answering,
@@ -123,7 +123,7 @@ def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) 
                     cache.put(keys[id, seed], answer)
             answers = {key: cache.get(found) for key, found in keys.items()}
             costs[name] = list(answers.values())
-            judged[name] = []
+            rows = []
             for one in questions:
                 shown, *repeats = (
                     {"before": text, "after": text}
@@ -132,7 +132,8 @@ def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) 
                 row: dict[str, Any] = {"source": one.source or config.data.source}
                 row |= {"prompt": one.text, "reference": one.reference, **shown}
                 row["repeats"] = repeats
-                judged[name].append(judge_row(judging, row))
+                rows.append(row)
+            judged[name] = judge_rows(judging, rows)
             if not any(row.scored for row in judged[name]):
                 raise UserError(
                     f"evaluate.judge ({', '.join(judging.names)}) can judge none of the "

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from canvastune import __version__
 from canvastune.config import RunConfig, write_config
-from canvastune.config.data import DataConfig
+from canvastune.config.data import MixtureSource
 from canvastune.io.hashing import hash_path
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
 
 
-def local_inputs(data: DataConfig) -> dict[str, Path]:
-    """Return the local files and folders that the examples come from, by their names in
-    `provenance.json`.
+def local_inputs(sources: Mapping[str, MixtureSource]) -> dict[str, Path]:
+    """Return the local files and folders among data sets, which are given by the recipe's keys, by
+    their names in `provenance.json`.
     """
     named = {
         "data" if key == "data.source" else key: Path(source.source).expanduser()
-        for key, source in data.source_keys.items()
+        for key, source in sources.items()
     }
     return {name: path for name, path in named.items() if path.exists()}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 from canvastune.config.data import DataConfig
 from canvastune.errors import UserError
@@ -38,10 +38,13 @@ class _Seen:
 
 
 def read_examples(
-    parts: Sequence[Part], progress: ProgressLog
+    parts: Sequence[Part], progress: ProgressLog, described: Collection[str] = ()
 ) -> Generator[tuple[Row, Conversation | InvalidRow], None, None]:
     """Turn each row of each data set into a conversation, or into the reason why it is not one;
     repeated ones are counted and left out.
+
+    Args:
+        described: as for `RowReader`.
     """
     held_out, trained = _Seen(), _Seen()
     for index, part in enumerate(parts):
@@ -49,11 +52,11 @@ def read_examples(
         with contextlib.closing(part.source.rows(source=index)) as rows:
             limit = None if part.held_out else part.config.max_rows
             counted = part.count(itertools.islice(rows, limit), progress)
-            yield from _conversations(counted, part, seen, held_out)
+            yield from _conversations(counted, part, seen, held_out, described)
 
 
 def _conversations(
-    rows: Iterator[Row], part: Part, seen: _Seen, held_out: _Seen
+    rows: Iterator[Row], part: Part, seen: _Seen, held_out: _Seen, described: Collection[str]
 ) -> Iterator[tuple[Row, Conversation | InvalidRow]]:
     config, stats = part.config, part.stats
     waiting: list[Row] = []  # rows before the first one of a known format
@@ -65,7 +68,7 @@ def _conversations(
                 config, list(row.value)
             )
             if stats.row_format is not None:
-                reader = RowReader(stats.row_format, config, config)
+                reader = RowReader(stats.row_format, config, config, described)
         if reader is None:
             waiting.append(row)
             if len(waiting) == _UNDETECTED:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import RunConfig
 from canvastune.config.data import DataConfig
+from canvastune.config.schema import ForgettingConfig
+from canvastune.data.files import FORGETTING
+from canvastune.data.row_columns import RowColumns
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import local_inputs, write_provenance
@@ -26,9 +29,10 @@ from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.example_stream import read_examples
+from canvastune.preparation.near_duplicates import describe, near_duplicates
 from canvastune.preparation.parts import Part, describe_parts, log_parts, write_mixture
 from canvastune.preparation.readers import Row
-from canvastune.preparation.sources import open_sources
+from canvastune.preparation.sources import OpenedSource, open_source, open_sources
 from canvastune.preparation.split_writer import SplitWriter, content_hash, split_position
 from canvastune.preparation.stats import CALLS, DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
@@ -80,7 +84,7 @@ def prepare_data(
             train on or to validate with, a tokenizer that does not belong to the model, an `out`
             that is not empty.
     """
-    started = time.monotonic()
+    started, columns = time.monotonic(), RowColumns(config.evaluate.slices)
     with atomic_directory(out) as folder:
         loaded = load_tokenizer(model)
         encoder = ChatEncoder(loaded.tokenizer, str(model))
@@ -89,67 +93,23 @@ def prepare_data(
             Part(opened, DatasetStats(config.data.seq_length, loaded.canvas_length))
             for opened in open_sources(config.data)
         ]
-        progress = ProgressLog(
-            [part.stats for part in parts],
-            config.data.max_rows if len(parts) == 1 else None,
-            throughput.progress_seconds,
-        )
         samples: list[dict[str, Any]] = []
-        train, validation = (
-            SplitWriter(
-                folder / name,
-                batch_rows=throughput.batch_rows,
-                batch_tokens=throughput.batch_characters,
-            )
-            for name in ("train", "validation")
-        )
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_frozen_garbage())
-            found = stack.enter_context(contextlib.closing(read_examples(parts, progress)))
-            batches = _batches(found, throughput)
-            count = processes or usable_cpus()
-            encoding = stack.enter_context(
-                contextlib.closing(
-                    encode(
-                        batches,
-                        encoder,
-                        count,
-                        local_batches=throughput.local_batches,
-                        pool=throughput.pool,
-                    )
-                )
-            )
-            for batch, answers in encoding:
-                tokens = iter(answers)
-                for row, conversation in batch:
-                    part = parts[row.source]
-                    stats = part.stats
-                    encoded = (
-                        next(tokens) if isinstance(conversation, Conversation) else conversation
-                    )
-                    if isinstance(encoded, InvalidRow):
-                        stats.drop_invalid(row, encoded, conversation)
-                        continue
-                    assert isinstance(conversation, Conversation)
-                    example = _example(row, conversation, encoded, config.data.seq_length)
-                    if example is None:
-                        stats.drop_long_prefix(encoded.prefix_length, conversation)
-                        continue
-                    response = len(encoded.tokens) - encoded.prefix_length
-                    stats.keep(encoded.prefix_length, response, encoded.foreign)
-                    if stats.kept <= _SAMPLES and not part.held_out:
-                        samples.append(_sample(example, loaded.tokenizer))
-                    position = split_position(conversation.group)
-                    held_out = part.held_out or (
-                        config.data.validation is None
-                        and position < config.data.validation_fraction
-                    )
-                    (validation if held_out else train).add(example, response, position, row.source)
-        for part in parts:
-            check_thresholds(part.stats, part.config, part.source.label)
-        _refuse_empty(train, validation, parts, config.data)
-        for index, left_out in validation.keep_smallest_ids(config.data.validation_rows).items():
-            parts[index].stats.drop_beyond(left_out)
+        train, validation = (_writer(folder / name, throughput) for name in ("train", "validation"))
+        with contextlib.closing(
+            _kept_examples(parts, encoder, config, throughput, processes)
+        ) as kept:
+            for row, conversation, example, response in kept:
+                part = parts[row.source]
+                if part.stats.kept <= _SAMPLES and not part.held_out:
+                    samples.append(_sample(example, loaded.tokenizer))
+                position = split_position(conversation.group)
+                split = train
+                if part.held_out or _is_held_out(position, config.data):
+                    split = validation
+                    columns.add(example["id"], row.value, f"{row.file}: row {row.number}")
+                split.add(example, response, position, row.source)
+        _check_rows(train, validation, parts, config.data)
+        _drop_beyond(validation, parts, config.data.validation_rows)
         splits = {"train": train.save(), "validation": validation.save()}
         rows = (train.rows_by_source(), validation.rows_by_source())
         write_mixture(
@@ -158,6 +118,7 @@ def prepare_data(
             zip(splits["validation"]["id"], validation.sources(), strict=True),
             folder,
         )
+        columns.write(splits["validation"]["id"], folder / "validation")
         card: dict[str, Any] = {
             **describe_parts(parts, *rows),
             "train": len(splits["train"]),
@@ -168,22 +129,119 @@ def prepare_data(
             "tokenizer": type(loaded.tokenizer).__name__,
             "vocab_size": loaded.vocab_size,
             "samples": samples,
+            "near_duplicates": near_duplicates(*splits.values(), throughput.batch_rows),
             "content_hash": content_hash(splits),
             "seconds": round(time.monotonic() - started, 2),
         }
+        if config.evaluate.forgetting.source is not None:
+            _write_forgetting(
+                config,
+                config.evaluate.forgetting,
+                encoder,
+                loaded.canvas_length,
+                folder,
+                throughput,
+            )
         log_parts(parts, *rows)
         write_card(card, folder)
-        read = {"config.json": model / "config.json", "tokenizer.json": model / "tokenizer.json"}
-        write_provenance(folder, "prepare_data", config, read | local_inputs(config.data))
-    counts = DatasetStats.total([part.stats for part in parts])
-    closing = encoder.call_closing_id if counts.turns[CALLS] else None
+        read = {name: model / name for name in ("config.json", "tokenizer.json")}
+        write_provenance(folder, "prepare_data", config, read | local_inputs(config.source_keys))
+    closing = encoder.call_closing_id if card["turns"].get(CALLS) else None
     ends = check_end_of_call(model, loaded.tokenizer, closing)
-    _log_summary(card, [*counts.remarks(), *ends])
+    remarks = DatasetStats.total([part.stats for part in parts]).remarks()
+    _log_summary(card, [*remarks, *ends])
     return card
 
 
+def _kept_examples(
+    parts: Sequence[Part],
+    encoder: ChatEncoder,
+    config: RunConfig,
+    throughput: Throughput,
+    processes: int | None,
+) -> Generator[tuple[Row, Conversation, dict[str, Any], int], None, None]:
+    """Read and encode all rows; yield what is kept of them, and count it and the others.
+
+    Yields:
+        the row, its conversation, the prepared row, its response tokens before the cut.
+    """
+    progress = ProgressLog(
+        [part.stats for part in parts],
+        config.data.max_rows if len(parts) == 1 else None,
+        throughput.progress_seconds,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen_garbage())
+        found = stack.enter_context(
+            contextlib.closing(read_examples(parts, progress, config.evaluate.slices))
+        )
+        encoding = stack.enter_context(
+            contextlib.closing(
+                encode(
+                    _batches(found, throughput),
+                    encoder,
+                    processes or usable_cpus(),
+                    local_batches=throughput.local_batches,
+                    pool=throughput.pool,
+                )
+            )
+        )
+        for batch, answers in encoding:
+            tokens = iter(answers)
+            for row, conversation in batch:
+                stats = parts[row.source].stats
+                encoded = next(tokens) if isinstance(conversation, Conversation) else conversation
+                if isinstance(encoded, InvalidRow):
+                    stats.drop_invalid(row, encoded, conversation)
+                    continue
+                assert isinstance(conversation, Conversation)
+                example = _example(row, conversation, encoded, config.data.seq_length)
+                if example is None:
+                    stats.drop_long_prefix(encoded.prefix_length, conversation)
+                    continue
+                response = len(encoded.tokens) - encoded.prefix_length
+                stats.keep(encoded.prefix_length, response, encoded.foreign)
+                yield row, conversation, example, response
+
+
+def _write_forgetting(
+    config: RunConfig,
+    settings: ForgettingConfig,
+    encoder: ChatEncoder,
+    canvas: int,
+    folder: Path,
+    throughput: Throughput,
+) -> None:
+    """Write the rows of `evaluate.forgetting` as a prepared data set of only a validation split.
+
+    Raises:
+        UserError: as `prepare_data`.
+    """
+    source = OpenedSource(
+        open_source(settings, "evaluate.forgetting"), config.data.only(settings), 0.0
+    )
+    part = Part(source, DatasetStats(config.data.seq_length, canvas))
+    (folder / FORGETTING).mkdir()
+    writer = _writer(folder / FORGETTING / "validation", throughput)
+    with contextlib.closing(_kept_examples([part], encoder, config, throughput, 1)) as kept:
+        for _, _, example, response in kept:
+            writer.add(example, response, 0.0, 0)
+    check_thresholds(part.stats, part.config, part.source.label)
+    writer.keep_smallest_ids(settings.rows)
+    kept_rows = len(writer.save())
+    logger.info(
+        f"prepare_data: evaluate.forgetting: {kept_rows:,} of {part.stats.rows_read:,} rows of "
+        f"{part.source.label} are answered and not trained on"
+    )
+
+
+def _writer(folder: Path, throughput: Throughput) -> SplitWriter:
+    rows, tokens = throughput.batch_rows, throughput.batch_characters
+    return SplitWriter(folder, batch_rows=rows, batch_tokens=tokens)
+
+
 def _log_summary(card: dict[str, Any], remarks: list[str]) -> None:
-    for remark in remarks:
+    for remark in [*remarks, *describe(card["near_duplicates"])]:
         logger.info(f"prepare_data: {remark}")
     if card["seconds"] > 2:
         total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
@@ -240,9 +298,21 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
     }
 
 
-def _refuse_empty(
+def _is_held_out(position: float, config: DataConfig) -> bool:
+    return config.validation is None and position < config.validation_fraction
+
+
+def _drop_beyond(validation: SplitWriter, parts: Sequence[Part], limit: int | None) -> None:
+    for index, left_out in validation.keep_smallest_ids(limit).items():
+        parts[index].stats.drop_beyond(left_out)
+
+
+def _check_rows(
     train: SplitWriter, validation: SplitWriter, parts: Sequence[Part], config: DataConfig
 ) -> None:
+    """Refuse too many invalid or repeated rows, and a split without rows."""
+    for part in parts:
+        check_thresholds(part.stats, part.config, part.source.label)
     rows, held_out = train.rows_by_source(), validation.rows_by_source()
     for index, part in enumerate(parts):
         if not part.held_out and rows[index] == 0:

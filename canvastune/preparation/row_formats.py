@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from canvastune.config.data import ColumnsConfig, DataConfig
@@ -79,17 +79,26 @@ _RESPONSES = ("response", "completion", "answer", "output", "solution", "chosen"
 class RowReader:
     """Reads rows of one format."""
 
-    def __init__(self, row_format: RowFormat, source: DataConfig, data: DataConfig) -> None:
+    def __init__(
+        self,
+        row_format: RowFormat,
+        source: DataConfig,
+        data: DataConfig,
+        described: Collection[str] = (),
+    ) -> None:
         """Prepare to read.
 
         Args:
             row_format: of the rows, from `detect_format`.
             source: the format that was asked for, and the columns' names.
             data: what is ignored, learned and kept.
+            described: columns that say something about a row, and are not part of it: no
+                conversation depends on them.
         """
         self._format = row_format
         self._columns = columns = source.columns
         self._ignore = frozenset(data.ignore)
+        self._described = frozenset(described)
         self._keep_thinking = data.thinking == "keep"
         self._learn = data.learn
         # Rows of question and answer often have more: only a recipe that says gsm8k takes them.
@@ -281,6 +290,8 @@ class RowReader:
                     " it",
                     _MEANINGFUL[key].format(key=key, prompt=self._required[0]),
                 )
+            elif key in self._described:
+                del extra[key]
             elif self._strict and isinstance(extra[key], str):
                 raise InvalidRow(
                     f"column {key!r} holds text in addition to question and answer, which data.format auto"

@@ -218,8 +218,10 @@ def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _slice_kinds(evaluation: EvaluationResult) -> str:
-    names = {"source": "source", "length": "answer length"}
-    return " and ".join(dict.fromkeys(names[each.by] for each in evaluation.slices))
+    names = {"source": "source", "column": "column", "length": "answer length"}
+    names["forgetting"] = "other data"
+    found = list(dict.fromkeys(names[each.by] for each in evaluation.all_slices))
+    return " and ".join([", ".join(found[:-1]), found[-1]] if found[1:] else found)
 
 
 def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:

@@ -291,6 +291,12 @@ def find_warnings(
         found.append(
             f"{_count(bad, 'row', 'rows')} of the data could not be read and {verb} left out."
         )
+    near = card.get("near_duplicates", {})
+    if near.get("found"):
+        found.append(
+            f"{near['found']} of {near['checked']} held-out rows nearly repeat a training row: the "
+            "score says less about new rows. The data card has examples."
+        )
     return found
 
 
@@ -302,6 +308,12 @@ def _evaluation_warnings(evaluation: EvaluationResult | None) -> list[str]:
         found.append(
             f"{evaluation.after.cut} answers of the tuned model were cut at "
             f"evaluate.max_new_tokens ({evaluation.max_new_tokens})."
+        )
+    other = evaluation.forgetting
+    if other is not None and other.verdict == "worse":
+        found.append(
+            f"Forgetting: on {other.scored} rows of {other.name} the tuned model scores "
+            f"{other.score_after:.1%}, the base {other.score_before:.1%} (p = {other.p_value:.2g})."
         )
     if not evaluation.scored:
         if evaluation.answer_pattern is None or not evaluation.judges:

@@ -76,7 +76,7 @@ def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) ->
                     if score is not None
                 ),
             )
-            for each in evaluation.slices
+            for each in evaluation.all_slices
             if each.scored
         ]
     # Of the exported weights; training's own curve ends with the last step's.

@@ -286,7 +286,7 @@ def check_prepared(data: Path, config: RunConfig) -> None:
         if key.startswith(("data.", "model."))
     ]
     hashes = _hashed_inputs(data)
-    for name, source in {} if found else local_inputs(config.data).items():
+    for name, source in {} if found else local_inputs(config.data.source_keys).items():
         if name in hashes and hash_path(source) != hashes[name]:
             found.append(f"the content of {source} changed")
     if found:

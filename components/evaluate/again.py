@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig, loads
+from canvastune.data.row_columns import read_columns
 from canvastune.errors import UserError
 from canvastune.evaluation.again import changes_answers, judge_again
 from canvastune.evaluation.figures import describe_slices, summarize
@@ -35,9 +36,14 @@ def evaluate_again(folder: Path, settings: Sequence[str], out: Path | None = Non
         UserError: no finished run, a setting that is not of evaluate, and as `evaluate`.
     """
     run, config = _read(folder, settings)
-    out = out or _next(folder)
+    out, kept = out or _next(folder), folder.absolute().parent / BASE_RESULTS
     if not changes_answers(run.config, config) and run.evaluation is not None:
-        result = judge_again(config, run.evaluation, out, int(_card(run)["canvas_length"]))
+        columns = None
+        if config.evaluate.slices != run.config.evaluate.slices:
+            with _prepared(run, config) as dataset:
+                columns = read_columns(dataset / "validation", config.evaluate.slices)
+        canvas = int(_card(run)["canvas_length"])
+        result = judge_again(config, run.evaluation, out, canvas, columns, kept)
         for line in [*describe_slices(result), summarize(result)]:
             logger.info(f"evaluate: {line}")
         return out
@@ -45,7 +51,7 @@ def evaluate_again(folder: Path, settings: Sequence[str], out: Path | None = Non
     from canvastune.checkpoint.hub import resolve_model
     from canvastune.evaluation.run import evaluate
 
-    tuned, kept = _tuned(folder, config), folder.absolute().parent / BASE_RESULTS
+    tuned = _tuned(folder, config)
     with _prepared(run, config) as dataset:
         evaluate(config, dataset, resolve_model(config.model), tuned, out, base_results=kept)
     return out

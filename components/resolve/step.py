@@ -32,6 +32,8 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+# What it looks at, or keeps, for the evaluation.
+_PREPARED_FOR = ("answer_pattern", "judge", "judges", "judge_model", "slices", "forgetting")
 
 
 class Resolved(NamedTuple):
@@ -103,7 +105,7 @@ def resolve(
             "evaluate": {
                 name: value
                 for name, value in config.evaluate.model_dump().items()
-                if name in ("answer_pattern", "judge", "judges")
+                if name in _PREPARED_FOR
             },
         }
     )
@@ -183,7 +185,7 @@ def data_fingerprint(config: RunConfig) -> str:
     Content on the Hub is identified by the config's revision and is not included.
     """
     parts = [f"preparation {PREPARATION_VERSION}"]
-    for name, path in local_inputs(config.data).items():
+    for name, path in local_inputs(config.source_keys).items():
         parts.append(f"{name.replace('data', 'source', 1)} {hash_path(path, whole=True)}")
     model = Path(config.model.id)
     parts += [

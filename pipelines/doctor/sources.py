@@ -85,7 +85,7 @@ def check_data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
     """Check that each data set is available; of a local one, read the first row.
 
     `submitted`: as for `check_model`."""
-    for key, source in config.data.source_keys.items():
+    for key, source in config.source_keys.items():
         yield _check_source(config, key, source, submitted)
 
 

@@ -187,6 +187,7 @@ def ends_well(
     error = capsys.readouterr().err
     assert error.startswith("canvastune: error: "), error
     assert error.count("canvastune: error") == 1
+    assert "\n  hint: " in error, "it does not say what to do"
     assert "Traceback" not in error
     assert "site-packages" not in error
     for word in words:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from benchmarks.instruments import ranks
 from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.load import build_model, load_weights, read_model_config
@@ -20,6 +21,8 @@ from canvastune.data.packing import Example, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import NoiseSample, training_block_draws, training_draws
 from canvastune.objective import losses
+
+ranks.preload(__name__)  # most tests that run on several ranks use it
 
 CANVAS, WINDOW, VOCABULARY, EOS = 8, 16, 256, 1
 MIDDLING_CANVAS = 32

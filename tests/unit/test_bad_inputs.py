@@ -39,11 +39,11 @@ from tests.unit.test_data_rows import as_bytes
 RECIPES: dict[str, Case] = {
     "an unknown key is answered with the nearest": (
         added("lorra:\n  rank: 8\n"),
-        ("unknown key 'lorra'", "Did you mean 'lora'?"),
+        ("unknown key 'lorra'", "'lora'?"),
     ),
     "an unknown key of a section too": (
         added("lora:\n  rnak: 8\n"),
-        ("unknown key 'lora.rnak'", "Did you mean 'lora.rank'?"),
+        ("unknown key 'lora.rnak'", "'lora.rank'?"),
     ),
     "a word where a number goes": (
         setting("train.steps=many"),
@@ -55,19 +55,19 @@ RECIPES: dict[str, Case] = {
     ),
     "true where a whole number goes": (
         setting("train.steps=true"),
-        ("train.steps: ", "found True", "a number, not true or false"),
+        ("train.steps: ", "found True", "not true"),
     ),
     "false where a number may be missing": (
         setting("train.micro_batch_size=off"),
-        ("micro_batch_size", "found False", "a number, not"),
+        ("micro_batch_size", "found False", "number, not"),
     ),
     "true where a fraction goes": (
         setting("optimizer.lr=yes"),
-        ("optimizer.lr: ", "found True", "a number, not true or false"),
+        ("optimizer.lr: ", "found True", "not true"),
     ),
     "true among numbers": (
         setting("optimizer.betas=[true, 0.9]"),
-        ("optimizer.betas: ", "[True, 0.9]", "a number, not true or false"),
+        ("optimizer.betas: ", "[True, 0.9]", "not true"),
     ),
     "a list where a section goes": (
         added("train: [1, 2]\n"),
@@ -76,7 +76,7 @@ RECIPES: dict[str, Case] = {
     "nothing where a section goes": (added("train:\n"), ("train: ", "found None", "expected")),
     "a number below its range": (
         setting("train.steps=0"),
-        ("train.steps: ", "found 0", "greater than or equal to 1"),
+        ("train.steps: ", "found 0", "equal to 1"),
     ),
     "a number above its range": (
         setting("data.validation_fraction=1"),
@@ -104,7 +104,7 @@ RECIPES: dict[str, Case] = {
     ),
     "nodes without a cluster": (
         setting("cluster.nodes=2"),
-        ("cluster.nodes: found 2", "to pytorchjob or trainjob"),
+        ("cluster.nodes: found 2", "trainjob"),
     ),
     "a name that no folder can have": (
         setting("name=My Run"),
@@ -112,67 +112,67 @@ RECIPES: dict[str, Case] = {
     ),
     "a duplicate key": (
         added("name: again\n"),
-        ("duplicate key 'name'", "line ", "Correct this line"),
+        ("duplicate key 'name'", "line ", "this line"),
     ),
     "a duplicate key in a section": (
         added("lora: {rank: 8, rank: 16}\n"),
-        ("duplicate key 'rank'", "Correct this line"),
+        ("duplicate key 'rank'", "this line"),
     ),
     "a tab as indentation": (
         recipe("name: x\ndata:\n\tsource: y\n"),
-        ("line 3, column 1", "\\t", "Correct this line"),
+        ("line 3, column 1", "\\t", "this line"),
     ),
     "a bracket that is not closed": (
         added("lora: {rank: 8\n"),
-        ("line ", "invalid YAML", "Correct this line"),
+        ("line ", "invalid YAML", "this line"),
     ),
     "a date that is none": (
         setting("name=2001-13-45"),
-        ("--set name=2001-13-45", "month must be in 1..12", "Put the value in quotes"),
+        ("--set name=2001-13-45", "month", "in quotes"),
     ),
     "two documents in one file": (
         added("---\nname: b\n"),
-        ("single document", "another document", "Correct this line"),
+        ("single document", "another document", "this line"),
     ),
     "brackets nested ten thousand deep": (
         recipe("[" * 10_000),
-        ("nested too deeply", "sections and keys"),
+        ("nested", "sections and keys"),
     ),
     "a list instead of a mapping": (
         recipe("- name: x\n"),
-        ("mapping of keys", "found a list", "tiny_lora.yaml"),
+        ("mapping", "found a list", "tiny_lora.yaml"),
     ),
     "a recipe that is one word": (
         recipe("recipe"),
-        ("mapping of keys", "found a str", "tiny_lora.yaml"),
+        ("mapping", "found a str", "tiny_lora.yaml"),
     ),
-    "an empty recipe": (recipe(""), ("mapping of keys", "found nothing", "tiny_lora.yaml")),
+    "an empty recipe": (recipe(""), ("mapping", "found nothing", "tiny_lora.yaml")),
     "a recipe of only comments": (
         recipe("# later\n"),
-        ("mapping of keys", "found nothing", "tiny_lora.yaml"),
+        ("mapping", "found nothing", "tiny_lora.yaml"),
     ),
     "a recipe without data": (recipe("name: x\n"), ("key 'data' is missing",)),
     "a recipe with NUL bytes": (
         recipe(b"name: x\0\n"),
-        ("recipe.yaml", "#x0000", "Save it as plain UTF-8"),
+        ("recipe.yaml", "#x0000", "plain UTF-8"),
     ),
     "a binary file as a recipe": (
         recipe(b"\x7fELF\x02\x01\xff\xfe"),
-        ("recipe.yaml", "not UTF-8 text", "Save the file as UTF-8"),
+        ("recipe.yaml", "not UTF-8", "as UTF-8"),
     ),
     "a recipe in UTF-16": (
         recipe("name: x\n".encode("utf-16")),
-        ("not UTF-8 text (byte 0xff at 0)", "Save the file as UTF-8"),
+        ("(byte 0xff at 0)", "as UTF-8"),
     ),
     "a recipe in Latin-1": (
         recipe("name: café\n".encode("latin-1")),
-        ("byte 0xe9 at 9", "Save the file as UTF-8"),
+        ("byte 0xe9 at 9", "as UTF-8"),
     ),
     "a recipe that is not there": (
         lambda ground: ground.recipe.unlink(),
-        ("no such recipe file", "Check the path"),
+        ("no such", "recipe.yaml", "the path"),
     ),
-    "a folder as a recipe": (folder_as_recipe, ("no such recipe file", "Check the path")),
+    "a folder as a recipe": (folder_as_recipe, ("no such", "recipe.yaml", "the path")),
     "--set without a value": (
         setting("lora.rank"),
         ("--set lora.rank", "expected key=value", "--set lora.rank=32"),
@@ -180,7 +180,7 @@ RECIPES: dict[str, Case] = {
     "--set without a key": (setting("=3"), ("--set =3", "expected key=value")),
     "--set with an open bracket": (
         setting("lora.rank=[8"),
-        ("--set lora.rank=[8", "invalid YAML", "Correct this line"),
+        ("--set lora.rank=[8", "invalid YAML", "this line"),
     ),
     "--set of a key that is not there": (
         setting("lora.dropuot=0.1"),
@@ -193,14 +193,14 @@ PAIR = {"question": "q", "answer": "a"}
 DATA: dict[str, Case] = {
     "data that are not there": (
         setting("data.source=./dta.jsonl"),
-        ("data.source", "no such file or folder"),
+        ("data.source", "./dta.jsonl", "no such"),
     ),
     "a kind of file that is not read": (
         data("rows.xlsx", b"PK"),
-        ("rows.xlsx", "unsupported file type", "Save the sheet as CSV", ".parquet"),
+        ("rows.xlsx", "file type", "as CSV", ".parquet"),
     ),
-    "an empty file": (data("rows.jsonl", b""), ("rows.jsonl", "0 bytes", "Write the file again")),
-    "only blanks": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "has no rows", "Use a file")),
+    "an empty file": (data("rows.jsonl", b""), ("rows.jsonl", "0 bytes", "again")),
+    "only blanks": (data("rows.jsonl", b" \n\t\n"), ("rows.jsonl", "no rows", "Use")),
     "UTF-16": (
         data("rows.jsonl", LINES.decode().encode("utf-16")),
         ("rows.jsonl: row 1", "UTF-16", "iconv"),
@@ -211,23 +211,23 @@ DATA: dict[str, Case] = {
     ),
     "UTF-16 without its mark": (
         data("rows.jsonl", LINES.decode().encode("utf-16-le")),
-        ("row 1", "not JSON", "Correct or remove"),
+        ("row 1", "not JSON", "or remove"),
     ),
     "Latin-1": (
         data("rows.jsonl", '{"question": "é", "answer": "a"}'.encode("latin-1")),
-        ("row 1", "byte 0xe9", "Correct or remove"),
+        ("row 1", "byte 0xe9", "or remove"),
     ),
     "Latin-1 in an array": (
         data("rows.json", '["é"]'.encode("latin-1")),
-        ("rows.json: ", "not UTF-8", "Convert the file"),
+        ("rows.json: ", "not UTF-8", "Convert"),
     ),
     "NUL bytes": (
         data("rows.jsonl", b'{"question": "q\0", "answer": "a"}'),
-        ("row 1", "control character", "Correct or remove"),
+        ("row 1", "control character", "or remove"),
     ),
     "zeros of a torn copy": (
         data("rows.jsonl", LINES + b"\0" * 200),
-        ("row 41", "not JSON", "Correct or remove"),
+        ("row 41", "not JSON", "or remove"),
     ),
     "a line that was cut": (
         data("rows.jsonl", LINES[:-20]),
@@ -239,11 +239,11 @@ DATA: dict[str, Case] = {
     ),
     "JSON within JSON": (
         lines(json.dumps(json.dumps(PAIR))),
-        ("row 1", "expected an object", "Write one object"),
+        ("row 1", "expected an object", "one object"),
     ),
     "Python instead of JSON": (
         data("rows.jsonl", b"{'question': 'q', 'answer': None}"),
-        ("row 1", "not JSON", "Correct or remove"),
+        ("row 1", "not JSON", "or remove"),
     ),
     "a line beyond the limit": (
         data("rows.jsonl", b'{"question": "' + b"x" * (64 * 2**20 + 9)),
@@ -251,98 +251,98 @@ DATA: dict[str, Case] = {
     ),
     "brackets that never close": (
         data("rows.jsonl", b"[" * 100_000),
-        ("row 1", "nested too deeply", "Correct or remove"),
+        ("row 1", "nested", "or remove"),
     ),
     "an array of lines": (
         data("rows.json", LINES),
-        ("rows.json", "expected one JSON array", "rename the file to .jsonl"),
+        ("rows.json", "JSON array", "to .jsonl"),
     ),
     "an array that was cut": (
         data("rows.json", as_bytes("json", GOOD)[:-30]),
-        ("rows.json: row 40", "not JSON", "Correct this row"),
+        ("rows.json: row 40", "not JSON", "this row"),
     ),
     "gzip that was cut": (
         data("rows.jsonl.gz", gzip.compress(LINES)[:-9]),
-        ("rows.jsonl.gz", "incomplete or invalid gzip", "compress the file again"),
+        ("rows.jsonl.gz", "incomplete", "compress"),
     ),
     "gzip that is none": (
         data("rows.jsonl.gz", LINES),
-        ("rows.jsonl.gz", "Not a gzipped file", "compress the file again"),
+        ("rows.jsonl.gz", "gzipped", "compress"),
     ),
     "gzip with a plain name": (
         data("rows.jsonl", gzip.compress(LINES)),
-        ("rows.jsonl", "is gzip", "Rename it to rows.jsonl.gz"),
+        ("rows.jsonl", "is gzip", "to rows.jsonl.gz"),
     ),
     "Parquet that is none": (
         data("rows.parquet", LINES),
-        ("rows.parquet", "not a readable Parquet", "Write or copy"),
+        ("rows.parquet", "Parquet", "or copy"),
     ),
     "Parquet that was cut": (
         data("rows.parquet", as_bytes("parquet", GOOD)[:-7]),
-        ("rows.parquet", "not a readable Parquet", "Write or copy"),
+        ("rows.parquet", "Parquet", "or copy"),
     ),
     "Parquet of other types": (
         data("rows.parquet", as_bytes("parquet", [{"question": 1, "answer": 2}])),
-        ("row 1", "is a int", "Correct"),
+        ("row 1", " int,", "Correct"),
     ),
     "columns of no known form": (lines({"q": 1, "a": 2}), ("row 1", "q, a", "data.format")),
     "a column that is named and missing": (
         lines(PAIR, format="columns"),
         ("row 1", "prompt", "data.columns"),
     ),
-    "rows that are numbers": (lines(1, 2, 3), ("row 1", "expected an object", "Write one object")),
+    "rows that are numbers": (lines(1, 2, 3), ("row 1", "expected an object", "one object")),
     "an answer that is a list": (
         lines({**PAIR, "answer": ["a"]}),
-        ("row 1", "column 'answer'", "Correct or remove"),
+        ("row 1", "column 'answer'", "or remove"),
     ),
     "an empty answer": (
         lines({**PAIR, "answer": " "}),
-        ("row 1", "(assistant): the content is empty", "Correct or remove"),
+        ("row 1", "(assistant): ", "empty", "or remove"),
     ),
     "half of a character": (
         lines({**PAIR, "answer": "\ud83d"}),
-        ("row 1", "not valid Unicode", "Correct or remove"),
+        ("row 1", "not valid Unicode", "or remove"),
     ),
     "an unknown role": (
         talk(said("robot", "x"), said("assistant", "y")),
-        ("row 1", "unknown role 'robot'", "Correct or remove"),
+        ("row 1", "unknown role 'robot'", "or remove"),
     ),
     "a role that is a list": (
         talk(said(["user"], "x"), said("assistant", "y")),
-        ("row 1", "unknown role", "Correct or remove"),
+        ("row 1", "unknown role", "or remove"),
     ),
     "no assistant turn": (
         talk(said("user", "x")),
-        ("row 1", "no assistant turn", "Correct or remove"),
+        ("row 1", "no assistant", "or remove"),
     ),
     "nothing before the assistant": (
         talk(said("assistant", "x")),
-        ("row 1", "no turn before", "Correct or remove"),
+        ("row 1", "no turn", "or remove"),
     ),
     "messages that are a text": (
         lines({"messages": "user: x"}),
-        ("row 1", "'messages' is a str", "Correct or remove"),
+        ("row 1", "'messages'", "a str", "or remove"),
     ),
     "repeats above the threshold": (
         lines(*GOOD[:4] * 5),
-        ("16 of 20 rows repeat", "row 5", "data.max_duplicate_fraction"),
+        ("16 of 20 rows", "row 5", "data.max_duplicate_fraction"),
     ),
     "prompts longer than the cut": (
         lines({"question": "q " * 900, "answer": "a"}, seq_length=64),
-        ("none of the 1 rows", "raise data.seq_length"),
+        ("the 1 rows", "raise data.seq_length"),
     ),
-    "a single row": (lines(PAIR), ("rows.jsonl", "validation", "Use more rows")),
+    "a single row": (lines(PAIR), ("rows.jsonl", "validation", "more rows")),
     "a folder that mixes splits": (
         data_folder("train.jsonl", "test.jsonl"),
-        ("train.jsonl", "mixes splits", "Use one file"),
+        ("train.jsonl", "mixes splits", "one file"),
     ),
     "a folder without data": (
         data_folder("notes.txt"),
-        ("no data file", "found notes.txt", "expected .jsonl"),
+        ("no data", "found notes.txt", "expected .jsonl"),
     ),
     "data that the system does not give": (
         unreadable,
-        ("rows.jsonl", "cannot be read", "Input/output error", "you may read it"),
+        ("rows.jsonl", "be read", "Input/output error", "may read"),
     ),
 }
 
@@ -357,7 +357,7 @@ MODELS: dict[str, Case] = {
     ),
     "a config that is cut": (
         model(lambda f: (f / "config.json").write_text('{"model_type"')),
-        ("config.json", "cannot be read", "Use the directory"),
+        ("config.json", "be read", "the directory"),
     ),
     "another architecture": (
         in_json("config.json", model_type="bert"),
@@ -365,25 +365,25 @@ MODELS: dict[str, Case] = {
     ),
     "a vocabulary that is too small": (
         in_json("config.json", text_config={"vocab_size": 9}),
-        ("does not belong to the model", "vocab_size of config.json is 9"),
+        ("to the model", "config.json is 9"),
     ),
     "another model's tokenizer": (
         model(other_tokenizer),
-        ("the tokenizer does not belong", "vocab_size", "unchanged checkpoint"),
+        ("the tokenizer", "vocab_size", "unchanged checkpoint"),
     ),
     "a tokenizer that was cut": (
         model(
             lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:900])
         ),
-        ("the tokenizer cannot be loaded", "including tokenizer.json"),
+        ("the tokenizer", "including tokenizer.json"),
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),
-        ("model", "do not belong together", "unchanged checkpoint"),
+        ("model", "together", "unchanged checkpoint"),
     ),
     "no chat template": (
         without("chat_template.jinja"),
-        ("no chat template", "chat_template.jinja"),
+        ("no chat", "chat_template.jinja"),
     ),
     "a template that is not closed": (
         template("{% for m in messages %}"),
@@ -391,22 +391,22 @@ MODELS: dict[str, Case] = {
     ),
     "a template that drops the answer": (
         template("{{ bos_token }}hello"),
-        ("shows an assistant's content 0 times", "unchanged checkpoint"),
+        ("content 0 times", "unchanged checkpoint"),
     ),
     "a template with other markers": (
         template(
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{%"
             " endfor %}"
         ),
-        ("'<|im_end|>'", "not a token of the tokenizer", "unchanged checkpoint"),
+        ("'<|im_end|>'", "the tokenizer", "unchanged checkpoint"),
     ),
     "an end of turn that does not stop": (
         in_json("generation_config.json", eos_token_id=[1]),
-        ("eos_token_id is [1]", "would not stop", "Use the directory"),
+        ("eos_token_id is [1]", "would not stop", "the directory"),
     ),
     "a generation config that is cut": (
         model(lambda f: (f / "generation_config.json").write_text("{")),
-        ("generation_config.json", "Use the directory"),
+        ("generation_config.json", "the directory"),
     ),
 }
 
@@ -430,15 +430,15 @@ PLACES: dict[str, Case] = {
     ),
     "a file in the output's place": (
         output(lambda out: out.write_text("x")),
-        ("already exists", "move this one"),
+        ("already exists", "this one"),
     ),
     "a file where a folder of the output goes": (
         output(lambda out: out.write_text("x"), "inside"),
-        ("cannot create", "Choose a directory"),
+        ("cannot create", "a directory"),
     ),
     "an output where nothing can be made": (
         output(lambda _: None, "/proc/nowhere"),
-        ("/proc/nowhere", "cannot create", "Choose a directory"),
+        ("/proc/nowhere", "cannot create", "a directory"),
     ),
 }
 
@@ -463,7 +463,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(
         ends_well(
             ground,
             ground.command(),
-            ("out", "file too large", "the partial output was removed", "Free some disk space"),
+            ("out", "too large", "was removed", "disk space"),
             capsys,
         )
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -258,7 +259,7 @@ def test_a_finished_run_answers_the_same_recipe_and_data_only(
         assert main(line) == 0
         assert "already finished" in capsys.readouterr().err
     assert main(command(ground, "train.export=last")) == 0
-    assert "without effect on a finished run: train.export" in capsys.readouterr().err
+    assert re.search(r"already finished: .*\([^)]*: train\.export\)", capsys.readouterr().err)
     assert content(ground) == before
 
 
@@ -286,13 +287,16 @@ def test_data_prepared_below_the_output_belong_to_their_recipe_and_rows(
     before = content(ground / "out")
     assert "already finished" in run()[1]
     code, said = run("data.seq_length=64")
-    assert (code, "data.seq_length was 96 and is now 64" in said) == (1, True), said
+    assert code == 1
+    assert re.search(r"data\.seq_length\b.* 96 .* 64\b", said), said
     write_lines(ground / "rows.jsonl", problems(41))
     code, said = run()
-    assert (code, "content of rows.jsonl" in said) == (1, True), said
+    assert code == 1
+    assert re.search(r"\bcontent\b.* rows\.jsonl\b", said), said
     (ground / "out" / "result.json").rename(ground / "result.json")  # the same of an unfinished run
     code, said = run()
-    assert (code, "content of rows.jsonl" in said) == (1, True), said
+    assert code == 1
+    assert re.search(r"\bcontent\b.* rows\.jsonl\b", said), said
     (ground / "result.json").rename(ground / "out" / "result.json")
     shutil.rmtree(ground / "out" / "data")  # to free disk space
     code, said = run()

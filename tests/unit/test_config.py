@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,15 @@ def test_files_keep_the_older_name_so_that_earlier_runs_compare_equal(
 
 @pytest.mark.parametrize("key", [*OLDER, *OLDER.values()])
 def test_a_count_where_a_fraction_is_expected_is_refused(key: str) -> None:
-    assert str(refusal(RECIPE, f"{key}=5")).endswith(
-        "found 5, expected a fraction of the rows, such as 0.05 for 5%, not a count"
-    )
+    error = str(refusal(RECIPE, f"{key}=5"))
+    assert re.search(r"found 5, .*\bfraction\b.* 0\.05\b", error)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "some", "true", "2.5", "null"])
 def test_blocks_are_a_count_or_all(value: str) -> None:
     error = refusal(RECIPE, f"objective.blocks={value}")
     assert str(error).startswith("recipe: objective.blocks: found ")
-    assert str(error).endswith(", expected a whole number of at least 1, or all")
+    assert re.search(r", expected .* 1\b.* all$", str(error))
     for given, blocks in (("1", 1), ("12", 12), ("all", "all")):
         config = loads(yaml.safe_dump(RECIPE), overrides=[f"objective.blocks={given}"])
         assert config.objective.blocks == blocks
@@ -112,7 +112,7 @@ def test_both_names_of_a_key_at_once_are_refused() -> None:
     error = refusal(
         RECIPE | {"data": {"source": "x", "max_bad_rows": 0.1, "max_bad_row_fraction": 0.2}}
     )
-    assert "data.max_bad_rows: another name of data.max_bad_row_fraction" in str(error)
+    assert re.search(r"data\.max_bad_rows: .* data\.max_bad_row_fraction\b", str(error))
 
 
 def test_a_suggestion_uses_the_current_name() -> None:

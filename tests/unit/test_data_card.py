@@ -82,15 +82,16 @@ def test_a_users_text_is_shown_as_text(card: dict[str, Any]) -> None:
 def test_the_page_says_what_was_left_out_and_why(card: dict[str, Any]) -> None:
     text = Page(render_card(card)).text
     assert card["bad_rows"][0]["reason"] in text
-    assert "the response was cut at 256 tokens" in text
+    assert re.search(r"\bcut\b[^.]* 256 tokens\D+\d", text)
     assert card["content_hash"] in text
     assert card["fingerprint"] in text
 
 
 def test_a_card_without_faults_says_so(card: dict[str, Any]) -> None:
     text = Page(render_card(card | {"dropped": {}, "bad": 0, "bad_rows": [], "cut": 0})).text
-    assert "Nothing: all rows are used for training or validation, complete." in text
+    assert "Nothing:" in text
     assert "Bad rows" not in text
+    assert card["bad_rows"][0]["reason"] not in text
 
 
 def test_a_long_sample_is_shortened_in_the_page_alone(card: dict[str, Any]) -> None:

@@ -448,33 +448,33 @@ def test_no_text_opens_or_closes_a_turn(
 
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
-    "not an object": ([1], "the row is a list, expected an object with the columns messages"),
-    "no column": ({"text": 1, "id": 2}, "no column 'messages'; the row's columns: text, id"),
-    "messages is text": ({"messages": "hi"}, "column 'messages' is a str, expected a list"),
-    "messages is null": ({"messages": None}, "column 'messages' is null"),
-    "no messages": ({"messages": []}, "column 'messages' is an empty list"),
-    "message is text": ({"messages": ["hi"]}, "message 1 is a str, expected an object"),
-    "no role": ({"messages": [{"content": "a"}]}, "message 1 has no 'role'; its keys: content"),
+    "not an object": ([1], r"a list, .*\bmessages$"),
+    "no column": ({"text": 1, "id": 2}, r"'messages'; .* text, id$"),
+    "messages is text": ({"messages": "hi"}, r"column 'messages' .*\bstr, .*\blist\b"),
+    "messages is null": ({"messages": None}, r"column 'messages' .*\bnull\b"),
+    "no messages": ({"messages": []}, r"column 'messages' .*\bempty\b"),
+    "message is text": ({"messages": ["hi"]}, r"message 1 .*\bstr, .*\bobject\b"),
+    "no role": ({"messages": [{"content": "a"}]}, r"message 1 .*'role'; .* content$"),
     "unknown role": (
         {"messages": [{"role": "narrator", "content": "a"}]},
-        "message 1: unknown role 'narrator', expected system, developer, user, assistant",
+        r"message 1: .*'narrator', expected system, developer, user, assistant",
     ),
-    "no content": ({"messages": [{"role": "user"}]}, r"message 1 \(user\) has no 'content'"),
+    "no content": ({"messages": [{"role": "user"}]}, r"message 1 \(user\) .*\bno 'content'"),
     "number": (
         {"messages": [{"role": "user", "content": 3}]},
-        r"message 1 \(user\): the content is a int, expected text",
+        r"message 1 \(user\): .*\bint, expected text\b",
     ),
     "null": (
         {"messages": [{"role": "user", "content": None}]},
-        r"message 1 \(user\): the content is null",
+        r"message 1 \(user\): .*\bnull\b",
     ),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        r"message 1 \(user\) holds a part of type 'image'",
+        r"message 1 \(user\) .*\btype 'image'",
     ),
     "tool call": (
         {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
-        r"message 1 \(user\) carries 'tool_calls'",
+        r"message 1 \(user\) .*'tool_calls'",
     ),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
     "no question": ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
@@ -485,11 +485,11 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
                 {"role": "assistant", "content": " \n\u2003"},
             ]
         },
-        r"message 2 \(assistant\): the content is empty",
+        r"message 2 \(assistant\): .*\bempty\b",
     ),
     "half a pair": (
         {"messages": [{"role": "user", "content": "ab\ud800"}]},
-        r"not valid Unicode \(half a surrogate pair at character 3\)",
+        r"\bUnicode \(.*\b3\)",
     ),
 }
 

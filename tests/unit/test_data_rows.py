@@ -110,94 +110,91 @@ def cut(data: bytes) -> bytes:
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("a.jsonl", b"", "a.jsonl: the file is empty (0 bytes)"),
-    "blank": ("a.jsonl", b"\n \n", "a.jsonl: has no rows"),
-    "empty array": ("a.json", b" [ ] ", "a.json: has no rows"),
-    "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: has no rows"),
+    "empty": ("a.jsonl", b"", r"a\.jsonl: .*\(0 bytes\)"),
+    "blank": ("a.jsonl", b"\n \n", r"a\.jsonl: .*\bno rows\b"),
+    "empty array": ("a.json", b" [ ] ", r"a\.json: .*\bno rows\b"),
+    "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: .*\bno rows\b"),
     "not gzip": (
         "a.jsonl.gz",
         b'{"a": 1}\n',
-        "a.jsonl.gz: incomplete or invalid gzip file (Not a gzipped file (b'{\"'))",
+        r"a\.jsonl\.gz: .*\bgzip\b.*b'\{\"'",
     ),
     "hidden gzip": (
         "a.jsonl",
         gzip.compress(b"{}"),
-        "a.jsonl: the file is gzip, expected a name that ends in .gz. Rename it to a.jsonl.gz",
+        r"a\.jsonl: .*\bgzip\b.* \.gz\b.* a\.jsonl\.gz\.$",
     ),
     "truncated gzip": (
         "a.jsonl.gz",
         gzip.compress(as_bytes("jsonl", ROWS))[:-9],
-        (
-            "incomplete or invalid gzip file (Compressed file ended before the end-of-stream marker"
-            " was reached). Copy or compress the file again"
-        ),
+        r"a\.jsonl\.gz: .*\bgzip\b.*\bend-of-stream marker\b",
     ),
     "damaged gzip": (
         "a.jsonl.gz",
         gzip.compress(b"{}\n" * 9)[:-8] + b"damaged!",
-        "a.jsonl.gz: after row 9: incomplete or invalid gzip file (CRC check failed",
+        r"a\.jsonl\.gz: after row 9: .*\bgzip\b.*\bCRC\b",
     ),
     "UTF-16": (
         "a.jsonl",
         '{"a": 1}'.encode("utf-16"),
-        "a.jsonl: row 1: the file is UTF-16, expected UTF-8",
+        r"a\.jsonl: row 1: .*\bUTF-16, expected UTF-8\b",
     ),
     "array not UTF-8": (
         "a.json",
         b'[{"a": "\xff"}]',
-        "a.json: after row 0: not UTF-8 (invalid start byte)",
+        r"a\.json: after row 0: not UTF-8 ",
     ),
     "array of lines": (
         "a.json",
         b'{"a": 1}\n{"a": 2}\n',
-        "a.json: expected one JSON array of objects, found an object. If there is one",
+        r"a\.json: .*\barray\b.*, found an object\b.* \.jsonl\b",
     ),
     "array of nothing": (
         "a.json",
         b"   ",
-        "a.json: expected one JSON array of objects, found nothing",
+        r"a\.json: .*\barray\b.*, found nothing\b",
     ),
     "array broken": (
         "a.json",
         b'[{"a": 1}, {"a": 2}, {"a" 3}]',
-        "a.json: row 3: not JSON (Expecting ':' delimiter",
+        r"a\.json: row 3: not JSON .*':'",
     ),
     "array truncated": (
         "a.json",
         cut(as_bytes("json", ROWS[:2])),
-        "a.json: row 2: not JSON (Expecting property name",
+        r"a\.json: row 2: not JSON ",
     ),
     "array not closed": (
         "a.json",
         b'[{"a": 1}',
-        "a.json: after row 1: expected ',' or ']', the file ends",
+        r"a\.json: after row 1: .*',' or '\]', .*\bends\b",
     ),
     "array without comma": (
         "a.json",
         b'[{"a": 1} {"a": 2}]',
-        "a.json: after row 1: expected ',' or ']', found '{'",
+        r"a\.json: after row 1: .*',' or '\]', found '\{'",
     ),
-    "array too deep": ("a.json", b"[" * 100_000, "a.json: row 1: not JSON (nested too deeply)"),
+    "array too deep": ("a.json", b"[" * 100_000, r"a\.json: row 1: not JSON .*\bnested\b"),
     "no Parquet": (
         "a.parquet",
         b'{"a": 1}\n' * 9,
-        "a.parquet: not a readable Parquet file (Parquet magic bytes not found in footer",
+        r"a\.parquet: .*\bParquet\b.*\bfooter\b",
     ),
     "truncated Parquet": (
         "a.parquet",
         cut(as_bytes("parquet", ROWS)),
-        "a.parquet: not a readable Parquet file (Parquet magic bytes",
+        r"a\.parquet: .*\bParquet\b.*\bmagic bytes\b",
     ),
     "gzip of no Parquet": (
         "a.parquet.gz",
         gzip.compress(b"hello, hello"),
-        "a.parquet.gz: not a readable Parquet file",
+        r"a\.parquet\.gz: .*\bParquet\b",
     ),
-    "empty Parquet": ("a.parquet", as_bytes("parquet", []), "a.parquet: has no rows"),
+    "empty Parquet": ("a.parquet", as_bytes("parquet", []), r"a\.parquet: .*\bno rows\b"),
     "unknown kind": (
         "a.txt",
         b"a,b\n",
-        "a.txt: unsupported file type, expected one of .jsonl, .json, .csv, .tsv, .parquet",
+        r"a\.txt: .* \.jsonl, \.json, \.csv, \.tsv, \.parquet\b",
     ),
 }
 
@@ -208,7 +205,7 @@ def test_a_broken_file_is_named_with_reason_and_remedy(name: str, tmp_path: Path
     (tmp_path / file_name).write_bytes(data)
     answer = refusal(tmp_path / file_name)
     assert str(tmp_path / file_name) in answer
-    assert message in answer
+    assert re.search(message, answer)
 
 
 def test_damage_inside_a_parquet_file_names_the_row_reached(tmp_path: Path) -> None:
@@ -325,7 +322,7 @@ def test_a_config_or_split_that_is_not_there_is_answered_with_those_that_are(
     for message in (refusal(repository), refusal(repository, config="mian")):
         assert "main" in message
         assert "socratic" in message
-        assert "data.config and data.split (now 'train')" in message
+        assert re.search(r"data\.config .*data\.split \(now 'train'\)", message)
     message = refusal(repository, config="main", split="dev")
     assert "train" in message
     assert "test" in message
@@ -336,15 +333,15 @@ def test_a_config_or_split_that_is_not_there_is_answered_with_those_that_are(
     [
         (
             datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
-            "data set not found on the Hub at revision v1",
+            r".*\bnot found\b.* v1\b",
         ),
         (
             ConnectionError("Couldn't reach 'a/b' on the Hub"),
-            "cannot be downloaded or read (Couldn't reach 'a/b' on the Hub)",
+            r".*\(Couldn't reach 'a/b' on the Hub\)",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found b.py"),
-            "this data set needs a loading script",
+            r".*\bscript\b",
         ),
     ],
 )
@@ -371,8 +368,9 @@ def test_what_the_hub_answers_becomes_one_sentence(
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
-    assert refusal("a/b", config="main", revision="v1").startswith(
-        f"data.source: a/b (config main): {message}"
+    assert re.match(
+        rf"data\.source: a/b \(config main\): {message}",
+        refusal("a/b", config="main", revision="v1"),
     )
 
 

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
 from components.jobs.client import connect_to_cluster
@@ -114,7 +116,7 @@ def test_a_bare_machine_gets_what_to_fix_in_order(tmp_path: Path) -> None:
         "cannot be checked before the packages are installed"
     )
     assert lines[-1].startswith("3 problems found. Fix packages first: ")
-    assert "-m pip install torch==" in lines[-1]
+    assert " torch==" in lines[-1]
 
 
 def test_another_version_than_the_pinned_one_is_a_problem_with_its_command() -> None:
@@ -261,7 +263,7 @@ def serve() -> Iterator[Serve]:
     ("status", "body", "state", "cure"),
     [
         (200, '{"experiments": []}', "ok", ""),
-        (200, "<html>a login</html>", "problem", "correct the address"),
+        (200, "<html>a login</html>", "problem", "the address"),
         (401, "who are you", "problem", "MLFLOW_TRACKING_USERNAME"),
         (
             403,
@@ -269,7 +271,7 @@ def serve() -> Iterator[Serve]:
             "problem",
             "--allowed-hosts 127.0.0.1:",
         ),
-        (404, "no such page", "problem", "correct the address"),
+        (404, "no such page", "problem", "the address"),
         (500, "OperationalError", "problem", "its log"),
     ],
 )
@@ -284,7 +286,7 @@ def test_an_error_of_the_tracking_server_is_explained(
 @pytest.mark.parametrize(
     ("version", "state", "words"),
     [
-        ("2.22.1", "problem", "MLflow 2.22.1, expected 3.5 or newer"),
+        ("2.22.1", "problem", "MLflow 2.22.1, expected 3.5"),
         ("3.17.2", "ok", "MLflow 3.17.2 responds"),
         ("{}", "ok", "MLflow responds"),
     ],
@@ -425,7 +427,7 @@ def test_an_old_cluster_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.doctor.cluster._get", lambda *_: old)
     found = _only(check_cluster(None, "local"))
     assert found.state == "problem"
-    assert "expected 1.25 or newer" in found.found
+    assert "expected 1.25" in found.found
 
 
 def test_missing_permissions_are_named_with_what_grants_them(cluster: Cluster) -> None:
@@ -433,9 +435,8 @@ def test_missing_permissions_are_named_with_what_grants_them(cluster: Cluster) -
     cluster.rules[0] = {**cluster.rules[0], "verbs": ["get", "list", "watch"]}
     found = {one.name: one for one in check_cluster("team-b", "local")}["permissions"]
     assert found.state == "warning", "a person who submits from a laptop starts no job"
-    assert (
-        "may not create, patch, delete pytorchjobs.kubeflow.org; list events in team-b"
-        in found.found
+    assert re.search(
+        r" create, patch, delete pytorchjobs\.kubeflow\.org; list events\b.* team-b\b", found.found
     )
     assert "permissions.create=true" in found.fix
     client, _ = connect_to_cluster()
@@ -478,9 +479,9 @@ def test_paths_on_the_workspace_volume_are_not_checked_here_for_a_submitted_run(
 @pytest.mark.parametrize(
     ("version", "state", "words"),
     [
-        ("2.14.0", "problem", "expected 2.15 or newer"),
+        ("2.14.0", "problem", "expected 2.15"),
         ("2.17.0", "ok", "Kubeflow Pipelines 2.17.0 responds"),
-        ("", "ok", "of an unknown version"),
+        ("", "ok", "unknown version"),
     ],
 )
 def test_an_old_kubeflow_is_a_problem(version: str, state: str, words: str) -> None:
@@ -502,7 +503,6 @@ def test_without_problems_the_last_line_is_the_command_to_run(
 ) -> None:
     found = [Finding("python", "ok", "3.12"), Finding("gpu", "warning", "none")]
     assert print_findings(found, DoctorOptions("my.yaml", ("lora.rank=8",))) == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1]
-        == "No problems found. Next: canvastune run my.yaml --set lora.rank=8"
+    assert capsys.readouterr().out.splitlines()[-1] == snapshot(
+        "No problems found. Next: canvastune run my.yaml --set lora.rank=8"
     )

@@ -265,13 +265,13 @@ def test_one_model_at_a_time_is_in_memory(
     [
         (
             {"answer_pattern": "is exactly (never)", "judge": "pattern"},
-            "evaluate.answer_pattern matches none of the 6 references",
+            r"evaluate\.answer_pattern\b.* 6 references",
         ),
-        ({"answer_pattern": None, "judge": "pattern"}, "evaluate.answer_pattern is null"),
-        ({"judge": []}, "evaluate.judge is []"),
+        ({"answer_pattern": None, "judge": "pattern"}, r"evaluate\.answer_pattern is null"),
+        ({"judge": []}, r"evaluate\.judge is \[\]"),
         (
             {"judge": ["json", "tool_call"]},
-            "evaluate.judge (json, tool_call) can judge none of the 6 rows",
+            r"evaluate\.judge \(json, tool_call\) .* 6 rows",
         ),
     ],
 )
@@ -287,9 +287,10 @@ def test_without_a_scored_row_everything_but_the_score_is_reported(
 ) -> None:
     pretend(monkeypatch, lambda question, _: question.reference)
     result = evaluate(recipe(problems, **settings), prepared, *models, tmp_path / "out")
-    assert (result.rows, result.scored, result.unscored_reason) == (6, 0, reason)
+    assert (result.rows, result.scored) == (6, 0)
+    assert re.fullmatch(reason, result.unscored_reason or "")
     assert (result.before.validation_loss, result.after.validation_loss) == (3, 1.5)
-    assert f"no row is scored: {reason}" in capsys.readouterr().err
+    assert f"scored: {result.unscored_reason}" in capsys.readouterr().err
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert list(written) == KEYS
     unknown = {name for name, value in written.items() if value is None} - {"answer_pattern"}

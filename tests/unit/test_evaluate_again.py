@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -152,9 +153,9 @@ def test_other_settings_have_the_models_answer_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "train.steps=5"], "train.steps: found another value than the run's"),
+        (["--set", "train.steps=5"], r"train\.steps: "),
         (["--set", "evaluate.judge=bleu"], "found 'bleu'"),
-        (["--set", "evaluate.rows=4"], "other rows or tokens than the run was evaluated on"),
+        (["--set", "evaluate.rows=4"], r"\bother rows\b"),
     ],
 )
 def test_what_a_finished_run_cannot_change_is_refused(
@@ -169,7 +170,7 @@ def test_what_a_finished_run_cannot_change_is_refused(
         card = json.loads((finished / "data" / "card.json").read_text())
         (finished / "data" / "card.json").write_text(json.dumps(card | {"content_hash": "other"}))
     assert main(["evaluate", str(finished), *arguments]) == 1
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert not (finished / "evaluation-2").exists()
 
 
@@ -236,7 +237,7 @@ def test_a_sweep_without_a_scored_row_is_refused(
 ) -> None:
     pretend(monkeypatch)
     assert main(["evaluate", str(finished), "--sweep", "--set", "evaluate.judge=json"]) == 1
-    assert "can judge none of the 6 rows" in capsys.readouterr().err
+    assert re.search(r"evaluate\.judge \(json\).* 6 rows\b", capsys.readouterr().err)
 
 
 def test_the_table_of_a_sweep_is_sorted_by_forward_passes(
@@ -256,4 +257,6 @@ def test_a_run_that_never_trained_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "no run found" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"canvastune: error: {tmp_path}: ")
+    assert "run.json" in error

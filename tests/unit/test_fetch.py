@@ -74,7 +74,7 @@ def test_a_damaged_file_is_removed_and_only_it_is_downloaded_again(
     hub.served["model-2.safetensors"] = content
     with pytest.raises(UserError, match=r"model-2\.safetensors is damaged") as refused:
         fetch.fetch_model(MODEL)
-    assert "Run the same command again" in refused.value.hint
+    assert "same command" in refused.value.hint
     assert sorted(file.name for file in hub.folder.iterdir()) == [
         "config.json",
         "model-1.safetensors",
@@ -96,7 +96,7 @@ def test_too_little_room_is_named_before_anything_is_downloaded(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Usage(10, 6, 4))
-    with pytest.raises(UserError, match=r"needs another .* free") as refused:
+    with pytest.raises(UserError, match=rf"{MODEL.id} .* GB, .* GB free") as refused:
         fetch.fetch_model(MODEL)
     assert "workspace.size" in refused.value.hint
     assert not hub.downloads

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from inline_snapshot import snapshot
 from sacrebleu.metrics.chrf import CHRF
 
 from canvastune.config import RunConfig, parse_config
@@ -174,7 +178,8 @@ def test_a_function_of_ones_own_judges(tmp_path: Path) -> None:
     for prompt, reason in (("broken", "RuntimeError: no network"), ("percent", "found 40")):
         with pytest.raises(UserError, match=reason) as error:
             judged(name, "a", "b", prompt)
-        assert "the answers are kept" in error.value.hint
+        assert name in str(error.value)
+        assert error.value.hint
     settings = EvaluateConfig()
     (judge,) = [load_judge(name, settings)]
     file.write_text(file.read_text() + "# another version\n")
@@ -185,8 +190,8 @@ def test_a_function_of_ones_own_judges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (None, "cannot be read"),
-        ("grade = 3", "expected a function"),
+        (None, re.escape(os.strerror(errno.ENOENT))),
+        ("grade = 3", "grade = 3, .*function"),
         ("def other(): pass", "AttributeError"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"),
         ("raise SystemExit(3)", "SystemExit"),
@@ -205,17 +210,16 @@ def test_a_function_that_cannot_be_loaded_is_refused(
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ("rouge", "found 'rouge', expected a judge: number, text, json, tool_call, chrf, pattern"),
-        ("number:3", "found 'number:3'"),
-        ("python:grade", "expected python:FILE.py:FUNCTION"),
-        ("pattern:(", "invalid regular expression"),
-        ("pattern:x", "found no group"),
+        ("rouge", r"'rouge', .*: number, text, json, tool_call, chrf, model, pattern, "),
+        ("number:3", "'number:3'"),
+        ("python:grade", r"'python:grade', .*python:FILE\.py:FUNCTION"),
+        ("pattern:(", r"'\('.*\bunterminated\b"),
+        ("pattern:x", r"\bgroup\b.*'x'"),
     ],
 )
 def test_a_judge_that_does_not_exist_is_refused(judge: str, message: str) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.judge") as error:
+    with pytest.raises(UserError, match=r"evaluate\.judge.*" + message):
         recipe("a.jsonl", judge=["text", judge])
-    assert message in str(error.value)
 
 
 def recipe(*sources: str, **evaluate: Any) -> RunConfig:
@@ -269,6 +273,7 @@ def row(before: Sequence[float], after: Sequence[float], **about: Any) -> Judged
     }
     found: dict[str, Any] = {
         "source": None,
+        "columns": {},
         "reference_tokens": 10,
         "judge": "pattern" if exact else "chrf",
     }
@@ -393,9 +398,11 @@ def test_intervals_of_scores_are_students() -> None:
 
 def test_a_word_where_rows_are_too_few() -> None:
     (line,) = too_few(5)
-    assert line == "5 scored rows are too few to show anything: the paired test needs 6 that change"
+    assert line == snapshot(
+        "5 scored rows are too few to show anything: the paired test needs 6 that change"
+    )
     (line,) = too_few(12)
-    assert "only if 6 of them (50%) get better and none worse" in line
+    assert re.match(r"12 .*\b6\b.* \(50%\)", line)
     assert too_few(30) == too_few(0) == []
 
 
@@ -419,16 +426,16 @@ def mixture(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_prepare_says_how_each_source_is_judged(mixture: tuple[RunConfig, Path]) -> None:
     config, dataset = mixture
     prose, numbers = sorted(describe_scoring(config, dataset), reverse=True)
-    assert "chrF judges all" in prose
-    assert "prose.jsonl: evaluate.answer_pattern" in prose
-    assert "matches none of them (one ends with" in prose
+    assert prose.startswith("evaluate.judge: chrF ")
+    assert f"prose.jsonl: evaluate.answer_pattern {config.evaluate.answer_pattern} " in prose
+    assert "I think.'" in prose, "no reference is shown"
     assert numbers.startswith("evaluate.answer_pattern ####")
     held_out = numbers.rpartition(" matches ")[2].split()
     assert held_out[0] == held_out[2]
     changed = {"judge": ("json",), "judges": {config.data.sources[1].source: ()}}
     evaluate = config.evaluate.model_copy(update=changed)
     lines = describe_scoring(config.model_copy(update={"evaluate": evaluate}), dataset)
-    assert any("evaluate.judge json can judge by 0 of" in line for line in lines)
+    assert any(re.match(r"evaluate\.judge json\b.* 0 of \d+ ", line) for line in lines)
     assert any(line.startswith("evaluate.judge is []") for line in lines)
 
 
@@ -452,7 +459,7 @@ def test_a_question_knows_its_source_and_the_length_of_its_reference(
     (dataset / "validation" / "sources.json").rename(dataset / "sources.json")
     try:
         older = select_questions(dataset, tokenizer, 1000)
-        with pytest.raises(UserError, match="does not say which source a row is from"):
+        with pytest.raises(UserError, match=r"evaluate\.judges: .*\bsource\b"):
             judging_of(config.model_copy(update={"evaluate": evaluate}), older)
     finally:
         (dataset / "sources.json").rename(dataset / "validation" / "sources.json")
@@ -460,9 +467,7 @@ def test_a_question_knows_its_source_and_the_length_of_its_reference(
 
 def test_a_function_that_no_pod_can_see_is_refused() -> None:
     refuse_local_paths(recipe("openai/gsm8k", judge="python:/workspace/own.py:grade"))
-    with pytest.raises(
-        UserError, match=r"evaluate\.judge: own\.py is a path on this machine"
-    ) as error:
+    with pytest.raises(UserError, match=r"evaluate\.judge: own\.py\b") as error:
         refuse_local_paths(recipe("openai/gsm8k", judge=["text", "python:own.py:grade"]))
     assert "/workspace/own.py" in error.value.hint
 
@@ -485,7 +490,7 @@ def test_prepare_says_where_answers_are_longer_than_the_limit(
     assert describe_answers(config, dataset, sample=True) == []
     short = config.evaluate.model_copy(update={"max_new_tokens": 8})
     (line,) = describe_answers(config.model_copy(update={"evaluate": short}), dataset, sample=True)
-    assert "references are longer than evaluate.max_new_tokens (8)" in line
+    assert re.match(r"\d+ of \d+ references\b.* evaluate\.max_new_tokens \(8\)", line)
     few = config.evaluate.model_copy(update={"rows": 5})
     (line,) = describe_answers(config.model_copy(update={"evaluate": few}), dataset)
-    assert line.startswith("5 scored rows are too few to show anything")
+    assert line.startswith(too_few(5)[0])

@@ -162,7 +162,7 @@ def test_figures_of_a_mixture_are_those_of_the_data_card(tmp_path: Path) -> None
     assert "| `a` | 25.0% | 8 | 7 | 1 |" in card(out)
     assert data_figures(tmp_path / "out") is None
     (tmp_path / "card.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"card\.json: not a data card"):
+    with pytest.raises(UserError, match=r"card\.json: .*\bdata card\b"):
         data_figures(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_is_merged_with_a_base_elsewhere_and_not_without_a_recipe(
     recipe = yaml.safe_load((moved / "config.yaml").read_text())
     recipe["model"]["id"] = str(tmp_path / "gone")
     (moved / "config.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match="folder not found"):
+    with pytest.raises(UserError, match=r"^model\.id: .*/gone\b"):
         merge_folder(moved, tmp_path / "out")
     merge_folder(moved, tmp_path / "out", str(base))
     assert (

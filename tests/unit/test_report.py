@@ -262,16 +262,18 @@ def test_changed_settings_are_shown_next_to_their_defaults(page: _Page) -> None:
     assert "parallel.nproc_per_node 2 8 Full configuration" in page.text, "a default is listed"
 
 
-def test_restarts_and_invalid_rows_are_warned_of_at_the_top(page: _Page) -> None:
+def test_restarts_and_invalid_rows_are_warned_of_at_the_top(folder: Path, page: _Page) -> None:
     top = page.text[: page.text.index("Charts")]
     assert re.search(r"resumed\D+ 147\.", top)
     assert re.search(r"\b2 rows\b", top), "card.json has two bad rows"
-    assert "after the node was lost" in page.text
+    events = read_metrics(folder / "train" / "metrics.jsonl")
+    (resumed,) = [record["detail"] for record in events if record.get("event") == "resumed"]
+    assert resumed in page.text
 
 
 def test_planned_values_are_shown_next_to_measured_ones(page: _Page) -> None:
     assert re.search(r"Step time 0\.4 s 0\.4\d s 1\.\d\d", page.text)
-    assert "Memory per accelerator, peak 1.50 GB 1.46 GB 0.97" in page.text
+    assert re.search(r"Memory per accelerator\b\D+1\.50 GB 1\.46 GB 0\.97", page.text)
 
 
 def test_config_seed_and_versions_are_shown(page: _Page) -> None:
@@ -292,9 +294,7 @@ def test_compared_runs_are_overlaid_and_listed(folder: Path, page: _Page) -> Non
         ("<b>rank8", "not evaluated"),
         ("(2)", "62.5% 50.3% to 73.3%"),
     ], "two runs of one name have the same label"
-    assert (
-        "Settings that differ Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
-    )
+    assert "Key tiny_lora <b>rank8 tiny_lora (2) lora.rank 16 8 16 " in page.text
     charts = {chart.name: chart for chart in build_charts(runs)}
     assert [line.label for line in charts["total_loss"].lines] == ["own", "rank32"]
     assert charts["total_loss"].recorded[:300] == charts["total_loss"].lines[0].values, (
@@ -341,15 +341,17 @@ def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None
             RunArtifacts("sft", config, metrics.parent, data), tmp_path / "out"
         ).read_text()
     )
-    assert "not evaluated; validation loss" in page.text
-    assert "Training reached step 20 of 40." in page.text
-    assert "How one answer forms" not in page.text, "no trace was recorded"
+    assert "not evaluated;" in page.text
+    assert "step 20 of 40." in page.text
+    names = [attributes.get("id") for _, attributes in page.elements]
+    assert any(names)
+    assert "trace" not in names, "no trace was recorded"
     bare = _Page(
         build_report(RunArtifacts("sft", config, metrics.parent), tmp_path / "bare").read_text()
     )
     assert "data card" in bare.text
     assert "Not planned." in page.text
-    assert "no adapter to merge" in page.text
+    assert "no adapter " in page.text
     assert "no skipped step" in page.text
     assert "%" not in page.text.split("Charts")[0], "there is no exact match to show"
 
@@ -387,7 +389,7 @@ def test_ten_thousand_steps_and_endless_answers_stay_under_two_megabytes(
     )
     assert report.stat().st_size < 2_000_000
     text = _Page(report.read_text()).text
-    assert "shown: 12, answers.jsonl has all" in text
+    assert re.search(r"shown: \d+, answers\.jsonl\b", text)
     assert "more characters]" in text
 
 

@@ -5,6 +5,7 @@ a run.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_a_run_is_reported_again_compared_with_another(
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     text = page.read_text()
     assert "<code>lora.rank</code></th><td><code>16</code></td><td><code>64</code></td>" in text
-    assert "Exact match rose from" in text
+    assert re.search(r"\brose\b[^%]*>\d+\.\d%<[^%]*>\d+\.\d%<", text)
     assert "largest difference 3.1e-6" in text
     assert not list(run.glob(".*")), "temporary files are left"
     record = json.loads((run / "report" / "provenance.json").read_text())
@@ -80,7 +81,7 @@ def test_the_trainers_output_alone_has_a_report(trained: Path) -> None:
     assert main(["report", str(trained)]) == 0
     text = (trained / "report" / "report.html").read_text()
     assert "<h1>rank64</h1>" in text
-    assert "The tuned model was not evaluated" in text
+    assert "not evaluated" in text
 
 
 def test_the_report_of_an_unfinished_run_needs_an_output_folder(

@@ -218,9 +218,9 @@ def test_a_server_that_is_not_installed_is_named_with_its_installation(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert main(["serve", str(model), "--backend", "vllm", "--run"]) == 1
-    with pytest.raises(UserError, match="vllm: not found on the PATH") as error:
+    with pytest.raises(UserError, match=r"^vllm: .* PATH\b") as error:
         Server(("vllm", "serve"), (), "pip install vllm==0.33.0").run()
-    assert "pip install vllm==0.33.0" in error.value.hint
+    assert " vllm==0.33.0" in error.value.hint
 
 
 @every_backend
