@@ -48,7 +48,8 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
-from canvastune.model.attention import CanvasCall, Packing
+from canvastune.model.attention import Packing
+from canvastune.model.attention_calls import CanvasCall
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import training_draws
 from canvastune.objective import losses

@@ -17,8 +17,9 @@ import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from canvastune.checkpoint.hf_format import CheckpointWriter, Specs
-from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR, VISION
+from canvastune.checkpoint.load import DECODER_SCALAR, ENCODER_SCALAR
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.model.parameter_names import VISION
 from canvastune.noise import weight_generator
 
 SHARD_BYTES = 10**9

@@ -16,15 +16,10 @@ import torch
 
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import PackedBatch
+from canvastune.logit_chunks import chunk_rows, tile_columns
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.tied_embedding import SharedGradBuffer, accumulate_gradients
 
-# Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and
-# updates its gradient, which
-# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in
-# tiles that fit its caches.
-CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
-_MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 LossWeights = tuple[float | torch.Tensor, float | torch.Tensor]
 _MAX_CAP = 60.0  # e^cap times the vocabulary stays well within float32's range
 _SATURATED = 40.0  # 2x above which tanh(x) is 1 in float32
@@ -366,18 +361,3 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def chunk_rows(vocabulary: int, device: str) -> int:
-    """Return how many rows have their logits alive at once."""
-    rows = (
-        min(_MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
-        if device == "cpu"
-        else GPU_CHUNK_ELEMENTS // vocabulary
-    )
-    return max(1, rows)
-
-
-def tile_columns(rows: int, vocabulary: int, device: str) -> int:
-    """Return the number of columns of a tile with this many rows."""
-    return min(vocabulary, max(1, TILE_ELEMENTS // rows)) if device == "cpu" else vocabulary

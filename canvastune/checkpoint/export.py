@@ -20,7 +20,8 @@ from canvastune.checkpoint.peft_adapter import write_adapter
 from canvastune.config import RunConfig, write_config
 from canvastune.io.atomic import atomic_directory
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import base_name, lora_factors
+from canvastune.model.lora import lora_factors
+from canvastune.model.parameter_names import base_name
 
 
 def export_model(

@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 
@@ -45,6 +37,15 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
             f"model.id: folder not found: {config.id}",
             hint="Check the path; `canvastune make-tiny-model DIR` writes a small model.",
         )
+    # Here, as the Hub's client takes half a second to import, and a folder does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     patterns = list(PATTERNS if weights else _TEXT)
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))

@@ -20,13 +20,12 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.model.attention import PACKINGS
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import add_adapters, base_name, initial_factor, is_adapter
+from canvastune.model.lora import add_adapters, initial_factor
+from canvastune.model.parameter_names import VISION, base_name, is_adapter, is_trained
 
 ENCODER_SCALAR = "model.encoder.language_model.layers.{}.layer_scalar"
 DECODER_SCALAR = "model.decoder.layers.{}.layer_scalar"
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_FROZEN = ("router.proj.weight", "router.scale", "router.per_expert_scale")
 
 
 def read_model_config(folder: Path) -> DiffusionGemmaConfig:
@@ -83,7 +82,7 @@ def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> Weight
     if lora:
         add_adapters(model, config.lora, compute)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name) if lora else not name.endswith(_FROZEN))
+        parameter.requires_grad_(is_trained(name, lora=lora))
         # Trained parameters are float32 masters; frozen ones need no more than the dtype they are
         # computed in.
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)

@@ -28,7 +28,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader, SafetensorsFile, S
 from canvastune.config import RunConfig
 from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
-from canvastune.model.lora import EXPERT_WEIGHTS
+from canvastune.model.parameter_names import EXPERT_WEIGHTS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -537,6 +537,13 @@ def _check_blocks(value: Any) -> Any:
     raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
 
 
+def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
+    """Return whether the backward pass recomputes a layer; `selective` recomputes every second one,
+    from the first on.
+    """
+    return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)
+
+
 def block_count(setting: Blocks, blocks: int) -> int:
     """Return how many of an example's blocks a setting chooses."""
     return blocks if setting == "all" else min(setting, blocks)

@@ -7,11 +7,13 @@ The planner asks before anything is reserved, the trainer before it builds the m
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing import TYPE_CHECKING
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+
+if TYPE_CHECKING:  # a plan asks for the dimensions, and needs no PyTorch
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class ParallelDims:
 
     def build_meshes(self, device_type: str) -> DeviceMeshes:
         """Build the device meshes; every rank of the process group makes this call."""
+        from torch.distributed.device_mesh import init_device_mesh
+
         mesh = init_device_mesh(device_type, (self.efsdp, self.ep), mesh_dim_names=("efsdp", "ep"))
         return DeviceMeshes(efsdp=mesh["efsdp"], ep=mesh["ep"], fsdp=mesh._flatten("fsdp"))
 

@@ -17,7 +17,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaDecoderTextLayer,
 )
 
-from canvastune.config.schema import Checkpointing
+from canvastune.config.schema import Checkpointing, is_recomputed
 from canvastune.data.packing import PackedBatch
 from canvastune.model import attention, moe
 from canvastune.model.attention import Packing
@@ -234,10 +234,3 @@ class _SharedAttention(DiffusionGemmaDecoderTextAttention):
         if isinstance(past_key_values, _WrittenCache):
             return past_key_values.cache.update(key_states, value_states, self.layer_idx)
         return super().append_to_cache(past_key_values, key_states, value_states)
-
-
-def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
-    """Return whether the backward pass recomputes a layer; `selective` recomputes every second one,
-    from the first on.
-    """
-    return layer % 2 == 0 if checkpointing == "selective" else bool(checkpointing)

@@ -24,18 +24,13 @@ from torch import nn
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
 
 from canvastune.config.schema import LoraConfig
-from canvastune.errors import UserError
+from canvastune.model.parameter_names import (
+    ADAPTER,
+    EXPERT_WEIGHTS,
+    TARGETS,
+    check_expert_rank,
+)
 from canvastune.noise import dropout_mask, dropout_module_key, weight_generator
-
-ADAPTER = "default"  # PEFT's name for the only adapter
-# Full names: bare ones would also match the vision tower and the self-conditioning block.
-TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-EXPERT_WEIGHTS = (
-    "gate_up_proj",
-    "down_proj",
-)  # [E, out, in] each, in the order of the stock module
-# bytes: the grouped matmul needs strides that are multiples of it, and a row of B has r elements
-_STRIDE = 16
 
 _ROW_KEYS: ContextVar[torch.Tensor | None] = ContextVar("row_keys", default=None)
 
@@ -113,16 +108,6 @@ def add_adapters(model: nn.Module, config: LoraConfig, compute: torch.dtype) -> 
             _adapt_experts(module, config, compute)
 
 
-def is_adapter(name: str) -> bool:
-    """Return whether a parameter's name is that of an adapter factor."""
-    return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
-
-
-def base_name(name: str) -> str:
-    """Return a parameter's name in the checkpoint, without PEFT's wrappers."""
-    return name.replace(".base_layer.", ".")
-
-
 def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Return the whole initial factor in float32.
 
@@ -146,17 +131,7 @@ def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Param
 
 
 def _adapt_experts(experts: Any, config: LoraConfig, compute: torch.dtype) -> None:
-    multiple = _STRIDE // compute.itemsize
-    if config.rank % multiple:
-        dtype, next_rank = (
-            str(compute).removeprefix("torch."),
-            -(-config.rank // multiple) * multiple,
-        )
-        raise UserError(
-            f"lora.rank: found {config.rank}, expected a multiple of {multiple} with lora.experts"
-            f" in {dtype}, since the grouped matmul of the experts needs aligned rows",
-            hint=f"Try --set lora.rank={next_rank}.",
-        )
+    check_expert_rank(config.rank, str(compute).removeprefix("torch."), compute.itemsize)
     # The names that PEFT gives its layers' factors.
     experts.lora_A = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "A", config.rank)})
     experts.lora_B = nn.ModuleDict({ADAPTER: ExpertFactors(experts, "B", config.rank)})

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from canvastune.model.lora import ADAPTER
 from canvastune.model.memory_efficient import recomputed
+from canvastune.model.parameter_names import ADAPTER
 
 NAME = "canvastune"  # the experts implementation in transformers' registry
 

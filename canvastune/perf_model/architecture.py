@@ -1,5 +1,6 @@
-"""The model as the planner counts it: every weight as the engine will hold it, read from the meta
-device.
+"""The model as the planner counts it: every weight as the engine will hold it, listed from its sizes.
+
+Where only transformers can read config.json, the engine's model is built on the meta device instead.
 
 Letters: H hidden size, V vocabulary, E experts, K experts per token, A query heads, G key and value
 heads, D head size.
@@ -11,18 +12,29 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
-
-from canvastune.checkpoint.load import VISION, build_model, read_model_config
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.schema import LoraConfig
 from canvastune.distributed.parallel_dims import expert_shard_dim
-from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import is_adapter
+from canvastune.model.parameter_names import (
+    ADAPTER,
+    EXPERT_WEIGHTS,
+    TARGETS,
+    VISION,
+    check_expert_rank,
+    is_adapter,
+    is_trained,
+)
+from canvastune.perf_model.model_sizes import LayerShape, ModelSizes, read_sizes
+
+if TYPE_CHECKING:  # they take seconds to import, and only a file in another form needs them
+    from transformers import DiffusionGemmaConfig
+
+    from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 
 VISION_KIND = "vision tower (not in memory)"
 EXPERT_KINDS = ("experts", "expert adapters")
@@ -38,6 +50,7 @@ KINDS = (
     EXPERT_KINDS[1],
     VISION_KIND,
 )
+FLOAT = 4  # bytes of float32
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -70,17 +83,6 @@ class Weight:
         dim = expert_shard_dim(self.name) if divided else 0
         slices = -(-self.shape[dim] // (ranks // ep if divided else ranks))
         return self.numel // self.shape[dim] * slices // (ep if divided else 1)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of a layer's attention."""
-
-    sliding: bool
-    query_width: int  # A * D
-    key_width: int  # G * D
-    head_dim: int  # D
-    own_values: bool  # False: keys are used as values (full layers have no v_proj)
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a thousand weights make a slow key
@@ -117,14 +119,20 @@ class ParameterCount:
 
 
 def read_architecture(config: RunConfig, model: Path) -> Architecture:
-    """Build the engine's model on the meta device from `config.json` (a folder's, or the file
-    itself) and list its weights.
+    """List the weights of the engine's model from `config.json` (a folder's, or the file itself).
 
     Raises:
-        UserError: the file cannot be read, or is not that of a DiffusionGemma.
+        UserError: the file cannot be read, or is not that of a DiffusionGemma; a `lora.rank` that
+            the experts' adapters cannot have.
     """
+    method, precision = config.train.method, config.train.precision
+    sizes = read_sizes(model)
+    if sizes is not None:
+        return _listed(sizes, method, config.lora, precision)
+    from canvastune.checkpoint.load import read_model_config
+
     text = read_model_config(model).to_json_string()
-    return _architecture(text, config.train.method, config.lora, config.train.precision)
+    return _built(text, method, config.lora, precision)
 
 
 def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
@@ -156,7 +164,30 @@ def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
 @functools.lru_cache(
     maxsize=8
 )  # the search for a change that fits asks for the same few repeatedly
-def _architecture(model_config: str, method: str, lora: LoraConfig, precision: str) -> Architecture:
+def _listed(sizes: ModelSizes, method: str, lora: LoraConfig, precision: str) -> Architecture:
+    if method == "lora" and lora.experts:
+        check_expert_rank(lora.rank, precision, _compute_bytes(precision))
+    weights = tuple(
+        Weight(
+            name=name,
+            kind=_kind(name),
+            shape=shape,
+            itemsize=FLOAT if trained else _compute_bytes(precision),
+            trained=trained,
+            layer=_layer_of(name),
+        )
+        for name, shape in _parameters(sizes, lora if method == "lora" else None)
+        for trained in [is_trained(name, lora=method == "lora")]
+    )
+    return _architecture(sizes, method, lora, precision, weights)
+
+
+@functools.lru_cache(maxsize=8)
+def _built(model_config: str, method: str, lora: LoraConfig, precision: str) -> Architecture:
+    from transformers import DiffusionGemmaConfig
+
+    from canvastune.checkpoint.load import build_model
+
     described = DiffusionGemmaConfig.from_dict(json.loads(model_config))
     run = parse_config(
         {
@@ -175,7 +206,6 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
     Args:
         vision: parameters of the vision tower, which the engine leaves out.
     """
-    lora, adapted = config.lora, config.train.method == "lora"
     text = model.config.text_config
     weights = tuple(
         Weight(
@@ -184,7 +214,7 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
             shape=tuple(parameter.shape),
             itemsize=parameter.element_size(),
             trained=parameter.requires_grad,
-            layer=int(found[1]) if (found := _LAYER.search(name)) else None,
+            layer=_layer_of(name),
         )
         for name, parameter in model.named_parameters()
     )
@@ -201,7 +231,7 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
                 own_values=attention.v_proj is not None,
             )
         )
-    return Architecture(
+    sizes = ModelSizes(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
@@ -213,25 +243,137 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
         window=text.sliding_window,
         canvas=model.config.canvas_length,
         longest=text.max_position_embeddings,
+        vision=vision,
+    )
+    return _architecture(sizes, config.train.method, config.lora, config.train.precision, weights)
+
+
+def _architecture(
+    sizes: ModelSizes, method: str, lora: LoraConfig, precision: str, weights: tuple[Weight, ...]
+) -> Architecture:
+    adapted = method == "lora"
+    return Architecture(
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+        vocabulary=sizes.vocabulary,
+        heads=sizes.heads,
+        layers=sizes.layers,
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+        expert_size=sizes.expert_size,
+        window=sizes.window,
+        canvas=sizes.canvas,
+        longest=sizes.longest,
         full=not adapted,
         rank=lora.rank if adapted else 0,
         expert_rank=lora.rank if adapted and lora.experts else 0,
         dropout=adapted and lora.dropout > 0,
-        compute_bytes=2 if config.train.precision == "bfloat16" else 4,
+        compute_bytes=_compute_bytes(precision),
         weights=weights,
-        vision=vision,
+        vision=sizes.vision,
     )
+
+
+def _parameters(
+    sizes: ModelSizes, lora: LoraConfig | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of the engine's parameters, in the order of its modules.
+
+    Args:
+        lora: None: without adapters.
+    """
+    hidden, decoder = sizes.hidden, "model.decoder"
+    yield f"{decoder}.embed_tokens.weight", (sizes.vocabulary, hidden)
+    for index, shape in enumerate(sizes.layers):
+        layer = f"{decoder}.layers.{index}"
+        yield from _layer_parameters(layer, shape, sizes, lora)
+    yield f"{decoder}.norm.weight", (hidden,)
+    block = f"{decoder}.self_conditioning"
+    yield f"{block}.pre_norm.weight", (hidden,)
+    yield from _mlp_parameters(block, sizes, None)
+
+
+def _layer_parameters(
+    layer: str, shape: LayerShape, sizes: ModelSizes, lora: LoraConfig | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, experts = sizes.hidden, sizes.experts
+    attention = f"{layer}.self_attn"
+    yield from _linear_parameters(f"{attention}.q_proj", shape.query_width, hidden, lora)
+    yield from _linear_parameters(f"{attention}.k_proj", shape.key_width, hidden, lora)
+    if shape.own_values:
+        yield from _linear_parameters(f"{attention}.v_proj", shape.key_width, hidden, lora)
+    yield from _linear_parameters(f"{attention}.o_proj", hidden, shape.query_width, lora)
+    yield f"{attention}.q_norm.weight", (shape.head_dim,)
+    yield f"{attention}.k_norm.weight", (shape.head_dim,)
+    yield from _mlp_parameters(f"{layer}.mlp", sizes, lora)
+    yield f"{layer}.input_layernorm.weight", (hidden,)
+    yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+    yield f"{layer}.pre_feedforward_layernorm.weight", (hidden,)
+    yield f"{layer}.post_feedforward_layernorm.weight", (hidden,)
+    yield f"{layer}.router.scale", (hidden,)
+    yield f"{layer}.router.per_expert_scale", (experts,)
+    yield f"{layer}.router.proj.weight", (experts, hidden)
+    weights = dict(
+        zip(
+            EXPERT_WEIGHTS,
+            ((2 * sizes.expert_size, hidden), (hidden, sizes.expert_size)),
+            strict=True,
+        )
+    )
+    for name, (rows, columns) in weights.items():
+        yield f"{layer}.experts.{name}", (experts, rows, columns)
+    if lora is not None and lora.experts:
+        for name, (_, columns) in weights.items():
+            yield f"{layer}.experts.lora_A.{ADAPTER}.{name}", (experts, lora.rank, columns)
+        for name, (rows, _) in weights.items():
+            yield f"{layer}.experts.lora_B.{ADAPTER}.{name}", (experts, rows, lora.rank)
+    yield f"{layer}.post_feedforward_layernorm_1.weight", (hidden,)
+    yield f"{layer}.post_feedforward_layernorm_2.weight", (hidden,)
+    yield f"{layer}.pre_feedforward_layernorm_2.weight", (hidden,)
+
+
+def _mlp_parameters(
+    name: str, sizes: ModelSizes, lora: LoraConfig | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, width = sizes.hidden, sizes.intermediate
+    yield from _linear_parameters(f"{name}.gate_proj", width, hidden, lora)
+    yield from _linear_parameters(f"{name}.up_proj", width, hidden, lora)
+    yield from _linear_parameters(f"{name}.down_proj", hidden, width, lora)
+
+
+def _linear_parameters(
+    name: str, rows: int, columns: int, lora: LoraConfig | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the weight of a linear layer and, where it is adapted, PEFT's factors of it."""
+    if lora is None or not re.fullmatch(TARGETS, name):
+        yield f"{name}.weight", (rows, columns)
+        return
+    yield f"{name}.base_layer.weight", (rows, columns)
+    yield f"{name}.lora_A.{ADAPTER}.weight", (lora.rank, columns)
+    yield f"{name}.lora_B.{ADAPTER}.weight", (rows, lora.rank)
 
 
 def _vision_parameters(described: DiffusionGemmaConfig) -> int:
     """Count the parameters of the vision tower, which is in the checkpoint but not in the engine's
     model.
     """
+    import torch
+    from transformers import DiffusionGemmaForBlockDiffusion
+
     with torch.device("meta"):
         stock = DiffusionGemmaForBlockDiffusion(described)
     return sum(
         parameter.numel() for name, parameter in stock.named_parameters() if name.startswith(VISION)
     )
+
+
+def _compute_bytes(precision: str) -> int:
+    return 2 if precision == "bfloat16" else FLOAT
+
+
+def _layer_of(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def _kind(name: str) -> str:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from canvastune.config.schema import Checkpointing
-from canvastune.data.packing import PackedBatch
-from canvastune.model.attention import canvas_calls, sliding_calls
-from canvastune.model.diffusion_gemma import is_recomputed
-from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
-from canvastune.perf_model.memory import FLOAT, StepShape, fsdp_units
+from canvastune.config.schema import Checkpointing, is_recomputed
+from canvastune.model.attention_calls import canvas_calls, sliding_calls
+from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
+from canvastune.perf_model.memory import StepShape, fsdp_units
+from canvastune.perf_model.model_sizes import LayerShape
+
+if TYPE_CHECKING:  # it holds tensors, and a plan needs none
+    from canvastune.data.packing import PackedBatch
 
 Parts = dict[str, float]  # by part of the model
 

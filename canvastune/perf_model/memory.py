@@ -22,13 +22,16 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from canvastune.config.schema import Checkpointing
-from canvastune.model.attention import canvas_calls, canvas_mask_elements, clean_mask_elements
-from canvastune.model.diffusion_gemma import is_recomputed
-from canvastune.objective import chunk_rows, tile_columns
-from canvastune.perf_model.architecture import Architecture, LayerShape, Weight
+from canvastune.config.schema import Checkpointing, is_recomputed
+from canvastune.logit_chunks import chunk_rows, tile_columns
+from canvastune.model.attention_calls import (
+    canvas_calls,
+    canvas_mask_elements,
+    clean_mask_elements,
+)
+from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
+from canvastune.perf_model.model_sizes import LayerShape
 
-FLOAT = 4  # bytes of float32
 # Keys of plan.json, whose spelling is kept. prose: ok
 PARTS = (
     "weights",

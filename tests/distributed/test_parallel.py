@@ -24,7 +24,7 @@ from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import clip_gradients, local_tensor, shard_model
 from canvastune.errors import UserError
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import base_name
+from canvastune.model.parameter_names import base_name
 from canvastune.objective import losses
 from canvastune.training.optimizer import build_optimizer, learning_rate
 from tests.support.small import (

@@ -24,7 +24,7 @@ from canvastune.distributed import parallelize as parallel
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import is_adapter
+from canvastune.model.parameter_names import is_adapter
 from canvastune.objective import losses
 from canvastune.training.optimizer import build_optimizer
 from tests.distributed.test_parallel import whole

@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.profiler import ProfilerActivity, profile
 
 from canvastune.data.packing import Example, PackedBatch, pack
-from canvastune.model import attention
+from canvastune.model import attention, attention_calls
 from canvastune.model.attention import Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.noise import NoiseSample
@@ -306,7 +306,7 @@ def test_slices_of_a_long_example_add_their_gradients_in_place() -> None:
 def test_canvases_of_several_examples_share_no_call() -> None:
     spans = tuple((at, 90, CANVAS) for at in range(3))
     for window in (None, WINDOW):
-        calls = attention.canvas_calls(spans, window)
+        calls = attention_calls.canvas_calls(spans, window)
         assert [call.canvases[0].example for call in calls] == [0, 1, 2]
         assert all(call.scores == CANVAS * call.key_rows for call in calls)
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
-from canvastune import objective
-from canvastune.checkpoint.load import VISION
+from canvastune import logit_chunks, objective
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, pack
 from canvastune.model.attention import Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.model.lora import base_name
+from canvastune.model.parameter_names import VISION, base_name
 from canvastune.noise import NoiseSample
 from canvastune.objective import losses
 from tests.support.oracle import plain_loss
@@ -112,7 +111,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut_nor_on_padding(
 def test_chunked_loss_equals_the_plain_one(
     model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 3 * VOCABULARY)  # three rows at a time
+    monkeypatch.setattr(logit_chunks, "CHUNK_ELEMENTS", 3 * VOCABULARY)  # three rows at a time
     loss, found = loss_and_gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)
     assert worst_difference(found, plain[3])[0] < 1e-5
@@ -122,9 +121,9 @@ def test_chunked_loss_equals_the_plain_one(
 def test_tiled_loss_equals_the_plain_one(
     model: WeightTiedDiffusionGemma, plain: tuple, monkeypatch: pytest.MonkeyPatch, tile: int
 ) -> None:
-    monkeypatch.setattr(objective, "CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setattr(logit_chunks, "CHUNK_ELEMENTS", 5 * VOCABULARY)
     monkeypatch.setattr(
-        objective, "TILE_ELEMENTS", 5 * tile
+        logit_chunks, "TILE_ELEMENTS", 5 * tile
     )  # columns at a time, which do not divide the vocabulary
     loss, found = loss_and_gradients(model, [examples_and_draws()])
     assert loss == pytest.approx(plain[0], rel=1e-6)

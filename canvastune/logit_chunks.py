@@ -1,0 +1,25 @@
+"""How many logits are alive at once: the loss is computed in chunks of this size, and planned so."""
+
+from __future__ import annotations
+
+# Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and
+# updates its gradient, which
+# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in
+# tiles that fit its caches.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
+_MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Return how many rows have their logits alive at once."""
+    rows = (
+        min(_MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+        if device == "cpu"
+        else GPU_CHUNK_ELEMENTS // vocabulary
+    )
+    return max(1, rows)
+
+
+def tile_columns(rows: int, vocabulary: int, device: str) -> int:
+    """Return the number of columns of a tile with this many rows."""
+    return min(vocabulary, max(1, TILE_ELEMENTS // rows)) if device == "cpu" else vocabulary
