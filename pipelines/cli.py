@@ -46,16 +46,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from pipelines.local_runner import run_recipe
+    from pipelines.warm_start import warm_processes
 
-    run_recipe(_load_config(options), options.workspace, options.run_name, options.compare)
+    config = _load_config(options)
+    with warm_processes():  # imports what the steps need while this process imports its own
+        from pipelines.local_runner import run_recipe
+
+        run_recipe(config, options.workspace, options.run_name, options.compare)
 
 
 def _demo(options: argparse.Namespace) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
-    from pipelines.demo import demo
+    from pipelines.warm_start import warm_processes
 
-    demo()
+    with warm_processes():
+        from pipelines.demo import demo
+
+        demo()
 
 
 def _plan(options: argparse.Namespace) -> None:

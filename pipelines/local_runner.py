@@ -30,6 +30,7 @@ from components.earlier_runs import find_compared
 from components.finish.step import finish
 from components.run_directory import pipeline_run, read_record
 from pipelines.local_output import LocalOutput
+from pipelines.warm_start import search_path, server_id, step_variables
 
 logger = logging.getLogger(__name__)
 
@@ -145,13 +146,9 @@ def _step_environment() -> Iterator[Path]:
     environment, executable = dict(os.environ), sys.executable
     with tempfile.TemporaryDirectory(prefix="canvastune-") as scratch:
         os.environ |= {
-            # Threads that spin while they wait starve the other rank of a small machine.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "PYTHONSAFEPATH": "1",  # a datasets.py in the current folder is not the library
-            "PYTHONUNBUFFERED": "1",  # output appears at once
-            "TQDM_DISABLE": "1",  # a progress bar would print a line per update
+            **step_variables(),
             "TMPDIR": scratch,  # the runner leaves a folder per task
-            "PATH": f"{Path(executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PATH": search_path(),
         }
         # The runner replaces every `python3` in a task's command line, also in paths, by
         # sys.executable.
@@ -171,9 +168,11 @@ def _end_children() -> None:
     ranks.
     """
     children = psutil.Process().children(recursive=True)
+    children = [process for process in children if process.pid != server_id()]
     for process in children:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "kfp.dsl.executor_main" in process.cmdline():  # not the shell around it
+            # Not the shell around it; what a stand-in gets, it passes on to the server's fork.
+            if "kfp.dsl.executor_main" in process.cmdline() and process.ppid() != server_id():
                 process.send_signal(signal.SIGTERM)
     _, remaining = psutil.wait_procs(children, timeout=_SHUTDOWN_TIMEOUT)
     for process in remaining:

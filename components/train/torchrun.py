@@ -41,7 +41,9 @@ def run_torchrun(
     """
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=output))
     processes = config.parallel.nproc_per_node
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # torchrun's own variable for the interpreter of its ranks
+    python = os.environ.get("PYTHON_EXEC", sys.executable)
+    command = [python, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}"]
     # torchrun kills the ranks of a stopped run after that time, by default 30 s
     command += [f"--shutdown-timeout={config.train.stop_grace}"]

@@ -1,0 +1,294 @@
+"""The process that the steps are forked from: `python -m pipelines.warm_start.server`.
+
+Its standard input is the socket that clients connect to, its standard output a pipe that the
+command which started it holds. It imports what the steps import, in the order in which a run needs
+it, and forks for each job as soon as the libraries of that job are there. It ends with the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from pipelines.warm_start.fork import become
+
+KFP = "kfp.dsl.executor_main"
+_STEP = (KFP, "components.runtime", "mlflow")
+_TRAIN = ("torch.distributed.run", "canvastune.train")
+_MODEL = ("canvastune.merge", "canvastune.evaluation.run")
+_PREPARE = ("canvastune.preparation.prepare", "canvastune.evaluation.preflight")
+# By the step, or else the module, that a job runs; in the order in which a run comes to them.
+NEEDED = {
+    "resolve": (*_STEP, "components.resolve.step"),
+    "plan": (*_STEP, "components.plan.step"),
+    "prepare_data": (KFP, "components.prepare_data.step", *_PREPARE),
+    "train": (*_STEP, "components.train.step"),
+    "torch.distributed.run": _TRAIN,
+    "canvastune.train": _TRAIN,
+    "merge_lora": (*_STEP, "components.merge_lora.step", *_MODEL),
+    "evaluate": (*_STEP, "components.evaluate.step", *_MODEL),
+    "report": (*_STEP, "components.report.step"),
+    "finish": (*_STEP, "components.finish.step"),
+    "pipelines.cli": ("pipelines.cli", *_PREPARE),  # `canvastune prepare` of the demo
+}
+# Read while libraries are imported: a job where one differs needs an interpreter of its own.
+_READ_AT_IMPORT = (
+    *("PYTHON", "LD_", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_"),
+)
+_READ_LATER = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")  # `become` does what they ask for
+_COMMAND = 1  # the end of a pipe that "can be read" once no one has its other end
+_HANDSHAKE = 10.0  # seconds for a client, which has the whole job ready, to send it
+
+
+@dataclass(eq=False)
+class _Job:
+    """What a client waits for."""
+
+    client: socket.socket
+    streams: list[int]
+    what: Mapping[str, Any]
+    process: int = 0  # 0: not forked yet
+    needs: tuple[str, ...] = field(default=())
+
+
+class Server:
+    """Imports libraries and forks jobs, both in one thread: a fork keeps no other."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._jobs: list[_Job] = []
+        self._imported: set[str] = set()
+        self._started_with = dict(os.environ)  # an import may set a variable
+        self._closed = self._stopping = False  # no more jobs; the command has ended
+        self._ended, wake = os.pipe()
+        for pipe in (self._ended, wake):
+            os.set_blocking(pipe, False)
+        signal.set_wakeup_fd(wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Serve until the command that started this process has ended, and all its jobs."""
+        while self._jobs or not self._closed:
+            module = self._next_import()
+            self._answer(timeout=None if module is None else 0)
+            if module is not None and module == self._next_import():
+                self._import(module)
+            for job in [each for each in self._jobs if not each.process]:
+                if self._closed:
+                    self._refuse(job)
+                elif self._imported.issuperset(job.needs):
+                    self._fork(job)
+
+    def _import(self, module: str) -> None:
+        try:
+            _import(module)
+        except Exception as error:  # a step that imports it by itself says what is wrong
+            print(f"canvastune: steps start without a warm process: {error}", file=sys.stderr)
+            self._close()
+            return
+        self._imported.add(module)
+        if self._next_import() is None:
+            gc.collect()
+            gc.freeze()  # what is here stays as it is in every fork
+
+    def _next_import(self) -> str | None:
+        """Return what a waiting job still needs, else what the next one will; None: all is there."""
+        if self._closed:
+            return None
+        waiting = [job.needs for job in self._jobs if not job.process]
+        needed = (module for needs in (*waiting, *NEEDED.values()) for module in needs)
+        return next((module for module in needed if module not in self._imported), None)
+
+    def _answer(self, timeout: float | None) -> None:
+        """Take new jobs, report those that ended, and end those whose client has gone."""
+        clients = {job.client: job for job in self._jobs}
+        others = [self._ended, *([] if self._stopping else [_COMMAND])]
+        others += [] if self._closed else [self._listener]
+        ready = select.select([*others, *clients], [], [], timeout)[0]
+        if self._listener in ready:
+            self._take()
+        if self._ended in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._ended, 4096)
+            self._report()
+        for client in [each for each in ready if each in clients]:
+            if clients[client] in self._jobs and _is_gone(client):
+                self._drop(clients[client])
+        if _COMMAND in ready:
+            self._stop()
+
+    def _take(self) -> None:
+        client, _ = self._listener.accept()
+        client.settimeout(_HANDSHAKE)
+        streams: list[int] = []
+        try:
+            size, streams, _, _ = socket.recv_fds(client, 4, 3)
+            text = b"".join(_read(client, struct.unpack("I", size)[0]))
+            job = _Job(client, list(streams), json.loads(text))
+        except (OSError, ValueError, struct.error):
+            _close(client, streams)
+            return
+        asked = job_name(job.what["arguments"])
+        if asked not in NEEDED or not self._has_environment(job.what["environment"]):
+            _close(client, streams)  # which then starts an interpreter
+            return
+        job.needs = NEEDED[asked]
+        self._jobs.append(job)
+
+    def _fork(self, job: _Job) -> None:
+        go, started = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(started)
+            become(job.what, job.streams, wait=go, added=self._set_by_imports())
+        os.close(go)
+        job.process = process
+        for stream in job.streams:
+            os.close(stream)
+        try:
+            job.client.sendall(struct.pack("i", process))
+            job.client.recv(1)  # the client passes signals on from here on
+        except OSError:
+            os.kill(process, signal.SIGKILL)
+        os.close(started)
+
+    def _has_environment(self, environment: Mapping[str, str]) -> bool:
+        """Return whether a job's libraries would be imported with the settings of this process."""
+        return _read_at_import(environment) == _read_at_import(self._started_with)
+
+    def _set_by_imports(self) -> dict[str, str]:
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if self._started_with.get(name) != value
+        }
+
+    def _report(self) -> None:
+        while True:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not process:
+                return
+            for job in [each for each in self._jobs if each.process == process]:
+                self._jobs.remove(job)
+                with contextlib.suppress(OSError):
+                    job.client.sendall(struct.pack("i", status))
+                job.client.close()
+
+    def _drop(self, job: _Job) -> None:
+        """End a job whose client was killed, and what it started: no one waits for it."""
+        if job.process:
+            _kill(job.process)
+        else:
+            self._refuse(job)
+
+    def _refuse(self, job: _Job) -> None:
+        self._jobs.remove(job)
+        _close(job.client, job.streams)
+
+    def _stop(self) -> None:
+        """End with the command: its step gets the chance to save what it has, as on Ctrl-C."""
+        self._stopping = True
+        self._close()
+        for job in self._jobs:
+            # A step ends what it started, and torchrun its ranks.
+            if job.process and job_name(job.what["arguments"]) not in _TRAIN:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(job.process, signal.SIGTERM)
+
+    def _close(self) -> None:
+        """Let who asks from here on, or waits, start an interpreter."""
+        self._closed = True
+        self._listener.close()
+
+
+def job_name(arguments: list[str]) -> str:
+    """Return the step, or else the module, that a command line of Python's runs; "" for others."""
+    module, rest = "", list(arguments)
+    if "-m" in rest[:2] and rest[0] in ("-m", "-u"):
+        at = rest.index("-m")
+        module, rest = (*rest[at + 1 : at + 2], "")[0], rest[at + 2 :]
+    if module != KFP:
+        return module
+    step = dict(zip(rest[::2], rest[1::2], strict=False)).get("--function_to_execute", "")
+    return step
+
+
+def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_AT_IMPORT) and name not in _READ_LATER
+    }
+
+
+def _import(module: str) -> None:
+    if module == "mlflow":
+        from canvastune.tracking.client import load_mlflow
+
+        load_mlflow()
+        module = "mlflow.store.tracking.sqlalchemy_store"
+    importlib.import_module(module)
+    if threading.active_count() > 1:
+        raise RuntimeError(f"a fork would lose {threading.enumerate()}: {module} started them")
+
+
+def _read(client: socket.socket, size: int) -> Iterator[bytes]:
+    while size:
+        part = client.recv(min(size, 2**20))
+        if not part:
+            raise ConnectionError
+        size -= len(part)
+        yield part
+
+
+def _is_gone(client: socket.socket) -> bool:
+    try:
+        return not client.recv(16)
+    except ConnectionError:
+        return True
+
+
+def _close(client: socket.socket, streams: list[int]) -> None:
+    for stream in streams:
+        os.close(stream)
+    client.close()
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process)
+        for each in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # the terminal's are for the steps
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    os.environ["_KFP_RUNTIME"] = "true"  # as a step does: without Kubeflow's compiler
+    sys.stdout = sys.stderr  # until a fork has its own
+    with socket.socket(fileno=0) as listener:
+        Server(listener).serve()
+
+
+if __name__ == "__main__":
+    main()
