@@ -8,17 +8,16 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, GemmaTokenizer
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
-    DiffusionGemmaGenerationConfig,
-    EntropyBoundSamplerConfig,
-)
+from typing import TYPE_CHECKING, Any
 
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
+
+if TYPE_CHECKING:  # word problems are written without them
+    from transformers import DiffusionGemmaForBlockDiffusion, GemmaTokenizer
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+        DiffusionGemmaGenerationConfig,
+    )
 
 # Gemma 4's own ids; the other rows of its vocabulary are replaced by the characters and words
 # below.
@@ -250,6 +249,9 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     Raises:
         UserError: `folder` exists and is not empty.
     """
+    import torch
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
     tokenizer = _make_tokenizer()
     config = DiffusionGemmaConfig(**_config_tree(tokenizer))
     with torch.random.fork_rng(devices=[]):
@@ -363,6 +365,11 @@ def _processor_tree() -> dict[str, Any]:
 
 
 def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationConfig:
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+        DiffusionGemmaGenerationConfig,
+        EntropyBoundSamplerConfig,
+    )
+
     return DiffusionGemmaGenerationConfig(
         max_new_tokens=32,
         max_denoising_steps=16,
@@ -377,14 +384,13 @@ def _generation_config(tokenizer: GemmaTokenizer) -> DiffusionGemmaGenerationCon
     )
 
 
-@torch.no_grad()
 def _condition_attention(model: DiffusionGemmaForBlockDiffusion) -> None:
     """Put 1/sqrt(head_dim), which attention does not apply, into `q_norm`.
 
     Without it float32 noise reaches 3e-3.
     """
     for layer in model.model.decoder.layers:  # tied: the encoder's norms are the same tensors
-        norm = layer.self_attn.q_norm.weight
+        norm = layer.self_attn.q_norm.weight.data
         norm.fill_(norm.numel() ** -0.5)
 
 
@@ -393,6 +399,8 @@ def _make_tokenizer() -> GemmaTokenizer:
 
     Words of the problems whole, digits single, any other text by character or byte.
     """
+    from transformers import GemmaTokenizer
+
     merges: list[tuple[str, str]] = []
     pieces: list[str] = [chr(code) for code in range(33, 127)] + ["▁"]
     # A word grows letter by letter from its leading space, so no merge can start inside a word.

@@ -31,8 +31,9 @@ _EXAMPLES = """examples:
 Training only, for example on one machine with 8 GPUs:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
       -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
-_RUN = """The tiny recipes use the model and the data that `canvastune demo` creates. To resume an
-interrupted run, use the same command with the same --run-name.
+_RUN = """The tiny recipes use the model and the data that `canvastune demo` writes; tiny_sft.yaml
+starts from `canvastune make-tiny-model workspace/tiny-random`. To resume an interrupted run, use the
+same command with the same --run-name.
 
 examples:
   canvastune run pipelines/recipes/tiny_lora.yaml
@@ -41,8 +42,8 @@ examples:
       --compare workspace/runs/rank16
   canvastune run pipelines/recipes/tiny_lora.yaml --log-format json > run.jsonl
   canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data --set data.source=my.jsonl"""
-_DEMO = """Creates a random model of 1.6 M parameters and word problems in workspace/, then
-trains, merges, evaluates and reports.
+_DEMO = """Writes a model of 1.6 M parameters and word problems to workspace/, then trains,
+merges, evaluates and reports.
 
 examples:
   canvastune demo"""
@@ -207,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a new run, or an unfinished one to resume (default: recipe and time)",
     )
-    add("demo", _DEMO, "the pipeline on a tiny model, which it creates first; minutes, no GPU")
+    add("demo", _DEMO, "the pipeline on a tiny model that comes with it; minutes, no GPU")
     plan = add(
         "plan", _PLAN, "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
     )

@@ -84,7 +84,7 @@ RECIPES = {
     "gsm8k_sft_throughput": "the same of `gsm8k_sft`",
     "tiny_tools": "LoRA on the tiny base, on conversations with a tool; `make run` prepares its data",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
-    "tiny_sft": "full fine-tuning of random weights; `make run` creates the tiny base with it",
+    "tiny_sft": "full fine-tuning of random weights; `python -m tools.tiny_base` makes the tiny base with it",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -18,6 +19,8 @@ from canvastune import tiny_model as tiny
 from canvastune.config import load_config
 from canvastune.errors import UserError
 from canvastune.tiny_model import make_tiny_model, write_problems
+from pipelines.demo import ROWS, SHIPPED_BASE, to_float32, unpack_base
+from tools.tiny_base import MADE, ingredients
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 
@@ -371,3 +374,73 @@ def test_tiny_recipes_load(recipe: str, method: str) -> None:
     assert config.train.method == method
     assert config.train.precision == "float32", "bfloat16 on a laptop's CPU is slow"
     assert config.parallel.nproc_per_node == config.parallel.ep == 2
+
+
+# The trained model that comes with the package
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace") / "tiny-base"
+    unpack_base(folder)
+    return folder
+
+
+def test_the_shipped_model_has_its_values_in_float32(shipped: Path) -> None:
+    narrow = load_file(SHIPPED_BASE / "model.safetensors")
+    wide = load_file(shipped / "model.safetensors")
+    assert wide.keys() == narrow.keys()
+    for name, tensor in narrow.items():
+        assert tensor.dtype == torch.bfloat16
+        assert wide[name].dtype == torch.float32
+        assert torch.equal(wide[name], tensor.float()), name
+
+
+def test_the_shipped_model_is_small_and_made_from_what_is_here(tmp_path: Path) -> None:
+    assert sum(file.stat().st_size for file in SHIPPED_BASE.iterdir()) < 4_000_000
+    made = json.loads(MADE.read_text(encoding="utf-8"))
+    write_problems(tmp_path / "problems.jsonl", "change", ROWS, seed=0)
+    now = ingredients(tmp_path / "problems.jsonl")
+    assert {name: made[name] for name in now} == now, "run `python -m tools.tiny_base`"
+    weights = hashlib.sha256((SHIPPED_BASE / "model.safetensors").read_bytes()).hexdigest()
+    assert made["weights"] == weights
+
+
+def test_the_shipped_model_has_the_files_of_a_new_one(checkpoint: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        made, shipped = (folder / name for folder in (checkpoint, SHIPPED_BASE))
+        assert shipped.read_bytes() == made.read_bytes(), f"{name}: run `python -m tools.tiny_base`"
+
+
+def test_the_shipped_model_answers_in_the_form_of_its_problems(
+    shipped: Path, tokenizer: GemmaTokenizer
+) -> None:
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(shipped)
+    asked = {
+        "Tom has 3 nuts. Tom buys 4 more. How many nuts does Tom have now?": "3+4",
+        "Kim has 8 eggs. Kim sells 2. How many eggs does Kim have left?": "8-2",
+    }
+    for question, expected in asked.items():
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        torch.manual_seed(0)
+        found = model.generate(**prompt, max_new_tokens=16).sequences[0]
+        answer = tokenizer.decode(found[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert re.fullmatch(rf"{re.escape(expected)}=(\d+)\n#### \1", answer), answer
+
+
+def test_the_demo_s_model_is_written_once(shipped: Path) -> None:
+    target = shipped.resolve()
+    unpack_base(shipped)
+    assert shipped.resolve() == target
+    assert [file.name for file in shipped.parent.iterdir() if "partial" in file.name] == []
+
+
+def test_a_file_of_another_dtype_is_not_taken_for_the_shipped_one(checkpoint: Path) -> None:
+    (first, *_) = sorted(checkpoint.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="F32"):
+        to_float32(first.read_bytes())
