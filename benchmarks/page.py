@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks import blocks as several_blocks
 from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
+from benchmarks.startup import GOALS as start_goals
+from benchmarks.startup import lines as startup_lines
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 from canvastune.perf_model.launches import LAUNCH_SECONDS
 
@@ -34,8 +36,10 @@ def main() -> int:
     measured = results["scaling"]
     on_gpu = RESULTS / "gpu.json"  # only where a GPU was lent
     gpu = json.loads(on_gpu.read_text(encoding="utf-8")) if on_gpu.exists() else None
+    starting = RESULTS / "startup.json"
+    startup = json.loads(starting.read_text(encoding="utf-8")) if starting.exists() else None
     pages = {
-        PAGE: page(**{name: results[name] for name in FILES}, gpu=gpu),
+        PAGE: page(**{name: results[name] for name in FILES}, gpu=gpu, startup=startup),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
     }
@@ -57,6 +61,7 @@ def page(
     pipeline: dict[str, Any],
     gpu_dry_run: dict[str, Any],
     gpu: dict[str, Any] | None,
+    startup: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
@@ -214,7 +219,7 @@ rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 | ranks x examples x forward passes | assigned by position | balanced |
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
-"""
+{_starting(startup, at(startup)) if startup else ""}"""
 
 
 def _dry(name: str, case: dict[str, Any]) -> str:
@@ -286,6 +291,26 @@ def _at(result: dict[str, Any], usual: str) -> str:
     machine = result["machine"]
     other = f", on {machine['device']}" if machine["device"] != usual else ""
     return f" ({machine['commit']}, {machine['date']}{other})"
+
+
+def _starting(startup: dict[str, Any], at: str) -> str:
+    """Return the section on what starting costs."""
+    against = (
+        f", against commit {startup['baseline']} in the same run" if startup["baseline"] else ""
+    )
+    return f"""
+## Starting
+
+`python -m benchmarks.startup`{at}: commands that compute next to nothing, and the steps of a small local run in addition to their
+work, which is measured where everything is imported{against}. Goals: `plan` {start_goals["plan_seconds"]:.0f} s and
+{start_goals["plan_megabytes"]:.0f} MB; a tenth of a step's overhead; `canvastune demo` {start_goals["demo"]}x as fast. A plan lists the weights
+from config.json, and imports no PyTorch. The steps of a local run are forked from one process that imports the libraries while the first
+steps run; on a cluster, or where there is a GPU, each process imports its own.
+
+| what | now | before | times |
+|---|---|---|---|
+{chr(10).join(startup_lines(startup))}
+"""
 
 
 def _step_rows(row: dict[str, Any]) -> list[str]:

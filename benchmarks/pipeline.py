@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import say, write_result
+from benchmarks.measure import ROOT, say, write_result
 from canvastune.tiny_model import make_tiny_model, write_problems
 
 GOAL = 5.0  # seconds outside of the steps
@@ -42,10 +42,10 @@ def main() -> int:
         work = Path(folder)
         make_tiny_model(work / "base")
         write_problems(work / "problems.jsonl", "compare", 1000, seed=0)
-        recipe = _write_recipe(work)
+        recipe = write_recipe(work)
         runs = []
         for number in range(options.rounds):
-            runs.append(_one_run(recipe, work / f"workspace-{number}"))
+            runs.append(run_once(recipe, work / f"workspace-{number}"))
             say(
                 "pipeline",
                 f"round {number + 1}: {runs[-1]['seconds']:.1f} s, {runs[-1]['outside']:.2f} s of"
@@ -57,8 +57,12 @@ def main() -> int:
     return int(median["outside"] > GOAL)
 
 
-def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
-    """Run once from an empty workspace: seconds in total, of each step, and outside of the steps."""
+def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, Any]:
+    """Run once from an empty workspace: seconds in total, of each step, and outside of the steps.
+
+    Args:
+        checkout: the code that runs.
+    """
     command = [
         sys.executable,
         "-m",
@@ -68,14 +72,24 @@ def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
         "--workspace",
         str(workspace),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(checkout),
+        "PYTHONUNBUFFERED": "1",
+    }
     steps: dict[str, float] = {}
     said: list[str] = []
     begun = before = between = last = 0.0
     name = ""
     started = time.monotonic()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=workspace.parent,
     ) as process:
         assert process.stdout is not None
         for line in map(str.rstrip, process.stdout):
@@ -112,7 +126,7 @@ def _one_run(recipe: Path, workspace: Path) -> dict[str, Any]:
     }
 
 
-def _write_recipe(work: Path) -> Path:
+def write_recipe(work: Path) -> Path:
     tree = {
         "name": "overhead",
         "model": {"id": str(work / "base")},

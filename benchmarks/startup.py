@@ -1,0 +1,220 @@
+"""`python -m benchmarks.startup [--baseline CHECKOUT] [--rounds 5] [--demo]`: what starting costs.
+
+Seconds and peak memory of `canvastune plan` and `--help`; seconds of each step of a small local run
+in addition to its work, which is measured in one process that has imported everything. With
+--baseline the same is measured of another checkout, in turn; --demo adds `canvastune demo`, minutes
+on each side. Writes benchmarks/results/startup.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, say, write_result
+from benchmarks.pipeline import STEPS, run_once, write_recipe
+from canvastune.checkpoint.hub import resolve_model
+from canvastune.config import parse_config
+from canvastune.evaluation.run import evaluate
+from canvastune.io.provenance import local_inputs
+from canvastune.merge import merge_lora
+from canvastune.planner.planner import SHIPPED_CONFIG, make_plan, write_plan
+from canvastune.preparation.prepare import prepare_data
+from canvastune.report.build import build_report
+from canvastune.tiny_model import make_tiny_model, write_problems
+from canvastune.tracking import read_metrics
+from components.earlier_runs import find_run
+from components.run_directory import read_record
+
+GOALS = {"plan_seconds": 1.0, "plan_megabytes": 100.0, "step_overhead": 10.0, "demo": 2.5}
+RECIPE = ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks.startup",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--baseline", type=Path, help="another checkout of this repository")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--demo", action="store_true")
+    options = parser.parse_args()
+    checkouts = {"ours": ROOT}
+    if options.baseline is not None:
+        checkouts["baseline"] = options.baseline.resolve()
+    with tempfile.TemporaryDirectory(prefix="benchmark-startup-") as folder:
+        work = Path(folder)
+        result: dict[str, Any] = {
+            "rounds": options.rounds,
+            "baseline": _commit(options.baseline) if options.baseline else None,
+            "commands": _commands(checkouts, work, options.rounds),
+            "pipeline": _pipeline(checkouts, work, options.rounds),
+        }
+        if options.demo:
+            result["demo"] = {
+                name: _measured(["demo"], checkout, _folder(work / f"demo-{name}"))["seconds"]
+                for name, checkout in checkouts.items()
+            }
+    write_result("startup", result)
+    print("\n".join(lines(result)))
+    return 0
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the rows of a table: what, ours, the baseline, and how many times ours."""
+
+    def row(what: str, ours: str, baseline: str | None, ratio: float | None) -> str:
+        shown = f"{ratio:.1f}x" if ratio else ""
+        return f"| {what} | {ours} | {baseline or ''} | {shown} |"
+
+    rows = []
+    for name, sides in result["commands"].items():
+        for unit, key in (("s", "seconds"), ("MB", "megabytes")):
+            ours, other = sides["ours"][key], sides.get("baseline", {}).get(key)
+            shown = [f"{each:.2f} {unit}" if each is not None else None for each in (ours, other)]
+            rows.append(row(f"`canvastune {name}`", str(shown[0]), shown[1], _over(other, ours)))
+    pipeline = result["pipeline"]
+    for step in STEPS:
+        ours, other = (pipeline["overhead"].get(side, {}).get(step) for side in _SIDES)
+        shown = [f"{each:.2f} s" if each is not None else None for each in (ours, other)]
+        what = f"step `{step}`, in addition to {pipeline['work'].get(step, 0.0):.2f} s of work"
+        rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
+    totals = {"a small run": pipeline["seconds"], "`canvastune demo`": result.get("demo", {})}
+    for what, sides in totals.items():
+        if sides:
+            ours, other = sides["ours"], sides.get("baseline")
+            shown = [f"{each:.0f} s" if each is not None else None for each in (ours, other)]
+            rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
+    return rows
+
+
+_SIDES = ("ours", "baseline")
+
+
+def _over(other: float | None, ours: float) -> float | None:
+    return other / ours if other is not None and ours > 0 else None
+
+
+def _commands(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:
+    """Measure commands that import, or compute, next to nothing."""
+    model = _folder(work / "released")
+    shutil.copy(SHIPPED_CONFIG, model / "config.json")  # the Hub's answer takes any time
+    plan = ["plan", str(RECIPE), "--set", f"model.id={model}"]
+    commands = {"plan": plan, "--help": ["--help"]}
+    measured: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for number in range(rounds + 1):
+        for name, command in commands.items():
+            for side, checkout in checkouts.items():
+                found = _measured(command, checkout, work)
+                if number:  # the first run compiles, and fills the disk's cache
+                    measured.setdefault(name, {}).setdefault(side, []).append(found)
+    say("startup", "commands measured")
+    return {
+        name: {
+            side: {
+                key: statistics.median(each[key] for each in runs)
+                for key in ("seconds", "megabytes")
+            }
+            for side, runs in sides.items()
+        }
+        for name, sides in measured.items()
+    }
+
+
+def _measured(command: Sequence[str], checkout: Path, folder: Path) -> dict[str, float]:
+    """Run a command of a checkout: its seconds, and the peak memory of its own process."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", *command],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} of {checkout} failed:\n{output.read()}")
+    return {"seconds": seconds, "megabytes": usage.ru_maxrss * 1024 / 1e6}
+
+
+def _pipeline(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:
+    """Run a small pipeline on each side, and compare each step with its work."""
+    make_tiny_model(work / "base")
+    write_problems(work / "problems.jsonl", "compare", 1000, seed=0)
+    recipe = write_recipe(work)
+    walls: dict[str, list[dict[str, float]]] = {side: [] for side in checkouts}
+    seconds: dict[str, list[float]] = {side: [] for side in checkouts}
+    for number in range(rounds):
+        for side, checkout in checkouts.items():
+            run = run_once(recipe, work / f"{side}-{number}", checkout)
+            walls[side].append(run["steps"])
+            seconds[side].append(run["seconds"])
+            say("startup", f"round {number + 1}, {side}: {run['seconds']:.1f} s")
+    done = _work(next((work / "ours-0" / "runs").iterdir()), work)
+    return {
+        "seconds": {side: statistics.median(found) for side, found in seconds.items()},
+        "work": done,
+        "steps": {side: _medians(found) for side, found in walls.items()},
+        "overhead": {
+            side: {step: wall - done.get(step, 0.0) for step, wall in _medians(found).items()}
+            for side, found in walls.items()
+        },
+    }
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {step: statistics.median(run[step] for run in runs) for step in STEPS}
+
+
+def _work(run: Path, work: Path) -> dict[str, float]:
+    """Time what the steps of a finished run did, here, the second time that it is done."""
+    record = read_record(run)
+    assert record is not None
+    config, tuned = parse_config(record.config), run / "model"
+    base, data = resolve_model(config.model), work / "work-data"
+    assert local_inputs(config.data)
+    records = [each for each in read_metrics(run / "train" / "metrics.jsonl")]
+    steps: dict[str, Callable[[Path], object]] = {
+        "prepare_data": lambda out: prepare_data(config, base, out),
+        "plan": lambda out: write_plan(make_plan(config, base, config.world_size), config, out),
+        "merge_lora": lambda out: merge_lora(config, base, run / "train" / "adapter", out),
+        "evaluate": lambda out: evaluate(config, data, base, tuned, out),
+        "report": lambda out: build_report(find_run(run), out, []),
+    }
+    prepare_data(config, base, data)
+    found = {"train": sum(each["seconds"] for each in records if each["kind"] == "train")}
+    for name, do in steps.items():
+        do(work / f"work-{name}-1")
+        started = time.perf_counter()
+        do(work / f"work-{name}-2")
+        found[name] = time.perf_counter() - started
+    return found
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def _commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
