@@ -139,7 +139,12 @@ def write_recipe(work: Path) -> Path:
             "validation_batches": 1,
         },
         "parallel": {"nproc_per_node": 1, "ep": 1},
-        "evaluate": {"rows": 8, "batch_size": 8, "max_new_tokens": 16, "sampler": {"steps": 4}},
+        "evaluate": {
+            "rows": 8,
+            "batch_size": 8,
+            "max_new_tokens": 16,
+            "max_denoising_steps": 4,  # a name that earlier commits read, too
+        },
         "hardware": {"accelerator": "cpu", "gpu_memory": 12},
     }
     recipe = work / "recipe.yaml"
