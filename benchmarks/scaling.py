@@ -38,7 +38,7 @@ from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.noise import draw_self_conditioning
 from canvastune.perf_model import flops
-from canvastune.perf_model.architecture import Architecture, Weight, read_architecture
+from canvastune.perf_model.architecture import FLOAT, Architecture, Weight, read_architecture
 from canvastune.perf_model.flops import (
     EXCHANGE,
     EXPERTS_GATHER,
@@ -47,7 +47,7 @@ from canvastune.perf_model.flops import (
     REDUCE,
     ROOT_GATHER,
 )
-from canvastune.perf_model.memory import FLOAT, StepShape, memory_timeline, peak
+from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training.trainer import Trainer
 

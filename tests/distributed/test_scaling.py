@@ -20,7 +20,7 @@ from benchmarks.scaling import (
     weight_share,
 )
 from benchmarks.traffic import KINDS, SMALL
-from canvastune.perf_model.architecture import Architecture, LayerShape, Weight, read_architecture
+from canvastune.perf_model.architecture import Architecture, Weight, read_architecture
 from canvastune.perf_model.flops import (
     EXCHANGE,
     EXPERTS_GATHER,
@@ -30,6 +30,7 @@ from canvastune.perf_model.flops import (
     ROOT_GATHER,
 )
 from canvastune.perf_model.memory import StepShape
+from canvastune.perf_model.model_sizes import LayerShape
 
 
 def by_hand(compute_bytes: int) -> Architecture:
