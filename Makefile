@@ -5,7 +5,7 @@ BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help run test lint format test-faults test-images test-cluster test-gpu-dry test-serving dev
+.PHONY: help run test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving dev
 
 ##@ General
 help: ## Show this help
@@ -46,6 +46,9 @@ test-faults: .venv/installed ## Kill, freeze and preempt runs on up to 8 ranks; 
 
 test-images: .venv/installed ## Build and run the images; start Docker if it is not running
 	@$(BIN)/python -m tools.images
+
+test-apiserver: .venv/installed ## Check chart, launcher and upload against the API server in KUBEBUILDER_ASSETS
+	@$(BIN)/python -m tools.apiserver $(OPTIONS)
 
 test-gpu-dry: .venv/installed ## Count what training steps of the released model ask of 8 GPUs, without one
 	@$(BIN)/python -m tools.gpu_dry_run $(OPTIONS)

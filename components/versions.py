@@ -39,7 +39,7 @@ TRAINING_OPERATOR = Floor(
 TRAINER = Floor(
     "Kubeflow Trainer",
     "2.3",
-    "`runtimePatches` and `activeDeadlineSeconds` of a TrainJob",
+    "the grace period of pods in a TrainJob's `runtimePatches`; 2.1 has no `runtimePatches`",
     "the launcher, with the job that the API server stored; `doctor`, with the API's schema",
 )
 KUEUE = Floor(

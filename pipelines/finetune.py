@@ -9,7 +9,7 @@ from kfp.dsl.graph_component import GraphComponent
 from components.decorator import IMAGE
 from components.evaluate.component import evaluate
 from components.finish.component import finish
-from components.jobs.pod_spec import CREDENTIALS
+from components.jobs.pod_spec import CREDENTIALS, KEEP_NODE
 from components.merge_lora.component import merge_lora
 from components.plan.component import plan
 from components.prepare_data.component import prepare_data
@@ -83,10 +83,10 @@ def pipeline_with(settings: StepsConfig, sub_path: str = "") -> GraphComponent:
             return with_workspace(task).set_caching_options(False)
 
         def keep_node(task: dsl.PipelineTask) -> dsl.PipelineTask:
-            """Keep the autoscaler from removing the node of a task that waits for days."""
-            return kubernetes.add_pod_annotation(
-                task, "cluster-autoscaler.kubernetes.io/safe-to-evict", "false"
-            )
+            """Keep autoscalers from removing the node of a task that waits for days."""
+            for key, value in KEEP_NODE.items():
+                kubernetes.add_pod_annotation(task, key, value)
+            return task
 
         exit_task = uncached(
             finish(workspace=workspace, run_name=run_name, job_name=JOB_NAME, job_id=JOB_ID)

@@ -24,6 +24,7 @@ from canvastune.config.places import is_path, refuse_address
 from canvastune.errors import UserError
 from canvastune.logging import event
 from components.earlier_runs import refuse_too_many
+from pipelines.job_reports import JobReports
 from pipelines.kfp_client import KubeflowClient, translate_errors
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,16 @@ def submit(
         f"run {run.display_name}: {address}", extra=event("run", state="submitted", address=address)
     )
     if wait:
+        reports = JobReports(run.run_id, kubeflow.namespace or "kubeflow")
         try:
-            follow(lambda: client.get_run(run.run_id), version.steps, kubeflow, address, pause)
+            follow(
+                lambda: client.get_run(run.run_id),
+                version.steps,
+                kubeflow,
+                address,
+                pause,
+                reports=reports,
+            )
         except KeyboardInterrupt:
             logger.info(f"the run continues: {address}")
             raise
@@ -134,13 +143,15 @@ def follow(
     address: str,
     pause: float,
     retry_seconds: float = _RETRY_SECONDS,
+    reports: JobReports | None = None,
 ) -> None:
-    """Log each change of a step's state until the run has ended.
+    """Log each change of a step's state, and what its job waits for, until the run has ended.
 
     Args:
         get_run: returns the run as the server has it.
         pause: seconds between two calls.
         retry_seconds: how long the server may be unreachable.
+        reports: of the run's jobs; None: they are not shown.
 
     Raises:
         UserError: the run did not succeed (with the step that failed), or the server is unreachable
@@ -173,6 +184,11 @@ def follow(
                     f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}",
                     extra=event("task", task=task.display_name, state=state),
                 )
+        if reports is not None and any(task.state == "RUNNING" for task in tasks):
+            with _quiet():
+                lines = reports.new()
+            for line in lines:
+                logger.info(f"{time.strftime('%H:%M:%S')}  {line}", extra=event("job", report=line))
         if run.state in _ENDED:
             break
         time.sleep(pause)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -32,6 +33,11 @@ _BETWEEN = {
     "jobs": ("batch", ("v1",)),
     "workloads": ("kueue.x-k8s.io", ("v1beta2", "v1beta1")),
 }
+
+# RBAC, and other authorizers: `User "..." cannot create resource`, and OpenShift's `scopes`.
+_NOT_AUTHORIZED = re.compile(r'User "[^"]*" cannot |^forbidden', re.IGNORECASE)
+
+_WEBHOOK = "failed calling webhook"
 
 
 class Clock(Protocol):
@@ -186,7 +192,13 @@ class KubernetesClient:
         return resource not in self._unseen
 
     def log(
-        self, pod: str, *, since: str | None = None, tail: int | None = None, previous: bool = False
+        self,
+        pod: str,
+        *,
+        since: str | None = None,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str | None = None,
     ) -> list[str]:
         """Return lines of a pod's log, each after its timestamp and a space; [] without a log.
 
@@ -194,8 +206,10 @@ class KubernetesClient:
             since: a time in RFC 3339, to the second.
             tail: only the last lines, so many at most.
             previous: of the container before the current one.
+            container: None: the pod has only one.
         """
         query = {
+            "container": container,
             "timestamps": "true",
             "sinceTime": since,
             "tailLines": tail,
@@ -272,15 +286,24 @@ class KubernetesClient:
                 if status and status != 429 and status < 500:
                     return self._handle_refusal(verb, resource, status, error, defaults)
                 reason = f"HTTP {status}" if status else str(error.reason)
+                message = _status_message(error) or ""
+                if _WEBHOOK in message:
+                    reason = message  # the server responds, but not what it must ask first
             except urllib3.exceptions.HTTPError as error:
                 reason = type(error).__name__
             if down_since is None:
-                logger.warning(f"the Kubernetes API server does not respond ({reason}); retrying")
+                logger.warning(f"{_outage(reason)}; retrying")
                 down_since = self.clock.time()
             if self.clock.time() - down_since >= self.timeout:
+                minutes = f"{self.timeout / 60:.0f} minutes"
+                if _WEBHOOK in reason:
+                    raise UserError(
+                        f"{_outage(reason)}, for {minutes}",
+                        hint="Ask the cluster's administrator to repair the webhook's service.",
+                    )
                 raise UserError(
-                    "the Kubernetes API server did not respond for "
-                    f"{self.timeout / 60:.0f} minutes ({reason}); the job was not changed",
+                    f"the Kubernetes API server did not respond for {minutes} ({reason}); the job "
+                    "was not changed",
                     hint="Retry the step: it adopts the job.",
                 )
             self.clock.sleep(pause)
@@ -302,7 +325,8 @@ class KubernetesClient:
             return defaults["not_ready"]
         if status == 409 and verb == "create":
             raise Conflict
-        if status == 403 and "forbidden" in (message or "forbidden").lower():
+        # Admission refuses with 403 too: quotas on objects, namespaces that are being deleted.
+        if status == 403 and (message is None or _NOT_AUTHORIZED.search(message)):
             raise self._forbidden(verb, resource, message)
         message = message or error.reason
         if status == 401:
@@ -311,9 +335,14 @@ class KubernetesClient:
                 f"{message}",
                 hint="Start the run again.",
             )
+        hint = "Correct what the message names, or ask the cluster's administrator."
+        if "is being terminated" in message:
+            hint = "The namespace is being deleted: use another one."
+        elif "exceeded quota" in message:
+            hint = "Delete objects that the quota counts, or have the quota raised."
         raise UserError(
             f"the Kubernetes API server refused to {verb} {resource} (HTTP {status}): {message}",
-            hint="Correct what the message names, or ask the cluster's administrator.",
+            hint=hint,
         )
 
     def _forbidden(self, verb: str, resource: str, message: str | None) -> Forbidden:
@@ -330,6 +359,13 @@ class KubernetesClient:
             f"names the account), or run kubectl create role {role} -n {self.namespace} "
             f"--verb={verb} --resource={name} and bind it with kubectl create rolebinding.",
         )
+
+
+def _outage(reason: str) -> str:
+    """Return what is wrong with the API server, as part of a sentence."""
+    if _WEBHOOK in reason:
+        return f"the Kubernetes API server cannot create the job ({reason})"
+    return f"the Kubernetes API server does not respond ({reason})"
 
 
 def _is_owned(one: Object, uids: set[str]) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from canvastune.config import RunConfig
@@ -24,6 +25,10 @@ JOB_WARNING = "JobWarning"
 OPERATOR_SILENT = "OperatorSilent"
 WAITING_IN_QUEUE = "WaitingInQueue"
 QUEUE_REFUSES = "QueueRefusesJob"
+NOT_RESUMED = "JobNotResumed"
+_RESUME_SECONDS = 60.0  # in which Kueue resumes a job that it has admitted
+# Kueue's reasons of warnings on a job for which it makes no Workload.
+_NO_WORKLOAD = ("PriorityClassNotFound", "ErrWorkloadCompose")
 
 
 class _Refusal(NamedTuple):
@@ -81,8 +86,8 @@ _REFUSALS = (
     _refusal(
         r"no PriorityClass with name (\S+) was found",
         NOT_FOUND,
-        "Correct cluster.priority_class (chart: training.priorityClass); kubectl get priorityclass "
-        "lists those of the cluster.",
+        "Correct cluster.priority_class (chart: training.priorityClassName); kubectl get "
+        "priorityclass lists those of the cluster.",
     ),
     _refusal(
         r'RuntimeClass "([^"]+)" not found',
@@ -248,30 +253,36 @@ _QUEUE_REFUSALS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def find_queue_blocker(
-    job: Object, workloads: list[Object], config: RunConfig, silent: bool = False
+    job: Object,
+    workloads: list[Object],
+    config: RunConfig,
+    silent: bool = False,
+    events: Iterable[Object] = (),
+    now: float = 0.0,
 ) -> PodBlocker | None:
-    """Find what a suspended job waits for, and since when; None if Kueue has admitted it.
+    """Find what a suspended job waits for, and since when; None if Kueue has just admitted it.
 
     Args:
         workloads: Kueue's objects for the job.
         silent: the job has been suspended for a while.
+        events: warnings about the job, the newest last.
+        now: seconds since 1970.
     """
-    queue = config.cluster.queue
-    if silent and not workloads:
-        return PodBlocker(
-            JOB_WARNING,
-            f"the {job['kind']} is suspended, but Kueue has no Workload for it"
-            if queue
-            else f"the {job['kind']} is suspended, but not in a queue",
-            f"Check that Kueue runs and manages {job['kind']}s (integrations.frameworks of its "
-            "configuration), and that this account may list workloads.kueue.x-k8s.io."
-            if queue
-            else "Resume it (suspend: false), or name its queue in cluster.queue.",
-            permanent=False,
-        )
+    queue, kind = config.cluster.queue, job["kind"]
+    if not workloads:
+        return _without_workload(kind, config, silent, events)
     waiting = [w for w in workloads if not _holds(w, "Admitted") and not _holds(w, "Finished")]
     if not waiting:
-        return None
+        since = str((_condition(workloads[0], "Admitted") or {}).get("lastTransitionTime") or "")
+        if not since or now - datetime.fromisoformat(since).timestamp() < _RESUME_SECONDS:
+            return None
+        return PodBlocker(
+            NOT_RESUMED,
+            f"Kueue has admitted the {kind} at {since}, but it is still suspended",
+            f"Check Kueue's log, and that the queue's flavors name nodes that exist: kubectl "
+            f"describe workload {workloads[0]['metadata']['name']}.",
+            permanent=False,
+        )
     workload = waiting[0]
     name, status = workload["metadata"]["name"], workload.get("status") or {}
     where = f"LocalQueue {(workload.get('spec') or {}).get('queueName') or queue}"
@@ -300,6 +311,44 @@ def find_queue_blocker(
             return PodBlocker(QUEUE_REFUSES, message, hint, permanent=True)
     hint = f"Wait, or look at kubectl describe workload {name}."
     return PodBlocker(WAITING_IN_QUEUE, message, hint, permanent=False)
+
+
+def _without_workload(
+    kind: str, config: RunConfig, silent: bool, events: Iterable[Object]
+) -> PodBlocker | None:
+    """Find why Kueue has no Workload for a suspended job."""
+    reasons = [e for e in events if str(e.get("reason", "")).endswith(_NO_WORKLOAD)]
+    if reasons:
+        missing = str(reasons[-1]["reason"]).endswith("PriorityClassNotFound")
+        message = " ".join(str(reasons[-1].get("message", "")).split())
+        return PodBlocker(
+            NOT_FOUND if missing else QUEUE_REFUSES,
+            f"Kueue makes no Workload for the {kind} ({reasons[-1]['reason']}: {message})",
+            "Create the priority class, or correct cluster.priority_class (chart: "
+            "training.priorityClassName)."
+            if missing
+            else "Correct what the message names.",
+            permanent=True,
+        )
+    if not silent:
+        return None
+    if config.cluster.queue is None:
+        return PodBlocker(
+            JOB_WARNING,
+            f"the {kind} is suspended, but not in a queue",
+            "Resume it (suspend: false), or name its queue in cluster.queue.",
+            permanent=False,
+        )
+    priority = config.cluster.priority_class
+    return PodBlocker(
+        JOB_WARNING,
+        f"the {kind} is suspended, but Kueue has no Workload for it",
+        f"Check that Kueue runs and manages {kind}s (integrations.frameworks of its "
+        "configuration), "
+        + (f"that WorkloadPriorityClass {priority} exists, " if priority else "")
+        + "and that this account may list workloads.kueue.x-k8s.io.",
+        permanent=False,
+    )
 
 
 def _condition(workload: Object, name: str) -> Mapping[str, Any] | None:

@@ -349,7 +349,11 @@ class _Launcher:
         silent = self._clock.time() - self._waiting_since >= _SILENT_SECONDS
         if row.state is State.QUEUED:  # events about pods are of the time before it was suspended
             workloads = self._api.children("workloads", [job, *sets])
-            return job_diagnostics.find_queue_blocker(job, workloads, self._config, silent)
+            meta = job["metadata"]
+            events = self._api.events(meta["name"], self._kind.kind, meta["uid"])
+            return job_diagnostics.find_queue_blocker(
+                job, workloads, self._config, silent, events, self._clock.time()
+            )
         chain = [
             (self._kind.kind, job),
             *(("JobSet", one) for one in sets),

@@ -16,17 +16,51 @@ logger = logging.getLogger(__name__)
 _TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)$")
 
 
-class LogStream:
-    """The log of the pod that a selector finds.
+class LogPosition:
+    """A place in the log of one container, up to which it has been read.
 
-    It polls for lines after the last one it has seen, so a cut connection loses nothing.
+    Each call asks for lines after the last one that was seen, so a cut connection loses nothing.
     """
+
+    def __init__(self) -> None:
+        self._since: str | None = None
+        self._time, self._at_time = "", 0  # of the last line, and how many lines had that time
+
+    def new_lines(
+        self,
+        api: KubernetesClient,
+        pod: str,
+        *,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str | None = None,
+    ) -> list[str]:
+        """Return the lines since the last call, without their timestamps; see `client.log`."""
+        new, seen = [], 0
+        for line in api.log(
+            pod, since=self._since, tail=tail, previous=previous, container=container
+        ):
+            stamp, _, text = line.partition(" ")
+            parts = _TIMESTAMP.match(stamp)
+            if parts is None:
+                continue
+            when = f"{parts[1]}.{parts[2] or ''}"
+            seen = seen + 1 if when == self._time else 1
+            if when < self._time or (when == self._time and seen <= self._at_time):
+                continue  # the API server's `since` is to the second
+            self._time, self._at_time, self._since = when, seen, parts[1] + parts[3]
+            new.append(text)
+        return new
+
+
+class LogStream:
+    """The log of the pod that a selector finds."""
 
     def __init__(self, api: KubernetesClient, selector: str) -> None:
         self._api, self._selector = api, selector
         self._last_lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._pod, self._restarts = "", 0
-        self._reset_position()
+        self._position = LogPosition()
         self._tail: int | None = None
 
     def start_at_end(self) -> None:
@@ -45,16 +79,12 @@ class LogStream:
         lines = "\n".join(self._last_lines)
         return f"; the last lines of rank 0:\n{lines}" if lines else ""
 
-    def _reset_position(self) -> None:
-        self._since: str | None = None
-        self._time, self._at_time = "", 0  # of the last line, and how many lines had that time
-
     def _follow(self, pod: Object) -> None:
         """Switch to a new pod; of a restarted container, print the rest of the previous log."""
         name, uid, restarts = pod["metadata"]["name"], pod["metadata"]["uid"], restart_count(pod)
         if uid != self._pod:
             self._pod, self._restarts = uid, restarts
-            self._reset_position()
+            self._position = LogPosition()
         if restarts > self._restarts:
             for line in self._new_lines(name, previous=True):
                 self._print(line)
@@ -66,23 +96,11 @@ class LogStream:
                 "checkpoint (reason=PodRestarted)"
             )
             self._restarts = restarts
-            self._reset_position()
+            self._position = LogPosition()
 
     def _new_lines(self, pod: str, *, previous: bool) -> list[str]:
         tail, self._tail = self._tail, None
-        new, seen = [], 0
-        for line in self._api.log(pod, since=self._since, tail=tail, previous=previous):
-            stamp, _, text = line.partition(" ")
-            parts = _TIMESTAMP.match(stamp)
-            if parts is None:
-                continue
-            when = f"{parts[1]}.{parts[2] or ''}"
-            seen = seen + 1 if when == self._time else 1
-            if when < self._time or (when == self._time and seen <= self._at_time):
-                continue  # the API server's `since` is to the second
-            self._time, self._at_time, self._since = when, seen, parts[1] + parts[3]
-            new.append(text)
-        return new
+        return self._position.new_lines(self._api, pod, tail=tail, previous=previous)
 
     def _print(self, line: str) -> None:
         if line.startswith(FIRST_RANK):

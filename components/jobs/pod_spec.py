@@ -22,6 +22,11 @@ CREDENTIALS = (  # keys of a secret
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
+# Autoscalers remove nodes that are little used, such as those of CPU steps, with their pods.
+KEEP_NODE = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
 FIRST_RANK, RANK_PREFIX = "[rank 0]:", "[rank ${rank}]:"  # torchrun's prefix of a rank's lines
 _SHUTDOWN_SECONDS = 30  # for torchrun and the container, after the ranks' own grace period
 _CA_VOLUME = "ca-bundle"
@@ -117,8 +122,9 @@ def pod_parts(
         },
     }
     no_sidecar = {"sidecar.istio.io/inject": "false"}  # a sidecar would keep a finished pod alive
+    annotations = {**no_sidecar, **KEEP_NODE}
     return PodParts(
-        metadata={"labels": {**labels, **no_sidecar}, "annotations": no_sidecar},
+        metadata={"labels": {**labels, **no_sidecar}, "annotations": annotations},
         pod=pod | {key: value for key, value in optional.items() if value},
         container=container,
         env=_env(config, workspace, environment, task),

@@ -22,7 +22,7 @@ class Kind:
     plural: str
     first_pod: Mapping[str, str]  # labels of rank 0's pod, in addition to the job's own
     floor: Floor  # what must be installed
-    newest_fields: tuple[str, ...]  # of the spec, which an older operator's CRD lacks
+    newest_fields: tuple[str, ...]  # dotted, below the spec: an older operator's CRD lacks them
 
     @property
     def api_version(self) -> str:
@@ -34,6 +34,7 @@ class Kind:
         return f"{'the ' if self.floor is TRAINING_OPERATOR else ''}{self.floor}"
 
 
+_POD_OF_PATCH = "trainingRuntimeSpec.template.spec.replicatedJobs.template.spec.template.spec"
 PYTORCHJOB = Kind(
     kind="PyTorchJob",
     group="kubeflow.org",
@@ -50,7 +51,10 @@ TRAINJOB = Kind(
     plural="trainjobs",
     first_pod={"batch.kubernetes.io/job-completion-index": "0"},
     floor=TRAINER,
-    newest_fields=("runtimePatches", "activeDeadlineSeconds"),
+    newest_fields=(
+        "activeDeadlineSeconds",
+        f"runtimePatches.{_POD_OF_PATCH}.terminationGracePeriodSeconds",
+    ),
 )
 KINDS = {"pytorchjob": PYTORCHJOB, "trainjob": TRAINJOB}
 

@@ -137,9 +137,22 @@ def _outdated(client: Any, kind: Kind) -> list[str]:
     for schema in schemas.values():
         kinds = {one.get("kind") for one in schema.get("x-kubernetes-group-version-kind") or ()}
         if kind.kind in kinds:
-            known = schema.get("properties", {}).get("spec", {}).get("properties", {})
-            return [name for name in kind.newest_fields if name not in known]
+            spec = schema.get("properties", {}).get("spec", {})
+            lacking = [_first_unknown(spec, name.split(".")) for name in kind.newest_fields]
+            return [name for name in lacking if name]
     return []
+
+
+def _first_unknown(schema: Any, path: list[str]) -> str:
+    """Return the shortest part of a dotted path that a schema lacks; "" if it has all of it."""
+    for number, name in enumerate(path):
+        schema = schema.get("items") or schema  # of a list, its elements
+        if schema.get("x-kubernetes-preserve-unknown-fields"):
+            return ""
+        if name not in (schema.get("properties") or {}):
+            return ".".join(path[: number + 1])
+        schema = schema["properties"][name]
+    return ""
 
 
 def check_operators(client: Any, served: set[str], backend: str) -> Finding:

@@ -21,7 +21,10 @@ from components.jobs.manifests import JobContext, manifest
 from pipelines.submit import compile_pipeline
 from tests.support.cluster_rules import pod_security_problems, pod_specs
 from tests.support.rendered_chart import (
-    CI,
+    ALL,
+    FILES,
+    FROM,
+    PROXY,
     ci_values,
     cluster,
     flag,
@@ -32,40 +35,6 @@ from tests.support.rendered_chart import (
     texts,
 )
 from tools.chart_table import CHART
-
-PROXY = {
-    "HTTPS_PROXY": "http://proxy.example.com:3128",
-    "NO_PROXY": ".svc,.cluster.local,10.0.0.0/8",
-}
-FROM = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}]
-ALL = {  # every optional object and setting at once
-    "commonAnnotations": {"team": "a"},
-    "images": {"pullSecrets": ["one", {"name": "two"}]},
-    "mlflow": {
-        "pathPrefix": "/mlflow",
-        "backup": {"enabled": True},
-        "priorityClassName": "high",
-        "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
-        "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca"}],
-        "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
-    },
-    "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
-    "workspace": {"fetch": {"enabled": True, "data": {"source": "openai/gsm8k"}}},
-    "httpRoute": {
-        "enabled": True,
-        "hostnames": ["gateway.example.com"],
-        "parentRefs": [{"name": "shared", "namespace": "gateways"}],
-    },
-    "networkPolicy": {"from": FROM},
-    "steps": {
-        "env": PROXY,
-        "caBundle": {"configMap": "company-ca"},
-        "nodeSelector": {"pool": "cpu"},
-        "tolerations": [{"key": "team", "operator": "Exists"}],
-    },
-    "training": {"backend": "trainjob", "caBundle": {"secret": "company-ca"}},
-    "serving": {"enabled": True, "model": "runs/a/model", "priorityClassName": "high"},
-}
 
 
 def refusal(values: dict[str, Any]) -> str:
@@ -264,6 +233,42 @@ def test_a_gateway_routes_to_the_same_path() -> None:
     assert {"gateway.example.com", "tools.example.com"} <= set(hosts)
 
 
+def test_prometheus_finds_the_metrics_and_is_let_in() -> None:
+    documents = render(ci_values("oidc"))
+    (monitor,) = of_kind(documents, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (service,) = of_kind(documents, "Service")
+    labels = service["metadata"]["labels"]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    assert endpoint["path"] == "/metrics"
+    assert "--expose-prometheus=/tmp/metrics" in server(documents)["containers"][0]["args"]
+    hosts = flag(server(documents)["containers"][0], "allowed-hosts")
+    assert "$(POD_IP):5000" in hosts, "Prometheus calls the pod's address"
+    peers = of_kind(documents, "NetworkPolicy")[0]["spec"]["ingress"][0]["from"]
+    assert {"kubernetes.io/metadata.name": "monitoring"} in [
+        peer.get("namespaceSelector", {}).get("matchLabels") for peer in peers
+    ]
+    assert not of_kind(render({}), "ServiceMonitor"), "a cluster without that operator refuses it"
+
+
+def test_metrics_of_a_server_with_users_are_read_by_one_of_them() -> None:
+    (monitor,) = of_kind(render(ALL), "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["basicAuth"]["username"] == {"name": "mlflow-reader", "key": "username"}
+
+
+def test_sign_in_by_a_proxy_is_asked_by_the_ingress_and_not_by_the_service() -> None:
+    documents = render(ci_values("oidc"))
+    (ingress,) = of_kind(documents, "Ingress")
+    annotations = ingress["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/auth-url"].endswith("/oauth2/auth")
+    assert "$escaped_request_uri" in annotations["nginx.ingress.kubernetes.io/auth-signin"]
+    assert "annotations" not in of_kind(documents, "Service")[0]["metadata"]
+    assert "mlflow.example.com" in flag(server(documents)["containers"][0], "allowed-hosts")
+
+
 def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
     values = {
         "ingress": {"enabled": True, "hosts": ["*.apps.example.com"]},
@@ -327,6 +332,24 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
             "there is no SQLite database",
         ),
         (
+            {"mlflow": {"metrics": {"serviceMonitor": {"enabled": True}}}},
+            "mlflow.metrics.enabled: found false, expected true",
+        ),
+        (
+            {"mlflow": {"metrics": {"enabled": True, "serviceMonitor": {"enabled": True}}}},
+            "expected the namespace of Prometheus",
+        ),
+        (
+            {
+                "mlflow": {
+                    "metrics": {"enabled": True, "serviceMonitor": {"enabled": True}},
+                    "auth": {"enabled": True, "existingSecret": {"name": "a"}},
+                },
+                "networkPolicy": {"from": FROM},
+            },
+            "expected a secret with a user of MLflow",
+        ),
+        (
             {
                 "serving": {
                     **{"enabled": True, "model": "runs/a/model", "kserve": True},
@@ -358,14 +381,6 @@ def test_a_load_balancer_is_taken_with_what_it_needs() -> None:
 
 # --- every pod in a namespace with a quota, a LimitRange and PodSecurity restricted
 
-FILES = {
-    **{name: ci_values(name) for name in CI},
-    "all": ALL,
-    "openshift": {
-        "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
-        "mlflow": {"backup": {"enabled": True}},
-    },
-}
 LIMIT_RANGE = {"cpu": ("10m", "128"), "memory": ("32Mi", "2Ti")}
 LIMIT_RATIO = 10.0  # of a limit to its request, at most
 

@@ -170,7 +170,9 @@ def test_passwords_have_a_separate_database(tmp_path: Path) -> None:
 def test_the_chart_s_command_line_serves_its_names_and_no_others(
     prefix: str, tmp_path: Path
 ) -> None:
-    documents = render({"mlflow": {"workers": 1, "pathPrefix": prefix}})
+    documents = render(
+        {"mlflow": {"workers": 1, "pathPrefix": prefix, "metrics": {"enabled": True}}}
+    )
     pod = server(documents)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -181,6 +183,8 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(
             text.replace("/mlflow/", f"{tmp_path}/")
             .replace("--port=5000", f"--port={port}")
             .replace("0.0.0.0", "127.0.0.1")
+            .replace("=/tmp/metrics", f"={tmp_path}/metrics")
+            .replace("$(POD_IP)", "10.1.2.3")
         )
 
     def status(host: str, path: str = "/api/2.0/mlflow/experiments/search?max_results=1") -> int:
@@ -198,7 +202,10 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(
         except OSError:
             return False
 
-    env = {variable["name"]: adapted(variable["value"]) for variable in pod["containers"][0]["env"]}
+    env = {
+        variable["name"]: adapted(variable.get("value", "10.1.2.3"))
+        for variable in pod["containers"][0]["env"]
+    }
     environment = {**os.environ, **env, "HOME": str(tmp_path)}
     mlflow = str(Path(sys.executable).parent / "mlflow")
     command = [
@@ -224,6 +231,8 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(
         answers = {host: status(host) for host in [*service_names(documents), "localhost:8080"]}
         assert set(answers.values()) == {200}, answers
         assert status("evil.example.com") == 403
+        assert status("10.1.2.3:5000") == 200, "probes of older servers and Prometheus get a 403"
+        assert status("10.1.2.4:5000") == 403
         helm_test = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0][
             "command"
         ]
@@ -231,6 +240,11 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(
         subprocess.run([sys.executable, *helm_test[1:], address], check=True)
         probe = pod["containers"][0]["startupProbe"]["httpGet"]["path"]
         assert urllib.request.urlopen(f"http://127.0.0.1:{port}{probe}", timeout=30).status == 200
+        metrics = urllib.request.Request(
+            f"http://127.0.0.1:{port}/metrics", headers={"Host": "10.1.2.3:5000"}
+        )
+        with urllib.request.urlopen(metrics, timeout=30) as answer:
+            assert "mlflow_http_request_total" in answer.read().decode()
         assert (tmp_path / "mlflow.db").is_file(), "the database is not where the claim is mounted"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

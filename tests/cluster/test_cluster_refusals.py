@@ -56,6 +56,56 @@ def test_a_missing_permission_is_named_before_a_job_is_made(
     assert not pytorch.jobs()
 
 
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        (
+            "exceeded quota: team-quota, requested: count/jobs=1, used: count/jobs=9, limited: "
+            "count/jobs=9",
+            "or have the quota raised",
+        ),
+        (
+            "unable to create new content in namespace team-a because it is being terminated",
+            "use another one",
+        ),
+        (
+            'admission webhook "policy.example.com" denied the request: label cost-center',
+            "Correct what the message names",
+        ),
+    ],
+)
+def test_what_admission_refuses_is_not_said_to_be_a_missing_permission(
+    cluster: Cluster, message: str, hint: str
+) -> None:
+    """Admission answers 403, as the authorizer does."""
+    text = f'{cluster.kind.plural}.{cluster.kind.group} "train" is forbidden: {message}'
+    cluster.api.refuses_jobs = 403, text
+    error = cluster.fails()
+    assert message in error
+    assert hint in error
+    assert "permissions.create" not in error
+
+
+def test_a_webhook_that_is_down_is_named_and_waited_for(cluster: Cluster) -> None:
+    message = (
+        'Internal error occurred: failed calling webhook "validator.training-operator": failed to '
+        "call webhook: connection refused"
+    )
+    cluster.api.refuses_jobs = 500, message
+    cluster.clock.at(60, lambda: setattr(cluster.api, "refuses_jobs", None))
+    cluster.goes_well(start=200)
+    cluster.launch()
+    assert cluster.output.count(f"cannot create the job ({message}); retrying") == 1
+    assert "does not respond" not in cluster.output
+
+
+def test_a_webhook_that_stays_down_ends_the_step(pytorch: Cluster) -> None:
+    pytorch.api.refuses_jobs = 500, 'failed calling webhook "a": no endpoints'
+    error = pytorch.fails()
+    assert 'failed calling webhook "a": no endpoints' in error
+    assert "repair the webhook's service" in error
+
+
 def test_an_old_cluster_is_refused_before_a_job_is_made(pytorch: Cluster) -> None:
     pytorch.api.version = "v1.24.17"
     assert pytorch.fails() == snapshot("""\

@@ -1,10 +1,11 @@
 """Journeys three and four of docs/journeys.md, command by command: from an empty namespace to a
-run, on a stand-in for a cluster.
+run, on a stand-in for a cluster. The chart's README, too: into a profile behind a proxy.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import certifi
 import helm_python
 import pytest
 import yaml
@@ -26,8 +28,10 @@ from canvastune import __version__
 from canvastune.tiny_model import write_problems
 from tests.e2e.test_pipeline import STEPS
 from tests.fakes.fake_cluster import FakeCluster
+from tests.fakes.fake_node import token_of
 from tests.support.documents import Block, blocks
 from tools import images
+from tools.chart_table import CHART
 
 ROOT = Path(__file__).parents[2]
 JOURNEYS = ROOT / "docs" / "journeys.md"
@@ -152,6 +156,44 @@ class Reader:
         return f"Forwarding from 127.0.0.1:{found[2]} -> {found[3]}"
 
 
+class ProfileReader(Reader):
+    """Does what the chart's README says for a Kubeflow profile."""
+
+    def _kubectl(self, words: list[str]) -> str:
+        if words[0] == "create":
+            return self._create(words[1:])
+        if words == ["port-forward", "-n", "kubeflow", "svc/ml-pipeline-ui", "8080:80", "&"]:
+            self._meant["localhost:8080"] = self._cluster.address("ml-pipeline-ui", 80)
+            return "Forwarding from 127.0.0.1:8080 -> 80"
+        return super()._kubectl(words)
+
+    def _create(self, words: list[str]) -> str:
+        words, output = (words[:-2], words[-1]) if words[-2] == ">" else (words, "")
+        known = argparse.ArgumentParser("kubectl create")
+        known.add_argument("kind", nargs="+")
+        known.add_argument("-n", required=True)
+        for option in ("--type", "--from-file", "--audience", "--duration"):
+            known.add_argument(option)
+        given = known.parse_args(words)
+        assert given.n == self._cluster.namespace
+        if given.audience:
+            kind, account = given.kind
+            assert kind == "token"
+            assert account in self._cluster.all("ServiceAccount")
+            (self._home / output).write_text(token_of(account, given.audience))
+            return ""
+        key, _, path = given.from_file.rpartition("=")
+        file = self._home / path.replace("$HOME/", "")
+        made: dict[str, Any] = {"apiVersion": "v1", "metadata": {"name": given.kind[-1]}}
+        if given.kind[0] == "configmap":
+            made |= {"kind": "ConfigMap", "data": {key or file.name: file.read_text()}}
+        else:
+            data = {key: base64.b64encode(file.read_bytes()).decode()}
+            made |= {"kind": "Secret", "type": given.type, "data": data}
+        self._cluster.put(made)
+        return f"{given.kind[0]}/{given.kind[-1]} created"
+
+
 def told(journey: int) -> list[Block]:
     """The blocks of one of the journeys."""
     text = JOURNEYS.read_text(encoding="utf-8")
@@ -238,6 +280,65 @@ def test_a_reader_goes_from_an_empty_namespace_to_a_finished_run(
             reader.do(command)
         reader.execute(sys.executable, "-c", client.text)
         check_plain_runs(cluster)
+
+
+@pytest.mark.timeout(280)
+def test_a_reader_of_the_chart_s_readme_installs_into_a_profile_behind_a_proxy(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """With a private registry and Kubeflow's API, which wants a token of the profile."""
+    page = CHART / "README.md"
+    text = page.read_text(encoding="utf-8")
+    first = text.count("\n", 0, text.index("### A Kubeflow profile"))
+    values, install = [block for block in blocks(page) if block.line > first][:2]
+    assert (values.name, install.language) == ("my-values.yaml", "sh")
+    home = tmp_path / "checkout"
+    with FakeCluster(tmp_path / "cluster", "team-a") as cluster:
+        cluster.running = False
+        port = int(cluster.address("ml-pipeline", 8888).rpartition(":")[2])
+        cluster.node.name({"ml-pipeline.kubeflow.svc.cluster.local:8888": port})
+        cluster.kubeflow.namespaces = ("team-a",)
+        cluster.kubeflow.token = token_of("default-editor", "pipelines.kubeflow.org")
+        account = {"apiVersion": "v1", "kind": "ServiceAccount"}
+        cluster.put(account | {"metadata": {"name": "default-editor"}})
+        reader = ProfileReader(cluster, home, tiny_model, values.text)
+        (home / "ca.crt").write_text(Path(certifi.where()).read_text())
+        (home / ".docker").mkdir()
+        (home / ".docker" / "config.json").write_text('{"auths": {"registry.example.com": {}}}')
+        try:
+            for command in commands(install.text):
+                reader.do(command)
+        finally:  # what the test shows where it fails
+            print(*(f"--- {pod}\n{cluster.node.said(pod)[-6000:]}" for pod in cluster.node.logs))
+        (version,), (run,) = cluster.kubeflow.versions, cluster.kubeflow.runs
+        assert "uploaded" in cluster.node.said("canvastune-upload-0")
+        (tested,) = [said for line, said in reader.said.items() if line.startswith("helm test")]
+        assert "yes create kubeflow.org/pytorchjobs" in tested
+        check_private(version["pipeline_spec"])
+        for pod in cluster.all("Pod").values():
+            assert pod["spec"]["imagePullSecrets"] == [{"name": "regcred"}]
+            for container in pod["spec"]["containers"]:
+                assert container["image"].startswith("registry.example.com/ml/")
+        assert run["pipeline_version_reference"]["pipeline_version_id"] == "version-1"
+
+
+def check_private(uploaded: dict[str, Any]) -> None:
+    """Every step and the training pods have registry, pull secret, proxy and certificates."""
+    spec, platform = uploaded["pipeline_spec"], uploaded["platform_spec"]
+    settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, executor in spec["deploymentSpec"]["executors"].items():
+        env = {one["name"]: one["value"] for one in executor["container"]["env"]}
+        assert env["HTTPS_PROXY"] == "http://proxy.example.com:3128", name
+        assert env["SSL_CERT_FILE"] == "/etc/canvastune-ca/ca.crt", name
+        assert "regcred" in json.dumps(settings[name]["imagePullSecret"]), name
+        assert "company-ca" in json.dumps(settings[name]["configMapAsVolume"]), name
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert parameters["pipeline_image"]["defaultValue"].startswith("registry.example.com/ml/")
+    training = json.loads(parameters["cluster"]["defaultValue"])
+    assert training["image"].startswith("registry.example.com/ml/")
+    assert training["pull_secrets"] == ["regcred"]
+    assert training["env"]["HTTPS_PROXY"] == "http://proxy.example.com:3128"
+    assert training["ca_bundle"]["config_map"] == "company-ca"
 
 
 def check_install(cluster: FakeCluster, reader: Reader) -> None:

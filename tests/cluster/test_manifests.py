@@ -308,6 +308,8 @@ def test_shared_memory_grace_and_sidecar_are_what_training_needs(backend: str) -
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "32Gi"}} in pod["volumes"]
     assert pod["terminationGracePeriodSeconds"] > 60, "killed before the state is saved"
     assert json.dumps(job).count('"sidecar.istio.io/inject": "false"') >= 2
+    for autoscaler in ("autoscaler.kubernetes.io/safe-to-evict", "karpenter.sh/do-not-disrupt"):
+        assert autoscaler in json.dumps(job), "the node of a running job is removed"
     assert job["metadata"]["ownerReferences"] == [CONTEXT.owner]
 
 

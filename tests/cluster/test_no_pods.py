@@ -271,6 +271,57 @@ def test_a_job_that_kueue_does_not_manage_is_named(cluster: Cluster) -> None:
     assert _elapsed(cluster) == pytest.approx(0.1 * HOUR, abs=40)
 
 
+@pytest.mark.parametrize("reason", ["WorkloadPriorityClassNotFound", "PriorityClassNotFound"])
+def test_a_priority_class_that_kueue_does_not_find_ends_the_wait(
+    cluster: Cluster, reason: str
+) -> None:
+    cluster.at(2, cluster.operator.suspended)
+    text = f'{reason.removesuffix("NotFound")} "high" not found'
+    cluster.at(
+        3,
+        lambda: cluster.api.warn(
+            cluster.operator.job["metadata"]["name"], reason, text, cluster.kind.kind
+        ),
+    )
+    error = cluster.fails(
+        config_of(cluster.backend, queue="team-a", priority_class="high", queue_hours=24)
+    )
+    assert f"{reason}: {text}" in error
+    assert "training.priorityClassName" in error
+    assert _elapsed(cluster) < 600
+
+
+def test_without_a_workload_the_priority_class_is_named_too(cluster: Cluster) -> None:
+    """Older versions of Kueue only log it."""
+    cluster.at(2, cluster.operator.suspended)
+    cluster.fails(config_of(cluster.backend, queue="team-a", priority_class="high"))
+    assert "that WorkloadPriorityClass high exists" in cluster.output
+
+
+def test_a_job_that_is_admitted_and_stays_suspended_is_named(cluster: Cluster) -> None:
+    admitted = {"type": "Admitted", "status": "True"}
+    cluster.at(
+        2,
+        lambda: cluster.operator.in_queue(
+            "", conditions=[{**admitted, "lastTransitionTime": cluster.clock.stamp()}]
+        ),
+    )
+    error = cluster.fails(config_of(cluster.backend, queue="team-a", queue_hours=0.1))
+    assert "still suspended" in error
+    assert cluster.output.count("reason=JobNotResumed") == 1
+    assert "2026-11-24T12:00:02Z, but it is still suspended" in cluster.output
+
+
+def test_a_job_that_kueue_evicted_says_why_it_is_in_the_queue_again(cluster: Cluster) -> None:
+    """With waitForPodsReady."""
+    message = "Exceeded the PodsReady timeout team-a/job"
+    cluster.at(2, cluster.operator.in_queue, message)
+    cluster.goes_well(start=400)
+    cluster.at(399, lambda: cluster.api.remove("workloads", _workload(cluster)))
+    cluster.launch(config_of(cluster.backend, queue="team-a", queue_hours=24))
+    assert f": {message} (reason=WaitingInQueue)" in cluster.output
+
+
 def test_a_job_that_runs_outside_of_its_queue_is_named(cluster: Cluster) -> None:
     cluster.goes_well()
     cluster.launch(config_of(cluster.backend, queue="team-a"))

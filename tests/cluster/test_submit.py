@@ -330,7 +330,7 @@ def test_wait_ends_with_code_1_and_the_steps_name(
 def test_ctrl_c_leaves_the_run_alone(
     kubeflow: FakeKubeflow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(submitting, "follow", interrupted)

@@ -88,6 +88,7 @@ class FakeKubernetes:
         self.outage: int | str | None = (
             None  # a status for every call, or "drop": connections are closed without a response
         )
+        self.refuses_jobs: tuple[int, str] | None = None  # status and message for each creation
         self.lose_response = 0  # so many responses are lost after the change
         self.linger = 0.0  # seconds that a deleted job's pods take to end
         self.calls: list[str] = []
@@ -237,6 +238,8 @@ class FakeKubernetes:
                 409, f'{path.plural}.{path.group} "{body["metadata"]["name"]}" already exists'
             )
         crd = _CRDS.get(path.plural)
+        if crd is not None and self.refuses_jobs is not None:
+            return self.refuses_jobs[0], _status(*self.refuses_jobs)
         if crd is not None and crd.exists():
             body = cluster_rules.pruned(body, crd)
             if problems := cluster_rules.crd_problems(body, crd):
@@ -254,6 +257,13 @@ class FakeKubernetes:
 
     def _pod_log(self, pod: Mapping[str, Any], query: Mapping[str, str]) -> tuple[int, Any]:
         name = pod["metadata"]["name"]
+        containers = [one["name"] for one in pod.get("spec", {}).get("containers", ())]
+        if len(containers) > 1 and query.get("container") not in containers:
+            return 400, _status(
+                400,
+                f"a container name must be specified for pod {name}, choose one of: "
+                f"[{' '.join(containers)}]",
+            )
         if pod["status"]["phase"] == "Pending":
             return 400, _status(
                 400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating'

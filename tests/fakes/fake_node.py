@@ -214,10 +214,18 @@ class FakeNode:
                     "data"
                 ].items():
                     (folder / file).write_text(text)
+            elif "projected" in volume:
+                folder.mkdir(parents=True, exist_ok=True)
+                (source,) = volume["projected"]["sources"]
+                token = source["serviceAccountToken"]
+                text = token_of(spec["serviceAccountName"], token["audience"])
+                (folder / token["path"]).write_text(text)
             elif volume["emptyDir"].get("medium") == "Memory":
                 folder = Path(mount["mountPath"])
             folder.mkdir(parents=True, exist_ok=True)
             places[mount["mountPath"]] = str(folder)
+        for secret in spec.get("imagePullSecrets", ()):
+            assert secret["name"] in self._objects("Secret"), f"no pull secret {secret['name']}"
         account = spec.get("serviceAccountName")
         assert account is None or account in self._objects("ServiceAccount"), (
             f"no service account {account}"
@@ -227,8 +235,11 @@ class FakeNode:
         )
         for variable in container.get("env", ()):
             source = variable.get("valueFrom", {})
-            if "fieldRef" in source:
-                value: str | None = labels[
+            value: str | None
+            if source.get("fieldRef") == {"fieldPath": "status.podIP"}:
+                value = "127.0.0.1"
+            elif "fieldRef" in source:
+                value = labels[
                     source["fieldRef"]["fieldPath"]
                     .removeprefix("metadata.labels['")
                     .removesuffix("']")
@@ -242,6 +253,11 @@ class FakeNode:
             if value is not None:
                 environment[variable["name"]] = placed(value, places)
         return environment, places
+
+
+def token_of(account: str, audience: str) -> str:
+    """Return a service account's token for an audience."""
+    return f"{account}.{audience}"
 
 
 def _expanded(word: str, environment: Mapping[str, str]) -> str:

@@ -80,3 +80,56 @@ def cluster(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the training defaults."""
     text = named(documents, "ConfigMap", "canvastune-training")["data"]["cluster.json"]
     return dict(json.loads(text))
+
+
+# --- values of every kind
+
+PROXY = {
+    "HTTPS_PROXY": "http://proxy.example.com:3128",
+    "NO_PROXY": ".svc,.cluster.local,10.0.0.0/8",
+}
+FROM = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}]
+ALL = {  # every optional object and setting at once
+    "commonAnnotations": {"team": "a"},
+    "images": {"pullSecrets": ["one", {"name": "two"}]},
+    "mlflow": {
+        "pathPrefix": "/mlflow",
+        "backup": {"enabled": True},
+        "metrics": {
+            "enabled": True,
+            "serviceMonitor": {
+                "enabled": True,
+                "labels": {"release": "prometheus"},
+                "basicAuth": {"existingSecret": {"name": "mlflow-reader"}},
+            },
+        },
+        "priorityClassName": "high",
+        "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
+        "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca"}],
+        "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
+    },
+    "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
+    "workspace": {"fetch": {"enabled": True, "data": {"source": "openai/gsm8k"}}},
+    "httpRoute": {
+        "enabled": True,
+        "hostnames": ["gateway.example.com"],
+        "parentRefs": [{"name": "shared", "namespace": "gateways"}],
+    },
+    "networkPolicy": {"from": FROM},
+    "steps": {
+        "env": PROXY,
+        "caBundle": {"configMap": "company-ca"},
+        "nodeSelector": {"pool": "cpu"},
+        "tolerations": [{"key": "team", "operator": "Exists"}],
+    },
+    "training": {"backend": "trainjob", "caBundle": {"secret": "company-ca"}},
+    "serving": {"enabled": True, "model": "runs/a/model", "priorityClassName": "high"},
+}
+FILES = {
+    **{name: ci_values(name) for name in CI},
+    "all": ALL,
+    "openshift": {
+        "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+        "mlflow": {"backup": {"enabled": True}},
+    },
+}

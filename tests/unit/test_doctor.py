@@ -395,14 +395,36 @@ def test_operator_that_the_recipe_needs_and_the_cluster_lacks_is_a_problem() -> 
     assert "--set cluster.backend=pytorchjob" in found.fix
 
 
+def _patches(*of_pod: str) -> dict[str, Any]:
+    """Return the schema of `runtimePatches` with these fields of a pod."""
+    schema: dict[str, Any] = {"properties": {field: {} for field in of_pod}}
+    for name in ("spec", "template", "spec", "template"):
+        schema = {"properties": {name: schema}}
+    schema = {"properties": {"replicatedJobs": {"type": "array", "items": schema}}}
+    for name in ("spec", "template", "trainingRuntimeSpec"):
+        schema = {"properties": {name: schema}}
+    return {"type": "array", "items": schema}
+
+
+DEADLINE = {"activeDeadlineSeconds": {"type": "integer"}}
+
+
 @pytest.mark.parametrize(
-    ("fields", "state"),
-    [(("runtimePatches", "activeDeadlineSeconds"), "ok"), (("podTemplateOverrides",), "problem")],
+    ("fields", "lacking"),
+    [
+        ({**DEADLINE, "runtimePatches": _patches("terminationGracePeriodSeconds")}, ""),
+        ({"podTemplateOverrides": {}}, "activeDeadlineSeconds and no runtimePatches"),
+        (  # Trainer 2.2
+            {**DEADLINE, "runtimePatches": _patches("volumes")},
+            "template.spec.template.spec.terminationGracePeriodSeconds",
+        ),
+        ({**DEADLINE, "runtimePatches": {"x-kubernetes-preserve-unknown-fields": True}}, ""),
+    ],
 )
 def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
-    cluster: Cluster, fields: tuple[str, ...], state: str
+    cluster: Cluster, fields: dict[str, Any], lacking: str
 ) -> None:
-    spec: dict[str, Any] = {"properties": {field: {} for field in fields}}
+    spec: dict[str, Any] = {"properties": fields}
     cluster.schemas = {
         "/openapi/v3/apis/trainer.kubeflow.org/v1alpha1": {
             "io.kubeflow.trainer.v1alpha1.TrainJob": {
@@ -414,9 +436,10 @@ def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
     served = {"trainjobs.trainer.kubeflow.org", "pytorchjobs.kubeflow.org"}
     client, _ = connect_to_cluster()
     found = check_operators(client, served, "trainjob")
-    assert found.state == state
-    if state == "problem":
-        assert "TrainJob of this cluster has no runtimePatches" in found.found
+    assert found.state == ("problem" if lacking else "ok")
+    if lacking:
+        assert "TrainJob of this cluster has no " in found.found
+        assert found.found.endswith(lacking)
         assert "install Kubeflow Trainer 2.3 or newer" in found.fix
         assert check_operators(client, served, "local").state == "warning"
 

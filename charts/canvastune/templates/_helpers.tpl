@@ -226,9 +226,10 @@ capabilities:
 {{- list $name $inNamespace (printf "%s.svc" $inNamespace) (printf "%s.svc.%s" $inNamespace .Values.clusterDomain) | toJson -}}
 {{- end -}}
 
-{{/* --allowed-hosts replaces MLflow's default list, so it lists everything: services, port-forward, ingress. */}}
+{{/* --allowed-hosts replaces MLflow's default list, so it lists everything: services, port-forward, ingress, and the
+pod's own address, of either family, which probes and Prometheus call. */}}
 {{- define "canvastune.mlflow.allowedHosts" -}}
-{{- $hosts := list "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*" -}}
+{{- $hosts := list "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*" "$(POD_IP):5000" "[$(POD_IP)]:5000" -}}
 {{- range include "canvastune.mlflow.serviceNames" . | fromJsonArray -}}
 {{- $hosts = concat $hosts (list . (printf "%s:%d" . (int $.Values.mlflow.service.port))) -}}
 {{- end -}}

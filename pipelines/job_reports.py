@@ -1,0 +1,121 @@
+"""What a followed run waits for: the launchers' reports on its jobs, and steps that do not start."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from canvastune.errors import UserError
+from components.jobs.client import Clock, Forbidden, KubernetesClient, connect_to_cluster
+from components.jobs.log_stream import LogPosition
+from components.jobs.states import PYTORCHJOB, Object
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
+_RUN = "pipeline/runid"  # Kubeflow's label on the pods of a run's steps
+_CONTAINER = "main"  # Argo's name of the container with the step's program
+_REPORT = re.compile(r"^(?:WARNING )?(.*\(reason=\w+\).*)$")
+_STARTING = ("ContainerCreating", "PodInitializing")
+_RETRY_SECONDS = 60.0  # between two attempts to read logs that could not be read
+
+
+class JobReports:
+    """The states of a run's jobs, what they wait for in their queue, and what blocks pods.
+
+    Kubeflow's API has none of it, so it is read from the cluster of the kubeconfig. Where that
+    cannot be done, one line says why, and which command shows it.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        namespace: str,
+        connect: Callable[[], tuple[ApiClient, str]] | None = None,
+        clock: Clock = time,
+    ) -> None:
+        self._label, self._namespace = f"{_RUN}={run_id}", namespace
+        self._connect, self._clock = connect or connect_to_cluster, clock
+        self._api: KubernetesClient | None = None
+        self._positions: dict[str, LogPosition] = {}  # by the uid of a pod
+        self._stuck: dict[str, str] = {}  # by the uid of a pod: why it does not start
+        self._next_attempt = 0.0
+        self._said = False  # that nothing can be shown
+
+    def new(self) -> list[str]:
+        """Return what the launchers have reported since the last call, and which steps are stuck."""
+        if self._clock.time() < self._next_attempt:
+            return []
+        try:
+            if self._api is None:
+                client, _ = self._connect()
+                # The launchers log the kind of job; pods and their logs are read the same for both.
+                self._api = KubernetesClient(client, self._namespace, PYTORCHJOB, self._clock)
+                self._api.timeout = 0.0  # the next call is the next attempt
+            pods = self._api.pods(self._label)
+            lines = [line for pod in pods for line in self._lines(self._api, pod)]
+        except UserError as error:
+            permanent = isinstance(error, Forbidden) or self._api is None
+            self._next_attempt = float("inf") if permanent else self._clock.time() + _RETRY_SECONDS
+            return self._say_unreadable(str(error))
+        if pods:
+            self._said = False  # another outage is said again
+            return lines
+        return self._say_unreadable(
+            f"namespace {self._namespace} of the kubeconfig's cluster has no pod of this run"
+        )
+
+    def _lines(self, api: KubernetesClient, pod: Object) -> list[str]:
+        uid, name = pod["metadata"]["uid"], pod["metadata"]["name"]
+        if pod["status"].get("phase") == "Pending":
+            reason, message = _stuck(pod, api.events(name))
+            if not reason or self._stuck.get(uid) == reason:
+                return []
+            self._stuck[uid] = reason
+            return [f"pod {name} does not start: {reason}: {message}"]
+        if pod["status"].get("phase") == "Running":
+            position = self._positions.setdefault(uid, LogPosition())
+        elif uid in self._positions:
+            position = self._positions.pop(uid)  # for the last time
+        else:
+            return []  # what a step that has ended once waited for
+        lines = map(_report, position.new_lines(api, name, container=_CONTAINER))
+        return [line for line in lines if line]
+
+    def _say_unreadable(self, reason: str) -> list[str]:
+        if self._said:
+            return []
+        self._said = True
+        command = f"kubectl logs -n {self._namespace} -l {self._label} -c {_CONTAINER} --tail=-1"
+        return [f"what jobs wait for is not shown: {reason}. Use {command} | grep reason="]
+
+
+def _stuck(pod: Object, warnings: list[Object]) -> tuple[str, str]:
+    """Return why a pending pod does not start, as a reason and a message; ("", "") if unknown."""
+    status = pod["status"]
+    for kind in ("initContainerStatuses", "containerStatuses"):
+        for container in status.get(kind) or ():
+            waiting = (container.get("state") or {}).get("waiting") or {}
+            if waiting.get("reason") not in (None, *_STARTING):
+                # a pull that fails is ErrImagePull and ImagePullBackOff in turns
+                reason = re.sub("^ErrImagePull$", "ImagePullBackOff", waiting["reason"])
+                return reason, str(waiting.get("message") or "")
+    for condition in status.get("conditions") or ():
+        if condition.get("reason") == "Unschedulable":
+            return "Unschedulable", str(condition.get("message") or "")
+    last: Object = warnings[-1] if warnings else {}
+    return str(last.get("reason") or ""), " ".join(str(last.get("message") or "").split())
+
+
+def _report(line: str) -> str:
+    """Return a launcher's report in a line of a step's log; "" if it is none."""
+    if line.startswith("{"):
+        try:
+            line = str(json.loads(line).get("message", ""))
+        except ValueError:
+            return ""
+    match = _REPORT.match(line)
+    return match[1] if match else ""
