@@ -157,6 +157,26 @@ def test_a_folder_of_a_shared_claim_is_mounted_everywhere(tmp_path: Path) -> Non
     ]
 
 
+def test_an_external_secret_can_be_installed_with_the_chart_and_is_referenced() -> None:
+    """Of the External Secrets Operator, for a database whose password is in a vault."""
+    secret = {
+        "apiVersion": "external-secrets.io/v1",
+        "kind": "ExternalSecret",
+        "metadata": {"name": "mlflow-database"},
+        "spec": {"secretStoreRef": {"name": "vault"}, "dataFrom": [{"extract": {"key": "mlflow"}}]},
+    }
+    documents = render(
+        {
+            "mlflow": {"database": {"existingSecret": {"name": "mlflow-database"}}},
+            "extraObjects": [secret],
+        }
+    )
+    (made,) = of_kind(documents, "ExternalSecret")
+    assert made["spec"] == secret["spec"]
+    address = env_of(server(documents)["containers"][0])["MLFLOW_BACKEND_STORE_URI"]
+    assert address["secretKeyRef"] == {"name": "mlflow-database", "key": "uri"}
+
+
 def test_mlflow_takes_a_priority_and_is_placed() -> None:
     mlflow = {
         "affinity": {"nodeAffinity": {}},

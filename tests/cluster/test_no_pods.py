@@ -13,7 +13,7 @@ from inline_snapshot import snapshot
 
 from components.jobs.pruned_fields import pruned_fields
 from tests.support.cluster_rules import PYTORCHJOB_CRD
-from tests.support.cluster_stage import HOUR, Cluster, config_of
+from tests.support.cluster_stage import HOUR, Cluster, config_of, stage
 
 PERMANENT = {  # what the API server or the operator says: reason, and words of message and hint
     "quota without the resource": (
@@ -167,6 +167,30 @@ def test_events_of_an_earlier_job_of_that_name_or_of_another_s_jobset_say_nothin
     cluster.goes_well(start=400)
     cluster.launch(config_of(cluster.backend, queue_hours=24))
     assert "PriorityClass" not in cluster.output
+
+
+def test_a_job_that_the_jobset_cannot_create_ends_the_wait(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The TrainJob itself then has no event, and there is no Job either."""
+    for cluster in stage("trainjob", capsys, monkeypatch):
+
+        def invalid(cluster: Cluster = cluster) -> None:
+            job = cluster.operator.job["metadata"]
+            owner = {"ownerReferences": [{"uid": job["uid"]}]}
+            jobset = cluster.api.put("jobsets", job["name"], metadata=owner)
+            text = (
+                f'job "{job["name"]}-node-0" creation failed with error: Job.batch '
+                f'"{job["name"]}-node-0" is invalid: spec.template.spec.containers[0].resources.'
+                "limits[nvidia.com/gpu]: Required value: Limit must be set"
+            )
+            uid = jobset["metadata"]["uid"]
+            cluster.api.warn(job["name"], "JobCreationFailed", text, "JobSet", uid)
+
+        cluster.at(3, invalid)
+        error = cluster.fails(config_of("trainjob", queue_hours=24))
+        assert "limits[nvidia.com/gpu]: Required value" in error
+        assert _elapsed(cluster) < 600
 
 
 def test_an_event_without_a_uid_counts_by_kind_and_name(pytorch: Cluster) -> None:
