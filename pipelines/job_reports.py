@@ -60,9 +60,9 @@ class JobReports:
         except UserError as error:
             permanent = isinstance(error, Forbidden) or self._api is None
             self._next_attempt = float("inf") if permanent else self._clock.time() + _RETRY_SECONDS
-            return self._say_unreadable(str(error))
+            return self._say_unreadable(self._reason(error))
         if pods:
-            self._said = False  # another outage is said again
+            self._said = False  # another outage is reported again
             return lines
         return self._say_unreadable(
             f"namespace {self._namespace} of the kubeconfig's cluster has no pod of this run"
@@ -84,6 +84,13 @@ class JobReports:
             return []  # what a step that has ended once waited for
         lines = map(_report, position.new_lines(api, name, container=_CONTAINER))
         return [line for line in lines if line]
+
+    def _reason(self, error: UserError) -> str:
+        if self._api is None:
+            return str(error)
+        if isinstance(error, Forbidden):
+            return f"your account may not read pods and their logs in namespace {self._namespace}"
+        return "the Kubernetes API server does not respond"
 
     def _say_unreadable(self, reason: str) -> list[str]:
         if self._said:

@@ -515,7 +515,7 @@ def check_launcher(server: ApiServer, report: Report, crds: Mapping[str, list[Cr
         for case in REFUSALS:
             if case.only not in (None, backend) or case.plugin not in server.plugins:
                 continue
-            with report.claim(f"launcher, {backend}: {case.what} is said with its setting"):
+            with report.claim(f"launcher, {backend}: {case.what} is explained with its setting"):
                 check_refusal(server, backend, case)
 
 

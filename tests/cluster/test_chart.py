@@ -44,7 +44,8 @@ from tests.support.rendered_chart import (
 from tools.chart_table import CHART
 
 KUBERNETES = kubernetes_validate.utils.all_versions()
-OURS = {"trainer.kubeflow.org/v1alpha1"}  # with CRDs as schemas
+# kinds of operators, which Kubernetes has no schema of
+OURS = {"trainer.kubeflow.org/v1alpha1", "monitoring.coreos.com/v1"}
 kubernetes_validate.utils.schema_contents = functools.cache(
     kubernetes_validate.utils.schema_contents
 )  # it would read 1 MB per object
@@ -589,6 +590,7 @@ def test_notes_show_three_commands_that_fit_the_values(ci: str) -> None:
     assert "canvastune submit " in notes
     addresses = {
         "ingress-tls-auth": "https://mlflow.example.com",
+        "oidc": "https://mlflow.example.com",
         "company": "http://tools.example.com/mlflow",
     }
     forwarded = "kubectl port-forward -n team-a service/canvastune-mlflow"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from kubernetes import client as kubernetes
 
 from canvastune.errors import UserError
 from pipelines import job_reports
+from pipelines import submit as submitting
 from pipelines.cli import main
 from pipelines.job_reports import JobReports
 from tests.cluster.test_submit import RECIPE, _state, _task
@@ -91,7 +94,7 @@ def test_what_cannot_be_read_is_said_once_with_the_command_that_shows_it(steps: 
     steps.api.rules = []
     reports = steps.reports()
     (line,) = reports.new()
-    assert "may not list pods in namespace team-a" in line
+    assert "may not read pods and their logs in namespace team-a" in line
     assert "kubectl logs -n team-a -l pipeline/runid=run-1 -c main" in line
     assert reports.new() == []
     assert steps.api.calls.count("list pods") == 1, "asks again what is forbidden"
@@ -113,7 +116,7 @@ def test_after_an_outage_of_the_api_server_reports_are_shown_again(steps: Steps)
     assert reports.new() == []
     steps.api.outage = 503
     (line,) = reports.new()
-    assert "did not respond" in line
+    assert "does not respond" in line
     steps.api.outage = None
     steps.api.log("train", WAITING)
     assert reports.new() == [], "asks at each poll"
@@ -159,17 +162,22 @@ def test_submit_wait_shows_the_queue_and_since_when(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(job_reports, "connect_to_cluster", steps.connect)
+    quick = SimpleNamespace(strftime=time.strftime, monotonic=time.monotonic, sleep=lambda _: None)
+    monkeypatch.setattr(submitting, "time", quick)
     steps.pod("train")
     steps.api.log("train", f"{QUEUED} (reason=JobQueued)")
     steps.api.log("train", WAITING)
-    running = _state("RUNNING", _task("train", "RUNNING"))
-    ended = _state("SUCCEEDED", _task("train", "SUCCEEDED"))
-    with FakeKubeflow(script=[running, ended]) as kubeflow:
+    script = [
+        _state("RUNNING", _task("train", "RUNNING")),
+        _state("SUCCEEDED", _task("train", "SUCCEEDED")),
+    ]
+    with FakeKubeflow(script=script) as kubeflow:
         assert main(["submit", str(RECIPE), "--host", kubeflow.host, "--wait"]) == 0
     said = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()]
-    first = said.index("train           running")
+    running = f"{'train':<16}running"
+    first = said.index(running)
     assert said[first : first + 3] == [
-        "train           running",
+        running,
         f"{QUEUED} (reason=JobQueued)",
         WAITING,
     ]

@@ -176,7 +176,8 @@ class FakeNode:
         home.mkdir(parents=True, exist_ok=True)
         environment = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}",
-            "PYTHONPATH": str(self.folder / "python"),
+            # images have this checkout's code
+            "PYTHONPATH": f"{self.folder / 'python'}{os.pathsep}{ROOT}",
             "CLUSTER_NAMES": str(self.folder / "names.json"),
             "NO_PROXY": "*",
             "HOME": str(home),
