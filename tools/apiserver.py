@@ -540,7 +540,7 @@ _RESTRICTED = {
     "runAsNonRoot": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-_NO_CPU_LIMIT = {"resources": {"requests": {}, "limits": {}}}
+_NO_CPU_LIMIT: dict[str, Any] = {"resources": {"requests": {}, "limits": {}}}
 REFUSALS = (
     Refusal(
         "a quota on limits.cpu",
