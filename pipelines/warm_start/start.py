@@ -67,13 +67,14 @@ def warm_processes(server_command: Sequence[str] = _SERVER) -> Iterator[None]:
 @contextlib.contextmanager
 def _serve(folder: Path, server_command: Sequence[str]) -> Iterator[None]:
     address, python = folder / "socket", folder / "bin" / "python3"
-    if len(os.fsencode(address)) > _LONGEST_ADDRESS:
-        yield
-        return
     command = [sys.executable, "-I", "-S", str(_CLIENT), str(address), sys.executable]
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     python.chmod(0o700)
+    # A disk may be mounted such that no program on it can be run.
+    if len(os.fsencode(address)) > _LONGEST_ADDRESS or not os.access(python, os.X_OK):
+        yield
+        return
     before = os.environ.get(PYTHON_EXEC)
     os.environ[PYTHON_EXEC] = str(python)
     with socket.socket(socket.AF_UNIX) as listener:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_without_a_server_every_step_starts_by_itself() -> None:
         assert parent() == server
         os.kill(server, signal.SIGKILL)
         assert parent() != server
+
+
+@pytest.mark.parametrize("obstacle", ["a long path", "a disk without programs"])
+def test_where_no_server_can_be_asked_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    if obstacle == "a long path":
+        folder = tmp_path / ("long" * 25)
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    else:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    outside = server_id()
+    with warm():
+        assert server_id() == outside, "a second server was started"
 
 
 def test_an_import_that_fails_is_left_to_the_step(capfd: pytest.CaptureFixture[str]) -> None:
