@@ -31,6 +31,7 @@ _BOUNDS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # which may ask for hours
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # a lock file of the current folder is of another project
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster does not call third parties unasked
 }
 # MLflow's codes for a call that is always refused, and for a client that is. Others pass: a lost
@@ -45,12 +46,15 @@ _REFUSALS = (
 )
 _UNAUTHORIZED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 _EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # MLflow's UI: not for agents
+    "mlflow.experimentKind": "custom_model_development",  # MLflow's UI: not for agents
+    "mlflow.note.content": "Fine-tuning with Canvastune. *Model training* (top left) has the runs, "
+    "with their steps as nested runs; *GenAI*, *Evaluation runs* has both models' answers.",
+}
 _NOISY_LOGGERS = (
     "mlflow.store.db.utils",
     "mlflow.store.model_registry.abstract_store",
     "mlflow.system_metrics.system_metrics_monitor",
+    "mlflow.pyfunc",
     "mlflow.tracking.client",
     "alembic",
     "urllib3.connectionpool",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from canvastune.config.strict import flatten
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import paired_test
 from canvastune.tracking.client import load_mlflow, log
+from canvastune.tracking.mlmodel import write_mlmodel
 from canvastune.tracking.run_lookup import PipelineRun
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def log_model(
 ) -> LoggedModel:
     """Log a folder of weights as a LoggedModel of a step's run, once.
 
-    Above 200 MB it holds the folder's path, its size and its small files.
+    `mlflow.pyfunc.load_model` answers with it. Above 200 MB it holds the folder's path, its size
+    and its small files in place of the weights.
 
     Args:
         kind: "adapter", "merged" or "full".
@@ -66,9 +69,11 @@ def log_model(
     model = next(iter(found), None) or client.create_logged_model(
         experiment, name, run_id, tags, parameters, kind
     )
-    if upload:
-        client.log_model_artifacts(model.model_id, str(folder))
-    else:
+    with tempfile.TemporaryDirectory(prefix="canvastune-model-") as scratch:
+        described = Path(scratch) / "model"
+        write_mlmodel(described, model, config, folder, kind, upload=upload)
+        client.log_model_artifacts(model.model_id, str(described))
+    if not upload:
         log.info("%s: %.1f GB are not uploaded to MLflow, only their path", folder, size / 1e9)
         for file in (folder / name for name in _MODEL_FILES):
             if file.is_file():
