@@ -411,7 +411,7 @@ class EvaluateConfig(StrictModel):
 
 
 class TrackingConfig(StrictModel):
-    """MLflow. MLFLOW_TRACKING_URI in the environment takes precedence over `uri`."""
+    """MLflow and the Hub. MLFLOW_TRACKING_URI in the environment takes precedence over `uri`."""
 
     uri: str | None = Field(
         None,
@@ -434,6 +434,20 @@ class TrackingConfig(StrictModel):
         description="when a registered model gets the alias champion: better, if the paired test on "
         "the same held-out rows says that it is better than the champion (the first one: than the "
         "base); never",
+    )
+    hub_model_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        max_length=96,
+        description="repository on the Hub, as owner/name, that the tuned model is pushed to with its "
+        "model card once it is evaluated; the token is HF_TOKEN of the environment; default: not "
+        "pushed",
+    )
+    hub_private_repo: bool = Field(
+        True, description="whether the repository is private, if the push creates it"
+    )
+    hub_content: Literal["model", "adapter"] = Field(
+        "model", description="what is pushed: the complete model, or the LoRA adapter alone"
     )
 
     @field_validator("registered_model")
@@ -519,6 +533,11 @@ class RunConfig(StrictModel):
                 f"optimizer.min_lr ({self.optimizer.min_lr}) is above optimizer.lr "
                 f"({self.optimizer.lr})",
                 hint="Lower optimizer.min_lr.",
+            )
+        if self.tracking.hub_content == "adapter" and self.train.method == "full":
+            raise InvalidSetting(
+                "tracking.hub_content: found adapter, but train.method full makes none",
+                hint="Set tracking.hub_content=model.",
             )
         bad = [level for level in self.train.validation_levels if not 0 < level <= 1]
         if bad:

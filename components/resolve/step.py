@@ -84,7 +84,7 @@ def resolve(
     Raises:
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder
             that belongs to a run with another recipe or other data, or that is finished; no run
-            where one is to be compared with.
+            where one is to be compared with; a Hub token that may not push.
     """
     if steps != compiled_steps:
         raise UserError(
@@ -94,6 +94,11 @@ def resolve(
         )
     settings = [*filter(None, map(str.strip, overrides.splitlines())), *dataset_override(dataset)]
     config = _tracked(loads(recipe, overrides=settings, defaults=_cluster_defaults(cluster)))
+    if config.tracking.hub_model_id is not None:
+        # Here, as it takes a second to import.
+        from canvastune.checkpoint.hub_push import check_push
+
+        check_push(config.tracking.hub_model_id)
     folder = run_directory(workspace, run_name, job_name)
     find_compared(compared_folders(compare, Path(workspace)))
     data_config = parse_config(

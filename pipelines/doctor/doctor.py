@@ -65,6 +65,7 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
         yield from run_check("model", lambda: _check_model(config, options.host is not None))
         yield from run_check("data", lambda: _check_data(config, options.host is not None))
         yield from run_check("evaluation", lambda: _check_evaluation(config))
+        yield from run_check("hub", lambda: _check_push(config, options.host is not None))
     elif options.recipe is None:
         fix = "canvastune doctor RECIPE also checks its model and data"
         yield Finding("model, data", "skipped", "no recipe was given", fix)
@@ -130,6 +131,12 @@ def _check_evaluation(config: RunConfig) -> Iterator[Finding]:
     from pipelines.doctor.later_steps import check_evaluation
 
     yield from check_evaluation(config)
+
+
+def _check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    from pipelines.doctor.later_steps import check_push
+
+    yield from check_push(config, submitted)
 
 
 def _next_command(options: DoctorOptions) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.hub_push import check_push as ask_hub
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.preflight import (
@@ -55,3 +56,22 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("evaluation", "ok", found)
         for remark in describe_answers(config, dataset, sample=True):
             yield Finding("evaluation", "warning", remark)
+
+
+def check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    """Ask the Hub whether the tuned model may be pushed there, if the recipe names a repository.
+
+    Args:
+        submitted: the run is for a cluster, whose token is not that of this machine.
+    """
+    repository = config.tracking.hub_model_id
+    if repository is None:
+        return
+    if submitted:
+        found = f"{repository}: the cluster's HF_TOKEN is looked at when the run starts"
+        yield Finding("hub", "skipped", found)
+    elif ask_hub(repository):
+        yield Finding("hub", "ok", f"HF_TOKEN may push to {repository}")
+    else:
+        fix = "check the network and HF_ENDPOINT"
+        yield Finding("hub", "warning", f"{repository}: the Hub does not answer", fix)
