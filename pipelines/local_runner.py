@@ -24,7 +24,7 @@ from canvastune.evaluation.result import EvaluationResult
 from canvastune.logging import json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
-from canvastune.tracking import pending, tracking_uri
+from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect
 from components.earlier_runs import find_compared
 from components.finish.step import finish
@@ -34,6 +34,7 @@ from pipelines.warm_start import search_path, server_id, step_variables
 
 logger = logging.getLogger(__name__)
 
+_MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 _SHUTDOWN_TIMEOUT = 90  # seconds for a step to end after Ctrl-C: the ranks save a checkpoint first
 
 
@@ -208,9 +209,14 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         "tuned model": _relative(model),
         "MLflow": str(connect(uri)),
     }
+    run = pipeline_run(config, folder, "")
+    page = run_page(run) or ""
     if uri.startswith("sqlite"):
         lines["MLflow"] = f"{shell_command('mlflow')} ui --backend-store-uri {uri}"
-    if pending(pipeline_run(config, folder, "")):
+        lines["MLflow page"] = f"{_MLFLOW_UI}{page}"
+    else:
+        lines["MLflow"] = f"{connect(uri)}{page}"
+    if pending(run):
         sync = f"canvastune sync {_relative(folder)}"
         lines["MLflow"] = f"incomplete; once {connect(uri)} responds again: {sync}"
     if evaluation.scored:

@@ -262,6 +262,13 @@ def _read_slice(found: Mapping[str, Any]) -> Slice:
     return Slice(**{**found, "judges": tuple(found["judges"])})
 
 
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of an evaluation's answers.jsonl."""
+    # Not splitlines(): an answer may hold a line separator of Unicode.
+    with (folder / ANSWERS).open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     prefix = _level_key(side)
     keys = _SCORE_KEYS | _MEASURED_KEYS

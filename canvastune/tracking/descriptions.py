@@ -7,6 +7,7 @@ from pathlib import Path
 
 from canvastune.config import RunConfig
 from canvastune.evaluation.result import EvaluationResult, ModelFigures
+from canvastune.tracking.evaluation_traces import ROWS
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as a run's description
 STEP_NOTES = {
@@ -15,6 +16,7 @@ STEP_NOTES = {
     "train": "Losses of every step, validation loss by corruption level, and what the machine did.",
     "merge_lora": "The adapter merged into the base, shard by shard, with a proof.",
     "evaluate": "Held-out rows answered by the base and by the tuned model.",
+    "evaluate_base": "Answers of the base, to compare with those of the run `evaluate`.",
     "report": "One page with the curves, the answers and the figures.",
 }
 _AGAIN = """**Again**
@@ -45,7 +47,7 @@ def describe_report(
     places = {"model": "train/model"}
     if config.train.method == "lora":
         places = {"adapter": "train/adapter", "merged model": "model"}
-    report = f"{_code(folder / 'report/report.html')}, also a file of the nested run `report`"
+    report = f"{_code(folder / 'report/report.html')}, also `report.html` of the run in MLflow"
     where = {"report": report} | {name: _code(folder / path) for name, path in places.items()}
     where |= {"checkpoints": _code(folder / "train/checkpoints")}
     files = _table(_about(config, folder) | where)
@@ -99,6 +101,15 @@ def describe_evaluation(evaluation: EvaluationResult) -> str:
     verdict = verdicts[evaluation.verdict]
     change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
     return f"**{verdict}**: {evaluation.measure} {before:.1%} before, {after:.1%} after ({change})."
+
+
+def describe_traces(rows: int) -> str:
+    """Say where MLflow shows the answers to so many rows."""
+    which = f"each of the {rows} rows" if rows <= ROWS else f"the first {ROWS} of {rows} rows"
+    return (
+        f"The tuned model's answers to {which} are traces of this run, with expectation and score; "
+        "the base's are those of the run `evaluate_base`. `answers.json` has all rows."
+    )
 
 
 def _with_interval(model: ModelFigures, name: str) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,13 +17,14 @@ import yaml
 from canvastune import __version__
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
+from canvastune.evaluation.result import ANSWERS
 from canvastune.tracking import descriptions, steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE
 from canvastune.tracking.live_metrics import FindRun, numbers
 from canvastune.tracking.model_registry import Score
 from canvastune.tracking.publish import Publisher, content_hash
-from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds
+from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds, origin
 from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Step, StepRecord
 
 # Where a step's outputs are kept that are otherwise only in its own container.
@@ -101,15 +100,28 @@ class StepRun:
 
         The run directory gets a copy if the folder is elsewhere.
         """
-        if self.pipeline_run is None:
-            return
-        if not folder.is_relative_to(self.pipeline_run.folder):
-            folder = _copy_files(
-                folder, self.pipeline_run.folder / _KEPT.get(self._step, self._step)
-            )
-        self.show("outputs", {"path": self._relative(folder)})
+        if self.pipeline_run is not None:
+            self.show("outputs", {"path": self._relative(self._kept(folder))})
 
-    def table(self, rows: Sequence[Mapping[str, Any]], name: str = "answers.json") -> None:
+    def file(self, path: Path, *, of: str = "") -> None:
+        """Upload a file of the run directory."""
+        self.show(f"{of}files", {path.name: self._relative(path)})
+
+    def answers(self, folder: Path) -> None:
+        """Show the answers.jsonl of an evaluation as traces, where MLflow shows evaluations.
+
+        The run directory gets a copy of the folder if it is elsewhere.
+        """
+        if self.pipeline_run is not None:
+            self.show("answers", {"path": self._relative(self._kept(folder) / ANSWERS)})
+
+    def table(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        name: str = "answers.json",
+        *,
+        of: Sequence[str] = ("",),
+    ) -> None:
         """Log rows as a table that MLflow's UI shows and compares. A repeated step replaces it."""
         if rows and self.pipeline_run:
             columns = list(rows[0])
@@ -119,7 +131,8 @@ class StepRun:
                 steps.write_json(path, {"columns": columns, "data": data})
             except OSError as error:
                 log.warning("%s: cannot be written (%s). MLflow will lack it", path, error)
-            self.show("table", {name: self._relative(path)})
+            for owner in of:
+                self.show(f"{owner}table", {name: self._relative(path)})
 
     def dataset(self, folder: Path, context: str, *, of: str = "") -> None:
         """Log a prepared data set (its card.json) as an input: name, source, digest, sizes."""
@@ -181,6 +194,12 @@ class StepRun:
                 self.pipeline_run.folder, self.pipeline_run.job, self._step, change, what
             )
 
+    def _kept(self, folder: Path) -> Path:
+        """Return a step's output folder, or its copy in the run directory if it is elsewhere."""
+        if self.pipeline_run is None or folder.is_relative_to(self.pipeline_run.folder):
+            return folder
+        return _copy_files(folder, self.pipeline_run.folder / _KEPT.get(self._step, self._step))
+
     def _relative(self, path: Path) -> str:
         folder = self.pipeline_run.folder.absolute() if self.pipeline_run else path
         path = path.absolute()
@@ -200,7 +219,8 @@ def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
     record, tree = StepRun("resolve", run), run.config.model_dump(mode="json")
     key = f"{run.folder.name}/{run.job}"
     note = descriptions.describe_start(run.config, run.folder)
-    record.tags({PIPELINE_RUN: key, **_about(run.config), **(tags or {}), NOTE: note}, of="run/")
+    about = {**origin(run), **_about(run.config), **(tags or {})}
+    record.tags({PIPELINE_RUN: key, **about, NOTE: note}, of="run/")
     record.show("run/text", {"config.yaml": yaml.safe_dump(tree, sort_keys=False)})
     record.parameters(tree, of="run/")
     record.set_status(FINISHED)
@@ -249,6 +269,11 @@ def finish(run: PipelineRun, *, failed: bool) -> list[str]:
 def pending(run: PipelineRun) -> list[str]:
     """Return what MLflow lacks of a run, without asking it."""
     return Publisher(run).pending()
+
+
+def run_page(run: PipelineRun) -> str | None:
+    """Return the page of a run below MLflow's address; None: MLflow does not have it yet."""
+    return Publisher(run).page()
 
 
 def sync(run: PipelineRun) -> list[str]:
@@ -352,25 +377,7 @@ def _about(config: RunConfig) -> dict[str, str]:
         "canvastune.data": config.data.label,
         "canvastune.backend": config.cluster.backend,
         "canvastune.ranks": str(config.world_size),
-        "mlflow.source.name": f"canvastune {config.name}",
-        "mlflow.source.type": "PROJECT",
     }
     if config.cluster.backend != "local":
         tags["canvastune.trainer_image"] = config.cluster.image
-    if commit := _git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        tags["mlflow.user"] = getpass.getuser()
     return tags
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the checkout that holds this package; None if there is none."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return result.stdout.strip()
-    return None

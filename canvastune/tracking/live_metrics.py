@@ -88,12 +88,12 @@ def open_metrics(
 class MetricsSender:
     """Send the points of a metrics.jsonl, and of the system.jsonl next to it, that a run lacks."""
 
-    def __init__(self, uri: str, find_run: FindRun, path: Path, system: bool = True) -> None:
+    def __init__(self, uri: str, find_run: FindRun, path: Path) -> None:
         self.server, self.path = connect(uri), path
         self.sent = 0  # points that reached the server
         self.pending: list[Point] = []
         self._find_run = find_run
-        self._files = [Tail(path), *([Tail(path.with_name(SYSTEM))] if system else [])]
+        self._files = [Tail(path), Tail(path.with_name(SYSTEM))]
         self._known: dict[str, set[int]] | None = (
             None  # metric -> steps that the server had at first
         )

@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from canvastune.evaluation.result import read_answers
 from canvastune.io.hashing import hash_path
 from canvastune.tracking import model_registry as registry
 from canvastune.tracking import steps
 from canvastune.tracking.client import TrackingError, connect, file_lock, load_mlflow, log
 from canvastune.tracking.descriptions import NOTE
+from canvastune.tracking.evaluation_traces import EVALUATION_RUN, log_answers, log_questions
 from canvastune.tracking.live_metrics import MetricsSender, metric_name
 from canvastune.tracking.run_lookup import PARENT, PipelineRun, RunIds
-from canvastune.tracking.steps import KILLED, PIPELINE_STEPS, RUNNING, Step
+from canvastune.tracking.steps import FINISHED, KILLED, PIPELINE_STEPS, RUNNING, Step
 from canvastune.tracking.system_metrics import SYSTEM
 
 if TYPE_CHECKING:
@@ -31,8 +33,13 @@ _FILES = (
     "table",
     "model",
     "outputs",
+    "files",
+    "answers",
 )  # kinds whose values are paths
 _MODEL_STEPS = ("train", "merge_lora")
+_BASE_RUN = (
+    "evaluate_base"  # next to the run of `evaluate`: MLflow compares evaluations by their runs
+)
 _TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's UI finds tables
 
 
@@ -78,6 +85,17 @@ class Publisher:
         sent = self._read_published()["sent"]
         return [str(item) for key, item in self._items() if sent.get(key) != item.digest]
 
+    def page(self) -> str | None:
+        """Return the page of the pipeline run below MLflow's address; None: it has none yet.
+
+        Without the last part, MLflow opens on its pages for agents, which are empty.
+        """
+        tree = self._read_published()
+        if not tree["run"] or not tree["experiment"]:
+            return None
+        place = f"experiments/{tree['experiment']}/runs/{tree['run']}"
+        return f"/#/{place}?workflowType=machine_learning"
+
     def _publish(self) -> list[str]:
         reasons: dict[str, str] = {}
         items, tree, sent, down = dict(self._items()), self._read_published(), 0, False
@@ -85,7 +103,8 @@ class Publisher:
             if self._step or any(tree["sent"].get(key) != items[key].digest for key in items):
                 self.server.request(self._find_runs)
             if self.ids.known.get("", tree["run"]) != tree["run"]:  # another server
-                tree |= {"run": self.ids.known[""], "sent": {}}
+                experiment = self.server.request(self._experiment)
+                tree |= {"run": self.ids.known[""], "experiment": experiment, "sent": {}}
             for key, item in items.items():
                 if tree["sent"].get(key) == item.digest:
                     continue
@@ -112,7 +131,8 @@ class Publisher:
         tree = steps.read_json(self._path)
         if tree.get("job") != self.run.job:
             tree = {}
-        return {"job": self.run.job, "run": "", "late": False, "sent": {}} | tree
+        empty = {"job": self.run.job, "run": "", "experiment": "", "late": False, "sent": {}}
+        return empty | tree
 
     def _read_steps(self) -> Iterable[tuple[Step, steps.StepRecord]]:
         return steps.read_steps(self.run.folder, self.run.job).items()
@@ -148,6 +168,10 @@ class Publisher:
     ) -> Iterator[tuple[str, str, Any, list[Path]]]:
         """Yield an item's parts, each sent separately: key, kind, value and files."""
         files = [self.run.folder / str(path) for path in value.values()] if kind in _FILES else []
+        if kind == "files":
+            for name, file in zip(value, files, strict=True):
+                yield f"/{name}", "file", str(file), [file]
+            return
         if kind == "outputs":  # what people read: config, card, report, pictures, answers
             for file in sorted(file for path in files for file in path.glob("*")):
                 if file.suffix in _READABLE and file.stat().st_size <= _LARGEST_FILE:
@@ -156,6 +180,9 @@ class Publisher:
         if kind == "curves":
             files += [file.with_name(SYSTEM) for file in files]
         yield "", kind, value, files
+
+    def _experiment(self, client: MlflowClient) -> str:
+        return str(client.get_run(self.ids.known[""]).info.experiment_id)
 
     # `_send_KIND` sends an item of that kind. It may be repeated, and raises what MLflow raises.
 
@@ -193,8 +220,8 @@ class Publisher:
     def _send_curves(self, client: MlflowClient, run_id: str, value: dict[str, str]) -> None:
         parent = self.ids.find(client, "", 0)  # pipeline runs are compared by their curves, too
         for file in (self.run.folder / path for path in value.values()):
-            MetricsSender(self.server.uri, lambda client: run_id, file).send()
-            MetricsSender(self.server.uri, lambda client: parent, file, system=False).send()
+            for shown in (run_id, parent):
+                MetricsSender(self.server.uri, lambda client, run=shown: run, file).send()
 
     def _send_text(self, client: MlflowClient, run_id: str, texts: dict[str, str]) -> None:
         for name, text in texts.items():
@@ -209,6 +236,34 @@ class Publisher:
             client.log_artifact(run_id, str(self.run.folder / path))
         tables = [{"path": name, "type": "table"} for name in paths]
         client.set_tag(run_id, _TABLES, json.dumps(tables))
+
+    def _send_answers(self, client: MlflowClient, run_id: str, value: dict[str, str]) -> None:
+        """Show both models' answers as MLflow shows evaluations: a run for each of them."""
+        answers = read_answers((self.run.folder / value["path"]).parent)
+        info = client.get_run(run_id).info
+        base = self.ids.find(client, _BASE_RUN, info.start_time / 1000)
+        tuned = next((m.model_id for m in self._models(client) if m.model_type != "adapter"), None)
+        shows = dict(self._read_steps())["evaluate"].shows
+        data = shows.get("dataset", {})
+        self._send_dataset(client, base, data)
+        for shown, side, model in ((base, "before", None), (run_id, "after", tuned)):
+            # Under the same names in both runs: MLflow compares them by these.
+            metrics = {
+                name.removesuffix(f"_{side}"): value
+                for name, value in shows.get("metrics", {}).items()
+                if name.endswith(f"_{side}")
+            }
+            self._send_metrics(client, shown, metrics)
+            self._send_tags(client, shown, EVALUATION_RUN)
+            traces = log_answers(client, self.server.uri, shown, side, answers, model)
+        client.set_terminated(base, FINISHED)
+        # MLflow lists a nested evaluation only below its parent, which has to be one, too: of the
+        # tuned model's answers, which came last.
+        parent = self.ids.find(client, "", 0)
+        self._send_tags(client, parent, EVALUATION_RUN)
+        name = next((each["name"] for each in data.values()), self.run.config.data.label)
+        log_questions(client, self.server.uri, info.experiment_id, name, answers)
+        client.link_traces_to_run(traces, parent)
 
     def _send_dataset(self, client: MlflowClient, run_id: str, contexts: dict[str, Any]) -> None:
         entities = load_mlflow().entities

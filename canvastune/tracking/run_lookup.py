@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import getpass
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,14 +95,44 @@ class RunIds:
         found = _find_nested(client, parent, step)
         if found:
             return found
+        name = f"{self.run.folder.name}: {step}"
+        tags = {STEP: step, descriptions.NOTE: descriptions.STEP_NOTES[step], **origin(self.run)}
         given = os.environ.get("MLFLOW_RUN_ID") if step == self._step else None
         if given and client.get_run(given).data.tags.get(PARENT) == parent:
-            client.set_tag(given, STEP, step)
+            for key, value in tags.items():
+                client.set_tag(given, key, value)
+            client.update_run(given, name=name)
             return given
-        tags = {PARENT: parent, STEP: step, descriptions.NOTE: descriptions.STEP_NOTES[step]}
         experiment = client.get_run(parent).info.experiment_id
-        run = client.create_run(experiment, int(started * 1000) or None, tags, run_name=step)
+        start = int(started * 1000) or None
+        run = client.create_run(experiment, start, {PARENT: parent, **tags}, run_name=name)
         return str(run.info.run_id)
+
+
+def origin(run: PipelineRun) -> dict[str, str]:
+    """Return the tags that MLflow shows as a run's creator, source and version."""
+    tags = {
+        "mlflow.source.name": f"canvastune {run.config.name}",
+        "mlflow.source.type": "PROJECT",
+    }
+    if commit := _git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that holds this package; None if there is none."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
+    return None
 
 
 def _find_nested(client: MlflowClient, parent: str, step: str) -> str | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
-from canvastune.evaluation.result import FILE_NAME, EvaluationResult
+from canvastune.evaluation.result import FILE_NAME, EvaluationResult, read_answers
 from canvastune.io.atomic import atomic_directory
 from canvastune.tracking import StepRun
-from canvastune.tracking.descriptions import describe_evaluation
+from canvastune.tracking.descriptions import describe_evaluation, describe_traces
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
 from components.run_directory import BASE_RESULTS, read_run_id
+
+_FIRST_COLUMNS = ("prompt", "reference", "before", "after", "score_before", "score_after")
 
 
 def run_evaluation(
@@ -62,13 +63,17 @@ def run_evaluation(
 
 
 def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None:
-    """Log the figures (`eval/NAME`), a summary, the answers as a table, and the files to MLflow.
+    """Log figures (`eval/NAME`), summary, answers as a table and as traces, and files to MLflow.
 
     Args:
         evaluation: the folder with evaluation.json and answers.jsonl.
     """
     record.metrics({f"eval/{name}": value for name, value in result.figures().items()})
-    record.note(describe_evaluation(result))
-    answers = (evaluation / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    record.table([json.loads(line) for line in answers])
+    record.note(f"{describe_evaluation(result)}\n\n{describe_traces(result.rows)}")
+    rows = read_answers(evaluation)
+    # What is read comes first: MLflow's table is wider than its page.
+    columns = dict.fromkeys((*_FIRST_COLUMNS, *(key for row in rows for key in row if key != "id")))
+    shown = [{name: row.get(name) for name in (*columns, "id")} for row in rows]
+    record.table(shown, of=("", "run/"))
     record.outputs(evaluation)
+    record.answers(evaluation)

@@ -24,7 +24,7 @@ def report(
     from pathlib import Path
 
     from components.earlier_runs import compared_folders
-    from components.report.step import publish
+    from components.report.step import publish, push_model
     from components.run_directory import read_pointer, workspace_of
     from components.runtime import step
 
@@ -42,3 +42,4 @@ def report(
         shutil.copy(Path(run_folder) / "report" / "report.html", page.path)
         for name, value in summary.figures().items():
             figures.log_metric(name, value)
+        push_model(recipe, record, Path(run_folder), read_pointer(tuned))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from canvastune.checkpoint.model_card import set_evaluation
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.result import EvaluationResult, read_answers
 from canvastune.io.atomic import atomic_directory
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
@@ -71,15 +70,32 @@ def publish(
     summary = RunSummary.from_records(records, result)
     summary.write(run_folder)
     record.outputs(out)
+    record.file(out / "report.html", of="run/")
     values = _mlflow_metrics(summary, result, TrainingStats.from_records(records, config))
     _complete_cards(run_folder, tuned, values, result)
     record.summary(values, data)
     record.note("The report, as a page and as images.")
     description = descriptions.describe_report(config, run_folder, values, result)
-    lines = (evaluation / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    score = score_of(result, [json.loads(line) for line in lines])
+    score = score_of(result, read_answers(evaluation))
     record.promotion(score, result.verdict, description)
     return summary
+
+
+def push_model(config: RunConfig, record: StepRun, run_folder: Path, tuned: Path) -> None:
+    """Push the tuned model to the Hub if the recipe names a repository; MLflow shows its address.
+
+    Raises:
+        UserError: as `push_to_hub`.
+    """
+    settings = config.tracking
+    if settings.hub_model_id is None:
+        return
+    # Here, as it takes a second to import.
+    from canvastune.checkpoint.hub_push import push_to_hub
+
+    folder = tuned if settings.hub_content == "model" else run_folder / "train" / "adapter"
+    url = push_to_hub(folder, settings.hub_model_id, private=settings.hub_private_repo)
+    record.tags({"canvastune.hub_model": url}, of="run/")
 
 
 def _complete_cards(

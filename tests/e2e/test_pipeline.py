@@ -406,9 +406,23 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )
+    steps = ("prepare_data", "plan", "train", "merge_lora", "evaluate", "evaluate_base", "report")
+    own = _folder(runs.lora).name
     assert {run.info.run_name: run.info.status for run in children} == dict.fromkeys(
-        ("prepare_data", "plan", "train", "merge_lora", "evaluate", "report"), "FINISHED"
+        (f"{own}: {step}" for step in steps), "FINISHED"
     )
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"config.yaml", "report.html", "answers.json"}
+    assert {entry.tags[0].value for entry in parent.inputs.dataset_inputs} == {
+        "training",
+        "evaluation",
+    }
+    for name, side in (("evaluate", "after"), ("evaluate_base", "before")):
+        (run,) = (run for run in children if run.info.run_name == f"{own}: {name}")
+        traces = client.search_traces(locations=[parent.info.experiment_id], run_id=run.info.run_id)
+        answers = (_folder(runs.lora) / "evaluation/answers.jsonl").read_text().splitlines()
+        expected = sorted(json.loads(line)[side] for line in answers)
+        assert sorted(trace.data.spans[0].outputs for trace in traces) == expected
     summary = json.loads((_folder(runs.lora) / "summary.json").read_text())
     assert parent.data.metrics["eval/exact_match_after"] == summary["exact_match_after"]
     assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(
@@ -420,7 +434,9 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     assert {name: step["status"] for name, step in recorded.items()} == dict.fromkeys(
         STEPS, "FINISHED"
     )
-    (evaluated,) = [run.data.metrics for run in children if run.info.run_name == "evaluate"]
+    (evaluated,) = [
+        run.data.metrics for run in children if run.info.run_name.endswith(": evaluate")
+    ]
     assert evaluated["eval/exact_match_after"] == summary["exact_match_after"]
     for side, moment in (("before", "first"), ("after", "last")):
         expected = pytest.approx(summary[f"validation_loss_{moment}"], rel=1e-3)

@@ -296,13 +296,75 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
     (run_id,) = (
         nested.info.run_id
         for nested in _nested(client, parent)
-        if nested.info.run_name == "evaluate"
+        if nested.info.run_name == "figures: evaluate"
     )
     evaluated = client.get_run(run_id)  # a search does not load models
     assert [entry.model_id for entry in evaluated.inputs.model_inputs] == [
         logged["merged"].model_id
     ], "what was evaluated is not linked"
     assert [entry.tags[0].value for entry in evaluated.inputs.dataset_inputs] == ["evaluation"]
+
+
+def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(
+    workspace: Path, tmp_path: Path
+) -> None:
+    run = pipeline_run(workspace, "answered")
+    parent = tracking.start(run)
+    client = client_of(workspace)
+    row = {"reference": "Because.", "judge": "chrf", "correct_after": None}
+
+    def evaluate(count: int, after: str) -> dict[str, list[Any]]:
+        lines = [
+            {**row, "id": f"row-{number}", "prompt": f"Why {number}?", "before": "", "after": after}
+            | ({"score_before": 0.2, "score_after": 0.1} if number else {})
+            for number in range(count)
+        ]
+        (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        with tracking.step_run(run, "evaluate") as record:
+            record.metrics({"eval/score_before": 0.2, "eval/score_after": 0.1})
+            record.dataset(prepared(tmp_path / str(count)), "evaluation")
+            record.answers(tmp_path)
+        assert tracking.pending(run) == []
+        return {
+            nested.info.run_name: [
+                (nested, trace)
+                for trace in client.search_traces(locations=["1"], run_id=nested.info.run_id)
+            ]
+            for nested in _nested(client, parent)
+        }
+
+    assert {name: len(found) for name, found in evaluate(120, "So.").items()} == {
+        "answered: evaluate": 100,
+        "answered: evaluate_base": 100,
+    }, "more traces than the description says"
+    found = evaluate(2, "Because!")
+    assert {len(traces) for traces in found.values()} == {2}, "traces of other rows are left"
+    asked = client.search_datasets(["1"], "name LIKE 'openai/gsm8k held out%'")
+    assert sorted(len(dataset.to_df()) for dataset in asked) == [2, 100]
+    shown = client.search_traces(locations=["1"], run_id=parent)
+    assert [trace.data.spans[0].outputs for trace in shown] == ["Because!"] * 2
+    for name, value in (("evaluate", 0.1), ("evaluate_base", 0.2)):
+        evaluation = found[f"answered: {name}"][0][0]
+        assert evaluation.info.status == "FINISHED"
+        assert evaluation.data.tags["mlflow.runType"] == "genai_evaluate"
+        assert evaluation.data.metrics["eval/score"] == value, "MLflow compares nothing"
+        assert evaluation.inputs.dataset_inputs
+    traces = {trace.info.tags["canvastune.row"]: trace for _, trace in found["answered: evaluate"]}
+    first, second = traces["row-0"], traces["row-1"]
+    assert first.data.spans[0].inputs == {"question": "Why 0?"}
+    assert first.data.spans[0].outputs == "Because!"
+    assert [each.name for each in first.info.assessments] == ["expected_response"]
+    assert first.info.tags["canvastune.change"] == "not scored"
+    assert second.info.tags["canvastune.change"] == "lost"
+    said = {each.name: (each.value, each.source.source_id) for each in second.info.assessments}
+    assert said == {"expected_response": ("Because.", "data"), "score": (0.1, "chrf")}
+
+
+def test_the_address_of_a_run_opens_the_run_itself(workspace: Path) -> None:
+    run = pipeline_run(workspace, "addressed")
+    assert tracking.run_page(run) is None
+    parent = tracking.start(run)
+    assert tracking.run_page(run) == f"/#/experiments/1/runs/{parent}?workflowType=machine_learning"
 
 
 def test_a_model_of_tens_of_gigabytes_is_a_pointer(workspace: Path, tmp_path: Path) -> None:
@@ -317,7 +379,9 @@ def test_a_model_of_tens_of_gigabytes_is_a_pointer(workspace: Path, tmp_path: Pa
         "250000002",
     )
     uploaded = Path(model.artifact_location.removeprefix("file://"))
-    assert [file.name for file in uploaded.iterdir()] == ["config.json"]
+    assert (uploaded / "config.json").is_file()
+    assert (uploaded / "MLmodel").is_file()
+    assert not list(uploaded.rglob("*.safetensors"))
 
 
 def test_a_cached_preparation_is_logged_once_by_the_next_step(
@@ -330,7 +394,10 @@ def test_a_cached_preparation_is_logged_once_by_the_next_step(
     for _ in range(2):
         tracking.log_data(run, data)
     (logged,) = _nested(client, parent)
-    assert (logged.info.run_name, logged.info.status) == ("prepare_data", "FINISHED")
+    assert (logged.info.run_name, logged.info.status) == ("cached: prepare_data", "FINISHED")
+    creator = client.get_run(parent).data.tags
+    for tag in ("mlflow.user", "mlflow.source.name", "mlflow.source.type"):
+        assert logged.data.tags[tag] == creator[tag], f"a nested run lacks {tag}"
     assert logged.data.metrics["data/dropped/duplicate"] == 7
     assert (
         logged.data.tags["mlflow.note.content"]

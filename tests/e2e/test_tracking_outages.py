@@ -112,8 +112,14 @@ def go_through(
         record.dataset(data, "evaluation")
         record.evaluated_model()
         record.metrics({"eval/exact_match_after": 0.75})
-        record.table([{"id": "a", "before": "5", "after": "4"}])
+        row = {"id": "a", "prompt": "2+2?", "reference": "4", "before": "5", "after": "4"}
+        row |= {"judge": "number", "correct_before": False, "correct_after": True}
+        (out / "answers.jsonl").write_text(
+            json.dumps(row | {"score_before": 0.0, "score_after": 1.0}) + "\n"
+        )
+        record.table([row], of=("", "run/"))
         record.outputs(out)
+        record.answers(out)
         for file in out.iterdir():
             file.unlink()
 
@@ -147,7 +153,7 @@ def seen(uri: str, name: str) -> dict[str, Any]:
             key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
             for key in run.data.metrics
         }
-        found[run.info.run_name.replace(name, "parent")] = {
+        found[run.info.run_name.replace(f"{name}: ", "").replace(name, "parent")] = {
             "status": run.info.status,
             "ended": run.info.end_time >= run.info.start_time,
             "metrics": {key: sorted(points) for key, points in histories.items()},
@@ -164,6 +170,17 @@ def seen(uri: str, name: str) -> dict[str, Any]:
             "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
             "data": sorted(
                 (each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs
+            ),
+            "traces": sorted(
+                (
+                    trace.info.request_preview,
+                    trace.data.spans[0].outputs,
+                    sorted((each.name, each.value) for each in trace.info.assessments),
+                    trace.info.tags["canvastune.change"],
+                )
+                for trace in client.search_traces(
+                    locations=[experiment.experiment_id], run_id=run.info.run_id
+                )
             ),
             "judged": len(
                 client.get_run(run.info.run_id).inputs.model_inputs
@@ -194,20 +211,28 @@ def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) ->
         tracking.finish(run, failed=False)
     found = seen(server.uri, "healthy")
     assert found["parent"]["status"] == "FINISHED"
-    assert list(found) == [
+    assert set(found) == {
         "parent",
         "report",
         "evaluate",
+        "evaluate_base",
         "merge_lora",
         "train",
         "prepare_data",
         "aliases",
-    ]
+    }
     assert found["aliases"] == {"candidate": "1", "champion": "1"}
     assert found["parent"]["metrics"]["train/loss"] == [
         (step, 1 / step) for step in range(1, 21)
     ], "runs are compared by their parents"
     assert found["train"]["metrics"]["system/cpu"] == [(0, 50.0)]
+    assert found["parent"]["metrics"]["system/cpu"] == [(0, 50.0)]
+    assert found["evaluate"]["traces"] == [
+        ("2+2?", "4", [("correct", True), ("expected_response", "4"), ("score", 1.0)], "gained")
+    ]
+    assert found["evaluate_base"]["traces"] == [
+        ("2+2?", "5", [("correct", False), ("expected_response", "4"), ("score", 0.0)], "gained")
+    ]
     return found
 
 
