@@ -201,7 +201,7 @@ class _Trace:
         from mlflow.entities import AssessmentSource, Expectation, Feedback
 
         row, judge = self._row, self._row.get("judge") or "no judge"
-        common = {
+        common: dict[str, Any] = {
             "trace_id": self.name,
             "span_id": self._span_id,
             "create_time_ms": self._time,

@@ -221,7 +221,7 @@ class Publisher:
         parent = self.ids.find(client, "", 0)  # pipeline runs are compared by their curves, too
         for file in (self.run.folder / path for path in value.values()):
             for shown in (run_id, parent):
-                MetricsSender(self.server.uri, lambda client, run=shown: run, file).send()
+                MetricsSender(self.server.uri, partial(_known, shown), file).send()
 
     def _send_text(self, client: MlflowClient, run_id: str, texts: dict[str, str]) -> None:
         for name, text in texts.items():
@@ -335,6 +335,10 @@ class Publisher:
     def _models(self, client: MlflowClient) -> list[LoggedModel]:
         found = (self.ids.existing(client, step) for step in _MODEL_STEPS)
         return registry.models_of(client, [run_id for run_id in found if run_id])
+
+
+def _known(run_id: str, _: MlflowClient) -> str:
+    return run_id
 
 
 def content_hash(value: Any, files: Iterable[Path] = ()) -> str:

@@ -7,11 +7,12 @@ where the weights have moved.
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 
-class TunedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class TunedModel(PythonModel):
     """Answers questions, each the user's turn of a new chat."""
 
     def load_context(self, context: Any) -> None:
@@ -58,4 +59,4 @@ class TunedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         )
 
 
-mlflow.models.set_model(TunedModel())
+set_model(TunedModel())

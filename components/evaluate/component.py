@@ -25,7 +25,6 @@ def evaluate(
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
         record.dataset(Path(dataset.path), "evaluation")
-        record.dataset(Path(dataset.path), "evaluation", of="run/")
         record.evaluated_model()
         result = run_evaluation(
             recipe, Path(dataset.path), read_pointer(tuned), Path(run_folder), out, record
