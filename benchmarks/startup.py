@@ -187,7 +187,7 @@ def _work(run: Path, work: Path) -> dict[str, float]:
     assert record is not None
     config, tuned = parse_config(record.config), run / "model"
     base, data = resolve_model(config.model), work / "work-data"
-    assert local_inputs(config.data)
+    assert local_inputs(config.source_keys)
     records = [each for each in read_metrics(run / "train" / "metrics.jsonl")]
     steps: dict[str, Callable[[Path], object]] = {
         "prepare_data": lambda out: prepare_data(config, base, out),

@@ -296,8 +296,8 @@ class JudgeModelConfig(StrictModel):
     model: str | None = Field(None, min_length=1, description="name of the model there")
     instructions: str | None = Field(
         None,
-        description="what the model is told, which has to end its reply with `Score: N`, from 0 to "
-        "10; default: to compare the answer's meaning with the reference's",
+        description="instructions that the model receives; its reply has to end with `Score: N`, from "
+        "0 to 10; default: to compare the answer's meaning with the reference's",
     )
     concurrency: int = Field(4, ge=1, le=64, description="calls at a time")
     timeout: float = Field(60.0, gt=0, description="seconds that a call may take")

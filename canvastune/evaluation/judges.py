@@ -217,8 +217,8 @@ def _model_judge(settings: EvaluateConfig, kept: Path | None) -> Judge:
 
     asking = ModelJudge(settings.judge_model, kept)
 
-    def compare(*asked: str) -> Score | None:
-        found = asking.score(asked)
+    def compare(answer: str, reference: str, prompt: str) -> Score | None:
+        found = asking.score((answer, reference, prompt))
         return None if found is None else Score(found, exact=False)
 
     return Judge(asking.name, _read_text, compare, asking.ask)

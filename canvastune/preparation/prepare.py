@@ -129,7 +129,9 @@ def prepare_data(
             "tokenizer": type(loaded.tokenizer).__name__,
             "vocab_size": loaded.vocab_size,
             "samples": samples,
-            "near_duplicates": near_duplicates(*splits.values(), throughput.batch_rows),
+            "near_duplicates": near_duplicates(
+                splits["train"], splits["validation"], throughput.batch_rows
+            ),
             "content_hash": content_hash(splits),
             "seconds": round(time.monotonic() - started, 2),
         }
