@@ -1,6 +1,6 @@
 """Steps of a local run without the seconds that their imports take.
 
-A step of the pipeline is a process of its own, as is each rank, and most of a short one is spent on
+A step of the pipeline is a separate process, as is each rank, and most of a short one is spent on
 importing PyTorch, transformers and MLflow. `warm_processes` starts a server that imports them once.
 Where the run then starts `python3 -m STEP`, a small client is found in its place, which asks the
 server for a fork of itself. The fork has its own id, signals, exit code, streams and environment,

@@ -35,10 +35,10 @@ def main() -> None:
     connection.sendall(b"\0")  # from here on a signal reaches the fork, which may start
     (status,) = struct.unpack("i", _receive(connection, 4) or struct.pack("i", signal.SIGKILL))
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        ended_by = os.WTERMSIG(status)
+        if ended_by not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(ended_by, signal.SIG_DFL)
+        os.kill(os.getpid(), ended_by)
     os._exit(os.waitstatus_to_exitcode(status) % 256)
 
 

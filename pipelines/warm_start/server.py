@@ -46,7 +46,7 @@ NEEDED = {
     "finish": (*_STEP, "components.finish.step"),
     "pipelines.cli": ("pipelines.cli", *_PREPARE),  # `canvastune prepare` of the demo
 }
-# Read while libraries are imported: a job where one differs needs an interpreter of its own.
+# Read while libraries are imported: a job where one differs needs a separate interpreter.
 _READ_AT_IMPORT = (
     *("PYTHON", "LD_", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_"),
 )
@@ -117,7 +117,7 @@ class Server:
     def _answer(self, timeout: float | None) -> None:
         """Take new jobs, report those that ended, and end those whose client has gone."""
         clients = {job.client: job for job in self._jobs}
-        others = [self._ended, *([] if self._stopping else [_COMMAND])]
+        others: list[Any] = [self._ended, *([] if self._stopping else [_COMMAND])]
         others += [] if self._closed else [self._listener]
         ready = select.select([*others, *clients], [], [], timeout)[0]
         if self._listener in ready:

@@ -83,7 +83,7 @@ def _serve(folder: Path, server_command: Sequence[str]) -> Iterator[None]:
         server = subprocess.Popen(
             server_command,
             env={**os.environ, **step_variables()},
-            stdin=listener,
+            stdin=listener.fileno(),
             stdout=subprocess.PIPE,  # its end here is closed with this process
         )
     _served.append((server.pid, python.parent))
