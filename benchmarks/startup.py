@@ -132,7 +132,7 @@ def _commands(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[st
 
 
 def _measured(command: Sequence[str], checkout: Path, folder: Path) -> dict[str, float]:
-    """Run a command of a checkout: its seconds, and the peak memory of that process alone."""
+    """Run a command of a checkout: its seconds, and the peak memory of that process."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()

@@ -76,7 +76,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:
     except (ConnectionFailure, OSError, ValueError) as error:
         raise UserError(
             f"{KEY}: {folder} cannot be pushed to {repository} ({one_line(error)[:300]})",
-            hint=f"{_HINT} The same run with the same name then goes on with the push.",
+            hint=f"{_HINT} The same command with the same name then resumes with the push.",
         ) from None
     logger.info(f"{folder}: pushed to {commit.commit_url}")
     return str(commit.commit_url)

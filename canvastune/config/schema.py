@@ -447,7 +447,7 @@ class TrackingConfig(StrictModel):
         True, description="whether the repository is private, if the push creates it"
     )
     hub_content: Literal["model", "adapter"] = Field(
-        "model", description="what is pushed: the complete model, or the LoRA adapter alone"
+        "model", description="what is pushed: the complete model, or only the LoRA adapter"
     )
 
     @field_validator("registered_model")

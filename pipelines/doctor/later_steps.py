@@ -74,4 +74,4 @@ def check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:
         yield Finding("hub", "ok", f"HF_TOKEN may push to {repository}")
     else:
         fix = "check the network and HF_ENDPOINT"
-        yield Finding("hub", "warning", f"{repository}: the Hub does not answer", fix)
+        yield Finding("hub", "warning", f"{repository}: the Hub does not respond", fix)

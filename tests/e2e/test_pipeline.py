@@ -413,13 +413,14 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     )
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"config.yaml", "report.html", "answers.json"}
+    assert parent.inputs is not None
     assert [entry.tags[0].value for entry in parent.inputs.dataset_inputs] == ["training"]
     for name, side in (("evaluate", "after"), ("evaluate_base", "before")):
         (run,) = (run for run in children if run.info.run_name == f"{own}: {name}")
         traces = client.search_traces(locations=[parent.info.experiment_id], run_id=run.info.run_id)
         answers = (_folder(runs.lora) / "evaluation/answers.jsonl").read_text().splitlines()
-        expected = sorted(json.loads(line)[side] for line in answers)
-        assert sorted(trace.data.spans[0].outputs for trace in traces) == expected
+        shown = sorted(trace.data.spans[0].outputs for trace in traces)
+        assert shown == sorted(json.loads(line)[side] for line in answers)
     summary = json.loads((_folder(runs.lora) / "summary.json").read_text())
     assert parent.data.metrics["eval/exact_match_after"] == summary["exact_match_after"]
     assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == int(

@@ -112,7 +112,13 @@ def go_through(
         record.dataset(data, "evaluation")
         record.evaluated_model()
         record.metrics({"eval/exact_match_after": 0.75})
-        row = {"id": "a", "prompt": "2+2?", "reference": "4", "before": "5", "after": "4"}
+        row: dict[str, Any] = {
+            "id": "a",
+            "prompt": "2+2?",
+            "reference": "4",
+            "before": "5",
+            "after": "4",
+        }
         row |= {"judge": "number", "correct_before": False, "correct_after": True}
         (out / "answers.jsonl").write_text(
             json.dumps(row | {"score_before": 0.0, "score_after": 1.0}) + "\n"

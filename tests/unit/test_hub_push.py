@@ -101,7 +101,7 @@ def test_a_hub_that_is_down_ends_the_step_with_a_way_on(hub: FakeHub, run_folder
     hub.down = True
     with pytest.raises(UserError, match=f"cannot be pushed to {NAME}") as caught:
         push_to_hub(run_folder / "model", NAME, private=True)
-    assert "goes on with the push" in str(caught.value.hint)
+    assert "resumes with the push" in str(caught.value.hint)
 
 
 def test_a_token_that_may_not_write_is_refused_before_training(
@@ -134,7 +134,7 @@ def test_doctor_says_whether_the_push_will_be_refused(
     assert found.state == "skipped"
     hub.down = True
     (found,) = doctor_check(config(hub_model_id=NAME), submitted=False)
-    assert found.state == "warning", "a Hub that does not answer is called ok"
+    assert found.state == "warning", "a Hub that does not respond is called ok"
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="HF_TOKEN is not set"):
         list(doctor_check(config(hub_model_id=NAME), submitted=False))
