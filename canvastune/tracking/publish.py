@@ -257,8 +257,8 @@ class Publisher:
             self._send_tags(client, shown, EVALUATION_RUN)
             traces = log_answers(client, self.server.uri, shown, side, answers, model)
         client.set_terminated(base, FINISHED)
-        # MLflow lists a nested evaluation only below its parent, which has to be one, too: of the
-        # tuned model's answers, which came last.
+        # The pipeline run shows the tuned model's, which came last. MLflow 3.17's list of evaluations
+        # leaves out nested runs whose parent has a model; each run's tab Traces compares them.
         parent = self.ids.find(client, "", 0)
         self._send_tags(client, parent, EVALUATION_RUN)
         name = next((each["name"] for each in data.values()), self.run.config.data.label)
