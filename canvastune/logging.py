@@ -203,7 +203,7 @@ class TrainingProgress:
 
     def __init__(self, steps: int, log_every: int) -> None:
         self._steps, self._log_every = steps, log_every
-        self._started, self._first_step = time.monotonic(), None
+        self._first: tuple[int, float] | None = None  # step, and when it had ended
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not json_requested():
             from rich.console import Console
@@ -234,20 +234,20 @@ class TrainingProgress:
         """Log a record of metrics.jsonl if it is due."""
         step = record["step"]
         if record["kind"] == "train":
-            if self._first_step is None:
-                self._first_step, self._started = step - 1, time.monotonic() - record["seconds"]
+            if self._first is None:
+                self._first = step, time.monotonic()
             if self._bar is not None:
                 self._bar.update(self._task, completed=step)
             if step == 1 or step % self._log_every == 0 or step == self._steps:
                 left = self._seconds_left(step)
+                shown = "" if left is None else f"  {left // 60}:{left % 60:02d} left"
                 self._log(
                     f"step {step:>{len(str(self._steps))}}/{self._steps}  "
                     f"loss {record['loss']:.4f}  diffusion {record['diffusion_loss']:.4f}  "
                     f"autoregressive {record['autoregressive_loss']:.4f}  "
                     f"grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
-                    f"{record['tokens_per_second']:,.0f} tokens/s  "
-                    f"{int(left // 60)}:{int(left % 60):02d} left",
-                    {**record, "steps": self._steps, "seconds_left": round(left)},
+                    f"{record['tokens_per_second']:,.0f} tokens/s{shown}",
+                    {**record, "steps": self._steps, "seconds_left": left},
                 )
         elif record["kind"] == "validation":
             levels = "  ".join(f"t={level} {loss:.4f}" for level, loss in record["levels"].items())
@@ -260,12 +260,12 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _seconds_left(self, step: int) -> float:
-        return (
-            (time.monotonic() - self._started)
-            / (step - (self._first_step or 0))
-            * (self._steps - step)
-        )
+    def _seconds_left(self, step: int) -> int | None:
+        """Return the time for the rest; None after the first step, which takes longer than others."""
+        first, ended = self._first or (step, 0.0)
+        if step == first:
+            return 0 if step == self._steps else None
+        return round((time.monotonic() - ended) / (step - first) * (self._steps - step))
 
     def _log(self, line: str, record: dict[str, Any]) -> None:
         fields = {

@@ -27,6 +27,7 @@ from canvastune.checkpoint.peft_adapter import (
 from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.byte_size import format_bytes
 from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 
@@ -178,9 +179,9 @@ def verify_merge(
     )
     device = (find_device or device_with_memory)(need)
     if device is None:
-        need_gb = f"{need / 1e9:.1f} GB"
         reason = (
-            f"the model in float32 needs {need_gb}, more than is free: compared weight by weight"
+            f"the model in float32 needs {format_bytes(need)}, more than is free: compared weight "
+            "by weight"
         )
         return proof | {
             "method": "weights",

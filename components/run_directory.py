@@ -37,6 +37,12 @@ class RunRecord:
     data_fingerprint: str
     mlflow_run_id: str = ""
     finished: bool = False
+    first_job: str = ""  # that of the first attempt, by which MLflow knows the run
+
+    @property
+    def known_as(self) -> str:
+        """The pipeline job that identifies the run over all its attempts."""
+        return self.first_job or self.job_id
 
 
 def run_directory(workspace: str, run_name: str, job_name: str) -> Path:
@@ -92,7 +98,9 @@ def pipeline_run(config: RunConfig, folder: Path | str, mlflow_run_id: str) -> P
     Args:
         mlflow_run_id: its run in MLflow; "" if it is not known yet.
     """
-    return PipelineRun(config, Path(folder), read_run_id(Path(folder)), mlflow_run_id)
+    record = read_record(Path(folder))
+    job = record.known_as if record else Path(folder).name
+    return PipelineRun(config, Path(folder), job, mlflow_run_id)
 
 
 def write_pointer(artifact: Model, folder: Path) -> None:

@@ -14,6 +14,7 @@ from canvastune.errors import UserError
 from canvastune.logging import configure_logging, log_error
 from canvastune.tracking import Step, StepRun, step_run
 from components.run_directory import pipeline_run
+from components.run_owner import end_with_owner
 
 
 @contextlib.contextmanager
@@ -39,6 +40,7 @@ def step(
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError in the block into its message as the last lines, and exit code 1."""
     configure_logging()
+    end_with_owner()
     try:
         yield
     except UserError as error:

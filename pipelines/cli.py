@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from canvastune.errors import UserError
 from canvastune.logging import configure_logging, event, log_error
 from pipelines.kfp_client import KubeflowClient
-from pipelines.parser import build_parser, parse, subcommands
+from pipelines.parser import build_parser, parse, run_command, subcommands
 
 if TYPE_CHECKING:  # `canvastune doctor` runs before anything is installed
     from canvastune.config import RunConfig
@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         log_error(error)
         return 1
-    except KeyboardInterrupt:
-        logger.info("canvastune: interrupted")
+    except KeyboardInterrupt as error:
+        resume = f". To resume the run:\n  {error}" if str(error) else ""
+        logger.info(f"canvastune: interrupted{resume}", extra=event("interrupted"))
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -52,7 +53,14 @@ def _run(options: argparse.Namespace) -> None:
     with warm_processes():  # imports what the steps need while this process imports its own
         from pipelines.local_runner import run_recipe
 
-        run_recipe(config, options.workspace, options.run_name, options.compare)
+        run_recipe(
+            config,
+            options.workspace,
+            options.run_name,
+            options.compare,
+            command=run_command(options),
+            resume=options.resume,
+        )
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -156,6 +164,25 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     again = sweep_again if options.sweep else evaluate_again
     print(again(options.run, options.set, options.output))
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from pipelines.runs import remove_runs, show_runs
+
+    if options.action != "rm":
+        print(show_runs(options.workspace, as_json=options.json))
+        return
+    if options.json:
+        raise UserError("--json: only the list has it, not rm", hint="Leave it out.")
+    print(
+        remove_runs(
+            options.workspace,
+            options.names,
+            checkpoints=options.checkpoints,
+            dry_run=options.dry_run,
+            yes=options.yes,
+        )
+    )
 
 
 def _sync(options: argparse.Namespace) -> None:
@@ -274,6 +301,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "serve": _serve,
     "evaluate": _evaluate,
+    "runs": _runs,
     "sync": _sync,
     "compile": _compile,
     "submit": _submit,

@@ -51,7 +51,8 @@ def demo() -> None:
     from pipelines.local_runner import run_recipe  # imported by now
 
     logger.info(f"\n3. the pipeline: LoRA on another kind of problems, {tuned.data.label}")
-    run_recipe(tuned, Path("workspace"), None)
+    recipe = os.path.relpath(RECIPES / "tiny_lora.yaml")
+    run_recipe(tuned, Path("workspace"), None, command=["run", recipe])
 
 
 def unpack_base(folder: Path) -> None:

@@ -48,6 +48,11 @@ class LocalOutput(io.TextIOBase):
         self._task = ""  # the running step
         self._started = time.monotonic()
 
+    @property
+    def step(self) -> str:
+        """The running step, or the last one; "" before the first."""
+        return self._task
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Redirect standard output and the runner's log records to this object."""

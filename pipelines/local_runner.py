@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -18,58 +19,89 @@ import psutil
 import yaml
 
 from canvastune.config import RunConfig
+from canvastune.config.places import refuse_missing
 from canvastune.data.files import missing_files
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
-from canvastune.logging import json_requested
+from canvastune.logging import event, json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
 from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect
+from canvastune.tracking.steps import FAILED, KILLED, format_reason
 from components.earlier_runs import find_compared
-from components.finish.step import finish
-from components.run_directory import pipeline_run, read_record
+from components.finish.step import close_own_run
+from components.run_directory import pipeline_run, read_record, run_directory
+from components.run_list import RunInfo, unfinished_runs
+from components.run_owner import Owner, own_run, owner_environment
 from pipelines.local_output import LocalOutput
 from pipelines.warm_start import search_path, server_id, step_variables
 
 logger = logging.getLogger(__name__)
 
 _MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
-_SHUTDOWN_TIMEOUT = 90  # seconds for a step to end after Ctrl-C: the ranks save a checkpoint first
+_SHUTDOWN_TIMEOUT = 90.0  # seconds for a step to end after Ctrl-C, or longer: `train.stop_grace`
+_REPORT_EVERY = 10.0  # seconds between lines that say what is waited for
+_AT_THE_END = {"train": "save its state", "evaluate": "keep its answers"}  # of a step's process
+
+
+class StepFailed(UserError):
+    """A step of the pipeline failed."""
+
+    def __init__(self, step: str, error: UserError) -> None:
+        super().__init__(f"step {step} failed: {error}", hint=error.hint)
+        self.step, self.error = step, error
 
 
 def run_recipe(
-    config: RunConfig, workspace: Path, run_name: str | None, compare: Sequence[Path] = ()
+    config: RunConfig,
+    workspace: Path,
+    run_name: str | None,
+    compare: Sequence[Path] = (),
+    command: Sequence[str] = (),
+    *,
+    resume: bool = False,
 ) -> Path:
     """Run the whole pipeline on a recipe, log its results, and return the run's folder.
 
     Args:
         workspace: gets all output: runs/RUN, kfp/ (artifacts and their cache) and MLflow's store.
         run_name: RUN; an unfinished run of that name and recipe is resumed. None: the recipe's name
-            and the time.
+            and the time; unfinished runs of the recipe are named.
         compare: folders of runs to compare with in the report.
+        command: words after `canvastune` that start this run, without its name.
+        resume: never start a new run; without a name, resume the newest unfinished one of the
+            recipe.
 
     Raises:
-        UserError: a folder in `compare` is not a run; a step failed, with the message of the step.
+        UserError: a folder in `compare` is not a run; another process works on this run; the
+            workspace is not writable; no run to resume; a step failed, with the message of the
+            step.
         KeyboardInterrupt: interrupted; every process of the run has ended, and its MLflow run is
-            closed.
+            closed. The message is the command that resumes the run, once there is one to resume.
     """
-    from pipelines.finetune import finetune
-
     started = time.monotonic()
     find_compared(compare)
+    _refuse_missing_inputs(config)
     workspace = workspace.absolute()
-    try:
-        workspace.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workspace {workspace}: cannot create ({error.strerror})",
-            hint="Choose a folder that you can write to.",
-        ) from None
-    folder = (
-        workspace / "runs" / run_name if run_name else _new_folder(workspace / "runs", config.name)
-    )
-    logger.info(f"run {folder.name}: {_relative(folder)}")
+    _make_workspace(workspace)
+    start = [shell_command("canvastune"), *command]
+    folder = _choose_folder(config, workspace, run_name, start, resume)
+    again = _with_name(start, folder.name)
+    with own_run(folder, again) as killed:
+        if killed is not None:
+            _wait_for_orphans(folder, killed, config.train.stop_grace)
+        logger.info(f"run {folder.name}: {_relative(folder)}")
+        _run_pipeline(config, workspace, folder, compare, again)
+    _log_result(config, workspace, folder, time.monotonic() - started)
+    return folder
+
+
+def _run_pipeline(
+    config: RunConfig, workspace: Path, folder: Path, compare: Sequence[Path], again: str
+) -> None:
+    from pipelines.finetune import finetune
+
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     parameters = {
         "recipe": text,
@@ -79,25 +111,28 @@ def run_recipe(
         "pipeline_image": "",
     }
     try:
-        run_locally(finetune, parameters, workspace)
-    except KeyboardInterrupt:
-        record = read_record(folder)
-        if record is not None:
-            if not json_requested():
-                print()  # below the terminal's ^C
-            finish(str(workspace), folder.name, "", record.job_id, "FAILED")
+        run_locally(finetune, parameters, workspace, config.train.stop_grace)
+    except StepFailed as failure:
+        close_own_run(folder, FAILED, failure.step, format_reason(failure.error))
         raise
-    _log_result(config, workspace, folder, time.monotonic() - started)
-    return folder
+    except KeyboardInterrupt:
+        if read_record(folder) is None:  # it has not begun
+            raise
+        logger.info("recording the interruption in the run's folder and in MLflow")
+        close_own_run(folder, KILLED, "", "interrupted (Ctrl-C, or SIGTERM)")
+        raise KeyboardInterrupt(again) from None
 
 
 def run_locally(
-    pipeline: Callable[..., object], arguments: dict[str, str], workspace: Path
+    pipeline: Callable[..., object], arguments: dict[str, str], workspace: Path, grace: float = 0
 ) -> None:
     """Run a Kubeflow pipeline to completion.
 
     Artifacts go to `workspace`/kfp, a new folder each time; the cache of prepared data is there
     as well.
+
+    Args:
+        grace: seconds that the ranks of a training have to save their state.
 
     Raises:
         UserError: a step failed, with the message of the step.
@@ -117,13 +152,12 @@ def run_locally(
         try:
             pipeline(**arguments)
         except KeyboardInterrupt:
-            _end_children()
+            _end_children(output.step, grace)
             raise
         except RuntimeError:  # from KFP: it names the step that failed, but not the reason
             if output.failure is None:
                 raise
-            step, error = output.failure
-            raise UserError(f"step {step} failed: {error}", hint=error.hint) from None
+            raise StepFailed(*output.failure) from None
 
 
 def _drop_incomplete_data(artifacts: Path) -> None:
@@ -150,6 +184,7 @@ def _step_environment() -> Iterator[Path]:
             **step_variables(),
             "TMPDIR": scratch,  # the runner leaves a folder per task
             "PATH": search_path(),
+            **owner_environment(),
         }
         # The runner replaces every `python3` in a task's command line, also in paths, by
         # sys.executable.
@@ -162,7 +197,7 @@ def _step_environment() -> Iterator[Path]:
             os.environ.update(environment)
 
 
-def _end_children() -> None:
+def _end_children(step: str, grace: float) -> None:
     """Send SIGTERM to the running step, which stops the processes it started; kill what remains.
 
     Only that process gets the signal: a second one during torchrun's shutdown would orphan its
@@ -170,16 +205,134 @@ def _end_children() -> None:
     """
     children = psutil.Process().children(recursive=True)
     children = [process for process in children if process.pid != server_id()]
-    for process in children:
+    for process in filter(_is_step, children):
         with contextlib.suppress(psutil.NoSuchProcess):
-            # Not the shell around it; what a stand-in gets, it passes on to the server's fork.
-            if "kfp.dsl.executor_main" in process.cmdline() and process.ppid() != server_id():
+            # What a stand-in gets, it passes on to the server's fork.
+            if process.ppid() != server_id():
                 process.send_signal(signal.SIGTERM)
-    _, remaining = psutil.wait_procs(children, timeout=_SHUTDOWN_TIMEOUT)
+    if not json_requested():
+        print(file=sys.stderr)  # below the terminal's ^C
+    timeout = max(_SHUTDOWN_TIMEOUT, grace + _SHUTDOWN_TIMEOUT / 3)
+    _wait_for(children, step or "the run", timeout)
+
+
+def _wait_for_orphans(folder: Path, killed: Owner, grace: float) -> None:
+    """Wait until the step of a killed `canvastune run` has ended, which it does by itself."""
+    children = [process for process in psutil.process_iter() if _is_step(process, str(folder))]
+    if children:
+        logger.info(f"run {folder.name}: its earlier attempt ({killed}) was killed")
+        timeout = max(_SHUTDOWN_TIMEOUT, grace + _SHUTDOWN_TIMEOUT / 3)
+        _wait_for(children, "its step", timeout)
+
+
+def _is_step(process: psutil.Process, argument: str = "") -> bool:
+    """Return whether a process is a step's, not the shell around it, and names an argument."""
+    try:
+        command = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+    return "kfp.dsl.executor_main" in command and any(argument in word for word in command)
+
+
+def _wait_for(processes: list[psutil.Process], step: str, timeout: float) -> None:
+    """Wait for the processes of a step to end, and say so; kill them after the timeout."""
+    what = _AT_THE_END.get(step, "end")
+    logger.info(
+        f"waiting for {step} to {what}, for at most {timeout:.0f} s",
+        extra=event("waiting", step=step, seconds=timeout),
+    )
+    begin = time.monotonic()
+    _, remaining = psutil.wait_procs(processes, timeout=_REPORT_EVERY)
+    while remaining and (waited := time.monotonic() - begin) < timeout:
+        logger.info(
+            f"still waiting for {step} to {what}: {waited:.0f} s",
+            extra=event("waiting", step=step, seconds=round(timeout - waited)),
+        )
+        _, remaining = psutil.wait_procs(remaining, timeout=_REPORT_EVERY)
     for process in remaining:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(remaining, timeout=5)
+
+
+def _refuse_missing_inputs(config: RunConfig) -> None:
+    """Raise: UserError, a local path of the recipe does not exist; a step would say so later."""
+    refuse_missing("model.id", config.model.id, "model")
+    for key, source in config.data.source_keys.items():
+        refuse_missing(key, source.source, "" if key == "data.validation" else "data set")
+
+
+def _make_workspace(workspace: Path) -> None:
+    """Create the workspace and what this process itself writes there.
+
+    Raises:
+        UserError: it cannot be created or written.
+    """
+    for folder in (workspace, workspace / "runs", workspace / "kfp"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--workspace {workspace}: cannot create {folder} ({error.strerror})",
+                hint="Choose a folder that you can write to.",
+            ) from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"--workspace {workspace}: cannot write in {folder} (not permitted, or mounted "
+                "read-only)",
+                hint="Choose a folder that you can write to.",
+            )
+
+
+def _choose_folder(
+    config: RunConfig, workspace: Path, run_name: str | None, start: Sequence[str], resume: bool
+) -> Path:
+    """Return the folder of a new run, or of the one to resume.
+
+    Raises:
+        UserError: an invalid name; no run to resume.
+    """
+    if run_name:
+        folder = run_directory(str(workspace), run_name, "")
+        record = read_record(folder)
+        if record is not None and record.finished:
+            raise UserError(
+                f"{folder}: this run is finished; a finished run is never overwritten",
+                hint="Choose another --run-name; `canvastune evaluate` evaluates it again.",
+            )
+        if resume and record is None:
+            raise UserError(
+                f"--resume: found no run in {folder}",
+                hint="`canvastune runs` lists all runs. Without --resume, a new one is started.",
+            )
+        return folder
+    unfinished = unfinished_runs(workspace, config)
+    if resume and not unfinished:
+        raise UserError(
+            f"--resume: found no unfinished run of this recipe in {workspace / 'runs'}",
+            hint="`canvastune runs` lists all runs. Without --resume, a new one is started.",
+        )
+    if resume:
+        logger.info(f"resuming {_describe(unfinished[-1])}")
+        return unfinished[-1].folder
+    if unfinished:
+        more = f" (and {len(unfinished) - 1} older)" if len(unfinished) > 1 else ""
+        logger.info(
+            f"An unfinished run of this recipe exists{more}: {_describe(unfinished[-1])}\n"
+            f"To resume it instead of starting a new one:\n"
+            f"  {_with_name(start, unfinished[-1].name)}\n"
+        )
+    return _new_folder(workspace / "runs", config.name)
+
+
+def _describe(run: RunInfo) -> str:
+    where = f" in {run.where}" if run.where else ""
+    steps = f", step {run.step} of {run.steps}" if run.step is not None else ""
+    return f"{run.name}, {run.state}{where}{steps}"
+
+
+def _with_name(start: Sequence[str], name: str) -> str:
+    return shlex.join([*start, "--run-name", name])
 
 
 def _new_folder(runs: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from canvastune import __version__
 from canvastune.logging import FORMAT_HELP, FORMATS
 from pipelines.kfp_client import TOKEN
 
+WORKSPACE = Path("workspace")
 _DESCRIPTION = """Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report,
 as one pipeline."""
 _EXIT_CODES = """exit codes:
@@ -32,11 +33,13 @@ Training only, for example on one machine with 8 GPUs:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
       -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
 _RUN = """The tiny recipes use the model and the data that `canvastune demo` writes; tiny_sft.yaml
-starts from `canvastune make-tiny-model workspace/tiny-random`. To resume an interrupted run, use the
-same command with the same --run-name.
+starts from `canvastune make-tiny-model workspace/tiny-random`. An interrupted run is resumed by the
+same command with its --run-name, which the last line prints, or with --resume. Only one process at a
+time works on a run; `canvastune runs` lists all of them.
 
 examples:
   canvastune run pipelines/recipes/tiny_lora.yaml
+  canvastune run pipelines/recipes/tiny_lora.yaml --resume    # the newest unfinished run of the recipe
   canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --run-name rank16
   canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=32 --run-name rank32 \\
       --compare workspace/runs/rank16
@@ -103,8 +106,30 @@ examples:
   canvastune evaluate workspace/runs/rank16 --set evaluate.repeats=4 --set evaluate.rows=256
   canvastune evaluate workspace/runs/rank16 --sweep
   canvastune report workspace/runs/rank16 --evaluation workspace/runs/rank16/evaluation-2 --output look"""
+_RUNS = """Read from the runs' folders alone, in a second; a workspace on a cluster is read where it is mounted.
+
+states:
+  running      by the process named, or by a Kubeflow job
+  interrupted  with Ctrl-C, or killed: the command that resumes it is below the table
+  failed       in the step named; the reason and the command that resumes it are below
+  finished     with its main figures, before and after training
+
+examples:
+  canvastune runs
+  canvastune runs --workspace /data --json > runs.json
+  canvastune runs rm rank16 rank32 --dry-run    # what would be deleted
+  canvastune runs rm rank16 --checkpoints       # keep the run, and free most of its space"""
+_REMOVE = """Deletes the folders of runs, and what only they use of kfp/. MLflow keeps its records and what was
+uploaded to it. Refused: a run in progress; one whose model has an alias in MLflow, such as champion
+(candidate does not count); one whose model or files another run was trained from.
+
+examples:
+  canvastune runs rm rank16 --dry-run
+  canvastune runs rm rank16 rank32
+  canvastune runs rm rank16 --checkpoints --yes"""
 _SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step
-sends MLflow what it missed, and so does this command.
+sends MLflow what it missed, and so does this command. A run whose process was killed on this machine
+no longer counts as running afterwards.
 
 examples:
   canvastune sync workspace/runs/rank16
@@ -208,6 +233,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a new run, or an unfinished one to resume (default: recipe and time)",
     )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="resume the newest unfinished run of the recipe, or that of --run-name; start none",
+    )
     add("demo", _DEMO, "the pipeline on a tiny model that comes with it; minutes, no GPU")
     plan = add(
         "plan", _PLAN, "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
@@ -281,6 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         add("evaluate", _EVALUATE, "evaluate a finished run again, without training", [logs]),
     )
+    _add_runs_options(add("runs", _RUNS, "list the runs of a workspace, or remove some"))
     sync = add("sync", _SYNC, "send MLflow what it missed of a run")
     sync.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
@@ -335,6 +366,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def run_command(options: argparse.Namespace) -> list[str]:
+    """Return the words after `canvastune` that repeat a `run` with all its options but its name."""
+    words = ["run", options.recipe]
+    for setting in options.set:
+        words += ["--set", setting]
+    if options.workspace != WORKSPACE:
+        words += ["--workspace", str(options.workspace)]
+    if options.compare:
+        words += ["--compare", *map(str, options.compare)]
+    if options.log_format != FORMATS[0]:
+        words += ["--log-format", options.log_format]
+    return words
+
+
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each command."""
     (choices,) = [
@@ -364,20 +409,24 @@ def _recipe_options() -> argparse.ArgumentParser:
 
 def _log_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
+    parser.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help=FORMAT_HELP)
     return parser
 
 
 def _workspace_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
+    _add_workspace_option(parser)
+    return parser
+
+
+def _add_workspace_option(parser: argparse.ArgumentParser, default: object = WORKSPACE) -> None:
     parser.add_argument(
         "--workspace",
         type=Path,
-        default=Path("workspace"),
+        default=default,
         metavar="DIR",
-        help="folder of all runs (default: %(default)s)",
+        help=f"folder of all runs (default: {WORKSPACE})",
     )
-    return parser
 
 
 def _compare_options() -> argparse.ArgumentParser:
@@ -441,6 +490,30 @@ def _add_evaluate_options(
         metavar="DIR",
         help="a new folder (default: RUN/evaluation-2, or the next number; RUN/sweep)",
     )
+
+
+def _add_runs_options(parser: argparse.ArgumentParser) -> None:
+    _add_workspace_option(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    actions = parser.add_subparsers(dest="action", metavar="rm", title="actions")
+    removing = actions.add_parser(
+        "rm",
+        epilog=_REMOVE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="remove runs to free space",
+    )
+    removing.add_argument("names", nargs="+", metavar="NAME", help="of a run")
+    # Not set where it is not given: the option before `rm` holds as well.
+    _add_workspace_option(removing, default=argparse.SUPPRESS)
+    removing.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="only the training's checkpoints, which a finished run does not need",
+    )
+    removing.add_argument(
+        "--dry-run", action="store_true", help="say what would be deleted, and delete nothing"
+    )
+    removing.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def _add_submit_options(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,11 @@ from huggingface_hub.utils import filter_repo_objects
 from canvastune.checkpoint.hub import PATTERNS, resolve_model
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
+from canvastune.io.byte_size import format_bytes
 from canvastune.logging import event
 
 logger = logging.getLogger(__name__)
 
-_GB = 1e9
 _REPORT_SECONDS = 30.0
 
 
@@ -50,8 +50,8 @@ def fetch_model(config: ModelConfig) -> Path:
     free = shutil.disk_usage(cache).free
     if missing - partial > free:
         raise UserError(
-            f"{cache}: {config.id} needs another {(missing - partial) / _GB:,.1f} GB, found "
-            f"{free / _GB:,.1f} GB free",
+            f"{cache}: {config.id} needs another {format_bytes(missing - partial)}, found "
+            f"{format_bytes(free)} free",
             hint="Enlarge the claim (chart: workspace.size), or remove old runs.",
         )
     with _progress(blobs, sum(file.size or 0 for file in files), config.id):
@@ -88,7 +88,7 @@ def _progress(blobs: Path, total: int, what: str) -> Iterator[None]:
             rate = (now - first) / (time.monotonic() - began)
             left = f", {(total - now) / rate / 60:.0f} min left" if rate > 0 else ""
             logger.info(
-                f"{what}: {now / _GB:,.1f} of {total / _GB:,.1f} GB, {rate / 1e6:,.0f} MB/s{left}",
+                f"{what}: {format_bytes(now)} of {format_bytes(total)}, {format_bytes(rate)}/s{left}",
                 extra=event("fetch", bytes=now, total=total),
             )
 
@@ -129,6 +129,6 @@ def _verify(folder: Path, files: list[Any], what: str) -> None:
             )
         total += size
     logger.info(
-        f"{what}: {len(files)} files, {total / _GB:,.1f} GB, verified: {folder}",
+        f"{what}: {len(files)} files, {format_bytes(total)}, verified: {folder}",
         extra=event("fetched", files=len(files), bytes=total, folder=str(folder)),
     )

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from canvastune.errors import UserError
+from canvastune.io.byte_size import format_bytes
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -381,11 +382,10 @@ class CheckpointWriter:
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in specs.items()}
         total, free = sum(sizes.values()), shutil.disk_usage(folder).free
         if total > free:
-            found = (
-                f"the checkpoint needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
-            )
             raise UserError(
-                f"{folder}: {found}", hint="Free some disk space or choose another disk."
+                f"{folder}: the checkpoint needs {format_bytes(total)}, the disk has "
+                f"{format_bytes(free)} free",
+                hint="Free some disk space or choose another disk.",
             )
         shards = _split(sizes, max_shard_bytes)
         count = len(shards)

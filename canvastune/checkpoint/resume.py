@@ -35,6 +35,7 @@ from canvastune.distributed.parallelize import local_tensor
 from canvastune.distributed.sync import gather_results, run_on_rank0
 from canvastune.errors import UserError
 from canvastune.io.atomic import fsync
+from canvastune.io.byte_size import format_bytes
 from canvastune.io.json_text import to_json_text
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
@@ -222,8 +223,8 @@ class Checkpoints:
         if total > free:
             path.rmdir()
             raise UserError(
-                f"{path}: a checkpoint needs {total / 1e9:.3g} GB, the disk has {free / 1e9:.3g} "
-                "GB free; earlier checkpoints are kept",
+                f"{path}: a checkpoint needs {format_bytes(total)}, the disk has "
+                f"{format_bytes(free)} free; earlier checkpoints are kept",
                 hint=(
                     "Free some disk space and run the same command again; it resumes from the "
                     "newest checkpoint."

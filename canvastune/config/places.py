@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -52,6 +53,28 @@ def refuse_address(key: str, text: str) -> None:
     raise UserError(
         f"{key}: {text}: found an address, expected a local file or folder, or {other}",
         hint=_way_out(key, text, scheme, rest),
+    )
+
+
+def refuse_missing(key: str, text: str, kind: str) -> None:
+    """Refuse the path of a local file or folder that does not exist.
+
+    Args:
+        key: of the recipe, for the message.
+        kind: what the text may name on the Hub; "" if only a path is possible.
+
+    Raises:
+        UserError: with the nearest name that exists.
+    """
+    path = Path(text).expanduser()
+    if not is_path(text) or path.exists():
+        return
+    names = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    other = f"Check the path, or use a Hub {kind} id." if kind else "Check the path."
+    raise UserError(
+        f"{key}: {text}: no such file or folder",
+        hint=f"Did you mean {path.parent / near[0]}?" if near else other,
     )
 
 

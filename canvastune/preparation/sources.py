@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
@@ -18,7 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
 
 from canvastune.config.data import DataConfig, SourceFields
-from canvastune.config.places import DATA_SUFFIXES, is_path, refuse_address
+from canvastune.config.places import DATA_SUFFIXES, is_path, refuse_address, refuse_missing
 from canvastune.errors import UserError, one_line
 from canvastune.io.hashing import hash_path
 from canvastune.preparation.json_document import ReadLimits
@@ -174,19 +173,7 @@ def open_source(
                 hint=_conversion(path),
             )
         return Source(str(path), path, ((str(path), path.name, path),))
-    if is_path(text):
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        raise UserError(
-            f"{key}: {text}: no such file or folder",
-            hint=(
-                f"Did you mean {path.parent / near[0]}?"
-                if near
-                else "Check the path."
-                if key == "data.validation"
-                else "Check the path, or use a Hub data set id."
-            ),
-        )
+    refuse_missing(key, text, "" if key == "data.validation" else "data set")
     return _open_repository(config, text, None, key)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from canvastune.config import RunConfig
 from canvastune.evaluation.result import EvaluationResult, ModelFigures
 from canvastune.tracking.evaluation_traces import ROWS
+from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Attempt
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as a run's description
 STEP_NOTES = {
@@ -19,6 +22,10 @@ STEP_NOTES = {
     "evaluate_base": "Answers of the base, to compare with those of the run `evaluate`.",
     "report": "One page with the curves, the answers and the figures.",
 }
+FAILURE_TAGS = ("canvastune.failed_step", "canvastune.error")  # of a run whose last attempt failed
+_STATES = {RUNNING: "running", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}
+_SHOWN_ATTEMPTS = 20  # the newest, each a tag
+_LONGEST_REASON = 1000  # characters in a description
 _AGAIN = """**Again**
 
 `config.yaml`, a file of this run, is the whole recipe:
@@ -29,10 +36,64 @@ canvastune submit config.yaml   # on Kubeflow
 ```"""
 
 
-def describe_start(config: RunConfig, folder: Path) -> str:
-    """Describe what a pipeline run is about to do."""
-    curves = "While it trains, the curves are in the nested run `train`."
-    return "\n\n".join((_what(config), _table(_about(config, folder)), curves, _AGAIN))
+def describe_attempt(config: RunConfig, folder: Path, attempts: Sequence[Attempt]) -> str:
+    """Describe what a pipeline run is about to do, or where and why its last attempt ended."""
+    last = attempts[-1]
+    state = "While it trains, the curves are in the nested run `train`."
+    if last.status in (FAILED, KILLED):
+        state = _describe_end(last)
+    parts = [_what(config), _table(_about(config, folder)), state]
+    if last.status != RUNNING:
+        parts.insert(0, parts.pop())
+    if len(attempts) > 1:
+        rows = {str(number): each for number, each in number_attempts(attempts).items()}
+        parts += ["**Attempts**", _table(rows)]
+    return "\n\n".join((*parts, _AGAIN))
+
+
+def attempt_tags(attempts: Sequence[Attempt]) -> dict[str, str]:
+    """Return tags that say how each attempt at a run went, and where and why the last one failed."""
+    last = attempts[-1]
+    tags = {"canvastune.state": _STATES[last.status], "canvastune.attempts": str(len(attempts))}
+    for number, text in number_attempts(attempts).items():
+        tags[f"canvastune.attempt_{number}"] = text
+    if last.status == FAILED:
+        found = (last.step or "unknown", last.reason or "unknown")
+        tags |= dict(zip(FAILURE_TAGS, found, strict=True))
+    return tags
+
+
+def number_attempts(attempts: Sequence[Attempt]) -> dict[int, str]:
+    """Describe the newest attempts at a run in a line each, by number from 1."""
+    lines = {number: str(_line(attempt)) for number, attempt in enumerate(attempts, 1)}
+    return dict(list(lines.items())[-_SHOWN_ATTEMPTS:])
+
+
+def _line(attempt: Attempt) -> str:
+    start = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(attempt.started))
+    where = f", process {attempt.process} on {attempt.host}" if attempt.host else ""
+    took = "" if attempt.ended is None else f" after {_duration(attempt.ended - attempt.started)}"
+    step = f" in {attempt.step}" if attempt.step else ""
+    reason = f": {attempt.reason.splitlines()[0][:300]}" if attempt.reason else ""
+    return f"{start}{where}: {_STATES[attempt.status]}{step}{took}{reason}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _describe_end(attempt: Attempt) -> str:
+    """Say in which step an attempt failed or was interrupted, why, and how to resume the run."""
+    word = _STATES[attempt.status].capitalize()
+    step = f" in `{attempt.step}`" if attempt.step else ""
+    reason = attempt.reason[:_LONGEST_REASON] or "no reason is known"
+    text = f"**{word}{step}**\n\n```text\n{reason.replace('```', '')}\n```"
+    if not attempt.command:
+        return text + "\n\nTo resume it, submit the same recipe with the name of this run."
+    command = f"cd {shlex.quote(attempt.directory)}\n{attempt.command}"
+    return f"{text}\n\nTo resume it:\n\n```sh\n{command}\n```"
 
 
 def describe_report(

@@ -18,14 +18,23 @@ from canvastune import __version__
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
 from canvastune.evaluation.result import ANSWERS
-from canvastune.tracking import descriptions, steps
+from canvastune.tracking import steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE
 from canvastune.tracking.live_metrics import FindRun, numbers
 from canvastune.tracking.model_registry import Score
 from canvastune.tracking.publish import Publisher, content_hash
 from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds, origin
-from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Step, StepRecord
+from canvastune.tracking.steps import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    Attempt,
+    Step,
+    StepRecord,
+    format_reason,
+)
 
 # Where a step's outputs are kept that are otherwise only in its own container.
 _KEPT = {"prepare_data": "data", "plan": "plan", "evaluate": "evaluation"}
@@ -68,9 +77,9 @@ class StepRun:
             return "--mlflow-run", self.run_id
         return ("--mlflow-job", self.pipeline_run.job) if self.pipeline_run else ()
 
-    def parameters(self, values: Mapping[str, Any], *, of: str = "") -> None:
+    def parameters(self, values: Mapping[str, Any]) -> None:
         """Log parameters, nested ones as dotted names. They are immutable, but may be repeated."""
-        self.show(f"{of}parameters", {content_hash(values): values})
+        self.show("parameters", {content_hash(values): values})
 
     def tags(self, values: Mapping[str, str], *, of: str = "") -> None:
         """Set tags, which a later call may change."""
@@ -206,11 +215,17 @@ class StepRun:
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
-def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
-    """Start a pipeline run: description, tags, the config as parameters and as a file.
+def start(
+    run: PipelineRun, tags: Mapping[str, str] | None = None, attempt: Attempt | None = None
+) -> str:
+    """Start a pipeline run, or another attempt at it: tags, the config as parameters and as a file.
+
+    All attempts at a run are one run in MLflow. An attempt before that has no end was killed, as
+    were its steps: none of them counts as running.
 
     Args:
         tags: more to find the run by, such as its address in Kubeflow.
+        attempt: default: one of the run's job.
 
     Returns:
         Id of its run in MLflow, which Kubeflow's plugin or an earlier step may have created; "" if
@@ -218,11 +233,11 @@ def start(run: PipelineRun, tags: Mapping[str, str] | None = None) -> str:
     """
     record, tree = StepRun("resolve", run), run.config.model_dump(mode="json")
     key = f"{run.folder.name}/{run.job}"
-    note = descriptions.describe_start(run.config, run.folder)
+    steps.begin_attempt(run.folder, run.job, attempt or Attempt(run.job, time.time()))
     about = {**origin(run), **_about(run.config), **(tags or {})}
-    record.tags({PIPELINE_RUN: key, **about, NOTE: note}, of="run/")
+    record.tags({PIPELINE_RUN: key, **about}, of="run/")
     record.show("run/text", {"config.yaml": yaml.safe_dump(tree, sort_keys=False)})
-    record.parameters(tree, of="run/")
+    record.show("run/config", {"config": tree})
     record.set_status(FINISHED)
     record.publish()
     return record.pipeline_run_id or ""
@@ -245,7 +260,7 @@ def step_run(run: PipelineRun | None, step: Step, *, own: bool = True) -> Iterat
         yield record
     except BaseException as error:
         status = FAILED if isinstance(error, Exception) else KILLED
-        record.set_status(status, f"{type(error).__name__}: {error}"[:5000])
+        record.set_status(status, f"{type(error).__name__}: {format_reason(error)}"[:5000])
         raise
     else:
         record.set_status(FINISHED)
@@ -253,16 +268,17 @@ def step_run(run: PipelineRun | None, step: Step, *, own: bool = True) -> Iterat
         record.publish()
 
 
-def finish(run: PipelineRun, *, failed: bool) -> list[str]:
-    """End the pipeline run and what still counts as running of it; return what MLflow lacks."""
-    for step, earlier in steps.read_steps(run.folder, run.job).items():
-        if earlier.status == RUNNING:  # its process was killed
-            StepRun(step, run).set_status(KILLED)
-    record = StepRun("finish", run)
-    status = FAILED if failed else FINISHED
-    record.show("run/finish", {"status": status, "time": time.time()})
-    record.set_status(FINISHED)
-    record.publish()
+def finish(run: PipelineRun, status: str, step: str = "", reason: str = "") -> list[str]:
+    """End a pipeline run and what still counts as running of it; return what MLflow lacks.
+
+    Args:
+        status: FINISHED, FAILED or KILLED.
+        step: the one that failed or was interrupted, if no step's record says so.
+        reason: why, if no step's record says so.
+    """
+    StepRun("finish", run).set_status(FINISHED)
+    steps.end_attempt(run.folder, run.job, status, step, reason)
+    StepRun("finish", run).publish()
     return pending(run)
 
 

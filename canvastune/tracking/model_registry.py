@@ -15,7 +15,7 @@ from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import paired_test
 from canvastune.tracking.client import load_mlflow, log
 from canvastune.tracking.mlmodel import write_mlmodel
-from canvastune.tracking.run_lookup import PipelineRun
+from canvastune.tracking.run_lookup import PARENT, PipelineRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,6 +120,23 @@ def with_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
     """Return the version that has an alias, if one has."""
     version = client.get_registered_model(name).aliases.get(alias)
     return None if version is None else client.get_model_version(name, str(version))
+
+
+def aliases_of(client: MlflowClient, parent: str) -> dict[str, list[str]]:
+    """Return the registered versions of a pipeline run's models, as NAME/VERSION, with aliases.
+
+    Args:
+        parent: id of the pipeline run's run.
+    """
+    experiment = client.get_run(parent).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
+    found: dict[str, list[str]] = {}
+    for run_id in (parent, *(run.info.run_id for run in nested)):
+        for version in client.search_model_versions(f"run_id = '{run_id}'"):
+            aliases = client.get_registered_model(version.name).aliases
+            mine = [alias for alias, number in aliases.items() if str(number) == version.version]
+            found[f"{version.name}/{version.version}"] = mine
+    return found
 
 
 def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, str]:

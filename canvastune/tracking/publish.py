@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from canvastune.evaluation.result import read_answers
 from canvastune.io.hashing import hash_path
+from canvastune.tracking import descriptions, steps
 from canvastune.tracking import model_registry as registry
-from canvastune.tracking import steps
 from canvastune.tracking.client import TrackingError, connect, file_lock, load_mlflow, log
 from canvastune.tracking.descriptions import NOTE
 from canvastune.tracking.evaluation_traces import EVALUATION_RUN, log_answers, log_questions
 from canvastune.tracking.live_metrics import MetricsSender, metric_name
 from canvastune.tracking.run_lookup import PARENT, PipelineRun, RunIds
-from canvastune.tracking.steps import FINISHED, KILLED, PIPELINE_STEPS, RUNNING, Step
+from canvastune.tracking.steps import FINISHED, KILLED, PIPELINE_STEPS, RUNNING, Attempt, Step
 from canvastune.tracking.system_metrics import SYSTEM
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _LARGEST_FILE = 20 * 10**6  # bytes: an output file above this is data and is not uploaded
 _READABLE = {".json", ".jsonl", ".yaml", ".txt", ".html", ".png", ".svg"}
+_LONGEST_TAG = 5000  # characters, of those that people read
 _PARAMETERS_IN_A_BATCH = 100  # MLflow's limit
 _FILES = (
     "curves",
@@ -40,6 +42,7 @@ _MODEL_STEPS = ("train", "merge_lora")
 _BASE_RUN = (
     "evaluate_base"  # next to the run of `evaluate`: MLflow compares evaluations by their runs
 )
+_CHANGED = "canvastune.changed_settings"  # the tag with what a later attempt set otherwise
 _TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's UI finds tables
 
 
@@ -105,6 +108,8 @@ class Publisher:
             if self.ids.known.get("", tree["run"]) != tree["run"]:  # another server
                 experiment = self.server.request(self._experiment)
                 tree |= {"run": self.ids.known[""], "experiment": experiment, "sent": {}}
+            # What another attempt records again is sent again.
+            tree["sent"] = {key: digest for key, digest in tree["sent"].items() if key in items}
             for key, item in items.items():
                 if tree["sent"].get(key) == item.digest:
                     continue
@@ -149,7 +154,8 @@ class Publisher:
 
     def _items(self) -> Iterator[tuple[str, Item]]:
         """Yield all that the run directory has to show, with a key that is unique in the run."""
-        for step, record in self._read_steps():
+        records = steps.read_records(self.run.folder, self.run.job)
+        for step, record in records.steps.items():
             for name, value in record.shows.items():
                 owner, _, kind = name.rpartition("/")
                 for suffix, item_kind, content, files in self._parts(kind, value):
@@ -162,6 +168,10 @@ class Publisher:
                     f"{step}/status",
                     Item("status", step, status, content_hash(status), record.started),
                 )
+        if records.attempts:
+            attempts = {"attempts": [asdict(attempt) for attempt in records.attempts]}
+            digest, started = content_hash(attempts), records.attempts[0].started
+            yield "attempts", Item("attempts", "", attempts, digest, started)
 
     def _parts(
         self, kind: str, value: Mapping[str, Any]
@@ -199,6 +209,23 @@ class Publisher:
     def _send_tags(self, client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
         tag = load_mlflow().entities.RunTag
         client.log_batch(run_id, tags=[tag(name, value) for name, value in tags.items()])
+
+    def _send_config(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
+        """Log the newest attempt's config, and what it changes in a tag: no parameter can change."""
+        known, tags = (getattr(client.get_run(run_id).data, name) for name in ("params", "tags"))
+        flat = registry.flatten_parameters(value["config"])
+        named = {metric_name(name): value for name, value in flat.items()}
+        new = {name: value for name, value in named.items() if name not in known}
+        self._send_parameters(client, run_id, {"new": new})
+        changes = [
+            f"{name}: {known[name]} -> {value}"
+            for name, value in named.items()
+            if value != known.get(name, value)
+        ]
+        if changes:
+            client.set_tag(run_id, _CHANGED, "; ".join(changes)[:_LONGEST_TAG])
+        elif _CHANGED in tags:
+            client.delete_tag(run_id, _CHANGED)
 
     def _send_parameters(self, client: MlflowClient, run_id: str, batches: dict[str, Any]) -> None:
         param = load_mlflow().entities.Param
@@ -323,6 +350,22 @@ class Publisher:
             client.update_run(run_id, status=RUNNING)
         else:
             client.set_terminated(run_id, value["status"], int(value["ended"] * 1000))
+
+    def _send_attempts(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
+        """Show the attempts at a run, its state and, if it failed, in which step and why."""
+        attempts = [Attempt(**each) for each in value["attempts"]]
+        tags, last = descriptions.attempt_tags(attempts), attempts[-1]
+        if last.status != FINISHED:  # a report describes a finished run
+            tags[NOTE] = descriptions.describe_attempt(self.run.config, self.run.folder, attempts)
+        known = client.get_run(run_id).data.tags
+        for name in descriptions.FAILURE_TAGS:
+            if name in known and name not in tags:
+                client.delete_tag(run_id, name)
+        self._send_tags(client, run_id, tags)
+        if last.status == RUNNING:
+            client.update_run(run_id, status=RUNNING)
+        else:
+            self._send_finish(client, run_id, {"status": last.status, "time": last.ended})
 
     def _send_finish(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
         """End a pipeline run, and each of its steps that still counts as running: it was killed."""

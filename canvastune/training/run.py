@@ -117,7 +117,7 @@ def train(
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
     checkpoints = Checkpoints(output / "checkpoints", config, fingerprint)
     trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
-    started = time.time()
+    started = time.monotonic()
     try:
         finished = _run(trainer, rank_registry)
     finally:
@@ -148,7 +148,7 @@ def train(
         "skipped_steps": trainer.progress.skipped,
         "exported_step": step,
         "world_size": world_size,
-        "seconds": time.time() - started,
+        "seconds": time.monotonic() - started,
         "train": trainer.last.get("train", {}),
         "validation": trainer.last.get("validation", {}),
         "export": out.name,

@@ -14,4 +14,4 @@ def finish(
     from components.runtime import exit_on_user_error
 
     with exit_on_user_error():
-        finish(workspace, run_name, job_name, job_id, status.state)
+        finish(workspace, run_name, job_name, job_id, status.state, status.error_message or "")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from canvastune.config import RunConfig
+from canvastune.io.byte_size import format_bytes
 from canvastune.planner.plan import Plan
 from canvastune.planner.planner import find_architecture, make_plan, write_plan
 from canvastune.tracking import StepRun
@@ -42,7 +43,7 @@ def describe_shortage(plan: Plan, free: int) -> str | None:
     if checkpoints + model <= free:
         return None
     return (
-        f"{free / 1e9:,.1f} GB free, but the run writes up to {checkpoints / 1e9:,.1f} GB of "
-        f"checkpoints and a complete model of {model / 1e9:,.1f} GB. Free some space before it "
+        f"{format_bytes(free)} free, but the run writes up to {format_bytes(checkpoints)} of "
+        f"checkpoints and a complete model of {format_bytes(model)}. Free some space before it "
         "trains, or lower train.keep_checkpoints"
     )

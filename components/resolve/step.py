@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import local_inputs
 from canvastune.preparation import PREPARATION_VERSION
+from canvastune.tracking.steps import Attempt
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import (
     RunRecord,
@@ -23,6 +25,7 @@ from components.run_directory import (
     run_directory,
     write_record,
 )
+from components.run_owner import owner_of_this_step
 
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
 _TOKENIZER_FILES = (
@@ -114,8 +117,11 @@ def resolve(
             },
         }
     )
-    claim = RunRecord(job_id, config.model_dump_json(), data_fingerprint(config))
     earlier = read_record(folder)
+    first_job = earlier.known_as if earlier else job_id
+    claim = RunRecord(
+        job_id, config.model_dump_json(), data_fingerprint(config), first_job=first_job
+    )
     if earlier is not None:
         _refuse_other(folder, earlier, claim, config)
         _remove_outdated(
@@ -133,6 +139,7 @@ def resolve(
     parent = tracking.start(
         pipeline_run(config, folder, ""),
         {f"canvastune.{name}": value for name, value in about.items() if value},
+        _attempt(folder, job_id),
     )
     write_record(folder, replace(claim, mlflow_run_id=parent))
     return Resolved(
@@ -142,6 +149,21 @@ def resolve(
         claim.data_fingerprint,
         str(folder),
         parent,
+    )
+
+
+def _attempt(folder: Path, job_id: str) -> Attempt:
+    """Return the attempt that starts now, with the process that owns it, if one does."""
+    attempt, owner = Attempt(job_id, time.time()), owner_of_this_step(folder)
+    if owner is None:
+        return attempt
+    return replace(
+        attempt,
+        started=owner.since,
+        host=owner.host,
+        process=owner.process,
+        command=owner.command,
+        directory=owner.directory,
     )
 
 

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -212,6 +213,7 @@ class Run:
             str(workspace),
             *arguments,
         ]
+        self.command = command[4:]
         environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
         self._process = popen(
             command,
@@ -447,6 +449,11 @@ def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:
     assert runs.interrupted.code == 130, runs.interrupted.said
     assert not runs.left_by_interrupted, f"still running: {runs.left_by_interrupted}"
     assert "Traceback" not in runs.interrupted.said, runs.interrupted.said
+    assert "waiting for train to save its state, for at most" in runs.interrupted.said
+    last = runs.interrupted.said.splitlines()[-1]
+    words = shlex.split(last)
+    assert words[0].endswith("canvastune")
+    assert sorted(words[1:]) == sorted(runs.interrupted.command), "an option is lost"
     assert "resumed" in runs.full.said, f"trained from the beginning:\n{runs.full.said}"
 
 
@@ -462,6 +469,22 @@ def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
     record = read_record(folder)
     assert record is not None
     assert record.finished, "the exit task did not run: was it answered from the cache?"
+
+
+def test_an_interrupted_and_resumed_run_is_one_run_in_mlflow(runs: Runs) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs.workspace / 'full.db'}")
+    experiment = client.get_experiment_by_name("canvastune")
+    found = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in found} == {"FINISHED"}, "a run would count as running"
+    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    tags = parent.data.tags
+    assert (tags["canvastune.state"], tags["canvastune.attempts"]) == ("finished", "2")
+    assert "interrupted in train after 0:" in tags["canvastune.attempt_1"]
+    assert "finished after 0:" in tags["canvastune.attempt_2"]
+    assert "evaluate.rows: 2 -> 3" in tags["canvastune.changed_settings"]
+    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == 60
 
 
 def test_an_unfinished_run_goes_on_with_other_settings_of_later_steps(runs: Runs) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from canvastune.tracking import client as server
 from canvastune.tracking.client import connect, load_mlflow
 from canvastune.tracking.descriptions import describe_report
 from canvastune.tracking.live_metrics import points_of
-from components.run_directory import RunRecord, write_record
+from canvastune.tracking.steps import Attempt
+from components.run_directory import RunRecord, read_record, write_record
+from components.run_owner import own_run
 from pipelines.cli import main
 from tests.fakes.tracking_server import prepared, train_record
 from tools.report_sample import sample_result
@@ -437,10 +442,142 @@ def test_the_end_of_a_pipeline_ends_the_steps_that_were_killed(workspace: Path) 
         raise KeyboardInterrupt
     client = client_of(workspace)
     lost = client.create_run("1", tags={"mlflow.parentRunId": parent}).info.run_id
-    tracking.finish(run, failed=True)
+    tracking.finish(run, "KILLED", reason="interrupted (Ctrl-C, or SIGTERM)")
     statuses = [nested.info.status for nested in _nested(client, parent)]
     assert statuses == ["KILLED", "KILLED"], f"{lost} would count as running for ever"
+    found = client.get_run(parent)
+    assert found.info.status == "KILLED"
+    assert found.data.tags["canvastune.state"] == "interrupted"
+    assert "canvastune.failed_step" not in found.data.tags
+    assert found.data.tags["mlflow.note.content"].startswith("**Interrupted in `train`**")
+
+
+def test_a_failed_run_says_in_which_step_and_why_and_how_to_resume_it(workspace: Path) -> None:
+    run = pipeline_run(workspace, "broken")
+    attempt = Attempt(
+        "job", 1.7e9, "host-a", 77, "canvastune run my.yaml --run-name broken", "/home/ann/work"
+    )
+    parent = tracking.start(run, attempt=attempt)
+    with pytest.raises(UserError), tracking.step_run(run, "evaluate"):
+        raise UserError("evaluate.judge: no answer", hint="Start the judge.")
+    for _ in range(2):  # the exit task, and the process that owns the run
+        tracking.finish(run, "FAILED", reason="Task exit-handler-1 failed.")
+    found = client_of(workspace).get_run(parent)
+    tags = found.data.tags
+    assert found.info.status == "FAILED"
+    assert tags["canvastune.state"] == "failed"
+    assert tags["canvastune.failed_step"] == "evaluate"
+    assert tags["canvastune.error"] == "evaluate.judge: no answer\nStart the judge."
+    note = tags["mlflow.note.content"]
+    assert note.startswith(
+        "**Failed in `evaluate`**\n\n```text\nevaluate.judge: no answer\nStart the judge.\n```"
+    )
+    assert "cd /home/ann/work\ncanvastune run my.yaml --run-name broken\n" in note
+    assert "LoRA of rank 16" in note
+    assert "While it trains" not in note
+    assert tags["canvastune.attempt_1"].startswith(
+        "2023-11-14 22:13:20 UTC, process 77 on host-a: failed in evaluate after "
+    )
+
+
+def test_a_step_without_a_record_fails_the_run_with_the_reason_that_its_owner_knows(
+    workspace: Path,
+) -> None:
+    """As prepare_data, which may be answered from the cache."""
+    run = pipeline_run(workspace, "unprepared")
+    parent = tracking.start(run)
+    tracking.finish(run, "FAILED")
+    client = client_of(workspace)
+    assert client.get_run(parent).data.tags["canvastune.failed_step"] == "unknown"
+    tracking.finish(run, "FAILED", "prepare_data", "my.jsonl:7: not JSON")
+    tags = client.get_run(parent).data.tags
+    assert tags["canvastune.failed_step"] == "prepare_data"
+    assert tags["canvastune.error"] == "my.jsonl:7: not JSON"
+    assert tags["mlflow.note.content"].startswith("**Failed in `prepare_data`**")
+
+
+def test_an_interrupted_and_resumed_run_is_one_run_with_its_attempts(workspace: Path) -> None:
+    client, run = client_of(workspace), pipeline_run(workspace, "resumed")
+    parent = tracking.start(run, attempt=Attempt("1", time.time()))
+    with tracking.step_run(run, "plan"):
+        pass
+    with pytest.raises(UserError), tracking.step_run(run, "train"):
+        raise UserError("a rank died")
+    tracking.finish(run, "FAILED")
     assert client.get_run(parent).info.status == "FAILED"
+
+    assert tracking.start(run, attempt=Attempt("2", time.time())) == parent
+    found = client.get_run(parent)
+    assert found.info.status == "RUNNING"
+    assert not {"canvastune.failed_step", "canvastune.error"} & set(found.data.tags)
+    assert found.data.tags["mlflow.note.content"].startswith("LoRA of rank 16")
+    record = tracking.StepRun("train", run)
+    record.set_status("RUNNING")  # and killed: neither the step nor the attempt has an end
+    record.publish()
+    assert sorted(nested.info.status for nested in _nested(client, parent)) == [
+        "FINISHED",
+        "RUNNING",
+    ]
+
+    changed = pipeline_run(workspace, "resumed", evaluate={"rows": 8})
+    for _ in range(2):  # a retried step is no other attempt
+        assert tracking.start(changed, attempt=Attempt("3", time.time())) == parent
+    statuses = {each.info.run_name: each.info.status for each in _nested(client, parent)}
+    assert statuses == {"train": "KILLED", "plan": "FINISHED"}
+    assert client.get_run(parent).info.status == "RUNNING"
+    for step in ("train", "report"):
+        with tracking.step_run(changed, step) as record:
+            if step == "report":
+                record.promotion(None, None, "**Better**")
+    tracking.finish(changed, "FINISHED")
+    found = client.get_run(parent)
+    tags = found.data.tags
+    assert found.info.status == "FINISHED"
+    assert tags["canvastune.state"] == "finished"
+    assert tags["canvastune.attempts"] == "3"
+    assert re.search(r": failed in train after .*: a rank died$", tags["canvastune.attempt_1"])
+    assert re.search(r": interrupted in train after .*killed", tags["canvastune.attempt_2"])
+    assert re.search(r": finished after 0:00:\d\d$", tags["canvastune.attempt_3"])
+    assert tags["canvastune.changed_settings"] == "evaluate.rows: 64 -> 8"
+    assert tags["mlflow.note.content"] == "**Better**"
+    assert tracking.pending(changed) == []
+    key = "tags.`canvastune.pipeline_run` = 'resumed/job'"
+    assert len(client.search_runs(["1"], key)) == 1
+    assert len(_nested(client, parent)) == 3
+
+
+def test_a_report_of_an_earlier_attempt_does_not_describe_a_run_that_goes_on(
+    workspace: Path,
+) -> None:
+    client, run = client_of(workspace), pipeline_run(workspace, "twice-reported")
+    note = lambda: client.get_run(parent).data.tags["mlflow.note.content"]  # noqa: E731
+    parent = tracking.start(run, attempt=Attempt("1", time.time()))
+    for attempt in ("2", "3"):
+        with tracking.step_run(run, "report") as record:
+            record.promotion(None, None, "**Better**")
+        assert note() == "**Better**"
+        tracking.start(run, attempt=Attempt(attempt, time.time()))
+        assert note().startswith("LoRA of rank 16")
+
+
+def test_sync_ends_a_local_run_whose_process_was_killed(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pipeline_run(workspace, "orphaned")
+    write_record(run.folder, RunRecord("job", run.config.model_dump_json(), ""))
+    here = Attempt("job", time.time(), socket.gethostname(), 1)
+    parent = tracking.start(run, attempt=here)
+    client = client_of(workspace)
+    with own_run(run.folder):
+        assert main(["sync", str(run.folder)]) == 0
+        assert client.get_run(parent).info.status == "RUNNING", "it has an owner: it goes on"
+    assert main(["sync", str(run.folder)]) == 0
+    found = client.get_run(parent)
+    assert found.info.status == "KILLED"
+    assert "was killed" in found.data.tags["canvastune.attempt_1"]
+    record = read_record(run.folder)
+    assert record is not None
+    assert not record.finished, "it could not be resumed"
 
 
 def test_without_a_pipeline_run_nothing_is_recorded_and_nothing_breaks(tmp_path: Path) -> None:

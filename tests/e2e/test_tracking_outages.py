@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +170,7 @@ def seen(uri: str, name: str) -> dict[str, Any]:
                 if not key.startswith("tracking.")
             },
             "tags": {
-                key: value.replace(name, "N")
+                key: re.sub(r"\d[-:\d]+", "TIME", value.replace(name, "N"))
                 for key, value in run.data.tags.items()
                 if key != "mlflow.parentRunId"
             },
@@ -214,7 +215,7 @@ def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) ->
     with no_outer_mlflow():
         run = pipeline_run(folder, server.uri, "healthy")
         go_through(run, folder)
-        tracking.finish(run, failed=False)
+        tracking.finish(run, "FINISHED")
     found = seen(server.uri, "healthy")
     assert found["parent"]["status"] == "FINISHED"
     assert set(found) == {
@@ -264,9 +265,9 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
 
     seconds = go_through(run, tmp_path, before)
     before("finish")
-    tracking.finish(run, failed=False)
+    tracking.finish(run, "FINISHED")
     if back == "sync":
-        assert "finish of the run" in tracking.pending(run)
+        assert "attempts of the run" in tracking.pending(run)
         assert tracking.sync(run), "sync is silent about a server that is still down"
         before("sync")
         assert tracking.sync(run) == []
@@ -297,7 +298,7 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
     with broken() as uri, caplog.at_level(logging.WARNING):
         run = pipeline_run(tmp_path, uri, name)
         seconds = go_through(run, tmp_path)
-        tracking.finish(run, failed=False)
+        tracking.finish(run, "FINISHED")
     assert max(seconds) < 8, f"a step waited: {dict(zip(STEPS, seconds, strict=True))}"
     assert_one_warning(caplog, f"MLflow at {uri} {said}", run)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -389,7 +390,7 @@ def test_what_was_published_may_be_forgotten_and_is_sent_again_with_the_same_res
 ) -> None:
     run = pipeline_run(tmp_path, server.uri, "forgotten")
     go_through(run, tmp_path)
-    tracking.finish(run, failed=False)
+    tracking.finish(run, "FINISHED")
     state = run.folder / ".tracking" / "published.json"
     for damage in (Path.unlink, lambda path: path.write_text('{"job": "jo')):
         damage(state)
@@ -403,7 +404,7 @@ def test_nothing_is_sent_twice_and_only_what_changed_is_sent_again(
 ) -> None:
     run = pipeline_run(tmp_path, server.uri, "twice")
     go_through(run, tmp_path)
-    tracking.finish(run, failed=False)
+    tracking.finish(run, "FINISHED")
     quiet = server.requests("POST", "PUT")
     assert tracking.sync(run) == []
     assert server.requests("POST", "PUT") == quiet
@@ -422,7 +423,7 @@ def test_a_server_without_the_run_gets_all_of_it(
     go_through(run, tmp_path)
     with TrackingServer(tmp_path / "other") as other:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", other.uri)
-        tracking.finish(run, failed=False)
+        tracking.finish(run, "FINISHED")
         assert seen(other.uri, "moved") == healthy
 
 
@@ -437,7 +438,7 @@ def test_processes_that_publish_at_the_same_time_show_everything_once(
     with ThreadPoolExecutor(4) as pool:
         for reasons in pool.map(tracking.sync, [run] * 4):
             assert reasons == []
-    tracking.finish(run, failed=False)
+    tracking.finish(run, "FINISHED")
     assert tracking.sync(run) == []
     assert seen(server.uri, "at-once") == healthy
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from canvastune.errors import parse_error
-from canvastune.logging import format_event, read_event
+from canvastune.logging import TrainingProgress, format_event, read_event
 from pipelines.local_output import LocalOutput
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,22 @@ def test_a_line_that_is_no_event_of_ours_is_none() -> None:
     assert read_event('{"time": 1, "other": 2}') is None
     assert read_event("step 1") is None
     assert read_event(format_event("train", step=1)) is not None
+
+
+def test_the_time_left_does_not_count_the_first_step_which_takes_longer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("canvastune.logging.time.monotonic", lambda: now)
+    numbers = dict.fromkeys(("diffusion_loss", "autoregressive_loss", "grad_norm", "lr"), 1.0)
+    progress = TrainingProgress(steps=11, log_every=1)
+    with caplog.at_level("INFO", "canvastune.logging"):
+        for step, seconds in ((6, 60.0), (7, 2.0), (8, 2.0)):  # a resumed run
+            now += seconds
+            record = {"kind": "train", "step": step, "loss": 1.0, "tokens_per_second": 9.0}
+            progress.show({**record, **numbers, "seconds": seconds})
+    left = [message.partition("tokens/s")[2] for message in caplog.messages]
+    assert left == ["", "  0:08 left", "  0:06 left"]
 
 
 def test_a_failed_step_names_its_error_once_and_its_event_keeps_its_time() -> None:

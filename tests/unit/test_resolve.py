@@ -45,6 +45,7 @@ def test_another_job_goes_on_with_an_unfinished_run_only(resolve: Any) -> None:
     record = read_record(folder)
     assert record is not None
     assert record.job_id == "job-2"
+    assert record.known_as == "job-1", "MLflow would show two runs"
     write_record(folder, replace(record, finished=True))
     with pytest.raises(UserError, match="runs/mine"):
         resolve("job-3")
@@ -177,7 +178,7 @@ def test_mlflow_is_told_where_the_run_is_in_kubeflow(
     resolve: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told: dict[str, str] = {}
-    monkeypatch.setattr(resolution.tracking, "start", lambda _, tags: told.update(tags) or "")
+    monkeypatch.setattr(resolution.tracking, "start", lambda _, tags, __: told.update(tags) or "")
     recipe = RECIPE.format(model=tmp_path, data=tmp_path / "rows.jsonl")
     image, host = "registry.example/pipeline@sha256:1", "https://kubeflow.example/pipeline/"
     resolution.resolve(

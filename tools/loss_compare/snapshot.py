@@ -31,6 +31,7 @@ COMMANDS = (
     "merge",
     "serve",
     "evaluate",
+    "runs",
     "sync",
     "compile",
     "submit",
