@@ -20,6 +20,7 @@ from components.run_list import RunInfo, disk_bytes, list_runs
 from components.run_owner import own_run
 
 _REMOVED = ".removed-"  # a folder that is being deleted: no run, even if that is interrupted
+_ARTIFACTS = "kfp"  # in the workspace: a folder per attempt, with one per step
 _PREPARED = "prepare-data"  # the step whose artifacts later runs reuse
 
 
@@ -85,14 +86,15 @@ def remove(removal: Removal) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, what an interrupted removal left next to it, and the folder above if empty."""
+    """Delete a folder, and what an interrupted removal left next to it."""
     with contextlib.suppress(FileNotFoundError):
         folder.rename(folder.with_name(f"{_REMOVED}{folder.name}"))  # at once: no half of a run
     for leftover in folder.parent.glob(f"{_REMOVED}*"):
         with contextlib.suppress(FileNotFoundError):  # deleted by another removal, just now
             shutil.rmtree(leftover)
-    with contextlib.suppress(OSError):  # it is not empty
-        folder.parent.rmdir()
+    if folder.parent.parent.name == _ARTIFACTS:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.parent.rmdir()
 
 
 def _find(runs: Iterable[RunInfo], workspace: Path, name: str) -> RunInfo:
@@ -189,7 +191,7 @@ def _artifacts(
 ) -> tuple[list[Path], list[str]]:
     """Return the run's own artifacts in kfp/, and a note about those that other runs need."""
     record, mine = _record(run), []
-    for output in sorted((workspace / "kfp").glob("*/resolve/executor_output.json")):
+    for output in sorted((workspace / _ARTIFACTS).glob("*/resolve/executor_output.json")):
         if _run_folder(output) == str(run.folder.absolute()):
             mine += [task for task in sorted(output.parents[1].iterdir()) if task.is_dir()]
     prepared = [task for task in mine if task.name == _PREPARED]

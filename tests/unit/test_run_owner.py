@@ -26,7 +26,7 @@ from pipelines.cli import main
 from pipelines.local_runner import run_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "pipelines" / "recipes" / "tiny_lora.yaml"
+RECIPE = ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml"
 _HOLD = """
 import sys, time
 from pathlib import Path
@@ -179,7 +179,7 @@ def test_folders_of_a_workspace_that_are_read_only_are_one_line(
     access = os.access
     monkeypatch.setattr(
         "pipelines.local_runner.os.access",
-        lambda path, mode: path.name != "kfp" and access(path, mode),
+        lambda path, mode: Path(path).name != "kfp" and access(path, mode),
     )
     with pytest.raises(UserError, match=r"cannot write in .*kfp"):
         run_recipe(load_config(RECIPE), tmp_path, None)

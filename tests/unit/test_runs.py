@@ -19,6 +19,7 @@ import pytest
 
 from canvastune.config import load_config
 from canvastune.errors import UserError
+from canvastune.io.byte_size import format_bytes
 from canvastune.tracking import steps
 from canvastune.tracking.client import TrackingError
 from canvastune.tracking.steps import FAILED, FINISHED, KILLED, Attempt
@@ -30,7 +31,7 @@ from pipelines import local_runner
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "pipelines" / "recipes" / "tiny_lora.yaml")
+RECIPE = str(ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml")
 HERE = socket.gethostname()
 MakeRun = Callable[..., Path]
 
@@ -89,11 +90,11 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     with own_run(running):
         assert main(["runs", "--workspace", str(workspace)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    rows = {line.split()[0]: line for line in reversed(out.splitlines()) if line}
     assert re.search(
         r"good +finished +exact match 1\.6% -> 79\.7% +[\d.]+ kB +\d+ s ago", rows["good"]
     )
-    assert re.search(r"stopped +interrupted in train +step 2 of 240 ", rows["stopped"])
+    assert re.search(r"stopped +interrupted in train +step 2 of 800 ", rows["stopped"])
     assert "failed in evaluate" in rows["broken"]
     assert re.search(
         rf"running +running: starting: process {os.getpid()} on {HERE}", rows["running"]
@@ -120,7 +121,7 @@ def test_the_list_is_json_for_scripts(
     assert main(["runs", "--workspace", str(workspace), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     (run,) = tree["runs"]
-    assert (run["name"], run["state"], run["step"], run["steps"]) == ("good", "finished", 2, 240)
+    assert (run["name"], run["state"], run["step"], run["steps"]) == ("good", "finished", 2, 800)
     assert run["figures"]["exact_match"] == {"before": 0.016, "after": 0.797}
     assert run["bytes"] > 50_000
     assert run["folder"] == str(folder)
@@ -310,7 +311,7 @@ def test_removing_says_what_goes_and_asks(
     command = ["runs", "--workspace", str(workspace), "rm", "good"]
     assert main([*command, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert f"good: finished, exact match 1.6% -> 79.7%, {_kilobytes(folder, mine)} kB" in out
+    assert f"good: finished, exact match 1.6% -> 79.7%, {_size(folder, mine)}" in out
     assert f"    {folder}\n" in out
     assert f"    {mine / 'train'}\n" in out
     assert "nothing was deleted (--dry-run)" in out
@@ -335,9 +336,8 @@ def _terminal(answer: str) -> io.StringIO:
     return terminal
 
 
-def _kilobytes(*folders: Path) -> str:
-    total = sum(run_list.disk_bytes(folder) for folder in folders) / 1e3
-    return f"{total:.1f}" if total < 100 else f"{total:.0f}"
+def _size(*folders: Path) -> str:
+    return format_bytes(sum(run_list.disk_bytes(folder) for folder in folders))
 
 
 def test_only_the_checkpoints_of_a_finished_run_can_go(
@@ -346,8 +346,9 @@ def test_only_the_checkpoints_of_a_finished_run_can_go(
     folder = make_run("good")
     make_run("stopped", KILLED, "train")
     command = ["runs", "rm", "--workspace", str(workspace), "--checkpoints", "--yes"]
+    size = _size(folder / "train" / "checkpoints")
     assert main([*command, "good"]) == 0
-    assert "checkpoints of 1 run deleted, 53.2 kB freed" in capsys.readouterr().out
+    assert f"checkpoints of 1 run deleted, {size} freed" in capsys.readouterr().out
     assert sorted(path.name for path in (folder / "train").iterdir()) == ["metrics.jsonl"]
     assert list_runs(workspace)[0].state == "finished"
     assert main([*command, "stopped"]) == 1
