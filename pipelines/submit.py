@@ -70,11 +70,13 @@ def submit(
 
     Raises:
         UserError: as `create_kfp_client`; paths that pods cannot see; with `wait`, a run that did
-            not succeed; more runs to compare than colors.
+            not succeed; more runs to compare than colors; a run of that name is in progress.
     """
     refuse_local_paths(config, cluster)
     refuse_too_many(len(compare))
     client = kubeflow.create_kfp_client()
+    if run_name:
+        _refuse_running(client, kubeflow, run_name)
     version = _upload_if_changed(client, kubeflow, PIPELINE, {})
     parameters = {"recipe": recipe_text(config), "kubeflow_url": kubeflow.host}
     parameters |= {"run_name": run_name} if run_name else {}
@@ -110,6 +112,25 @@ def submit(
             logger.info(f"the run continues: {address}")
             raise
     return address
+
+
+def _refuse_running(client: Any, kubeflow: KubeflowClient, run_name: str) -> None:
+    """Raise: UserError, a run of this name is in progress, and works in the folder of this name."""
+    named = {"operation": "EQUALS", "key": "display_name", "stringValue": run_name}
+    with translate_errors(kubeflow), _quiet():
+        found = client.list_runs(
+            page_size=100,
+            sort_by="created_at desc",
+            namespace=kubeflow.namespace,
+            filter=json.dumps({"predicates": [named]}),
+        )
+    for run in found.runs or ():
+        if run.display_name == run_name and run.state not in _ENDED:
+            raise UserError(
+                f"--run-name {run_name}: this run is in progress, created {run.created_at}: "
+                f"{kubeflow.host}/#/runs/details/{run.run_id}",
+                hint="Wait for it to end, terminate it there, or choose another name.",
+            )
 
 
 def upload(

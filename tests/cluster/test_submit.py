@@ -140,6 +140,23 @@ def test_submit_uploads_the_pipeline_and_starts_a_run_of_the_resolved_recipe(
     assert said.err == ""
 
 
+def test_a_second_run_of_a_name_is_refused_while_the_first_is_in_progress(
+    kubeflow: FakeKubeflow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _submit(kubeflow, "--run-name", "mine") == 0
+    capsys.readouterr()
+    for state in ("PENDING", "RUNNING", "CANCELING", "PAUSED"):
+        kubeflow.runs[0]["state"] = state
+        assert _submit(kubeflow, "--run-name", "mine") == 1
+        error = str(_error(capsys))
+        assert error.startswith("--run-name mine: this run is in progress, created 20")
+        assert error.endswith(f": {kubeflow.host}/#/runs/details/run-1")
+    assert _submit(kubeflow, "--run-name", "other") == 0
+    kubeflow.runs[0]["state"] = "FAILED"
+    assert _submit(kubeflow, "--run-name", "mine") == 0, "an unfinished run cannot be resumed"
+    assert len(kubeflow.runs) == 3
+
+
 def test_the_pipeline_is_uploaded_again_only_when_it_changed(
     kubeflow: FakeKubeflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,6 +182,10 @@ class FakeKubeflow:
         )
         return self.experiments[-1]
 
+    def list_runs(self, call: Call) -> Any:
+        """By display name, the newest first."""
+        return {"runs": list(reversed(_named(self.runs, call)))}
+
     def create_run(self, call: Call) -> Any:
         """With an id."""
         self.runs.append(
@@ -212,6 +216,7 @@ _ROUTES: dict[tuple[str, str], Callable[..., Any]] = {
     ("GET", "/pipelines/([^/]+)/versions"): FakeKubeflow.list_versions,
     ("GET", "/experiments"): FakeKubeflow.list_experiments,
     ("POST", "/experiments"): FakeKubeflow.create_experiment,
+    ("GET", "/runs"): FakeKubeflow.list_runs,
     ("POST", "/runs"): FakeKubeflow.create_run,
     ("GET", "/runs/([^/]+)"): FakeKubeflow.get_run,
 }
