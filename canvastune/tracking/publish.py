@@ -212,7 +212,8 @@ class Publisher:
 
     def _send_config(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
         """Log the newest attempt's config, and what it changes in a tag: no parameter can change."""
-        known, tags = (getattr(client.get_run(run_id).data, name) for name in ("params", "tags"))
+        data = client.get_run(run_id).data
+        known, tags = data.params, data.tags
         flat = registry.flatten_parameters(value["config"])
         named = {metric_name(name): value for name, value in flat.items()}
         new = {name: value for name, value in named.items() if name not in known}

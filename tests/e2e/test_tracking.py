@@ -522,7 +522,9 @@ def test_an_interrupted_and_resumed_run_is_one_run_with_its_attempts(workspace: 
     changed = pipeline_run(workspace, "resumed", evaluate={"rows": 8})
     for _ in range(2):  # a retried step is no other attempt
         assert tracking.start(changed, attempt=Attempt("3", time.time())) == parent
-    statuses = {each.info.run_name: each.info.status for each in _nested(client, parent)}
+    statuses = {
+        each.data.tags["canvastune.step"]: each.info.status for each in _nested(client, parent)
+    }
     assert statuses == {"train": "KILLED", "plan": "FINISHED"}
     assert client.get_run(parent).info.status == "RUNNING"
     for step in ("train", "report"):
