@@ -155,6 +155,8 @@ class Publisher:
     def _items(self) -> Iterator[tuple[str, Item]]:
         """Yield all that the run directory has to show, with a key that is unique in the run."""
         records = steps.read_records(self.run.folder, self.run.job)
+        if records.running:  # first: the report may already have described the run
+            yield from self._attempts(records)
         for step, record in records.steps.items():
             for name, value in record.shows.items():
                 owner, _, kind = name.rpartition("/")
@@ -168,6 +170,10 @@ class Publisher:
                     f"{step}/status",
                     Item("status", step, status, content_hash(status), record.started),
                 )
+        if not records.running:
+            yield from self._attempts(records)
+
+    def _attempts(self, records: steps.RunRecords) -> Iterator[tuple[str, Item]]:
         if records.attempts:
             attempts = {"attempts": [asdict(attempt) for attempt in records.attempts]}
             digest, started = content_hash(attempts), records.attempts[0].started

@@ -66,6 +66,11 @@ class RunRecords:
     attempts: list[Attempt] = field(default_factory=list)
     steps: dict[Step, StepRecord] = field(default_factory=dict)
 
+    @property
+    def running(self) -> bool:
+        """Whether the newest attempt has no end."""
+        return bool(self.attempts) and self.attempts[-1].status == RUNNING
+
 
 def tracking_directory(run_directory: Path) -> Path:
     """Return the directory of what only tracking reads and writes."""
