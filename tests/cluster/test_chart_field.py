@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -295,7 +296,8 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
         "networkPolicy": {"enabled": False},
     }
     assert "*.apps.example.com" in flag(server(render(values))["containers"][0], "allowed-hosts")
-    assert "at a name of:" in texts(values)["canvastune/templates/NOTES.txt"]
+    notes = texts(values)["canvastune/templates/NOTES.txt"]
+    assert re.search(r"MLflow at .*\bname\b.*:\n\n +http://\*\.apps\.example\.com\n", notes)
 
 
 # --- values that are refused, with the form that is right
@@ -306,7 +308,7 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
     [
         (
             {"pipeline": {"env": PROXY}, "training": {"env": PROXY}},
-            "the steps have it in steps.env",
+            " steps.env",
         ),
         ({"mlflow": {"service": {"type": "LoadBalancer", "port": 80}}}, "reached from outside"),
         ({"mlflow": {"service": {"type": "LoadBalancer", "port": 80}}}, "ipBlock: {cidr:"),
@@ -317,7 +319,7 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
                     "artifacts": {"destination": "mlflow-artifacts:/"},
                 }
             },
-            "the store itself, such as s3://bucket/prefix",
+            " s3://bucket/prefix",
         ),
         (
             {
@@ -334,13 +336,13 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
                 "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
                 "networkPolicy": {"from": FROM},
             },
-            "absent: set mlflow.pathPrefix",
+            "mlflow.pathPrefix",
         ),
         ({"training": {"env": {"NCCL_IB_DISABLE": 1}}}, "got number, want string"),
         ({"training": {"env": {"NCCL_P2P_DISABLE": True}}}, "got boolean, want string"),
         (
             {"mlflow": {"env": {"MLFLOW_S3_IGNORE_TLS": True}}},
-            "got boolean, want string or object",
+            "got boolean, want string",
         ),
         (
             {
@@ -349,7 +351,7 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
                     "backup": {"enabled": True},
                 }
             },
-            "there is no SQLite database",
+            "SQLite",
         ),
         (
             {"mlflow": {"metrics": {"serviceMonitor": {"enabled": True}}}},
@@ -376,7 +378,7 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
                     "service": {"annotations": {"team": "a"}},
                 }
             },
-            "KServe makes the service",
+            "KServe",
         ),
     ],
 )

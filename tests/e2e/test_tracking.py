@@ -5,8 +5,10 @@ Outages: test_tracking_outages.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import socket
 import subprocess
@@ -177,7 +179,7 @@ def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -
     unscored = sample_result(0, 0, 0, 0)
     told = describe_report(run.config, run.folder, figures, unscored)
     assert str(unscored.unscored_reason) in told
-    assert "exact match on" not in told
+    assert not re.search(r"exact match\b.*\d", told)
 
 
 def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
@@ -191,7 +193,8 @@ def test_canvastune_sync_sends_what_waits_or_says_why_it_cannot(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: no server
     assert tracking.start(run) == ""
     assert main(["sync", str(run.folder)]) == 1
-    assert "cannot be reached (Connection refused)" in capsys.readouterr().err
+    refused = os.strerror(errno.ECONNREFUSED)
+    assert re.search(rf"http://127\.0\.0\.1:9\b.*\({refused}\)", capsys.readouterr().err)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert main(["sync", str(run.folder)]) == 0
     assert capsys.readouterr().out.startswith(f"{run.folder}: MLflow at sqlite:///")

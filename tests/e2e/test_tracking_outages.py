@@ -452,7 +452,7 @@ def test_a_disk_that_takes_nothing_and_no_server_are_no_error(
         record.metrics({"a": 1.0})
     assert record.run_id is None
     assert record.environment() == {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    assert "MLflow will lack metrics of train" in caplog.text
+    assert re.search(r"\bMLflow\b.* train\b", caplog.text)
 
 
 # Metrics during training
@@ -484,9 +484,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     server.kill()
     for step in range(11, 211):
         writer.write(train_record(step))
-    _until(
-        lambda: "cannot be reached" in caplog.text, "there is no warning that the server is down"
-    )
+    _until(lambda: server.uri in caplog.text, "there is no warning that the server is down")
     server.start()
     writer.write(train_record(211))
     _until(
@@ -496,7 +494,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     writer.close()
     measured = steps_in(client, run_id, cpu)
     assert measured == list(range(len(measured))), "what the machine did during the outage is lost"
-    assert caplog.text.count("cannot be reached") == 1
+    assert caplog.text.count(server.uri) == 1
 
 
 def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends(
@@ -561,7 +559,7 @@ def test_a_frozen_server_delays_nothing_and_a_later_step_sends_what_is_missing(
         server.thaw()
     assert writing < 5, f"a frozen server held 100 steps up for {writing:.1f} s"
     assert closing < 5, f"a frozen server held the end of training up for {closing:.1f} s"
-    assert "not every metric reached MLflow in time" in caplog.text
+    assert re.search(rf"\bMLflow\b.* {re.escape(str(path))}", caplog.text)
 
     def synced() -> bool:
         try:

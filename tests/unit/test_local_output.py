@@ -101,6 +101,6 @@ def test_prepared_data_that_lost_a_file_is_prepared_again(
     events = _events(capsys)
     assert ("task_finished", "prepare_data") in events
     assert ("task_reused", "prepare_data") not in events
-    assert f"{lost} is missing: the data is prepared again" in caplog.text
+    assert f"{data}: {lost} " in caplog.text
     (data,) = (tmp_path / "kfp").glob("*/prepare-data/dataset")
     assert (data / lost).is_file()

@@ -101,7 +101,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(ground: Path, tmp_path: Pa
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert "the state is saved" in errors, errors
+    assert f"resume: {output}\n" in errors, errors
     assert list(output.glob("checkpoints/step-*/complete.json")), "nothing was saved"
 
 
