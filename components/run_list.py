@@ -83,7 +83,7 @@ def unfinished_runs(workspace: Path, config: RunConfig) -> list[RunInfo]:
 
 
 def read_run(folder: Path, *, sizes: bool = True) -> RunInfo:
-    """Return what is known of the run in a folder; sizes are left out where nobody shows them."""
+    """Return what is known of the run in a folder; sizes are left out where they are not shown."""
     size, newest = _measure(folder) if sizes else (0, _modified(folder / "steps.json"))
     try:
         record = read_record(folder)
@@ -140,7 +140,7 @@ def _state(
         return "running", f"Kubeflow job {last.job}"
     elsewhere = last.host != socket.gethostname()  # whose locks may not be seen from here
     if elsewhere and newest is not None and time.time() - newest < _ELSEWHERE:
-        return "running", f"process {last.process} on {last.host}, as far as its files tell"
+        return "running", f"process {last.process} on {last.host}, as far as its files show"
     return "interrupted", ""
 
 

@@ -80,13 +80,13 @@ def own_run(folder: Path, command: str = "") -> Iterator[Owner | None]:
     finally:
         with contextlib.suppress(FileNotFoundError):  # the run was removed
             (folder / OWNER_FILE).unlink()
-        with contextlib.suppress(OSError):  # of a run that has begun: it is not empty
+        with contextlib.suppress(OSError):  # of a run that has started: it is not empty
             folder.rmdir()
         os.close(descriptor)
 
 
 def find_owner(folder: Path) -> Owner | None:
-    """Return who works in a run's folder now; None if nobody does."""
+    """Return the process that works in a run's folder now; None if there is none."""
     try:
         descriptor = os.open(folder / OWNER_FILE, os.O_RDONLY)
     except OSError:
@@ -139,7 +139,7 @@ def end_with_owner(seconds: float = 1.0) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    # By id alone: the start time that psutil computes moves with the clock.
+    # Only by id: the start time that psutil computes moves with the clock.
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -190,5 +190,5 @@ def _in_use(folder: Path) -> UserError:
 def _read(folder: Path) -> Owner | None:
     try:
         return Owner(**json.loads((folder / OWNER_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # nobody, or one who is writing just now
+    except (OSError, ValueError, TypeError):  # no owner, or one that is writing just now
         return None

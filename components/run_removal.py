@@ -171,7 +171,7 @@ def _refuse_served(run: RunInfo, workspace: Path) -> list[str]:
         if serious:
             raise UserError(
                 f"{run.name}: its model is {version} in MLflow, with the alias {serious[0]!r}",
-                hint="Give the alias to another version first.",
+                hint="Set the alias on another version first.",
             )
     return [f"MLflow keeps {version}, whose folder is deleted" for version in aliases]
 

@@ -116,7 +116,7 @@ def _run_pipeline(
         close_own_run(folder, FAILED, failure.step, format_reason(failure.error))
         raise
     except KeyboardInterrupt:
-        if read_record(folder) is None:  # it has not begun
+        if read_record(folder) is None:  # it has not started
             raise
         logger.info("recording the interruption in the run's folder and in MLflow")
         close_own_run(folder, KILLED, "", "interrupted (Ctrl-C, or SIGTERM)")

@@ -76,7 +76,7 @@ def remove_runs(
         yes: do not ask.
 
     Raises:
-        UserError: as `plan_removal`; nobody can be asked.
+        UserError: as `plan_removal`; there is no terminal to ask at.
     """
     removals = plan_removal(workspace, names, checkpoints=checkpoints)
     total = format_bytes(sum(removal.bytes for removal in removals))
@@ -95,7 +95,7 @@ def remove_runs(
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise UserError(
-            "nothing was deleted: standard input is not a terminal, so nobody can be asked",
+            "nothing was deleted: standard input is not a terminal, so there is no one to ask",
             hint="Look at the list above, and add --yes.",
         )
     print(f"{question} There is no way back. [y/N] ", end="", flush=True)

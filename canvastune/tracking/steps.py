@@ -31,7 +31,7 @@ LOST = "its process was killed, or its machine stopped: nothing was recorded at 
 
 @dataclass
 class Attempt:
-    """One attempt at a run: a pipeline job, from its start to its end."""
+    """One attempt at a run: a pipeline job, start to finish."""
 
     job: str
     started: float  # Unix seconds
@@ -167,7 +167,7 @@ def end_attempt(
     """
 
     def change(records: RunRecords) -> None:
-        if not records.attempts:  # begun by an earlier version
+        if not records.attempts:  # started by an earlier version
             started = min((step.started for step in records.steps.values()), default=time.time())
             records.attempts.append(Attempt(job, started))
         _end_attempt(records, status, step, reason)

@@ -19,7 +19,7 @@ from components.run_owner import find_owner, own_run, owner_of_this_step
 # How Kubeflow's launcher on a cluster, and its local runner, call tasks that ended well, and a run
 # that a person ended.
 _WELL = ("COMPLETE", "SUCCEEDED")
-_CANCELED = ("CANCELED", "CANCELLED", "CANCELING", "CANCELLING")
+_CANCELED = ("CANCELED", "CANCELLED", "CANCELING", "CANCELLING")  # codespell:ignore
 
 
 def finish(
@@ -59,7 +59,7 @@ def close_run(folder: Path, status: str, step: str = "", reason: str = "") -> li
         reason: why, if that step recorded nothing.
 
     Returns:
-        What MLflow lacks; nothing, if no run has begun in this directory.
+        What MLflow lacks; nothing, if no run has started in this directory.
     """
     record = read_record(folder)
     if record is None:

@@ -228,7 +228,7 @@ def test_an_api_server_that_is_down_for_two_minutes_is_waited_for(cluster: Clust
     cluster.clock.at(135, lambda: setattr(cluster.api, "outage", None))
     cluster.launch()
     said = re.findall(r"API server .*\b(not|again)\b", cluster.output)
-    assert said == ["not", "again"], "the outage and its end are said once each"
+    assert said == ["not", "again"], "the outage and its end are logged once each"
     assert "step 2/800" in cluster.output, "the lines of the meantime are lost"
     assert cluster.creations == 1
 

@@ -477,6 +477,7 @@ def test_an_interrupted_and_resumed_run_is_one_run_in_mlflow(runs: Runs) -> None
 
     client = MlflowClient(f"sqlite:///{runs.workspace / 'full.db'}")
     experiment = client.get_experiment_by_name("canvastune")
+    assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in found} == {"FINISHED"}, "a run would count as running"
     (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)

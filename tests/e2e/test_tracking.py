@@ -555,8 +555,8 @@ def test_a_report_of_an_earlier_attempt_does_not_describe_a_run_that_goes_on(
     workspace: Path,
 ) -> None:
     client, run = client_of(workspace), pipeline_run(workspace, "twice-reported")
-    note = lambda: client.get_run(parent).data.tags["mlflow.note.content"]  # noqa: E731
     parent = tracking.start(run, attempt=Attempt("1", time.time()))
+    note = lambda: client.get_run(parent).data.tags["mlflow.note.content"]  # noqa: E731
     for attempt in ("2", "3"):
         with tracking.step_run(run, "report") as record:
             record.promotion(None, None, "**Better**")
@@ -575,7 +575,7 @@ def test_sync_ends_a_local_run_whose_process_was_killed(
     client = client_of(workspace)
     with own_run(run.folder):
         assert main(["sync", str(run.folder)]) == 0
-        assert client.get_run(parent).info.status == "RUNNING", "it has an owner: it goes on"
+        assert client.get_run(parent).info.status == "RUNNING", "it has an owner: it continues"
     assert main(["sync", str(run.folder)]) == 0
     found = client.get_run(parent)
     assert found.info.status == "KILLED"

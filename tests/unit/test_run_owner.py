@@ -172,7 +172,7 @@ def test_folders_of_a_workspace_that_are_read_only_are_one_line(
     )
     with pytest.raises(UserError, match=r"cannot write in .*kfp"):
         run_recipe(load_config(RECIPE), tmp_path, None)
-    assert not list((tmp_path / "runs").iterdir()), "a folder of a run that never began is left"
+    assert not list((tmp_path / "runs").iterdir()), "a folder of a run that never started is left"
 
 
 def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_written(

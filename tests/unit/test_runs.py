@@ -100,7 +100,7 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
         rf"running +running: starting: process {os.getpid()} on {HERE}", rows["running"]
     )
     assert re.search(r"killed +interrupted +step 2", out)
-    assert "running: starting: process 77 on another-host, as far as its files tell" in rows["far"]
+    assert "running: starting: process 77 on another-host, as far as its files show" in rows["far"]
     assert "running: starting: Kubeflow job 1" in rows["cluster"]
     assert "unreadable in run.json" in rows["damaged"]
     assert "base-results" not in "".join(rows)
@@ -229,12 +229,12 @@ def test_a_run_without_a_name_names_the_unfinished_one_and_resume_takes_it_up(
 def test_a_failed_step_is_recorded_but_never_in_a_run_of_somebody_else(
     workspace: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failure = local_runner.StepFailed("prepare_data", UserError("row 7", hint="Mend it."))
+    failure = local_runner.StepFailed("prepare_data", UserError("row 7", hint="Fix it."))
     names = _fake_pipeline(monkeypatch, failure)
     command = ["run", RECIPE, "--workspace", str(workspace)]
     assert main(command) == 1
     run = run_list.read_run(workspace / "runs" / names[0])
-    assert (run.state, run.where, run.reason) == ("failed", "prepare_data", "row 7\nMend it.")
+    assert (run.state, run.where, run.reason) == ("failed", "prepare_data", "row 7\nFix it.")
 
     folder = make_run("good")
     assert main([*command, "--run-name", "good"]) == 1, "a finished run is not overwritten"
@@ -316,7 +316,7 @@ def test_removing_says_what_goes_and_asks(
     assert f"    {mine / 'train'}\n" in out
     assert "nothing was deleted (--dry-run)" in out
     assert main(command) == 1
-    assert "nobody can be asked" in capsys.readouterr().err
+    assert "no one to ask" in capsys.readouterr().err
     for answer in ("\n", "no\n"):
         monkeypatch.setattr("sys.stdin", _terminal(answer))
         assert main(command) == 0
@@ -369,7 +369,7 @@ def test_a_running_run_is_never_removed(
     with own_run(folder), pytest.raises(UserError, match="in progress"):
         run_removal.remove(planned)
     assert folder.is_dir()
-    assert main([*command, "runing"]) == 1
+    assert main([*command, "running2"]) == 1
     assert "Did you mean 'running'?" in capsys.readouterr().err
 
 
