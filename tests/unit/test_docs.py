@@ -86,7 +86,12 @@ _ROOMS = (
     "tools",
 )
 _NOT_MODULES = {
+    "canvastune.attempts",
+    "canvastune.changed_settings",
+    "canvastune.error",
+    "canvastune.failed_step",
     "canvastune.path",
+    "canvastune.state",
     "canvastune.promotion",
     "pipelines.kubeflow.org",
     "tools.strict",
