@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from canvastune.evaluation.result import (
     EvaluationResult,
 )
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import read_json_lines
 from canvastune.io.provenance import write_provenance
 
 _SECTION = "evaluate."
@@ -134,7 +134,7 @@ def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
     kept = ("id", "source", "columns", "prompt", "reference", "reference_tokens", *SIDES, "repeats")
     hint = "Use the folder of a run whose evaluation has finished."
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(file)
         rows = [{name: line[name] for name in kept if name in line} for line in lines]
         for row in rows:
             row.setdefault("source", config.data.source)  # an earlier version did not write it

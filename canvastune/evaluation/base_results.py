@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.evaluation.answer_cache import hash_key
+from canvastune.io.json_text import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,7 @@ class BaseResults:
         if self.path is None or not self.path.is_file():
             return {}
         try:
-            lines = [
-                json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()
-            ]
-            return {line["piece"]: line["result"] for line in lines}
+            return {line["piece"]: line["result"] for line in read_json_lines(self.path)}
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning(
                 f"evaluate: {self.path}: cannot be read ({error}): its results are computed again"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.errors import UserError
-from canvastune.io.json_text import finite, to_json_text
+from canvastune.io.json_text import finite, read_json_lines, to_json_text
 
 FILE_NAME = "evaluation.json"
 ANSWERS, FORGETTING_ANSWERS = "answers.jsonl", "forgetting.jsonl"
@@ -264,9 +264,7 @@ def _read_slice(found: Mapping[str, Any]) -> Slice:
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of an evaluation's answers.jsonl."""
-    # Not splitlines(): an answer may hold a line separator of Unicode.
-    with (folder / ANSWERS).open(encoding="utf-8", newline="\n") as lines:
-        return [json.loads(line) for line in lines]
+    return read_json_lines(folder / ANSWERS)
 
 
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:

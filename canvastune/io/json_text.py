@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +24,15 @@ def to_json_text(tree: Any, *, indent: int | None = None, ensure_ascii: bool = T
     """Return a tree as JSON text that ends with a line break; every JSON reader accepts it."""
     text = json.dumps(finite(tree), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
     return text + "\n"
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file with one per line.
+
+    A text may hold other line separators of Unicode, at which `str.splitlines` would break it.
+
+    Raises:
+        OSError, ValueError: the file cannot be read; a line is not JSON.
+    """
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]

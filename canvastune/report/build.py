@@ -17,6 +17,7 @@ from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.evaluation.result import SIDES, EvaluationResult
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import read_json_lines
 from canvastune.io.provenance import write_provenance
 from canvastune.report import formatting
 from canvastune.report.charts import (
@@ -189,8 +190,7 @@ def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
     if path is None or not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(path):
         scores = [row.get(f"score_{side}", row.get(f"correct_{side}")) for side in SIDES]
         graded = None not in scores and not set(scores) <= {0, 1}
         more = {"outcome": _outcome(*scores), "graded": graded}
