@@ -323,27 +323,27 @@ def test_the_exit_task_ends_what_a_run_still_trains(
 
 
 @pytest.mark.parametrize(
-    ("state", "well"),
+    ("state", "expected"),
     [
-        ("COMPLETE", True),
-        ("SUCCEEDED", True),
-        ("FAILED", False),
-        ("CANCELED", False),
-        ("RUNNING", False),
+        ("COMPLETE", "FINISHED"),
+        ("SUCCEEDED", "FINISHED"),
+        ("FAILED", "FAILED"),
+        ("CANCELED", "KILLED"),
+        ("RUNNING", "FAILED"),
     ],
 )
 def test_the_exit_task_knows_the_states_of_a_cluster_and_of_the_local_runner(
-    state: str, well: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures: list[bool] = []
-    monkeypatch.setattr(closing.tracking, "finish", lambda run, failed: failures.append(failed))
+    states: list[str] = []
+    monkeypatch.setattr(closing.tracking, "finish", lambda run, status, *_: states.append(status))
     folder = tmp_path / "runs" / "mine"
     config = parse_config({"name": "mine", "data": {"source": "rows.jsonl"}})
     write_record(folder, RunRecord("job", config.model_dump_json(), ""))
     closing.finish(str(tmp_path), "mine", "", "job", state)
     record = read_record(folder)
     assert record is not None
-    assert (record.finished, failures) == (well, [not well])
+    assert (record.finished, states) == (expected == "FINISHED", [expected])
 
 
 def test_a_finished_training_asks_for_no_job(

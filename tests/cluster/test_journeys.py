@@ -40,7 +40,7 @@ NAMESPACE = "kubeflow"
 SMALLER = """
 mlflow: {workers: 1, resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}, persistence: {size: 1Gi}}
 workspace: {size: 2Gi}
-training: {gpuResource: "", cpu: 500m, memory: 3Gi, shm: 256Mi, env: {OMP_NUM_THREADS: "1"}, deadlineHours: 1, queueHours: 0.5, ttlHours: 1}
+training: {gpuResource: "", cpu: 500m, memory: 3Gi, shm: 256Mi, deadlineHours: 1, queueHours: 0.5, ttlHours: 1}
 """
 # pipelines/recipes/gsm8k_lora.yaml needs the Hub and eight GPUs: this replaces it.
 _TREE = yaml.safe_load(images.RECIPE) | {

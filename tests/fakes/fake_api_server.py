@@ -39,6 +39,7 @@ _KINDS = {  # by group and version
     "trainer.kubeflow.org/v1alpha1": ["TrainingRuntime"],
     "kubeflow.org/v1": ["PyTorchJob"],
     "argoproj.io/v1alpha1": ["Workflow"],
+    "monitoring.coreos.com/v1": ["ServiceMonitor"],
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
 _PLURALS = {

@@ -97,7 +97,7 @@ def test_too_little_room_is_named_before_anything_is_downloaded(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Usage(10, 6, 4))
-    with pytest.raises(UserError, match=rf"{MODEL.id} .* GB, .* GB free") as refused:
+    with pytest.raises(UserError, match=rf"{MODEL.id} .* B, .* B free") as refused:
         fetch.fetch_model(MODEL)
     assert "workspace.size" in refused.value.hint
     assert not hub.downloads

@@ -16,6 +16,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
 )
 
+from canvastune.checkpoint import hub_push
 from canvastune.checkpoint.generation_config import (
     read_generation_file,
     sampler_settings,
@@ -411,6 +412,9 @@ OTHER = {
     "tracking.experiment": "other",
     "tracking.registered_model": "other",
     "tracking.promote": "never",
+    "tracking.hub_model_id": "team/model",
+    "tracking.hub_private_repo": False,
+    "tracking.hub_content": "adapter",
     "train.export": "last",
     "hardware.gpu_memory": 9.0,
     "hardware.accelerator": "cpu",
@@ -430,6 +434,7 @@ def test_an_unfinished_run_goes_on_with_another_value_of_what_only_later_steps_r
     key: str, rows: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    monkeypatch.setattr(hub_push, "check_push", lambda _: None)  # it asks the Hub
     before = recipe(rows, tiny_model)
     text = yaml.safe_dump(before.model_dump(mode="json"))
     assert flatten(before.model_dump(mode="json"))[key] != OTHER[key]
