@@ -494,7 +494,7 @@ def test_metrics_of_an_outage_arrive_when_the_server_is_back(
     writer.close()
     measured = steps_in(client, run_id, cpu)
     assert measured == list(range(len(measured))), "what the machine did during the outage is lost"
-    assert caplog.text.count(server.uri) == 2  # that it is away, and that it is back
+    assert caplog.text.count(server.uri) == 2  # that it is unreachable, and that it is back
 
 
 def test_curves_of_a_training_that_began_without_mlflow_are_there_before_it_ends(
