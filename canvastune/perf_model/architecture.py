@@ -86,27 +86,15 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a thousand weights make a slow key
-class Architecture:
+class Architecture(ModelSizes):
     """A model under one training method."""
 
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    heads: int
-    layers: tuple[LayerShape, ...]
-    experts: int
-    experts_per_token: int
-    expert_size: int
-    window: int
-    canvas: int
-    longest: int  # tokens, from max_position_embeddings
     full: bool  # all weights but the frozen ones are trained; otherwise only adapters
     rank: int  # of the adapters; 0 without
     expert_rank: int  # of the experts' adapters; 0 without
     dropout: bool  # of the adapters' inputs
     compute_bytes: int  # 2 for bfloat16, 4 for float32
     weights: tuple[Weight, ...]
-    vision: int  # parameters of the vision tower and its projection
 
 
 @dataclass(frozen=True)
@@ -253,24 +241,13 @@ def _architecture(
 ) -> Architecture:
     adapted = method == "lora"
     return Architecture(
-        hidden=sizes.hidden,
-        intermediate=sizes.intermediate,
-        vocabulary=sizes.vocabulary,
-        heads=sizes.heads,
-        layers=sizes.layers,
-        experts=sizes.experts,
-        experts_per_token=sizes.experts_per_token,
-        expert_size=sizes.expert_size,
-        window=sizes.window,
-        canvas=sizes.canvas,
-        longest=sizes.longest,
+        **vars(sizes),
         full=not adapted,
         rank=lora.rank if adapted else 0,
         expert_rank=lora.rank if adapted and lora.experts else 0,
         dropout=adapted and lora.dropout > 0,
         compute_bytes=_compute_bytes(precision),
         weights=weights,
-        vision=sizes.vision,
     )
 
 

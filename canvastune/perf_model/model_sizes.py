@@ -29,7 +29,7 @@ class LayerShape:
     own_values: bool  # False: keys are used as values (full layers have no v_proj)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the subclass with weights would inherit the comparison
 class ModelSizes:
     """What config.json says of the model."""
 

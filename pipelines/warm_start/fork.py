@@ -12,7 +12,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,12 +89,24 @@ def _run(arguments: Sequence[str]) -> int:
     if os.environ.get("PYTHONUNBUFFERED") or "-u" in arguments[:at]:
         for output in (sys.stdout, sys.stderr):
             output.reconfigure(write_through=True)  # type: ignore[union-attr]
-    # The server has imported the module; it runs here from its start, as in a new interpreter.
+    sys.argv = list(arguments[at + 1 :])
+    return exit_code_of(lambda: run_as_main(sys.argv[0]))
+
+
+def run_as_main(module: str) -> None:
+    """Run a module, which the server may have imported, from its start, as a new interpreter does."""
     warnings.filterwarnings("ignore", message=".*found in sys.modules.*", category=RuntimeWarning)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def exit_code_of(program: Callable[[], object]) -> int:
+    """Run a program to completion; return the exit code that an interpreter would have.
+
+    Threads are waited for, exit handlers run and streams are flushed. Ctrl-C ends this process.
+    """
     code: Any = 0
     try:
-        sys.argv = list(arguments[at + 1 :])
-        runpy.run_module(arguments[at + 1], run_name="__main__", alter_sys=True)
+        program()
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

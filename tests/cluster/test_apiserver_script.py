@@ -14,7 +14,11 @@ from pipelines.submit import compile_pipeline
 from tests.support.api_server import ASSETS, default_plugins, find_assets
 from tests.support.cluster_rules import pod_security_problems
 from tests.support.rendered_chart import ci_values, render
-from tools import apiserver
+from tools.apiserver.__main__ import PLUGINS, main
+from tools.apiserver.chart_and_steps import step_pods
+from tools.apiserver.crds import Crd, read_crds
+from tools.apiserver.launcher import REFUSALS
+from tools.apiserver.objects import refusal_of
 from tools.image_builds import Refused
 
 HELP = """
@@ -29,7 +33,7 @@ def test_without_the_folder_it_says_what_it_needs(
 ) -> None:
     monkeypatch.delenv(ASSETS, raising=False)
     monkeypatch.setattr("sys.argv", ["apiserver"])
-    assert apiserver.main() == 1
+    assert main() == 1
     error = capsys.readouterr().err
     assert error.startswith(f"REFUSED  {ASSETS} is not set: it names the folder with the programs")
     assert "etcd and kube-apiserver" in error
@@ -65,7 +69,7 @@ def test_crds_are_read_by_version_and_other_files_are_not(tmp_path: Path) -> Non
     for version in ("2.10.0", "2.9.1"):
         write(f"group_jobs.v{version}.yaml", "CustomResourceDefinition", "jobs.group")
     write("runtime.v2.3.0.yaml", "ClusterTrainingRuntime", "torch")
-    found = apiserver.read_crds(tmp_path)
+    found = read_crds(tmp_path)
     assert [crd.text for crd in found["jobs.group"]] == ["2.9.1", "2.10.0"], "the oldest first"
     assert list(found) == ["jobs.group"]
 
@@ -87,7 +91,7 @@ class Server:
 @pytest.mark.parametrize("refusal", ["", "exceeded quota: team-quota"])
 def test_a_pod_that_is_refused_is_a_failure_with_the_server_s_words(refusal: str) -> None:
     server: Any = Server(set(), refusal)
-    answer = apiserver._admitted(server, "a", {"containers": []})
+    answer = refusal_of(server, "a", {"containers": []})
     assert (answer or {}).get("message", "") == refusal
 
 
@@ -112,17 +116,17 @@ def test_every_step_s_pod_has_what_the_graph_says(tmp_path: Path) -> None:
 def _compiled(steps: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
     compile_pipeline(file, {"steps": steps})
     graph, platform = yaml.safe_load_all(file.read_text())
-    return list(apiserver.step_pods(graph, platform))
+    return list(step_pods(graph, platform))
 
 
 def test_every_refusal_has_words_and_a_plugin_that_gives_them() -> None:
-    for case in apiserver.REFUSALS:
+    for case in REFUSALS:
         assert case.words, case.what
         assert case.hint, case.what
-        assert case.plugin in (*apiserver.PLUGINS, "NamespaceLifecycle"), case.what
+        assert case.plugin in (*PLUGINS, "NamespaceLifecycle"), case.what
 
 
 def test_an_older_trainer_is_one_below_the_floor() -> None:
     floor = tuple(map(int, TRAINJOB.floor.version.split(".")))
-    assert apiserver.Crd((2, 1, 0), {}).version[:2] < floor
-    assert not apiserver.Crd((*floor, 0), {}).version[:2] < floor
+    assert Crd((2, 1, 0), {}).version[:2] < floor
+    assert not Crd((*floor, 0), {}).version[:2] < floor

@@ -7,7 +7,6 @@ of a child, so that others see in /proc what it was started with.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import gc
@@ -274,6 +273,8 @@ def _become(job: Mapping[str, Any], streams: Sequence[int], pristine: _Pristine)
 def _run(command: Sequence[str]) -> int:
     import torch
 
+    from pipelines.warm_start.fork import exit_code_of, run_as_main
+
     asked = python_command(command)
     assert asked is not None
     arguments = asked.arguments
@@ -297,31 +298,13 @@ def _run(command: Sequence[str]) -> int:
             break
     if not asked.safe_path and "PYTHONSAFEPATH" not in os.environ:
         sys.path.insert(0, os.getcwd())
-    warnings.filterwarnings("ignore", message=".*found in sys.modules.*", category=RuntimeWarning)
-    code: Any = 0
-    try:
-        if asked.module is not None:
-            sys.argv = [asked.module, *arguments]
-            runpy.run_module(asked.module, run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = ["-c", *arguments]
-            sys.modules["__main__"] = main = types.ModuleType("__main__")
-            exec(compile(asked.code or "", "<string>", "exec"), main.__dict__)
-    except SystemExit as end:
-        code = end.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-    except BaseException as error:
-        traceback.print_exc()
-        code = 1
-        if isinstance(error, KeyboardInterrupt):  # as Python does, so that the caller knows
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code if isinstance(code, int) else int(code is not None)
+    if asked.module is not None:
+        sys.argv = [asked.module, *arguments]
+        return exit_code_of(lambda: run_as_main(sys.argv[0]))
+    sys.argv = ["-c", *arguments]
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    code = compile(asked.code or "", "<string>", "exec")
+    return exit_code_of(lambda: exec(code, main.__dict__))
 
 
 def _show(command: Sequence[str]) -> None:

@@ -206,4 +206,4 @@ def test_the_base_is_asked_once_for_all_runs_that_ask_it_the_same(
     file.write_text("{")
     assert attempt("damaged").base_reused == 0
     assert f"evaluate: {file}: " in capsys.readouterr().err, "the damage is not said"
-    assert attempt("mended").base_reused == 6
+    assert attempt("fixed").base_reused == 6
