@@ -1,9 +1,10 @@
 """`python -m benchmarks.step_commits CHECKOUT [SHAPE ...]`: our step at this commit against another
-one, such as the last release's: median seconds on the same weights, batch and draws, in turns.
+one, such as the last release's, on the same weights, batch and draws.
 
-Each side is a separate process with two threads, float32; while one computes, the other waits. The
-shapes are those of `benchmarks.step`. Losses are compared bit by bit. Writes
-benchmarks/results/step_commits.json.
+Each side is a separate process with two threads, float32; while one computes, the other waits. They
+take turns, and each of two neighboring turns gives a ratio: their median hardly depends on how fast
+the machine is at the moment. The shapes are those of `benchmarks.step`. Losses are compared bit by
+bit. Writes benchmarks/results/step_commits.json.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import functools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.measure import ROOT, alternate, say, write_result
+from benchmarks.measure import ROOT, say, timed, write_result
 from benchmarks.step import OURS, SHAPES
 from benchmarks.synthetic_checkpoint import write_synthetic
 
@@ -42,7 +44,7 @@ def main() -> int:
     parser.add_argument(
         "shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side")
     chosen = parser.parse_args()
     if unknown := set(chosen.shapes) - set(SHAPES):
         parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
@@ -83,21 +85,42 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
             for ours, checkpointing in OURS.items()
         }
         seconds = {
-            ours: alternate(
-                {side: functools.partial(workers[side], checkpointing) for side in SIDES},
-                rounds,
-                settle=True,
+            ours: turns(
+                {side: functools.partial(workers[side], checkpointing) for side in SIDES}, rounds
             )
             for ours, checkpointing in OURS.items()
         }
-    faster = {ours: each["baseline"] / each["this"] for ours, each in seconds.items()}
-    shown = ", ".join(f"{ours} {ratio:.3f}" for ours, ratio in faster.items())
+    faster = {ours: ratio(each) for ours, each in seconds.items()}
+    shown = ", ".join(f"{ours} {times:.3f}" for ours, times in faster.items())
     say("step_commits", f"{name}: times as fast: {shown}")
     return {
-        "seconds": seconds,
+        "seconds": {
+            ours: {side: statistics.median(found) for side, found in each.items()}
+            for ours, each in seconds.items()
+        },
         "faster": faster,
         "equal_losses": all(len(set(each.values())) == 1 for each in losses.values()),
     }
+
+
+def turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each turn of each side.
+
+    At its turn a side runs twice and the second run counts: the first finds the caches as the other
+    side left them. Every second round goes the other way around.
+    """
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sorted(sides, reverse=bool(number % 2)):
+            sides[side]()
+            found[side].append(timed(sides[side]))
+    return found
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    """Return how many times as fast this commit is: the median of the rounds' ratios."""
+    pairs = zip(seconds["baseline"], seconds["this"], strict=True)
+    return statistics.median(baseline / this for baseline, this in pairs)
 
 
 @contextlib.contextmanager
@@ -106,7 +129,7 @@ def _worker(root: Path, weights: Path, shape: str) -> Iterator[Any]:
     process = subprocess.Popen(
         [sys.executable, "-P", str(WORKER), str(weights), shape],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
