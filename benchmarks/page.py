@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from benchmarks import blocks as several_blocks
+from benchmarks import peers as released_peers
 from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.startup import GOALS as start_goals
@@ -38,8 +39,12 @@ def main() -> int:
     gpu = json.loads(on_gpu.read_text(encoding="utf-8")) if on_gpu.exists() else None
     starting = RESULTS / "startup.json"
     startup = json.loads(starting.read_text(encoding="utf-8")) if starting.exists() else None
+    beside = RESULTS / "peers.json"  # only where the peers' packages were installed
+    peers = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
     pages = {
-        PAGE: page(**{name: results[name] for name in FILES}, gpu=gpu, startup=startup),
+        PAGE: page(
+            **{name: results[name] for name in FILES}, gpu=gpu, startup=startup, peers=peers
+        ),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
     }
@@ -62,6 +67,7 @@ def page(
     gpu_dry_run: dict[str, Any],
     gpu: dict[str, Any] | None,
     startup: dict[str, Any] | None,
+    peers: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
@@ -102,7 +108,7 @@ Geometric means (goals: {goals}):
 {chr(10).join(line for line in _means(step["geometric_mean"]))}
 
 {_verdict(step)} {_ceiling(step)}
-
+{_beside(peers, at(peers)) if peers else ""}
 ## What makes the difference
 
 - **No padding, no mask.** Attention runs on each example separately; the keys that a canvas sees are contiguous, so neither call needs a mask. On
@@ -310,6 +316,32 @@ steps run; on a cluster, or where there is a GPU, each process imports its own.
 | what | now | before | times |
 |---|---|---|---|
 {chr(10).join(startup_lines(startup))}
+"""
+
+
+def _beside(peers: dict[str, Any], at: str) -> str:
+    """Return the section on the peers' own code."""
+    versions = peers["versions"]
+    goals = ", ".join(
+        f"{goal:g}x {released_peers.PEERS[peer]}'s" for peer, goal in released_peers.GOALS.items()
+    )
+    return f"""
+## Beside the peers' own code
+
+`python -m benchmarks.peers`{at}, float32: the released code of NeMo AutoModel {versions["nemo_automodel"]} (its recipe's own methods on its own
+model), of TRL's DiffusionGemma example (commit {versions[released_peers.EXAMPLE]}, with TRL {versions["trl"]}) and of Unsloth {versions["unsloth"]}, the last two on Hugging Face's
+model. Each side is a process of two threads and takes its turn with the others, on the same weights, batch, noise, blocks and coins; median of
+{peers["rounds"]} steps. In a peer's column: its seconds and memory, then how many times faster and leaner our step is. *Kept* keeps what the
+backward pass needs; *checkpointed* recomputes each layer, with NeMo's `apply_ac` and with Hugging Face's own checkpointing, which reaches the
+decoder's layers alone. Goals, for short answers, all kept: as fast {goals}.
+
+{chr(10).join(released_peers.lines(peers))}
+
+In NeMo and Unsloth, loss and gradient are ours. TRL's are not where a sequence is longer than the sliding window: its cache holds the last keys of
+the whole sequence, not those before the block. Its seconds are shown all the same. NeMo computes every block of an answer and scores one; all
+three compute a pass for self-conditioning for every example, and pad. FLOPs are counted as in `benchmarks.step`, and the last column is the
+most that any step could gain: a peer's seconds, divided by those of the FLOPs that the loss needs at
+{peers["matmul_flops_per_second"] / 1e9:.0f} GFLOP/s, this machine's rate in a large matmul.
 """
 
 
