@@ -337,8 +337,8 @@ decoder's layers alone. Goals, for short answers, all kept: as fast {goals}.
 
 {chr(10).join(released_peers.lines(peers))}
 
-In NeMo and Unsloth, loss and gradient are ours. TRL's are not where a sequence is longer than the sliding window: its cache holds the last keys of
-the whole sequence, not those before the block. Its seconds are shown all the same. NeMo computes every block of an answer and scores one; all
+In NeMo and Unsloth, loss and gradient are ours. TRL's are not where a sequence is as long as the sliding window or longer: its cache holds the last
+keys of the whole sequence, not those before the block. Its seconds are shown all the same. NeMo computes every block of an answer and scores one; all
 three compute a pass for self-conditioning for every example, and pad. FLOPs are counted as in `benchmarks.step`, and the last column is the
 most that any step could gain: a peer's seconds, divided by those of the FLOPs that the loss needs at
 {peers["matmul_flops_per_second"] / 1e9:.0f} GFLOP/s, this machine's rate in a large matmul.

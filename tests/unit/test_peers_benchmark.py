@@ -104,7 +104,7 @@ def test_tables_show_ratios_over_ours_and_what_the_needed_flops_allow() -> None:
     text = "\n".join(peers.lines(made_result()))
     assert "| short answers | kept | 1.00 s, 100 MB | 3.00 s, 400 MB: 3.00x, 4.0x |" in text
     assert "| geometric mean | checkpointed |  | 1.50x, 4.0x | 1.00x, 3.0x | 1.00x, 2.0x |" in text
-    assert "| short answers | NeMo AutoModel | 12.00000 | 1e-06 | 2.0 | 1.00x | 12.0x |" in text
+    assert "| short answers | NeMo AutoModel | 12.00000 | 1e-06 | 2.0 | 1.00x | 1 | 12.0x |" in text
     assert text.endswith("Every ratio on short answers reaches its goal.")
 
 
@@ -113,7 +113,11 @@ def test_a_missed_goal_and_another_gradient_are_told() -> None:
     row = result["shapes"]["short"]
     row["kept"]["seconds"]["nemo"] = 2.0
     assert peers.missed(result) == {"nemo": 2.0}
-    assert peers.verdict(result).endswith("2.00x over NeMo AutoModel (goal 2.5x).")
+    said = peers.verdict(result)
+    assert "2.00x over NeMo AutoModel (goal 2.5x, for which a step has to run the needed" in said
+    # 1 GFLOP at 4 GFLOP/s takes 0.25 s; the goal is 2 s / 2.5, and our step takes 1 s.
+    assert "FLOPs at 31% of the rate" in said
+    assert said.endswith("Our step runs them at 25%.")
     row["checks"]["trl"] = {**row["checks"]["trl"], "gradient_difference": 0.9}
     assert peers.exact(result), "TRL's loss is known to be another one"
     row["checks"]["unsloth"] = {**row["checks"]["unsloth"], "gradient_difference": 2e-5}
