@@ -187,7 +187,7 @@ def difference(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     """|found - expected| / |expected| over all of them together."""
     if gradients.keys() != expected.keys():
         apart = sorted(gradients.keys() ^ expected.keys())
-        raise ValueError(f"one side alone has gradients of {apart}")
+        raise ValueError(f"only one side has gradients of {apart}")
     off = sum(
         float((gradients[name] - value).square().sum(dtype=torch.float64))
         for name, value in expected.items()
