@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers PEERS_FOLDER [SHAPE ...]`: our training step beside the released code
+"""`python -m benchmarks.peers PEERS_FOLDER [SHAPE ...]`: our training step next to the released code
 of NeMo AutoModel, TRL and Unsloth, on the same weights, batch, noise, blocks and coins.
 
 Each side is a process with two threads, float32, that takes its turn with the others; a step is
