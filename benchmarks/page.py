@@ -323,7 +323,8 @@ def _beside(peers: dict[str, Any], at: str) -> str:
     """Return the section on the peers' own code."""
     versions = peers["versions"]
     goals = ", ".join(
-        f"{goal:g}x {released_peers.PEERS[peer]}'s" for peer, goal in released_peers.GOALS.items()
+        f"{goal:g}x as fast as {released_peers.PEERS[peer]}"
+        for peer, goal in released_peers.GOALS.items()
     )
     return f"""
 ## The peers' own code
@@ -333,7 +334,7 @@ model), of TRL's DiffusionGemma example (commit {versions[released_peers.EXAMPLE
 model. Each side is a process of two threads and takes its turn with the others, on the same weights, batch, noise, blocks and coins; median of
 {peers["rounds"]} steps. In a peer's column: its seconds and memory, then how many times faster and leaner our step is. *Kept* keeps what the
 backward pass needs; *checkpointed* recomputes each layer, with NeMo's `apply_ac` and with Hugging Face's own checkpointing, which reaches only the
-decoder's layers. Goals, for short answers, all kept: as fast {goals}.
+decoder's layers. Goals, for short answers, all kept: {goals}.
 
 {chr(10).join(released_peers.lines(peers))}
 
