@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import step
 from benchmarks.measure import ROOT, matmul_rate, say, timed, write_result
@@ -174,9 +175,9 @@ def _check(workers: dict[str, Any], scratch: Path) -> dict[str, dict[str, float]
     """Compare each side's loss and gradients with ours, and count the FLOPs of its step."""
     found, expected = {}, {}
     for side, ask in workers.items():
-        file = scratch / f"{side}.pt"
+        file = scratch / f"{side}.safetensors"
         found[side] = ask({"do": "check", "gradients": str(file)})
-        gradients = torch.load(file, weights_only=True)
+        gradients = load_file(file)
         file.unlink()
         expected = expected or gradients  # ours are the first
         found[side]["gradient_difference"] = difference(gradients, expected)

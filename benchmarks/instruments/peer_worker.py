@@ -38,6 +38,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
@@ -93,7 +94,8 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
                 for name, parameter in side.model.named_parameters()
                 if parameter.grad is not None
             }
-            torch.save(side.named(found), file)
+            gradients = side.named(found).items()
+            save_file({name: gradient.contiguous() for name, gradient in gradients}, file)
             return {"loss": float(loss), "flops": counter.total}
         case {"do": "memory", "checkpointed": checkpointed}:
             return {"extra_memory_bytes": extra_memory(lambda: side.step(checkpointed))}
