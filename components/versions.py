@@ -59,9 +59,15 @@ MLFLOW = Floor(
     "MLflow server",
     "3.5",
     "logged models, and `--allowed-hosts`",
-    "`doctor`, with the server's /version; the client is pinned by the package",
+    "`doctor` and each run's first step, with the server's /version",
 )
-FLOORS = (KUBERNETES, HELM, PIPELINES, TRAINING_OPERATOR, TRAINER, KUEUE, MLFLOW)
+MLFLOW_CLIENT = Floor(
+    "MLflow client",
+    "3.17",
+    "the version that the package pins, and the images have",
+    "pip; `doctor`, with what is installed",
+)
+FLOORS = (KUBERNETES, HELM, PIPELINES, TRAINING_OPERATOR, TRAINER, KUEUE, MLFLOW, MLFLOW_CLIENT)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
@@ -25,10 +26,11 @@ from canvastune.logging import event
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 30.0
+_STALE_SECONDS = 15.0  # without a write, after which a download is not one any more
 
 
 def fetch_model(config: ModelConfig) -> Path:
-    """Download a model to the Hub's cache, or continue a download; return its verified folder.
+    """Download a model to the Hub's cache, or what it lacks there; return its verified folder.
 
     Raises:
         UserError: no such model, too little room, a damaged file (which is removed).
@@ -45,12 +47,13 @@ def fetch_model(config: ModelConfig) -> Path:
     )
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    blobs = cache / f"models--{config.id.replace('/', '--')}" / "blobs"
-    partial = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))
+    name = f"models--{config.id.replace('/', '--')}"
+    blobs = cache / name / "blobs"
+    _remove_interrupted(blobs, cache / ".locks" / name)
     free = shutil.disk_usage(cache).free
-    if missing - partial > free:
+    if missing > free:
         raise UserError(
-            f"{cache}: {config.id} needs another {format_bytes(missing - partial)}, found "
+            f"{cache}: {config.id} needs another {format_bytes(missing)}, found "
             f"{format_bytes(free)} free",
             hint="Enlarge the claim (chart: workspace.size), or remove old runs.",
         )
@@ -74,6 +77,25 @@ def _files(config: ModelConfig) -> list[Any]:
     return list(
         filter_repo_objects(files, allow_patterns=list(PATTERNS), key=lambda f: f.rfilename)
     )
+
+
+def _remove_interrupted(blobs: Path, locks: Path) -> None:
+    """Remove the parts of files that killed downloads have left: each is downloaded as a new file,
+    so that they would only fill the claim.
+
+    A part is kept while its lock is held, or if it was just written: some file systems ignore locks.
+    """
+    for file in blobs.glob("*.incomplete"):
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{file.name.partition('.')[0]}.lock", timeout=0, mode=0o664)
+        with contextlib.suppress(FileNotFoundError, Timeout, NotImplementedError), lock:
+            status = file.stat()
+            if time.time() - status.st_mtime > _STALE_SECONDS:
+                file.unlink()
+                logger.info(
+                    f"{file.name}: removed {format_bytes(status.st_size)} of a file whose "
+                    "download was interrupted"
+                )
 
 
 @contextlib.contextmanager

@@ -214,14 +214,31 @@ class TrackingClient:
             self._probe()
         return self._client
 
-    def _probe(self) -> None:
-        """Raise if /health fails. Uses MLflow's own credentials, certificates and proxies."""
+    def server_version(self) -> str:
+        """Return the version of a server over HTTP; "" if it is down, or says none: those of others,
+        such as Databricks', do not.
+        """
         if not self.uri.startswith("http"):
-            return
+            return ""
+        try:
+            response = self.request(lambda _: self._get("/version"))
+        except TrackingError:
+            return ""  # the calls that matter say so
+        found = re.fullmatch(r"\d+\.\d+\S*", response.text.strip())
+        return found[0] if found and response.status_code == 200 else ""
+
+    def _get(self, path: str) -> Any:
+        """Return the response to a GET, with MLflow's own credentials, certificates and proxies."""
         utils = load_mlflow().utils
         credentials = utils.credentials.get_default_host_creds(self.uri)
         options = {"timeout": self.timeouts.probe, "max_retries": 0, "raise_on_status": False}
-        response = utils.rest_utils.http_request(credentials, "/health", "GET", **options)
+        return utils.rest_utils.http_request(credentials, path, "GET", **options)
+
+    def _probe(self) -> None:
+        """Raise if /health fails."""
+        if not self.uri.startswith("http"):
+            return
+        response = self._get("/health")
         if (
             response.status_code >= 500
         ):  # a gateway without its server; the next call explains 401 to 404

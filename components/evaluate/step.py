@@ -39,12 +39,6 @@ def run_evaluation(
         cache = run_folder / ".evaluation.unfinished.jsonl"
         base = resolve_model(config.model)
         return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / BASE_RESULTS)
-    one_pod = config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
-            "parallel": config.parallel.model_copy(update={"nproc_per_node": 1, "ep": 1}),
-        }
-    )
     made = run_folder / "evaluation"
     recipe = run_folder / "train" / "recipe.yaml"  # written by the step `train`
     data = copy_to_workspace(dataset, run_folder)
@@ -56,10 +50,20 @@ def run_evaluation(
         module=(*module, "--tuned", str(tuned), "--output", str(made)),
         role="evaluate",
     )
-    record.tags(run_job(one_pod, context, made / FILE_NAME))
+    record.tags(run_job(of_one_pod(config), context, made / FILE_NAME))
     with atomic_directory(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     return EvaluationResult.read(out)
+
+
+def of_one_pod(config: RunConfig) -> RunConfig:
+    """Return the config of the evaluation's job: one pod with one accelerator."""
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
+            "parallel": config.parallel.model_copy(update={"nproc_per_node": 1, "ep": 1}),
+        }
+    )
 
 
 def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None:

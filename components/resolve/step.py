@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import local_inputs
 from canvastune.preparation import PREPARATION_VERSION
+from canvastune.tracking.client import connect
 from canvastune.tracking.steps import Attempt
 from components.earlier_runs import compared_folders, find_compared
 from components.run_directory import (
@@ -26,6 +28,9 @@ from components.run_directory import (
     write_record,
 )
 from components.run_owner import owner_of_this_step
+from components.versions import MLFLOW
+
+logger = logging.getLogger(__name__)
 
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
 _TOKENIZER_FILES = (
@@ -142,6 +147,7 @@ def resolve(
         _attempt(folder, job_id),
     )
     write_record(folder, replace(claim, mlflow_run_id=parent))
+    _warn_of_old_server(pipeline_run(config, folder, parent).uri, folder)
     return Resolved(
         claim.config,
         config.train.method,
@@ -150,6 +156,17 @@ def resolve(
         str(folder),
         parent,
     )
+
+
+def _warn_of_old_server(uri: str, folder: Path) -> None:
+    client = connect(uri)
+    version = client.server_version()
+    if MLFLOW.is_below(version):
+        logger.warning(
+            f"MLflow at {client}: found version {version}, expected {MLFLOW.version} or newer, for "
+            f"{MLFLOW.reason}. The run does not wait for it: upgrade the server, then canvastune "
+            f"sync {folder} sends what it refused"
+        )
 
 
 def _attempt(folder: Path, job_id: str) -> Attempt:

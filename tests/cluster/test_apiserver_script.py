@@ -10,12 +10,11 @@ import pytest
 import yaml
 
 from components.jobs.states import TRAINJOB
-from pipelines.submit import compile_pipeline
 from tests.support.api_server import ASSETS, default_plugins, find_assets
 from tests.support.cluster_rules import pod_security_problems
+from tests.support.every_pod import every_pod
 from tests.support.rendered_chart import ci_values, render
 from tools.apiserver.__main__ import PLUGINS, main
-from tools.apiserver.chart_and_steps import step_pods
 from tools.apiserver.crds import Crd, read_crds
 from tools.apiserver.launcher import REFUSALS
 from tools.apiserver.objects import refusal_of
@@ -95,28 +94,17 @@ def test_a_pod_that_is_refused_is_a_failure_with_the_server_s_words(refusal: str
     assert (answer or {}).get("message", "") == refusal
 
 
-def test_every_step_s_pod_has_what_the_graph_says(tmp_path: Path) -> None:
+def test_every_step_s_pod_has_what_the_graph_says() -> None:
     """As Kubeflow's driver makes it."""
-    documents = render(ci_values("company"))
-    text = next(
-        one["data"]["steps.json"]
-        for one in documents
-        if one["kind"] == "ConfigMap" and "steps.json" in one.get("data", {})
-    )
-    pods = dict(_compiled(text, tmp_path / "pipeline.yaml"))
+    pods = [pod for where, pod in every_pod(render(ci_values("company"))) if "step " in where]
     assert len(pods) >= 8
-    for name, pod in pods.items():
+    for pod in pods:
         (container,) = pod["containers"]
-        assert pod_security_problems(pod) == [], name
-        assert container["resources"]["limits"].keys() == {"cpu", "memory"}, name
+        assert pod_security_problems(pod) == []
+        assert container["resources"]["limits"].keys() == {"cpu", "memory"}
         assert "/etc/canvastune-ca" in [mount["mountPath"] for mount in container["volumeMounts"]]
-        assert [one["key"] for one in pod["tolerations"]] == ["team"], name
-
-
-def _compiled(steps: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    compile_pipeline(file, {"steps": steps})
-    graph, platform = yaml.safe_load_all(file.read_text())
-    return list(step_pods(graph, platform))
+        assert [one["key"] for one in pod["tolerations"]] == ["team"]
+        assert pod["serviceAccountName"] == "default-editor"
 
 
 def test_every_refusal_has_words_and_a_plugin_that_gives_them() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,15 +17,18 @@ import pytest
 import yaml
 
 from canvastune.config import parse_config
-from canvastune.config.cluster import parse_quantity
+from canvastune.config.cluster import ClusterConfig, parse_quantity
 from components.jobs.manifests import JobContext, manifest
 from pipelines.submit import compile_pipeline
+from tests.e2e.test_pipeline import STEPS
 from tests.support.cluster_rules import pod_security_problems, pod_specs
+from tests.support.every_pod import every_pod
 from tests.support.rendered_chart import (
     ALL,
     FILES,
     FROM,
     PROXY,
+    SIDECAR,
     ci_values,
     cluster,
     flag,
@@ -198,10 +201,27 @@ def test_the_steps_get_what_the_chart_is_given_and_so_do_its_own_jobs() -> None:
     assert given["ca_bundle"] == {"config_map": "company-ca", "secret": None, "key": "ca.crt"}
     assert cluster(documents)["ca_bundle"]["secret"] == "company-ca"
     pod = named(documents, "Job", "canvastune-upload")["spec"]["template"]["spec"]
-    assert env_of(pod["containers"][0])["SSL_CERT_FILE"] == "/etc/canvastune-ca/ca.crt"
+    bundle = ClusterConfig.model_validate({"ca_bundle": {"config_map": "company-ca"}}).ca_env()
+    for job in of_kind(documents, "Job"):
+        own = env_of(job["spec"]["template"]["spec"]["containers"][0])
+        assert bundle.items() <= own.items(), job["metadata"]["name"]
     assert env_of(pod["containers"][0])["HTTPS_PROXY"] == PROXY["HTTPS_PROXY"]
     assert pod["nodeSelector"] == {"pool": "cpu"}
     assert {"name": "ca-bundle", "configMap": {"name": "company-ca"}} in pod["volumes"]
+
+
+def test_mlflow_takes_more_containers_and_options_and_keeps_its_own() -> None:
+    pod = server(render(ALL))
+    assert [one["name"] for one in pod["initContainers"]] == [
+        "database-proxy",
+        "migrate",
+        "migrate-auth",
+    ], "the proxy must run before the database is migrated"
+    own, sidecar = pod["containers"]
+    assert (own["name"], sidecar) == ("mlflow", SIDECAR)
+    assert "--x-frame-options=NONE" in own["args"]
+    for option in ("--workers=8", "-w", "--allowed-hosts=*", "--static-prefix", "--app-name=x"):
+        assert "the chart sets this option" in refusal({"mlflow": {"extraArgs": [option]}}), option
 
 
 # --- a path of a shared host
@@ -288,6 +308,34 @@ def test_sign_in_by_a_proxy_is_asked_by_the_ingress_and_not_by_the_service() -> 
     assert "$escaped_request_uri" in annotations["nginx.ingress.kubernetes.io/auth-signin"]
     assert "annotations" not in of_kind(documents, "Service")[0]["metadata"]
     assert "mlflow.example.com" in flag(server(documents)["containers"][0], "allowed-hosts")
+
+
+def test_a_profile_s_people_reach_mlflow_through_kubeflow_s_gateway_and_runs_by_its_service() -> (
+    None
+):
+    documents = render(ci_values("profile"))
+    (service,), (route,) = (of_kind(documents, kind) for kind in ("Service", "VirtualService"))
+    (rule,) = route["spec"]["http"]
+    destination = rule["route"][0]["destination"]
+    assert destination["host"] == f"{service['metadata']['name']}.team-a.svc.cluster.local"
+    assert destination["port"]["number"] in [port["port"] for port in service["spec"]["ports"]]
+    assert rule["match"] == [{"uri": {"prefix": "/mlflow/team-a/"}}]
+    assert flag(server(documents)["containers"][0], "static-prefix") == ["/mlflow/team-a"]
+    assert "kubeflow.example.com" in flag(server(documents)["containers"][0], "allowed-hosts")
+    (policy,) = of_kind(documents, "AuthorizationPolicy")
+    (deployment,) = of_kind(documents, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert policy["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert labels["sidecar.istio.io/inject"] == "true", "without a sidecar, no policy applies"
+    people, pods = policy["spec"]["rules"]
+    assert "istio-ingressgateway" in people["from"][0]["source"]["principals"][0]
+    assert people["when"][0]["key"] == pods["when"][0]["key"] == "request.headers[kubeflow-userid]"
+    assert pods["when"][0]["notValues"] == ["*"], "pods of runs have no identity and no such header"
+    peers = of_kind(documents, "NetworkPolicy")[0]["spec"]["ingress"][0]["from"]
+    assert peers[0] == {"podSelector": {}}, "others would get in without that header"
+    assert peers[1]["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "istio-system"
+    }
 
 
 def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
@@ -407,41 +455,87 @@ LIMIT_RANGE = {"cpu": ("10m", "128"), "memory": ("32Mi", "2Ti")}
 LIMIT_RATIO = 10.0  # of a limit to its request, at most
 
 
-def every_pod(values: dict[str, Any], tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every pod: the chart's, the training job's, the evaluation's and the steps'."""
-    documents = render(values)
-    for document in documents:
-        for path, pod in pod_specs(document):
-            yield f"{document['kind']} {document['metadata']['name']} {path}", pod
-    config = parse_config({"name": "run", "data": {"source": "x"}, "cluster": cluster(documents)})
-    if config.cluster.backend == "pytorchjob":
-        for role in ("train", "evaluate"):
-            context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)
-            for path, pod in pod_specs(manifest(config, context)):
-                yield f"{role} {path}", pod
-    elif config.cluster.backend == "trainjob":
-        job = manifest(config, JobContext("id", PurePath("/workspace/runs/run"), ("m",)))
-        for path, patched in pod_specs(job):
-            pod = copy.deepcopy(patched)
-            pod["containers"][0]["resources"] = job["spec"]["trainer"]["resourcesPerNode"]
-            yield f"train {path}", pod
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_every_pod_is_admitted_with_quota_limit_range_and_restricted(
-    name: str, tmp_path: Path
-) -> None:
-    problems, seen = [], 0
-    for where, pod in every_pod(FILES[name], tmp_path):
+def test_every_pod_is_admitted_with_quota_limit_range_and_restricted(name: str) -> None:
+    """The chart's, its hooks' too; the steps' of the compiled graph; training's, the evaluation's."""
+    problems, found = [], list(every_pod(render(FILES[name])))
+    for where, pod in found:
         problems += [f"{where}: {problem}" for problem in pod_security_problems(pod)]
         for container in [*pod.get("initContainers", []), *pod["containers"]]:
-            seen += 1
             problems += [
                 f"{where}: {container['name']}: {problem}"
                 for problem in _quantities(container.get("resources") or {})
             ]
     assert not problems, "\n".join(problems)
-    assert seen >= 6
+    kinds = Counter(where.partition(" ")[0] for where, _ in found)
+    assert kinds["step"] >= len(STEPS), kinds
+    assert (kinds["train"], kinds["evaluate"]) == (1, 1), kinds
+    assert kinds["Deployment"] >= 1, kinds
+
+
+_ANYWHERE = {"matchExpressions": [{"key": "pool", "operator": "Exists"}]}
+SECTION: dict[str, Any] = {  # every key that `steps` and `training` share, but for the priority
+    "env": PROXY,
+    "secretEnv": {"GIT_TOKEN": {"secret": "git", "key": "token"}},
+    "pullSecrets": ["mirror"],
+    "resources": {
+        "requests": {"cpu": "3", "memory": "5Gi"},
+        "limits": {"cpu": "7", "memory": "9Gi"},
+    },
+    "nodeSelector": {"pool": "a"},
+    "tolerations": [{"key": "team", "operator": "Exists"}],
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [_ANYWHERE]}
+        }
+    },
+    "extraVolumes": [{"name": "scratch", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+    "caBundle": {"configMap": "company-ca"},
+}
+
+
+@pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
+def test_the_same_section_reaches_the_pods_of_steps_training_and_evaluation(backend: str) -> None:
+    """From the chart's values through the uploaded graph and its parameters."""
+    values = {"steps": SECTION, "training": {"backend": backend, **SECTION}}
+    shared = set(helm_python.values_from_yaml((CHART / "values.yaml").read_text())["steps"])
+    assert set(SECTION) == shared - {"priorityClassName"}, "a key without a check"
+    pods = [
+        (where, pod)
+        for where, pod in every_pod(render(values))
+        if where.partition(" ")[0] in ("step", "train", "evaluate")
+    ]
+    assert len(pods) >= len(STEPS) + 2
+    bundle = ClusterConfig.model_validate({"ca_bundle": {"config_map": "company-ca"}}).ca_env()
+    for where, pod in pods:
+        (container,) = pod["containers"]
+        env = env_of(container)
+        assert {**PROXY, **bundle}.items() <= env.items(), where
+        source = env["GIT_TOKEN"]["secretKeyRef"]
+        assert (source["name"], source["key"]) == ("git", "token"), where
+        assert pod["imagePullSecrets"] == [{"name": "mirror"}], where
+        for kind, found in SECTION["resources"].items():
+            assert found.items() <= container["resources"][kind].items(), where
+        assert pod["nodeSelector"] == {"pool": "a"}, where
+        assert "team" in [one["key"] for one in pod["tolerations"]], where
+        assert pod["affinity"] == SECTION["affinity"], where
+        paths = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert paths >= {"/scratch", "/etc/canvastune-ca", "/workspace"}, where
+
+
+def test_every_template_with_a_pod_is_met_there() -> None:
+    """An optional object that no values file enables would not be checked at all."""
+    met = {
+        PurePath(path).name
+        for values in FILES.values()
+        for path, text in texts(values).items()
+        if re.search(r"^ *containers:$", text, re.MULTILINE)
+    }
+    paths = [path for path in (CHART / "templates").rglob("*") if path.is_file()]
+    assert met == {
+        path.name for path in paths if re.search(r"^ *containers:", path.read_text(), re.MULTILINE)
+    }
 
 
 def _quantities(resources: dict[str, Any]) -> Iterator[str]:
@@ -457,25 +551,6 @@ def _quantities(resources: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {request} to {limit} is outside of {low} to {high}"
         if limit / request > LIMIT_RATIO:
             yield f"limit of {name} is {limit / request:g} times the request"
-
-
-@pytest.mark.parametrize("name", ["default", "company"])
-def test_every_step_of_the_compiled_graph_specifies_its_resources(
-    name: str, tmp_path: Path
-) -> None:
-    settings = json.dumps(steps(render(ci_values(name))))
-    compile_pipeline(tmp_path / "a.yaml", {"steps": settings})
-    tree = next(iter(yaml.safe_load_all((tmp_path / "a.yaml").read_text())))
-    for executor in tree["deploymentSpec"]["executors"].values():
-        given = executor["container"]["resources"]
-        resources = {
-            "requests": {
-                "cpu": given["resourceCpuRequest"],
-                "memory": given["resourceMemoryRequest"],
-            },
-            "limits": {"cpu": given["resourceCpuLimit"], "memory": given["resourceMemoryLimit"]},
-        }
-        assert list(_quantities(resources)) == []
 
 
 def test_the_fetch_job_has_a_recipe_and_another_name_for_another_model() -> None:
@@ -499,11 +574,43 @@ def test_the_fetch_job_has_a_recipe_and_another_name_for_another_model() -> None
 # --- objects and annotations
 
 
-def test_common_annotations_are_on_every_object_and_own_ones_stay() -> None:
+def test_common_labels_and_annotations_are_on_every_object_and_own_ones_stay() -> None:
     for document in render(ALL):
         assert document["metadata"]["annotations"]["team"] == "a", document["kind"]
+        assert document["metadata"]["labels"]["example.com/team"] == "a", document["kind"]
     job = named(render(ALL), "Job", "canvastune-upload")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"
+
+
+@pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
+def test_openshift_s_restricted_v2_chooses_every_user_and_group(backend: str) -> None:
+    """That constraint refuses a pod that names its own; the rest of it is PodSecurity restricted."""
+    values = {**FILES["openshift"], "training": {"backend": backend}}
+    for where, pod in every_pod(render(values)):
+        for context in (
+            pod.get("securityContext") or {},
+            *(
+                one["securityContext"]
+                for one in [*pod.get("initContainers", []), *pod["containers"]]
+            ),
+        ):
+            chosen = {"runAsUser", "runAsGroup", "fsGroup", "supplementalGroups", "seLinuxOptions"}
+            assert not chosen & set(context), where
+
+
+def test_artifact_hub_shows_the_images_of_the_values() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    images = helm_python.values_from_yaml((CHART / "values.yaml").read_text())["images"]
+    assert {
+        one["name"]: one["image"]
+        for one in yaml.safe_load(chart["annotations"]["artifacthub.io/images"])
+    } == {
+        name: f"{image['repository']}:{image['tag'] or chart['appVersion']}"
+        for name, image in images.items()
+        if isinstance(image, dict)
+    }
+    links = yaml.safe_load(chart["annotations"]["artifacthub.io/links"])
+    assert all(one["url"].startswith("https://") for one in links)
 
 
 @pytest.mark.parametrize("name", ["default", "all"])
@@ -526,15 +633,16 @@ def test_argo_cd_uploads_without_waiting_for_a_claim_that_waits_for_its_first_po
 
 
 def test_several_servers_have_a_disruption_budget_and_one_has_none() -> None:
-    (budget,) = of_kind(render(ci_values("postgres-s3")), "PodDisruptionBudget")
-    labels = server_labels(render(ci_values("postgres-s3")))
-    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    for documents in (render(ci_values("postgres-s3")), render(ALL)):
+        (budget,) = of_kind(documents, "PodDisruptionBudget")
+        selected = budget["spec"]["selector"]["matchLabels"]
+        (labels,) = (
+            one["spec"]["template"]["metadata"]["labels"]
+            for one in of_kind(documents, "Deployment")
+            if one["spec"]["replicas"] > 1
+        )
+        assert selected.items() <= labels.items()
     assert not of_kind(render({}), "PodDisruptionBudget"), "its node could not be drained"
-
-
-def server_labels(documents: list[dict[str, Any]]) -> dict[str, str]:
-    template = of_kind(documents, "Deployment")[0]["spec"]["template"]
-    return dict(template["metadata"]["labels"])
 
 
 def test_a_backup_is_a_whole_database_and_only_the_newest_are_kept(tmp_path: Path) -> None:

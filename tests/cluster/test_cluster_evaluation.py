@@ -5,6 +5,7 @@ job.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ from tools.report_sample import sample_result
 RESULT = sample_result(after=32)
 
 
-def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluationResult:
+def _answered(
+    cluster: Cluster,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float = 50,
+    **settings: Any,
+) -> EvaluationResult:
     """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result
-    after 50 seconds.
+    after some seconds.
     """
     for name in ("artifact/validation", "runs/a/model"):
         (folder / name).mkdir(parents=True)
@@ -38,9 +45,9 @@ def _answered(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -
         (folder / "runs/a/evaluation").mkdir()
         RESULT.write(folder / "runs/a/evaluation")
 
-    cluster.at(elapsed + 50, write)
+    cluster.at(elapsed + seconds, write)
     tree = config_of(
-        cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder)
+        cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder), **settings
     ).model_dump(mode="json")
     return run_evaluation(
         parse_config(tree),
@@ -91,6 +98,79 @@ def test_the_training_job_of_the_run_is_not_changed(
     names = [job["metadata"]["name"] for job in pytorch.jobs()]
     assert trained in names
     assert len(names) == 2
+
+
+class Queue:
+    """A Kueue queue of 16 accelerators: it admits the evaluation's job once there is room."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.others = cluster, 0  # held by other teams
+        self.operator = Operator(cluster.api, cluster.kind.plural, role="evaluate")
+        self.most, self._admitted = 0, False
+
+    def held(self) -> int:
+        """Return the accelerators of this namespace's pods, as quotas and Kueue count them."""
+        return sum(
+            int(pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+            for pod in self.cluster.api.all("pods")
+            if pod["status"]["phase"] not in ("Succeeded", "Failed")
+        )
+
+    def look(self) -> None:
+        """Admit the evaluation's job, or say why not; end it a minute later."""
+        if self._admitted:
+            return
+        request, free = _gpus(self.operator.job), 16 - self.held() - self.others
+        if request > free:
+            if not self.cluster.api.all("workloads"):
+                self.operator.in_queue(
+                    "couldn't assign flavors to pod set node: insufficient unused quota for "
+                    f"nvidia.com/gpu in flavor h100, {request - free} more needed"
+                )
+            return
+        self._admitted = True
+        for workload in self.cluster.api.all("workloads"):
+            self.cluster.api.remove("workloads", workload["metadata"]["name"])
+        self.operator.pending()
+        self.operator.running()
+        self.most = max(self.most, self.held() + self.others)
+        clock = self.cluster.clock
+        self.cluster.at(clock.now - clock.start + 60, self.operator.succeeded)
+
+
+def _gpus(job: dict[str, Any]) -> int:
+    (found,) = set(re.findall(r'"nvidia.com/gpu": "(\d+)"', json.dumps(job)))
+    return int(found)
+
+
+def test_the_accelerators_are_free_between_training_and_the_answers(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Training takes the whole queue and gives it back; another team takes it; the answers wait
+    for one accelerator, and say so.
+    """
+    queue, held = Queue(cluster), list[int]()
+    cluster.goes_well()
+    cluster.at(30, lambda: held.append(queue.held()))
+    cluster.launch(config_of(cluster.backend, nodes=2, queue="team-a"))
+    held.append(queue.held())
+    assert held == [16, 0], "at half of training, and when the step `train` has ended"
+    queue.others = 16
+    start = cluster.clock.now - cluster.clock.start
+    for second in range(2, 400, 10):
+        cluster.at(start + second, queue.look)
+    cluster.at(start + 300, lambda: setattr(queue, "others", 0))
+    settings = {"queue": "team-a", "queue_hours": 24}
+    assert _answered(cluster, tmp_path, monkeypatch, seconds=350, **settings) == RESULT
+    assert queue.most == 1, "accelerators of both jobs at the evaluation's start"
+    said = capsys.readouterr().out
+    assert "queued in LocalQueue team-a since 2026-11-24T12:01:" in said
+    assert "nvidia.com/gpu in flavor h100, 1 more needed (reason=WaitingInQueue)" in said
+    assert said.index("reason=WaitingInQueue") < said.index("reason=JobRunning")
+    assert queue.held() == 0
 
 
 def test_a_failed_evaluation_reports_the_reason(

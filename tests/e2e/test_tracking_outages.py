@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def open_metrics(path: Path, run: FindRun, uri: str) -> tracking.MetricsWriter:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
     with TrackingServer(tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+def test_a_server_says_its_version_and_one_that_is_down_says_none(server: TrackingServer) -> None:
+    assert connect(server.uri).server_version() == metadata.version("mlflow")
+    quick("http://127.0.0.1:9")
+    assert connect("http://127.0.0.1:9").server_version() == ""
+    assert connect("sqlite:///a.db").server_version() == ""
 
 
 def pipeline_run(folder: Path, uri: str, name: str) -> tracking.PipelineRun:

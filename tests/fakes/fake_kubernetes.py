@@ -534,6 +534,7 @@ class Operator:
         metadata, spec = self.job["metadata"], self.job["spec"]
         if self._is_pytorchjob:
             template = spec["pytorchReplicaSpecs"]["Worker"]["template"]
+            resources = template["spec"]["containers"][0]["resources"]
             role = {
                 "training.kubeflow.org/replica-type": "worker",
                 "training.kubeflow.org/replica-index": name.rsplit("-", 1)[1],
@@ -543,12 +544,17 @@ class Operator:
                 "replicatedJobs"
             ]
             template = replicated["template"]["spec"]["template"]
+            resources = spec["trainer"]["resourcesPerNode"]
             role = {"batch.kubernetes.io/job-completion-index": name.rsplit("-", 1)[1]}
         pod = self._api.objects.get(("pods", name))
         if pod is None:
             owner = {"kind": self.job["kind"], "name": metadata["name"], "uid": metadata["uid"]}
             labels = {**template["metadata"]["labels"], **role}
             pod = self._api.put(
-                "pods", name, metadata={"labels": labels, "ownerReferences": [owner]}, status={}
+                "pods",
+                name,
+                metadata={"labels": labels, "ownerReferences": [owner]},
+                spec={"containers": [{"name": self._container, "resources": resources}]},
+                status={},
             )
         pod["status"] = status

@@ -89,7 +89,19 @@ PROXY = {
     "NO_PROXY": ".svc,.cluster.local,10.0.0.0/8",
 }
 FROM = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}]
+_SMALL = {"cpu": "50m", "memory": "64Mi"}
+SIDECAR = {  # of a team, with what PodSecurity and quotas ask for
+    "name": "sidecar",
+    "image": "registry.example.com/sidecar:1",
+    "resources": {"requests": _SMALL, "limits": _SMALL},
+    "securityContext": {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    },
+}
 ALL = {  # every optional object and setting at once
+    "commonLabels": {"example.com/team": "a"},
     "commonAnnotations": {"team": "a"},
     "images": {"pullSecrets": ["one", {"name": "two"}]},
     "mlflow": {
@@ -106,6 +118,9 @@ ALL = {  # every optional object and setting at once
         "priorityClassName": "high",
         "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
         "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca"}],
+        "extraArgs": ["--x-frame-options=NONE"],
+        "extraContainers": [SIDECAR],
+        "extraInitContainers": [{**SIDECAR, "name": "database-proxy", "restartPolicy": "Always"}],
         "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
     },
     "ingress": {"enabled": True, "hosts": ["tools.example.com"]},
@@ -123,13 +138,26 @@ ALL = {  # every optional object and setting at once
         "tolerations": [{"key": "team", "operator": "Exists"}],
     },
     "training": {"backend": "trainjob", "caBundle": {"secret": "company-ca"}},
-    "serving": {"enabled": True, "model": "runs/a/model", "priorityClassName": "high"},
+    "serving": {
+        "enabled": True,
+        "model": "runs/a/model",
+        "priorityClassName": "high",
+        "replicas": 2,
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+    },
 }
 FILES = {
     **{name: ci_values(name) for name in CI},
     "all": ALL,
+    "all-pytorchjob": {
+        **ALL,
+        "training": {**ALL["training"], "backend": "pytorchjob", "priorityClassName": "high"},
+        "serving": {**ALL["serving"], "kserve": True},
+    },
     "openshift": {
+        **ALL,
         "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
-        "mlflow": {"backup": {"enabled": True}},
     },
 }

@@ -97,8 +97,8 @@ _NOT_MODULES = {
     "tools.strict",
 }  # tags in MLflow, an audience of tokens, a key of rows
 _VALUES = {
-    key: default
-    for key, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))
+    row.key: row.default
+    for row in documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))
 }
 _FILE = re.compile(
     r".*\.(py|md|ya?ml|json|jsonl|db|txt|html|png|safetensors|env|Dockerfile|example\.com.*)"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from canvastune.errors import UserError
+from canvastune.tracking.client import TrackingClient
 from components.resolve import step as resolution
 from components.run_directory import read_record, write_record
 
@@ -197,3 +198,19 @@ def test_mlflow_is_told_where_the_run_is_in_kubeflow(
         "canvastune.pipeline_url": "https://kubeflow.example/pipeline/#/runs/details/job-1",
         "canvastune.pipeline_image": image,
     }
+
+
+@pytest.mark.parametrize(("version", "warns"), [("2.22.1", True), ("3.5.0", False), ("", False)])
+def test_an_old_mlflow_server_is_named_at_the_start_and_does_not_end_the_run(
+    resolve: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str,
+    warns: bool,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
+    monkeypatch.setattr(TrackingClient, "server_version", lambda _: version)
+    folder = resolve().run_folder
+    said = capsys.readouterr().out
+    words = "MLflow at http://mlflow.example.com: found version 2.22.1, expected 3.5 or newer"
+    assert (words in said) == (f"canvastune sync {folder}" in said) == warns

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
 from components.jobs.states import PYTORCHJOB, TRAINJOB
-from components.versions import FLOORS, KUBERNETES, PIPELINES, Floor
+from components.versions import FLOORS, KUBERNETES, MLFLOW_CLIENT, PIPELINES, Floor
 from tools.chart_table import CHART
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -38,6 +39,13 @@ def test_the_chart_and_the_operators_have_the_same_floors() -> None:
         "the training operator 1.9",
         "Kubeflow Trainer 2.3",
     )
+
+
+def test_the_floor_of_mlflow_s_client_is_the_version_that_the_package_pins() -> None:
+    requires = metadata.requires("canvastune") or []
+    (pinned,) = [one.removeprefix("mlflow==") for one in requires if one.startswith("mlflow==")]
+    assert not MLFLOW_CLIENT.is_below(pinned)
+    assert pinned.startswith(f"{MLFLOW_CLIENT.version}.")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.support.api_server import ApiServer
+from tests.support.every_pod import RESTRICTED
 
 ACCOUNT = "pipeline-runner"
 # A quota on all four of CPU and memory, and a LimitRange, in which every pod must fit.
@@ -22,12 +23,6 @@ LIMIT_RANGE = {
     "maxLimitRequestRatio": {"cpu": "10", "memory": "10"},
 }
 STAMP = "2026-01-01T00:00:00Z"
-RESTRICTED = {
-    "allowPrivilegeEscalation": False,
-    "capabilities": {"drop": ["ALL"]},
-    "runAsNonRoot": True,
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
 
 
 def make_namespace(server: ApiServer, name: str, level: str = "restricted") -> None:

@@ -18,7 +18,7 @@ from components.jobs.launcher import launch
 from components.jobs.manifests import JobContext
 from components.jobs.states import KINDS, PYTORCHJOB
 from tests.support.api_server import ApiServer
-from tests.support.object_merging import merge
+from tests.support.every_pod import trainjob_template
 from tests.support.rendered_chart import cluster, of_kind, render
 from tools.apiserver.objects import ACCOUNT, STAMP, make_namespace, object_of, owner_of
 
@@ -124,18 +124,7 @@ class Operators:
         runtime = {"apiVersion": self.kind.api_version, "kind": "TrainingRuntime"}
         path = f"{self.server.path(runtime, self.namespace)}/{spec['runtimeRef']['name']}"
         _, found = self.server.call("GET", path)
-        (patch,) = spec["runtimePatches"]
-        of_runtime, of_patch = (
-            node["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-            for node in (found["spec"], patch["trainingRuntimeSpec"])
-        )
-        template = merge(of_runtime, of_patch, by_item=True)
-        (container,) = template["spec"]["containers"]
-        trainer = spec["trainer"]
-        container |= {key: trainer[key] for key in ("image", "command", "env")}
-        container["resources"] = trainer["resourcesPerNode"]
-        template["spec"].setdefault("restartPolicy", "Never")
-        return dict(template)
+        return trainjob_template(job, found)
 
     def _pod(self, job: dict[str, Any], parent: dict[str, Any], number: int) -> dict[str, Any]:
         template, name = self._template(job), job["metadata"]["name"]

@@ -105,7 +105,7 @@ topologySpreadConstraints:
 {{- $steps := .Values.steps }}
 {{- include "canvastune.env" (dict "env" $steps.env "secretEnv" $steps.secretEnv) }}
 {{- if or $steps.caBundle.configMap $steps.caBundle.secret }}
-{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "CURL_CA_BUNDLE" }}
+{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "CURL_CA_BUNDLE" "AWS_CA_BUNDLE" "GIT_SSL_CAINFO" "MLFLOW_TRACKING_SERVER_CERT_PATH" }}
 - name: {{ . }}
   value: {{ printf "/etc/canvastune-ca/%s" $steps.caBundle.key }}
 {{- end }}
