@@ -12,6 +12,7 @@ import pytest
 from inline_snapshot import snapshot
 
 from components.jobs.pruned_fields import pruned_fields
+from tests.fakes.fake_kubernetes import NOT_STORED
 from tests.support.cluster_rules import PYTORCHJOB_CRD
 from tests.support.cluster_stage import HOUR, Cluster, config_of, stage
 
@@ -367,8 +368,8 @@ def test_fields_that_an_older_operator_prunes_are_a_refusal_that_names_them(
     cluster: Cluster,
 ) -> None:
     cluster.api.unknown = {
-        "trainjobs": ("activeDeadlineSeconds", "runtimePatches"),
-        "pytorchjobs": ("nprocPerNode",),
+        "trainjobs": NOT_STORED["2.1.0"],
+        "pytorchjobs": ("spec.nprocPerNode",),
     }
     error = cluster.fails()
     if cluster.backend == "trainjob":
@@ -380,6 +381,18 @@ canvastune: error: KIND JOB: deleted by the launcher: the API server did not sto
         assert re.search(r"spec\.nprocPerNode: .*KIND \(kubeflow\.org/v1\)", error)
     assert _elapsed(cluster) < 60, "it waits for pods that it cannot find"
     assert not cluster.jobs()
+
+
+@pytest.mark.parametrize("version", NOT_STORED)
+def test_each_field_that_an_older_trainer_prunes_is_named_at_its_depth(
+    version: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cluster in stage("trainjob", capsys, monkeypatch):
+        cluster.api.unknown = {"trainjobs": NOT_STORED[version]}
+        error = cluster.fails()
+        assert f"did not store {', '.join(NOT_STORED[version])}: the installed" in error
+        assert "Kubeflow Trainer 2.3 or newer" in error
+        assert not cluster.jobs()
 
 
 @pytest.mark.skipif(not PYTORCHJOB_CRD.exists(), reason="needs the operators' CRDs")

@@ -11,6 +11,7 @@ import copy
 import datetime
 import itertools
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -22,6 +23,15 @@ from tests.support import cluster_rules
 _KINDS = {"pytorchjobs": "PyTorchJob", "trainjobs": "TrainJob", "pods": "Pod", "events": "Event"}
 _CRDS = {"pytorchjobs": cluster_rules.PYTORCHJOB_CRD, "trainjobs": cluster_rules.TRAINJOB_CRD}
 _BUILT_IN = ("pods", "events", "secrets", "persistentvolumeclaims", "jobs")
+_POD_OF_PATCH = (
+    "spec.runtimePatches[0].trainingRuntimeSpec.template.spec.replicatedJobs[0].template.spec."
+    "template.spec"
+)
+# What older Trainers do not store of the launcher's job; tools.apiserver compares it with their CRDs.
+NOT_STORED = {
+    "2.1.0": ("spec.activeDeadlineSeconds", "spec.runtimePatches"),
+    "2.2.1": (f"{_POD_OF_PATCH}.terminationGracePeriodSeconds",),
+}
 ACCOUNT = "system:serviceaccount:team-a:pipeline-runner"
 
 
@@ -81,7 +91,7 @@ class FakeKubernetes:
         self.previous_logs: dict[str, list[tuple[str, str]]] = {}
         self.installed = {"pytorchjobs", "trainjobs", "trainingruntimes", "workflows"}
         self.installed |= {"jobsets", "workloads"}
-        # fields of a job's spec that the installed CRD lacks, as those of an older operator do
+        # paths of a job's fields that the installed CRD lacks, as those of an older operator do
         self.unknown: dict[str, tuple[str, ...]] = {}
         self.version = "v1.36.2"
         self.rules: list[Mapping[str, Any]] | None = None  # of the Role; None allows everything
@@ -246,7 +256,7 @@ class FakeKubernetes:
                 return 422, _status(422, "; ".join(problems))
         made = self._store(path.plural, body)
         for field in self.unknown.get(path.plural, ()):
-            made["spec"].pop(field, None)
+            _drop(made, field)
         return 201, made
 
     def on_get(self, path: _Path, query: Mapping[str, str], _: Any) -> tuple[int, Any]:
@@ -309,6 +319,14 @@ class FakeKubernetes:
         else:
             self.remove(path.plural, path.name)
         return 200, {"kind": "Status", "status": "Success"}
+
+
+def _drop(tree: Any, path: str) -> None:
+    """Remove the field at a path such as spec.a[0].b."""
+    *branches, last = re.findall(r"[^.\[\]]+", path)
+    for branch in branches:
+        tree = tree[int(branch)] if isinstance(tree, list) else tree[branch]
+    del tree[last]
 
 
 def _status(code: int, message: str) -> dict[str, Any]:

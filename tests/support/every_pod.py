@@ -28,6 +28,8 @@ RESTRICTED = {  # what PodSecurity restricted asks of a container
     "runAsNonRoot": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+# What KServe has in a predictor besides the fields of a pod.
+_OF_KSERVE = ("minReplicas", "maxReplicas", "deploymentStrategy", "labels")
 Pods = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -39,7 +41,8 @@ def every_pod(documents: list[dict[str, Any]]) -> Pods:
     """
     for document in documents:
         for path, spec in pod_specs(document):
-            yield f"{document['kind']} {document['metadata']['name']} {path}", spec
+            pod = {key: value for key, value in spec.items() if key not in _OF_KSERVE}
+            yield f"{document['kind']} {document['metadata']['name']} {path}", pod
     yield from _step_pods(documents)
     yield from _job_pods(documents)
 
