@@ -236,6 +236,20 @@ def test_a_key_for_users_is_read_from_a_secret() -> None:
     assert key(served(apiKey={"existingSecret": secret})[1]) == [secret]
 
 
+def test_the_server_takes_an_existing_account_and_more_volumes() -> None:
+    volume, mount = {"name": "ca", "configMap": {"name": "company-ca"}}, "/etc/company-ca"
+    documents, pod = served(
+        serviceAccount="gpu-users",
+        extraVolumes=[volume],
+        extraVolumeMounts=[{"name": "ca", "mountPath": mount}],
+    )
+    assert pod["serviceAccountName"] == "gpu-users"
+    accounts = [one["metadata"]["name"] for one in of_kind(documents, "ServiceAccount")]
+    assert "canvastune-serving" not in accounts
+    assert volume in pod["volumes"]
+    assert mount in [one["mountPath"] for one in pod["containers"][0]["volumeMounts"]]
+
+
 def test_kserve_gets_the_same_pod_instead_of_a_deployment_and_a_service() -> None:
     documents, pod = served(kserve=True, replicas=2)
     service = named(documents, "InferenceService", "canvastune-serving")
