@@ -137,7 +137,7 @@ def chart() -> helm_python.Chart:
         ),
         ({"training": {"nodes": "two"}}, "/training/nodes", "got string, want integer"),
         ({"training": {"env": {"PET_NNODES": "2"}}}, "/training/env/PET_NNODES", "torchrun set it"),
-        ({"training": {"env": {"NCCL_DEBUG": 1}}}, "/training/env/NCCL_DEBUG", "want string"),
+        ({"training": {"env": {"NCCL_DEBUG": 1}}}, "/training/env/NCCL_DEBUG", "in quotes"),
         (
             {"training": {"env": {"HF_TOKEN": "hf_x"}}},
             "/training/env/HF_TOKEN",
