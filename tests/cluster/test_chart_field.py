@@ -495,7 +495,7 @@ SECTION: dict[str, Any] = {  # every key that `steps` and `training` share, but 
 @pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
 def test_the_same_section_reaches_the_pods_of_steps_training_and_evaluation(backend: str) -> None:
     """From the chart's values through the uploaded graph and its parameters."""
-    values = {"steps": SECTION, "training": {"backend": backend, **SECTION}}
+    values = {"steps": SECTION, "training": {"backend": backend, "shm": "1Gi", **SECTION}}
     shared = set(helm_python.values_from_yaml((CHART / "values.yaml").read_text())["steps"])
     assert set(SECTION) == shared - {"priorityClassName"}, "a key without a check"
     pods = [

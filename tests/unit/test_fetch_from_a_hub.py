@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,8 @@ class Hub:
                     self.send_error(404)  # what the client asks for besides
                     return
                 if self.path.startswith("/api/"):
-                    self._send(json.dumps(hub.about()).encode(), {})
+                    about = hub.tree() if "/tree/" in self.path else hub.about()
+                    self._send(json.dumps(about).encode(), {})
                     return
                 name = self.path.rpartition("/")[2]
                 digest = hashlib.sha256(FILES[name]).hexdigest()
@@ -89,19 +91,31 @@ class Hub:
             target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
 
-    def about(self) -> dict[str, object]:
-        siblings = [
+    def tree(self) -> list[dict[str, Any]]:
+        return [
             {
-                "rfilename": name,
+                "type": "file",
+                "path": name,
                 "size": len(data),
-                "blobId": hashlib.sha1(data).hexdigest(),
+                "oid": hashlib.sha1(data).hexdigest(),
                 "lfs": {
-                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "oid": hashlib.sha256(data).hexdigest(),
                     "size": len(data),
                     "pointerSize": 1,
                 },
             }
             for name, data in FILES.items()
+        ]
+
+    def about(self) -> dict[str, object]:
+        siblings = [
+            {
+                "rfilename": file["path"],
+                "size": file["size"],
+                "blobId": file["oid"],
+                "lfs": {"sha256": file["lfs"]["oid"], "size": file["size"], "pointerSize": 1},
+            }
+            for file in self.tree()
         ]
         return {"id": MODEL, "_id": "1", "sha": COMMIT, "siblings": siblings, "tags": []}
 
