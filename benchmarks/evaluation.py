@@ -1,10 +1,13 @@
-"""`python -m benchmarks.evaluation [--shapes head,middle,trunk] [--rows 16]`: answers by our sampler,
-against stock `generate()` in padded batches of 8, as evaluation used it before.
+"""`python -m benchmarks.evaluation [--shapes head,middle,trunk,demo] [--rows 16]`: answers by our
+sampler, against stock `generate()` in padded batches of 8, as evaluation used it before.
 
 Both get the same noise, so both give the same answers with the same number of denoising steps, which
 is checked. Stock draws as it always does, and that is timed; what it drew is then replaced, off the
 clock. Each side runs in a separate process, which reports its peak memory above the loaded
-weights. Weights are random, in float32. Writes benchmarks/results/evaluation.json.
+weights. In another run, of a block of one batch, it counts the FLOPs of its matrix products and
+attention, and the bytes that its operators read and write. With the base's answers kept, two models
+cost stock two runs, and us one and the reading of what is kept. Weights are random, in float32.
+Writes benchmarks/results/evaluation.json.
 """
 
 from __future__ import annotations
@@ -14,27 +17,34 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
     EntropyBoundSamplerConfig,
 )
 
+from benchmarks.instruments.live_bytes import CPU_FORMULAS
+from benchmarks.instruments.operator_bytes import OperatorBytes
 from benchmarks.measure import ROOT, extra_memory, say, write_result
 from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
+from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.sampler import KeyedNoise, Sampler
 
 BATCH, BLOCKS = 8, 3
-GOALS = {"head": 8.0, "middle": 4.0, "trunk": 2.0}
-MEMORY_GOAL = 0.1
+GOALS = {"head": 8.0, "middle": 4.0, "trunk": 2.0, "demo": 1.0}
+MEMORY_GOAL = 0.1  # of stock's
+WITH_BASE = ("head", "middle", "trunk")  # shapes with a goal for kept answers: twice the other one
 SIDES = ("stock", "ours")
 
 
@@ -50,9 +60,10 @@ class Shape:
 
 
 SHAPES = {
-    "head": Shape(vocabulary=262_144, hidden=64, layers=2, experts=4, canvas=32),
-    "middle": Shape(vocabulary=262_144, hidden=256, layers=12, experts=16, canvas=32),
+    "head": Shape(vocabulary=262_144, hidden=64, layers=2, experts=4, canvas=16),
+    "middle": Shape(vocabulary=262_144, hidden=256, layers=12, experts=16, canvas=16),
     "trunk": Shape(vocabulary=8_192, hidden=512, layers=12, experts=16, canvas=32),
+    "demo": Shape(vocabulary=768, hidden=64, layers=4, experts=8, canvas=16),
 }
 SMOKE = Shape(vocabulary=2_048, hidden=64, layers=2, experts=4, canvas=8)
 # Random weights are sure of nothing at usual temperatures. At these a block ends after 4 to 20 steps.
@@ -106,22 +117,27 @@ def _compare(name: str, rows: int) -> dict[str, Any]:
     forwards = [
         one == other for one, other in zip(stock.pop("forwards"), ours["forwards"], strict=True)
     ]
-    counts = ours.pop("forwards")
+    counts = ours["forwards"]
+    kept = ours["seconds"] + ours["kept_seconds"]
     return {
         **sides,
         "goal": GOALS.get(name),
         "faster": stock["seconds"] / ours["seconds"],
+        "faster_with_base": 2 * stock["seconds"] / kept,
+        "fewer_flops": stock["flops"] / ours["flops"],
+        "fewer_bytes": stock["bytes"] / ours["bytes"],
         "memory_share": ours["peak_bytes"] / stock["peak_bytes"],
         "memory_goal": MEMORY_GOAL,
         "equal_answers": sum(answers),
         "equal_step_counts": sum(forwards),
         "steps_of_an_answer": sum(counts) / len(counts),
+        "stock_bytes_per_logit": stock["bytes"] / stock["logits"],
         "shape": dataclasses.asdict(SHAPES.get(name, SMOKE)),
     }
 
 
 def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
-    model = _model(shape)
+    model = made_model(shape)
     questions = _questions(shape, rows)
     stops = list(range(5, shape.vocabulary, 2 * shape.canvas))  # a canvas often has one of them
     noise = KeyedNoise(0, shape.canvas, shape.vocabulary)
@@ -136,10 +152,33 @@ def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
         found["seconds"] = time.perf_counter() - started - run.paused
 
     found["peak_bytes"] = extra_memory(timed)
+    run.reset()
+    run.blocks, asked = 1, questions[:BATCH]  # the ratio counts, and stock takes long
+    flops = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
+    with flops, OperatorBytes(lambda: run.counting) as moved:
+        run(asked)
+    found |= {"flops": flops.get_total_flops(), "bytes": moved.bytes}
+    found["logits"] = run.steps * BATCH * shape.canvas * shape.vocabulary  # that stock computes
+    if side == "ours":
+        found["kept_seconds"] = _kept_seconds(found["answers"])
     return found
 
 
-def _model(shape: Shape) -> Any:
+def _kept_seconds(answers: list[list[int]]) -> float:
+    """Return the time in which evaluation finds the base's answers of an earlier run."""
+    keys = [{"id": f"q{index}", "seed": 0} for index in range(len(answers))]
+    with tempfile.TemporaryDirectory() as folder:
+        kept = BaseResults(Path(folder), "base")
+        for key, tokens in zip(keys, answers, strict=True):
+            kept.put(key, {"text": "", "tokens": tokens})
+        kept.save()
+        started = time.perf_counter()
+        again = BaseResults(Path(folder), "base")
+        assert all(again.get(key) is not None for key in keys)
+        return time.perf_counter() - started
+
+
+def made_model(shape: Shape) -> Any:
     kinds = ["sliding_attention"] * (shape.layers - 1) + ["full_attention"]
     text = {
         "vocab_size": shape.vocabulary,
@@ -186,17 +225,18 @@ class _Ours:
     """Our sampler, as evaluation uses it."""
 
     def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
-        self.paused = 0.0
-        limit = BLOCKS * noise.canvas_length
-        self.sampler = Sampler(
-            model, SETTINGS, noise, rows=BATCH, max_new_tokens=limit, stops=stops
-        )
+        self.paused, self.counting, self.steps = 0.0, True, 0
+        self.model, self.noise, self.stops, self.blocks = model, noise, stops, BLOCKS
 
     def reset(self) -> None:
         pass
 
     def __call__(self, questions: list[Question]) -> dict[str, Any]:
-        found = {answer.question: answer for answer in self.sampler.answer(questions)}
+        limit = self.blocks * self.noise.canvas_length
+        sampler = Sampler(
+            self.model, SETTINGS, self.noise, rows=BATCH, max_new_tokens=limit, stops=self.stops
+        )
+        found = {answer.question: answer for answer in sampler.answer(questions)}
         each = [found[question.id] for question in questions]
         return {"answers": [one.tokens for one in each], "forwards": [one.forwards for one in each]}
 
@@ -206,11 +246,12 @@ class _Stock:
 
     def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
         self.model, self.noise, self.stops = model, noise, stops
-        self.paused, self.batch = 0.0, list[Question]()
+        self.paused, self.counting, self.batch = 0.0, True, list[Question]()
+        self.steps, self.blocks = 0, BLOCKS  # steps of all batches
         self.block, self.step, self.new_block = -1, 0, True
 
     def reset(self) -> None:
-        self.paused = 0.0
+        self.paused, self.steps = 0.0, 0
 
     def __call__(self, questions: list[Question]) -> dict[str, Any]:
         ordered = sorted(questions, key=lambda one: len(one.tokens))
@@ -246,7 +287,7 @@ class _Stock:
             found = self.model.generate(
                 ids,
                 attention_mask=mask,
-                max_new_tokens=BLOCKS * self.noise.canvas_length,
+                max_new_tokens=self.blocks * self.noise.canvas_length,
                 max_denoising_steps=SETTINGS.steps,
                 sampler_config=EntropyBoundSamplerConfig(SETTINGS.entropy_bound),
                 t_min=SETTINGS.t_min,
@@ -266,26 +307,28 @@ class _Stock:
         return answers
 
     def _canvas(self, *_: Any, **__: Any) -> torch.Tensor:
-        started = time.perf_counter()
+        started, self.counting = time.perf_counter(), False
         if self.new_block:
             self.block, self.step, self.new_block = self.block + 1, 0, False
         place = (self.block, self.step)
         rows = [self.noise.renoise(one.id, *place) for one in self.batch]
-        self.paused += time.perf_counter() - started
-        return torch.stack(rows)
+        canvas = torch.stack(rows)
+        self.paused, self.counting = self.paused + time.perf_counter() - started, True
+        return canvas
 
     def _choose(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Return the tokens of the noise that our side gets, off the clock."""
-        started = time.perf_counter()
-        self.step += 1
+        started, self.counting = time.perf_counter(), False
+        self.step, self.steps = self.step + 1, self.steps + 1
         place = (self.block, self.step)
         uniforms = torch.cat([self.noise.uniforms(one.id, *place) for one in self.batch])
         chosen = []
         for row, uniform in zip(probabilities, uniforms, strict=True):
             cumulated = row.double().cumsum(0)
             chosen.append(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
-        self.paused += time.perf_counter() - started
-        return torch.stack(chosen)[:, None]
+        found = torch.stack(chosen)[:, None]
+        self.paused, self.counting = self.paused + time.perf_counter() - started, True
+        return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import sys
 from typing import Any
 
 from benchmarks import blocks as several_blocks
+from benchmarks import evaluation as answers
 from benchmarks import peers as released_peers
+from benchmarks import pipeline_plan as whole_pipeline
 from benchmarks import planner, scaling
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.startup import GOALS as start_goals
@@ -35,15 +37,14 @@ def main() -> int:
         for name in (*FILES, "scaling", "planner")
     }
     measured = results["scaling"]
-    on_gpu = RESULTS / "gpu.json"  # only where a GPU was lent
-    gpu = json.loads(on_gpu.read_text(encoding="utf-8")) if on_gpu.exists() else None
-    starting = RESULTS / "startup.json"
-    startup = json.loads(starting.read_text(encoding="utf-8")) if starting.exists() else None
-    beside = RESULTS / "peers.json"  # only where the peers' packages were installed
-    peers = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
     pages = {
         PAGE: page(
-            **{name: results[name] for name in FILES}, gpu=gpu, startup=startup, peers=peers
+            **{name: results[name] for name in FILES},
+            evaluation=_if_there("evaluation"),
+            pipeline_plan=_if_there("pipeline_plan"),
+            gpu=_if_there("gpu"),
+            startup=_if_there("startup"),
+            peers=_if_there("peers"),
         ),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
@@ -52,6 +53,12 @@ def main() -> int:
         path.write_text(text, encoding="utf-8")
         say("page", f"{path.relative_to(ROOT)} written")
     return 0
+
+
+def _if_there(name: str) -> dict[str, Any] | None:
+    """Return a result that may not have been measured: a GPU is only lent at times."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def page(
@@ -65,6 +72,8 @@ def page(
     merge: dict[str, Any],
     pipeline: dict[str, Any],
     gpu_dry_run: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    pipeline_plan: dict[str, Any] | None,
     gpu: dict[str, Any] | None,
     startup: dict[str, Any] | None,
     peers: dict[str, Any] | None,
@@ -203,7 +212,7 @@ validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (g
 
 ![Validation loss by seconds in training steps, three seeds: all blocks reach the final loss of one block in a fraction of the time](blocks.png)
 
-## Data, merge, pipeline
+{_answering(evaluation, at(evaluation)) if evaluation else ""}{_whole(pipeline_plan, at(pipeline_plan)) if pipeline_plan else ""}## Data, merge, pipeline
 
 | what | measured | goal |
 |---|---|---|
@@ -462,6 +471,75 @@ def _growth(row: dict[str, Any]) -> str:
         f"{row[name] / row['examples'] / 1e6:.1f}" for name in ("live_bytes", "extra_memory_bytes")
     ]
     return f"| {row['examples']} | {row['tokens']:,} | {' | '.join([*a_token, *an_example])} |"
+
+
+def _answering(evaluation: dict[str, Any], at: str) -> str:
+    """Return the section on answers of the evaluation."""
+    return f"""## Answers of the evaluation
+
+`python -m benchmarks.evaluation`{at}: {evaluation["rows"]} questions with spread stops, {evaluation["batch"]} at once, by our
+sampler and by stock `generate()` in padded batches, as evaluation used it before; float32, same noise, answers and step counts equal.
+*Base kept*: both models, when an earlier run has asked the base the same. FLOPs are those of matrix products and attention, bytes those that
+operators read and write: what a device cannot be faster than. {_slower(evaluation)}
+
+| shape | stock, s | ours, s | times faster (goal) | base kept (goal) | peak memory above weights, of stock's (goal {answers.MEMORY_GOAL}) | GFLOP, stock: ours | GB moved, stock: ours | equal answers |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(_answers(*each) for each in evaluation["shapes"].items())}
+
+"""
+
+
+def _whole(pipeline_plan: dict[str, Any], at: str) -> str:
+    """Return the section on the time of the whole pipeline."""
+    return f"""## The pipeline at full size
+
+`python -m benchmarks.pipeline_plan`{at}: {pipeline_plan["recipe"]} on {pipeline_plan["accelerator"]}, by plan. Steps without
+GPU are measured on a CPU; a node is assumed to read weights at {whole_pipeline.READ_RATE / 1e9:.0f} GB/s. Answers fill `data.seq_length`; a
+block takes half of its denoising steps on average, and the slowest of a stock batch all. {_longest(pipeline_plan)}
+
+| step | evaluation by stock `generate()`, one GPU: s | GPU-hours | by our sampler, one GPU: s | GPU-hours | on all that trained: s | GPU-hours |
+|---|---|---|---|---|---|---|
+{chr(10).join(whole_pipeline.lines(pipeline_plan))}
+
+"""
+
+
+def _answers(name: str, row: dict[str, Any]) -> str:
+    stock, ours, goal = row["stock"], row["ours"], row["goal"]
+    with_base = f" ({2 * goal:g})" if name in answers.WITH_BASE else ""
+    return (
+        f"| {name} | {stock['seconds']:.1f} | {ours['seconds']:.1f} | {row['faster']:.1f} ({goal:g}) |"
+        f" {row['faster_with_base']:.1f}{with_base} | {row['memory_share']:.2f} |"
+        f" {stock['flops'] / 1e9:,.0f} : {ours['flops'] / 1e9:,.0f} |"
+        f" {stock['bytes'] / 1e9:,.0f} : {ours['bytes'] / 1e9:,.0f} |"
+        f" {row['equal_answers']} of {len(ours['forwards'])} |"
+    )
+
+
+def _slower(evaluation: dict[str, Any]) -> str:
+    """Say what each goal that is missed is bound by."""
+    missed = [
+        f"{name}: stock computes {row['fewer_flops']:.1f}x the FLOPs and moves"
+        f" {row['fewer_bytes']:.1f}x the bytes"
+        for name, row in evaluation["shapes"].items()
+        if row["faster"] < row["goal"]
+    ]
+    missed += [
+        f"{name}, in memory"
+        for name, row in evaluation["shapes"].items()
+        if name in answers.WITH_BASE and row["memory_share"] > row["memory_goal"]
+    ]
+    return f"Below its goal is {'; '.join(missed)}." if missed else "Every goal is reached."
+
+
+def _longest(found: dict[str, Any]) -> str:
+    """Say which step is the longest, by how the evaluation answers."""
+    steps = {name: way["steps"] for name, way in found["ways"].items()}
+    most = {name: max(way, key=lambda step: way[step]["seconds"]) for name, way in steps.items()}
+    return (
+        f"The longest step is *{most['stock']}* with stock's `generate()`, and"
+        f" *{most['ours_on_all']}* with `evaluate.gpus` as many as trained."
+    )
 
 
 def _templated(data: dict[str, Any]) -> str:

@@ -2,21 +2,36 @@
 
 `python -m canvastune.evaluate -c RECIPE --data PREPARED --tuned MODEL --output DIR` runs the step
 `evaluate` without Kubeflow: answers to held-out prompts, and the validation loss of both
-models.
+models. Under torchrun, its processes share the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from canvastune.checkpoint.hub import resolve_model
-from canvastune.config import load_config
+from canvastune.config import RunConfig, load_config
+from canvastune.distributed.processes import (
+    die_with_parent,
+    exit_without_cleanup,
+    log_on_rank0,
+    start_processes,
+)
+from canvastune.distributed.sync import run_on_rank0
+from canvastune.distributed.watchdog import RankRegistry
 from canvastune.errors import UserError
-from canvastune.evaluation.run import evaluate
-from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error
+from canvastune.evaluation.ranks import Ranks
+from canvastune.evaluation.run import evaluate_on_ranks
+from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_exception
+from canvastune.planner.evaluation import evaluation_layout
+from canvastune.planner.planner import find_architecture
+from canvastune.training.devices import select_device
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
@@ -24,7 +39,13 @@ _EPILOG = """examples:
   python -m canvastune.evaluate -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data \\
       --tuned runs/merged --output runs/evaluation
 
-The same command again resumes an interrupted evaluation.
+  torchrun --standalone --nproc-per-node=8 -m canvastune.evaluate \\
+      -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data \\
+      --tuned runs/merged --output runs/evaluation
+
+Under torchrun all processes take questions from one queue; where a GPU is too small for the model,
+its experts are divided over several. The same command again, with any number of processes, resumes
+an interrupted evaluation.
 
 exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 invalid command line,
 130 interrupted (results are kept)."""
@@ -34,23 +55,43 @@ def main(arguments: list[str] | None = None) -> int:
     """Evaluate once; return 0, 1 after an error with its message printed, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
     configure_logging(options.log_format)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    registry: RankRegistry | None = None
     try:
         config = load_config(options.config)
-        evaluate(
-            config,
-            options.data,
-            resolve_model(config.model),
-            options.tuned,
-            options.output,
-            base_results=options.base_results,
-        )
+        if processes > 1:
+            die_with_parent()
+            registry = start_processes(select_device)
+        ranks = _ranks(config, processes)
+        base = ranks.on_first(lambda: resolve_model(config.model))
+        if not ranks.is_first:
+            logger.setLevel(logging.WARNING)
+        paths = (options.data, base, options.tuned, options.output)
+        evaluate_on_ranks(config, *paths, ranks, options.cache, base_results=options.base_results)
     except UserError as error:
-        log_error(error)
+        log_on_rank0(error)
         return 1
     except KeyboardInterrupt:
         logger.info("evaluate: interrupted; results are kept, and the same command resumes")
         return 130
+    except Exception as error:
+        if registry is None:
+            raise
+        registry.report_exit(error)
+        log_exception(error)
+        exit_without_cleanup(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
+
+
+def _ranks(config: RunConfig, processes: int) -> Ranks:
+    """Join the process group; its size and the model's decide over how many ranks experts go."""
+    if processes == 1:
+        return Ranks()
+    model = run_on_rank0(lambda: find_architecture(config.model))
+    return Ranks(evaluation_layout(config, model, processes).ep)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder where the base's answers and losses are kept, and used again by evaluations "
         "that ask it the same",
+    )
+    add(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="file that saves partial results until all are there; default: one next to --output",
     )
     add("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser

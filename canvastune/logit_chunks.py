@@ -1,4 +1,6 @@
-"""How many logits are alive at once: the loss is computed in chunks of this size, and planned so."""
+"""How many logits are alive at once: losses and answers are computed in chunks of this size, and
+planned so.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +25,10 @@ def chunk_rows(vocabulary: int, device: str) -> int:
 def tile_columns(rows: int, vocabulary: int, device: str) -> int:
     """Return the number of columns of a tile with this many rows."""
     return min(vocabulary, max(1, TILE_ELEMENTS // rows)) if device == "cpu" else vocabulary
+
+
+# Of the sampler of answers, whose tiles have all of these.
+SAMPLER_TOKENS = 2048  # whose logits exist at once
+SAMPLER_COLUMNS = {"cpu": 4096, "cuda": 32768}  # of the vocabulary, of these tokens
+CHOOSING_TOKENS = 256  # of them, those whose cumulative probabilities exist at once, in float64
+ENCODED_TOKENS = 16384  # of prompts that one pass encodes, unless one prompt is longer

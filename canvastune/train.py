@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 import torch.distributed as dist
 
 from canvastune.config import load_config
+from canvastune.distributed.processes import (
+    die_with_parent,
+    exit_without_cleanup,
+    log_on_rank0,
+    start_processes,
+)
 from canvastune.distributed.sync import run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
@@ -26,7 +28,6 @@ from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
       -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank_registry: RankRegistry | None = None
     try:
         config = load_config(options.config, options.set)
-        rank_registry = _start_processes()
+        rank_registry = start_processes(select_device)
         run_on_rank0(
             lambda: locks.append(
                 acquire_output_lock(options.output, export_path(options.output, config))
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             config, options.data, options.output, find_metrics_run(options, config), rank_registry
         )
     except UserError as error:
-        _log_on_rank0(error)
+        log_on_rank0(error)
         return 1
     except RankLostError as error:
         if error.args[0] is not None:  # only on the lowest surviving rank
@@ -147,50 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser
-
-
-def _start_processes() -> RankRegistry:
-    if "RANK" not in os.environ:  # started without torchrun: one process
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-        )
-    device = select_device()
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    # The store may outlive an attempt (torchrun --max-restarts), and the addresses in it do not.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Checkpoints use gloo in addition to NCCL; on CPU there is only gloo. The timeout is hours, as
-    # rank 0 may prepare data or weights may come from a slow disk; during training a watchdog
-    # observes the ranks.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("collectives", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(hours=2),
-    )
-    return RankRegistry(dist.PrefixStore("ranks", store), rank, world_size)
-
-
-def _log_on_rank0(error: UserError) -> None:
-    # Every rank raises the same one; before they are connected, every rank of a node.
-    name = "RANK" if dist.is_initialized() else "LOCAL_RANK"
-    if os.environ.get(name, "0") == "0":
-        log_error(error)
-
-
-def die_with_parent() -> None:
-    """Get SIGTERM when torchrun is killed.
-
-    The rank then saves its state and exits, instead of training on unnoticed.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def exit_without_cleanup(code: int) -> NoReturn:
-    """Exit now: an orderly exit would wait for ranks that have exited."""
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

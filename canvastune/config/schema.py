@@ -319,6 +319,13 @@ class EvaluateConfig(StrictModel):
     batch_size: int = Field(
         8, ge=1, description="rows answered at once; answers do not depend on it"
     )
+    gpus: int | None = Field(
+        None,
+        ge=1,
+        description="GPUs that take the questions from one queue; answers do not depend on it; more "
+        "than `parallel.nproc_per_node` are whole nodes; experts are divided over as few of them as "
+        "hold the model; default: the fewest that hold it, mostly one",
+    )
     max_new_tokens: int = Field(
         1024,
         ge=1,
@@ -518,6 +525,13 @@ class RunConfig(StrictModel):
             raise InvalidSetting(
                 f"evaluate.sampler.t_min ({low}) is above evaluate.sampler.t_max ({high})",
                 hint="Lower evaluate.sampler.t_min.",
+            )
+        gpus, node = self.evaluate.gpus, self.parallel.nproc_per_node
+        if gpus is not None and gpus > node and gpus % node:
+            raise InvalidSetting(
+                f"evaluate.gpus: found {gpus}, expected at most parallel.nproc_per_node ({node}), or "
+                "a multiple of it",
+                hint=f"Set evaluate.gpus={gpus // node * node}.",
             )
         sources = [source.source for source in self.data.sources]
         if self.evaluate.forgetting.source is not None:

@@ -56,7 +56,14 @@ class AnswerCache:
 
     def put(self, key: Mapping[str, Any], result: Any) -> None:
         """Write a result to the disk. Raises: UserError, the disk is full."""
-        digest = hash_key(key)
+        self._write(hash_key(key), result)
+
+    def add(self, other: AnswerCache) -> None:
+        """Write all results of another cache. Raises: as `put`."""
+        for digest, result in other._results.items():
+            self._write(digest, result)
+
+    def _write(self, digest: str, result: Any) -> None:
         line = json.dumps({"piece": digest, "result": result}).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Question:
 def select_questions(
     dataset: Path, tokenizer: PreTrainedTokenizerBase, count: int, columns: Sequence[str] = ()
 ) -> list[Question]:
-    """Return the first `count` held-out rows in the order of their content hash.
+    """Return the first `count` held-out rows in `sample_order`.
 
     The first rows of a file may all be of one kind. A prompt's tokens are those of the prepared
     row: what training put before the response, with the row's tools and settings.
@@ -197,7 +197,7 @@ def software_versions() -> dict[str, str]:
 
 def generate_answers(
     model: Any,
-    questions: Sequence[Question],
+    questions: Iterable[Question],
     tokenizer: PreTrainedTokenizerBase,
     how: Answering,
     seed: int,
@@ -209,6 +209,7 @@ def generate_answers(
     An answer depends on the seed and its question, not on what is asked with it or was before.
 
     Args:
+        questions: taken one at a time, whenever a place is free.
         rows: questions that are answered at once.
         traced: id of the question whose denoising is recorded.
 
@@ -235,10 +236,16 @@ def generate_answers(
         stops=how.stops,
         traced=traced,
     )
-    by_id = {question.id: question for question in questions}
+    by_id: dict[str, Question] = {}
+
+    def taken() -> Iterator[Question]:
+        for question in questions:
+            by_id[question.id] = question
+            yield question
+
     started = time.perf_counter()
     try:
-        for answer in sampler.answer(questions):
+        for answer in sampler.answer(taken()):
             question, tokens = by_id[answer.question], answer.tokens
             shown = [token for token in tokens if token not in hidden and token not in how.stops]
             now = time.perf_counter()
@@ -259,7 +266,7 @@ def generate_answers(
             started = now
     except torch.OutOfMemoryError:
         raise UserError(
-            f"evaluate.batch_size: out of device memory with {min(rows, len(questions))} rows",
+            f"evaluate.batch_size: out of device memory with {min(rows, len(by_id))} rows",
             hint="Lower evaluate.batch_size.",
         ) from None
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from datasets import load_from_disk
 
+from canvastune.data.sample_order import sample_order
 from canvastune.errors import UserError
 
 
 def select_rows(dataset: Path, count: int) -> Any:
     """Return the prepared rows of the questions, in their order. Raises: as `open_validation`."""
     rows = open_validation(dataset)
-    return rows.select(sorted(range(len(rows)), key=rows["id"].__getitem__)[:count])
+    return rows.select(sample_order(rows["id"], rows["origin"])[:count])
 
 
 def open_validation(dataset: Path) -> Any:

@@ -72,7 +72,7 @@ class ModelFigures:
     exact_match_normalized_low: float | None
     exact_match_normalized_high: float | None
     tokens: int  # generated, including the one that ends an answer
-    seconds: float  # spent generating
+    seconds: float  # spent generating, of all GPUs together
     tokens_per_second: float | None  # None, here and below: not a finite number
     tokens_per_forward: float | None  # mean over the rows, as `generate` counts them
     cut: int | None  # answers that `max_new_tokens` cut

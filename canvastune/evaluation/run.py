@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.data.files import FORGETTING
@@ -45,6 +44,7 @@ from canvastune.evaluation.generation import (
     software_versions,
 )
 from canvastune.evaluation.judges import Judging
+from canvastune.evaluation.ranks import Ranks
 from canvastune.evaluation.result import (
     ANSWERS,
     FORGETTING_ANSWERS,
@@ -64,6 +64,8 @@ _LOGGED_ANSWERS = 3  # at the end; the report has all of them
 _EXAMPLES_PER_PART = 32  # held-out examples whose loss is saved at once
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,22 @@ def evaluate(
     cache_path: Path | None = None,
     base_results: Path | None = None,
 ) -> EvaluationResult:
+    """Evaluate only in this process, as `evaluate_on_ranks`."""
+    result = evaluate_on_ranks(config, dataset, base, tuned, out, Ranks(), cache_path, base_results)
+    assert result is not None, "this is the first rank"
+    return result
+
+
+def evaluate_on_ranks(
+    config: RunConfig,
+    dataset: Path,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    ranks: Ranks,
+    cache_path: Path | None = None,
+    base_results: Path | None = None,
+) -> EvaluationResult | None:
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `forgetting.jsonl` those to the
@@ -114,9 +132,10 @@ def evaluate(
     The judges of `evaluate.judge` and `evaluate.judges` compare an answer with its reference; rows
     that none of them can judge by are answered but not scored. With `evaluate.repeats`, each row is
     answered with several seeds. The validation loss is training's, of the checkpoints as stored.
-    One model at a time is in memory.
+    One model at a time is in memory. Several ranks take the questions from one queue, and the first
+    one writes the result.
 
-    An evaluation that was killed resumes, with the same result.
+    An evaluation that was killed resumes, on any number of ranks, with the same result.
 
     Args:
         dataset: a prepared dataset; `evaluate.rows` rows of its validation split are asked, chosen
@@ -127,6 +146,9 @@ def evaluate(
         base_results: folder where results of bases, and scores of a judging model, are kept for
             later evaluations, and used if they depend on the same; None: nowhere.
 
+    Returns:
+        The result; None on other ranks than the first.
+
     Raises:
         UserError: no prepared dataset, a checkpoint or a judge that cannot be loaded, an `out` that
             is not empty, a batch too large for the device, another process that evaluates into the
@@ -134,53 +156,83 @@ def evaluate(
     """
     out = out.absolute()
     settings = config.evaluate
-    check_writable(out)
+    ranks.on_first(lambda: check_writable(out))
     tokenizer = load_tokenizer(base).tokenizer
     questions = select_questions(dataset, tokenizer, settings.rows, settings.slices)
     others = select_others(config, dataset, tokenizer)
-    # Before the models answer: a judge may be refused.
-    judging = judging_of(config, questions, base_results)
-    other_references = [(question.source, question.reference) for question in others]
-    other_judging = Judging(settings, other_references, base_results)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judges: list[Judging] = []  # the first rank's
+
+    def find_judges() -> None:
+        judges.append(judging_of(config, questions, base_results))
+        references = [(question.source, question.reference) for question in others]
+        judges.append(Judging(settings, references, base_results))
+
+    ranks.on_first(find_judges)  # before the models answer: a judge may be refused
+    device = _device()
     model_config = read_model_config(base)
     examples = held_out_examples(dataset, config.train, model_config)
     how = answering(base, model_config, settings, response_ends(dataset))
-    common = {"base": (base_hash := hash_path(base)), "device": device.type, **software_versions()}
+    hashes = ranks.on_first(lambda: {path: hash_path(path) for path in (base, tuned)})
+    common = {"base": hashes[base], "device": device.type, **software_versions()}
     canvas = model_config.canvas_length
     task = _Task(config, tokenizer, questions, others, how, examples, common, device, canvas)
-    kept = BaseResults(base_results, base_hash)
-    with AnswerCache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
+    kept = BaseResults(base_results if ranks.is_first else None, hashes[base])
+    with ranks.open_cache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
             logger.info(f"evaluate: resuming from {cache.path}")
         checkpoints = zip(SIDES, (base, tuned), strict=True)
         outputs = {
-            side: _run_model(task, side, checkpoint, cache, kept if side == SIDES[0] else None)
-            for side, checkpoint in checkpoints
+            side: _run_model(
+                _Checkpoint(side, path, hashes[path]),
+                task,
+                ranks,
+                _Store(cache, kept if side == SIDES[0] else None),
+            )
+            for side, path in checkpoints
         }
-        rows = [_answer_row(config, question, outputs) for question in questions]
-        judged = judge_rows(judging, rows)
-        other_rows = [_answer_row(config, question, outputs) for question in others]
-        other_judged = judge_rows(other_judging, other_rows)
-        result = replace(
-            _result(task, judging, judged, outputs),
-            forgetting=forgetting_figures(config.evaluate, other_judged),
-        )
-        first = questions[0]
-        film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
-        film |= {side: output.trace for side, output in outputs.items()}
-        with atomic_directory(out) as folder:
-            result.write(folder)
-            (folder / "film.json").write_text(
-                to_json_text(film, ensure_ascii=False), encoding="utf-8"
-            )
-            write_answers(folder / ANSWERS, rows, judged)
-            if others:
-                write_answers(folder / FORGETTING_ANSWERS, other_rows, other_judged)
-            write_provenance(
-                folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
-            )
+        ranks.on_first(lambda: None)  # until it has saved the last results of the others
+        result = _write_result(task, judges, outputs, out, dataset, base, tuned) if judges else None
         cache.delete()
+    return result
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _write_result(
+    task: _Task,
+    judges: Sequence[Judging],
+    outputs: Mapping[str, _ModelOutput],
+    out: Path,
+    dataset: Path,
+    base: Path,
+    tuned: Path,
+) -> EvaluationResult:
+    """Judge the answers, and write everything to `out`."""
+    config, (judging, other_judging) = task.config, judges
+    rows = [_answer_row(config, question, outputs) for question in task.questions]
+    judged = judge_rows(judging, rows)
+    other_rows = [_answer_row(config, question, outputs) for question in task.others]
+    other_judged = judge_rows(other_judging, other_rows)
+    result = replace(
+        _result(task, judging, judged, outputs),
+        forgetting=forgetting_figures(config.evaluate, other_judged),
+    )
+    first = task.questions[0]
+    film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
+    film |= {side: output.trace for side, output in outputs.items()}
+    with atomic_directory(out) as folder:
+        result.write(folder)
+        (folder / "film.json").write_text(to_json_text(film, ensure_ascii=False), encoding="utf-8")
+        write_answers(folder / ANSWERS, rows, judged)
+        if task.others:
+            write_answers(folder / FORGETTING_ANSWERS, other_rows, other_judged)
+        write_provenance(
+            folder, "evaluate", config, {"data": dataset, "base": base, "tuned": tuned}
+        )
     for row in rows[:_LOGGED_ANSWERS]:
         prompt, before, after = (_shorten(row[key]) for key in ("prompt", *SIDES))
         logger.info(f"evaluate: asked {prompt}, before {before}, after {after}")
@@ -189,82 +241,38 @@ def evaluate(
     return result
 
 
-def _run_model(
-    task: _Task, side: str, checkpoint: Path, cache: AnswerCache, kept: BaseResults | None
-) -> _ModelOutput:
-    """Generate one model's answers and measure its loss, reusing what the cache has."""
-    config, levels = task.config, task.config.train.validation_levels
-    blocks = config.train.validation_blocks
-    common = {**task.common, "side": side, "model": hash_path(checkpoint)}
-    generation = asdict(task.how)
-    seeds = answer_seeds(config)
-    first = task.questions[0].id
-    store = _Store(cache, kept)
+@dataclass(frozen=True)
+class _Checkpoint:
+    """One of the two models."""
 
-    @functools.cache
-    def model() -> Any:
-        logger.info(f"evaluate: {side}: loading {checkpoint}")
-        return load_stock(checkpoint, task.device)
+    side: str
+    path: Path
+    hash: str
 
-    def answer_key(question: Question, seed: int) -> dict[str, Any]:
-        traced = question.id == first and seed == seeds[0]
-        asked = {"id": question.id, "asked": question.tokens, "traced": traced}
-        return {**common, "seed": seed, **generation, **asked}
 
-    def loss_key(part: list[Example]) -> dict[str, Any]:
-        denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
-        # With one block of each answer, the key is that of results from before there were more.
-        more = {} if blocks == 1 else {"blocks": blocks}
-        return {**common, "levels": levels, **more, "denoised": denoised}
-
-    known = {one.id for one in task.questions}
-    others = [one for one in task.others if one.id not in known]
-    answers: dict[tuple[str, int], Any] = {}
-    reused = 0
-    for questions in (task.questions, others):
-        asked = [(one, seed) for seed in seeds for one in questions]
-        answers |= {(one.id, seed): store.get(answer_key(one, seed)) for one, seed in asked}
-        if questions is task.questions:
-            reused = store.reused
-        progress = _Progress(f"{side}: {{}} of {{}} {_answered(seeds)}", len(asked))
-        progress.add(sum(answers[one.id, seed] is not None for one, seed in asked), 0.0)
-        for seed in seeds:
-            open_questions = [one for one in questions if answers[one.id, seed] is None]
-            if not open_questions:
-                continue
-            keys = {one.id: answer_key(one, seed) for one in open_questions}
-            given = (open_questions, task.tokenizer, task.how, seed, config.evaluate.batch_size)
-            traced = first if seed == seeds[0] else None
-            for name, answer in generate_answers(model(), *given, traced):
-                store.put(keys[name], answer)
-                answers[name, seed] = answer
-                progress.add(1, answer["seconds"])
-
-    losses = []
-    progress = _Progress(f"{side}: {{}} of {{}} rows denoised", len(task.examples))
-    for at in range(0, len(task.examples), _EXAMPLES_PER_PART):
-        part = task.examples[at : at + _EXAMPLES_PER_PART]
-        found = store.get(loss_key(part))
-        if found is None:
-            found = denoising_loss(model(), part, levels, blocks)
-            store.put(loss_key(part), found)
-        losses.append(found)
-        progress.add(len(part), found["seconds"])
-    if kept is not None:
-        kept.save()
+def _run_model(checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store) -> _ModelOutput:
+    """Generate one model's answers and measure its loss, reusing what the store has."""
+    run = _ModelRun(checkpoint, task, ranks, store)
+    seeds, others = answer_seeds(task.config), run.other_questions()
+    answers = run.answer(task.questions)
+    reused = store.reused
+    answers |= run.answer(others)
+    losses = run.losses()
+    if ranks.is_first:
+        store.save()
     each = [answers[one.id, seed] for seed in seeds for one in task.questions]
     if reused:
         logger.info(
-            f"evaluate: {side}: {reused} of {len(each)} answers were taken from an earlier "
-            "run with the same model, questions and settings"
+            f"evaluate: {checkpoint.side}: {reused} of {len(each)} answers were taken from an "
+            "earlier run with the same model, questions and settings"
         )
-    loss, by_level = mean_losses(losses, levels)
+    loss, by_level = mean_losses(losses, task.config.train.validation_levels)
     return _ModelOutput(
         texts={
             one.id: [answers[one.id, seed]["text"] for seed in seeds]
             for one in [*task.questions, *others]
         },
-        trace=answers[first, seeds[0]]["trace"],
+        trace=answers[task.questions[0].id, seeds[0]]["trace"],
         tokens=sum(answer["tokens"] for answer in each),
         seconds=sum(answer["seconds"] for answer in each),
         tokens_per_forward=sum(answer["tokens"] / answer["forwards"] for answer in each)
@@ -274,6 +282,114 @@ def _run_model(
         validation_loss=loss,
         validation_loss_by_level=by_level,
     )
+
+
+class _ModelRun:
+    """What is asked of one model. All ranks make the same calls, and share the work."""
+
+    def __init__(self, checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store) -> None:
+        self.checkpoint, self.task, self.ranks, self.store = checkpoint, task, ranks, store
+        self.seeds = answer_seeds(task.config)
+        self.common = {**task.common, "side": checkpoint.side, "model": checkpoint.hash}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The stock model, loaded when something is asked that the store does not have."""
+        logger.info(f"evaluate: {self.checkpoint.side}: loading {self.checkpoint.path}")
+        return self.ranks.load(self.checkpoint.path, self.task.device)
+
+    def other_questions(self) -> list[Question]:
+        """Return the questions of `evaluate.forgetting` that are not asked anyway."""
+        known = {one.id for one in self.task.questions}
+        return [one for one in self.task.others if one.id not in known]
+
+    def answer(self, questions: Sequence[Question]) -> dict[tuple[str, int], Any]:
+        """Return the answers by question id and seed."""
+        task, first = self.task, self.task.questions[0].id
+        keys = {
+            (one.id, seed): self._answer_key(one, seed) for seed in self.seeds for one in questions
+        }
+        answers = self._known(keys)
+        line = f"{self.checkpoint.side}: {{}} of {{}} {_answered(self.seeds)}"
+        progress = _Progress(line, len(keys))
+        progress.add(sum(answer is not None for answer in answers.values()), 0.0)
+        for seed in self.seeds:
+            left = [one for one in questions if answers[one.id, seed] is None]
+            # No rank takes more than its share at first.
+            rows = min(task.config.evaluate.batch_size, -(-len(left) // self.ranks.count))
+            traced = first if seed == self.seeds[0] else None
+            work = functools.partial(self._generate, seed=seed, rows=rows, traced=traced)
+            answers |= self._share_out(left, work, _Saved(self.store, keys, progress))
+        return answers
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Return the held-out losses, in parts."""
+        count = len(self.task.examples)
+        parts = {
+            at: self.task.examples[at : at + _EXAMPLES_PER_PART]
+            for at in range(0, count, _EXAMPLES_PER_PART)
+        }
+        sizes = {at: len(part) for at, part in parts.items()}
+        keys = {at: self._loss_key(part) for at, part in parts.items()}
+        losses = self._known(keys)
+        progress = _Progress(f"{self.checkpoint.side}: {{}} of {{}} rows denoised", count)
+        progress.add(sum(sizes[at] for at in parts if losses[at] is not None), 0.0)
+        left = [at for at in parts if losses[at] is None]
+        work = functools.partial(self._denoise, parts)
+        losses |= self._share_out(left, work, _Saved(self.store, keys, progress, sizes))
+        return list(losses.values())
+
+    def _known(self, keys: Mapping[Any, dict[str, Any]]) -> dict[Any, Any]:
+        """Return what the first rank's store has, or None, by the name of the key."""
+        return self.ranks.on_first(
+            lambda: {name: self.store.get(key) for name, key in keys.items()}
+        )
+
+    def _share_out(
+        self,
+        left: Sequence[Item],
+        work: Callable[[Iterator[Item]], Iterator[tuple[Any, Any]]],
+        saved: _Saved,
+    ) -> dict[Any, Any]:
+        if not left:
+            return {}
+        found = dict(self.ranks.share_out(left, work, saved))
+        if self.ranks.is_first:  # it has its own already, and keeps those of the others too
+            for name, result in found.items():
+                self.store.put(saved.keys[name], result)
+        return found
+
+    def _generate(
+        self, taken: Iterator[Question], *, seed: int, rows: int, traced: str | None
+    ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+        task = self.task
+        settings = (task.tokenizer, task.how, seed, rows, traced)
+        for name, answer in generate_answers(self.model, taken, *settings):
+            yield (name, seed), answer
+
+    def _denoise(
+        self, parts: Mapping[int, list[Example]], taken: Iterator[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        model = self.model  # also where this rank takes none: others may need its experts
+        train = self.task.config.train
+        for at in taken:
+            loss = denoising_loss(
+                model, parts[at], train.validation_levels, train.validation_blocks
+            )
+            yield at, loss
+
+    def _answer_key(self, question: Question, seed: int) -> dict[str, Any]:
+        traced = question.id == self.task.questions[0].id and seed == self.seeds[0]
+        asked = {"id": question.id, "asked": question.tokens, "traced": traced}
+        return {**self.common, "seed": seed, **asdict(self.task.how), **asked}
+
+    def _loss_key(self, part: list[Example]) -> dict[str, Any]:
+        train = self.task.config.train
+        denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
+        # With one block of each answer, the key is that of results from before there were more.
+        blocks = {} if train.validation_blocks == 1 else {"blocks": train.validation_blocks}
+        levels = {"levels": train.validation_levels}
+        return {**self.common, **levels, **blocks, "denoised": denoised}
 
 
 def select_others(
@@ -306,9 +422,31 @@ class _Store:
         return found
 
     def put(self, key: Mapping[str, Any], result: Any) -> None:
-        self.cache.put(key, result)
+        if self.cache.get(key) is None:
+            self.cache.put(key, result)
         if self.kept is not None:
             self.kept.put(key, result)
+
+    def save(self) -> None:
+        """Write what later evaluations may use."""
+        if self.kept is not None:
+            self.kept.save()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a rank does with each result: save it, and log the progress of all."""
+
+    store: _Store
+    keys: Mapping[Any, dict[str, Any]]
+    progress: _Progress
+    sizes: Mapping[Any, int] | None = None  # rows of a result, if not one
+
+    def __call__(self, named: tuple[Any, Any], ended: int) -> None:
+        name, result = named
+        self.store.put(self.keys[name], result)
+        rows = 1 if self.sizes is None else self.sizes[name]
+        self.progress.add(ended * rows, result["seconds"])
 
 
 class _Progress:
@@ -320,7 +458,7 @@ class _Progress:
         self.logged = time.monotonic()
 
     def add(self, rows: int, seconds: float) -> None:
-        self.done += rows
+        self.done = min(self.done + rows, self.total)
         if seconds:
             self.timed, self.seconds = self.timed + rows, self.seconds + seconds
         now = time.monotonic()

@@ -1,10 +1,11 @@
 """Answer questions with a stock DiffusionGemma, equal to its `generate()` for the same noise.
 
-Three things differ from `generate()`, none of them in the answers. As soon as an answer ends, the
+Four things differ from `generate()`, none of them in the answers. As soon as an answer ends, the
 next question takes its place. Prompts of several lengths share a pass without padding:
-each row attends by itself. And logits exist one tile of the vocabulary at a time, as scores do in
-flash attention: softmax, entropy, the sampled token and the soft embedding of self-conditioning are
-accumulated over the tiles.
+each row attends by itself. Encoder and decoder have the same weights, so one pass through the layers
+encodes what new rows and blocks begin with and denoises all canvases, also those that see it. And
+logits exist one tile of the vocabulary at a time, as scores do in flash attention: softmax, entropy,
+the sampled token and the soft embedding of self-conditioning are accumulated over the tiles.
 
 Shape letters: n rows (questions that are answered at once), C canvas, N = n C tokens, S prompt, H
 hidden, V vocabulary, W tile of the vocabulary, A and G heads of queries and of keys, D head size.
@@ -24,12 +25,20 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from canvastune.checkpoint.generation_config import SamplerSettings
+from canvastune.logit_chunks import (
+    CHOOSING_TOKENS,
+    ENCODED_TOKENS,
+    SAMPLER_COLUMNS,
+    SAMPLER_TOKENS,
+)
 from canvastune.noise import answer_canvas, answer_uniforms
 
 _ATTENTION = "canvastune_rows"  # in transformers' registry
-_TILE_TOKENS = 2048  # tokens whose logits exist at once
-_TILE_WIDTH = {"cpu": 4096, "cuda": 32768}  # of the vocabulary, of these tokens
-_ENCODED_TOKENS = 16384  # that one pass of the encoder takes, unless one prompt is longer
+# Nats below the highest logit. All tokens of a vocabulary that are so far below it have a probability
+# of 1e-12 together: sums in float32 are the same without them.
+_NEGLIGIBLE = 40.0
+_MOST = 0.7  # of the tokens of a tile
+_ROOM = 64  # tokens by which caches grow
 
 
 class Asked(Protocol):
@@ -92,17 +101,11 @@ class Answer:
 
 @dataclass(eq=False)
 class _Row:
-    """A question that is being answered.
-
-    A layer's keys and values are those of the tokens before the block, as many as its window shows,
-    with room for the canvas' own behind them.
-    """
+    """A question that is being answered."""
 
     question: Asked
     pending: torch.Tensor  # tokens to encode before the next step
     length: int = 0  # tokens encoded
-    keys: list[torch.Tensor] = field(default_factory=list)  # by layer, [1, G, seen + C, D]
-    values: list[torch.Tensor] = field(default_factory=list)
     canvas: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     likeliest: torch.Tensor | None = None  # the step before's, int64[C]
     same: int = 0  # steps in a row that left it as it was
@@ -156,24 +159,35 @@ class Sampler:
         self.stops = frozenset(stops)
         self.canvas_length = int(model.config.canvas_length)
         self.device = model.lm_head.weight.device
-        width = tile_width or _TILE_WIDTH.get(self.device.type, _TILE_WIDTH["cuda"])
+        width = tile_width or SAMPLER_COLUMNS.get(self.device.type, SAMPLER_COLUMNS["cuda"])
+        self.cap = float(model.final_logit_softcapping)
         self.tiles = list(torch.arange(model.lm_head.weight.shape[0]).split(width))
+        stacks = model.model.encoder.language_model.layers, model.model.decoder.layers
+        # Of layers where they differ: what the output of encoded and of denoised tokens is scaled by.
+        self.scalars = {
+            index: (encoder.layer_scalar, decoder.layer_scalar)
+            for index, (encoder, decoder) in enumerate(zip(*stacks, strict=True))
+            if not torch.equal(encoder.layer_scalar, decoder.layer_scalar)
+        }
 
     @torch.no_grad()
     def answer(self, questions: Iterable[Asked]) -> Iterator[Answer]:
         """Yield the answers in the order in which they end."""
         waiting, rows = iter(questions), list[_Row]()
+        caches = _Caches(self.canvas_length)
         while True:
             while len(rows) < self.rows and (question := next(waiting, None)) is not None:
                 rows.append(_Row(question, torch.tensor(list(question.tokens))))
             if not rows:
                 return
             with _attention_by_rows(self.model):
-                self._encode([row for row in rows if len(row.pending)])
-                ended = self._denoise(rows)
+                ended = self._denoise(rows, caches)
             for row in ended:
                 if (answer := self._finish_block(row)) is not None:
-                    rows.remove(row)
+                    place, last = rows.index(row), rows.pop()
+                    if last is not row:
+                        rows[place] = last
+                        caches.move(len(rows), place)
                     yield answer
 
     def _finish_block(self, row: _Row) -> Answer | None:
@@ -191,65 +205,111 @@ class Sampler:
         row.block, row.step = row.block + 1, 0
         return None
 
-    # --- the encoder
+    # --- the layers
 
-    def _encode(self, rows: Sequence[_Row]) -> None:
-        """Encode the rows' pending tokens, and give each the canvas that its next block starts from."""
-        group, size = list[_Row](), 0
+    def _hidden(self, rows: Sequence[_Row], caches: _Caches) -> torch.Tensor:
+        """Encode the rows' pending tokens, and run all their canvases; return what the head is given
+        of the latter, [N, H].
+        """
+        *before, last = self._pending(rows)
+        for group in before:
+            self._pass(rows, group, [], caches)
+        return self._pass(rows, last, rows, caches)
+
+    def _pending(self, rows: Sequence[_Row]) -> list[list[_Row]]:
+        """Return the rows with tokens to encode, in groups that a pass can take."""
+        groups, size = [list[_Row]()], 0
         for row in rows:
-            if group and size + len(row.pending) > _ENCODED_TOKENS:
-                self._encode_group(group)
-                group, size = [], 0
-            group.append(row)
-            size += len(row.pending)
-        if group:
-            self._encode_group(group)
+            if groups[-1] and size + len(row.pending) > ENCODED_TOKENS:
+                groups.append([])
+                size = 0
+            if len(row.pending):
+                groups[-1].append(row)
+                size += len(row.pending)
+        return groups
 
-    def _encode_group(self, rows: Sequence[_Row]) -> None:
-        encoder = self.model.model.encoder.language_model
-        tokens = torch.cat([row.pending for row in rows])[None].to(self.device)
-        spans = [(row.length, row.length + len(row.pending)) for row in rows]
-        hidden = encoder.embed_tokens(tokens)
-        context = _EncodedRows(rows, self.canvas_length)
-        self._run_layers(encoder, hidden, self._positions(spans), context)
-        for row in rows:
-            row.length += len(row.pending)
-            row.pending = row.pending[:0]
-            row.canvas = self.noise.start(row.question.id, row.block).to(self.device)
-
-    def _positions(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        return torch.cat([torch.arange(*span) for span in spans])[None].to(self.device)
-
-    def _run_layers(
-        self, stack: Any, hidden: torch.Tensor, positions: torch.Tensor, context: _AttendingRows
+    def _pass(
+        self,
+        rows: Sequence[_Row],
+        encoded: Sequence[_Row],
+        denoised: Sequence[_Row],
+        caches: _Caches,
     ) -> torch.Tensor:
-        """Run the layers of the stock encoder or decoder, [1, N, H] -> [1, N, H]."""
-        kinds = self.model.config.text_config.layer_types
-        rotary = {kind: stack.rotary_emb(hidden, positions, kind) for kind in sorted(set(kinds))}
-        for layer, kind in zip(stack.layers, kinds, strict=True):
-            hidden = layer(
-                hidden,
-                position_embeddings=rotary[kind],
-                attention_mask=None,
-                position_ids=positions,
-                attending=context,
-            )
-        return hidden
+        """Run the layers once, on pending tokens of some rows and on the canvases of all or none."""
+        decoder = self.model.model.decoder
+        parts: list[_Part] = []
+        spans: list[tuple[int, int]] = []
+        embedded: list[torch.Tensor] = []
+        if encoded:
+            tokens = torch.cat([row.pending for row in encoded]).to(self.device)
+            embedded.append(decoder.embed_tokens(tokens[None]))
+        for row in encoded:
+            span = (row.length, row.length + len(row.pending))
+            spans.append(span)
+            parts.append(_Encoded(caches, len(rows), rows.index(row), *span))
+            row.length, row.pending = span[1], row.pending[:0]
+            row.canvas = self.noise.start(row.question.id, row.block).to(self.device)
+        new = sum(end - start for start, end in spans)
+        if denoised:
+            spans += [(row.length, row.length + self.canvas_length) for row in denoised]
+            parts.append(_Canvases(caches, [row.length for row in denoised]))
+            embedded.append(self._canvases(denoised))
+        positions = torch.cat([torch.arange(*span) for span in spans])[None].to(self.device)
+        hidden = self._run_layers(torch.cat(embedded, dim=1), positions, parts, new)[:, new:]
+        return decoder.norm(hidden)[0] if denoised else hidden[0]
 
-    # --- the decoder
-
-    def _denoise(self, rows: Sequence[_Row]) -> list[_Row]:
-        """Do one denoising step of every row; return those whose block has ended."""
-        decoder, settings = self.model.model.decoder, self.settings
+    def _canvases(self, rows: Sequence[_Row]) -> torch.Tensor:
+        """Embed the rows' canvases with what the step before expects of them, [1, N, H]."""
+        decoder = self.model.model.decoder
         canvases = torch.stack([row.canvas for row in rows])
         embedded = decoder.embed_tokens(canvases.view(1, -1))
         blank = embedded.new_zeros(self.canvas_length, embedded.shape[-1])
         soft = torch.cat([blank if row.soft is None else row.soft for row in rows])[None]
-        hidden = decoder.self_conditioning(embedded, soft)
-        spans = [(row.length, row.length + self.canvas_length) for row in rows]
-        context = _DenoisedRows(rows, self.canvas_length)
-        hidden = decoder.norm(self._run_layers(decoder, hidden, self._positions(spans), context))
+        embedding: torch.Tensor = decoder.self_conditioning(embedded, soft)
+        return embedding
 
+    def _run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor, parts: Sequence[_Part], encoded: int
+    ) -> torch.Tensor:
+        """Run the stock layers, [1, N, H] -> [1, N, H].
+
+        Args:
+            encoded: tokens that come before the canvases.
+        """
+        decoder = self.model.model.decoder
+        kinds = self.model.config.text_config.layer_types
+        rotary = {kind: decoder.rotary_emb(hidden, positions, kind) for kind in sorted(set(kinds))}
+        for index, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True)):
+            with self._scaled(layer, index, encoded, hidden.shape[1]):
+                hidden = layer(
+                    hidden,
+                    position_embeddings=rotary[kind],
+                    attention_mask=None,
+                    position_ids=positions,
+                    parts=parts,
+                )
+        return hidden
+
+    @contextlib.contextmanager
+    def _scaled(self, layer: Any, index: int, encoded: int, tokens: int) -> Iterator[None]:
+        """Scale a layer's output of encoded tokens as the encoder does."""
+        if not encoded or index not in self.scalars:
+            yield
+            return
+        encoder, decoder = self.scalars[index]
+        layer.layer_scalar = torch.cat([encoder.expand(encoded), decoder.expand(tokens - encoded)])[
+            :, None
+        ]
+        try:
+            yield
+        finally:
+            layer.layer_scalar = decoder
+
+    # --- a denoising step
+
+    def _denoise(self, rows: Sequence[_Row], caches: _Caches) -> list[_Row]:
+        """Do one denoising step of every row; return those whose block has ended."""
+        settings, hidden = self.settings, self._hidden(rows, caches)
         places = []
         for row in rows:
             row.step, row.forwards = row.step + 1, row.forwards + 1
@@ -259,7 +319,7 @@ class Sampler:
         # After the last step nothing is conditioned on it any more.
         wanted = settings.self_conditioning and any(row.step < settings.steps for row in rows)
         found = self._statistics(
-            hidden[0],
+            hidden,
             torch.tensor(temperatures).repeat_interleave(self.canvas_length).to(self.device),
             uniforms.to(self.device),
             want_soft=wanted,
@@ -298,7 +358,7 @@ class Sampler:
         parts = [
             self._tiled(*each, want_soft=want_soft)
             for each in zip(
-                *(given.split(_TILE_TOKENS) for given in (hidden, temperatures, uniforms)),
+                *(given.split(SAMPLER_TOKENS) for given in (hidden, temperatures, uniforms)),
                 strict=True,
             )
         ]
@@ -315,85 +375,170 @@ class Sampler:
     ) -> _Statistics:
         decoder = self.model.model.decoder
         head, table = self.model.lm_head.weight, decoder.embed_tokens.weight
-        rounds = want_soft and table.dtype != torch.float32
-        scale = float(self.model.final_logit_softcapping) / temperatures[:, None]
-        tokens, tiles = len(hidden), len(self.tiles)
-        # Of the tiles so far: the largest logit, the sums of exp(logit - largest) and of that times
-        # (logit - largest), the expected embedding before division.
-        peak = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
-        likeliest = torch.zeros(tokens, dtype=torch.int64, device=self.device)
-        total, slope = torch.zeros_like(peak), torch.zeros_like(peak)
-        soft_total = torch.zeros_like(peak)
-        soft = hidden.new_zeros(hidden.shape if want_soft else (tokens, 0), dtype=torch.float32)
-        sums = peak.new_empty(tokens, tiles)
-        peaks = torch.empty_like(sums)
-        buffer = peak.new_empty(tokens, len(self.tiles[0]))
+        scale = self.cap / temperatures[:, None]
+        sums = _TileSums(hidden, self.tiles, table.dtype, want_soft=want_soft)
+        best = torch.zeros(len(hidden), dtype=torch.int64, device=self.device)
         for index, tile in enumerate(self.tiles):
             columns = slice(int(tile[0]), int(tile[-1]) + 1)
-            logits = self._logits(hidden, head[columns], scale)
-            highest, place = logits.max(1)
-            likeliest = torch.where(highest > peak, place + columns.start, likeliest)
-            higher = torch.maximum(peak, highest)
-            change = torch.nan_to_num(peak - higher, neginf=0.0)  # the first tile adds to nothing
-            shrink = change.exp()
-            weights = buffer[:, : len(tile)]
-            if rounds:  # as stock: the next step sees these logits in the dtype of the weights
-                rounded = logits.to(table.dtype).float()
-                soft_weights = rounded.sub_(higher[:, None]).exp_()
-                soft_total = soft_total * shrink + soft_weights.sum(1)
-            logits.sub_(higher[:, None])
-            torch.exp(logits, out=weights)
-            here = weights.sum(1)
-            slope = shrink * (slope + change * total) + logits.mul_(weights).sum(1)
-            total = total * shrink + here
-            if want_soft:
-                if not rounds:
-                    soft_weights, soft_total = weights, total
-                soft.mul_(shrink[:, None])
-                soft += soft_weights.to(table.dtype) @ table[columns]
-            sums[:, index], peaks[:, index], peak = here, higher, higher
-        entropy = total.log() - slope / total
-        chosen = self._choose(
-            hidden, scale, (sums.double() * (peaks - peak[:, None]).double().exp()), peak, uniforms
-        )
+            raw = (hidden @ head[columns].T).float()
+            highest = self._cap(raw.amax(1, keepdim=True), scale)[:, 0]
+            best = torch.where(highest > sums.peak, index, best)
+            rows = _to_count(highest, sums.peak)
+            if rows is not None:
+                logits = self._cap(raw[rows], scale[rows])
+                sums.add(index, rows, logits, highest[rows], table[columns])
+            sums.peaks[:, index] = sums.peak
+        if len(self.tiles) == 1:  # its logits are still there
+            likeliest = sums.likeliest
+            chosen = _place(sums.weights, uniforms * sums.weights.sum(1, dtype=torch.float64))
+        else:
+            likeliest, chosen = self._find(hidden, scale, sums.mass, sums.peak, best, uniforms)
+        soft = sums.soft
         if want_soft:
-            soft = (soft / soft_total[:, None]).to(table.dtype)
+            soft = (soft / sums.soft_total[:, None]).to(table.dtype)
             soft = soft * decoder.embed_tokens.embed_scale.to(table.dtype)
-        return _Statistics(entropy, likeliest, chosen, soft)
+        return _Statistics(sums.entropy, likeliest, chosen, soft)
 
-    def _logits(self, hidden: torch.Tensor, head: torch.Tensor, scale: torch.Tensor) -> Any:
-        """Return the capped logits of a tile over their temperatures, float32[N, W]."""
-        logits = (hidden @ head.T).float()
-        cap = float(self.model.final_logit_softcapping)
-        return logits.div_(cap).tanh_().mul_(scale)
+    def _cap(self, logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Cap logits in place, and divide them by their temperatures. It keeps their order."""
+        return logits.div_(self.cap).tanh_().mul_(scale)
 
-    def _choose(
+    def _find(
         self,
         hidden: torch.Tensor,
         scale: torch.Tensor,
-        sums: torch.Tensor,
+        mass: torch.Tensor,
         peak: torch.Tensor,
+        best: torch.Tensor,
         uniforms: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the tokens at the uniforms' places in the cumulative probability, int64[N].
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest tokens, and those at the uniforms' places in the cumulative
+        probability, int64[N].
 
-        The tile comes from the tiles' sums, float64[N, tiles]. Its logits are computed again, for
-        the tokens that it was chosen for.
+        Their tiles come from the largest logits and from the sums. The logits of these tiles are
+        computed again, for the tokens that need them.
+
+        Args:
+            mass: the tiles' sums, float64[N, tiles].
+            best: the tiles of the largest logits, int64[N].
         """
-        cumulated = sums.cumsum(1)
+        cumulated = mass.cumsum(1)
         target = uniforms * cumulated[:, -1]
         tile = (cumulated <= target[:, None]).sum(1).clamp_(max=len(self.tiles) - 1)
-        rest = target - (cumulated - sums).gather(1, tile[:, None])[:, 0]
-        chosen = torch.empty_like(tile)
-        for index in tile.unique().tolist():
-            which = (tile == index).nonzero()[:, 0]
+        rest = target - (cumulated - mass).gather(1, tile[:, None])[:, 0]
+        likeliest, chosen = torch.empty_like(tile), torch.empty_like(tile)
+        for index in torch.cat([tile, best]).unique().tolist():
             first, last = int(self.tiles[index][0]), int(self.tiles[index][-1])
             head = self.model.lm_head.weight[first : last + 1]
-            logits = self._logits(hidden[which], head, scale[which])
-            weights = logits.sub_(peak[which, None]).exp_().double().cumsum(1)
-            place = (weights <= rest[which, None]).sum(1).clamp_(max=last - first)
-            chosen[which] = place + first
-        return chosen
+            wanted = ((tile == index) | (best == index)).nonzero()[:, 0]
+            for which in wanted.split(CHOOSING_TOKENS):
+                logits = self._cap((hidden[which] @ head.T).float(), scale[which])
+                of_best, of_tile = best[which] == index, tile[which] == index
+                likeliest[which[of_best]] = logits.argmax(1)[of_best] + first
+                those = which[of_tile]
+                weights = logits[of_tile].sub_(peak[those, None]).exp_()
+                chosen[those] = first + _place(weights, rest[those])
+        return likeliest, chosen
+
+
+def _place(weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return where the cumulative weights [N, W] exceed the targets, float64[N] -> int64[N]."""
+    parts = zip(weights.split(CHOOSING_TOKENS), target.split(CHOOSING_TOKENS), strict=True)
+    found = [(part.double().cumsum(1) <= limit[:, None]).sum(1) for part, limit in parts]
+    return torch.cat(found).clamp_(max=weights.shape[1] - 1)
+
+
+class _TileSums:
+    """What the tiles so far have added up to, of the distributions of N tokens."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        tiles: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        want_soft: bool,
+    ) -> None:
+        """
+        Args:
+            hidden: [N, H].
+            dtype: of the weights: the next step of stock sees logits in it.
+        """
+        self.dtype, self.want_soft = dtype, want_soft
+        tokens = len(hidden)
+        self.peak = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)  # largest logit
+        self.total = torch.zeros_like(self.peak)  # of exp(logit - peak)
+        self.slope = torch.zeros_like(self.peak)  # of that times (logit - peak)
+        rounds = want_soft and dtype != torch.float32
+        self.soft_total = torch.zeros_like(self.peak) if rounds else self.total
+        size = hidden.shape if want_soft else (tokens, 0)
+        self.soft = hidden.new_zeros(
+            size, dtype=torch.float32
+        )  # expected embedding, times the total
+        self.of_tile = self.peak.new_zeros(
+            tokens, len(tiles)
+        )  # the total, with the peak of the time
+        self.peaks = torch.empty_like(self.of_tile)
+        self.likeliest, self.weights = torch.empty(0), torch.empty(0)  # of the last tile
+        self._buffer = self.peak.new_empty(tokens * len(tiles[0]))
+
+    def add(
+        self,
+        index: int,
+        rows: torch.Tensor | slice,
+        logits: torch.Tensor,
+        highest: torch.Tensor,
+        table: torch.Tensor,
+    ) -> None:
+        """Add a tile.
+
+        Args:
+            rows: the tokens for which it counts.
+            logits: of these tokens, over their temperatures, float32[n, W]; it is overwritten.
+            highest: the largest of each token.
+            table: embeddings of the tile's tokens, [W, H].
+        """
+        before = self.peak[rows]
+        peak = torch.maximum(before, highest)
+        change = torch.nan_to_num(before - peak, neginf=0.0)  # the first tile adds to nothing
+        shrink = change.exp()
+        soft_weights: torch.Tensor | None = None
+        if self.soft_total is not self.total:
+            soft_weights = logits.to(self.dtype).float().sub_(peak[:, None]).exp_()
+            self.soft_total[rows] = self.soft_total[rows] * shrink + soft_weights.sum(1)
+        if self.of_tile.shape[1] == 1:
+            self.likeliest = logits.argmax(1)
+        logits.sub_(peak[:, None])
+        self.weights = torch.exp(logits, out=self._buffer[: logits.numel()].view_as(logits))
+        here = self.weights.sum(1)
+        self.slope[rows] = shrink * (self.slope[rows] + change * self.total[rows])
+        self.slope[rows] += logits.mul_(self.weights).sum(1)
+        self.total[rows] = self.total[rows] * shrink + here
+        if self.want_soft:
+            weights = self.weights if soft_weights is None else soft_weights
+            self.soft[rows] = self.soft[rows] * shrink[:, None] + weights.to(self.dtype) @ table
+        self.of_tile[rows, index], self.peak[rows] = here, peak
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropies, float32[N]."""
+        return self.total.log() - self.slope / self.total
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """The tiles' parts of the total, float64[N, tiles]."""
+        return self.of_tile.double() * (self.peaks - self.peak[:, None]).double().exp()
+
+
+def _to_count(highest: torch.Tensor, peak: torch.Tensor) -> torch.Tensor | slice | None:
+    """Return the tokens of whose distribution a tile may have more than a negligible part, by its
+    highest logits and the highest of the tiles before; None: no token.
+    """
+    counted = ~(highest < peak - _NEGLIGIBLE)  # also where a logit is not a number
+    count = int(counted.sum())
+    if count > _MOST * len(counted):  # to copy the rest costs more
+        return slice(None)
+    return counted.nonzero()[:, 0] if count else None
 
 
 def accept(entropy: torch.Tensor, bound: float) -> torch.Tensor:
@@ -407,63 +552,149 @@ def accept(entropy: torch.Tensor, bound: float) -> torch.Tensor:
     return torch.zeros_like(chosen).scatter(1, order, chosen)
 
 
-class _AttendingRows(abc.ABC):
-    """Rows that share a pass, and how each attends by itself."""
+class _Caches:
+    """Keys and values of the tokens before each row's canvas, by layer and by the row's place.
 
-    def __init__(self, rows: Sequence[_Row], canvas_length: int) -> None:
-        self.rows, self.canvas_length = rows, canvas_length
+    As many as the layer's window shows are kept. Those of one place end where those of all others do,
+    and room for the canvas' own follows: so one call attends for all rows.
+    """
+
+    def __init__(self, canvas_length: int) -> None:
+        self.canvas_length = canvas_length
+        self._layers: dict[int, torch.Tensor] = {}  # [2, places, G, room + C, D]
+
+    def known(self, layer: int, place: int, seen: int) -> torch.Tensor:
+        """Return the last `seen` keys and values of a place, [2, 1, G, seen, D]."""
+        end = self._layers[layer].shape[3] - self.canvas_length
+        return self._layers[layer][:, place : place + 1, :, end - seen : end]
+
+    def keep(self, layer: int, place: int, places: int, pairs: torch.Tensor) -> None:
+        """Keep all that a place shows, [2, 1, G, seen, D].
+
+        Args:
+            places: that are taken.
+        """
+        seen = pairs.shape[3]
+        found = self._layers.get(layer)
+        have, room = (0, 0) if found is None else (found.shape[1], self._room(layer))
+        if places > have or seen > room:
+            more = max(places, have), max(-(-seen // _ROOM) * _ROOM, room)
+            size = (2, more[0], pairs.shape[2], more[1] + self.canvas_length, pairs.shape[4])
+            larger = pairs.new_zeros(size)
+            if found is not None:
+                larger[:, :have, :, more[1] - room :] = found
+            self._layers[layer] = found = larger
+        assert found is not None
+        end = self._room(layer)
+        found[:, place, :, : end - seen] = (
+            0  # of an earlier row; masked, but not if it is no number
+        )
+        found[:, place, :, end - seen : end] = pairs[:, 0]
+
+    def with_canvases(
+        self, layer: int, seen: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put in the canvases' own, [n, G, C, D]; return all with the last `seen` before them,
+        [n, G, seen + C, D].
+        """
+        pairs = self._layers[layer][:, : len(key)]
+        end = self._room(layer)
+        pairs[0, :, :, end:], pairs[1, :, :, end:] = key, value
+        return pairs[0, :, :, end - seen :], pairs[1, :, :, end - seen :]
+
+    def move(self, place: int, to: int) -> None:
+        """Move a row to another place."""
+        for pairs in self._layers.values():
+            pairs[:, to] = pairs[:, place]
+
+    def _room(self, layer: int) -> int:
+        return self._layers[layer].shape[3] - self.canvas_length
+
+
+class _Part(abc.ABC):
+    """Tokens of a pass that attend in one way."""
+
+    @property
+    @abc.abstractmethod
+    def length(self) -> int:
+        """Tokens of the part."""
 
     @abc.abstractmethod
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of each row in this pass."""
-
-    @abc.abstractmethod
-    def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
+    def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
         """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
 
 
-class _EncodedRows(_AttendingRows):
-    """Pending tokens attend causally to those before them, which are kept for the decoder."""
+@dataclass(frozen=True)
+class _Encoded(_Part):
+    """Pending tokens of one row attend causally to those before them, and are kept."""
 
-    def lengths(self) -> list[int]:
-        """Implement `_AttendingRows`."""
-        return [len(row.pending) for row in self.rows]
+    caches: _Caches
+    places: int
+    place: int
+    start: int  # tokens before them
+    end: int
 
-    def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """Implement `_AttendingRows`."""
-        query, key, value = tensors
+    @property
+    def length(self) -> int:
+        """Implement `_Part`."""
+        return self.end - self.start
+
+    def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        """Implement `_Part`."""
+        query, *own = tensors
         layer, window = module.layer_idx, module.sliding_window
-        if row.length:
-            key = torch.cat([row.keys[layer][:, :, : -self.canvas_length], key], dim=2)
-            value = torch.cat([row.values[layer][:, :, : -self.canvas_length], value], dim=2)
-        seen = key.shape[2] if window is None else min(key.shape[2], window - 1)
-        room = (0, 0, 0, self.canvas_length)
-        kept = [F.pad(each[:, :, each.shape[2] - seen :], room) for each in (key, value)]
-        if row.length:
-            row.keys[layer], row.values[layer] = kept
-        else:
-            row.keys.append(kept[0])
-            row.values.append(kept[1])
-        return _causal(query, key, value, window, module.scaling)
+        pairs = torch.stack(own)
+        if self.start:
+            known = self.caches.known(layer, self.place, _seen(self.start, window))
+            pairs = torch.cat([known, pairs], dim=3)
+        seen = _seen(self.end, window)
+        self.caches.keep(layer, self.place, self.places, pairs[:, :, :, pairs.shape[3] - seen :])
+        return _causal(query, pairs[0], pairs[1], window, module.scaling)
 
 
-class _DenoisedRows(_AttendingRows):
-    """A canvas attends to what is kept of the tokens before it, and to all of itself."""
+@dataclass(frozen=True)
+class _Canvases(_Part):
+    """Each row's canvas attends to what is kept of the tokens before it, and to all of itself."""
 
-    def lengths(self) -> list[int]:
-        """Implement `_AttendingRows`."""
-        return [self.canvas_length] * len(self.rows)
+    caches: _Caches
+    lengths: Sequence[int]  # tokens before each
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
 
-    def attend(self, row: _Row, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """Implement `_AttendingRows`."""
-        query, key, value = tensors
-        keys, values = row.keys[module.layer_idx], row.values[module.layer_idx]
-        keys[:, :, -self.canvas_length :] = key
-        values[:, :, -self.canvas_length :] = value
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, keys, values, scale=module.scaling, enable_gqa=grouped
+    @property
+    def length(self) -> int:
+        """Implement `_Part`."""
+        return len(self.lengths) * self.caches.canvas_length
+
+    def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        """Implement `_Part`."""
+        rows, window = len(self.lengths), module.sliding_window
+        # [n, heads, C, D]
+        query, key, value = (each[0].unflatten(1, (rows, -1)).transpose(0, 1) for each in tensors)
+        seen = [_seen(length, window) for length in self.lengths]
+        keys, values = self.caches.with_canvases(module.layer_idx, max(seen), key, value)
+        if window not in self.masks:
+            self.masks[window] = self._mask(seen, query.device)
+        # A canvas' tokens see the same keys, so heads that share keys are like more tokens.
+        shared = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        found = F.scaled_dot_product_attention(
+            shared, keys, values, attn_mask=self.masks[window], scale=module.scaling
         )
+        found = found.unflatten(2, (-1, self.caches.canvas_length)).flatten(1, 2)
+        return found.transpose(0, 1).flatten(1, 2)[None]
+
+    def _mask(self, seen: Sequence[int], device: torch.device) -> torch.Tensor | None:
+        """Return which keys are a row's own, bool[n, 1, 1, seen + C]; None: all are."""
+        most = max(seen)
+        if min(seen) == most:
+            return None
+        places = torch.arange(most + self.caches.canvas_length)
+        first = most - torch.tensor(seen)
+        return (places >= first[:, None])[:, None, None].to(device)
+
+
+def _seen(length: int, window: int | None) -> int:
+    """Return how many tokens before a block a layer shows."""
+    return length if window is None else min(length, window - 1)
 
 
 def _causal(
@@ -497,16 +728,14 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attending: _AttendingRows,
+    parts: Sequence[_Part],
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Implement transformers' attention interface, [1, heads, N, D] -> [1, N, A, D]."""
-    split = [rows.split(attending.lengths(), dim=2) for rows in (query, key, value)]
-    parts = [
-        attending.attend(row, module, *each)
-        for row, *each in zip(attending.rows, *split, strict=True)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    lengths = [part.length for part in parts]
+    split = [rows.split(lengths, dim=2) for rows in (query, key, value)]
+    out = [part.attend(module, *each) for part, *each in zip(parts, *split, strict=True)]
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)

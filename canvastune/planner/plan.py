@@ -26,6 +26,32 @@ class Change:
 
 
 @dataclass(frozen=True)
+class EvaluationPlan:
+    """What answering the held-out questions before and after needs; sizes are bytes on each GPU."""
+
+    gpus: int
+    ep: int  # GPUs that the experts are divided over
+    rows: int  # questions
+    batch_size: int  # questions that a GPU answers at once
+    memory: dict[str, int]  # by part
+    memory_bytes: int
+    reserved_bytes: int
+    limit_bytes: int
+    largest_batch_size: int | None  # None: not even one question fits
+    blocks_per_answer: float  # mean
+    seconds: float  # at most: answers of both models whose blocks take all denoising steps
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes that must be free on each GPU."""
+        return self.memory_bytes + self.reserved_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.limit_bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run needs.
 
@@ -77,6 +103,7 @@ class Plan:
     largest_blocks: int | None  # the largest objective.blocks that fits
     block_costs: tuple[BlocksCost, ...]  # by `objective.blocks`
     answer_blocks: dict[int, int] | None  # answers by their blocks; None: no data was given
+    evaluation: EvaluationPlan
     changes: tuple[Change, ...]  # if it does not fit: the smallest changes that would
 
     @property
@@ -90,12 +117,13 @@ class Plan:
 
 
 def refuse_if_too_big(plan: Plan) -> None:
-    """Refuse a plan that does not fit.
+    """Refuse a plan whose training or evaluation does not fit.
 
     Raises:
         UserError: names what does not fit, by part; the hint, the smallest change that would.
     """
     if plan.fits:
+        refuse_evaluation(plan.name, plan.evaluation)
         return
     parts = ", ".join(
         f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7
@@ -119,6 +147,29 @@ def refuse_if_too_big(plan: Plan) -> None:
         for change in plan.changes
     )
     raise UserError(message, hint=f"The smallest change that fits: {'; or '.join(changes)}.")
+
+
+def refuse_evaluation(name: str, plan: EvaluationPlan) -> None:
+    """Refuse an evaluation that does not fit.
+
+    Raises:
+        UserError: names what does not fit, by part; the hint, a change that would.
+    """
+    if plan.fits:
+        return
+    parts = ", ".join(
+        f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7
+    )
+    where = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
+    if plan.largest_batch_size:
+        hint = f"Set evaluate.batch_size={plan.largest_batch_size}, or more evaluate.gpus."
+    else:
+        hint = "Raise evaluate.gpus, over which the experts are divided, or use larger ones."
+    raise UserError(
+        f"{name}: evaluation on {where} needs {plan.needed_bytes / 1e9:.1f} GB on each, which has "
+        f"{plan.limit_bytes / 1e9:.1f} GB ({parts}; reserved {plan.reserved_bytes / 1e9:.1f})",
+        hint=hint,
+    )
 
 
 def as_tree(plan: Plan) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from canvastune.planner.estimate import (
     step_shape,
     with_longest_example,
 )
+from canvastune.planner.evaluation import plan_evaluation
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
 from canvastune.planner.render import render
 from canvastune.planner.suggestions import smallest_changes
@@ -161,6 +162,7 @@ def make_plan(
         largest_blocks=largest_blocks(config, architecture, accelerator, world_size, limit),
         block_costs=block_costs(config, architecture, accelerator, world_size, limit, answers),
         answer_blocks=dict(answers.rows) if answers.measured else None,
+        evaluation=plan_evaluation(config, architecture, accelerator, answers),
         changes=(),
     )
     if plan.fits:
@@ -196,7 +198,7 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
     """Write `plan.json` and `plan.txt` to a new folder.
 
     Raises:
-        UserError: the plan does not fit, or the folder is not empty.
+        UserError: training or evaluation does not fit, or the folder is not empty.
     """
     refuse_if_too_big(plan)
     with atomic_directory(out) as partial:

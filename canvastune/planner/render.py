@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
-from canvastune.planner.plan import Plan
+from canvastune.planner.plan import EvaluationPlan, Plan
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
 
@@ -46,6 +46,8 @@ def render(plan: Plan) -> str:
         *_time(plan),
         "",
         *_blocks(plan),
+        "",
+        *_evaluation(plan.evaluation),
         "",
         *_verdict(plan),
     ]
@@ -197,6 +199,25 @@ def _blocks(plan: Plan) -> list[str]:
         ],
     )
     return [*table, assumed]
+
+
+def _evaluation(plan: EvaluationPlan) -> list[str]:
+    rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
+    rows += [
+        ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
+        ("available", f"{plan.limit_bytes / 1e9:.2f}"),
+    ]
+    gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
+    divided = f", experts divided over {plan.ep}" if plan.ep > 1 else ""
+    return [
+        *_table((f"Evaluation on {gpus}{divided}", "GB"), rows),
+        (
+            f"  {plan.rows} questions, {plan.batch_size} at once on each; answers of"
+            f" {plan.blocks_per_answer:.1f} blocks of both models take at most"
+            f" {_seconds(plan.seconds)}."
+        ),
+        *([] if plan.fits else ["  Does not fit."]),
+    ]
 
 
 def _verdict(plan: Plan) -> list[str]:

@@ -14,10 +14,12 @@ from typing import Any
 import datasets
 import numpy as np
 
+from canvastune.data.sample_order import sample_order
+
 _SHINGLE = 5  # tokens
 _SIMILAR = 0.75  # Jaccard index, with shingles of five usual for removing near-duplicates
 _FEWEST = 8  # shingles: shorter rows are alike by chance
-_CHECKED = 2000  # held-out rows, the first by id: those that evaluation asks first
+_CHECKED = 2000  # held-out rows, the first in `sample_order`: those that evaluation asks first
 _MOST_SHINGLES = 2**21  # of held-out rows in memory; of more, a sample by hash is compared
 _COMMON_SHARE, _COMMON_ROWS = 4, 50  # a shingle of more than 1/4 of the rows, or of more than 50
 _EXAMPLES = 5
@@ -48,7 +50,7 @@ def near_duplicates(
         "examples": [{"held_out": origin, "train": origin, "similarity": Jaccard index}, ...]},
         with the most similar first.
     """
-    checked = sorted(range(len(validation)), key=validation["id"].__getitem__)[:_CHECKED]
+    checked = sample_order(validation["id"], validation["origin"])[:_CHECKED]
     held_out = validation.select(checked)
     index = _Index(held_out, batch_rows)
     for _, table in _tables(train, batch_rows):

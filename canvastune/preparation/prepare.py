@@ -229,7 +229,7 @@ def _write_forgetting(
         for _, _, example, response in kept:
             writer.add(example, response, 0.0, 0)
     check_thresholds(part.stats, part.config, part.source.label)
-    writer.keep_smallest_ids(settings.rows)
+    writer.keep_sample(settings.rows)
     kept_rows = len(writer.save())
     logger.info(
         f"prepare_data: evaluate.forgetting: {kept_rows:,} of {part.stats.rows_read:,} rows of "
@@ -305,7 +305,7 @@ def _is_held_out(position: float, config: DataConfig) -> bool:
 
 
 def _drop_beyond(validation: SplitWriter, parts: Sequence[Part], limit: int | None) -> None:
-    for index, left_out in validation.keep_smallest_ids(limit).items():
+    for index, left_out in validation.keep_sample(limit).items():
         parts[index].stats.drop_beyond(left_out)
 
 

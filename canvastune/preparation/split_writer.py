@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import MemoryMappedTable
 
+from canvastune.data.sample_order import sample_order
 from canvastune.io.hashing import hash_path
 
 _SCHEMA = pa.schema(
@@ -86,16 +87,16 @@ class SplitWriter:
         if len(self._rows) == self._batch_rows or self._tokens > self._batch_tokens:
             self._flush()
 
-    def keep_smallest_ids(self, limit: int | None) -> dict[int, list[tuple[int, int]]]:
-        """Keep the `limit` rows with the smallest ids, in any order of arrival; return prefix and
+    def keep_sample(self, limit: int | None) -> dict[int, list[tuple[int, int]]]:
+        """Keep the first `limit` rows in `sample_order`, in any order of arrival; return prefix and
         response of the others, by the index of their data set.
         """
         left_out: dict[int, list[tuple[int, int]]] = {}
         if limit is None or self.count <= limit:
             return left_out
         with pa.memory_map(str(self._close())) as stream:
-            ids = pa.ipc.open_stream(stream).read_all()["id"].to_pylist()
-        ranked = sorted(range(self.count), key=ids.__getitem__)
+            rows = pa.ipc.open_stream(stream).read_all()
+            ranked = sample_order(rows["id"].to_pylist(), rows["origin"].to_pylist())
         self._chosen = sorted(ranked[:limit])
         for at in ranked[limit:]:
             lengths = (self._lengths[0][at], self._lengths[1][at])

@@ -48,12 +48,11 @@ def evaluate_again(folder: Path, settings: Sequence[str], out: Path | None = Non
             logger.info(f"evaluate: {line}")
         return out
     # Here, as these take seconds to import.
-    from canvastune.checkpoint.hub import resolve_model
-    from canvastune.evaluation.run import evaluate
+    from components.evaluate.step import evaluate_here
 
     tuned = _tuned(folder, config)
     with _prepared(run, config) as dataset:
-        evaluate(config, dataset, resolve_model(config.model), tuned, out, base_results=kept)
+        evaluate_here(config, dataset, tuned, out, kept)
     return out
 
 
@@ -68,6 +67,8 @@ def sweep_again(folder: Path, settings: Sequence[str], out: Path | None = None) 
 
     run, config = _read(folder, settings)
     changes_answers(run.config, config)  # refuses other settings than evaluate.*
+    if (gpus := config.evaluate.gpus or 1) > 1:
+        logger.info(f"sweep: one GPU answers, though evaluate.gpus is {gpus}")
     out, tuned = out or folder / "sweep", _tuned(folder, config)
     with _prepared(run, config) as dataset:
         sweep(config, dataset, resolve_model(config.model), tuned, out)

@@ -1,18 +1,22 @@
-"""Evaluate in this process or, for a large model, in a pod with an accelerator."""
+"""Evaluate on this machine or, with a cluster, in pods with accelerators."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
-from canvastune.config import RunConfig
+from canvastune.config import RunConfig, write_config
 from canvastune.evaluation.result import FILE_NAME, EvaluationResult, read_answers
 from canvastune.io.atomic import atomic_directory
+from canvastune.planner.evaluation import evaluation_layout
+from canvastune.planner.planner import find_architecture
 from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import describe_evaluation, describe_traces
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
+from components.jobs.torchrun import run_torchrun
 from components.run_directory import BASE_RESULTS, read_run_id
 
 _FIRST_COLUMNS = ("prompt", "reference", "before", "after", "score_before", "score_after")
@@ -21,7 +25,7 @@ _FIRST_COLUMNS = ("prompt", "reference", "before", "after", "score_before", "sco
 def run_evaluation(
     config: RunConfig, dataset: Path, tuned: Path, run_folder: Path, out: Path, record: StepRun
 ) -> EvaluationResult:
-    """Evaluate in this process or, with a cluster, as a job of one pod with one accelerator.
+    """Evaluate on this machine or, with a cluster, as a job, on the GPUs of `evaluate.gpus`.
 
     Args:
         tuned: the tuned model, on the workspace.
@@ -32,38 +36,83 @@ def run_evaluation(
     Raises:
         UserError: as `canvastune.evaluate`, and as `components.jobs.launcher.run_job`.
     """
+    kept = run_folder.parent / BASE_RESULTS
     if config.cluster.backend == "local":
-        # Loads torch, which the launcher of a job has no use for.
-        from canvastune.evaluation.run import evaluate
-
         cache = run_folder / ".evaluation.unfinished.jsonl"
-        base = resolve_model(config.model)
-        return evaluate(config, dataset, base, tuned, out, cache, run_folder.parent / BASE_RESULTS)
+        return evaluate_here(config, dataset, tuned, out, kept, cache)
     made = run_folder / "evaluation"
     recipe = run_folder / "train" / "recipe.yaml"  # written by the step `train`
     data = copy_to_workspace(dataset, run_folder)
-    kept = ("--base-results", str(run_folder.parent / BASE_RESULTS))
-    module = ("canvastune.evaluate", "-c", str(recipe), "--data", str(data), *kept)
     context = JobContext(
         run_id=read_run_id(run_folder),
         output=made,
-        module=(*module, "--tuned", str(tuned), "--output", str(made)),
+        module=_module(recipe, data, tuned, made, kept),
         role="evaluate",
     )
-    record.tags(run_job(of_one_pod(config), context, made / FILE_NAME))
+    record.tags(run_job(of_evaluation(config), context, made / FILE_NAME))
     with atomic_directory(out) as folder:
         shutil.copytree(made, folder, dirs_exist_ok=True)
     return EvaluationResult.read(out)
 
 
-def of_one_pod(config: RunConfig) -> RunConfig:
-    """Return the config of the evaluation's job: one pod with one accelerator."""
+def of_evaluation(config: RunConfig) -> RunConfig:
+    """Return the config of the evaluation's job, with the GPUs that it takes.
+
+    Raises:
+        UserError: as `evaluation_layout`.
+    """
+    gpus = evaluation_layout(config, find_architecture(config.model)).gpus
+    nodes = max(1, gpus // config.parallel.nproc_per_node)
+    cluster = {"nodes": nodes} | ({"rdma_resource": None} if nodes == 1 else {})
+    processes = {"nproc_per_node": gpus // nodes, "ep": 1}
     return config.model_copy(
         update={
-            "cluster": config.cluster.model_copy(update={"nodes": 1, "rdma_resource": None}),
-            "parallel": config.parallel.model_copy(update={"nproc_per_node": 1, "ep": 1}),
+            "cluster": config.cluster.model_copy(update=cluster),
+            "parallel": config.parallel.model_copy(update=processes),
         }
     )
+
+
+def evaluate_here(
+    config: RunConfig,
+    dataset: Path,
+    tuned: Path,
+    out: Path,
+    kept: Path,
+    cache: Path | None = None,
+) -> EvaluationResult:
+    """Evaluate in this process, or in several under torchrun where the plan takes several GPUs.
+
+    Args:
+        kept: folder of the bases' results.
+        cache: file that saves partial results; None: one next to `out`.
+
+    Raises:
+        UserError: as `canvastune.evaluate`.
+    """
+    base = resolve_model(config.model)
+    processes = evaluation_layout(config, base).gpus
+    if processes == 1:
+        # Loads torch, which the launcher of a job has no use for.
+        from canvastune.evaluation.run import evaluate
+
+        return evaluate(config, dataset, base, tuned, out, cache, kept)
+    with tempfile.TemporaryDirectory(prefix="canvastune-evaluate-") as scratch:
+        recipe = Path(scratch) / "recipe.yaml"
+        write_config(config, recipe)
+        module = _module(recipe, dataset, tuned, out, kept)
+        if cache is not None:
+            module = (*module, "--cache", str(cache))
+        logs = (cache or out.absolute()).parent
+        logs.mkdir(parents=True, exist_ok=True)
+        run_torchrun(module, processes, logs, config.train.stop_grace, {})
+    return EvaluationResult.read(out)
+
+
+def _module(recipe: Path, data: Path, tuned: Path, out: Path, kept: Path) -> tuple[str, ...]:
+    given = {"-c": recipe, "--data": data, "--base-results": kept, "--tuned": tuned}
+    options = [text for name, path in given.items() for text in (name, str(path))]
+    return "canvastune.evaluate", *options, "--output", str(out)
 
 
 def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None:

@@ -12,8 +12,8 @@ from canvastune.evaluation.preflight import describe_answers, log_remarks
 from canvastune.tracking import StepRun, log_data
 from components.jobs.launcher import copy_to_workspace, run_job
 from components.jobs.manifests import JobContext
+from components.jobs.torchrun import run_torchrun
 from components.run_directory import read_run_id
-from components.train.torchrun import run_torchrun
 
 
 def train(
@@ -47,7 +47,14 @@ def train(
     write_config(config, output / "recipe.yaml")
     try:
         if config.cluster.backend == "local":
-            run_torchrun(config, dataset, output, record.arguments(), record.environment())
+            data = ("--data", str(dataset)) if dataset else ()
+            run_torchrun(
+                (*_module(output), *data, *record.arguments()),
+                config.parallel.nproc_per_node,
+                output,
+                config.train.stop_grace,
+                record.environment(),
+            )
         else:
             context = _job_context(dataset, output, record)
             record.tags(run_job(config, context, output / "result.json", task))
@@ -65,12 +72,15 @@ def train(
 
 
 def _job_context(dataset: Path | None, output: Path, record: StepRun) -> JobContext:
-    module = ("canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output))
     data = ("--data", str(copy_to_workspace(dataset, output.parent))) if dataset else ()
     return JobContext(
         run_id=read_run_id(output.parent),
         output=output,
-        module=(*module, *data),
+        module=(*_module(output), *data),
         mlflow=record.arguments(),
         environment=record.environment(),
     )
+
+
+def _module(output: Path) -> tuple[str, ...]:
+    return "canvastune.train", "-c", str(output / "recipe.yaml"), "--output", str(output)

@@ -1,4 +1,4 @@
-"""Evaluation of a large model: a job of one pod with one accelerator, next to the run's training
+"""Evaluation on a cluster: a job with the accelerators of `evaluate.gpus`, next to the run's training
 job.
 """
 
@@ -30,6 +30,7 @@ def _answered(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     seconds: float = 50,
+    gpus: int | None = None,
     **settings: Any,
 ) -> EvaluationResult:
     """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result
@@ -49,6 +50,7 @@ def _answered(
     tree = config_of(
         cluster.backend, nodes=2, rdma_resource="rdma/ib", mount_path=str(folder), **settings
     ).model_dump(mode="json")
+    tree["evaluate"]["gpus"] = gpus
     return run_evaluation(
         parse_config(tree),
         folder / "artifact",
@@ -82,6 +84,31 @@ def test_it_is_a_job_of_one_pod_with_one_accelerator(
     assert f'"-m", "canvastune.evaluate", "-c", "{tmp_path}/runs/a/train/recipe.yaml"' in text
     assert (tmp_path / "out/evaluation.json").is_file()
     assert "step 1/800" in capsys.readouterr().out, "the pod's log is not shown"
+
+
+@pytest.mark.parametrize(("gpus", "pods", "each"), [(3, 1, 3), (8, 1, 8), (16, 2, 8)])
+def test_it_has_the_accelerators_of_the_recipe(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    pods: int,
+    each: int,
+) -> None:
+    cluster.goes_well()
+    made: list[dict[str, Any]] = []
+    cluster.at(5, lambda: made.append(json.loads(json.dumps(cluster.operator.job))))
+    assert _answered(cluster, tmp_path, monkeypatch, gpus=gpus) == RESULT
+    text, spec = json.dumps(made[0]), made[0]["spec"]
+    assert f'"nvidia.com/gpu": "{each}"' in text
+    assert ("rdma/ib" in text) == (pods > 1), "a network that one pod does not need, or no network"
+    if cluster.backend == "pytorchjob":
+        assert (spec["nprocPerNode"], spec["pytorchReplicaSpecs"]["Worker"]["replicas"]) == (
+            str(each),
+            pods,
+        )
+    else:
+        assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (pods, each)
 
 
 def test_the_training_job_of_the_run_is_not_changed(

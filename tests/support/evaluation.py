@@ -10,7 +10,7 @@ import pytest
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.schema import Blocks
-from canvastune.evaluation import run
+from canvastune.evaluation import ranks, run
 from canvastune.evaluation.generation import Question
 
 
@@ -33,7 +33,7 @@ def pretend(
 ) -> list[str]:
     """Replace both models by given answers and losses; return the requests, in order."""
     asked: list[str] = []
-    monkeypatch.setattr(run, "load_stock", lambda checkpoint, _: checkpoint.name)
+    monkeypatch.setattr(ranks, "load_stock", lambda checkpoint, _: checkpoint.name)
 
     def generate_answers(
         model: str, questions: Sequence[Question], *_: Any

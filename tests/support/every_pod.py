@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from canvastune.config import parse_config
-from components.evaluate.step import of_one_pod
+from components.evaluate.step import of_evaluation
 from components.jobs.manifests import JobContext, manifest
 from pipelines.submit import compile_pipeline
 from tests.support.cluster_rules import pod_specs
@@ -53,7 +53,7 @@ def _job_pods(documents: list[dict[str, Any]]) -> Pods:
     training = parse_config(given)
     if training.cluster.backend == "local":  # in the steps' own pods
         return
-    for role, config in (("train", training), ("evaluate", of_one_pod(training))):
+    for role, config in (("train", training), ("evaluate", of_evaluation(training))):
         context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)
         job = manifest(config, context)
         if job["kind"] == "PyTorchJob":

@@ -17,7 +17,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, 
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser
-from canvastune.evaluation import run
+from canvastune.evaluation import ranks, run
 from canvastune.evaluation.generation import select_questions
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
@@ -255,7 +255,7 @@ def test_one_model_at_a_time_is_in_memory(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run, "load_stock", load)
+    monkeypatch.setattr(ranks, "load_stock", load)
     evaluate(recipe(problems, rows=2), prepared, tiny_model, tiny_model, tmp_path / "out")
     assert len(loaded) == 2
 

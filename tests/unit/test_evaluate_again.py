@@ -14,7 +14,7 @@ import pytest
 
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.config import RunConfig
-from canvastune.evaluation import run, sweep
+from canvastune.evaluation import ranks, run, sweep
 from canvastune.evaluation.generation import Answering, Question
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
@@ -87,7 +87,7 @@ def test_other_judges_judge_the_same_answers_without_a_model(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = pretend(monkeypatch)
-    monkeypatch.setattr(run, "load_stock", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(ranks, "load_stock", lambda *_: pytest.fail("a model is loaded"))
     before = (finished / "evaluation" / "evaluation.json").read_bytes()
     assert main(["evaluate", str(finished), "--set", "evaluate.judge=chrf"]) == 0
     assert main(["evaluate", str(finished), "--set", "evaluate.judge=text"]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 
-from components.train.torchrun import read_failure, terminating_process
+from components.jobs.torchrun import read_failure, terminating_process
 
 TORCHRUN = """
 Failures:

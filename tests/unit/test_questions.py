@@ -100,3 +100,25 @@ def test_rows_are_chosen_by_content_and_not_by_their_place(
     backwards.save_to_disk(str(tmp_path / "validation"))
     tokenizer = load_tokenizer(tiny_model).tokenizer
     assert select_questions(prepared, tokenizer, 5) == select_questions(tmp_path, tokenizer, 5)
+
+
+def test_every_turn_of_a_conversation_is_as_likely_to_be_asked(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "tools.jsonl"
+    write_problems(rows, "tools", 400, seed=0)
+    tree = recipe(rows).model_dump(mode="json")
+    tree["data"] |= {"seq_length": 512, "learn": "all", "validation_fraction": 0.3}
+    prepare_data(parse_config(tree), tiny_model, tmp_path / "data")
+    held_out: Any = load_from_disk(str(tmp_path / "data" / "validation"))
+    turns = {row["id"]: int(row["origin"].split("#")[1]) for row in held_out}
+    first_turn = min(turns.values())
+    share = list(turns.values()).count(first_turn) / len(turns)
+    questions = select_questions(tmp_path / "data", load_tokenizer(tiny_model).tokenizer, 80)
+    chosen = [turns[question.id] for question in questions]
+    spread = (share * (1 - share) / len(chosen)) ** 0.5
+    assert len(held_out) > 2 * len(chosen)
+    assert abs(chosen.count(first_turn) / len(chosen) - share) < 4 * spread, (
+        f"{chosen.count(first_turn)} of {len(chosen)} questions are first turns, of which the data "
+        f"have {share:.0%}"
+    )

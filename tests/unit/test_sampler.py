@@ -19,6 +19,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from canvastune.checkpoint.generation_config import SamplerSettings
+from canvastune.evaluation import sampler
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.sampler import Answer, KeyedNoise, Sampler
 from tests.support.small import CANVAS, VOCABULARY, WINDOW, stock_model
@@ -239,6 +240,66 @@ def test_tiles_of_the_vocabulary_change_nothing(model: Any, width: int) -> None:
     assert sample(model, asked, tile_width=width) == sample(model, asked)
 
 
+def test_tokens_without_probability_are_left_out_without_a_trace(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
+    counted: list[int] = []
+    add = sampler._TileSums.add
+
+    def recorded(self: Any, index: int, rows: Any, logits: torch.Tensor, *rest: Any) -> None:
+        counted.append(len(logits) * (index > 0))
+        add(self, index, rows, logits, *rest)
+
+    monkeypatch.setattr(sampler._TileSums, "add", recorded)
+    found = sample(model, QUESTIONS, cold, tile_width=32)
+    some = sum(counted)
+    counted.clear()
+    monkeypatch.setattr(sampler, "_NEGLIGIBLE", float("inf"))
+    assert sample(model, QUESTIONS, cold, tile_width=32) == found
+    assert 0 < some < 0.7 * sum(counted), "no tile was left out, or all were"
+    ((tokens, _),) = stock_answers(model, QUESTIONS[:1], monkeypatch, cold)
+    assert found["q0"].tokens == tokens
+
+
+def test_encoder_and_decoder_may_scale_their_layers_differently(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = model.model.encoder.language_model.layers
+    own = [layer.layer_scalar for layer in layers]
+    before = sample(model, QUESTIONS)
+    try:
+        for index, layer in enumerate(layers):
+            layer.layer_scalar = torch.tensor([0.5 + 0.2 * index])
+        found = sample(model, QUESTIONS)
+        for question in QUESTIONS:
+            ((tokens, _),) = stock_answers(model, [question], monkeypatch)
+            assert found[question.id].tokens == tokens, question.id
+    finally:
+        for layer, scalar in zip(layers, own, strict=True):
+            layer.layer_scalar = scalar
+    assert found != before, "the scalars do not matter"
+    assert sample(model, QUESTIONS) == before
+
+
+def test_encoding_takes_no_pass_of_its_own(model: Any) -> None:
+    passes: list[str] = []
+    stacks = {"encoder": model.model.encoder.language_model, "decoder": model.model.decoder}
+    handles = [
+        stack.layers[0].register_forward_hook(lambda *_, name=name: passes.append(name))
+        for name, stack in stacks.items()
+    ]
+    steps: list[str] = []
+    handles.append(model.model.decoder.norm.register_forward_hook(lambda *_: steps.append("")))
+    try:
+        found = sample(model, QUESTIONS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(found) == len(QUESTIONS)
+    assert passes == ["decoder"] * len(steps)
+
+
 class TorchNoise:
     """Noise from a generator, in the order in which stock `generate` draws for one question."""
 
@@ -279,7 +340,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_has_the_logits_of_a_batch(model: Any) -> None:
+def test_no_tensor_has_the_logits_of_a_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_ROOM", 1)  # caches are not what is looked at
     asked = questions(*[2] * 128)
     settings = dataclasses.replace(SETTINGS, steps=2)
     with Largest() as largest:

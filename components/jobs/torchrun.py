@@ -1,4 +1,4 @@
-"""The training processes in the step's own container, under torchrun."""
+"""Processes of training or evaluation in the step's own container, under torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from components.jobs.pod_diagnostics import failure_reason
 
@@ -23,42 +22,34 @@ _FIRST_RANK = "[default0]:"  # torchrun's prefix of the first rank's lines; the 
 
 
 def run_torchrun(
-    config: RunConfig,
-    dataset: Path | None,
-    output: Path,
-    mlflow: Sequence[str],
-    environment: Mapping[str, str],
+    module: Sequence[str], processes: int, output: Path, grace: int, environment: Mapping[str, str]
 ) -> None:
-    """Train in `parallel.nproc_per_node` processes on this machine; relay the first one's output.
+    """Run a module in several processes on this machine; relay the first one's output.
 
     Args:
-        output: the training run's directory, with the config as recipe.yaml.
-        mlflow: arguments that name the MLflow run for the metrics.
-        environment: variables with MLflow's address.
+        module: its name and arguments.
+        output: a folder, which keeps every rank's output if one fails.
+        grace: seconds that the ranks get to save their state when they are stopped.
+        environment: variables in addition to this process's.
 
     Raises:
-        UserError: training failed; the message ends with the failing rank's last lines.
+        UserError: a rank failed; the message ends with its last lines.
     """
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=output))
-    processes = config.parallel.nproc_per_node
     # torchrun's own variable for the interpreter of its ranks
     python = os.environ.get("PYTHON_EXEC", sys.executable)
     command = [python, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}"]
     # torchrun kills the ranks of a stopped run after that time, by default 30 s
-    command += [f"--shutdown-timeout={config.train.stop_grace}"]
+    command += [f"--shutdown-timeout={grace}"]
     # every rank's output on disk, the first one's also on ours
     command += [f"--log-dir={logs}", "--redirects=3", "--tee=0:3"]
-    command += ["-m", "canvastune.train", "-c", str(output / "recipe.yaml")]
-    command += ["--output", str(output)]
-    command += ["--data", str(dataset)] if dataset else []
-    command += mlflow
+    command += ["-m", *module]
     # torchrun would set one thread, whatever the machine has
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     variables = {"OMP_NUM_THREADS": threads, **os.environ, **environment}
     own_output: list[str] = []
-    grace = config.train.stop_grace + SHUTDOWN_TIMEOUT
-    with terminating_process(command, variables, grace) as torchrun:
+    with terminating_process(command, variables, grace + SHUTDOWN_TIMEOUT) as torchrun:
         for line in torchrun.stdout or ():
             if line.startswith(_FIRST_RANK):
                 print(line.removeprefix(_FIRST_RANK), end="", flush=True)
