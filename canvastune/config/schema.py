@@ -383,9 +383,8 @@ class EvaluateConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_judge_model(self) -> EvaluateConfig:
-        names = [name for names in (self.judge or (), *self.judges.values()) for name in names]
         for name in ("address", "model"):
-            if "model" in names and getattr(self.judge_model, name) is None:
+            if "model" in self.judge_names and getattr(self.judge_model, name) is None:
                 raise InvalidSetting(
                     f"evaluate.judge: found model, without evaluate.judge_model.{name}",
                     hint=f"Set evaluate.judge_model.{name}.",
@@ -398,10 +397,14 @@ class EvaluateConfig(StrictModel):
         return check_pattern("evaluate.answer_pattern", value) if value else None
 
     @property
+    def judge_names(self) -> list[str]:
+        """The judges of all sources, as the recipe names them."""
+        return [name for names in (self.judge or (), *self.judges.values()) for name in names]
+
+    @property
     def judge_files(self) -> list[str]:
         """The files of the judges that are the user's functions."""
-        names = [name for names in (self.judge or (), *self.judges.values()) for name in names]
-        found = [split_judge(name) for name in names]
+        found = [split_judge(name) for name in self.judge_names]
         return [python_place(argument)[0] for kind, argument in found if kind == "python"]
 
     @field_validator("judge", "slices", mode="before")

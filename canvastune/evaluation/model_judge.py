@@ -13,14 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from canvastune.config.schema import JudgeModelConfig
-from canvastune.errors import one_line
+from canvastune.errors import UserError, one_line
 from canvastune.evaluation.base_results import BaseResults
 
 API_KEY = "OPENAI_API_KEY"  # the variable that OpenAI's own clients read
@@ -31,7 +31,10 @@ _MAX_TOKENS = 1024  # of a verdict
 _TRIES = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between tries; they double
 _RETRIED = (408, 409, 425, 429, *range(500, 600))
+_DENIED = (401, 403)
 _SAVE_EVERY = 50  # scores
+_PROBE = ("The answer is 5.", "The answer is 5.", "What is 2 + 3?")  # answer, reference, prompt
+_SAME_AT_LEAST = 0.5  # score of a reference as its own answer
 INSTRUCTIONS = """\
 You compare an answer with a reference. Judge only whether the answer says what the reference says, \
 as a reply to the prompt: not its length, style or politeness. First give your reason in one \
@@ -43,12 +46,19 @@ logger = logging.getLogger(__name__)
 Asked = tuple[str, str, str]  # answer, reference, prompt
 
 
-class _Failed(Exception):
-    """A call without a score; `final` if the same call would fail again, as would any other."""
+class CallFailed(Exception):
+    """A call without a score.
 
-    def __init__(self, reason: str, *, final: bool = False) -> None:
+    Attributes:
+        status: of HTTP, if the server has answered.
+        final: whether the same call would fail again, as would any other.
+        wait: seconds after which the server wants to be asked again, if it says so.
+    """
+
+    def __init__(self, reason: str, *, status: int | None = None, wait: float | None = None):
         super().__init__(reason)
-        self.final = final
+        self.status, self.wait = status, wait
+        self.final = status is not None and status not in _RETRIED
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class ModelJudge:
             with ThreadPoolExecutor(self._settings.concurrency) as pool:
                 results = pool.map(self._score, missing)
                 for number, (asked, score) in enumerate(zip(missing, results, strict=True), 1):
-                    if isinstance(score, _Failed):
+                    if isinstance(score, CallFailed):
                         failed[str(score)] += 1
                     else:
                         self._scores[asked] = score
@@ -126,15 +136,28 @@ class ModelJudge:
         """Return the score of an answer that was asked about, from 0 to 1; None: the call failed."""
         return self._scores.get(asked)
 
+    def probe(self) -> float:
+        """Have a reference judged as its own answer, in one call. Raises: CallFailed."""
+        return _read_score(self._post(self._body(_PROBE)))
+
     def _key(self, asked: Asked) -> dict[str, Any]:
         answer, reference, prompt = asked
         about = {"answer": answer, "reference": reference, "prompt": prompt}
         return {"model": self._settings.model, "instructions": self._instructions, **about}
 
-    def _score(self, asked: Asked) -> float | _Failed:
+    def _score(self, asked: Asked) -> float | CallFailed:
+        body = self._body(asked)
+        try:
+            return _read_score(self._retried(body))
+        except CallFailed as failed:
+            if failed.final:
+                self._refused.set()
+            return failed
+
+    def _body(self, asked: Asked) -> dict[str, Any]:
         answer, reference, prompt = asked
         text = f"Prompt:\n{prompt}\n\nReference:\n{reference}\n\nAnswer:\n{answer}"
-        body = {
+        return {
             "model": self._settings.model,
             "messages": [
                 {"role": "system", "content": self._instructions},
@@ -143,43 +166,79 @@ class ModelJudge:
             "temperature": 0,
             "max_tokens": _MAX_TOKENS,
         }
-        try:
-            return _read_score(self._retried(lambda: self._post(body)))
-        except _Failed as failed:
-            if failed.final:
-                self._refused.set()
-            return failed
 
-    def _retried(self, call: Callable[[], Any]) -> Any:
+    def _retried(self, body: Mapping[str, Any]) -> bytes:
         pause = self._pauses.first
         for left in reversed(range(_TRIES)):
             if self._refused.is_set():
-                raise _Failed("not asked, after a refusal")
+                raise CallFailed("not asked, after a refusal")
             try:
-                return call()
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = one_line(Exception(error.read(2000).decode(errors="replace")))
-                reason = f"HTTP {error.code}: {said}"
-                if error.code not in _RETRIED:
-                    raise _Failed(reason, final=True) from None
-                asked_for = error.headers.get("Retry-After", "")
-            except (OSError, http.client.HTTPException) as error:
-                reason, asked_for = f"{type(error).__name__}: {one_line(error)}", ""
-            if not left:
-                raise _Failed(reason)
-            wait = float(asked_for) if asked_for.isdecimal() else pause
-            time.sleep(min(wait, self._pauses.longest))
-            pause *= 2
+                return self._post(body)
+            except CallFailed as failed:
+                if failed.final or not left:
+                    raise
+                wait = pause if failed.wait is None else failed.wait
+                time.sleep(min(wait, self._pauses.longest))
+                pause *= 2
         raise AssertionError("unreachable")
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
+    def _post(self, body: Mapping[str, Any]) -> bytes:
+        """Call once. Raises: CallFailed."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(API_KEY):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self._address, json.dumps(body).encode(), headers)
-        with self._opener.open(request, timeout=self._settings.timeout) as response:
-            return response.read()
+        try:
+            with self._opener.open(request, timeout=self._settings.timeout) as response:
+                return bytes(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                said = one_line(Exception(error.read(2000).decode(errors="replace")))
+            asked_for = error.headers.get("Retry-After", "")
+            raise CallFailed(
+                f"HTTP {error.code}: {said}",
+                status=error.code,
+                wait=float(asked_for) if asked_for.isdecimal() else None,
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CallFailed(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def check_judge(settings: JudgeModelConfig, *, key_comes_later: bool = False) -> str | None:
+    """Ask the judging model once, before a run trains for hours and then has nothing scored.
+
+    Args:
+        key_comes_later: the API key is only known where the run is evaluated.
+
+    Returns:
+        Why its answers could not be scored now, though they may be later; None: it judges.
+
+    Raises:
+        UserError: a refusal, which would be the same later.
+    """
+    try:
+        score = ModelJudge(settings, None).probe()
+    except CallFailed as failed:
+        found = f"evaluate.judge_model: {settings.model} at {settings.address}: {failed}"
+        no_key = failed.status in _DENIED and not os.environ.get(API_KEY)
+        if failed.final and not (no_key and key_comes_later):
+            if no_key:
+                hint = f"Set {API_KEY} in the environment."
+            elif failed.status in _DENIED:
+                hint = f"Correct {API_KEY} in the environment."
+            else:
+                hint = "Correct evaluate.judge_model.address (without chat/completions) or .model."
+            raise UserError(f"{found}; expected a reply with a score", hint=hint) from None
+        return (
+            f"{found}; expected a reply with a score: unless it gives one when the run is "
+            "evaluated, the rows that it judges are not scored"
+        )
+    if score < _SAME_AT_LEAST:
+        return (
+            f"evaluate.judge_model: {settings.model} gives the reference {_PROBE[1]!r} {score:.1f} "
+            "of 1 as its own answer, expected nearly 1: look at evaluate.judge_model.instructions"
+        )
+    return None
 
 
 def _read_score(response: bytes) -> float:
@@ -187,7 +246,7 @@ def _read_score(response: bytes) -> float:
         text = json.loads(response)["choices"][0]["message"]["content"]
         found = float(_SCORE.findall(text)[-1])
     except (ValueError, TypeError, LookupError):
-        raise _Failed(f"no score in the response {response[:80]!r}") from None
+        raise CallFailed(f"no score in the response {response[:80]!r}") from None
     if not 0 <= found <= _SCALE:
-        raise _Failed(f"found the score {found:g}, expected 0 to {_SCALE}")
+        raise CallFailed(f"found the score {found:g}, expected 0 to {_SCALE}")
     return found / _SCALE

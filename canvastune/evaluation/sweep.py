@@ -34,6 +34,11 @@ from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
+_BEST, _OTHER, _OWN = "#1f5fd0", "#8a93a3", "#c2410c"  # colors of the picture
+# Of a label from its point, in points: the first of those that cover least is taken.
+_OFFSETS = tuple(
+    (right, up) for far in (5, 14) for up in (far, -far, 0) for right in (7, -7, 0) if right or up
+)
 logger = logging.getLogger(__name__)
 
 
@@ -234,45 +239,109 @@ def sweep_table(points: Sequence[SweepPoint], label: str) -> str:
 
 
 def draw_sweep(points: Sequence[SweepPoint], label: str, path: Path) -> None:
-    """Draw score against forward passes, with intervals, as SVG or PNG by the path's suffix."""
+    """Draw score against forward passes, with intervals, as SVG or PNG by the path's suffix.
+
+    Args:
+        points: the first one is the recipe's.
+        label: what the scores are called.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = {"svg.hashsalt": "sweep", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.add_subplot()
         best = sorted((point for point in points if point.best), key=lambda point: point.forwards)
         axes.plot(
             [point.forwards for point in best],
             [100 * point.score for point in best],
-            color="#1f5fd0",
-            linewidth=1,
+            color=_BEST,
+            linewidth=1.2,
+            label="no other has a higher score with as few passes",
+            marker="o",
+            markersize=5,
         )
         for point in points:
-            below, above = point.score - point.score_low, point.score_high - point.score
-            axes.errorbar(
-                [point.forwards],
-                [100 * point.score],
-                yerr=[[100 * max(0.0, below)], [100 * max(0.0, above)]],
-                fmt="o",
-                color="#1f5fd0" if point.best else "#8a93a3",
-                elinewidth=0.8,
-                markersize=5,
+            axes.plot(
+                [point.forwards] * 2,
+                [100 * point.score_low, 100 * point.score_high],
+                color=_BEST if point.best else _OTHER,
+                linewidth=0.8,
+                alpha=0.6,
+                zorder=1,
             )
-            axes.annotate(
-                point.name,
-                (point.forwards, 100 * point.score),
-                xytext=(6, 4),
-                textcoords="offset points",
-            )
+        others = [point for point in points if not point.best]
+        axes.plot(
+            [point.forwards for point in others],
+            [100 * point.score for point in others],
+            color=_OTHER,
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            label="another has",
+        )
+        axes.plot(
+            [points[0].forwards],
+            [100 * points[0].score],
+            color=_OWN,
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            label="the recipe's settings",
+        )
         axes.set_xlabel("forward passes of an answer, mean")
         axes.set_ylabel(f"{label} (%), 95% intervals")
-        axes.margins(x=0.15)
+        axes.set_xlim(0, 1.15 * max(point.forwards for point in points))
+        axes.margins(y=0.08)
         axes.grid(color="#e3e6ec", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        _label_points(axes, points)
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+
+
+def _label_points(axes: Any, points: Sequence[SweepPoint]) -> None:
+    """Write each setting next to its point, where it covers the least of labels and points."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # the layout, which the places depend on
+    frame, taken = axes.get_window_extent(), []
+    for point in points:
+        ends = [(point.forwards, 100 * y) for y in (point.score_low, point.score, point.score_high)]
+        (x, low), (_, y), (_, high) = axes.transData.transform(ends)
+        taken += [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9)]
+        taken += [Bbox.from_extents(x - 2, low, x + 2, high)]
+    for point in points:
+        at = (point.forwards, 100 * point.score)
+        text = axes.annotate(point.name, at, xytext=(0, 0), textcoords="offset points")
+        choices = []
+        for offset in _OFFSETS:
+            _put(text, offset)
+            box = text.get_window_extent()
+            outside = box.width * box.height - _shared(box, frame)
+            choices.append(10 * outside + sum(_shared(box, other) for other in taken))
+        _put(text, _OFFSETS[choices.index(min(choices))])
+        taken.append(text.get_window_extent())
+
+
+def _put(text: Any, offset: tuple[float, float]) -> None:
+    right, up = offset
+    text.set(
+        position=offset,
+        ha="left" if right > 0 else "right" if right < 0 else "center",
+        va="bottom" if up > 0 else "top" if up < 0 else "center",
+    )
+
+
+def _shared(one: Any, other: Any) -> float:
+    """Return the area that two boxes share, in square pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
 
 
 def read_sweep(folder: Path) -> tuple[str, list[SweepPoint]]:

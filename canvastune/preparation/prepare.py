@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import RunConfig
 from canvastune.config.data import DataConfig
-from canvastune.config.schema import ForgettingConfig
 from canvastune.data.files import FORGETTING
 from canvastune.data.row_columns import RowColumns
 from canvastune.errors import UserError
@@ -93,6 +92,7 @@ def prepare_data(
             Part(opened, DatasetStats(config.data.seq_length, loaded.canvas_length))
             for opened in open_sources(config.data)
         ]
+        forgetting = _open_forgetting(config)
         samples: list[dict[str, Any]] = []
         train, validation = (_writer(folder / name, throughput) for name in ("train", "validation"))
         with contextlib.closing(
@@ -135,15 +135,9 @@ def prepare_data(
             "content_hash": content_hash(splits),
             "seconds": round(time.monotonic() - started, 2),
         }
-        if config.evaluate.forgetting.source is not None:
-            _write_forgetting(
-                config,
-                config.evaluate.forgetting,
-                encoder,
-                loaded.canvas_length,
-                folder,
-                throughput,
-            )
+        if forgetting is not None:
+            part = Part(forgetting, DatasetStats(config.data.seq_length, loaded.canvas_length))
+            _write_forgetting(config, part, encoder, folder, throughput)
         log_parts(parts, *rows)
         write_card(card, folder)
         read = {name: model / name for name in ("config.json", "tokenizer.json")}
@@ -206,30 +200,30 @@ def _kept_examples(
                 yield row, conversation, example, response
 
 
+def _open_forgetting(config: RunConfig) -> OpenedSource | None:
+    """Open the data set of `evaluate.forgetting`, if there is one. Raises: UserError."""
+    settings = config.evaluate.forgetting
+    if settings.source is None:
+        return None
+    opened = open_source(settings, "evaluate.forgetting")
+    return OpenedSource(opened, config.data.only(settings), 0.0)
+
+
 def _write_forgetting(
-    config: RunConfig,
-    settings: ForgettingConfig,
-    encoder: ChatEncoder,
-    canvas: int,
-    folder: Path,
-    throughput: Throughput,
+    config: RunConfig, part: Part, encoder: ChatEncoder, folder: Path, throughput: Throughput
 ) -> None:
     """Write the rows of `evaluate.forgetting` as a prepared data set of only a validation split.
 
     Raises:
         UserError: as `prepare_data`.
     """
-    source = OpenedSource(
-        open_source(settings, "evaluate.forgetting"), config.data.only(settings), 0.0
-    )
-    part = Part(source, DatasetStats(config.data.seq_length, canvas))
     (folder / FORGETTING).mkdir()
     writer = _writer(folder / FORGETTING / "validation", throughput)
     with contextlib.closing(_kept_examples([part], encoder, config, throughput, 1)) as kept:
         for _, _, example, response in kept:
             writer.add(example, response, 0.0, 0)
     check_thresholds(part.stats, part.config, part.source.label)
-    writer.keep_sample(settings.rows)
+    writer.keep_sample(config.evaluate.forgetting.rows)
     kept_rows = len(writer.save())
     logger.info(
         f"prepare_data: evaluate.forgetting: {kept_rows:,} of {part.stats.rows_read:,} rows of "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig, loads
+from canvastune.config.unread import unread_settings
 from canvastune.data.row_columns import read_columns
 from canvastune.errors import UserError
 from canvastune.evaluation.again import changes_answers, judge_again
@@ -78,7 +79,12 @@ def sweep_again(folder: Path, settings: Sequence[str], out: Path | None = None) 
 
 def _read(folder: Path, settings: Sequence[str]) -> tuple[RunArtifacts, RunConfig]:
     run = find_run(folder)
-    return run, loads(run.config.model_dump_json(), overrides=list(settings))
+    config = loads(run.config.model_dump_json(), overrides=list(settings))
+    known = unread_settings(run.config)  # said when the run started
+    for line in unread_settings(config):
+        if line not in known:
+            logger.warning(f"evaluate: {line}")
+    return run, config
 
 
 def _next(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from canvastune import tracking
 from canvastune.config import RunConfig, changed_settings, loads, parse_config
+from canvastune.config.unread import unread_settings
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.io.provenance import local_inputs
@@ -30,8 +31,6 @@ from components.run_directory import (
 from components.run_owner import owner_of_this_step
 from components.versions import MLFLOW
 
-logger = logging.getLogger(__name__)
-
 # What prepare_data reads of a checkpoint: a changed weight does not change a token.
 _TOKENIZER_FILES = (
     "config.json",
@@ -42,6 +41,8 @@ _TOKENIZER_FILES = (
 )
 # What it looks at, or keeps, for the evaluation.
 _PREPARED_FOR = ("answer_pattern", "judge", "judges", "judge_model", "slices", "forgetting")
+
+logger = logging.getLogger(__name__)
 
 
 class Resolved(NamedTuple):
@@ -92,7 +93,8 @@ def resolve(
     Raises:
         UserError: one line per problem of the recipe; a workspace that is not there; a run folder
             that belongs to a run with another recipe or other data, or that is finished; no run
-            where one is to be compared with; a Hub token that may not push.
+            where one is to be compared with; a Hub token that may not push; a judging model that
+            refuses.
     """
     if steps != compiled_steps:
         raise UserError(
@@ -107,6 +109,7 @@ def resolve(
         from canvastune.checkpoint.hub_push import check_push
 
         check_push(config.tracking.hub_model_id)
+    _say_what_later_steps_lack(config)
     folder = run_directory(workspace, run_name, job_name)
     find_compared(compared_folders(compare, Path(workspace)))
     data_config = parse_config(
@@ -167,6 +170,23 @@ def _warn_of_old_server(uri: str, folder: Path) -> None:
             f"{MLFLOW.reason}. The run does not wait for it: upgrade the server, then canvastune "
             f"sync {folder} sends what it refused"
         )
+
+
+def _say_what_later_steps_lack(config: RunConfig) -> None:
+    """Log settings that nothing reads, and a judging model that does not judge now.
+
+    Raises:
+        UserError: a judging model that refuses.
+    """
+    for line in unread_settings(config):
+        logger.warning(line)
+    if "model" in config.evaluate.judge_names:
+        from canvastune.evaluation.model_judge import check_judge
+
+        # On a cluster, cluster.secret_env gives the key to the pods that evaluate.
+        elsewhere = config.cluster.backend != "local"
+        if remark := check_judge(config.evaluate.judge_model, key_comes_later=elsewhere):
+            logger.warning(remark)
 
 
 def _attempt(folder: Path, job_id: str) -> Attempt:

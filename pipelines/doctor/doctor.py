@@ -62,9 +62,11 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
         config, finding = _check_recipe(options.recipe, options.overrides)
         yield finding
     if config is not None:
+        yield from _check_unread(config)
         yield from run_check("model", lambda: _check_model(config, options.host is not None))
         yield from run_check("data", lambda: _check_data(config, options.host is not None))
         yield from run_check("evaluation", lambda: _check_evaluation(config))
+        yield from run_check("judge", lambda: _check_judge(config, options.host is not None))
         yield from run_check("hub", lambda: _check_push(config, options.host is not None))
     elif options.recipe is None:
         fix = "canvastune doctor RECIPE also checks its model and data"
@@ -115,6 +117,13 @@ def _check_recipe(recipe: str, overrides: tuple[str, ...]) -> tuple[RunConfig | 
     return config, Finding("recipe", "ok", found)
 
 
+def _check_unread(config: RunConfig) -> Iterator[Finding]:
+    from canvastune.config.unread import unread_settings
+
+    for line in unread_settings(config):
+        yield Finding("recipe", "warning", line, "remove it, or set what would read it")
+
+
 def _check_model(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     from pipelines.doctor.sources import check_model
 
@@ -131,6 +140,12 @@ def _check_evaluation(config: RunConfig) -> Iterator[Finding]:
     from pipelines.doctor.later_steps import check_evaluation
 
     yield from check_evaluation(config)
+
+
+def _check_judge(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    from pipelines.doctor.later_steps import check_judge
+
+    yield from check_judge(config, submitted)
 
 
 def _check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from canvastune.checkpoint.hub import resolve_model
 from canvastune.checkpoint.hub_push import check_push as ask_hub
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.evaluation.model_judge import check_judge as ask_judge
 from canvastune.evaluation.preflight import (
     NOT_SCORED,
     check_generation_config,
@@ -56,6 +57,20 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("evaluation", "ok", found)
         for remark in describe_answers(config, dataset, sample=True):
             yield Finding("evaluation", "warning", remark)
+
+
+def check_judge(config: RunConfig, submitted: bool) -> Iterator[Finding]:
+    """Ask the judging model once, if the recipe has one. `submitted`: as for `check_push`."""
+    if "model" not in config.evaluate.judge_names:
+        return
+    settings = config.evaluate.judge_model
+    if submitted:
+        found = f"{settings.address} is asked from the cluster when the run starts"
+        yield Finding("judge", "skipped", found)
+    elif remark := ask_judge(settings):
+        yield Finding("judge", "warning", remark, "start the model, or correct what the line names")
+    else:
+        yield Finding("judge", "ok", f"{settings.model} at {settings.address} judges")
 
 
 def check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:

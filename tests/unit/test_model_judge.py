@@ -17,9 +17,11 @@ from canvastune.config.schema import EvaluateConfig, JudgeModelConfig
 from canvastune.errors import UserError
 from canvastune.evaluation.figures import judge_rows
 from canvastune.evaluation.judges import Judging
-from canvastune.evaluation.model_judge import API_KEY, ModelJudge, Pauses
+from canvastune.evaluation.model_judge import API_KEY, ModelJudge, Pauses, check_judge
 from canvastune.evaluation.result import EvaluationResult
+from components.resolve import step as resolution
 from pipelines.cli import main
+from pipelines.doctor.later_steps import check_judge as doctor_check
 from tests.unit.test_evaluate_again import finished  # noqa: F401  a run, as a fixture
 
 NO_PAUSE = Pauses(first=0.01, longest=0.02)
@@ -222,6 +224,76 @@ def test_the_judge_needs_an_address_without_credentials() -> None:
         tree["evaluate"]["judge_model"] = {"address": address, "model": "m"}
         with pytest.raises(UserError, match=r"evaluate\.judge_model\.address"):
             parse_config(tree)
+
+
+def test_a_judge_that_does_not_judge_is_said_before_training_and_one_that_refuses_ends_the_run(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(API_KEY, raising=False)
+    settings = JudgeModelConfig(address=server.address, model="m", timeout=5)
+    assert check_judge(settings) is None
+    assert len(server.bodies) == 1, "it costs more than one call"
+    later: dict[str, tuple[int, str]] = {
+        "HTTP 503: loading": (503, "loading"),
+        "no score in the response": (200, says("I agree.")),
+        "0.2 of 1 as its own answer": (200, says("Score: 2")),
+    }
+    for said, reply in later.items():
+        server.reply = lambda _, reply=reply: reply  # type: ignore[misc]
+        remark = check_judge(settings)
+        assert remark is not None
+        assert said in remark
+        assert "evaluate.judge_model" in remark
+    final = {404: "evaluate.judge_model.address", 401: f"Set {API_KEY}"}
+    for status, cure in final.items():
+        server.reply = lambda _, status=status: (status, "no")  # type: ignore[misc]
+        with pytest.raises(UserError, match=rf"{server.address}: HTTP {status}: no; exp") as error:
+            check_judge(settings)
+        assert cure in str(error.value.hint)
+    assert "HTTP 401" in str(check_judge(settings, key_comes_later=True))
+    monkeypatch.setenv(API_KEY, "s3cr3t")
+    with pytest.raises(UserError, match="HTTP 401") as error:
+        check_judge(settings, key_comes_later=True)
+    assert f"Correct {API_KEY}" in str(error.value.hint)
+    server.close()
+    remark = check_judge(settings)
+    assert remark is not None
+    assert f"m at {server.address}: URLError" in remark
+
+
+def test_doctor_and_the_start_of_a_run_ask_the_judge(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(resolution.tracking, "start", lambda *_: "")
+    evaluation = {"judge": "model", "judge_model": {"address": server.address, "model": "m"}}
+    config = parse_config({"name": "a", "data": {"source": "x"}, "evaluate": evaluation})
+
+    def resolve(name: str) -> None:
+        text = config.model_dump_json()
+        resolution.resolve(text, "", "", str(tmp_path), name, name, name)
+
+    (found,) = doctor_check(config, submitted=False)
+    assert (found.state, found.found) == ("ok", f"m at {server.address} judges")
+    (found,) = doctor_check(config, submitted=True)
+    assert found.state == "skipped"
+    assert len(server.bodies) == 1
+    resolve("well")
+    assert not caplog.messages
+    server.reply = lambda _: (404, "no such model")
+    with pytest.raises(UserError, match="no such model"):
+        resolve("refused")
+    assert not (tmp_path / "runs" / "refused").exists(), "a refused run has claimed its folder"
+    server.close()
+    (found,) = doctor_check(config, submitted=False)
+    assert found.state == "warning"
+    resolve("down")
+    (line,) = caplog.messages
+    assert "expected a reply with a score" in line
+    plain = parse_config({"name": "a", "data": {"source": "x"}})
+    assert list(doctor_check(plain, submitted=False)) == []
 
 
 def test_a_finished_run_is_judged_by_a_model_and_again_at_no_cost(
