@@ -1,7 +1,7 @@
 # huggingface_hub 2.4.0.
 # Expected: a download whose process was killed (as that of an evicted pod is) continues when it is run again, as in earlier versions,
 # which took up HASH.incomplete.
-# Seen: each process writes a part of its own name. The file is downloaded from its first byte, and the part of the killed process stays
+# Seen: each process writes a part with a separate name. The file is downloaded from its first byte, and the part of the killed process stays
 # in the cache for good.
 # Our code removes such parts: canvastune/checkpoint/fetch.py.
 set -eu

@@ -128,7 +128,7 @@ def test_the_training_job_of_the_run_is_not_changed(
 
 
 class Queue:
-    """A Kueue queue of 16 accelerators: it admits the evaluation's job once there is room."""
+    """A Kueue queue of 16 accelerators: it admits the evaluation's job once enough are free."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.others = cluster, 0  # held by other teams

@@ -380,7 +380,7 @@ def check_run(cluster: FakeCluster, reader: Reader) -> None:
     assert job_states(cluster) == dict.fromkeys(
         ("evaluate", "train"), (run["run_id"], {"Created", "Succeeded"})
     )
-    assert list(cluster.beside.values()) == [[], []], "two jobs of the run hold GPUs at a time"
+    assert list(cluster.overlapping.values()) == [[], []], "two jobs of the run hold GPUs at a time"
     runs = cluster.node.claim("canvastune-workspace") / "runs"
     (folder,) = (each for each in runs.iterdir() if not each.name.startswith("."))
     assert (folder / "report" / "report.html").stat().st_size > 10_000

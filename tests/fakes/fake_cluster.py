@@ -48,13 +48,13 @@ class FakeCluster(FakeApiServer):
         kubeflow: Kubeflow Pipelines, in the cluster as the Services ml-pipeline and ml-pipeline-ui.
         node: has claims, and the logs of pods and (by their ids) of runs.
         running: whether runs that are created are also run.
-        beside: by training job, the pods of others that had not ended when its own started.
+        overlapping: by PyTorchJob, the pods of others that had not ended when its own started.
     """
 
     def __init__(self, folder: Path, namespace: str) -> None:
         super().__init__(namespace)
         self.kubeflow, self.running = FakeKubeflow(), True
-        self.beside: dict[str, list[str]] = {}
+        self.overlapping: dict[str, list[str]] = {}
         self.node = FakeNode(folder, self.all, self._kubeconfig_of)
         self._pool, self._work = ThreadPoolExecutor(32), list[Future[None]]()
 
@@ -338,7 +338,7 @@ class FakeCluster(FakeApiServer):
             self._now(job, conditions=conditions)
 
         become("Created")
-        self.beside[name] = [
+        self.overlapping[name] = [
             pod
             for pod, one in self.all("Pod").items()
             if any(o["kind"] == "PyTorchJob" for o in one["metadata"].get("ownerReferences", ()))

@@ -28,7 +28,7 @@ RESTRICTED = {  # what PodSecurity restricted asks of a container
     "runAsNonRoot": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-# What KServe has in a predictor besides the fields of a pod.
+# What KServe has in a predictor in addition to the fields of a pod.
 _OF_KSERVE = ("minReplicas", "maxReplicas", "deploymentStrategy", "labels")
 Pods = Iterator[tuple[str, dict[str, Any]]]
 

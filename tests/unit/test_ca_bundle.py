@@ -30,7 +30,7 @@ _REFS = b"001e# service=git-upload-pack\n0000%04x%s0000" % (len(_NO_REFS) + 4, _
 
 
 class Company(NamedTuple):
-    """A server with a certificate of an authority that nobody else knows."""
+    """A server with a certificate of an authority that no one else knows."""
 
     address: str
     bundle: Path

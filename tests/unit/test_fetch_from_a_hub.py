@@ -52,7 +52,7 @@ class Hub:
 
             def do_GET(self) -> None:
                 if not self.path.startswith((f"/api/models/{MODEL}", f"/{MODEL}/resolve/")):
-                    self.send_error(404)  # what the client asks for besides
+                    self.send_error(404)  # other requests of the client
                     return
                 if self.path.startswith("/api/"):
                     about = hub.tree() if "/tree/" in self.path else hub.about()
