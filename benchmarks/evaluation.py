@@ -60,8 +60,8 @@ class Shape:
 
 
 SHAPES = {
-    "head": Shape(vocabulary=262_144, hidden=64, layers=2, experts=4, canvas=16),
-    "middle": Shape(vocabulary=262_144, hidden=256, layers=12, experts=16, canvas=16),
+    "head": Shape(vocabulary=262_144, hidden=64, layers=2, experts=4, canvas=8),
+    "middle": Shape(vocabulary=262_144, hidden=256, layers=12, experts=16, canvas=8),
     "trunk": Shape(vocabulary=8_192, hidden=512, layers=12, experts=16, canvas=32),
     "demo": Shape(vocabulary=768, hidden=64, layers=4, experts=8, canvas=16),
 }
