@@ -100,7 +100,7 @@ SIDECAR = {  # of a team, with what PodSecurity and quotas ask for
         "readOnlyRootFilesystem": True,
     },
 }
-ALL = {  # every optional object and setting at once
+ALL: dict[str, Any] = {  # every optional object and setting at once
     "commonLabels": {"example.com/team": "a"},
     "commonAnnotations": {"team": "a"},
     "images": {"pullSecrets": ["one", {"name": "two"}]},

@@ -55,8 +55,8 @@ class Hub:
                     self.send_error(404)  # other requests of the client
                     return
                 if self.path.startswith("/api/"):
-                    about = hub.tree() if "/tree/" in self.path else hub.about()
-                    self._send(json.dumps(about).encode(), {})
+                    listed = hub.tree() if "/tree/" in self.path else hub.about()
+                    self._send(json.dumps(listed).encode(), {})
                     return
                 name = self.path.rpartition("/")[2]
                 digest = hashlib.sha256(FILES[name]).hexdigest()
