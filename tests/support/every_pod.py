@@ -10,11 +10,11 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from canvastune.config import parse_config
+from canvastune.config import RunConfig, parse_config
 from components.evaluate.step import of_evaluation
 from components.jobs.manifests import JobContext, manifest
 from pipelines.submit import compile_pipeline
@@ -53,7 +53,9 @@ def _job_pods(documents: list[dict[str, Any]]) -> Pods:
     training = parse_config(given)
     if training.cluster.backend == "local":  # in the steps' own pods
         return
-    for role, config in (("train", training), ("evaluate", of_evaluation(training))):
+    roles: tuple[tuple[Literal["train", "evaluate"], RunConfig], ...]
+    roles = ("train", training), ("evaluate", of_evaluation(training))
+    for role, config in roles:
         context = JobContext("id", PurePath("/workspace/runs/run"), ("m",), role=role)
         job = manifest(config, context)
         if job["kind"] == "PyTorchJob":
