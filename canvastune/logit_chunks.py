@@ -12,6 +12,14 @@ CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 
 
+def sampler_columns(tokens: int, device: str) -> int:
+    """Return the columns of a tile of the sampler of answers, which has so many tokens at most.
+
+    On a CPU a tile of few tokens is wider: each call costs microseconds, whatever it computes.
+    """
+    return max(2**12, 2**20 // tokens) if device == "cpu" else 2**15
+
+
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Return how many rows have their logits alive at once."""
     rows = (
@@ -29,6 +37,5 @@ def tile_columns(rows: int, vocabulary: int, device: str) -> int:
 
 # Of the sampler of answers, whose tiles have all of these.
 SAMPLER_TOKENS = 2048  # whose logits exist at once
-SAMPLER_COLUMNS = {"cpu": 4096, "cuda": 32768}  # of the vocabulary, of these tokens
 CHOOSING_TOKENS = 256  # of them, those whose cumulative probabilities exist at once, in float64
 ENCODED_TOKENS = 16384  # of prompts that one pass encodes, unless one prompt is longer

@@ -28,8 +28,8 @@ from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.logit_chunks import (
     CHOOSING_TOKENS,
     ENCODED_TOKENS,
-    SAMPLER_COLUMNS,
     SAMPLER_TOKENS,
+    sampler_columns,
 )
 from canvastune.noise import answer_canvas, answer_uniforms
 
@@ -159,7 +159,7 @@ class Sampler:
         self.stops = frozenset(stops)
         self.canvas_length = int(model.config.canvas_length)
         self.device = model.lm_head.weight.device
-        width = tile_width or SAMPLER_COLUMNS.get(self.device.type, SAMPLER_COLUMNS["cuda"])
+        width = tile_width or sampler_columns(rows * self.canvas_length, self.device.type)
         self.cap = float(model.final_logit_softcapping)
         self.tiles = list(torch.arange(model.lm_head.weight.shape[0]).split(width))
         stacks = model.model.encoder.language_model.layers, model.model.decoder.layers

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from canvastune.logit_chunks import (
     CHOOSING_TOKENS,
     ENCODED_TOKENS,
-    SAMPLER_COLUMNS,
     SAMPLER_TOKENS,
+    sampler_columns,
 )
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
 from canvastune.perf_model.hardware import (
@@ -70,7 +70,7 @@ def answer_memory(architecture: Architecture, shape: AnswerShape) -> dict[str, i
     routed = architecture.experts_per_token * (2 * hidden + 4 * architecture.expert_size)
     heads = max(2 * layer.query_width + 4 * layer.key_width for layer in architecture.layers)
     a_token = 8 * hidden + heads + max(3 * architecture.intermediate, routed)
-    width = min(architecture.vocabulary, SAMPLER_COLUMNS[shape.device])
+    width = min(architecture.vocabulary, sampler_columns(canvases, shape.device))
     tile = min(canvases, SAMPLER_TOKENS) * width
     # Logits, a copy of those that count, and their exponentials; in a smaller dtype the rounded logits
     # of the soft embedding, and their exponentials in float32 and rounded.
@@ -98,7 +98,7 @@ def denoising_seconds(
         flops=4.0 * tokens * table,
         read=2 * parts * table * architecture.compute_bytes,
     )
-    tiles = parts * -(-architecture.vocabulary // SAMPLER_COLUMNS[shape.device])
+    tiles = parts * -(-architecture.vocabulary // sampler_columns(tokens, shape.device))
     launches = len(architecture.layers) * FULL.forward
     launches += tiles * _TILE_LAUNCHES
     return max(
