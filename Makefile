@@ -5,7 +5,7 @@ BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help run test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving dev
+.PHONY: help run test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving test-newest dev
 
 ##@ General
 help: ## Show this help
@@ -55,6 +55,9 @@ test-gpu-dry: .venv/installed ## Count what training steps of the released model
 
 test-serving: .venv/installed ## Serve the tiny run's model with mlx-vlm on this CPU, and ask it over HTTP
 	@$(BIN)/python -m tools.serving $(OPTIONS)
+
+test-newest: .venv/installed ## Run the tests with the newest libraries that resolve; OPTIONS="-- TESTS"
+	@$(BIN)/python -m tools.newest $(OPTIONS)
 
 test-cluster: .venv/installed ## Test chart and pipeline on the cluster in KUBECONFIG; OPTIONS=--keep and others
 	@$(BIN)/python -m tools.cluster $(OPTIONS)

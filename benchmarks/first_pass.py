@@ -165,7 +165,6 @@ def _canvas(layer: Any, hidden: torch.Tensor, rotary: Any, packing: CanvasRows) 
         hidden,
         position_embeddings=rotary,
         attention_mask=None,
-        past_key_values=None,
         packing=packing,
     )
 
@@ -195,7 +194,7 @@ def _layer_of_both(
     Recomputed in the backward pass, it leaves out the canvas: `done` has its rows.
     """
     kept: list[torch.Tensor] = []
-    how = {"attention_mask": None, "past_key_values": None}
+    how = {"attention_mask": None}
     clean = layer.forward(
         clean, position_embeddings=rotary, packing=CleanRows(packing, kept), **how
     )

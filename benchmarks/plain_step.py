@@ -22,6 +22,7 @@ from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from canvastune.data.packing import Example
+from canvastune.model.diffusion_gemma import CACHE
 from canvastune.noise import NoiseSample
 
 IGNORED = -100  # target of a position that is not scored
@@ -160,7 +161,7 @@ def plain_loss(
         out = model(
             input_ids=batch.tokens,
             attention_mask=batch.encoder_masks,
-            past_key_values=DynamicCache(),
+            **{CACHE: DynamicCache()},
             decoder_input_ids=batch.canvas,
             decoder_position_ids=batch.canvas_positions,
             decoder_attention_mask=batch.decoder_masks,

@@ -6,13 +6,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from canvastune.config import load_config, parse_config
+from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.report.summary import RunArtifacts
-from canvastune.tracking import read_metrics
-from components.run_directory import read_record
+from canvastune.tracking import read_metrics, run_page, tracking_uri
+from canvastune.tracking.client import connect
+from canvastune.tracking.steps import PIPELINE_STEPS, read_records
+from components.run_directory import pipeline_run, read_record, workspace_of
 
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+PIPELINE_URL = "canvastune.pipeline_url"  # the tag with the run's address in Kubeflow
 MAX_COMPARED = 5  # runs whose lines are distinguishable, in addition to the run itself
 
 
@@ -52,7 +56,35 @@ def find_run(folder: Path) -> RunArtifacts:
         config=config,
         metrics=train / "metrics.jsonl",
         **{step: file.parent if file.is_file() else None for step, file in found.items()},
+        folder=folder.absolute() if record else None,
+        step_seconds=_step_seconds(folder) if record else (),
     )
+
+
+def _step_seconds(folder: Path) -> tuple[tuple[str, float], ...]:
+    """Return what each step took; runs of earlier versions recorded nothing."""
+    found = read_records(folder).steps.items()
+    return tuple(
+        (step, record.seconds)
+        for step, record in found
+        if record.seconds and step not in PIPELINE_STEPS
+    )
+
+
+def find_pages(config: RunConfig, folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return title and address of a pipeline run's pages in MLflow, Kubeflow and the Hub."""
+    uri, pages = tracking_uri(config, workspace_of(folder)), []
+    if page := run_page(pipeline_run(config, folder, "")):
+        local = uri.startswith("sqlite")
+        title = f"MLflow, once `mlflow ui --backend-store-uri {uri}` runs" if local else "MLflow"
+        pages.append((title, f"{MLFLOW_UI if local else connect(uri)}{page}"))
+    resolved = read_records(folder).steps.get("resolve")
+    url = resolved.shows.get("run/tags", {}).get(PIPELINE_URL) if resolved else None
+    if url:
+        pages.append(("Kubeflow", url))
+    if config.tracking.hub_model_id:
+        pages.append(("Hub", f"https://huggingface.co/{config.tracking.hub_model_id}"))
+    return tuple(pages)
 
 
 def find_compared(folders: Sequence[Path]) -> list[RunArtifacts]:

@@ -116,12 +116,14 @@ def _fetch(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from canvastune.report.build import build_report
-    from components.earlier_runs import find_compared, find_run
+    from components.earlier_runs import find_compared, find_pages, find_run
     from components.run_directory import read_record
 
     run, others = find_run(options.run), find_compared(options.compare)
     if options.evaluation is not None:
         run = replace(run, evaluation=options.evaluation)
+    if run.folder is not None:
+        run = replace(run, pages=find_pages(run.config, run.folder))
     if options.output is not None:
         print(build_report(run, options.output, others))
         return
@@ -253,6 +255,7 @@ def _doctor(options: argparse.Namespace) -> int:
             options.namespace,
             options.host,
             options.token_file,
+            options.workspace,
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import shlex
@@ -29,7 +30,7 @@ from canvastune.report.summary import RunSummary
 from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect
 from canvastune.tracking.steps import FAILED, KILLED, format_reason
-from components.earlier_runs import find_compared
+from components.earlier_runs import MLFLOW_UI, find_compared
 from components.finish.step import close_own_run
 from components.run_directory import pipeline_run, read_record, run_directory
 from components.run_list import RunInfo, unfinished_runs
@@ -39,7 +40,6 @@ from pipelines.warm_start import search_path, server_id, step_variables
 
 logger = logging.getLogger(__name__)
 
-_MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 _SHUTDOWN_TIMEOUT = 90.0  # seconds for a step to end after Ctrl-C, or longer: `train.stop_grace`
 _REPORT_EVERY = 10.0  # seconds between lines that say what is waited for
 _AT_THE_END = {"train": "save its state", "evaluate": "keep its answers"}  # of a step's process
@@ -114,7 +114,11 @@ def _run_pipeline(
         run_locally(finetune, parameters, workspace, config.train.stop_grace)
     except StepFailed as failure:
         close_own_run(folder, FAILED, failure.step, format_reason(failure.error))
-        raise
+        if failure.step == "resolve":  # it refused the command itself
+            raise
+        error, told = failure.error, f"Then resume the run: {again}"
+        hint = f"{error.hint}\n  {told}" if error.hint else told
+        raise StepFailed(failure.step, UserError(str(error), hint=hint)) from None
     except KeyboardInterrupt:
         if read_record(folder) is None:  # it has not started
             raise
@@ -140,6 +144,7 @@ def run_locally(
     """
     from kfp import local
 
+    _adopt_cache(workspace / "kfp")
     _drop_incomplete_data(workspace / "kfp")
     output = LocalOutput(sys.stdout, json=json_requested())
     with _step_environment() as scratch, output.listening():
@@ -158,6 +163,29 @@ def run_locally(
             if output.failure is None:
                 raise
             raise StepFailed(*output.failure) from None
+
+
+def _adopt_cache(artifacts: Path) -> None:
+    """Make the cache of a workspace that was moved or copied point to its own artifacts.
+
+    KFP's cache holds absolute paths: a copy would go on with the original's data.
+    """
+    for entry in sorted((artifacts / ".kfp_cache").glob("*.json")):
+        try:
+            found = json.loads(entry.read_text(encoding="utf-8"))
+            paths = {name: Path(artifact["uri"]) for name, artifact in found.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # an output that is no artifact, or a damaged entry, which KFP leaves out
+        if all(path.is_relative_to(artifacts) for path in paths.values()):
+            continue
+        own = {name: artifacts.joinpath(*path.parts[-3:]) for name, path in paths.items()}
+        if not all(path.exists() for path in own.values()):
+            logger.warning(f"{entry}: its artifacts are in another workspace: they are made again")
+            entry.unlink()
+            continue
+        for name, path in own.items():
+            found[name]["uri"] = str(path)
+        entry.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _drop_incomplete_data(artifacts: Path) -> None:
@@ -366,7 +394,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     page = run_page(run) or ""
     if uri.startswith("sqlite"):
         lines["MLflow"] = f"{shell_command('mlflow')} ui --backend-store-uri {uri}"
-        lines["MLflow page"] = f"{_MLFLOW_UI}{page}"
+        lines["MLflow page"] = f"{MLFLOW_UI}{page}"
     else:
         lines["MLflow"] = f"{connect(uri)}{page}"
     if pending(run):

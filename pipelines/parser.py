@@ -9,9 +9,9 @@ from pathlib import Path
 
 from canvastune import __version__
 from canvastune.logging import FORMAT_HELP, FORMATS
+from pipelines.doctor.finding import WORKSPACE
 from pipelines.kfp_client import TOKEN
 
-WORKSPACE = Path("workspace")
 _DESCRIPTION = """Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report,
 as one pipeline."""
 _EXIT_CODES = """exit codes:
@@ -542,9 +542,10 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
         "recipe",
         nargs="?",
         metavar="RECIPE",
-        help="also check its model, data, tracking server and backend",
+        help="also check its model, plan, data, tracking server and backend against this machine",
     )
     _add_set_option(parser)
+    _add_workspace_option(parser)
     parser.add_argument(
         "--tracking-uri",
         metavar="URI",

@@ -330,4 +330,14 @@ def sample_run(root: Path, config: RunConfig) -> RunArtifacts:
         plan=write_plan(root / "plan"),
         evaluation=write_evaluation(root / "evaluation", config),
         merge=write_merge(root / "merged"),
+        folder=root,
+        pages=(
+            (
+                "MLflow",
+                "http://127.0.0.1:5000/#/experiments/1/runs/2?workflowType=machine_learning",
+            ),
+            ("<b>Kubeflow", "https://kubeflow.example/#/runs/details/3"),
+            ("not a page", "javascript:alert(1)"),
+        ),
+        step_seconds=(("prepare_data", 12.0), ("train", 660.0), ("evaluate", 90.0)),
     )

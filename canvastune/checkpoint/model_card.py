@@ -268,7 +268,7 @@ def _facts(kind: Kind, config: RunConfig) -> str:
 
 def _data(data: Mapping[str, Any] | None) -> str:
     if data is None:
-        return "Not known: the prepared data were not at hand when this file was written."
+        return "Unknown: the prepared data was not available when this file was written."
     rows = [
         ("source", _code(data.get("source"))),
         ("format", _code(data.get("format"))),

@@ -356,6 +356,15 @@ class ClusterConfig(PodSettings):
         description="TrainingRuntime of a TrainJob; it also sets scheduler, restarts and "
         "PriorityClass",
     )
+    gpu_hour_price: float | None = Field(
+        None,
+        gt=0,
+        description="price of one accelerator, or of a process without one, for an hour: plan and report "
+        "then give the cost of the run",
+    )
+    currency: Annotated[str, matching(r"[^\W\d_]{1,8}|[$€£¥₹]", "a currency, such as USD")] = Field(
+        "USD", description="currency of gpu_hour_price"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ClusterConfig:

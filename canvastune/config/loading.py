@@ -20,6 +20,36 @@ from canvastune.errors import UserError
 
 Section = TypeVar("Section", bound=StrictModel)
 _EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
+_EPOCHS = "train.steps: an epoch is the training rows of the data card / train.global_batch_size"
+# What other trainers call a setting, and which one it is here.
+_OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler_type": "optimizer.schedule",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "max_steps": "train.steps",
+    "num_train_epochs": _EPOCHS,
+    "epochs": _EPOCHS,
+    "batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size, or train.global_batch_size for all ranks",
+    "gradient_accumulation_steps": "train.global_batch_size; the number of forwards follows from it",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "eval_steps": "train.validate_every",
+    "max_seq_length": "data.seq_length",
+    "max_length": "data.seq_length",
+    "dataset_name": "data.source",
+    "train_file": "data.source",
+    "validation_file": "data.validation",
+    "model_name_or_path": "model.id",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.experts: attention and dense MLP always have adapters",
+    "output_dir": "the option --workspace",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,13 +154,17 @@ def loads(
     tree = _mapping(load_yaml(text, source), source)
     if defaults:
         tree = _with_cluster_defaults(tree, defaults)
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source)
+    given = {_apply_override(tree, override): f"--set {override}" for override in overrides}
+    return parse_config(tree, source, given)
 
 
-def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig:
+def parse_config(
+    tree: dict[str, Any] | str, where: str = "recipe", given: Mapping[str, str] | None = None
+) -> RunConfig:
     """Validate a tree, or its JSON text, as a RunConfig.
+
+    Args:
+        given: keys that do not come from `where`, with what set each of them, for messages.
 
     Raises:
         UserError: one line per problem, each naming the key, the value and what is allowed.
@@ -143,11 +177,16 @@ def parse_config(tree: dict[str, Any] | str, where: str = "recipe") -> RunConfig
                 f"{where}: not JSON: {error}",
                 hint="Pass the output of the step `resolve`.",
             ) from None
-    return parse_section(RunConfig, _mapping(tree, where), where)
+    return parse_section(RunConfig, _mapping(tree, where), where, given)
 
 
-def parse_section(section: type[Section], tree: Any, where: str) -> Section:
+def parse_section(
+    section: type[Section], tree: Any, where: str, given: Mapping[str, str] | None = None
+) -> Section:
     """Validate a tree as one section.
+
+    Args:
+        given: as for `parse_config`.
 
     Raises:
         UserError: as `parse_config`.
@@ -156,6 +195,7 @@ def parse_section(section: type[Section], tree: Any, where: str) -> Section:
         return section.model_validate(tree)
     except ValidationError as error:
         found = [_explain(problem) for problem in error.errors()]
+        places = [_place(problem["loc"], given or {}, where) for problem in error.errors()]
         if section is not RunConfig:  # hints about keys are for a recipe's
             keys = f"The keys are {', '.join(section.model_fields)}."
             unknown = [problem["type"] == "extra_forbidden" for problem in error.errors()]
@@ -163,7 +203,8 @@ def parse_section(section: type[Section], tree: Any, where: str) -> Section:
                 (text, keys if new else hint)
                 for (text, hint), new in zip(found, unknown, strict=True)
             ]
-    message = "\n".join(f"{where}: {problem}" for problem, _ in found)
+    told = zip(places, found, strict=True)
+    message = "\n".join(f"{place}: {problem}" for place, (problem, _) in told)
     raise UserError(message, hint=" ".join(dict.fromkeys(hint for _, hint in found if hint)))
 
 
@@ -237,7 +278,15 @@ def _affects_weights(key: str) -> bool:
     return all(affects_weights(known[prefix]) for prefix in prefixes if prefix in known)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _place(location: Sequence[Any], given: Mapping[str, str], where: str) -> str:
+    """Return what set the key at a place: an option, or the recipe."""
+    key = ".".join(map(str, location))
+    setters = [told for name, told in given.items() if f"{key}.".startswith(f"{name}.")]
+    return setters[-1] if setters else where
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set the key of an override; return its current name."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UserError(
@@ -255,6 +304,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for spelling in _spellings(leaf, known_keys()[key]):  # the text may use the other one
         tree.pop(spelling, None)
     tree[leaf] = value
+    return _current_name(key)
 
 
 def _explain(problem: Any) -> tuple[str, str]:
@@ -299,6 +349,8 @@ def _section_hint(key: str) -> str:
 def _suggest(key: str) -> str:
     """Return a hint with the known key that is nearest to an unknown one."""
     keys = list(known_keys())
+    if (own := _OTHER_NAMES.get(key.rpartition(".")[2].lower())) is not None:
+        return f"Use {own}."
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:  # the last part may be right, in another section
         leaves = {known.rsplit(".", 1)[-1]: known for known in keys}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,20 @@ def select_frames(
             before = tokens
         length -= len(steps[-1])
     return frames
+
+
+def longest_trace(*models: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Return the id of the answer that took longest to form: of many, most hardly change.
+
+    Args:
+        models: each model's frames by answer; the first model decides, the next one of equals.
+    """
+
+    def changes(frames: Sequence[dict[str, Any]]) -> tuple[int, int]:
+        later = [frame for frame in frames if frame["step"] > 0]
+        return len(later), sum(changed for frame in later for _, changed in frame["tokens"])
+
+    return max(models[0], key=lambda name: [changes(frames[name]) for frames in models])
 
 
 def _select_steps(steps: Sequence[list[int]]) -> list[int]:

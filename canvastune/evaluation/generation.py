@@ -202,7 +202,7 @@ def generate_answers(
     how: Answering,
     seed: int,
     rows: int,
-    traced: str | None,
+    traced: Collection[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each question's id and answer, in the order in which the answers end.
 
@@ -211,7 +211,7 @@ def generate_answers(
     Args:
         questions: taken one at a time, whenever a place is free.
         rows: questions that are answered at once.
-        traced: id of the question whose denoising is recorded.
+        traced: ids of the questions whose denoising is recorded.
 
     Yields:
         id, {"text": with the markers of thinking and of tool calls,
@@ -250,7 +250,7 @@ def generate_answers(
             shown = [token for token in tokens if token not in hidden and token not in how.stops]
             now = time.perf_counter()
             trace = None
-            if question.id == traced:
+            if question.id in traced:
                 trace = select_frames(answer.drafts, len(tokens), tokenizer)
             yield (
                 question.id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from canvastune.data.packing import Example
 from canvastune.errors import UserError
 from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.base_results import BaseResults
+from canvastune.evaluation.denoising_trace import longest_trace
 from canvastune.evaluation.figures import (
     JudgedRow,
     compared,
@@ -61,6 +62,7 @@ from canvastune.preparation.tokenizer import load_tokenizer
 
 _PROGRESS_SECONDS = 2.0
 _LOGGED_ANSWERS = 3  # at the end; the report has all of them
+_TRACED = 8  # answers whose denoising is recorded: the report has the one that took longest to form
 _EXAMPLES_PER_PART = 32  # held-out examples whose loss is saved at once
 
 logger = logging.getLogger(__name__)
@@ -82,13 +84,18 @@ class _Task:
     device: torch.device
     canvas: int  # tokens that are denoised together
 
+    @property
+    def traced(self) -> list[str]:
+        """Ids of the questions whose denoising is recorded."""
+        return [question.id for question in self.questions[:_TRACED]]
+
 
 @dataclass(frozen=True)
 class _ModelOutput:
     """What one model produced."""
 
     texts: dict[str, list[str]]  # answers by question id, one of each repeat
-    trace: list[dict[str, Any]]  # of the answer to the first question
+    traces: dict[str, list[dict[str, Any]]]  # by question id, of the answers to the first ones
     tokens: int
     seconds: float
     tokens_per_forward: float
@@ -126,9 +133,9 @@ def evaluate_on_ranks(
     """Ask both models the same held-out questions, measure their losses, and write the result.
 
     `evaluation.json` has the figures, `answers.jsonl` each answer, `forgetting.jsonl` those to the
-    rows of `evaluate.forgetting`, `film.json` the denoising trace of the answer to the first
-    question. Both models are given the same noise, which depends on the
-    seed and the question only. The prompts are the tokens that training put before the responses.
+    rows of `evaluate.forgetting`, `film.json` the denoising trace of one answer. Both models are given
+    the same noise, which depends on the seed and the question only. The prompts are the tokens that
+    training put before the responses.
     The judges of `evaluate.judge` and `evaluate.judges` compare an answer with its reference; rows
     that none of them can judge by are answered but not scored. With `evaluate.repeats`, each row is
     answered with several seeds. The validation loss is training's, of the checkpoints as stored.
@@ -221,9 +228,10 @@ def _write_result(
         _result(task, judging, judged, outputs),
         forgetting=forgetting_figures(config.evaluate, other_judged),
     )
-    first = task.questions[0]
-    film: dict[str, Any] = {"id": first.id, "prompt": first.text, "reference": first.reference}
-    film |= {side: output.trace for side, output in outputs.items()}
+    name = longest_trace(*(outputs[side].traces for side in reversed(SIDES)))
+    shown = next(question for question in task.questions if question.id == name)
+    film: dict[str, Any] = {"id": name, "prompt": shown.text, "reference": shown.reference}
+    film |= {side: output.traces[name] for side, output in outputs.items()}
     with atomic_directory(out) as folder:
         result.write(folder)
         (folder / "film.json").write_text(to_json_text(film, ensure_ascii=False), encoding="utf-8")
@@ -272,7 +280,7 @@ def _run_model(checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store
             one.id: [answers[one.id, seed]["text"] for seed in seeds]
             for one in [*task.questions, *others]
         },
-        trace=answers[task.questions[0].id, seeds[0]]["trace"],
+        traces={name: answers[name, seeds[0]]["trace"] for name in task.traced},
         tokens=sum(answer["tokens"] for answer in each),
         seconds=sum(answer["seconds"] for answer in each),
         tokens_per_forward=sum(answer["tokens"] / answer["forwards"] for answer in each)
@@ -305,7 +313,7 @@ class _ModelRun:
 
     def answer(self, questions: Sequence[Question]) -> dict[tuple[str, int], Any]:
         """Return the answers by question id and seed."""
-        task, first = self.task, self.task.questions[0].id
+        task = self.task
         keys = {
             (one.id, seed): self._answer_key(one, seed) for seed in self.seeds for one in questions
         }
@@ -317,7 +325,7 @@ class _ModelRun:
             left = [one for one in questions if answers[one.id, seed] is None]
             # No rank takes more than its share at first.
             rows = min(task.config.evaluate.batch_size, -(-len(left) // self.ranks.count))
-            traced = first if seed == self.seeds[0] else None
+            traced = task.traced if seed == self.seeds[0] else ()
             work = functools.partial(self._generate, seed=seed, rows=rows, traced=traced)
             answers |= self._share_out(left, work, _Saved(self.store, keys, progress))
         return answers
@@ -360,7 +368,7 @@ class _ModelRun:
         return found
 
     def _generate(
-        self, taken: Iterator[Question], *, seed: int, rows: int, traced: str | None
+        self, taken: Iterator[Question], *, seed: int, rows: int, traced: Collection[str]
     ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
         task = self.task
         settings = (task.tokenizer, task.how, seed, rows, traced)
@@ -379,7 +387,7 @@ class _ModelRun:
             yield at, loss
 
     def _answer_key(self, question: Question, seed: int) -> dict[str, Any]:
-        traced = question.id == self.task.questions[0].id and seed == self.seeds[0]
+        traced = question.id in self.task.traced and seed == self.seeds[0]
         asked = {"id": question.id, "asked": question.tokens, "traced": traced}
         return {**self.common, "seed": seed, **asdict(self.task.how), **asked}
 

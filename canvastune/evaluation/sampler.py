@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,7 +143,7 @@ class Sampler:
         rows: int,
         max_new_tokens: int,
         stops: Iterable[int],
-        traced: str | None = None,
+        traced: Collection[str] = (),
         tile_width: int | None = None,
     ) -> None:
         """Take a stock model in evaluation mode.
@@ -151,7 +151,7 @@ class Sampler:
         Args:
             max_new_tokens: of an answer; it is cut there, inside a canvas too.
             stops: tokens that end an answer.
-            traced: id of the question whose drafts are kept.
+            traced: ids of the questions whose drafts are kept.
             tile_width: columns of the vocabulary that are computed at once.
         """
         self.model, self.settings, self.noise = model, settings, noise
@@ -338,7 +338,7 @@ class Sampler:
             row.canvas = canvases[index]
             if wanted:
                 row.soft = found.soft.view(*shape, -1)[index]
-            if row.question.id == self.traced:
+            if row.question.id in self.traced:
                 row.drafts += [[]] if row.step == 1 else []
                 row.drafts[-1].append(row.likeliest.tolist())
             stable = row.same >= settings.stability_threshold

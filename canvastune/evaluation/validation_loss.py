@@ -18,6 +18,7 @@ from transformers import DiffusionGemmaConfig
 from canvastune.config.schema import Blocks, TrainConfig, block_count
 from canvastune.data.dataset import validation_rows
 from canvastune.data.packing import Example, make_example, pack, pad_token
+from canvastune.model.diffusion_gemma import CACHE
 from canvastune.noise import validation_block_draws
 
 
@@ -67,13 +68,11 @@ def denoising_loss(
                 packed[0].canvas_targets.to(device),
                 packed[0].canvas_positions.to(device),
             )
-            cache = model.model.encoder(
-                input_ids=example.tokens[None, :start].to(device)
-            ).past_key_values
+            cache = model.model.encoder(input_ids=example.tokens[None, :start].to(device))[CACHE]
             cache.batch_repeat_interleave(len(levels))
             canvases = torch.stack([batch.canvas for batch in packed]).to(device)
             logits = model(
-                past_key_values=cache,
+                **{CACHE: cache},
                 decoder_input_ids=canvases,
                 decoder_position_ids=positions[None],
             ).logits

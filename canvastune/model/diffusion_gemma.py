@@ -5,6 +5,7 @@ Shape letters: N clean tokens and M canvas tokens of a packed batch, H hidden si
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,13 @@ from canvastune.model.memory_efficient import make_memory_efficient
 from canvastune.model.tied_embedding import SharedEmbedding
 
 Result = TypeVar("Result")
+
+# Name of the cache in arguments and outputs: `cache` since transformers 5.24.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(DiffusionGemmaDecoderTextAttention.forward).parameters
+)
 
 
 class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
@@ -148,7 +156,6 @@ def _run_layer(
             hidden,
             position_embeddings=rotary,
             attention_mask=None,
-            past_key_values=None,
             packing=packing,
         )
 
@@ -211,11 +218,10 @@ class _EncoderView:
     def __init__(self, layer: DiffusionGemmaDecoderTextLayer) -> None:
         self._layer = layer
 
-    def __call__(
-        self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        written = None if past_key_values is None else _WrittenCache(past_key_values)
-        return self._layer(*args, past_key_values=written, write_cache=True, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        cache = kwargs.get(CACHE)
+        kwargs[CACHE] = None if cache is None else _WrittenCache(cache)
+        return self._layer(*args, write_cache=True, **kwargs)
 
 
 class _WrittenCache:
@@ -229,8 +235,8 @@ class _SharedAttention(DiffusionGemmaDecoderTextAttention):
     """The decoder's attention, which updates the cache when the encoder calls it."""
 
     def append_to_cache(
-        self, past_key_values: Any, key_states: torch.Tensor, value_states: torch.Tensor
+        self, cache: Any, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(past_key_values, _WrittenCache):
-            return past_key_values.cache.update(key_states, value_states, self.layer_idx)
-        return super().append_to_cache(past_key_values, key_states, value_states)
+        if isinstance(cache, _WrittenCache):
+            return cache.cache.update(key_states, value_states, self.layer_idx)
+        return super().append_to_cache(cache, key_states, value_states)

@@ -105,11 +105,18 @@ class Plan:
     answer_blocks: dict[int, int] | None  # answers by their blocks; None: no data was given
     evaluation: EvaluationPlan
     changes: tuple[Change, ...]  # if it does not fit: the smallest changes that would
+    hour_price: float | None = None  # of an accelerator
+    currency: str = "USD"
 
     @property
     def needed_bytes(self) -> int:
         """Bytes that must be free on each device."""
         return self.memory_bytes + self.reserved_bytes
+
+    @property
+    def accelerator_hours(self) -> float:
+        """Of all steps, without validation and checkpoints."""
+        return self.world_size * self.run_seconds / 3600
 
     @property
     def fits(self) -> bool:

@@ -164,6 +164,8 @@ def make_plan(
         answer_blocks=dict(answers.rows) if answers.measured else None,
         evaluation=plan_evaluation(config, architecture, accelerator, answers),
         changes=(),
+        hour_price=config.cluster.gpu_hour_price,
+        currency=config.cluster.currency,
     )
     if plan.fits:
         return plan

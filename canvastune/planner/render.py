@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from canvastune.io.byte_size import format_bytes
 from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
 from canvastune.planner.plan import EvaluationPlan, Plan
 
@@ -54,6 +55,16 @@ def render(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summarize(plan: Plan) -> str:
+    """Return what a run needs, and whether it fits, in two lines."""
+    needed, limit = format_bytes(plan.needed_bytes), format_bytes(plan.limit_bytes)
+    fits = "fits" if plan.fits else "does not fit"
+    return (
+        f"{plan.world_size} ranks on {plan.accelerator}: {needed} of {limit} each: {fits}\n"
+        f"a step takes about {_seconds(plan.step_seconds)}, all steps {_seconds(plan.run_seconds)}"
+    )
+
+
 def _parameters(plan: Plan) -> list[str]:
     rows = [
         (kind, _count(c.total), _count(c.active), _count(c.trained))
@@ -78,10 +89,10 @@ def _memory(plan: Plan) -> list[str]:
     return [
         *_table((f"Memory per rank, at the peak: {plan.moment}", "GB"), rows),
         f"  Assumes examples of {longest} tokens, with the last block filled.",
-        f"  Checkpoints: {plan.checkpoint_bytes / 1e9:.2f} GB each, up to {plan.checkpoints} on"
+        f"  Checkpoints: {format_bytes(plan.checkpoint_bytes)} each, up to {plan.checkpoints} on"
         " disk at once"
         + (
-            f"; each rank copies {plan.host_copy_bytes / 1e9:.2f} GB to host memory."
+            f"; each rank copies {format_bytes(plan.host_copy_bytes)} to host memory."
             if plan.host_copy_bytes
             else "."
         ),
@@ -134,6 +145,10 @@ def _time(plan: Plan) -> list[str]:
         ("one step", _seconds(plan.step_seconds)),
         ("all steps", _seconds(plan.run_seconds)),
     ]
+    if plan.hour_price is not None:
+        hours = plan.accelerator_hours
+        text = f"{hours:.3g} accelerator-hours, {hours * plan.hour_price:,.2f} {plan.currency}"
+        rows.append(("cost of all steps", text))
     rate = plan.tokens_per_step / plan.step_seconds
     return [
         *_table(("Time, estimated", ""), rows),

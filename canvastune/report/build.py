@@ -31,14 +31,17 @@ from canvastune.report.charts import (
     smoothing_span,
     summary_rows,
 )
+from canvastune.report.comparison import pair_rows, seed_spread
 from canvastune.report.denoising_trace import read_denoising_trace
 from canvastune.report.formatting import mark_differences
+from canvastune.report.next_action import Action, next_action
 from canvastune.report.summary import (
     LAST_STEPS,
     Cost,
     Record,
     RunArtifacts,
     RunSummary,
+    StepCost,
     TrainingStats,
     count_checkpoints,
     differing_settings,
@@ -48,6 +51,7 @@ from canvastune.report.summary import (
     notable_events,
     plan_rows,
     read_json,
+    step_costs,
     unique_names,
 )
 from canvastune.tracking import read_metrics
@@ -91,6 +95,11 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
             context["titles"] = context["titles"] or "Exact match"
             context["mixed_measures"] = len({each.measure for each in results}) > 1
             context["differing"] = differing_settings(runs)
+            evaluations = [each["evaluation"] for each in context["compared"]]
+            context["seeds"] = seed_spread(runs, evaluations)
+            answers = [_answer_lines(each.evaluation) for each in runs]
+            for row, other in zip(context["compared"][1:], answers[1:], strict=True):
+                row["paired"] = pair_rows(answers[0], other)
         context["charts"] = [_chart_context(chart, marks) for chart in charts]
         context["curves"] = charts_json(charts, marks, context["stats"].steps)
         page = _render(context)
@@ -133,6 +142,13 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "stats": stats,
         "last_steps": min(LAST_STEPS, stats.steps),
         "cost": Cost.from_records(records, config),
+        "step_costs": (costs := step_costs(run)),
+        "price": _total_price(costs),
+        "currency": config.cluster.currency,
+        "pages": [page for page in run.pages if page[1].startswith(("http://", "https://"))],
+        "folder": run.folder,
+        "model": run.model,
+        "action": _next_action(run, evaluation, proof, card or {}),
         "evaluation": evaluation,
         "direction": direction(evaluation) if evaluation else None,
         "slice_kinds": _slice_kinds(evaluation) if evaluation else "",
@@ -155,6 +171,7 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         ),
         "compared": [],
         "differing": [],
+        "seeds": None,
         "ended": max((record.get("time", 0) for record in records), default=0),
         "provenance": _read_provenance(run),
     }
@@ -177,6 +194,7 @@ def _comparison_row(name: str, run: RunArtifacts, records: list[Record]) -> dict
         "summary": RunSummary.from_records(records, evaluation),
         "stats": TrainingStats.from_records(records, run.config),
         "evaluation": evaluation,
+        "paired": None,
     }
 
 
@@ -186,16 +204,18 @@ def _chart_context(chart: Chart, marks: list[int]) -> dict[str, Any]:
 
 def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
     """Read the answers with the outcome of each, the ones to look at first coming first."""
-    path = evaluation / "answers.jsonl" if evaluation and evaluation.is_dir() else None
-    if path is None or not path.is_file():
-        return []
     rows = []
-    for row in read_json_lines(path):
+    for row in _answer_lines(evaluation):
         scores = [row.get(f"score_{side}", row.get(f"correct_{side}")) for side in SIDES]
         graded = None not in scores and not set(scores) <= {0, 1}
         more = {"outcome": _outcome(*scores), "graded": graded}
         rows.append(row | dict(zip(("score_before", "score_after"), scores, strict=True)) | more)
     return sorted(rows, key=lambda row: _OUTCOMES.index(row["outcome"]))
+
+
+def _answer_lines(evaluation: Path | None) -> list[dict[str, Any]]:
+    path = evaluation / "answers.jsonl" if evaluation and evaluation.is_dir() else None
+    return read_json_lines(path) if path is not None and path.is_file() else []
 
 
 def _outcome(before: float | None, after: float | None) -> str:
@@ -208,8 +228,35 @@ def _outcome(before: float | None, after: float | None) -> str:
 
 
 def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
-    before, after = mark_differences(_shorten(row["before"]), _shorten(row["after"]))
-    return row | {"before": before, "after": after}
+    """Mark how an answer that is not right differs from the reference."""
+    reference = _shorten(row["reference"])
+    shown: dict[str, Any] = {"reference": reference}
+    for side in SIDES:
+        answer = _shorten(row[side])
+        missing, other = mark_differences(reference, answer)
+        wrong = row[f"score_{side}"] != 1
+        shown[side] = other if wrong else answer
+        if side == SIDES[-1] and wrong:
+            shown["reference"] = missing
+    return row | shown
+
+
+def _total_price(costs: Sequence[StepCost]) -> float | None:
+    prices = [cost.price for cost in costs if cost.price is not None]
+    return sum(prices) if prices else None
+
+
+def _next_action(
+    run: RunArtifacts,
+    evaluation: EvaluationResult | None,
+    merge: dict[str, Any] | None,
+    card: dict[str, Any],
+) -> Action | None:
+    """Return what to do next; None for a training without a pipeline, whose folders differ."""
+    if run.folder is None or run.model is None:
+        return None
+    how = {"merge": merge, "card": card, "folder": run.folder, "model": run.model}
+    return next_action(run.config, evaluation, **how)
 
 
 def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:

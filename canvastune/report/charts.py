@@ -51,6 +51,9 @@ _COLORS = {
 }
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.linewidth": 0.8, "path.simplify": True}
 _LOSS_UNIT = "nats per token"
+# Highest to lowest value from which a scale is logarithmic: on a linear one, all but the start of a
+# falling loss is one flat line.
+_LOG_FROM = {_LOSS_UNIT: 4.0, "L2, before clipping": 10.0}
 _FOLDER = Path(__file__).parent
 
 
@@ -209,12 +212,14 @@ def _measure_chart(measure: _Measure, runs: Sequence[tuple[str, list[Record]]]) 
         if steps:
             color, dashed = f"s{index % _RUN_COLORS}", index >= _RUN_COLORS
             lines.append(Line(name, steps, values, measure.noisy, color, dashed))
-    chart = Chart(measure.name, measure.title, measure.unit, lines, wide=measure.wide)
-    every = chart.recorded
-    log = (
-        measure.field == "grad_norm" and min(every, default=0) > 0 and max(every) > 10 * min(every)
-    )
-    return replace(chart, log=log)
+    return _scaled(Chart(measure.name, measure.title, measure.unit, lines, wide=measure.wide))
+
+
+def _scaled(chart: Chart) -> Chart:
+    """Choose the scale that shows a chart's values."""
+    every, factor = chart.recorded, _LOG_FROM.get(chart.unit)
+    low = min(every, default=0)
+    return replace(chart, log=factor is not None and low > 0 and max(every) > factor * low)
 
 
 def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
@@ -239,7 +244,7 @@ def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
                 Line(f"{name}, mean", steps, values, color=f"s{index % _RUN_COLORS}", dashed=True)
             )
     title, note = "Validation loss by corruption level", "t: share of the canvas that is corrupted"
-    return Chart("validation_loss", title, _LOSS_UNIT, lines, wide=True, note=note)
+    return _scaled(Chart("validation_loss", title, _LOSS_UNIT, lines, wide=True, note=note))
 
 
 def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:

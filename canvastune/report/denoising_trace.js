@@ -31,7 +31,7 @@
     slider.setAttribute("aria-valuetext", labels.join(", "));
   };
   slider.max = moments.length - 1;
-  slider.value = 0;
+  slider.value = Math.floor(slider.max / 2); // something has formed, and something has yet to
   slider.addEventListener("input", show);
   trace.classList.add("live-trace");
   slider.closest("[hidden]").hidden = false;

@@ -36,6 +36,11 @@ def hours(value: float) -> str:
     return short(value) if value >= 0.01 else "under 0.01"
 
 
+def money(value: float) -> str:
+    """Format an amount of money: 0.042, 12.40, 1,230."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.2g}"
+
+
 def loss(value: float | None) -> str:
     """Format a loss to three decimals."""
     return ABSENT if value is None else f"{value:.3f}"
@@ -90,6 +95,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "whole": whole,
     "short": short,
     "hours": hours,
+    "money": money,
     "loss": loss,
     "percent": percent,
     "p_value": p_value,

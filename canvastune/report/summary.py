@@ -39,6 +39,15 @@ class RunArtifacts:
     plan: Path | None = None
     evaluation: Path | None = None
     merge: Path | None = None
+    folder: Path | None = None  # of a pipeline run
+    pages: tuple[tuple[str, str], ...] = ()  # of the run elsewhere: title and address
+    step_seconds: tuple[tuple[str, float], ...] = ()  # that each step took, over all attempts
+
+    @property
+    def model(self) -> Path | None:
+        """The tuned model's folder: merged, or fully trained."""
+        made = "model" if self.config.train.method == "lora" else "train/model"
+        return None if self.folder is None else self.folder / made
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,28 @@ class Cost:
             threads = _count(attempt["threads"], "thread", "threads")
             return cls(hours, "CPU-hours", f"{processes} of {threads}")
         return cls(hours, "process-hours", processes)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step of the pipeline took, and what its accelerators cost."""
+
+    step: str
+    seconds: float
+    accelerators: int  # 0: the step needs none
+    hours: float  # of all its accelerators
+    price: float | None  # None: no price is set, or no accelerator is used
+
+
+def step_costs(run: RunArtifacts) -> list[StepCost]:
+    """Return the time of each step and, of those with accelerators, their hours and price."""
+    config, rows = run.config, []
+    for step, seconds in run.step_seconds:
+        count = {"train": config.world_size, "evaluate": 1}.get(step, 0)
+        hours, price = count * seconds / 3600, config.cluster.gpu_hour_price
+        cost = hours * price if price is not None and count else None
+        rows.append(StepCost(step, seconds, count, hours, cost))
+    return rows
 
 
 def notable_events(records: list[Record]) -> list[Record]:

@@ -75,23 +75,23 @@ def log_answers(
 
 
 def log_questions(
-    client: MlflowClient, uri: str, experiment_id: str, source: str, answers: Sequence[Any]
+    client: MlflowClient, uri: str, experiment_id: str, dataset: str, answers: Sequence[Any]
 ) -> None:
     """Log the first `ROWS` questions and references as a data set for MLflow's own evaluation.
 
     Evaluations of the same rows share one; repeating this changes nothing.
 
     Args:
-        source: name of the data.
+        dataset: name of the held-out rows.
     """
     mlflow = load_mlflow()
     mlflow.set_tracking_uri(uri)  # a data set's records are sent to the process's default store
     rows = answers[:ROWS]
     digest = _hash(*(text for row in rows for text in (row["prompt"], row["reference"])))[:8]
-    name = f"{re.sub(_NOT_IN_NAME, '_', source)} held out {digest}"
+    name = f"{re.sub(_NOT_IN_NAME, '_', dataset)} {digest}"
     found = client.search_datasets([experiment_id], f"name = '{name}'")
-    dataset = found[0] if found else client.create_dataset(name, experiment_id)
-    dataset.merge_records(
+    logged = found[0] if found else client.create_dataset(name, experiment_id)
+    logged.merge_records(
         [
             {
                 "inputs": {"question": row["prompt"]},

@@ -54,6 +54,7 @@ class StepRun:
         """
         self.pipeline_run = run
         self._step: Step = step or "resolve"
+        self._began = time.monotonic()
         self._publisher = Publisher(run, step if own else None) if run else None
 
     @property
@@ -96,7 +97,7 @@ class StepRun:
     def summary(self, values: Mapping[str, Any], dataset: Path) -> None:
         """Log the figures that pipeline runs and models are compared by, with the prepared data."""
         if self.pipeline_run:
-            about = _dataset_fields(self.pipeline_run.config, dataset)
+            about = _dataset_fields(self.pipeline_run.config, dataset, "training")
             of = {f"dataset_{name}": about[name] for name in ("name", "digest")}
             self.show("run/summary", {"values": _timed(values), "dataset": of})
 
@@ -144,9 +145,14 @@ class StepRun:
                 self.show(f"{owner}table", {name: self._relative(path)})
 
     def dataset(self, folder: Path, context: str, *, of: str = "") -> None:
-        """Log a prepared data set (its card.json) as an input: name, source, digest, sizes."""
+        """Log a prepared data set (its card.json) as an input: name, source, digest, sizes.
+
+        Args:
+            context: "training", or "evaluation" for its held-out rows: a data set of their own, as a
+                run shows each one only once.
+        """
         if self.pipeline_run:
-            fields = _dataset_fields(self.pipeline_run.config, folder)
+            fields = _dataset_fields(self.pipeline_run.config, folder, context)
             self.show(f"{of}dataset", {context: fields})
 
     def model(self, folder: Path, kind: str) -> None:
@@ -185,7 +191,9 @@ class StepRun:
 
         def change(record: StepRecord) -> None:
             record.status, record.error = status, error or record.error
-            record.ended = None if status == RUNNING else time.time()
+            # The clock may have gone back since the start.
+            record.ended = None if status == RUNNING else max(time.time(), record.started)
+            record.seconds += 0.0 if status == RUNNING else time.monotonic() - self._began
 
         self._update(f"the status {status}", change)
 
@@ -345,7 +353,7 @@ def _copy_files(source: Path, target: Path) -> Path:
     return target
 
 
-def _dataset_fields(config: RunConfig, folder: Path) -> dict[str, str]:
+def _dataset_fields(config: RunConfig, folder: Path, context: str) -> dict[str, str]:
     """Return the fields of MLflow's Dataset for prepared data."""
     card, data = json.loads((folder / "card.json").read_text(encoding="utf-8")), config.data
     named = {key: _dataset_source(source) for key, source in data.source_keys.items()}
@@ -358,10 +366,14 @@ def _dataset_fields(config: RunConfig, folder: Path) -> dict[str, str]:
         for source in data.sources
     ]
     columns = [{"name": n, "type": kind, "required": True} for n, kind in _COLUMNS.items()]
+    name, digest = " + ".join(names), str(card["content_hash"])[:16]
     sizes = {"num_rows": card["kept"], "train": card["train"], "validation": card["validation"]}
+    if context == "evaluation":
+        name, digest = f"{name} held out", content_hash({"held out": card["content_hash"]})[:16]
+        sizes = {"num_rows": card["validation"]}
     return {
-        "name": " + ".join(names),
-        "digest": str(card["content_hash"])[:16],
+        "name": name,
+        "digest": digest,
         "source_type": kind,
         "source": json.dumps(place),
         "schema": json.dumps({"mlflow_colspec": columns}),

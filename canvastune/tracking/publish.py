@@ -291,8 +291,7 @@ class Publisher:
             self._send_tags(client, shown, EVALUATION_RUN)
             traces = log_answers(client, self.server.uri, shown, side, answers, model)
         client.set_terminated(base, FINISHED)
-        # The pipeline run shows the tuned model's, which came last. MLflow 3.17's list of evaluations
-        # leaves out nested runs whose parent has a model; each run's tab Traces compares them.
+        # The pipeline run shows the tuned model's, which came last.
         parent = self.ids.find(client, "", 0)
         self._send_tags(client, parent, EVALUATION_RUN)
         name = next((each["name"] for each in data.values()), self.run.config.data.label)
@@ -320,14 +319,16 @@ class Publisher:
         client.log_inputs(run_id, models=[entity(model.model_id) for model in models])
 
     def _send_summary(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
-        """Log the figures by which runs are compared, on the run and its models, with the data."""
-        entity, models = load_mlflow().entities.LoggedModelOutput, self._models(client)
+        """Log the figures by which runs are compared, on the run and its models, with the data.
+
+        The models are the run's inputs, and outputs of the steps that made them: MLflow's list of
+        evaluations leaves out a run that has a model as output, and every run below it.
+        """
+        entity, models = load_mlflow().entities.LoggedModelInput, self._models(client)
         self._send_metrics(client, run_id, value["values"])
-        outputs = client.get_run(run_id).outputs
-        linked = {output.model_id for output in outputs.model_outputs} if outputs else set()
-        new = [entity(model.model_id, 0) for model in models if model.model_id not in linked]
-        if new:  # MLflow refuses a link that exists
-            client.log_outputs(run_id, new)
+        # The list names the first as the evaluated one.
+        models.sort(key=lambda model: model.model_type == "adapter")
+        client.log_inputs(run_id, models=[entity(model.model_id) for model in models])
         for model in models:
             of = {"model_id": model.model_id, **value["dataset"]}
             self._send_metrics(client, run_id, value["values"], **of)

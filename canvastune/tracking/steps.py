@@ -54,6 +54,7 @@ class StepRecord:
     status: str = RUNNING
     error: str = ""  # of the last attempt that failed
     attempt: int = 0  # the number of the newest one, from 1
+    seconds: float = 0.0  # that its attempts took; of a killed one nothing is known
     # What MLflow shows, by kind (see publish.py), in the order in which the step recorded it. Kinds
     # that start with "run/" are shown on the pipeline run. Paths are relative to the run directory.
     shows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -180,7 +181,7 @@ def _end_attempt(records: RunRecords, status: str, step: str = "", reason: str =
     lost = [name for name, record in found.items() if record.status == RUNNING]
     now = time.time()
     for name in lost:  # the process was killed
-        found[name].status, found[name].ended = KILLED, now
+        found[name].status, found[name].ended = KILLED, max(now, found[name].started)
     last = records.attempts[-1] if records.attempts else None
     if last is None or last.status not in (RUNNING, status):
         return

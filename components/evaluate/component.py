@@ -24,6 +24,7 @@ def evaluate(
 
     with step("evaluate", config, run_folder, mlflow_run_id) as (recipe, record):
         out = Path(evaluation.path)
+        record.dataset(Path(dataset.path), "evaluation", of="run/")
         record.dataset(Path(dataset.path), "evaluation")
         record.evaluated_model()
         result = run_evaluation(

@@ -1,4 +1,4 @@
-"""The exit task `finish`: closes the run's books, however the run ended."""
+"""The exit task `finish`: records the final state and cleans up, however the run ended."""
 
 from kfp.dsl import PipelineTaskFinalStatus
 

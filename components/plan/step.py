@@ -10,6 +10,7 @@ from canvastune.config import RunConfig
 from canvastune.io.byte_size import format_bytes
 from canvastune.planner.plan import Plan
 from canvastune.planner.planner import find_architecture, make_plan, write_plan
+from canvastune.planner.render import summarize
 from canvastune.tracking import StepRun
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ _WEIGHT_BYTES = 2  # of a stored weight: checkpoints are in bfloat16
 
 
 def plan(config: RunConfig, run_folder: Path, out: Path, record: StepRun) -> None:
-    """Write the plan into `out`, print it, and add it to the step's run in MLflow.
+    """Write the plan into `out`, print its summary, and add it to the step's run in MLflow.
 
     Warn if the disk of `run_folder` seems too small for what train and merge will write there.
 
@@ -27,7 +28,7 @@ def plan(config: RunConfig, run_folder: Path, out: Path, record: StepRun) -> Non
     """
     made = make_plan(config, find_architecture(config.model), config.world_size)
     write_plan(made, config, out)
-    print((out / "plan.txt").read_text(encoding="utf-8"), flush=True)
+    print(f"{summarize(made)}\nthe whole plan: {run_folder / 'plan' / 'plan.txt'}", flush=True)
     if shortage := describe_shortage(made, shutil.disk_usage(run_folder).free):
         logger.warning(f"{run_folder}: {shortage}")
     record.outputs(out)

@@ -18,7 +18,7 @@ from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
 from canvastune.tracking import StepRun, descriptions, read_metrics
 from canvastune.tracking.descriptions import figures_table
 from canvastune.tracking.model_registry import score_of
-from components.earlier_runs import find_comparable, find_run
+from components.earlier_runs import find_comparable, find_pages, find_run
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def publish(
             plan=plan,
             evaluation=evaluation,
             merge=merge,
+            pages=find_pages(config, run_folder),
         )
         build_report(run, out, _existing_runs(compare))
     records, result = read_metrics(metrics), EvaluationResult.read(evaluation)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canvastune.errors import UserError
 from pipelines.doctor.cluster import check_cluster, check_kubeflow
-from pipelines.doctor.finding import DoctorOptions, Finding
+from pipelines.doctor.finding import WORKSPACE, DoctorOptions, Finding
 from pipelines.doctor.machine import (
     check_disk,
     check_memory,
@@ -56,18 +57,20 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
     yield from run_check("packages", check_packages)
     yield from run_check("torch", check_torch)
     yield from run_check("memory", check_memory)
-    yield from run_check("disk", check_disk)
+    yield from run_check("disk", lambda: check_disk(options.workspace))
     config: RunConfig | None = None
     if options.recipe is not None:
         config, finding = _check_recipe(options.recipe, options.overrides)
         yield finding
     if config is not None:
+        submitted = options.host is not None
         yield from _check_unread(config)
-        yield from run_check("model", lambda: _check_model(config, options.host is not None))
-        yield from run_check("data", lambda: _check_data(config, options.host is not None))
+        yield from run_check("model", lambda: _check_model(config, submitted))
+        yield from run_check("plan", lambda: _check_hardware(config, options.workspace, submitted))
+        yield from run_check("data", lambda: _check_data(config, submitted))
         yield from run_check("evaluation", lambda: _check_evaluation(config))
-        yield from run_check("judge", lambda: _check_judge(config, options.host is not None))
-        yield from run_check("hub", lambda: _check_push(config, options.host is not None))
+        yield from run_check("judge", lambda: _check_judge(config, submitted))
+        yield from run_check("hub", lambda: _check_push(config, submitted))
     elif options.recipe is None:
         fix = "canvastune doctor RECIPE also checks its model and data"
         yield Finding("model, data", "skipped", "no recipe was given", fix)
@@ -76,7 +79,7 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
         or os.environ.get("MLFLOW_TRACKING_URI")
         or (config.tracking.uri if config else None)
     )
-    yield from run_check("tracking", lambda: check_tracking(uri))
+    yield from run_check("tracking", lambda: check_tracking(uri, options.workspace))
     backend = config.cluster.backend if config else "local"
     kubeflow = None
     if options.host is not None:
@@ -130,6 +133,12 @@ def _check_model(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     yield from check_model(config, submitted)
 
 
+def _check_hardware(config: RunConfig, workspace: Path, submitted: bool) -> Iterator[Finding]:
+    from pipelines.doctor.hardware import check_hardware
+
+    yield from check_hardware(config, workspace, submitted=submitted)
+
+
 def _check_data(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     from pipelines.doctor.sources import check_data
 
@@ -158,6 +167,8 @@ def _next_command(options: DoctorOptions) -> str:
     if options.recipe is None:
         return "canvastune demo"
     settings = "".join(f" --set {shlex.quote(override)}" for override in options.overrides)
+    if options.host is None and options.workspace != WORKSPACE:
+        settings += f" --workspace {shlex.quote(str(options.workspace))}"
     if options.host is not None:
         return f"canvastune submit {options.recipe} --host {options.host}{settings} --wait"
     return f"canvastune run {options.recipe}{settings}"

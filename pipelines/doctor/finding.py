@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+WORKSPACE = Path("workspace")  # where a run without --workspace writes
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -27,3 +29,4 @@ class DoctorOptions:
     namespace: str | None = None
     host: str | None = None
     token_file: Path | None = None
+    workspace: Path = WORKSPACE

@@ -176,15 +176,9 @@ def _reinstall_command() -> str:
 
 def check_memory() -> Iterator[Finding]:
     """Check the memory and CPU cores that this process may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    found = f"{total / _GB:.0f} GB of memory, {cores} cores"
-    if total < _MIN_MEMORY or cores < 2:
+    total, own = host_memory(), cores()
+    found = f"{total / _GB:.0f} GB of memory, {own} cores"
+    if total < _MIN_MEMORY or own < 2:
         yield Finding(
             "memory",
             "warning",
@@ -195,18 +189,31 @@ def check_memory() -> Iterator[Finding]:
         yield Finding("memory", "ok", found)
 
 
-def check_disk(disk_usage: Callable[[Path], Any] = shutil.disk_usage) -> Iterator[Finding]:
-    """Check the free space for the workspace and for the Hub's cache.
+def host_memory() -> int:
+    """Return the bytes of memory that this process may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def cores() -> int:
+    """Return the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_disk(
+    workspace: Path, disk_usage: Callable[[Path], Any] = shutil.disk_usage
+) -> Iterator[Finding]:
+    """Check the free space for the workspace and for the Hub's cache, and that both can be written.
 
     Args:
         disk_usage: as `shutil.disk_usage`.
     """
-    places = {
-        "the current folder": (
-            Path.cwd(),
-            "work in a folder on a larger disk, or use --workspace DIR",
-        )
-    }
+    places = {"the workspace": (workspace.absolute(), "use --workspace DIR on a larger disk")}
     places["the Hub's cache"] = hub_cache(), "point HF_HOME to a larger disk"
     for what, (place, fix) in places.items():
         path = next(p for p in (place, *place.parents) if p.exists())

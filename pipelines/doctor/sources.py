@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
@@ -17,14 +17,13 @@ from canvastune.config.places import is_path
 from canvastune.errors import UserError
 from canvastune.preparation.sources import open_source
 from pipelines.doctor.finding import Finding
-from pipelines.doctor.machine import hub_cache
 
 _TIMEOUT = 10.0  # seconds, for a response of the Hub
 _HUB_FIX = "check the network, HTTPS_PROXY and HF_ENDPOINT; or use a local copy in {key}"
 
 
 def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:
-    """Check that the base model is available, and that there is space for its weights.
+    """Check that the base model is available; of a local one, that its weights are complete.
 
     Args:
         submitted: the run is for Kubeflow, whatever backend the recipe names.
@@ -57,9 +56,9 @@ def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]
             return
     if info is None:
         try:
-            yield Finding(
-                "model", "ok", f"{resolve_model(config.model, weights=False)}, a local folder"
-            )
+            folder = resolve_model(config.model)
+            CheckpointReader(folder)  # reads the header of every shard
+            yield Finding("model", "ok", f"{folder}, a local folder")
         except UserError as error:
             yield Finding(
                 "model",
@@ -71,14 +70,7 @@ def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]
     size = sum(
         file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")
     )
-    cache = hub_cache()
-    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-    found = f"{place} is on the Hub, {size / 1e9:,.0f} GB of weights"
-    if size > free and config.cluster.backend == "local":
-        found = f"{found}, but only {free / 1e9:,.0f} GB are free"
-        yield Finding("model", "warning", found, "point HF_HOME to a larger disk")
-    else:
-        yield Finding("model", "ok", found)
+    yield Finding("model", "ok", f"{place} is on the Hub, {size / 1e9:,.0f} GB of weights")
 
 
 def check_data(config: RunConfig, submitted: bool = False) -> Iterator[Finding]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
+import shlex
+import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
 
 from components.versions import MLFLOW
 from pipelines.doctor.finding import Finding
@@ -17,11 +22,14 @@ _TIMEOUT = 10.0  # seconds
 _CORRECT_ADDRESS = "correct the address: the one of MLflow, without a path below it"
 
 
-def check_tracking(uri: str | None) -> Iterator[Finding]:
-    """Send MLflow one request. None: no server was given."""
+def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
+    """Send MLflow one request.
+
+    Args:
+        uri: None: no server was given, and runs on this machine keep mlflow.db in the workspace.
+    """
     if uri is None:
-        found = "no server was given: a run on this machine keeps mlflow.db in its workspace"
-        yield Finding("tracking", "skipped", found)
+        yield _check_database(workspace / "mlflow.db")
         return
     if not uri.startswith(("http://", "https://")):
         yield Finding("tracking", "skipped", f"{uri} is not a server over HTTP")
@@ -50,6 +58,39 @@ def check_tracking(uri: str | None) -> Iterator[Finding]:
         yield Finding("tracking", "problem", f"{uri}: no response ({reason})", fix)
     else:
         yield _check_version(uri)
+
+
+def _check_database(path: Path) -> Finding:
+    """Check that the workspace's database, if there is one, is one of MLflow that can be read."""
+    if not path.exists():
+        found = f"no server was given: a run on this machine keeps {path}"
+        return Finding("tracking", "skipped", found)
+    move = shlex.join(["mv", str(path), f"{path}.old"])
+    fix = f"move it away; canvastune sync RUN sends each run's record to a new one: {move}"
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+            database.execute("SELECT version_num FROM alembic_version").fetchone()
+            places = database.execute("SELECT artifact_location FROM experiments").fetchall()
+    except sqlite3.Error as error:
+        return Finding("tracking", "problem", f"{path}: not a database of MLflow ({error})", fix)
+    if not os.access(path, os.W_OK):
+        return Finding(
+            "tracking",
+            "problem",
+            f"{path}: cannot be written",
+            "chmod u+w, or use another --workspace",
+        )
+    folders = [Path(unquote(str(uri).removeprefix("file://"))) for (uri,) in places]
+    elsewhere = [
+        folder
+        for folder in folders
+        if folder.is_absolute() and not folder.is_relative_to(path.absolute().parent)
+    ]
+    if elsewhere:
+        found = f"{path}: MLflow's files are in {elsewhere[0]}: this workspace was moved or copied"
+        return Finding("tracking", "warning", found, fix)
+    return Finding("tracking", "ok", f"no server was given: runs are recorded in {path}")
 
 
 def _check_version(uri: str) -> Finding:

@@ -88,7 +88,8 @@ class _Tab:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the report of a run of 300 steps and four others, one of them with a hostile name."""
-    root, config = tmp_path_factory.mktemp("run"), sample_config(parallel={"nproc_per_node": 2})
+    root = tmp_path_factory.mktemp("run")
+    config = sample_config(parallel={"nproc_per_node": 2}, cluster={"gpu_hour_price": 2.5})
     others = []
     for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
         settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
@@ -149,15 +150,25 @@ def test_dragging_zooms_and_a_double_click_shows_everything(tab: _Tab) -> None:
     assert tab.step("total_loss", 0.01) < 10
 
 
+def test_losses_open_on_the_scale_that_shows_them(tab: _Tab) -> None:
+    on = {
+        name: tab.chart(name).get_by_label("Log scale").is_checked()
+        for name in ("total_loss", "validation_loss", "learning_rate", "memory")
+    }
+    assert on == {
+        "total_loss": True, "validation_loss": True, "learning_rate": False, "memory": False
+    }  # fmt: skip
+
+
 def test_the_log_scale_is_each_charts_own_and_keeps_the_zoom(tab: _Tab) -> None:
     chart, other = tab.chart("total_loss"), tab.chart("diffusion_loss")
     tab.zoom("total_loss", 0.5, 0.75)
     before, others = chart.evaluate(_IMAGE), other.evaluate(_IMAGE)
-    chart.get_by_label("Log scale").check()
+    chart.get_by_label("Log scale").uncheck()
     assert chart.evaluate(_IMAGE) != before
     assert other.evaluate(_IMAGE) == others
     assert tab.step("total_loss", 0.02) > 140
-    chart.get_by_label("Log scale").uncheck()
+    chart.get_by_label("Log scale").check()
     tab.page.mouse.move(0, 0)
     assert chart.evaluate(_IMAGE) == before, "there and back is the same picture"
 
@@ -231,6 +242,39 @@ def test_answers_are_filtered_by_outcome_and_by_text(tab: _Tab) -> None:
     assert sum(row.is_visible() for row in rows.all()) == 12
 
 
+def test_what_to_do_next_and_where_the_run_is_are_on_the_first_screen(tab: _Tab) -> None:
+    section = tab.page.get_by_role("region", name="Next")
+    box = section.bounding_box()
+    assert box is not None
+    assert box["y"] < 900
+    assert section.locator("pre").inner_text().startswith("canvastune serve ")
+    links = {link.inner_text(): link.get_attribute("href") for link in section.locator("a").all()}
+    assert list(links) == ["MLflow", "<b>Kubeflow"], "an address that is no page became a link"
+    assert links["MLflow"] == (
+        "http://127.0.0.1:5000/#/experiments/1/runs/2?workflowType=machine_learning"
+    )
+
+
+def test_a_wrong_answer_shows_how_it_differs_from_the_reference(tab: _Tab) -> None:
+    tab.page.locator("#filter select").select_option("wrong")
+    row = tab.page.locator(".answers tbody tr:visible").first
+    assert row.locator("[data-label=After] ins").count()
+    assert row.locator("[data-label=Reference] del").count()
+    tab.page.locator("#filter select").select_option("gained")
+    row = tab.page.locator(".answers tbody tr:visible").first
+    assert not row.locator("[data-label=After] ins").count(), "what is right needs no mark"
+
+
+def test_each_step_has_its_time_and_its_hours(tab: _Tab) -> None:
+    rows = tab.page.locator("#step-costs tbody tr")
+    assert [row.inner_text().split("\t") for row in rows.all()] == [
+        ["prepare_data", "12 s", "none", "", ""],
+        ["train", "11 min 0 s", "2", "0.367", "0.92"],
+        ["evaluate", "1 min 30 s", "1", "0.025", "0.062"],
+    ]
+    assert "0.98 USD" in tab.page.locator("#price").inner_text()
+
+
 def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab: _Tab) -> None:
     trace, slider = tab.page.locator("#trace"), tab.page.get_by_label("Frame")
 
@@ -238,8 +282,11 @@ def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab:
         notes = trace.get_by_role("group", name=side).locator("li .note")
         return [note.inner_text() for note in notes.all() if note.is_visible()]
 
-    assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
+    opened = slider.get_attribute("aria-valuetext")
+    assert opened == "Block 1, before at step 23, after at step 5", "it opens where something forms"
     slider.focus()
+    slider.press("Home")
+    assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
     slider.press("ArrowRight")
     assert slider.get_attribute("aria-valuetext") == "Block 1, before at step 9, after at step 2"
     slider.press("ArrowRight")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from canvastune.data.packing import Example
+from canvastune.model.diffusion_gemma import CACHE
 from canvastune.noise import NoiseSample
 
 Stage = Callable[[tuple[NoiseSample, str] | None], None]
@@ -75,7 +76,7 @@ def plain_forward(
         )  # without a config: with one, sliding layers would forget the block's past
         masks = {k: m[None, None] for k, m in encoder_mask.items()}
         encoded = model.model.encoder(
-            input_ids=example.tokens[None], attention_mask=masks, past_key_values=cache
+            input_ids=example.tokens[None], attention_mask=masks, **{CACHE: cache}
         )
         return cache, encoded.last_hidden_state
 
@@ -89,7 +90,7 @@ def plain_forward(
     def denoise(cache: DynamicCache, logits: torch.Tensor | None) -> torch.Tensor:
         return model(
             decoder_input_ids=canvas[None],
-            past_key_values=cache,
+            **{CACHE: cache},
             decoder_position_ids=torch.arange(start, start + len(targets))[None],
             decoder_attention_mask={k: m[None, None] for k, m in decoder_mask.items()},
             self_conditioning_logits=logits,

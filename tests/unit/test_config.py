@@ -117,3 +117,27 @@ def test_both_names_of_a_key_at_once_are_refused() -> None:
 
 def test_a_suggestion_uses_the_current_name() -> None:
     assert "data.max_duplicate_fraction" in refusal(RECIPE, "data.max_duplicate=0.5").hint
+
+
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("train.num_train_epochs", "train.global_batch_size"),
+        ("lora_r", "lora.rank"),
+        ("output_dir", "--workspace"),
+    ],
+)
+def test_what_other_trainers_call_a_setting_is_known(key: str, own: str) -> None:
+    with pytest.raises(UserError) as refused:
+        loads("name: x\ndata: {source: rows.jsonl}", overrides=[f"{key}=1"])
+    assert own in refused.value.hint
+
+
+def test_a_bad_value_is_blamed_on_what_set_it() -> None:
+    recipe = "name: x\ndata: {source: rows.jsonl}\nlora: {rank: many}"
+    with pytest.raises(UserError) as refused:
+        loads(recipe, overrides=["train.steps=ten"], source="mine.yaml")
+    by_option, by_file = sorted(str(refused.value).splitlines())
+    assert by_option.startswith("--set train.steps=ten: train.steps: found 'ten'")
+    assert by_file.startswith("mine.yaml: lora.rank: found 'many'")

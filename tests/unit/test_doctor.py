@@ -4,11 +4,14 @@ installed.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import json
 import os
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import yaml
 from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
@@ -33,6 +37,7 @@ from pipelines.doctor.cluster import (
 )
 from pipelines.doctor.doctor import print_findings, run_check
 from pipelines.doctor.finding import DoctorOptions, Finding
+from pipelines.doctor.hardware import Gpu, check_hardware
 from pipelines.doctor.machine import check_disk, check_packages, check_torch, installed_version
 from pipelines.doctor.sources import check_data, check_model
 from pipelines.doctor.tracking import check_tracking
@@ -158,9 +163,9 @@ def test_gpu_that_torch_cannot_use_points_to_the_driver(monkeypatch: pytest.Monk
     assert "13.0" in gpu.fix
 
 
-def test_full_disk_is_a_problem() -> None:
+def test_full_disk_is_a_problem(tmp_path: Path) -> None:
     usage = type("Usage", (), {"free": 10**8})
-    found = list(check_disk(lambda _: usage))
+    found = list(check_disk(tmp_path, lambda _: usage))
     assert [one.state for one in found] == ["problem", "problem"]
     assert "HF_HOME" in found[1].fix
 
@@ -172,6 +177,92 @@ def test_a_check_that_raises_does_not_end_the_others() -> None:
 
     found = _only(run_check("disk", breaks))
     assert (found.state, found.found) == ("problem", "the check failed: RuntimeError: no such luck")
+
+
+# --- what a recipe asks for
+
+H100 = Gpu("NVIDIA H100", round(79.6e9))
+A10 = Gpu("NVIDIA A10", 24 * 10**9)
+CPU = {"hardware": {"accelerator": "cpu", "gpu_memory": 12}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "gpus", "memory", "free", "states", "cure"),
+    [
+        ({}, [], 25e9, 68e9, {"accelerators": "problem", "space": "problem"}, "accelerator=cpu"),
+        ({}, [H100] * 2, 1e12, 1e12, {"accelerators": "problem"}, "nproc_per_node=2"),
+        ({}, [A10] * 8, 1e12, 1e12, {"accelerators": "problem"}, "gpu_memory=24"),
+        ({}, [H100] * 8, 1e12, 1e12, {}, ""),
+        ({}, [H100] * 8, 1e12, 100e9, {"space": "problem"}, "HF_HOME"),
+        (CPU | {"parallel": {"nproc_per_node": 1, "ep": 1}}, [], 8e9, 1e12, {"plan": "problem"}, ""),
+        ({"train": {"method": "full"}}, [H100] * 8, 1e9, 9e12, {"plan": "problem"}, ""),
+        ({"cluster": {"backend": "pytorchjob", "image": "i", "claim": "c"}}, [], 1e9, 1e9,
+            {"accelerators": "skipped"}, ""),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_judged_against_the_machine(
+    tmp_path: Path,
+    tree: dict[str, Any],
+    gpus: list[Gpu],
+    memory: float,
+    free: float,
+    states: dict[str, str],
+    cure: str,
+) -> None:
+    config = parse_config(yaml.safe_load(RECIPE.read_text()) | tree)
+    usage = type("Usage", (), {"free": int(free)})
+    findings = check_hardware(
+        config,
+        tmp_path / "workspace",
+        gpus=lambda: gpus,
+        memory=lambda: memory,
+        disk_usage=lambda _: usage,
+    )
+    found = {one.name: one for one in findings}
+    assert {name: one.state for name, one in found.items() if one.state != "ok"} == states
+    assert cure in " ".join(one.fix for one in found.values())
+
+
+def test_a_tiny_run_fits_a_small_machine(tiny_model: Path, tmp_path: Path) -> None:
+    tree = {"name": "x", "model": {"id": str(tiny_model)}, "data": {"source": "rows.jsonl"}, **CPU}
+    config = parse_config(tree)
+    found = {one.name: one for one in check_hardware(config, tmp_path, memory=lambda: 8e9)}
+    assert {name: one.state for name, one in found.items()} == dict.fromkeys(
+        ("plan", "accelerators", "space"), "ok"
+    )
+    config = parse_config({**tree, "parallel": {"nproc_per_node": 512, "ep": 1}})
+    found = {one.name: one for one in check_hardware(config, tmp_path, memory=lambda: 8e9)}
+    assert found["accelerators"].state == "problem", "more processes than the memory holds"
+
+
+def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = parse_config(
+        {"name": "x", "model": {"id": str(tmp_path / "model")}, "data": {"source": "a.jsonl"}}
+    )
+    assert _only(check_model(config)).state == "ok"
+    next((tmp_path / "model").glob("*.safetensors")).unlink()
+    assert _only(check_model(config)).state == "problem"
+
+
+def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None:
+    assert _only(check_tracking(None, tmp_path)).state == "skipped"
+    (tmp_path / "mlflow.db").write_bytes(os.urandom(4096))
+    found = _only(check_tracking(None, tmp_path))
+    assert found.state == "problem"
+    assert "move it away" in found.fix
+    (tmp_path / "mlflow.db").unlink()
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        database.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        database.execute(f"INSERT INTO experiments VALUES ('file://{tmp_path}/mlartifacts/1')")
+        database.commit()
+    assert _only(check_tracking(None, tmp_path)).state == "ok"
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "copy")
+    found = _only(check_tracking(None, tmp_path / "copy"))
+    assert found.state == "warning"
+    assert f"{tmp_path}/mlartifacts/1" in found.found
 
 
 # --- what a run refers to
@@ -278,7 +369,7 @@ def serve() -> Iterator[Serve]:
 def test_an_error_of_the_tracking_server_is_explained(
     serve: Serve, status: int, body: str, state: str, cure: str
 ) -> None:
-    found = _only(check_tracking(serve(status, body)))
+    found = _only(check_tracking(serve(status, body), Path()))
     assert found.state == state
     assert cure in found.fix
 
@@ -298,7 +389,7 @@ def test_an_old_tracking_server_is_a_problem(
         return io.BytesIO(version.encode() if request.full_url.endswith("/version") else b"{}")
 
     monkeypatch.setattr("urllib.request.urlopen", respond)
-    found = _only(check_tracking("http://mlflow:5000/"))
+    found = _only(check_tracking("http://mlflow:5000/", Path()))
     assert found.state == state
     assert words in found.found
 

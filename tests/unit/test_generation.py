@@ -16,7 +16,7 @@ import torch
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.denoising_trace import select_frames
+from canvastune.evaluation.denoising_trace import longest_trace, select_frames
 from canvastune.evaluation.generation import (
     Answering,
     Question,
@@ -64,7 +64,7 @@ HOW = Answering(
 def ask(
     model: Any, questions: Sequence[Question], tokenizer: Any = NUMBERS, **changes: Any
 ) -> dict[str, dict[str, Any]]:
-    options: dict[str, Any] = {"seed": 0, "rows": 2, "traced": None}
+    options: dict[str, Any] = {"seed": 0, "rows": 2, "traced": ()}
     options |= {name: changes.pop(name) for name in list(changes) if name in options}
     how = dataclasses.replace(HOW, **changes)
     return dict(generate_answers(model, questions, tokenizer, how, **options))
@@ -220,7 +220,7 @@ def test_the_last_frame_of_each_block_is_the_answer(model: Any, blocks: int, sho
     name = QUESTIONS[1].id
     limit = blocks * CANVAS
     asked = QUESTIONS[:3]
-    found = ask(model, asked, sampler=sampler, max_new_tokens=limit, traced=name, rows=3)
+    found = ask(model, asked, sampler=sampler, max_new_tokens=limit, traced=[name], rows=3)
     frames, said = found[name]["trace"], found[name]["text"].split()
     assert found[QUESTIONS[0].id]["trace"] is None
     assert len(said) == blocks * CANVAS
@@ -241,6 +241,17 @@ def test_the_last_frame_of_each_block_is_the_answer(model: Any, blocks: int, sho
             ):
                 assert changed == (before != after)
     assert max(frame["block"] for frame in frames) == shown - 1
+
+
+def test_the_answer_that_changes_most_is_the_one_to_show() -> None:
+    at_once = select_frames([[[1, 2, 3]]], 3, NUMBERS)
+    slowly = select_frames([[[1, 2, 3], [4, 2, 3], [4, 5, 3]]], 3, NUMBERS)
+    assert longest_trace({"a": at_once, "b": slowly, "c": at_once}) == "b"
+    tuned = {"a": at_once, "b": at_once}
+    assert longest_trace(tuned, {"a": at_once, "b": slowly}) == "b", (
+        "the base decides between equals"
+    )
+    assert longest_trace({"a": [], "b": []}) == "a"
 
 
 def test_the_trace_ends_with_the_answer() -> None:

@@ -3,6 +3,7 @@ to its version.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import kfp
@@ -104,3 +105,20 @@ def test_prepared_data_that_lost_a_file_is_prepared_again(
     assert f"{data}: {lost} " in caplog.text
     (data,) = (tmp_path / "kfp").glob("*/prepare-data/dataset")
     assert (data / lost).is_file()
+
+
+def test_a_copied_workspace_uses_its_own_prepared_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOG_FORMAT, "json")
+    run_locally(prepared, {}, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (entry,) = (tmp_path / "b" / "kfp" / ".kfp_cache").glob("*.json")
+    assert str(tmp_path / "a") in entry.read_text()
+    run_locally(prepared, {}, tmp_path / "b")
+    assert ("task_reused", "prepare_data") in _events(capsys)
+    assert str(tmp_path / "a") not in entry.read_text(), "it goes on with the original's data"
+    for copied in (tmp_path / "b" / "kfp").glob("*/prepare-data"):
+        shutil.rmtree(copied)
+    run_locally(prepared, {}, tmp_path / "b")
+    assert ("task_finished", "prepare_data") in _events(capsys)

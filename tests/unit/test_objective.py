@@ -13,7 +13,7 @@ from canvastune import logit_chunks, objective
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, pack
 from canvastune.model.attention import Packing
-from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.model.diffusion_gemma import CACHE, WeightTiedDiffusionGemma
 from canvastune.model.parameter_names import VISION, base_name
 from canvastune.noise import NoiseSample
 from canvastune.objective import losses
@@ -231,10 +231,10 @@ def test_hidden_states_equal_those_of_block_by_block_inference(
         ours = canvas_hidden(model, [example], [draw])
         start = example.prefix_length + draw.block * CANVAS
         cache = DynamicCache(config=stock.config.text_config)
-        stock.model.encoder(input_ids=example.tokens[None, :start], past_key_values=cache)
+        stock.model.encoder(input_ids=example.tokens[None, :start], **{CACHE: cache})
         theirs = stock.model.decoder(
             decoder_input_ids=batch.canvas[None],
-            past_key_values=cache,
+            **{CACHE: cache},
             decoder_position_ids=batch.canvas_positions[None],
         ).last_hidden_state[0]
         difference = float((ours - theirs).abs().max().detach())

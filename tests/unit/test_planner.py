@@ -23,7 +23,7 @@ from canvastune.perf_model.memory import StepShape
 from canvastune.planner import planner
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
 from canvastune.planner.planner import SHIPPED_CONFIG, find_architecture, make_plan, write_plan
-from canvastune.planner.render import render
+from canvastune.planner.render import render, summarize
 from tests.support.small import CANVAS
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
@@ -398,3 +398,17 @@ def test_a_small_batch_is_bound_by_the_hosts_launches_and_a_larger_one_by_the_gp
 
 def _time_of(plan: Plan) -> str:
     return render(plan).partition("Time, estimated")[2].partition("Blocks of")[0]
+
+
+def test_the_summary_has_what_decides_in_two_lines() -> None:
+    first, second = summarize(released("gsm8k_lora")).splitlines()
+    assert re.fullmatch(r"8 ranks on NVIDIA H100 SXM: [\d.]+ GB of 80\.0 GB each: fits", first)
+    assert re.search(r"[\d.]+ (ms|s), all steps [\d.]+ (min|h)$", second)
+    assert "does not fit" in summarize(released("gsm8k_sft", "hardware.gpu_memory=40"))
+
+
+def test_a_price_gives_the_cost_of_all_steps() -> None:
+    plan = released("gsm8k_lora", "cluster.gpu_hour_price=2.5", "cluster.currency=EUR")
+    hours = 8 * plan.run_seconds / 3600
+    assert f"{hours:.3g} accelerator-hours, {2.5 * hours:,.2f} EUR" in render(plan)
+    assert "accelerator-hours" not in render(released("gsm8k_lora"))

@@ -227,7 +227,10 @@ def test_a_run_without_a_name_names_the_unfinished_one_and_resume_takes_it_up(
 
 
 def test_a_failed_step_is_recorded_but_never_in_a_run_of_somebody_else(
-    workspace: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    workspace: Path,
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     failure = local_runner.StepFailed("prepare_data", UserError("row 7", hint="Fix it."))
     names = _fake_pipeline(monkeypatch, failure)
@@ -235,6 +238,9 @@ def test_a_failed_step_is_recorded_but_never_in_a_run_of_somebody_else(
     assert main(command) == 1
     run = run_list.read_run(workspace / "runs" / names[0])
     assert (run.state, run.where, run.reason) == ("failed", "prepare_data", "row 7\nFix it.")
+    *_, fix, resume = capsys.readouterr().err.splitlines()
+    assert "Fix it." in fix
+    assert resume.endswith(f"--run-name {names[0]}")
 
     folder = make_run("good")
     assert main([*command, "--run-name", "good"]) == 1, "a finished run is not overwritten"

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, DiffusionGemmaForBlockDiffusion, GemmaTokenizer
 
 from canvastune import tiny_model as tiny
+from canvastune.checkpoint.hf_format import CheckpointReader
 from canvastune.config import load_config
+from canvastune.config.strict import flatten
 from canvastune.errors import UserError
+from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.tiny_model import make_tiny_model, write_problems
 from pipelines.demo import ROWS, SHIPPED_BASE, to_float32, unpack_base
 from tools.tiny_base import MADE, ingredients
@@ -96,6 +99,59 @@ def test_layout_is_the_hub_s(checkpoint: Path) -> None:
         with safe_open(checkpoint / shard, "pt") as file:
             held |= dict.fromkeys(file.keys(), shard)
     assert index == held, "the index names other tensors than the shards hold"
+
+
+# Every tensor of the released checkpoint, with layers numbered N.
+_LAYER = [
+    "experts.down_proj",
+    "experts.gate_up_proj",
+    "input_layernorm.weight",
+    "layer_scalar",
+    "mlp.down_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "post_attention_layernorm.weight",
+    "post_feedforward_layernorm.weight",
+    "post_feedforward_layernorm_N.weight",
+    "pre_feedforward_layernorm.weight",
+    "pre_feedforward_layernorm_N.weight",
+    "router.per_expert_scale",
+    "router.proj.weight",
+    "router.scale",
+    "self_attn.k_norm.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.q_norm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.v_proj.weight",
+]
+_DECODER = [
+    "embed_tokens.weight",
+    "norm.weight",
+    "self_conditioning.down_proj.weight",
+    "self_conditioning.gate_proj.weight",
+    "self_conditioning.pre_norm.weight",
+    "self_conditioning.up_proj.weight",
+]
+
+
+def test_tensors_and_configuration_have_the_names_of_the_hub_s_checkpoint(checkpoint: Path) -> None:
+    """Newer versions of transformers save in a form that earlier ones and other tools do not read;
+    training and merge keep the names of their base.
+    """
+    names = {re.sub(r"\d+", "N", name) for name in CheckpointReader(checkpoint).names()}
+    decoder = {f"model.decoder.{name}" for name in _DECODER}
+    decoder |= {f"model.decoder.layers.N.{name}" for name in _LAYER}
+    assert {name for name in names if name.startswith("model.decoder.")} == decoder
+    others = {name for name in names if not name.startswith("model.decoder.")}
+    scalar = "model.encoder.language_model.layers.N.layer_scalar"
+    vision = ("model.encoder.embed_vision.", "model.encoder.vision_tower.")
+    assert {name for name in others if not name.startswith(vision)} == {scalar}
+    own, released = (
+        flatten(json.loads(file.read_text()))
+        for file in (checkpoint / "config.json", SHIPPED_CONFIG)
+    )
+    assert set(released) <= set(own)
 
 
 def test_architecture_is_that_of_the_26b_model(

@@ -323,6 +323,8 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
   "restarts" (int $training.restarts)
   "ttl_hours" $training.ttlHours
   "runtime" (include "canvastune.training.runtime" .)
+  "gpu_hour_price" $training.gpuHourPrice
+  "currency" $training.currency
   "resources" (dict "requests" $settings.resources.requests "limits" $limits)
   "ca_bundle" (get $settings "ca_bundle")
 -}}

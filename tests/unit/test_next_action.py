@@ -1,0 +1,62 @@
+"""The report names one next action, with a command where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from canvastune.evaluation.result import EvaluationResult
+from canvastune.report.next_action import next_action
+from canvastune.report.summary import RunArtifacts, step_costs
+from tools.report_sample import sample_config, sample_result
+
+RUN = Path("/data/my runs/a")
+SERVE = "canvastune serve '/data/my runs/a/model'"
+EVALUATE = "canvastune evaluate '/data/my runs/a' --set evaluate"
+
+
+def _cut(count: int) -> EvaluationResult:
+    result = sample_result()
+    return dataclasses.replace(result, after=dataclasses.replace(result.after, cut=count))
+
+
+_UNCLEAR = {"before": 6, "after": 8, "lost": 3}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "how", "command"),
+    [
+        (sample_result(), {}, SERVE),
+        (sample_result(), {"merge": {"passed": False}}, "canvastune merge"),
+        (_cut(20), {}, f"{EVALUATE}.max_new_tokens="),
+        (_cut(2), {}, SERVE),
+        (sample_result(rows=0), {}, f"{EVALUATE}.judge=chrf"),
+        (sample_result(before=52, after=6, lost=50), {}, ""),
+        (sample_result(**_UNCLEAR), {"card": {"validation": 900}}, f"{EVALUATE}.rows=900"),
+        (sample_result(**_UNCLEAR), {"card": {"validation": 64}}, f"{EVALUATE}.repeats=4"),
+        (sample_result(**_UNCLEAR, repeats=4), {"card": {"validation": 64}}, ""),
+        (None, {}, ""),
+    ],
+)
+def test_the_next_action_follows_from_the_results(
+    evaluation: EvaluationResult | None, how: dict[str, Any], command: str
+) -> None:
+    given = {"merge": None, "card": {}, "folder": RUN, "model": RUN / "model", **how}
+    action = next_action(sample_config(), evaluation, **given)
+    assert action.text.endswith(".")
+    assert action.command.startswith(command) if command else not action.command
+
+
+@pytest.mark.parametrize(("price", "costs"), [(3.0, [None, 6.0, 0.75]), (None, [None] * 3)])
+def test_a_step_costs_what_its_accelerators_do(
+    price: float | None, costs: list[float | None]
+) -> None:
+    config = sample_config(parallel={"nproc_per_node": 4}, cluster={"gpu_hour_price": price})
+    seconds = (("plan", 9.0), ("train", 1800.0), ("evaluate", 900.0))
+    run = RunArtifacts("a", config, RUN, step_seconds=seconds)
+    found = step_costs(run)
+    assert [each.hours for each in found] == [0, 2, 0.25]
+    assert [each.price for each in found] == costs
