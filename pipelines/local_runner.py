@@ -168,7 +168,7 @@ def run_locally(
 def _adopt_cache(artifacts: Path) -> None:
     """Make the cache of a workspace that was moved or copied point to its own artifacts.
 
-    KFP's cache holds absolute paths: a copy would go on with the original's data.
+    KFP's cache holds absolute paths: a copy would use the original's data.
     """
     for entry in sorted((artifacts / ".kfp_cache").glob("*.json")):
         try:

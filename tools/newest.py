@@ -1,6 +1,6 @@
 """Run the tests with the newest libraries that pip resolves, and print what differs from the pins.
 
-`make test-newest` runs this. The libraries go into build/newest, an environment of its own (about 6 GB
+`make test-newest` runs this. The libraries go into build/newest, a separate environment (about 6 GB
 with torch for CUDA). What fails there is run again here, with the pinned versions: what passes here
 is the difference. `OPTIONS="--keep torch -- tests/unit -k cache"` keeps a pin and chooses the tests.
 """

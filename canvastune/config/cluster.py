@@ -359,8 +359,8 @@ class ClusterConfig(PodSettings):
     gpu_hour_price: float | None = Field(
         None,
         gt=0,
-        description="price of one accelerator, or of a process without one, for an hour: plan and report "
-        "then give the cost of the run",
+        description="price of one accelerator, or of a process without one, for an hour; plan and report "
+        "then show the cost of the run",
     )
     currency: Annotated[str, matching(r"[^\W\d_]{1,8}|[$€£¥₹]", "a currency, such as USD")] = Field(
         "USD", description="currency of gpu_hour_price"

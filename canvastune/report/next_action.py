@@ -76,7 +76,7 @@ def _actions(
         yield Action(text, serve)
     if evaluation.verdict == "better":
         yield Action("Use the model.", serve)
-    unclear = "The rows do not tell whether the model is better."
+    unclear = "The rows do not show whether the model is better."
     if held_out > evaluation.rows:
         text = f"{unclear} Ask all {held_out:,} held-out rows, not {evaluation.rows:,}."
         yield Action(text, f"{again} --set evaluate.rows={held_out}")

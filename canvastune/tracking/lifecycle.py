@@ -148,7 +148,7 @@ class StepRun:
         """Log a prepared data set (its card.json) as an input: name, source, digest, sizes.
 
         Args:
-            context: "training", or "evaluation" for its held-out rows: a data set of their own, as a
+            context: "training", or "evaluation" for its held-out rows: a separate data set, as a
                 run shows each one only once.
         """
         if self.pipeline_run:

@@ -117,7 +117,7 @@ def test_a_copied_workspace_uses_its_own_prepared_data(
     assert str(tmp_path / "a") in entry.read_text()
     run_locally(prepared, {}, tmp_path / "b")
     assert ("task_reused", "prepare_data") in _events(capsys)
-    assert str(tmp_path / "a") not in entry.read_text(), "it goes on with the original's data"
+    assert str(tmp_path / "a") not in entry.read_text(), "it uses the original's data"
     for copied in (tmp_path / "b" / "kfp").glob("*/prepare-data"):
         shutil.rmtree(copied)
     run_locally(prepared, {}, tmp_path / "b")
