@@ -62,7 +62,7 @@ class ChatModel:
         """
         questions = {question.id: question for question in map(self._question, chats)}
         how = replace(self._how, max_new_tokens=max_new_tokens)
-        given = (list(questions.values()), self._tokenizer, how, seed, self._rows, None)
+        given = (list(questions.values()), self._tokenizer, how, seed, self._rows, ())
         answers = {name: answer["text"] for name, answer in generate_answers(self._model, *given)}
         return [answers[self._question(chat).id] for chat in chats]
 

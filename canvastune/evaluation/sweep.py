@@ -124,7 +124,7 @@ def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) 
             for seed in seeds:
                 open_questions = [one for one in questions if cache.get(keys[one.id, seed]) is None]
                 given = (open_questions, tokenizer, with_it, seed, config.evaluate.batch_size)
-                for id, answer in generate_answers(model, *given, None):
+                for id, answer in generate_answers(model, *given, ()):
                     cache.put(keys[id, seed], answer)
             answers = {key: cache.get(found) for key, found in keys.items()}
             costs[name] = list(answers.values())
