@@ -26,6 +26,7 @@ import yaml
 from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
+from canvastune.planner.planner import SHIPPED_CONFIG
 from components.jobs.client import connect_to_cluster
 from pipelines.cli import main
 from pipelines.doctor.cluster import (
@@ -195,7 +196,7 @@ CPU = {"hardware": {"accelerator": "cpu", "gpu_memory": 12}}
         ({}, [H100] * 8, 1e12, 1e12, {}, ""),
         ({}, [H100] * 8, 1e12, 100e9, {"space": "problem"}, "HF_HOME"),
         (CPU | {"parallel": {"nproc_per_node": 1, "ep": 1}}, [], 8e9, 1e12, {"plan": "problem"}, ""),
-        ({"train": {"method": "full"}}, [H100] * 8, 1e9, 9e12, {"plan": "problem"}, ""),
+        ({}, [H100] * 8, 1e6, 1e12, {"memory": "problem"}, "async_checkpoints=false"),
         ({"cluster": {"backend": "pytorchjob", "image": "i", "claim": "c"}}, [], 1e9, 1e9,
             {"accelerators": "skipped"}, ""),
     ],
@@ -208,7 +209,9 @@ def test_a_recipe_is_judged_against_the_machine(
     free: float,
     states: dict[str, str],
     cure: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("pipelines.doctor.hardware.find_architecture", lambda _: SHIPPED_CONFIG)
     config = parse_config(yaml.safe_load(RECIPE.read_text()) | tree)
     usage = type("Usage", (), {"free": int(free)})
     findings = check_hardware(
