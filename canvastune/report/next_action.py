@@ -60,7 +60,7 @@ def _actions(
             f"Allow longer answers first: {cut} of {answers} were cut.",
             f"{again} --set evaluate.max_new_tokens={2 * evaluation.max_new_tokens}",
         )
-    if not evaluation.scored and evaluation.judges:
+    if not evaluation.scored and evaluation.judges and "chrf" not in evaluation.judges:
         text = "Choose a judge that fits the references, such as chrF for text."
         yield Action(text, f"{again} --set evaluate.judge=chrf")
     if not evaluation.scored:
