@@ -417,7 +417,9 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"config.yaml", "report.html", "answers.json"}
     assert parent.inputs is not None
-    assert [entry.tags[0].value for entry in parent.inputs.dataset_inputs] == ["training"]
+    data = {entry.tags[0].value: entry.dataset.name for entry in parent.inputs.dataset_inputs}
+    assert sorted(data) == ["evaluation", "training"]
+    assert data["evaluation"] == f"{data['training']} held out"
     for name, side in (("evaluate", "after"), ("evaluate_base", "before")):
         (run,) = (run for run in children if run.info.run_name == f"{own}: {name}")
         traces = client.search_traces(locations=[parent.info.experiment_id], run_id=run.info.run_id)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -29,6 +29,9 @@ from pipelines.cli import main
 from tests.fakes.tracking_server import prepared, train_record
 from tests.support.pipeline_runs import client_of, config, nested_runs, pipeline_run
 from tools.report_sample import sample_result
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 pytestmark = pytest.mark.usefixtures("own_mlflow")
 
@@ -256,6 +259,7 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
         record.model(_weights(tmp_path / "merged"), "merged")
     data = prepared(tmp_path)
     with tracking.step_run(run, "evaluate") as record:
+        record.dataset(data, "evaluation", of="run/")
         record.dataset(data, "evaluation")
         record.evaluated_model()
     with tracking.step_run(run, "report") as record:
@@ -272,10 +276,10 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
     ]
     logged = {model.model_type: model for each in found for model in each}
     assert sorted(logged) == ["adapter", "merged"]
-    linked = client.get_run(parent).outputs.model_outputs
-    assert sorted(output.model_id for output in linked) == sorted(
-        model.model_id for model in logged.values()
-    ), "the run names no model"
+    linked = [entry.model_id for entry in client.get_run(parent).inputs.model_inputs]
+    assert linked == [logged[kind].model_id for kind in ("merged", "adapter")], (
+        "the list of evaluations names the first one"
+    )
     for model in logged.values():
         assert {(metric.key, metric.value) for metric in model.metrics} == {
             ("eval/exact_match_after", 0.75),
@@ -295,6 +299,22 @@ def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(
         logged["merged"].model_id
     ], "what was evaluated is not linked"
     assert [entry.tags[0].value for entry in evaluated.inputs.dataset_inputs] == ["evaluation"]
+    listed = _listed_evaluations(client)
+    assert {parent, run_id} <= listed, "MLflow's list of evaluations is empty"
+    assert not {model.source_run_id for model in logged.values()} & listed
+
+
+def _listed_evaluations(client: MlflowClient) -> set[str]:
+    """Return the runs that MLflow's page of evaluations lists: those without a model as output that
+    are not below a run with one.
+    """
+    runs = [client.get_run(run.info.run_id) for run in client.search_runs(["1"])]
+    shown = {
+        run.info.run_id: run.data.tags.get("mlflow.parentRunId")
+        for run in runs
+        if not (run.outputs and run.outputs.model_outputs)
+    }
+    return {run_id for run_id, above in shown.items() if above is None or above in shown}
 
 
 def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(

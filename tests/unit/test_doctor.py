@@ -183,7 +183,7 @@ def test_a_check_that_raises_does_not_end_the_others() -> None:
 # --- what a recipe asks for
 
 H100 = Gpu("NVIDIA H100", round(79.6e9))
-A10 = Gpu("NVIDIA A10", 24 * 10**9)
+A10, P4 = Gpu("NVIDIA A10", 24 * 10**9), Gpu("Tesla P4", 8 * 10**9)
 CPU = {"hardware": {"accelerator": "cpu", "gpu_memory": 12}}
 
 
@@ -192,7 +192,8 @@ CPU = {"hardware": {"accelerator": "cpu", "gpu_memory": 12}}
     [
         ({}, [], 25e9, 68e9, {"accelerators": "problem", "space": "problem"}, "accelerator=cpu"),
         ({}, [H100] * 2, 1e12, 1e12, {"accelerators": "problem"}, "nproc_per_node=2"),
-        ({}, [A10] * 8, 1e12, 1e12, {"accelerators": "problem"}, "gpu_memory=24"),
+        ({}, [A10] * 8, 1e12, 1e12, {"accelerators": "warning"}, "gpu_memory=24"),
+        ({}, [P4] * 8, 1e12, 1e12, {"accelerators": "problem"}, "gpu_memory=8"),
         ({}, [H100] * 8, 1e12, 1e12, {}, ""),
         ({}, [H100] * 8, 1e12, 100e9, {"space": "problem"}, "HF_HOME"),
         (CPU | {"parallel": {"nproc_per_node": 1, "ep": 1}}, [], 8e9, 1e12, {"plan": "problem"}, ""),
@@ -228,14 +229,13 @@ def test_a_recipe_is_judged_against_the_machine(
 
 def test_a_tiny_run_fits_a_small_machine(tiny_model: Path, tmp_path: Path) -> None:
     tree = {"name": "x", "model": {"id": str(tiny_model)}, "data": {"source": "rows.jsonl"}, **CPU}
-    config = parse_config(tree)
+    config = parse_config({**tree, "parallel": {"nproc_per_node": 1, "ep": 1}})
     found = {one.name: one for one in check_hardware(config, tmp_path, memory=lambda: 8e9)}
     assert {name: one.state for name, one in found.items()} == dict.fromkeys(
         ("plan", "accelerators", "space"), "ok"
     )
-    config = parse_config({**tree, "parallel": {"nproc_per_node": 512, "ep": 1}})
-    found = {one.name: one for one in check_hardware(config, tmp_path, memory=lambda: 8e9)}
-    assert found["accelerators"].state == "problem", "more processes than the memory holds"
+    found = {one.name: one for one in check_hardware(config, tmp_path, memory=lambda: 1e8)}
+    assert found["accelerators"].state == "problem", "the memory holds no process"
 
 
 def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: Path) -> None:
