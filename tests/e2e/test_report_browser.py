@@ -283,7 +283,7 @@ def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab:
         return [note.inner_text() for note in notes.all() if note.is_visible()]
 
     opened = slider.get_attribute("aria-valuetext")
-    assert opened == "Block 1, before at step 23, after at step 5", "it opens where something forms"
+    assert opened == "Block 1, before at step 47, after at step 5", "it opens where something forms"
     slider.focus()
     slider.press("Home")
     assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
