@@ -243,7 +243,7 @@ def step_costs(run: RunArtifacts) -> list[StepCost]:
     """Return the time of each step and, of those with accelerators, their hours and price."""
     config, rows = run.config, []
     for step, seconds in run.step_seconds:
-        count = {"train": config.world_size, "evaluate": 1}.get(step, 0)
+        count = {"train": config.world_size, "evaluate": config.evaluate.gpus or 1}.get(step, 0)
         hours, price = count * seconds / 3600, config.cluster.gpu_hour_price
         cost = hours * price if price is not None and count else None
         rows.append(StepCost(step, seconds, count, hours, cost))
