@@ -321,14 +321,14 @@ class Publisher:
     def _send_summary(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
         """Log the figures by which runs are compared, on the run and its models, with the data.
 
-        The models are the run's inputs, and outputs of the steps that made them: MLflow's list of
-        evaluations leaves out a run that has a model as output, and every run below it.
+        The evaluated model is the run's input, and an output of the step that made it: MLflow's list
+        of evaluations leaves out a run that has a model as output, and every run below it.
         """
         entity, models = load_mlflow().entities.LoggedModelInput, self._models(client)
         self._send_metrics(client, run_id, value["values"])
-        # The list names the first as the evaluated one.
-        models.sort(key=lambda model: model.model_type == "adapter")
-        client.log_inputs(run_id, models=[entity(model.model_id) for model in models])
+        # Only what was evaluated: the list shows one of a run's models, in no order.
+        complete = [model for model in models if model.model_type != "adapter"] or models
+        client.log_inputs(run_id, models=[entity(model.model_id) for model in complete])
         for model in models:
             of = {"model_id": model.model_id, **value["dataset"]}
             self._send_metrics(client, run_id, value["values"], **of)
