@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible server; run by `tools.serving` in the server's own environment.
+"""Ask a server with OpenAI's API; run by `tools.serving` in the server's own environment.
 
 Reads a request from standard input and writes the answers to standard output, both JSON.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer each prompt, and the first one again as a stream."""
+    """Answer each prompt, and the first one as a stream."""
     from openai import OpenAI
 
     asked = json.load(sys.stdin)
@@ -23,7 +23,7 @@ def main() -> None:
             messages=[{"role": "user", "content": prompt}],
             max_tokens=asked["max_tokens"],
             seed=seed,
-            extra_body=asked["settings"],
+            extra_body=asked["body"],
             **how,
         )
 
