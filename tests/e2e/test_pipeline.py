@@ -452,7 +452,7 @@ def test_ctrl_c_ends_every_process_and_leaves_a_checkpoint(runs: Runs) -> None:
     assert runs.interrupted.code == 130, runs.interrupted.said
     assert not runs.left_by_interrupted, f"still running: {runs.left_by_interrupted}"
     assert "Traceback" not in runs.interrupted.said, runs.interrupted.said
-    assert "waiting for train to save its state, for at most" in runs.interrupted.said
+    assert re.search(r"\bwaiting for train\b.* \d+ s$", runs.interrupted.said, re.MULTILINE)
     last = runs.interrupted.said.splitlines()[-1]
     words = shlex.split(last)
     assert words[0].endswith("canvastune")
@@ -485,8 +485,8 @@ def test_an_interrupted_and_resumed_run_is_one_run_in_mlflow(runs: Runs) -> None
     (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
     tags = parent.data.tags
     assert (tags["canvastune.state"], tags["canvastune.attempts"]) == ("finished", "2")
-    assert "interrupted in train after 0:" in tags["canvastune.attempt_1"]
-    assert "finished after 0:" in tags["canvastune.attempt_2"]
+    assert re.search(r"\binterrupted\b.* train\b.* 0:", tags["canvastune.attempt_1"])
+    assert re.search(r"\bfinished\b.* 0:", tags["canvastune.attempt_2"])
     assert "evaluate.rows: 2 -> 3" in tags["canvastune.changed_settings"]
     assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == 60
 

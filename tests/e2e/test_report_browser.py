@@ -4,6 +4,7 @@ shows all of it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -231,10 +232,8 @@ def test_answers_are_filtered_by_outcome_and_by_text(tab: _Tab) -> None:
     assert sum(row.is_visible() for row in rows.all()) == 5
     tab.page.get_by_label("containing").fill("APPLES AND gives 5")
     found = [row.inner_text() for row in rows.all() if row.is_visible()]
-    assert (
-        tab.page.locator("#filter output").inner_text()
-        == f"{len(found)} of 64 answers on this page"
-    )
+    shown = re.findall(r"\d+", tab.page.locator("#filter output").inner_text())
+    assert shown == [str(len(found)), "64"]
     assert 0 < len(found) < 5
     assert all("gives 5" in text for text in found)
     tab.page.get_by_label("containing").fill("")
@@ -288,7 +287,8 @@ def test_the_trace_shows_one_moment_of_both_sides_and_keeps_finished_blocks(tab:
     slider.press("Home")
     assert shown("Before") == ["Block 1 of 1, step 0: all 16 tokens new"]
     slider.press("ArrowRight")
-    assert slider.get_attribute("aria-valuetext") == "Block 1, before at step 9, after at step 2"
+    read_aloud = re.findall(r"\d+", slider.get_attribute("aria-valuetext") or "")
+    assert read_aloud == ["1", "9", "2"], "not the block, and the step of each side"
     slider.press("ArrowRight")
     slider.press("ArrowRight")
     assert [note.split(":")[0] for note in shown("After")] == ["Block 1 of 2, step 5"], (

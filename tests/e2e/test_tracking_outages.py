@@ -275,7 +275,7 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
     before("finish")
     tracking.finish(run, "FINISHED")
     if back == "sync":
-        assert "attempts of the run" in tracking.pending(run)
+        assert tracking.pending(run)
         assert tracking.sync(run), "sync is silent about a server that is still down"
         before("sync")
         assert tracking.sync(run) == []
@@ -284,14 +284,11 @@ def test_what_an_outage_kept_back_arrives_as_if_there_had_been_none(
     assert max(seconds) < 10, (
         f"a server that is down delayed a step: {dict(zip(STEPS, seconds, strict=True))}"
     )
-    assert caplog.text.count("cannot be reached") == 1, caplog.text
+    warned = [each for each in caplog.records if each.levelno == logging.WARNING]
+    assert sum(server.uri in each.getMessage() for each in warned) == 1, caplog.text
 
 
-@pytest.mark.parametrize(
-    ("broken", "said"),
-    [(lambda: refusing(500), "is out of order"), (silent, "does not respond")],
-    ids=["500", "silent"],
-)
+@pytest.mark.parametrize("broken", [lambda: refusing(500), silent], ids=["500", "silent"])
 def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_is_lost(
     server: TrackingServer,
     tmp_path: Path,
@@ -300,7 +297,6 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
     caplog: pytest.LogCaptureFixture,
     request: pytest.FixtureRequest,
     broken: Callable[[], AbstractContextManager[str]],
-    said: str,
 ) -> None:
     name = f"broken-{request.node.callspec.id}"
     with broken() as uri, caplog.at_level(logging.WARNING):
@@ -308,7 +304,7 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
         seconds = go_through(run, tmp_path)
         tracking.finish(run, "FINISHED")
     assert max(seconds) < 8, f"a step waited: {dict(zip(STEPS, seconds, strict=True))}"
-    assert_one_warning(caplog, f"MLflow at {uri} {said}", run)
+    assert_one_warning(caplog, uri, run)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     assert tracking.sync(run) == []
     assert seen(server.uri, name) == healthy
@@ -317,13 +313,13 @@ def test_a_server_in_no_state_to_answer_costs_seconds_and_one_line_and_nothing_i
 @pytest.mark.parametrize(
     ("status", "body", "healthy", "said"),
     [
-        (503, "", False, "is out of order (/health answers 503)"),
-        (403, "Invalid Host header", True, "does not let us in"),
+        (503, "", False, r"/health\b.* 503\b"),
+        (403, "Invalid Host header", True, r"\b403\b"),
         (
             401,
             '{"error_code": "UNAUTHENTICATED", "message": "who are you"}',
             True,
-            "does not let us in (UNAUTHENTICATED: who are you)",
+            r"\(UNAUTHENTICATED: who are you\)",
         ),
     ],
 )
@@ -340,18 +336,20 @@ def test_the_one_warning_has_the_reason_that_the_server_gives(
         tracking.start(run)
         with tracking.step_run(run, "train") as record:
             record.metrics({"a": 1.0})
-    assert_one_warning(caplog, f"MLflow at {uri} {said}", run)
+    line = assert_one_warning(caplog, uri, run)
+    assert re.search(said, line), line
     assert tracking.pending(run)
 
 
 def assert_one_warning(
-    caplog: pytest.LogCaptureFixture, start: str, run: tracking.PipelineRun
-) -> None:
+    caplog: pytest.LogCaptureFixture, uri: str, run: tracking.PipelineRun
+) -> str:
     (line,) = [
         record.getMessage() for record in caplog.records if record.name == "canvastune.tracking"
     ]
-    assert line.startswith(start)
+    assert line.startswith(f"MLflow at {uri} ")
     assert f"canvastune sync {run.folder}" in line, "the warning names no way to send the rest"
+    return line
 
 
 def test_a_server_whose_store_hangs_is_given_up_after_two_timeouts(
@@ -386,10 +384,10 @@ def test_what_is_refused_holds_nothing_else_up_and_stays(
     client = load_mlflow().MlflowClient(server.uri)
     found = client.get_run(record.run_id)
     assert (found.data.metrics, found.info.status) == ({"a": 1.0}, "FINISHED")
-    assert caplog.text.count("refuses (INVALID_PARAMETER_VALUE: ") == 1
+    assert caplog.text.count("INVALID_PARAMETER_VALUE") == 1
     (reason,) = tracking.sync(run)
-    assert reason.startswith(
-        f"parameters of train: MLflow at {server.uri} refuses (INVALID_PARAMETER_VALUE: "
+    assert re.match(
+        rf"parameters\b.* train\b.* {re.escape(server.uri)} .*\bINVALID_PARAMETER_VALUE: ", reason
     )
 
 

@@ -184,44 +184,44 @@ CASES: dict[str, Case] = {
     "checkpoints of another seed": (
         lambda _: None,
         ("seed=7",),
-        (LAST, "another run: seed was 42 and is now 7", "another --output"),
+        (LAST, "seed ", " 42 ", " 7", "--output"),
     ),
     "checkpoints of other data": (
         other_data,
         (),
-        (LAST, "another run: data was", "another --output"),
+        (LAST, "data ", "--output"),
     ),
     "a finished run of another recipe": (
         finished,
         ("optimizer.lr=0.02", "train.log_every=1"),
-        ("out: ", "finished run", "optimizer.lr was 0.01 and is now 0.02", "another --output"),
+        ("out: ", "finished", "optimizer.lr ", " 0.01 ", " 0.02", "--output"),
     ),
     "a finished run of other data": (
         several(finished, other_data),
         (),
-        ("out: ", "finished run", "data was", "and is now", "another --output"),
+        ("out: ", "finished", "data ", "--output"),
     ),
     "a finished run without checkpoints of other data": (
         several(finished, gone("out/checkpoints"), other_data),
         (),
-        ("out: ", "finished run", "data was", "and is now", "another --output"),
+        ("out: ", "finished", "data ", "--output"),
     ),
     "a finished run without checkpoints of another method": (
         several(finished, gone("out/checkpoints")),
         ("train.method=full",),
-        ("out: ", "finished run", "train.method was 'lora' and is now 'full'", "another --output"),
+        ("out: ", "finished", "train.method ", "'lora'", "'full'", "--output"),
     ),
     "missing data": (gone("data/validation"), (), ("data/validation",)),
     "checkpoints with a bit flipped": (
         flipped,
         (),
-        (LAST, "SHA-256 differs", "no other checkpoint", "another --output"),
+        (LAST, "SHA-256", "--output"),
     ),
-    "checkpoints that were cut": (truncated, (), (LAST, "bytes", "expected", "another --output")),
+    "checkpoints that were cut": (truncated, (), (LAST, "bytes", "expected", "--output")),
     "checkpoints whose markers were cut": (
         unmarked,
         (),
-        (LAST, "no readable marker", "another --output"),
+        (LAST, "marker", "--output"),
     ),
 }
 

@@ -230,7 +230,7 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() 
     assert isinstance(good, EncodedConversation)
     assert isinstance(also_good, EncodedConversation)
     assert isinstance(bad, InvalidRow)
-    assert str(bad).endswith(": I refuse no")
+    assert "refuse no" in str(bad), "the template's own reason is lost"
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
@@ -255,8 +255,9 @@ def test_a_template_without_its_end_of_turn_token_is_refused() -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match=r"^model: ") as refused:
         ChatEncoder(tokenizer, "model")
+    assert "chat_template.jinja" in refused.value.hint
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:

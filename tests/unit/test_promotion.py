@@ -124,10 +124,7 @@ def test_the_champion_is_clearly_better_on_the_same_rows(workspace: Path) -> Non
             "same way. If this one is better, set the alias by hand"
         )
     assert runs(0.25, 0.96875, when="never") == "not promoted: tracking.promote is never"
-    assert runs(None, None, scored=0) == (
-        "not promoted: there is no score to decide by, as no held-out row was scored. If the"
-        " answers are better, set the alias by hand"
-    )
+    assert re.match(r"not promoted: .*\bno score\b", runs(None, None, scored=0))
     assert runs.aliases() == {"candidate": 14, "champion": 5}
     version = runs.client.get_model_version("best", "6")
     assert re.match(r"Not promoted: exact match 81\.2%, not clearly ", version.description)
@@ -160,13 +157,13 @@ def test_scores_between_right_and_wrong_are_compared_row_by_row(workspace: Path)
     base: list[float | None] = [None, *(row / 63 for row in range(63))]
     say(base)
     better = [each if each is None else min(1.0, each + 0.01) for each in base]
-    assert say(better).startswith("promoted to champion: chrF 50.2%, clearly above the 49.2% of")
+    assert re.match(r"promoted\b.* chrF 50\.2%, .* 49\.2%", say(better))
     mixed = [
         each if each is None else each + (-1) ** row * 0.001 for row, each in enumerate(better)
     ]
-    assert "not clearly different from the 50.2% of version 2" in say(mixed)
+    assert re.match(r"not promoted\b.* 50\.2% of version 2\b", say(mixed))
     unscored: list[float | None] = [0.5, None, *better[2:]]
-    assert "was not evaluated on the same rows" in say(unscored)
+    assert re.match(r"not promoted\b.* version 2\b.* rows\b", say(unscored))
     assert runs.aliases() == {"candidate": 4, "champion": 2}
 
 

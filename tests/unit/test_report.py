@@ -256,8 +256,7 @@ def test_differing_words_of_similar_answers_are_marked() -> None:
 
 def test_changed_settings_are_shown_next_to_their_defaults(page: _Page) -> None:
     assert re.search(
-        r"Key This run Default name \"tiny_lora\" none data\.source \"problems\.jsonl\" none"
-        r" train\.steps 300 \d+ ",
+        r" name \"tiny_lora\" none data\.source \"problems\.jsonl\" none train\.steps 300 \d+ ",
         page.text,
     )
     assert "parallel.nproc_per_node 2 8 Full configuration" in page.text, "a default is listed"

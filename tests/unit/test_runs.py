@@ -94,23 +94,23 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     assert re.search(
         r"good +finished +exact match 1\.6% -> 79\.7% +[\d.]+ kB +\d+ s ago", rows["good"]
     )
-    assert re.search(r"stopped +interrupted in train +step 2 of 800 ", rows["stopped"])
-    assert "failed in evaluate" in rows["broken"]
+    assert re.search(r"stopped +interrupted\b.* train\b.* 2 of 800 ", rows["stopped"])
+    assert re.search(r"broken +failed\b.* evaluate\b", rows["broken"])
     assert re.search(
         rf"running +running: starting: process {os.getpid()} on {HERE}", rows["running"]
     )
     assert re.search(r"killed +interrupted +step 2", out)
-    assert "running: starting: process 77 on another-host, as far as its files show" in rows["far"]
+    assert re.search(r"far +running\b.* process 77 on another-host\b", rows["far"])
     assert "running: starting: Kubeflow job 1" in rows["cluster"]
-    assert "unreadable in run.json" in rows["damaged"]
+    assert "run.json" in rows["damaged"]
     assert "base-results" not in "".join(rows)
-    assert "broken failed: evaluate.judge: no answer Start the judge." in out
+    assert re.search(r"\bbroken\b.* evaluate\.judge: no answer Start the judge\.", out)
     for name in ("stopped", "broken", "killed"):
         assert f"To resume {name}:\n  canvastune run {RECIPE} --run-name {name}" in out
     assert out.count("To resume") == 3
     assert f"canvastune sync {workspace / 'runs' / 'killed'}" in out
     assert out.count("canvastune sync") == 1
-    assert re.search(r"8 runs, [\d.]+ kB; answers of base models .*; [\d.,]+ [GT]B free", out)
+    assert re.search(r"\b8 runs\b.* [\d.]+ kB\b.* [\d.,]+ [GT]B\b", out)
 
 
 def test_the_list_is_json_for_scripts(
@@ -134,9 +134,9 @@ def test_a_workspace_without_runs_and_none_at_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["runs", "--workspace", str(tmp_path)]) == 0
-    assert "no runs yet" in capsys.readouterr().out
+    assert str(tmp_path) in capsys.readouterr().out
     assert main(["runs", "--workspace", str(tmp_path / "none")]) == 1
-    assert "no such directory" in capsys.readouterr().err
+    assert f"--workspace {tmp_path / 'none'}: " in capsys.readouterr().err
 
 
 def test_listing_runs_imports_no_heavy_library(workspace: Path, make_run: MakeRun) -> None:
@@ -203,15 +203,15 @@ def test_a_run_without_a_name_names_the_unfinished_one_and_resume_takes_it_up(
     names = _fake_pipeline(monkeypatch, KeyboardInterrupt())
     command = ["run", RECIPE, "--workspace", str(workspace)]
     assert main([*command, "--resume"]) == 1
-    assert "found no unfinished run of this recipe" in capsys.readouterr().err
+    assert re.search(rf"--resume: .*{workspace / 'runs'}", capsys.readouterr().err)
     make_run("good")
     make_run("other", FAILED, "train", settings=["lora.rank=3"])
     assert main(command) == 130
-    assert "unfinished run" not in capsys.readouterr().out
+    assert "--run-name" not in capsys.readouterr().out, "a run of another recipe is offered"
     first = names[0]
     assert main(command) == 130
     out = capsys.readouterr().out
-    assert f"An unfinished run of this recipe exists: {first}, interrupted" in out
+    assert f"{first}, interrupted" in out
     assert re.search(rf"\n  \S*canvastune run {RECIPE} --workspace \S+ --run-name {first}\n", out)
     assert names[1] != first, "a new run was asked for"
     assert main([*command, "--resume"]) == 130
@@ -219,7 +219,7 @@ def test_a_run_without_a_name_names_the_unfinished_one_and_resume_takes_it_up(
     assert main([*command, "--resume", "--run-name", first]) == 130
     assert names[3] == first
     assert main([*command, "--resume", "--run-name", "nothing"]) == 1
-    assert "found no run in" in capsys.readouterr().err
+    assert re.search(rf"--resume: .*{workspace / 'runs' / 'nothing'}\b", capsys.readouterr().err)
     assert not (workspace / "runs" / "nothing").exists()
     with own_run(workspace / "runs" / names[1]):
         found = unfinished_runs(workspace, load_config(RECIPE, ["evaluate.rows=3"]))
@@ -266,7 +266,7 @@ def test_a_path_that_is_not_there_is_refused_before_a_run_begins(
     command = ["run", RECIPE, "--workspace", str(workspace), "--set", f"{key}=./nothere.jsonl"]
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert f"{key}: ./nothere.jsonl: no such file or folder" in error
+    assert f"{key}: ./nothere.jsonl: " in error
     assert not workspace.exists(), "something was left behind"
 
 
@@ -320,17 +320,16 @@ def test_removing_says_what_goes_and_asks(
     assert f"good: finished, exact match 1.6% -> 79.7%, {_size(folder, mine)}" in out
     assert f"    {folder}\n" in out
     assert f"    {mine / 'train'}\n" in out
-    assert "nothing was deleted (--dry-run)" in out
-    assert main(command) == 1
-    assert "no one to ask" in capsys.readouterr().err
+    assert "--dry-run" in out
+    assert folder.is_dir()
+    assert main(command) == 1, "nobody was asked"
     for answer in ("\n", "no\n"):
         monkeypatch.setattr("sys.stdin", _terminal(answer))
         assert main(command) == 0
-        assert capsys.readouterr().out.endswith("[y/N] nothing was deleted\n")
+        assert "[y/N]" in capsys.readouterr().out
         assert folder.is_dir()
     monkeypatch.setattr("sys.stdin", _terminal("y\n"))
     assert main(command) == 0
-    assert "1 run deleted" in capsys.readouterr().out
     assert [path.name for path in folder.parent.iterdir()] == ["other"]
     assert not mine.exists()
     assert len(list(others.iterdir())) == 3
@@ -358,7 +357,7 @@ def test_only_the_checkpoints_of_a_finished_run_can_go(
     assert sorted(path.name for path in (folder / "train").iterdir()) == ["metrics.jsonl"]
     assert list_runs(workspace)[0].state == "finished"
     assert main([*command, "stopped"]) == 1
-    assert "would resume from its checkpoints" in capsys.readouterr().err
+    assert "error: stopped: " in capsys.readouterr().err
 
 
 def test_a_running_run_is_never_removed(
@@ -368,15 +367,15 @@ def test_a_running_run_is_never_removed(
     command = ["runs", "--workspace", str(workspace), "rm", "--yes"]
     with own_run(folder):
         assert main([*command, "running"]) == 1
-        assert "this run is in progress" in capsys.readouterr().err
+        assert "error: running: " in capsys.readouterr().err
     make_run("cluster", None, host="")
     assert main([*command, "cluster"]) == 1, "only Kubeflow knows whether it has ended"
     (planned,) = run_removal.plan_removal(workspace, ["running"])
-    with own_run(folder), pytest.raises(UserError, match="in progress"):
+    with own_run(folder), pytest.raises(UserError, match="running"):
         run_removal.remove(planned)
     assert folder.is_dir()
     assert main([*command, "running2"]) == 1
-    assert "Did you mean 'running'?" in capsys.readouterr().err
+    assert "'running'" in capsys.readouterr().err, "the nearest name is not offered"
 
 
 def test_a_model_with_an_alias_is_never_removed(
@@ -391,7 +390,7 @@ def test_a_model_with_an_alias_is_never_removed(
         mlflow_aliases["id"] = {"tiny-words/1": ["candidate", alias]}
         assert main(command) == 1
         error = capsys.readouterr().err
-        assert f"its model is tiny-words/1 in MLflow, with the alias {alias!r}" in error
+        assert re.search(rf"\btiny-words/1\b.* {alias!r}", error)
     mlflow_aliases["id"] = {"tiny-words/1": ["candidate"]}
     assert main(command) == 0
     assert "MLflow keeps tiny-words/1" in capsys.readouterr().out
@@ -409,9 +408,9 @@ def test_a_run_whose_champion_cannot_be_looked_up_stays(
     mlflow_aliases["id"] = TrackingError("cannot be reached (Connection refused)")
     command = ["runs", "--workspace", str(workspace), "rm", "--yes"]
     assert main([*command, "registered"]) == 1
-    assert "whether its model is the champion of tiny-words is not known" in capsys.readouterr().err
+    assert re.search(r"error: registered: .*\btiny-words\b", capsys.readouterr().err)
     assert main([*command, "plain"]) == 0
-    assert "not known whether MLflow has registered its model" in capsys.readouterr().out
+    assert re.search(r"\bMLflow\b.* registered\b", capsys.readouterr().out)
 
 
 def test_a_run_that_another_one_was_trained_from_stays(
@@ -422,7 +421,7 @@ def test_a_run_that_another_one_was_trained_from_stays(
     command = ["runs", "--workspace", str(workspace), "rm", "--yes"]
     assert main([*command, "first"]) == 1
     error = capsys.readouterr().err
-    assert f"first: run second uses {folder / 'model'} (model.id)" in error
+    assert re.search(rf"first: .* second\b.* {folder / 'model'}\b.*model\.id", error)
     assert main([*command, "second", "first"]) == 0
     assert not list((workspace / "runs").iterdir())
 
@@ -434,7 +433,7 @@ def test_prepared_data_that_an_unfinished_run_resumes_with_stays(
     made = _artifacts(workspace, "job-1", folder)
     make_run("stopped", KILLED, "train")
     assert main(["runs", "--workspace", str(workspace), "rm", "--yes", "good"]) == 0
-    assert "its prepared data is kept: stopped, which is not finished" in capsys.readouterr().out
+    assert re.search(r"\bgood\b.* stopped\b", capsys.readouterr().out)
     assert [path.name for path in made.iterdir()] == ["prepare-data"]
 
 

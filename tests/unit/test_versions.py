@@ -35,10 +35,8 @@ def test_the_page_has_the_table_of_the_code() -> None:
 def test_the_chart_and_the_operators_have_the_same_floors() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     assert chart["kubeVersion"] == f">={KUBERNETES.version}.0-0".replace(".0.0", ".0")
-    assert (PYTORCHJOB.operator, TRAINJOB.operator) == (
-        "the training operator 1.9",
-        "Kubeflow Trainer 2.3",
-    )
+    assert PYTORCHJOB.operator.endswith(" 1.9")
+    assert TRAINJOB.operator.endswith(" 2.3")
 
 
 def test_the_floor_of_mlflow_s_client_is_the_version_that_the_package_pins() -> None:
