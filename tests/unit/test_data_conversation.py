@@ -477,8 +477,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         r"message 1 \(user\) .*'tool_calls'",
     ),
-    "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
-    "no question": ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
+    "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, r"\bassistant\b"),
+    "no question": ({"messages": [{"role": "assistant", "content": "a"}]}, r"\banswer\b"),
     "empty answer": (
         {
             "messages": [
