@@ -433,7 +433,7 @@ def test_prepared_data_that_an_unfinished_run_resumes_with_stays(
     made = _artifacts(workspace, "job-1", folder)
     make_run("stopped", KILLED, "train")
     assert main(["runs", "--workspace", str(workspace), "rm", "--yes", "good"]) == 0
-    assert re.search(r"\bgood\b.* stopped\b", capsys.readouterr().out)
+    assert re.search(r"\bprepared data\b.* stopped\b", capsys.readouterr().out)
     assert [path.name for path in made.iterdir()] == ["prepare-data"]
 
 
