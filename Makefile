@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait starve the other processes of a small machine.
 export OMP_WAIT_POLICY = PASSIVE
+# Half of all modules: compiled where one is imported.
+SELDOM := /(tests|transformers/models|databricks|fontTools|google|mypy|mypyc|pip|scipy|sklearn|trl)/
 
 .PHONY: help run test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving test-newest dev
 
@@ -67,7 +69,9 @@ test-cluster: .venv/installed ## Test chart and pipeline on the cluster in KUBEC
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "canvastune needs Python 3.11 or newer: make run PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing torch, transformers, kfp and mlflow into .venv: minutes, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
-	@# Byte code by all cores; pip uses one. Packages also ship templates that are not Python.
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@# Older ones take a minute longer to choose the versions.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile 'pip>=25'
+	@$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
+	@# Byte code by all cores, of what is imported most; pip uses one. Some files are templates.
+	@$(BIN)/python -m compileall -qq -j 0 -x '$(SELDOM)' .venv/lib || true
 	@touch $@
