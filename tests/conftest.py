@@ -6,6 +6,7 @@ Imports that take seconds are in the fixtures: the process that only hands out t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from tools.loss_compare.side import Side
 
 if TYPE_CHECKING:
     from tests.support.cluster_stage import Cluster
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
@@ -55,12 +59,15 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a small model for numerics; tests do not write to its folder."""
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a small model for numerics; tests do not write to its folder.
+
+    It has two layers, one of each kind, or a module's SLIDING_LAYERS and one.
+    """
     from tests.support.small import write_checkpoint
 
     folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder)
+    write_checkpoint(folder, sliding=getattr(request.module, "SLIDING_LAYERS", 1))
     return folder
 
 

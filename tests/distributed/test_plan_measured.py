@@ -286,10 +286,10 @@ def test_memory_is_linear_in_the_length(middling: Path, monkeypatch: pytest.Monk
     config = configured("lora", precision="bfloat16")
     steps = [
         StepShape(*(1, 1, 1, 1, clean, CANVAS), checkpointing=True, self_conditioning=1, blocks=4)
-        for clean in (1024, 2048, 4096)
+        for clean in (1024, 1536, 2048)
     ]
     held = [measure(monkeypatch, config, described(middling), step).peak for step in steps]
-    assert held[2] - held[1] <= 2.02 * (held[1] - held[0]), held
+    assert held[2] - held[1] <= 1.01 * (held[1] - held[0]), held
     found = memory_timeline(read_architecture(config, middling), steps[-1])
     found.pop("update")
     assert sum(peak(found)[1].values()) == pytest.approx(held[-1], rel=0.04)

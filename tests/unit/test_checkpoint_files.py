@@ -22,6 +22,8 @@ from canvastune.checkpoint.hf_format import (
 from canvastune.errors import UserError
 from tests.support.small import stock_model
 
+SLIDING_LAYERS = 3  # for several shards
+
 
 def tensors() -> dict[str, torch.Tensor]:
     """Every kind that a checkpoint may hold.

@@ -222,7 +222,7 @@ def test_expert_adapters_cover_both_weights_of_every_expert_and_start_as_the_ide
         if "experts" in name
     }
     expected: dict[str, tuple] = {}
-    for index in range(4):
+    for index in range(len(model.model.decoder.layers)):
         experts = f"model.decoder.layers.{index}.experts"
         expected |= {
             f"{experts}.gate_up_proj": ((8, 8, 32), (8, 32, 8)),

@@ -32,6 +32,7 @@ from tests.support.small import (
     worst_difference,
 )
 
+SLIDING_LAYERS = 3
 EOS_NEVER = VOCABULARY  # no token has this id, so every canvas is generated
 
 
