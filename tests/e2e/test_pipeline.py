@@ -296,8 +296,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
         "--set",
         "train.method=full",
         "--set",
-        "train.steps=60",
-        "--set",
         "tracking.uri=sqlite:///full.db",
     )
     with contextlib.ExitStack() as stack:
@@ -327,7 +325,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Runs:
         prepared = list(workspace.glob("kfp/*/prepare-data/dataset"))
         print_then = hash_path(prepared[0])
         interrupted = start("interrupted", workspace, *full)
-        interrupted.wait_for("step  1/60")  # the others take seconds, and the signal less than one
+        interrupted.wait_for("step  1/30")  # the others take seconds, and the signal less than one
         interrupted.interrupt()
         interrupted.join()
         left = _processes_of(workspace / "runs" / "full")
@@ -464,7 +462,7 @@ def test_the_same_command_again_goes_on_and_finishes(runs: Runs) -> None:
     assert runs.full.code == 0, runs.full.said
     folder = runs.workspace / "runs" / "full"
     records = read_metrics(folder / "train" / "metrics.jsonl")
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 61)), (
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 31)), (
         "a step is missing or was made twice"
     )
     assert (folder / "train" / "model" / "config.json").is_file()
@@ -488,7 +486,7 @@ def test_an_interrupted_and_resumed_run_is_one_run_in_mlflow(runs: Runs) -> None
     assert re.search(r"\binterrupted\b.* train\b.* 0:", tags["canvastune.attempt_1"])
     assert re.search(r"\bfinished\b.* 0:", tags["canvastune.attempt_2"])
     assert "evaluate.rows: 2 -> 3" in tags["canvastune.changed_settings"]
-    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == 60
+    assert len(client.get_metric_history(parent.info.run_id, "train/loss")) == 30
 
 
 def test_an_unfinished_run_goes_on_with_other_settings_of_later_steps(runs: Runs) -> None:
