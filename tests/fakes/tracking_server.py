@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.support import warm
+
 # MLflow's own application on a small HTTP server: `mlflow server` takes twenty seconds to start on
-# two cores, this takes three.
+# two cores, this takes two.
 _SERVE = """
 import sys
 from werkzeug.serving import make_server
@@ -42,7 +44,7 @@ class TrackingServer:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         """Start, and wait until it answers."""
@@ -56,7 +58,7 @@ class TrackingServer:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         with (self.folder / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
+            self._process = warm.Popen(
                 [sys.executable, "-c", _SERVE, str(self.port)],
                 env=environment,
                 stdout=output,
