@@ -177,7 +177,8 @@ def bench_config() -> RunConfig:
 
 def _check(workers: dict[str, Any], scratch: Path) -> dict[str, dict[str, float]]:
     """Compare each side's loss and gradients with ours, and count the FLOPs of its step."""
-    found, expected = {}, {}
+    found: dict[str, dict[str, float]] = {}
+    expected: dict[str, torch.Tensor] = {}
     for side, ask in workers.items():
         file = scratch / f"{side}.safetensors"
         found[side] = ask({"do": "check", "gradients": str(file)})

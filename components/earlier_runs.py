@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError
@@ -50,12 +51,15 @@ def find_run(folder: Path) -> RunArtifacts:
     config = (
         parse_config(record.config, f"{folder}/run.json") if record else load_config(str(recipe))
     )
-    found = {step: folder / file for step, file in files.items()}
+    found: dict[str, Any] = {
+        step: (folder / file).parent if (folder / file).is_file() else None
+        for step, file in files.items()
+    }
     return RunArtifacts(
         name=folder.absolute().name,
         config=config,
         metrics=train / "metrics.jsonl",
-        **{step: file.parent if file.is_file() else None for step, file in found.items()},
+        **found,
         folder=folder.absolute() if record else None,
         step_seconds=_step_seconds(folder) if record else (),
     )

@@ -255,8 +255,9 @@ def _next_action(
     """Return what to do next; None for a training without a pipeline, whose folders differ."""
     if run.folder is None or run.model is None:
         return None
-    how = {"merge": merge, "card": card, "folder": run.folder, "model": run.model}
-    return next_action(run.config, evaluation, **how)
+    return next_action(
+        run.config, evaluation, merge=merge, card=card, folder=run.folder, model=run.model
+    )
 
 
 def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:

@@ -190,8 +190,8 @@ def test_the_accelerators_are_free_between_training_and_the_answers(
     for second in range(2, 400, 10):
         cluster.at(start + second, queue.look)
     cluster.at(start + 300, lambda: setattr(queue, "others", 0))
-    settings = {"queue": "team-a", "queue_hours": 24}
-    assert _answered(cluster, tmp_path, monkeypatch, seconds=350, **settings) == RESULT
+    waits: dict[str, Any] = {"queue": "team-a", "queue_hours": 24}
+    assert _answered(cluster, tmp_path, monkeypatch, seconds=350, **waits) == RESULT
     assert queue.most == 1, "accelerators of both jobs at the evaluation's start"
     said = capsys.readouterr().out
     assert "queued in LocalQueue team-a since 2026-11-24T12:01:" in said

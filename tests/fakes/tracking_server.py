@@ -44,7 +44,7 @@ class TrackingServer:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[Any] | None = None
 
     def start(self) -> None:
         """Start, and wait until it answers."""

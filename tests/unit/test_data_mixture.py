@@ -343,7 +343,7 @@ def test_mlflow_gets_the_place_of_each_source(tmp_path: Path, model: Path) -> No
     held = write_lines(tmp_path / "held.jsonl", rows("v", 6))
     config = mixed(tmp_path, validation=str(held))
     prepare_data(config, model, tmp_path / "out")
-    fields = _dataset_fields(config, tmp_path / "out")
+    fields = _dataset_fields(config, tmp_path / "out", "training")
     assert fields["name"] == "a.jsonl + b.jsonl"
     assert json.loads(fields["source"]) == {
         "data.mixture.0": {"uri": str(tmp_path / "a.jsonl")},

@@ -417,7 +417,7 @@ def test_an_output_that_exists_is_never_overwritten(tmp_path: Path, model: Path)
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(
-    change: dict[str, int], token: str, own: int, tmp_path: Path
+    change: dict[str, Any], token: str, own: int, tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
     model = make_model(tmp_path / "model", **change)
