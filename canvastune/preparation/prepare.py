@@ -40,6 +40,8 @@ from canvastune.preparation.tokenizer import check_end_of_call, check_end_of_tur
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 3
+# Suggested where no row is held out: so many rows, but at most this share of all.
+_USEFUL_ROWS, _LARGEST_SHARE = 16, 0.3
 _to_json = json.JSONEncoder(
     ensure_ascii=False
 ).encode  # json.dumps would create an encoder for every row
@@ -321,7 +323,8 @@ def _check_rows(
                 ),
             )
     if validation.count == 0:
-        enough = math.ceil(train.lowest * 10_000 + 1) / 10_000
+        least = math.ceil(train.lowest * 10_000 + 1) / 10_000  # of one row
+        enough = max(least, round(min(_LARGEST_SHARE, _USEFUL_ROWS / train.count), 2))
         raise UserError(
             f"{config.label}: none of the {train.count} rows kept is in the validation split,"
             " expected at least one",

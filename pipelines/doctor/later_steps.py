@@ -43,11 +43,17 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix="canvastune-doctor-") as scratch:
         dataset = Path(scratch) / "data"
         try:
-            prepare_data(sample, model, dataset, processes=1)
+            card = prepare_data(sample, model, dataset, processes=1)
         except UserError as error:
             found = f"of the first {_ROWS} rows: {error}"
             yield Finding("evaluation", "warning", found, error.hint or "see the message")
             return
+        if card["rows_read"] < _ROWS:  # that is all of the data: split it as the run will
+            try:
+                prepare_data(config, model, Path(scratch) / "whole", processes=1)
+            except UserError as error:
+                yield Finding("data", "problem", str(error), error.hint or "see the message")
+                return
         for remark in describe_scoring(config, dataset):
             found = f"of the first {_ROWS} rows: {remark}"
             if NOT_SCORED in remark:

@@ -71,7 +71,9 @@ def _check_database(path: Path) -> Finding:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
             database.execute("SELECT version_num FROM alembic_version").fetchone()
-            places = database.execute("SELECT artifact_location FROM experiments").fetchall()
+            # MLflow makes Default itself, with a place below the folder of that moment.
+            query = "SELECT artifact_location FROM experiments WHERE name != 'Default'"
+            places = database.execute(query).fetchall()
     except sqlite3.Error as error:
         return Finding("tracking", "problem", f"{path}: not a database of MLflow ({error})", fix)
     if not os.access(path, os.W_OK):

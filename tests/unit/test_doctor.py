@@ -40,6 +40,7 @@ from pipelines.doctor.cluster import (
 from pipelines.doctor.doctor import print_findings, run_check
 from pipelines.doctor.finding import DoctorOptions, Finding
 from pipelines.doctor.hardware import Gpu, check_hardware
+from pipelines.doctor.later_steps import check_evaluation
 from pipelines.doctor.machine import check_disk, check_packages, check_torch, installed_version
 from pipelines.doctor.sources import check_data, check_model
 from pipelines.doctor.tracking import check_tracking
@@ -239,6 +240,19 @@ def test_a_tiny_run_fits_a_small_machine(tiny_model: Path, tmp_path: Path) -> No
     assert found["accelerators"].state == "problem", "the memory holds no process"
 
 
+def test_small_data_is_split_as_the_run_will(tiny_model: Path, tmp_path: Path) -> None:
+    row = {"question": "{0}+1?", "answer": "#### {0}"}
+    lines = [json.dumps(row).replace("{0}", str(number)) for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = {"source": str(tmp_path / "rows.jsonl"), "validation_fraction": 0.0001}
+    tree = {"name": "x", "model": {"id": str(tiny_model)}, "data": data}
+    found = list(check_evaluation(parse_config(tree)))[-1]
+    assert (found.name, found.state) == ("data", "problem"), "no row is held out"
+    assert "data.validation_fraction (now 0.0001) to 0.3" in found.fix
+    tree["data"] = {**data, "validation_fraction": 0.3}
+    assert "problem" not in {one.state for one in check_evaluation(parse_config(tree))}
+
+
 def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     config = parse_config(
@@ -258,8 +272,9 @@ def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None
     (tmp_path / "mlflow.db").unlink()
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         database.execute("CREATE TABLE alembic_version (version_num TEXT)")
-        database.execute("CREATE TABLE experiments (artifact_location TEXT)")
-        database.execute(f"INSERT INTO experiments VALUES ('file://{tmp_path}/mlartifacts/1')")
+        database.execute("CREATE TABLE experiments (name TEXT, artifact_location TEXT)")
+        places = {"Default": "/elsewhere/mlruns/0", "mine": f"file://{tmp_path}/mlartifacts/1"}
+        database.executemany("INSERT INTO experiments VALUES (?, ?)", places.items())
         database.commit()
     assert _only(check_tracking(None, tmp_path)).state == "ok"
     (tmp_path / "copy").mkdir()
