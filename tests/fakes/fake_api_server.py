@@ -40,11 +40,12 @@ _KINDS = {  # by group and version
     "kubeflow.org/v1": ["PyTorchJob"],
     "argoproj.io/v1alpha1": ["Workflow"],
     "monitoring.coreos.com/v1": ["ServiceMonitor"],
+    "networking.istio.io/v1beta1": ["VirtualService"],
+    "security.istio.io/v1beta1": ["AuthorizationPolicy"],
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
 _PLURALS = {
-    kind: {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s")
-    for kind in _ALL
+    kind: f"{kind.lower()}s".replace("sss", "sses").replace("policys", "policies") for kind in _ALL
 }
 _KIND_OF = {plural: kind for kind, plural in _PLURALS.items()}
 _FIXED = {

@@ -115,7 +115,7 @@ def test_an_id_on_the_hub_and_its_data_are_linked_and_an_unknown_license_is_said
     assert (about["base_model"], about["base_model_relation"]) == ("org/model", "finetune")
     assert about["datasets"] == ["org/rows"]
     assert "license" not in about
-    assert "Not known" in card(tmp_path / "out")
+    assert "Unknown" in card(tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", ["", "# no metadata", "---\n[\n---\n", "---\n- a\n---\n", b"\xff"])

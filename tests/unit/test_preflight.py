@@ -385,6 +385,7 @@ def test_submit_refuses_more_runs_to_compare_than_colors() -> None:
 OTHER = {
     "evaluate.rows": 3,
     "evaluate.batch_size": 3,
+    "evaluate.gpus": 2,
     "evaluate.max_new_tokens": 32,
     "evaluate.sampler.steps": 3,
     "evaluate.sampler.entropy_bound": 0.5,

@@ -24,6 +24,7 @@ from canvastune.evaluation.generation import Question
 from canvastune.evaluation.sampler import Answer, KeyedNoise, Sampler
 from tests.support.small import CANVAS, VOCABULARY, WINDOW, stock_model
 
+SLIDING_LAYERS = 3  # whose scales change the answers
 NEVER = VOCABULARY  # no token has this id
 # Most blocks of this model end by themselves, after 4 to 10 steps.
 SETTINGS = SamplerSettings(

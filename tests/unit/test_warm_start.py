@@ -112,11 +112,13 @@ def test_a_fork_has_the_streams_folder_and_environment_of_its_caller(tmp_path: P
 def test_a_fork_ignores_the_signals_that_its_caller_ignores() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = start("report")
+        ignoring = start("report")
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        other = start("report")
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert json.loads(ended(process)[1])["ignores_hangup"]
-    assert not json.loads(ended(start("report"))[1])["ignores_hangup"]
+    assert json.loads(ended(ignoring)[1])["ignores_hangup"]
+    assert not json.loads(ended(other)[1])["ignores_hangup"]
 
 
 @pytest.mark.parametrize(
