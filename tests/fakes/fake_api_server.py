@@ -45,7 +45,7 @@ _KINDS = {  # by group and version
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
 _PLURALS = {
-    kind: f"{kind.lower()}s".replace("sss", "sses").replace("policys", "policies") for kind in _ALL
+    kind: f"{kind.lower()}s".replace("sss", "sses").replace("cys", "cies") for kind in _ALL
 }
 _KIND_OF = {plural: kind for kind, plural in _PLURALS.items()}
 _FIXED = {
