@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -59,6 +59,48 @@ def timed(run: Callable[[], object]) -> float:
     run()
     _finish()
     return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def worker(
+    command: list[str], root: Path, environment: Mapping[str, str]
+) -> Iterator[Callable[[Any], Any]]:
+    """Start a Python process of a checkout, and yield a function that puts a request to it: a line
+    of JSON each way.
+
+    Raises:
+        RuntimeError: the process has ended.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", *command],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE", **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asked: IO[str] = process.stdin
+    answered: IO[str] = process.stdout
+
+    def ask(request: Any) -> Any:
+        try:
+            asked.write(json.dumps(request) + "\n")
+            asked.flush()
+            line = answered.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"{root}: {' '.join(command)} ended with {process.wait()}")
+        return json.loads(line)
+
+    try:
+        yield ask
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `ask` reports
+            asked.close()
+        process.wait()
 
 
 def extra_memory(run: Callable[[], object], device: torch.device | None = None) -> int:

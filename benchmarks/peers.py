@@ -21,23 +21,19 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from benchmarks import step
-from benchmarks.measure import ROOT, matmul_rate, say, timed, write_result
+from benchmarks.measure import ROOT, matmul_rate, say, timed, worker, write_result
 from benchmarks.step import THREADS, Shape, made_examples
 from benchmarks.synthetic_checkpoint import write_synthetic
 from canvastune.config import parse_config
@@ -140,7 +136,10 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         weights = Path(scratch) / "weights"
         write_synthetic(weights, shape.config())
         workers = {
-            side: stack.enter_context(_worker(side, folder, weights, name)) for side in SIDES
+            side: stack.enter_context(
+                worker([str(WORKER), side, str(folder), str(weights), name], ROOT, QUIET)
+            )
+            for side in SIDES
         }
         checks = _check(workers, Path(scratch))
         apart = (f"{side} {checks[side]['gradient_difference']:.1e}" for side in PEERS)
@@ -219,44 +218,6 @@ def _measure_mode(
         "seconds": {side: statistics.median(found) for side, found in seconds.items()},
         "extra_memory_bytes": memory,
     }
-
-
-@contextlib.contextmanager
-def _worker(
-    side: str, folder: Path, weights: Path, shape: str
-) -> Iterator[Callable[[dict[str, Any]], dict[str, float]]]:
-    """Start a side's process, and yield a function that puts a request to it."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(WORKER), side, str(folder), str(weights), shape],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **QUIET},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    asked: IO[str] = process.stdin
-    answered: IO[str] = process.stdout
-
-    def ask(request: dict[str, Any]) -> dict[str, float]:
-        try:
-            asked.write(json.dumps(request) + "\n")
-            asked.flush()
-            line = answered.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the process of {side}, {shape} ended with {process.wait()}")
-        found: dict[str, float] = json.loads(line)
-        return found
-
-    try:
-        yield ask
-    finally:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `ask` reports
-            asked.close()
-        process.wait()
 
 
 def ratios(row: dict[str, Any], mode: str, peer: str) -> dict[str, float]:

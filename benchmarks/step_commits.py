@@ -12,18 +12,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from benchmarks.measure import ROOT, say, timed, write_result
+from benchmarks.measure import ROOT, say, timed, worker, write_result
 from benchmarks.step import OURS, SHAPES
 from benchmarks.synthetic_checkpoint import write_synthetic
 
@@ -85,7 +83,7 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
         for order in (SIDES, SIDES[::-1]):
             with contextlib.ExitStack() as stack:
                 workers = {
-                    side: stack.enter_context(_worker(roots[side], Path(scratch), name))
+                    side: stack.enter_context(worker([str(WORKER), scratch, name], roots[side], {}))
                     for side in order
                 }
                 for ours, checkpointing in OURS.items():
@@ -126,37 +124,6 @@ def ratio(seconds: dict[str, list[float]]) -> float:
     """Return how many times as fast this commit is: the median of the rounds' ratios."""
     pairs = zip(seconds["baseline"], seconds["this"], strict=True)
     return statistics.median(baseline / this for baseline, this in pairs)
-
-
-@contextlib.contextmanager
-def _worker(root: Path, weights: Path, shape: str) -> Iterator[Any]:
-    """Start a process of a checkout, and yield a function that lets it do a step."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(WORKER), str(weights), shape],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    asked: IO[str] = process.stdin
-    answered: IO[str] = process.stdout
-
-    def step(checkpointing: object) -> float:
-        asked.write(json.dumps(checkpointing) + "\n")
-        asked.flush()
-        line = answered.readline()
-        if not line:
-            raise RuntimeError(f"{root}: the process of {shape} ended with {process.wait()}")
-        return float(line)
-
-    try:
-        yield step
-    finally:
-        asked.close()
-        process.wait()
 
 
 if __name__ == "__main__":

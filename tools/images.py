@@ -79,6 +79,11 @@ class Report:
             self.passed += 1
             print(f"ok       {description} ({time.monotonic() - started:.0f} s)", flush=True)
 
+    def end(self) -> int:
+        """Print the counts; return the exit code."""
+        print(f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped")
+        return int(self.failed > 0)
+
 
 def docker(*arguments: str, check: bool = True) -> str:
     """Run a docker command and return what it prints on either stream."""

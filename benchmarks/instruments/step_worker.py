@@ -38,7 +38,7 @@ def main() -> None:
     examples, draws = step.made_examples(shape)
     for line in sys.stdin:
         loss = step.our_step(model, examples, draws, json.loads(line))
-        print(f"{float(loss)!r}", flush=True)
+        print(json.dumps(float(loss)), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ _KINDS = {  # by group and version
     "security.istio.io/v1beta1": ["AuthorizationPolicy"],
 }
 _ALL = itertools.chain.from_iterable(_KINDS.values())
-_PLURALS = {
-    kind: f"{kind.lower()}s".replace("sss", "sses").replace("cys", "cies") for kind in _ALL
-}
+_PLURALS = {kind: f"{kind.lower()}s".replace("sss", "sses").replace("cys", "cies") for kind in _ALL}
 _KIND_OF = {plural: kind for kind, plural in _PLURALS.items()}
 _FIXED = {
     "Deployment": "selector",

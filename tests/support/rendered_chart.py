@@ -161,3 +161,8 @@ FILES = {
         "podSecurity": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
     },
 }
+
+
+def env_of(container: dict[str, Any]) -> dict[str, Any]:
+    """Return the values, or their sources, of a container's variables."""
+    return {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}

@@ -53,3 +53,19 @@ def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
     for name in ("base", "tuned"):
         (tmp_path / name).symlink_to(tiny_model)
     return tmp_path / "base", tmp_path / "tuned"
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the accounts, servers and caches of the machine that runs the tests."""
+    for name in (
+        "KUBECONFIG",
+        "KUBERNETES_SERVICE_HOST",
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_TRACKING_USERNAME",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)

@@ -16,9 +16,8 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -27,16 +26,7 @@ from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
 from canvastune.planner.planner import SHIPPED_CONFIG
-from components.jobs.client import connect_to_cluster
-from components.jobs.states import TRAINJOB
 from pipelines.cli import main
-from pipelines.doctor.cluster import (
-    PERMISSIONS,
-    check_cluster,
-    check_kubeflow,
-    check_operators,
-    check_permissions,
-)
 from pipelines.doctor.doctor import print_findings, run_check
 from pipelines.doctor.finding import DoctorOptions, Finding
 from pipelines.doctor.hardware import Gpu, check_hardware
@@ -44,34 +34,11 @@ from pipelines.doctor.later_steps import check_evaluation
 from pipelines.doctor.machine import check_disk, check_packages, check_torch, installed_version
 from pipelines.doctor.sources import check_data, check_model
 from pipelines.doctor.tracking import check_tracking
-from pipelines.kfp_client import KubeflowClient
-from tests.fakes.fake_api_server import FakeApiServer
-from tests.fakes.fake_kubeflow import FakeKubeflow
-from tests.support.rendered_chart import named, render
+from tests.support.findings import only
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the accounts, servers and caches of the machine that runs the tests."""
-    for name in (
-        "KUBECONFIG",
-        "KUBERNETES_SERVICE_HOST",
-        "MLFLOW_TRACKING_URI",
-        "MLFLOW_TRACKING_TOKEN",
-        "MLFLOW_TRACKING_USERNAME",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
-
-
-def _only(findings: Iterator[Finding]) -> Finding:
-    (found,) = findings
-    return found
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 # --- the machine
@@ -177,7 +144,7 @@ def test_a_check_that_raises_does_not_end_the_others() -> None:
         raise RuntimeError("luck")
         yield
 
-    found = _only(run_check("disk", breaks))
+    found = only(run_check("disk", breaks))
     assert found.state == "problem"
     assert found.found.endswith(": RuntimeError: luck")
 
@@ -258,15 +225,15 @@ def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: P
     config = parse_config(
         {"name": "x", "model": {"id": str(tmp_path / "model")}, "data": {"source": "a.jsonl"}}
     )
-    assert _only(check_model(config)).state == "ok"
+    assert only(check_model(config)).state == "ok"
     next((tmp_path / "model").glob("*.safetensors")).unlink()
-    assert _only(check_model(config)).state == "problem"
+    assert only(check_model(config)).state == "problem"
 
 
 def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None:
-    assert _only(check_tracking(None, tmp_path)).state == "skipped"
+    assert only(check_tracking(None, tmp_path)).state == "skipped"
     (tmp_path / "mlflow.db").write_bytes(os.urandom(4096))
-    found = _only(check_tracking(None, tmp_path))
+    found = only(check_tracking(None, tmp_path))
     assert found.state == "problem"
     assert "move it away" in found.fix
     (tmp_path / "mlflow.db").unlink()
@@ -276,10 +243,10 @@ def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None
         places = {"Default": "/elsewhere/mlruns/0", "mine": f"file://{tmp_path}/mlartifacts/1"}
         database.executemany("INSERT INTO experiments VALUES (?, ?)", places.items())
         database.commit()
-    assert _only(check_tracking(None, tmp_path)).state == "ok"
+    assert only(check_tracking(None, tmp_path)).state == "ok"
     (tmp_path / "copy").mkdir()
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "copy")
-    found = _only(check_tracking(None, tmp_path / "copy"))
+    found = only(check_tracking(None, tmp_path / "copy"))
     assert found.state == "warning"
     assert f"{tmp_path}/mlartifacts/1" in found.found
 
@@ -308,7 +275,7 @@ def test_mistyped_folder_and_file_are_named(tmp_path: Path) -> None:
             "data": {"source": str(tmp_path / "rosw.jsonl")},
         }
     )
-    model, data = _only(check_model(config)), _only(check_data(config))
+    model, data = only(check_model(config)), only(check_data(config))
     assert (model.state, data.state) == ("problem", "problem")
     assert "model.id: " in model.found
     assert "./no-model" in model.found
@@ -319,9 +286,9 @@ def test_local_data_are_opened_and_a_bad_first_row_is_named(tmp_path: Path) -> N
     rows = tmp_path / "rows.jsonl"
     config = parse_config({"name": "x", "data": {"source": str(rows)}})
     rows.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    assert _only(check_data(config)).state == "ok"
+    assert only(check_data(config)).state == "ok"
     rows.write_text('{"question"\n')
-    found = _only(check_data(config))
+    found = only(check_data(config))
     assert found.state == "warning"
     assert "row 1" in found.found
 
@@ -333,7 +300,7 @@ def test_paths_in_pods_are_not_checked_here() -> None:
         "data": {"source": "/workspace/d"},
     }
     config = parse_config({"name": "x", **tree})
-    assert [_only(check(config)).state for check in (check_model, check_data)] == [
+    assert [only(check(config)).state for check in (check_model, check_data)] == [
         "skipped",
         "skipped",
     ]
@@ -388,7 +355,7 @@ def serve() -> Iterator[Serve]:
 def test_an_error_of_the_tracking_server_is_explained(
     serve: Serve, status: int, body: str, state: str, cure: str
 ) -> None:
-    found = _only(check_tracking(serve(status, body), Path()))
+    found = only(check_tracking(serve(status, body), Path()))
     assert found.state == state
     assert cure in found.fix
 
@@ -408,7 +375,7 @@ def test_an_old_tracking_server_is_a_problem(
         return io.BytesIO(version.encode() if request.full_url.endswith("/version") else b"{}")
 
     monkeypatch.setattr("urllib.request.urlopen", respond)
-    found = _only(check_tracking("http://mlflow:5000/", Path()))
+    found = only(check_tracking("http://mlflow:5000/", Path()))
     assert found.state == state
     assert words in found.found
 
@@ -422,178 +389,6 @@ def test_tracking_server_that_does_not_respond_is_a_problem(
     assert "mlflow server" in printed.splitlines()[-1]
 
 
-# --- the cluster
-
-
-class Cluster(FakeApiServer):
-    """A fake API server that also answers access reviews by the rules of a Role."""
-
-    rules: list[dict[str, Any]]
-    schemas: Mapping[str, dict[str, Any]] = MappingProxyType({})  # by path
-
-    def answer(
-        self, method: str, url: str, content_type: str, data: bytes, account: str = ""
-    ) -> tuple[int, Any]:
-        if (path := url.partition("?")[0]) in self.schemas:
-            return 200, {"components": {"schemas": self.schemas[path]}}
-        if url.endswith("/selfsubjectaccessreviews"):
-            asked = json.loads(data)["spec"]["resourceAttributes"]
-            resource = "/".join(filter(None, [asked["resource"], asked.get("subresource")]))
-            allowed = any(
-                asked.get("group", "") in rule["apiGroups"]
-                and resource in rule["resources"]
-                and asked["verb"] in rule["verbs"]
-                for rule in self.rules
-            )
-            return 201, {"spec": {"resourceAttributes": asked}, "status": {"allowed": allowed}}
-        return super().answer(method, url.removesuffix("/"), content_type, data, account)
-
-
-def _role() -> list[dict[str, Any]]:
-    rules: list[dict[str, Any]] = named(render({}), "Role", "canvastune-launcher")["rules"]
-    return rules
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    server = Cluster()
-    with server:
-        server.rules = _role()
-        (tmp_path / "kubeconfig").write_text(server.kubeconfig)
-        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-        monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION",
-            str(tmp_path / "kubeconfig"),
-        )
-        yield server
-
-
-def test_permissions_that_are_asked_for_are_those_that_the_chart_grants() -> None:
-    granted = {
-        (g, r, v)
-        for rule in _role()
-        for g in rule["apiGroups"]
-        for r in rule["resources"]
-        for v in rule["verbs"]
-    }
-    asked = {
-        (g, r, v)
-        for g, resources in PERMISSIONS.items()
-        for r, verbs in resources.items()
-        for v in verbs
-    }
-    assert asked == granted
-
-
-@pytest.mark.usefixtures("cluster")
-def test_cluster_with_the_chart_is_in_order() -> None:
-    found = list(check_cluster(None, "pytorchjob"))
-    assert [(one.name, one.state) for one in found] == [
-        ("cluster", "ok"),
-        ("operators", "ok"),
-        ("permissions", "ok"),
-    ]
-    assert "namespace team-a" in found[0].found
-    assert found[1].found == "PyTorchJob: cluster.backend=pytorchjob"
-
-
-@pytest.mark.usefixtures("cluster")
-def test_operator_that_the_recipe_needs_and_the_cluster_lacks_is_a_problem() -> None:
-    found = {one.name: one for one in check_cluster(None, "trainjob")}["operators"]
-    assert found.state == "problem"
-    assert "install Kubeflow Trainer" in found.fix
-    assert "--set cluster.backend=pytorchjob" in found.fix
-
-
-def _patches(*of_pod: str) -> dict[str, Any]:
-    """Return the schema of `runtimePatches` with these fields of a pod."""
-    schema: dict[str, Any] = {"properties": {field: {} for field in of_pod}}
-    for name in ("spec", "template", "spec", "template"):
-        schema = {"properties": {name: schema}}
-    schema = {"properties": {"replicatedJobs": {"type": "array", "items": schema}}}
-    for name in ("spec", "template", "trainingRuntimeSpec"):
-        schema = {"properties": {name: schema}}
-    return {"type": "array", "items": schema}
-
-
-DEADLINE = {"activeDeadlineSeconds": {"type": "integer"}}
-
-
-@pytest.mark.parametrize(
-    ("fields", "lacking"),
-    [
-        ({**DEADLINE, "runtimePatches": _patches("terminationGracePeriodSeconds")}, ""),
-        ({"podTemplateOverrides": {}}, "activeDeadlineSeconds runtimePatches"),
-        (  # Trainer 2.2
-            {**DEADLINE, "runtimePatches": _patches("volumes")},
-            "template.spec.template.spec.terminationGracePeriodSeconds",
-        ),
-        ({**DEADLINE, "runtimePatches": {"x-kubernetes-preserve-unknown-fields": True}}, ""),
-    ],
-)
-def test_an_operator_whose_schema_lacks_a_field_is_a_problem(
-    cluster: Cluster, fields: dict[str, Any], lacking: str
-) -> None:
-    spec: dict[str, Any] = {"properties": fields}
-    cluster.schemas = {
-        "/openapi/v3/apis/trainer.kubeflow.org/v1alpha1": {
-            "io.kubeflow.trainer.v1alpha1.TrainJob": {
-                "x-kubernetes-group-version-kind": [{"kind": "TrainJob"}],
-                "properties": {"spec": spec},
-            }
-        }
-    }
-    served = {"trainjobs.trainer.kubeflow.org", "pytorchjobs.kubeflow.org"}
-    client, _ = connect_to_cluster()
-    found = check_operators(client, served, "trainjob")
-    assert found.state == ("problem" if lacking else "ok")
-    if lacking:
-        assert "TrainJob" in found.found
-        assert all(field in found.found for field in lacking.split())
-        assert TRAINJOB.operator in found.fix
-        assert check_operators(client, served, "local").state == "warning"
-
-
-@pytest.mark.usefixtures("cluster")
-def test_an_old_cluster_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = {"gitVersion": "v1.24.3"}
-    monkeypatch.setattr("pipelines.doctor.cluster._get", lambda *_: old)
-    found = _only(check_cluster(None, "local"))
-    assert found.state == "problem"
-    assert "expected 1.25" in found.found
-
-
-def test_missing_permissions_are_named_with_what_grants_them(cluster: Cluster) -> None:
-    cluster.rules = [rule for rule in _role() if rule["resources"] != ["events"]]
-    cluster.rules[0] = {**cluster.rules[0], "verbs": ["get", "list", "watch"]}
-    found = {one.name: one for one in check_cluster("team-b", "local")}["permissions"]
-    assert found.state == "warning", "a person who submits from a laptop starts no job"
-    assert re.search(
-        r" create, patch, delete pytorchjobs\.kubeflow\.org; list events\b.* team-b\b", found.found
-    )
-    assert "permissions.create=true" in found.fix
-    client, _ = connect_to_cluster()
-    assert (
-        check_permissions(client, "team-a", {"pytorchjobs.kubeflow.org"}, inside=True).state
-        == "problem"
-    )
-
-
-def test_cluster_that_does_not_respond_is_a_problem(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "kubeconfig").write_text(cluster.kubeconfig.replace(str(cluster.server_port), "9"))
-    found = _only(check_cluster(None, "local"))
-    assert (found.name, found.state) == ("cluster", "problem")
-    assert "no response" in found.found
-
-
-@pytest.mark.parametrize("profiles", [(), ("team-a",)])
-def test_a_namespace_matters_to_kubeflow_only_where_it_has_profiles(
-    profiles: tuple[str, ...],
-) -> None:
-    with FakeKubeflow(namespaces=profiles) as kubeflow:
-        assert _only(check_kubeflow(KubeflowClient(kubeflow.host, "team-a"))).state == "ok"
-
-
 def test_paths_on_the_workspace_volume_are_not_checked_here_for_a_submitted_run() -> None:
     config = parse_config(
         {
@@ -603,32 +398,10 @@ def test_paths_on_the_workspace_volume_are_not_checked_here_for_a_submitted_run(
         }
     )
     for check in (check_model, check_data):
-        assert (_only(check(config)).state, _only(check(config, submitted=True)).state) == (
+        assert (only(check(config)).state, only(check(config, submitted=True)).state) == (
             "problem",
             "skipped",
         )
-
-
-@pytest.mark.parametrize(
-    ("version", "state", "words"),
-    [
-        ("2.14.0", "problem", "expected 2.15"),
-        ("2.17.0", "ok", "Kubeflow Pipelines 2.17.0 responds"),
-        ("", "ok", "unknown version"),
-    ],
-)
-def test_an_old_kubeflow_is_a_problem(version: str, state: str, words: str) -> None:
-    with FakeKubeflow(version=version) as kubeflow:
-        found = _only(check_kubeflow(KubeflowClient(kubeflow.host)))
-    assert found.state == state
-    assert words in found.found
-
-
-def test_kubeflow_that_does_not_respond_is_a_problem() -> None:
-    assert (
-        _only(check_kubeflow(KubeflowClient("http://127.0.0.1:9", retry_seconds=0.0))).state
-        == "problem"
-    )
 
 
 def test_without_problems_the_last_line_is_the_command_to_run(

@@ -19,9 +19,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from canvastune.checkpoint.generation_config import SamplerSettings
-from canvastune.evaluation import sampler
+from canvastune.evaluation import row_attention, tiled_head
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.sampler import Answer, KeyedNoise, Sampler
+from canvastune.evaluation.tiled_head import TiledHead
 from tests.support.small import CANVAS, VOCABULARY, WINDOW, stock_model
 
 SLIDING_LAYERS = 3  # whose scales change the answers
@@ -246,17 +247,17 @@ def test_tokens_without_probability_are_left_out_without_a_trace(
 ) -> None:
     cold = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
     counted: list[int] = []
-    add = sampler._TileSums.add
+    add = tiled_head.TileSums.add
 
     def recorded(self: Any, index: int, rows: Any, logits: torch.Tensor, *rest: Any) -> None:
         counted.append(len(logits) * (index > 0))
         add(self, index, rows, logits, *rest)
 
-    monkeypatch.setattr(sampler._TileSums, "add", recorded)
+    monkeypatch.setattr(tiled_head.TileSums, "add", recorded)
     found = sample(model, QUESTIONS, cold, tile_width=32)
     some = sum(counted)
     counted.clear()
-    monkeypatch.setattr(sampler, "_NEGLIGIBLE", float("inf"))
+    monkeypatch.setattr(tiled_head, "_NEGLIGIBLE", float("inf"))
     assert sample(model, QUESTIONS, cold, tile_width=32) == found
     assert 0 < some < 0.7 * sum(counted), "no tile was left out, or all were"
     ((tokens, _),) = stock_answers(model, QUESTIONS[:1], monkeypatch, cold)
@@ -342,7 +343,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_has_the_logits_of_a_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_ROOM", 1)  # caches are not what is looked at
+    monkeypatch.setattr(row_attention, "_ROOM", 1)  # caches are not what is looked at
     asked = questions(*[2] * 128)
     settings = dataclasses.replace(SETTINGS, steps=2)
     with Largest() as largest:
@@ -352,20 +353,12 @@ def test_no_tensor_has_the_logits_of_a_batch(model: Any, monkeypatch: pytest.Mon
 
 def test_tokens_are_chosen_by_their_probability(model: Any) -> None:
     """Of 20 000 draws from one distribution, each token comes up as often as it should."""
-    sampler = Sampler(
-        model,
-        SETTINGS,
-        KeyedNoise(0, CANVAS, VOCABULARY),
-        rows=1,
-        max_new_tokens=1,
-        stops=[],
-        tile_width=37,
-    )
+    head = TiledHead(model, 37)
     count = 20_000
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).expand(count, -1)
     uniforms = torch.rand(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
-        found = sampler._statistics(hidden, torch.full((count,), 1.5), uniforms, want_soft=True)
+        found = head.statistics(hidden, torch.full((count,), 1.5), uniforms, want_soft=True)
         cap = model.final_logit_softcapping
         logits = torch.tanh(model.lm_head(hidden[0]) / cap) * cap / 1.5
         expected = logits.softmax(0)

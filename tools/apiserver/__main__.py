@@ -85,8 +85,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped")
-    return int(report.failed > 0)
+    return report.end()
 
 
 if __name__ == "__main__":
