@@ -88,7 +88,7 @@ def _remove_interrupted(blobs: Path, locks: Path) -> None:
     for file in blobs.glob("*.incomplete"):
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / f"{file.name.partition('.')[0]}.lock", timeout=0, mode=0o664)
-        # A running download's: the lock is held, or the file is gone by now; or there are no locks here.
+        # A running download's: the lock is held, or the file was deleted meanwhile; or no locks exist here.
         with contextlib.suppress(FileNotFoundError, Timeout, NotImplementedError), lock:
             status = file.stat()
             if time.time() - status.st_mtime > _STALE_SECONDS:
