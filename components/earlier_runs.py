@@ -80,7 +80,7 @@ def find_pages(config: RunConfig, folder: Path) -> tuple[tuple[str, str], ...]:
     uri, pages = tracking_uri(config, workspace_of(folder)), []
     if page := run_page(pipeline_run(config, folder, "")):
         local = uri.startswith("sqlite")
-        title = f"MLflow, once `mlflow ui --backend-store-uri {uri}` runs" if local else "MLflow"
+        title = f"MLflow (start it by: mlflow ui --backend-store-uri {uri})" if local else "MLflow"
         pages.append((title, f"{MLFLOW_UI if local else connect(uri)}{page}"))
     resolved = read_records(folder).steps.get("resolve")
     url = resolved.shows.get("run/tags", {}).get(PIPELINE_URL) if resolved else None

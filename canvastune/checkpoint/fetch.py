@@ -88,7 +88,8 @@ def _remove_interrupted(blobs: Path, locks: Path) -> None:
     for file in blobs.glob("*.incomplete"):
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / f"{file.name.partition('.')[0]}.lock", timeout=0, mode=0o664)
-        # A running download's: the lock is held, or the file was deleted meanwhile; or no locks exist here.
+        # A running download holds the lock, or has finished the file; or the file system has no
+        # locks: then the part stays.
         with contextlib.suppress(FileNotFoundError, Timeout, NotImplementedError), lock:
             status = file.stat()
             if time.time() - status.st_mtime > _STALE_SECONDS:

@@ -48,7 +48,8 @@ _UNAUTHORIZED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # MLflow's UI: not for agents
     "mlflow.note.content": "Fine-tuning with Canvastune. *Model training* (top left) has the runs, "
-    "with their steps as nested runs; the tab *Traces* of `RUN: evaluate` has both models' answers.",
+    "with their steps as nested runs; the tab *Traces* of `RUN: evaluate` has "
+    "the tuned model's answers, that of `RUN: evaluate_base` the base's.",
 }
 _NOISY_LOGGERS = (
     "mlflow.store.db.utils",
