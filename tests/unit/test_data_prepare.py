@@ -321,8 +321,9 @@ def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(
     assert re.search(r"\bnone of the 8\b", message)
     enough = float(message.rsplit(" ", 1)[1].removesuffix("."))
     assert re.search(r"\ball of the 8\b", refusal(source, model, validation_fraction=0.999999))
+    assert enough == 0.3, "16 rows are wanted, but not more than this share"
     card = prepare_data(run_config(source, validation_fraction=enough), model, tmp_path / "out")
-    assert card["validation"] == 1
+    assert card["validation"] == 2
 
 
 def test_rows_that_are_all_too_long_are_refused_with_their_length(
