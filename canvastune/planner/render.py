@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from canvastune.io.byte_size import format_bytes
 from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
@@ -74,20 +75,21 @@ def _parameters(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
+    unit = _byte_unit(plan.needed_bytes)
+    rows = [(part, unit.format(size)) for part, size in plan.memory.items()]
     rows += [
-        ("peak", f"{plan.memory_bytes / 1e9:.2f}"),
+        ("peak", unit.format(plan.memory_bytes)),
         (
             f"driver, collectives, fragmentation ({FRAGMENTATION:.0%})",
-            f"{plan.reserved_bytes / 1e9:.2f}",
+            unit.format(plan.reserved_bytes),
         ),
-        ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
-        ("available", f"{plan.limit_bytes / 1e9:.2f}"),
+        ("needed", unit.format(plan.needed_bytes)),
+        ("available", unit.format(plan.limit_bytes)),
     ]
-    phases = [(phase, f"{size / 1e9:.2f}") for phase, size in plan.phases.items()]
+    phases = [(phase, unit.format(size)) for phase, size in plan.phases.items()]
     longest = plan.seq_length + plan.canvas_length - 1
     return [
-        *_table((f"Memory per rank, at the peak: {plan.moment}", "GB"), rows),
+        *_table((f"Memory per rank, at the peak: {plan.moment}", unit.name), rows),
         f"  Assumes examples of {longest} tokens, with the last block filled.",
         f"  Checkpoints: {format_bytes(plan.checkpoint_bytes)} each, up to {plan.checkpoints} on"
         " disk at once"
@@ -97,35 +99,35 @@ def _memory(plan: Plan) -> list[str]:
             else "."
         ),
         "",
-        *_table(("Memory per rank, peak of each phase of a step", "GB"), phases),
+        *_table(("Memory per rank, peak of each phase of a step", unit.name), phases),
     ]
 
 
 def _work(plan: Plan) -> list[str]:
-    total = sum(plan.flops_by_pass.values())
+    total, all_bytes = sum(plan.flops_by_pass.values()), sum(plan.bytes_received.values())
+    flop = _Unit("TFLOP", 1e12) if total >= 1e12 else _Unit("GFLOP", 1e9)
+    byte = _byte_unit(all_bytes)
     passes = [
-        (name, f"{value / 1e12:.2f}", f"{value / total:.0%}")
+        (name, flop.format(value), f"{value / total:.0%}")
         for name, value in plan.flops_by_pass.items()
         if value
     ]
     parts = [
-        (name, f"{value / 1e12:.2f}", f"{value / total:.0%}")
+        (name, flop.format(value), f"{value / total:.0%}")
         for name, value in plan.flops_by_part.items()
         if value
     ]
-    received = [
-        (name, f"{value / 1e9:.3f}") for name, value in plan.bytes_received.items() if value
-    ]
-    received.append(("total", f"{sum(plan.bytes_received.values()) / 1e9:.3f}"))
+    received = [(name, byte.format(value)) for name, value in plan.bytes_received.items() if value]
+    received.append(("total", byte.format(all_bytes)))
     return [
         *_table(
-            ("Compute per rank and step", "TFLOP", "share"),
-            [*passes, ("total", f"{total / 1e12:.2f}", "")],
+            ("Compute per rank and step", flop.name, "share"),
+            [*passes, ("total", flop.format(total), "")],
         ),
         "",
-        *_table(("of which", "TFLOP", "share"), sorted(parts, key=lambda row: -float(row[1]))),
+        *_table(("of which", flop.name, "share"), sorted(parts, key=lambda row: -float(row[1]))),
         "",
-        *_table(("Received per rank and step", "GB"), received),
+        *_table(("Received per rank and step", byte.name), received),
     ]
 
 
@@ -192,6 +194,7 @@ def _blocks(plan: Plan) -> list[str]:
             f"  Answers have {mean:.1f} blocks of {canvas} tokens on average, at most {most};"
             f" {several / rows:.0%} have more than one."
         )
+    unit = _byte_unit(max(cost.memory_bytes for cost in plan.block_costs))
     table = _table(
         (
             "Blocks of an answer in a step (objective.blocks)",
@@ -199,7 +202,7 @@ def _blocks(plan: Plan) -> list[str]:
             "step",
             "scored/s",
             "per GPU-hour",
-            "GB",
+            unit.name,
         ),
         [
             (
@@ -208,7 +211,7 @@ def _blocks(plan: Plan) -> list[str]:
                 _seconds(cost.step_seconds),
                 f"{cost.scored_per_second:,.0f}",
                 f"{cost.scored_per_gpu_hour:,.0f}",
-                f"{cost.memory_bytes / 1e9:.1f}",
+                unit.format(cost.memory_bytes),
             )
             for cost in plan.block_costs
         ],
@@ -217,15 +220,16 @@ def _blocks(plan: Plan) -> list[str]:
 
 
 def _evaluation(plan: EvaluationPlan) -> list[str]:
-    rows = [(part, f"{size / 1e9:.2f}") for part, size in plan.memory.items()]
+    unit = _byte_unit(plan.needed_bytes)
+    rows = [(part, unit.format(size)) for part, size in plan.memory.items()]
     rows += [
-        ("needed", f"{plan.needed_bytes / 1e9:.2f}"),
-        ("available", f"{plan.limit_bytes / 1e9:.2f}"),
+        ("needed", unit.format(plan.needed_bytes)),
+        ("available", unit.format(plan.limit_bytes)),
     ]
     gpus = "1 GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
     divided = f", experts divided over {plan.ep}" if plan.ep > 1 else ""
     return [
-        *_table((f"Evaluation on {gpus}{divided}", "GB"), rows),
+        *_table((f"Evaluation on {gpus}{divided}", unit.name), rows),
         (
             f"  {plan.rows} questions, {plan.batch_size} at once on each; answers of"
             f" {plan.blocks_per_answer:.1f} blocks of both models take at most"
@@ -251,9 +255,26 @@ def _verdict(plan: Plan) -> list[str]:
         )
     for change in plan.changes:
         lines.append(
-            f"  Would fit with {' and '.join(change.settings)}: {change.memory_bytes / 1e9:.1f} GB"
+            f"  Would fit with {' and '.join(change.settings)}: {format_bytes(change.memory_bytes)}"
         )
     return lines
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The unit of a column."""
+
+    name: str
+    size: float
+    digits: int = 2
+
+    def format(self, value: float) -> str:
+        return f"{value / self.size:.{self.digits}f}"
+
+
+def _byte_unit(largest: float) -> _Unit:
+    """Return the unit for a column of bytes: MB where GB would show small parts as 0.00."""
+    return _Unit("GB", 1e9) if largest >= 5e9 else _Unit("MB", 1e6, 1)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

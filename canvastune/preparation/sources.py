@@ -279,7 +279,7 @@ def _open_saved_splits(config: SourceFields, folder: Path, key: str) -> Source:
             f"{key}: {path}: cannot be read ({one_line(error)})", hint="Save the data set again."
         ) from None
     if config.split not in splits:
-        setting = "data.validation" if key == "data.validation" else _sibling(key, "split")
+        setting = "data.validation" if key == "data.validation" else sibling_key(key, "split")
         raise UserError(
             f"{key}: {folder}: has no split {config.split!r}, found {', '.join(splits) or 'none'}",
             hint=f"Set {setting} to one of those.",
@@ -300,7 +300,7 @@ def _open_saved(folder: Path, key: str, label: str | None = None) -> Source:
     return Source(label, folder, ((label, Path(label).name, table),))
 
 
-def _sibling(key: str, name: str) -> str:
+def sibling_key(key: str, name: str) -> str:
     """Return the key next to one that names a data set: `data.split`, `data.mixture.0.split`."""
     return f"data.{name}" if key in ("data.source", "data.validation") else f"{key}.{name}"
 
@@ -355,10 +355,10 @@ def _open_repository(config: SourceFields, location: str, path: Path | None, key
     except (
         ValueError
     ) as error:  # a missing configuration or split: the message lists the existing ones
-        split = "data.validation" if key == "data.validation" else _sibling(key, "split")
+        split = "data.validation" if key == "data.validation" else sibling_key(key, "split")
         raise UserError(
             f"{what}: {one_line(error)}",
-            hint=f"Set {_sibling(key, 'config')} and {split} (now {config.split!r}) to one of"
+            hint=f"Set {sibling_key(key, 'config')} and {split} (now {config.split!r}) to one of"
             " those.",
         ) from None
     except (

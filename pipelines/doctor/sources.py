@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
 from canvastune.config.places import is_path
 from canvastune.errors import UserError
-from canvastune.preparation.sources import open_source
+from canvastune.preparation.sources import open_source, sibling_key
 from pipelines.doctor.finding import Finding
 
 _TIMEOUT = 10.0  # seconds, for a response of the Hub
@@ -90,16 +90,17 @@ def _check_source(config: RunConfig, key: str, source: MixtureSource, submitted:
     path = Path(place).expanduser()
     if not path.exists() and not is_path(place):
         try:
-            HfApi().dataset_info(place, revision=source.revision, timeout=_TIMEOUT)
+            info = HfApi().dataset_info(place, revision=source.revision, timeout=_TIMEOUT)
         except HFValidationError:
             pass  # a path, not a Hub id: open_source reports what is wrong with it
         except Exception as error:  # as above
             return _unavailable("data", key, place, error)
         else:
-            return Finding("data", "ok", f"{place} is on the Hub")
-    validation = config.data.validation
+            card = info.card_data.to_dict() if info.card_data else {}
+            return _check_declared(config, key, source, card)
+    validation = _held_out_split(config, key)
     try:
-        if validation is not None and key != "data.validation" and not is_path(validation):
+        if validation is not None:
             held_out = source.model_copy(update={"split": validation})
             open_source(held_out, "data.validation", validation)
         row = next(open_source(source, key).rows())
@@ -109,6 +110,76 @@ def _check_source(config: RunConfig, key: str, source: MixtureSource, submitted:
         fix = "correct the row; canvastune prepare lists every invalid one"
         return Finding("data", "warning", f"{row.file}: row {row.number}: {row.problem}", fix)
     return Finding("data", "ok", f"{path}: readable")
+
+
+def _held_out_split(config: RunConfig, key: str) -> str | None:
+    """Return the split of a source that the recipe holds out, if it names one."""
+    validation = config.data.validation
+    if validation is None or key == "data.validation" or is_path(validation):
+        return None
+    return validation
+
+
+def _check_declared(
+    config: RunConfig, key: str, source: MixtureSource, card: Mapping[str, Any]
+) -> Finding:
+    """Compare configuration and splits with those that the card of a Hub data set declares."""
+    place, declared = source.source, declared_splits(card)
+    if not declared:
+        return Finding(
+            "data", "ok", f"{place} is on the Hub; its card does not say what splits it has"
+        )
+    name = source.config
+    if name is None:
+        name = next(iter(declared)) if len(declared) == 1 else _default_config(card, declared)
+    own = sibling_key(key, "config")
+    if name not in declared:
+        found = "is not set" if source.config is None else f"found {source.config!r}"
+        return Finding(
+            "data",
+            "problem",
+            f"{own}: {place}: {found}, expected one of {', '.join(declared)}",
+            f"set {own}={next(iter(declared))}, or another one of those",
+        )
+    splits = declared[name]
+    setting = "data.validation" if key == "data.validation" else sibling_key(key, "split")
+    wanted = {setting: source.split, "data.validation": _held_out_split(config, key)}
+    for setting, split in wanted.items():
+        if splits and split is not None and split.partition("[")[0] not in splits:
+            return Finding(
+                "data",
+                "problem",
+                f"{setting}: {place}: found {split!r}, expected one of {', '.join(splits)}",
+                f"set {setting} to one of those",
+            )
+    told = f", {name}: {', '.join(splits)}" if splits else ""
+    return Finding("data", "ok", f"{place} is on the Hub{told}")
+
+
+def declared_splits(card: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the splits of each configuration that a data set's card declares.
+
+    A configuration whose splits it does not name has none here.
+    """
+    found: dict[str, list[str]] = {}
+    for each in card.get("configs") or ():
+        files = each.get("data_files")
+        listed = files if isinstance(files, list) else []
+        named = [entry["split"] for entry in listed if isinstance(entry, dict) and "split" in entry]
+        found[each.get("config_name", "default")] = [str(split) for split in named]
+    described = card.get("dataset_info") or []
+    for each in [described] if isinstance(described, Mapping) else described:
+        splits = [str(split["name"]) for split in each.get("splits") or ()]
+        name = each.get("config_name", "default")
+        found[name] = found.get(name) or splits
+    return found
+
+
+def _default_config(card: Mapping[str, Any], declared: Mapping[str, Any]) -> str | None:
+    for each in card.get("configs") or ():
+        if each.get("default"):
+            return str(each.get("config_name", "default"))
+    return "default" if "default" in declared else None
 
 
 def _in_pods(config: RunConfig, place: str, submitted: bool) -> bool:

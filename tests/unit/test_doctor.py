@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import DatasetCardData, HfApi
+from huggingface_hub.hf_api import DatasetInfo
 from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
@@ -291,6 +293,38 @@ def test_local_data_are_opened_and_a_bad_first_row_is_named(tmp_path: Path) -> N
     found = only(check_data(config))
     assert found.state == "warning"
     assert "row 1" in found.found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"config": "main"}, "ok"),
+        ({"config": "main", "validation": "test"}, "ok"),
+        ({}, "data.config"),
+        ({"config": "mian"}, "data.config"),
+        ({"config": "main", "split": "trian"}, "data.split"),
+        ({"config": "main", "validation": "dev"}, "data.validation"),
+        ({"config": "other", "split": "anything"}, "ok"),  # whose splits the card does not say
+    ],
+)
+def test_configuration_and_splits_of_a_data_set_on_the_hub_are_those_of_its_card(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], expected: str
+) -> None:
+    files = [{"split": split, "path": f"main/{split}-*"} for split in ("train", "test")]
+    card = DatasetCardData(
+        configs=[
+            {"config_name": "main", "data_files": files},
+            {"config_name": "other", "data_files": "other/*"},
+        ]
+    )
+    info = DatasetInfo(id="team/rows", private=False, tags=[], cardData=card.to_dict())
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: info)
+    data = {"source": "team/rows", **settings}
+    (finding,) = check_data(parse_config({"name": "x", "data": data}))
+    if expected == "ok":
+        assert finding.state == "ok"
+    else:
+        assert (finding.state, finding.found.split(":")[0]) == ("problem", expected)
 
 
 def test_paths_in_pods_are_not_checked_here() -> None:

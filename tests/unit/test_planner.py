@@ -285,6 +285,14 @@ def test_on_cpu_the_process_itself_is_part_of_the_memory(middling: Path) -> None
     assert "On CPU" not in render(gpu)
 
 
+def test_small_parts_of_a_plan_are_not_shown_as_nothing(tiny_model: Path) -> None:
+    plan = make_plan(recipe("tiny_lora"), tiny_model, 2)
+    assert 0 < plan.memory["weights"] < 5e6
+    memory = render(plan).partition("\nCompute")[0]
+    shown = dict(re.findall(r"^  (.+?)  +([\d.,]+)$", memory, re.MULTILINE))
+    assert float(shown["weights"]) * 1e6 == pytest.approx(plan.memory["weights"], abs=1e5)
+
+
 def test_a_faster_accelerator_and_more_ranks_shorten_a_step() -> None:
     seconds = [
         released("gsm8k_lora", f"hardware.accelerator={name}").step_seconds
