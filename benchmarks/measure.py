@@ -68,13 +68,17 @@ def worker(
     """Start a Python process of a checkout, and yield a function that puts a request to it: a line
     of JSON each way.
 
+    Its OpenMP threads spin for a moment before they sleep, as by default, whatever the policy of
+    this process: to wake one for each of a step's thousands of operators takes half of its time.
+
     Raises:
         RuntimeError: the process has ended.
     """
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     process = subprocess.Popen(
         [sys.executable, "-P", *command],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE", **environment},
+        env={**inherited, "PYTHONPATH": str(root), **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -170,7 +170,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         each = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         need_hidden, need_table = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        table_grad = torch.zeros_like(table, dtype=torch.float32) if need_table else None
+        table_grad = torch.empty_like(table, dtype=torch.float32) if need_table else None
         rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
         kept = hidden.new_empty(
             len(table) * rows_at_once, dtype=torch.float32
@@ -198,7 +198,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 if need_hidden:
                     _add_product(sums, logits_grad.T, table[columns])
                 if table_grad is not None:
-                    _add_product(table_grad[columns], logits_grad, scaled)
+                    _add_product(table_grad[columns], logits_grad, scaled, to_nothing=start == 0)
                 del logits_grad
             if hidden_grad is not None:
                 hidden_grad[rows] = sums.mul_(scale)
@@ -355,9 +355,17 @@ def _index_in_tile(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor,
     return inside, index.clamp_(0, columns.stop - columns.start - 1)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left @ right to total, in place; without a temporary product if the dtypes agree."""
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, to_nothing: bool = False
+) -> None:
+    """Add left @ right to total, in place; without a temporary product if the dtypes agree.
+
+    Args:
+        to_nothing: total is overwritten.
+    """
     if total.dtype == left.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=int(not to_nothing))
+    elif to_nothing:
+        total.copy_(left @ right)
     else:
         total += left @ right

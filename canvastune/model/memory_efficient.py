@@ -108,9 +108,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         full = x.float()
-        inverse = full.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed = full.square()
+        inverse = normed.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        normed = full * inverse
+        torch.mul(full, inverse, out=normed)
         if weight is not None:
             normed.mul_(weight)
         return normed.to(x.dtype)
@@ -121,15 +122,16 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, inverse, weight = ctx.saved_tensors
         normed, gradient, weight_gradient = x.float() * inverse, upstream.float(), None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            gradient = gradient * weight
+        product = gradient * normed
+        if weight is None:
+            share = product.mean(-1, keepdim=True)
+            scaled = torch.addcmul(gradient, normed, share, value=-1, out=product)
+            return scaled.mul_(inverse).to(x.dtype), None, None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = product.flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, weight_gradient, None
-        share = (gradient * normed).mean(-1, keepdim=True)
-        return (
-            torch.addcmul(gradient, normed, share, value=-1).mul_(inverse).to(x.dtype),
-            weight_gradient,
-            None,
-        )
+        share = (product @ weight.float()).div_(x.shape[-1])[..., None]
+        torch.mul(gradient, weight, out=product)
+        scaled = product.addcmul_(normed, share, value=-1).mul_(inverse)
+        return scaled.to(x.dtype), weight_gradient, None
