@@ -30,6 +30,12 @@ PIPELINES = Floor(
     "optional secrets of steps (`SecretAsEnv.optional`)",
     "`submit`, `upload` and `doctor`, with `tag_name` of its healthz",
 )
+RESTRICTED_STEPS = Floor(
+    "Kubeflow Pipelines, where PodSecurity *restricted* is enforced",
+    "2.16",
+    "security contexts of steps",
+    "`submit` and `upload`: for an older one, steps do not ask for `runAsNonRoot`; `doctor`",
+)
 TRAINING_OPERATOR = Floor(
     "training operator",
     "1.9",
@@ -67,7 +73,17 @@ MLFLOW_CLIENT = Floor(
     "the version that the package pins, and the images have",
     "pip; `doctor`, with what is installed",
 )
-FLOORS = (KUBERNETES, HELM, PIPELINES, TRAINING_OPERATOR, TRAINER, KUEUE, MLFLOW, MLFLOW_CLIENT)
+FLOORS = (
+    KUBERNETES,
+    HELM,
+    PIPELINES,
+    RESTRICTED_STEPS,
+    TRAINING_OPERATOR,
+    TRAINER,
+    KUEUE,
+    MLFLOW,
+    MLFLOW_CLIENT,
+)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

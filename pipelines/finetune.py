@@ -27,8 +27,14 @@ SECRET = "canvastune-credentials"  # optional
 JOB_NAME, JOB_ID = dsl.PIPELINE_JOB_NAME_PLACEHOLDER, dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
-def pipeline_with(settings: StepsConfig, sub_path: str = "") -> GraphComponent:
-    """Return the pipeline whose steps have these settings, and mount this folder of the claim."""
+def pipeline_with(
+    settings: StepsConfig, sub_path: str = "", restricted: bool = True
+) -> GraphComponent:
+    """Return the pipeline whose steps have these settings, and mount this folder of the claim.
+
+    Args:
+        restricted: see `compile_pipeline`.
+    """
     train_step = train if settings == StepsConfig() else _with_own_pod(train)
 
     @dsl.pipeline(
@@ -76,6 +82,8 @@ def pipeline_with(settings: StepsConfig, sub_path: str = "") -> GraphComponent:
             kubernetes.use_secret_as_env(
                 task, credentials, {name: name for name in CREDENTIALS}, optional=True
             )
+            if restricted:  # Kubeflow sets the rest of PodSecurity restricted, but not this
+                kubernetes.set_security_context(task, run_as_non_root=True)
             return apply(task.set_container_image(pipeline_image), settings)
 
         def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:

@@ -1,4 +1,6 @@
-"""What a followed run waits for: the launchers' reports on its jobs, and steps that do not start."""
+"""What a followed run waits for: the launchers' reports on its jobs, steps that do not start, and
+steps whose pods the API server refuses.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from canvastune.errors import UserError
 from components.jobs.client import Clock, Forbidden, KubernetesClient, connect_to_cluster
 from components.jobs.log_stream import LogPosition
 from components.jobs.states import PYTORCHJOB, Object
+from components.versions import RESTRICTED_STEPS
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -20,6 +23,43 @@ _RUN = "pipeline/runid"  # Kubeflow's label on the pods of a run's steps
 _CONTAINER = "main"  # Argo's name of the container with the step's program
 _REPORT = re.compile(r"^(?:WARNING )?(.*\(reason=\w+\).*)$")
 _STARTING = ("ContainerCreating", "PodInitializing")
+# What Argo writes into the node of a step whose pod it could not create.
+_REFUSED = re.compile(r'"[^"]*" is (?:forbidden|invalid): |denied the request|calling webhook "')
+# The first one that matches explains the message.
+_SETTINGS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"must specify (?!.*\bmain\b).* for: ", re.DOTALL),
+        "Kubeflow's own containers have no requests and limits: add a LimitRange with defaults to "
+        "the namespace, or set them in Kubeflow's installation (executor.resources of "
+        "workflow-controller-configmap).",
+    ),
+    (
+        re.compile(r"must specify "),
+        "Set steps.resources (chart) and upload the pipeline again; for Kubeflow's own containers, "
+        "add a LimitRange with defaults to the namespace.",
+    ),
+    (
+        re.compile(r"exceeded quota"),
+        "Wait until others release what they use, request less (chart: steps.resources), or have "
+        "the quota raised.",
+    ),
+    (
+        re.compile(
+            r"(?:maximum|minimum) \S+ usage per|limit to request ratio|less than or equal to"
+        ),
+        "Keep steps.resources (chart) within the namespace's LimitRange: kubectl describe limitrange.",
+    ),
+    (
+        re.compile(r"violates PodSecurity"),
+        f"Use {RESTRICTED_STEPS.version} or newer of Kubeflow Pipelines, and upload the pipeline "
+        "again: steps then ask for what restricted wants. Volumes are those of steps.extraVolumes.",
+    ),
+    (
+        re.compile(r"serviceaccount .* not found"),
+        "Runs use the account pipeline-runner, or default-editor in a profile: create it.",
+    ),
+)
+_OTHER = "Correct what the message names (chart: steps), or ask the cluster's administrator."
 _RETRY_SECONDS = 60.0  # between two attempts to read logs that could not be read
 
 
@@ -42,11 +82,18 @@ class JobReports:
         self._api: KubernetesClient | None = None
         self._positions: dict[str, LogPosition] = {}  # by the uid of a pod
         self._stuck: dict[str, str] = {}  # by the uid of a pod: why it does not start
+        self.refusals: dict[str, tuple[str, str]] = {}  # by step: why it has no pod, and what helps
+        self._reported: set[str] = set()  # steps whose refusal was reported
         self._next_attempt = 0.0
         self._said = False  # that nothing can be shown
+        self._reads_workflows = True
 
-    def new(self) -> list[str]:
-        """Return what the launchers have reported since the last call, and which steps are stuck."""
+    def new(self, *, running: bool = True) -> list[str]:
+        """Return what the launchers have reported since the last call, and which steps are stuck.
+
+        Args:
+            running: Kubeflow reports that a step runs, so that there must be a pod.
+        """
         if self._clock.time() < self._next_attempt:
             return []
         try:
@@ -57,12 +104,13 @@ class JobReports:
                 self._api.timeout = 0.0  # the next call is the next attempt
             pods = self._api.pods(self._label)
             lines = [line for pod in pods for line in self._lines(self._api, pod)]
+            lines += self._new_refusals(self._api)
         except UserError as error:
             permanent = isinstance(error, Forbidden) or self._api is None
             self._next_attempt = float("inf") if permanent else self._clock.time() + _RETRY_SECONDS
             return self._say_unreadable(self._reason(error))
-        if pods:
-            self._said = False  # another outage is reported again
+        if pods or self.refusals or not running:
+            self._said = self._said and not pods  # another outage is reported again
             return lines
         return self._say_unreadable(
             f"namespace {self._namespace} of the kubeconfig's cluster has no pod of this run"
@@ -85,6 +133,30 @@ class JobReports:
         lines = map(_report, position.new_lines(api, name, container=_CONTAINER))
         return [line for line in lines if line]
 
+    def _new_refusals(self, api: KubernetesClient) -> list[str]:
+        """Return which steps have no pod because the API server refuses it, each step once."""
+        if not self._reads_workflows:
+            return []
+        try:
+            workflows = api.workflows(self._label)
+        except Forbidden:
+            self._reads_workflows = False
+            return [
+                "steps whose pods are refused are not shown: your account may not list "
+                f"workflows.argoproj.io in namespace {self._namespace}"
+            ]
+        known, self.refusals = self._reported, {}
+        for step, message in _last_messages(workflows).items():
+            if _REFUSED.search(message):
+                hint = next((text for form, text in _SETTINGS if form.search(message)), _OTHER)
+                self.refusals[step] = message, hint
+        self._reported = known | set(self.refusals)
+        return [
+            f"step {step} has no pod: {message}. {hint}"
+            for step, (message, hint) in self.refusals.items()
+            if step not in known
+        ]
+
     def _reason(self, error: UserError) -> str:
         if self._api is None:
             return str(error)
@@ -98,6 +170,20 @@ class JobReports:
         self._said = True
         command = f"kubectl logs -n {self._namespace} -l {self._label} -c {_CONTAINER} --tail=-1"
         return [f"what jobs wait for is not shown: {reason}. Use {command} | grep reason="]
+
+
+def _last_messages(workflows: list[Object]) -> dict[str, str]:
+    """Return what Argo says of the last attempt at each step, by the step's name in the graph."""
+    attempts: dict[str, tuple[int, str]] = {}
+    for workflow in workflows:
+        for node in ((workflow.get("status") or {}).get("nodes") or {}).values():
+            path = str(node.get("name") or "").partition(".")[2]
+            match = re.fullmatch(r"(.*?)(?:\((\d+)\))?", path)
+            if node.get("type") != "Pod" or match is None:
+                continue
+            number, message = int(match[2] or 0), " ".join(str(node.get("message") or "").split())
+            attempts[match[1]] = max(attempts.get(match[1], (-1, "")), (number, message))
+    return {step: message for step, (_, message) in attempts.items()}
 
 
 def _stuck(pod: Object, warnings: list[Object]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -107,11 +108,15 @@ class KubeflowClient:
 
     def health(self) -> dict[str, Any]:
         """Return what the server says of itself: `multi_user` if each team has a namespace there,
-        and its version as `tag_name`.
+        and its version as `tag_name`. It is asked once.
 
         Raises:
             UserError: as `create_kfp_client`.
         """
+        return self._health
+
+    @functools.cached_property
+    def _health(self) -> dict[str, Any]:
         if not self.host.startswith(("http://", "https://")) or not urlsplit(self.host).hostname:
             message = f"--host {self.host}: expected an http or https address"
             raise UserError(message, hint=f"For example {_EXAMPLE}.")

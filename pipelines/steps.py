@@ -104,10 +104,12 @@ def apply(task: dsl.PipelineTask, steps: StepsConfig) -> dsl.PipelineTask:
         ("limits", "cpu"): task.set_cpu_limit,
         ("limits", "memory"): task.set_memory_limit,
     }
+    limits = steps.resources.limits
+    # What has only a limit gets it as the request, as pods of training do.
+    given = {"requests": {**limits, **steps.resources.requests}, "limits": limits}
     for (kind, resource), set_it in setters.items():
-        quantity = getattr(steps.resources, kind).get(resource)
-        if quantity is not None:
-            set_it(quantity)
+        if resource in given[kind]:
+            set_it(given[kind][resource])
     for key, value in steps.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     for toleration in steps.tolerations:

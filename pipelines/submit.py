@@ -24,6 +24,7 @@ from canvastune.config.places import is_path, refuse_address
 from canvastune.errors import UserError
 from canvastune.logging import event
 from components.earlier_runs import refuse_too_many
+from components.versions import RESTRICTED_STEPS
 from pipelines.job_reports import JobReports
 from pipelines.kfp_client import KubeflowClient, translate_errors
 
@@ -205,9 +206,9 @@ def follow(
                     f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}",
                     extra=event("task", task=task.display_name, state=state),
                 )
-        if reports is not None and any(task.state == "RUNNING" for task in tasks):
+        if reports is not None:
             with _quiet():
-                lines = reports.new()
+                lines = reports.new(running=any(task.state == "RUNNING" for task in tasks))
             for line in lines:
                 logger.info(f"{time.strftime('%H:%M:%S')}  {line}", extra=event("job", report=line))
         if run.state in _ENDED:
@@ -218,6 +219,10 @@ def follow(
         extra=event("run", state=run.state.lower()),
     )
     if run.state != "SUCCEEDED":
+        refused = next(iter(reports.refusals.items()), None) if reports is not None else None
+        if refused is not None and run.state == "FAILED":
+            step, (message, hint) = refused
+            raise UserError(f"step {step} has no pod: {message}", hint=f"{hint} See {address}.")
         raise UserError(
             _failure_reason(run, tasks, kubeflow.namespace or "kubeflow"), hint=f"See {address}."
         )
@@ -277,8 +282,16 @@ def recipe_text(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None:
-    """Write the compiled pipeline; `defaults` replaces the defaults of its parameters."""
+def compile_pipeline(
+    path: Path, defaults: dict[str, str] | None = None, *, restricted: bool = True
+) -> None:
+    """Write the compiled pipeline.
+
+    Args:
+        defaults: replace the defaults of its parameters.
+        restricted: steps ask for what PodSecurity restricted wants; Kubeflow Pipelines older than
+            `RESTRICTED_STEPS` refuses a graph with that.
+    """
     from kfp.compiler import Compiler
 
     from pipelines.finetune import pipeline_with
@@ -289,7 +302,7 @@ def compile_pipeline(path: Path, defaults: dict[str, str] | None = None) -> None
     if "steps" in given:  # written as this version writes it: the run compares the texts
         given["steps"] = dump(settings)
     sub_path = json.loads(given.get("cluster") or "{}").get("sub_path") or ""
-    pipeline = pipeline_with(settings, sub_path)
+    pipeline = pipeline_with(settings, sub_path, restricted)
     Compiler().compile(pipeline, str(path), pipeline_parameters=given or None)
 
 
@@ -319,7 +332,9 @@ def _upload_if_changed(
             versions = listed.pipeline_versions or []
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "finetune.yaml"
-        compile_pipeline(package, (_kept_defaults(versions[0]) if versions else {}) | defaults)
+        kept = _kept_defaults(versions[0]) if versions else {}
+        restricted = not RESTRICTED_STEPS.is_below(kubeflow.health()["tag_name"])
+        compile_pipeline(package, kept | defaults, restricted=restricted)
         text = package.read_bytes()
         digest = hashlib.sha256(text).hexdigest()[:12]
         # The server names a pipeline's first version like the pipeline, and keeps this description.
@@ -392,7 +407,9 @@ def _failure_reason(run: Any, tasks: list[Any], namespace: str) -> str:
         reason = (
             " ".join(run.error.message.split())
             if run.error and run.error.message
-            else "no step reported a reason"
+            else "no step reported a reason; Argo's of each: kubectl get workflows.argoproj.io -n "
+            f"{namespace} -l pipeline/runid={run.run_id} -o jsonpath="
+            "'{.items[*].status.nodes.*.message}'"
         )
         return f"run {run.state.lower()}: {reason}"
     first = min(failed, key=lambda task: (task.end_time is None, str(task.end_time)))

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import datasets
 import pyarrow as pa
@@ -336,15 +337,20 @@ def _open_repository(config: SourceFields, location: str, path: Path | None, key
     )
     revision = config.revision if path is None else None
     # `datasets` knows a local file again by its name and modification time, which tar, rsync -t and
-    # container layers keep: a folder's cache is kept by its content instead.
-    cache = (
-        None
-        if path is None
-        else str(Path(datasets.config.HF_DATASETS_CACHE) / f"content-{hash_path(path, whole=True)}")
-    )
+    # container layers keep: a folder's cache is kept by its content instead. Without the Hub, it
+    # reads whatever revision it has cached last: each has a separate cache.
+    cache = None
+    if path is not None:
+        cache = f"content-{hash_path(path, whole=True)}"
+    elif revision is not None:
+        cache = f"revision-{quote(revision, safe='')}"
     try:
         table = datasets.load_dataset(
-            location, name=config.config, split=config.split, revision=revision, cache_dir=cache
+            location,
+            name=config.config,
+            split=config.split,
+            revision=revision,
+            cache_dir=cache and str(Path(datasets.config.HF_DATASETS_CACHE) / cache),
         )
     except DatasetNotFoundError as error:
         raise UserError(

@@ -238,6 +238,13 @@ class KubernetesClient:
         call = partial(self._custom.get_namespaced_custom_object, *path)
         return self._request("get", plural, call, not_found=None)
 
+    def workflows(self, labels: str) -> list[Object]:
+        """Return the Argo workflows that a label selector finds."""
+        group, version, plural = _WORKFLOWS
+        path = (group, version, self.namespace, plural)
+        call = partial(self._custom.list_namespaced_custom_object, *path, label_selector=labels)
+        return list(self._request("list", plural, call, not_found={"items": []})["items"])
+
     def server_version(self) -> str:
         """Return the API server's version, such as v1.36.2."""
         call = partial(

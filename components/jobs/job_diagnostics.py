@@ -101,6 +101,12 @@ _REFUSALS = (
         permanent=False,
     ),
     _refusal(
+        r'admission webhook "([^"]+)" denied the request: Internal error',
+        WEBHOOK,
+        "The webhook itself fails on these pods, no policy forbids them: ask its owner to update it "
+        "or to leave out this namespace, or try the other cluster.backend.",
+    ),
+    _refusal(
         r'admission webhook "([^"]+)" denied the request',
         WEBHOOK,
         "Change what the policy names (labels, resources, images, volumes: cluster.*), or ask its "
@@ -276,9 +282,11 @@ def find_queue_blocker(
         since = str((_condition(workloads[0], "Admitted") or {}).get("lastTransitionTime") or "")
         if not since or now - datetime.fromisoformat(since).timestamp() < _RESUME_SECONDS:
             return None
+        warnings = [" ".join(f"{e.get('reason')}: {e.get('message')}".split()) for e in events]
         return PodBlocker(
             NOT_RESUMED,
-            f"Kueue has admitted the {kind} at {since}, but it is still suspended",
+            f"Kueue has admitted the {kind} at {since}, but it is still suspended"
+            + "".join(f" ({warning})" for warning in warnings[-1:]),
             f"Check Kueue's log, and that the queue's flavors name nodes that exist: kubectl "
             f"describe workload {workloads[0]['metadata']['name']}.",
             permanent=False,

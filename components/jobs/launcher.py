@@ -144,7 +144,9 @@ class _Launcher:
         self._job_blocker: PodBlocker | None = None
         self._looked_at = 0.0
         self._queue_checked = False
-        self._log_stream = LogStream(api, self._selector(self._kind.first_pod))
+        self._log_stream = LogStream(
+            api, self._selector(self._kind.first_pod), self._kind.container
+        )
 
     def run(self) -> dict[str, str]:
         try:
@@ -156,7 +158,7 @@ class _Launcher:
             raise
         cluster = self._config.cluster
         pods = self._api.pods(self._selector())
-        statuses = [s for pod in pods for s in pod["status"].get("containerStatuses") or ()]
+        statuses = [s for pod in pods for s in pod_diagnostics.own_containers(pod)]
         image = next((s["imageID"] for s in statuses if s.get("imageID")), cluster.image)
         if cluster.backend == "trainjob" and cluster.ttl_hours is not None:
             self._api.delete(self._name)  # a TrainJob has no TTL
@@ -403,13 +405,14 @@ class _Launcher:
         failure = pod_diagnostics.first_failure(pods)
         if failure is None:
             return UserError(pod_diagnostics.find_eviction(pods) or f"{summary}{last_lines}")
-        pod, end = failure
+        pod, status = failure
         name = pod["metadata"]["name"]
-        states = [status.get("state", {}) for status in pod["status"]["containerStatuses"]]
-        previous = end not in [state.get("terminated") for state in states]
-        lines = self._api.log(name, tail=40 * TAIL_LINES, previous=previous)
+        previous = not status.get("state", {}).get("terminated")
+        lines = self._api.log(
+            name, tail=40 * TAIL_LINES, previous=previous, container=status["name"]
+        )
         log = [line.partition(" ")[2] for line in lines]
-        error = pod_diagnostics.describe(pod, end, log, self._config)
+        error = pod_diagnostics.describe(pod, status, log, self._config)
         events = [
             f"event on {name}: {event.get('reason')}: {event.get('message')}"
             for event in self._api.events(name)

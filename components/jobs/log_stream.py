@@ -7,7 +7,12 @@ import re
 from collections import deque
 
 from components.jobs.client import KubernetesClient
-from components.jobs.pod_diagnostics import TAIL_LINES, restart_count, terminated_state
+from components.jobs.pod_diagnostics import (
+    TAIL_LINES,
+    own_containers,
+    restart_count,
+    terminated_state,
+)
 from components.jobs.pod_spec import FIRST_RANK
 from components.jobs.states import Object
 
@@ -54,10 +59,10 @@ class LogPosition:
 
 
 class LogStream:
-    """The log of the pod that a selector finds."""
+    """The log of one container of the pod that a selector finds."""
 
-    def __init__(self, api: KubernetesClient, selector: str) -> None:
-        self._api, self._selector = api, selector
+    def __init__(self, api: KubernetesClient, selector: str, container: str) -> None:
+        self._api, self._selector, self._container = api, selector, container
         self._last_lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._pod, self._restarts = "", 0
         self._position = LogPosition()
@@ -88,7 +93,7 @@ class LogStream:
         if restarts > self._restarts:
             for line in self._new_lines(name, previous=True):
                 self._print(line)
-            statuses = pod["status"].get("containerStatuses") or ()
+            statuses = own_containers(pod)
             ends = [end for status in statuses if (end := terminated_state(status))]
             how = f" ({ends[0].get('reason')}, exit code {ends[0].get('exitCode')})" if ends else ""
             logger.warning(
@@ -100,7 +105,9 @@ class LogStream:
 
     def _new_lines(self, pod: str, *, previous: bool) -> list[str]:
         tail, self._tail = self._tail, None
-        return self._position.new_lines(self._api, pod, tail=tail, previous=previous)
+        return self._position.new_lines(
+            self._api, pod, tail=tail, previous=previous, container=self._container
+        )
 
     def _print(self, line: str) -> None:
         if line.startswith(FIRST_RANK):

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from canvastune.config import RunConfig
 from components.jobs.pod_spec import PodParts, labels_of, pod_parts
-from components.jobs.states import KINDS
+from components.jobs.states import KINDS, PYTORCHJOB, TRAINJOB
 
 SPEC_HASH = "canvastune.io/spec-hash"
 _HOUR = 3600
-_NODE = "node"  # the name of a TrainingRuntime's job and container
+_NODE = TRAINJOB.container  # also the name of a TrainingRuntime's job
 _LABEL = "metadata.labels['training.kubeflow.org/{}']"  # set on every pod by the training operator
 # torchrun's settings in addition to PET_NNODES and PET_NPROC_PER_NODE, which the operator sets.
 _RENDEZVOUS: tuple[dict[str, Any], ...] = (
@@ -111,7 +111,7 @@ def _pytorchjob(config: RunConfig, context: JobContext, parts: PodParts) -> dict
         "containers": [
             {
                 **parts.container,
-                "name": "pytorch",
+                "name": PYTORCHJOB.container,
                 "image": cluster.image,
                 "command": command(config, context),
                 "env": [*_RENDEZVOUS, *parts.env],

@@ -8,19 +8,26 @@ from typing import Any, NamedTuple
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError, parse_error
-from components.jobs.states import Object
+from components.jobs.states import KINDS, Object
 
 TAIL_LINES = 50
 # Reasons to search logs for: `reason=POD...`.
 IMAGE_PULL_FAILED = "ImagePullFailed"
 CONTAINER_CONFIG_ERROR = "ContainerConfigError"
+CONTAINER_FAILS = "ContainerFails"
 VOLUME_CLAIM_NOT_FOUND = "VolumeClaimNotFound"
 POD_UNSCHEDULABLE = "PodUnschedulable"
 POD_NOT_STARTED = "PodNotStarted"
 POD_EVICTED = "PodEvicted"
 _PULL_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError")
+_CRASHES = "CrashLoopBackOff"
+_ADDED = (
+    "Canvastune does not add this container: an admission webhook, the operator or the "
+    "TrainingRuntime does. Ask its owner to correct it, or to leave these pods out."
+)
 _EVICTED = ("Evicted", "Preempting", "NodeLost", "NodeShutdown", "Terminated", "Shutdown")
+_OWN = frozenset(kind.container for kind in KINDS.values())  # names of containers
 _STOPPED = 3  # exit code of a rank that saved its state because it was asked to stop
 _RANK_LINE = re.compile(r"\[rank (\d+)\]: ?(.*)")
 _ROOT_CAUSE = re.compile(  # in torchrun's summary of a failure
@@ -50,18 +57,30 @@ def _container_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBloc
     for status in _containers(pod):
         waiting = status.get("state", {}).get("waiting") or {}
         reason, message = waiting.get("reason", ""), waiting.get("message") or warnings
+        own = status["name"] in _OWN
         if reason in _PULL_REASONS:
+            image = config.cluster.image if own else status.get("image", "")
             return PodBlocker(
                 IMAGE_PULL_FAILED,
-                f"pod {name} cannot pull its image {config.cluster.image} ({message})",
-                "Check cluster.image and cluster.pull_secrets.",
+                f"pod {name} cannot pull its image {image} ({message})"
+                if own
+                else f"pod {name} cannot pull the image {image} of {status['name']} ({message})",
+                "Check cluster.image and cluster.pull_secrets." if own else _ADDED,
                 permanent=True,
             )
         if reason in _CONFIG_REASONS:
             return PodBlocker(
                 CONTAINER_CONFIG_ERROR,
-                f"pod {name} cannot create its container ({message})",
-                "Create the missing object, or correct cluster.secret_env.",
+                f"pod {name} cannot create its container {status['name']} ({message})",
+                "Create the missing object, or correct cluster.secret_env." if own else _ADDED,
+                permanent=True,
+            )
+        if reason == _CRASHES and not own:  # ours is restarted, and resumes
+            return PodBlocker(
+                CONTAINER_FAILS,
+                f"pod {name} waits for its container {status['name']}, which fails again and again "
+                f"({message})",
+                f"Look at kubectl logs {name} -c {status['name']}. {_ADDED}",
                 permanent=True,
             )
     return None
@@ -123,15 +142,29 @@ def find_eviction(pods: Iterable[Object]) -> str | None:
     return None
 
 
-def first_failure(pods: Iterable[Object]) -> tuple[Object, dict[str, Any]] | None:
-    """Find the pod whose container failed first and its ContainerStateTerminated, if any failed."""
+def first_failure(pods: Iterable[Object]) -> tuple[Object, Object] | None:
+    """Find the pod whose container failed first and its status, if any failed.
+
+    One of ours counts before one that something else added, such as a sidecar that is stopped.
+    """
     failures = [
-        (pod, end)
+        (pod, status)
         for pod in pods
         for status in _containers(pod)
-        if (end := terminated_state(status)) and end.get("exitCode")
+        if (terminated_state(status) or {}).get("exitCode")
     ]
-    return min(failures, key=lambda failure: failure[1].get("finishedAt") or "", default=None)
+    return min(failures, key=_order, default=None)
+
+
+def _order(failure: tuple[Object, Object]) -> tuple[bool, str]:
+    _, status = failure
+    end = terminated_state(status) or {}
+    return status["name"] not in _OWN, end.get("finishedAt") or ""
+
+
+def own_containers(pod: Object) -> list[dict[str, Any]]:
+    """Return the statuses of the containers with our processes."""
+    return [status for status in _containers(pod) if status["name"] in _OWN]
 
 
 def terminated_state(status: Object) -> dict[str, Any] | None:
@@ -142,18 +175,26 @@ def terminated_state(status: Object) -> dict[str, Any] | None:
 
 
 def restart_count(pod: Object) -> int:
-    """Return how often the pod's containers were restarted."""
-    return sum(status.get("restartCount", 0) for status in _containers(pod))
+    """Return how often our processes in the pod were restarted."""
+    return sum(status.get("restartCount", 0) for status in own_containers(pod))
 
 
-def describe(pod: Object, end: Object, log: list[str], config: RunConfig) -> UserError:
+def describe(pod: Object, status: Object, log: list[str], config: RunConfig) -> UserError:
     """Return the error of a failed pod.
 
     Args:
-        end: how its container ended (a ContainerStateTerminated).
+        status: of the container that failed.
         log: its last lines, without timestamps.
     """
-    code, reason = end["exitCode"], end.get("reason")
+    end = terminated_state(status) or {}
+    code, reason, name = end.get("exitCode"), end.get("reason"), pod["metadata"]["name"]
+    if status["name"] not in _OWN:
+        last = tail("\n".join(log))
+        return UserError(
+            f"pod {name}: its container {status['name']} exited with code {code} "
+            f"({reason or 'no reason given'}); its last lines:\n{last}",
+            hint=_ADDED,
+        )
     ranks: dict[int, list[str]] = {}
     torchrun = []
     for line in log:
@@ -162,13 +203,12 @@ def describe(pod: Object, end: Object, log: list[str], config: RunConfig) -> Use
         else:
             torchrun.append(line)
     outputs = {rank: "\n".join(lines) for rank, lines in ranks.items()}
-    error = failure_reason(code, "\n".join(torchrun), outputs)
+    error = failure_reason(end["exitCode"], "\n".join(torchrun), outputs)
     message, hint = str(error), error.hint
     if reason == "OOMKilled":
         limit = config.cluster.memory or "its node's memory"
         message = f"it exceeded its memory limit ({limit}) and was killed. {message}"
         hint = "Raise cluster.memory, or lower cluster.shm or train.micro_batch_size."
-    name = pod["metadata"]["name"]
     return UserError(
         f"pod {name} exited with code {code} ({reason or 'no reason given'}): {message}",
         hint=hint or "Fix the cause and start the same run again: it resumes from its checkpoints.",
@@ -207,4 +247,6 @@ def tail(text: str) -> str:
 
 
 def _containers(pod: Object) -> list[dict[str, Any]]:
-    return pod["status"].get("containerStatuses") or []
+    """Return the statuses of a pod's containers, init containers first."""
+    kinds = ("initContainerStatuses", "containerStatuses")
+    return [status for kind in kinds for status in pod["status"].get(kind) or ()]

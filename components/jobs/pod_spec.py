@@ -269,7 +269,11 @@ def _is_optional(variable: Mapping[str, Any]) -> bool:
 
 
 def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Return devices and memory as limits and requests; CPU as a request, to allow idle cores."""
+    """Return devices and memory as limits and requests; CPU as a request, to allow idle cores.
+
+    What has only a limit gets it as the request, as in Kubernetes: older versions of Kueue count the
+    default of the namespace's LimitRange instead, and admit too much (kubernetes-sigs/kueue#15020).
+    """
     cluster = config.cluster
     devices = (
         {cluster.gpu_resource: str(config.parallel.nproc_per_node)} if cluster.gpu_resource else {}
@@ -292,6 +296,7 @@ def _resources(config: RunConfig, task: Mapping[str, Any]) -> dict[str, Any]:
         **cluster.resources.requests,
         **(given.get("requests") or {}),
     }
+    requests |= {name: limit for name, limit in limits.items() if name not in requests}
     return {
         name: value for name, value in {"limits": limits, "requests": requests}.items() if value
     }

@@ -20,6 +20,7 @@ class Kind:
     group: str
     version: str
     plural: str
+    container: str  # of the processes, in each pod; webhooks may add others
     first_pod: Mapping[str, str]  # labels of rank 0's pod, in addition to the job's own
     floor: Floor  # what must be installed
     newest_fields: tuple[str, ...]  # dotted, below the spec: an older operator's CRD lacks them
@@ -40,6 +41,7 @@ PYTORCHJOB = Kind(
     group="kubeflow.org",
     version="v1",
     plural="pytorchjobs",
+    container="pytorch",
     first_pod={"training.kubeflow.org/replica-index": "0"},
     floor=TRAINING_OPERATOR,
     newest_fields=("nprocPerNode",),
@@ -49,6 +51,7 @@ TRAINJOB = Kind(
     group="trainer.kubeflow.org",
     version="v1alpha1",
     plural="trainjobs",
+    container="node",
     first_pod={"batch.kubernetes.io/job-completion-index": "0"},
     floor=TRAINER,
     newest_fields=(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune.errors import UserError
-from components.versions import KUBERNETES
+from components.versions import KUBERNETES, RESTRICTED_STEPS
 from pipelines.doctor.finding import Finding
 from pipelines.kfp_client import KubeflowClient
 
@@ -33,6 +33,7 @@ PERMISSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "batch": {"jobs": ("list",)},
     "kueue.x-k8s.io": {"workloads": ("list",)},
 }
+_COUNTED = ("cpu", "memory")
 _TIMEOUT = (5, 10)  # seconds to connect, and to read
 
 
@@ -90,6 +91,47 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
     served = _served_resources(client)
     yield check_operators(client, served, backend)
     yield check_permissions(client, namespace, served, inside)
+    yield from check_quota(client, namespace)
+
+
+def check_quota(client: Any, namespace: str) -> Iterator[Finding]:
+    """Check that a quota of the namespace admits Kubeflow's own containers in the steps' pods.
+
+    They have no requests and limits as Kubeflow is installed; nothing without such a quota.
+    """
+    from kubernetes.client import ApiException
+
+    try:
+        quotas, ranges = (
+            _get(client, f"/api/v1/namespaces/{namespace}/{kind}")["items"]
+            for kind in ("resourcequotas", "limitranges")
+        )
+    except ApiException as error:
+        found = f"quotas of {namespace} cannot be read (HTTP {error.status})"
+        yield Finding("quota", "skipped", found)
+        return
+    counted = {name for quota in quotas for name in quota["spec"].get("hard") or ()}
+    counted = {f"requests.{name}" if name in _COUNTED else name for name in counted}
+    given: set[str] = set()
+    for limits in (one for each in ranges for one in each["spec"]["limits"]):
+        if limits["type"] == "Container":
+            given |= {f"limits.{name}" for name in limits.get("default") or ()}
+            requests = {**(limits.get("default") or {}), **(limits.get("defaultRequest") or {})}
+            given |= {f"requests.{name}" for name in requests}
+    lacking = sorted(
+        (counted & {f"{k}.{n}" for k in ("requests", "limits") for n in _COUNTED}) - given
+    )
+    if lacking:
+        names = ", ".join(quota["metadata"]["name"] for quota in quotas)
+        yield Finding(
+            "quota",
+            "warning",
+            f"quota {names} of {namespace} counts {', '.join(lacking)}, for which no LimitRange has a "
+            "default: it refuses Kubeflow's own containers in the steps' pods (init, wait), unless "
+            "they were given requests and limits",
+            "add a LimitRange with default and defaultRequest, or set executor.resources of Kubeflow's "
+            "workflow-controller-configmap",
+        )
 
 
 def _get(client: Any, path: str) -> Any:
@@ -269,4 +311,8 @@ def check_kubeflow(kubeflow: KubeflowClient | None) -> Iterator[Finding]:
     else:
         version = health["tag_name"] or "of an unknown version"
         found = f"Kubeflow Pipelines {version} responds at {kubeflow.host}"
+        if RESTRICTED_STEPS.is_below(version):
+            found += (
+                f"; where PodSecurity restricted is enforced, {RESTRICTED_STEPS.version} is needed"
+            )
         yield Finding("kubeflow", "ok", found)

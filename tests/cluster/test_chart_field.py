@@ -216,6 +216,8 @@ def test_mlflow_takes_more_containers_and_options_and_keeps_its_own() -> None:
     assert "--x-frame-options=NONE" in own["args"]
     for option in ("--workers=8", "-w", "--allowed-hosts=*", "--static-prefix", "--app-name=x"):
         assert "the chart sets this option" in refusal({"mlflow": {"extraArgs": [option]}}), option
+    for option in ("--gunicorn-opts=--timeout=300", "--disable-security-middleware", "--dev"):
+        assert "--uvicorn-opts" in refusal({"mlflow": {"extraArgs": [option]}}), option
 
 
 # --- a path of a shared host

@@ -170,8 +170,16 @@ def test_passwords_have_a_separate_database(tmp_path: Path) -> None:
 def test_the_chart_s_command_line_serves_its_names_and_no_others(
     prefix: str, tmp_path: Path
 ) -> None:
+    path = {"path": prefix or "/", "pathType": "ImplementationSpecific"}
     documents = render(
-        {"mlflow": {"workers": 1, "pathPrefix": prefix, "metrics": {"enabled": True}}}
+        {
+            "mlflow": {"workers": 1, "pathPrefix": prefix, "metrics": {"enabled": True}},
+            "ingress": {  # as in community-charts/helm-charts#285
+                **{"enabled": True, "className": "internal", "annotations": {}, "tls": []},
+                "hosts": [{"host": "mlflow-test.example.com", "paths": [path]}],
+            },
+            "networkPolicy": {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
+        }
     )
     pod = server(documents)
     with socket.socket() as free:
@@ -228,7 +236,8 @@ def test_the_chart_s_command_line_serves_its_names_and_no_others(
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.3)
-        answers = {host: status(host) for host in [*service_names(documents), "localhost:8080"]}
+        hosts = [*service_names(documents), "localhost:8080", "mlflow-test.example.com"]
+        answers = {host: status(host) for host in hosts}
         assert set(answers.values()) == {200}, answers
         assert status("evil.example.com") == 403
         assert status("10.1.2.3:5000") == 200, "probes of older servers and Prometheus get a 403"

@@ -93,10 +93,10 @@ canvastune: error: KIND JOB: deleted by the launcher: pod POD waits for a claim 
     pytorch.at(
         elapsed + 2,
         pytorch.operator.pending,
-        containerStatuses=[{"restartCount": 0, "state": {"waiting": waiting}}],
+        containerStatuses=[{"name": "pytorch", "restartCount": 0, "state": {"waiting": waiting}}],
     )
     assert pytorch.fails(config_of(secret_env={"T": {"secret": "hf", "key": "k"}})) == snapshot("""\
-canvastune: error: KIND JOB: deleted by the launcher: pod POD cannot create its container (secret "hf" not found)
+canvastune: error: KIND JOB: deleted by the launcher: pod POD cannot create its container pytorch (secret "hf" not found)
   hint: Create the missing object, or correct cluster.secret_env.\
 """)
 

@@ -87,7 +87,8 @@ def test_the_last_report_of_a_step_that_ends_is_shown_and_that_of_an_earlier_one
     assert "get pods/plan" not in steps.api.calls
     before = len(steps.api.calls)
     assert reports.new() == []
-    assert steps.api.calls[before:] == ["list pods"], "reads logs of pods that have ended"
+    calls = steps.api.calls[before:]
+    assert calls == ["list pods", "list workflows"], "reads logs of pods that have ended"
 
 
 def test_what_cannot_be_read_is_said_once_with_the_command_that_shows_it(steps: Steps) -> None:
@@ -181,3 +182,99 @@ def test_submit_wait_shows_the_queue_and_since_when(
         f"{QUEUED} (reason=JobQueued)",
         WAITING,
     ]
+
+
+# --- steps whose pods the API server refuses: Argo says so in the workflow, Kubeflow's API does not
+
+QUOTA = (  # kubeflow/pipelines#7699
+    "task 'flow.root-driver' errored: pods \"flow-system-dag-driver-123\" is forbidden: failed quota: "
+    "kf-resource-quota: must specify cpu for: init,wait; memory for: init,wait"
+)
+
+
+def _node(name: str, message: str, phase: str = "Error") -> dict[str, Any]:
+    return {"name": name, "type": "Pod", "phase": phase, "message": message}
+
+
+def _workflow(steps: Steps, *nodes: dict[str, Any]) -> None:
+    status = {"nodes": {str(number): node for number, node in enumerate(nodes)}}
+    labels = {"pipeline/runid": "run-1"}
+    steps.api.put("workflows", "flow", metadata={"labels": labels}, status=status)
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        (QUOTA, "LimitRange with defaults"),
+        (
+            'pods "flow-1" is forbidden: failed quota: q: must specify limits.cpu for: init,main',
+            "steps.resources",
+        ),
+        ('pods "flow-1" is forbidden: failed quota: q: must specify cpu,memory', "steps.resources"),
+        (
+            'pods "flow-1" is forbidden: exceeded quota: q, requested: limits.cpu=4, used: '
+            "limits.cpu=8, limited: limits.cpu=8",
+            "Wait",
+        ),
+        (
+            'pods "flow-1" is forbidden: violates PodSecurity "restricted:latest": runAsNonRoot != '
+            'true (pod or container "main" must set securityContext.runAsNonRoot=true)',
+            "2.16",
+        ),
+        (
+            'pods "flow-1" is forbidden: error looking up service account team-a/default-editor: '
+            'serviceaccount "default-editor" not found',
+            "default-editor",
+        ),
+        (
+            'admission webhook "validation.gatekeeper.sh" denied the request: missing label',
+            "chart: steps",
+        ),
+    ],
+)
+def test_a_step_whose_pod_is_refused_is_shown_once_with_its_setting(
+    steps: Steps, message: str, hint: str
+) -> None:
+    _workflow(steps, _node("flow.root-driver(0)", message), _node("flow.root-driver(1)", message))
+    reports = steps.reports()
+    (line,) = reports.new(running=False)
+    assert line.startswith(f"step root-driver has no pod: {message}")
+    assert hint in line
+    assert reports.new(running=False) == []
+
+
+def test_a_step_whose_later_attempt_was_admitted_is_not_the_cause(steps: Steps) -> None:
+    _workflow(
+        steps,
+        _node("flow.root.train.executor(1)", "", "Running"),
+        _node("flow.root.train.executor(0)", 'failed calling webhook "a.example.com": timeout'),
+    )
+    reports = steps.reports()
+    steps.pod("train")
+    assert reports.new() == []
+    assert reports.refusals == {}
+
+
+def test_without_the_permission_to_list_workflows_that_is_said_once(steps: Steps) -> None:
+    readable = {"apiGroups": [""], "resources": ["pods", "pods/log", "events"]}
+    steps.api.rules = [{**readable, "verbs": ["get", "list"]}]
+    reports = steps.reports()
+    (line,) = reports.new(running=False)
+    assert "workflows.argoproj.io in namespace team-a" in line
+    assert reports.new(running=False) == []
+
+
+def test_submit_wait_ends_with_why_the_first_step_has_no_pod(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_reports, "connect_to_cluster", steps.connect)
+    quick = SimpleNamespace(strftime=time.strftime, monotonic=time.monotonic, sleep=lambda _: None)
+    monkeypatch.setattr(submitting, "time", quick)
+    _workflow(steps, _node("flow.root-driver", QUOTA))
+    script = [_state("RUNNING"), _state("FAILED")]
+    with FakeKubeflow(script=script) as kubeflow:
+        assert main(["submit", str(RECIPE), "--host", kubeflow.host, "--wait"]) == 1
+    said = capsys.readouterr()
+    assert "step root-driver has no pod" in said.out
+    assert "must specify cpu for: init,wait" in said.err
+    assert "LimitRange with defaults" in said.err

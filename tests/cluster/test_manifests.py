@@ -244,6 +244,16 @@ def test_what_is_set_on_the_task_reaches_the_pods(backend: str) -> None:
 
 
 @BOTH
+def test_what_has_only_a_limit_requests_it(backend: str) -> None:
+    """Kueue would count the default of a LimitRange instead (kubernetes-sigs/kueue#15020)."""
+    limits = {"cpu": "32", "ephemeral-storage": "100Gi"}
+    config = config_of(backend, cpu=None, memory="512Gi", resources={"limits": limits})
+    resources = container_of(manifest(config, CONTEXT))["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert limits.items() < resources["limits"].items()
+
+
+@BOTH
 def test_limits_volumes_and_the_company_s_certificates_reach_the_pods(backend: str) -> None:
     job = manifest(config_of(backend, **OPTIONS["company"], **OPTIONS["limits"]), CONTEXT)
     pod, container = pods_of(job)[0], container_of(job)

@@ -81,6 +81,13 @@ PERMANENT = {  # what the API server or the operator says: reason, and words of 
         "missing label cost-center",
         "its owner",
     ),
+    "webhook that fails": (  # openkruise/kruise#1863, of a job without that kind of replicas
+        'is forbidden: admission webhook "mpod.kb.io" denied the request: Internal error occurred: '
+        'the spec replicas field ".spec.pytorchReplicaSpecs.Master.replicas" does not exist',
+        "WebhookRefusesPods",
+        '"mpod.kb.io" denied the request',
+        "other cluster.backend",
+    ),
     "anything else": (
         "is forbidden: the node pool is frozen",
         "PodsForbidden",
@@ -331,8 +338,15 @@ def test_a_job_that_is_admitted_and_stays_suspended_is_named(cluster: Cluster) -
             "", conditions=[{**admitted, "lastTransitionTime": cluster.clock.stamp()}]
         ),
     )
+    denied = 'admission webhook "vjobset.kb.io" denied the request: field is immutable'
+    cluster.at(  # kubeflow/trainer#3008
+        9,
+        lambda: cluster.api.warn(
+            cluster.operator.job["metadata"]["name"], "UpdateFailed", denied, cluster.kind.kind
+        ),
+    )
     error = cluster.fails(config_of(cluster.backend, queue="team-a", queue_hours=0.1))
-    assert "still suspended" in error
+    assert f"still suspended (UpdateFailed: {denied})" in error
     assert cluster.output.count("reason=JobNotResumed") == 1
     assert "2026-11-24T12:00:02Z, but it is still suspended" in cluster.output
 

@@ -94,10 +94,18 @@ def test_an_old_kubeflow_is_refused_before_anything_is_uploaded(
 
 
 @pytest.mark.parametrize("version", ["2.15.0", "2.16.1", "2.17.0", "", "master"])
-def test_new_and_unknown_versions_are_taken(kubeflow: FakeKubeflow, version: str) -> None:
+def test_new_and_unknown_versions_are_taken_with_the_graph_that_they_take(
+    kubeflow: FakeKubeflow, version: str
+) -> None:
+    """2.15 stops at the field of security contexts; later ones set all of restricted but this."""
     kubeflow.version = version
     assert _submit(kubeflow) == 0
     assert len(kubeflow.called("GET", "/healthz")) <= 2
+    (package,) = kubeflow.called("POST", "/pipelines/upload")
+    _, platform = yaml.safe_load_all(package.body)
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    asked = {json.dumps(one.get("securityContext")) for one in executors.values()}
+    assert asked == {"null" if version == "2.15.0" else '{"runAsNonRoot": true}'}
 
 
 # --- a run -------------------------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def test_the_pipeline_is_uploaded_again_only_when_it_changed(
     monkeypatch.setattr(
         submitting,
         "compile_pipeline",
-        lambda path, defaults=None: path.write_text(COMPILED.read_text() + "# changed\n"),
+        lambda path, *_, **__: path.write_text(COMPILED.read_text() + "# changed\n"),
     )
     for _ in range(2):
         assert _submit(kubeflow) == 0
@@ -321,7 +329,14 @@ def test_a_failed_run_names_the_step_that_failed_first(kubeflow: FakeKubeflow) -
     ("state", "message"),
     [
         ("CANCELED", snapshot("run canceled: stopped by ann")),
-        ("SKIPPED", snapshot("run skipped: no step reported a reason")),
+        (
+            "SKIPPED",
+            snapshot(
+                "run skipped: no step reported a reason; Argo's of each: kubectl get"
+                " workflows.argoproj.io -n kubeflow -l pipeline/runid=run-1 -o"
+                " jsonpath='{.items[*].status.nodes.*.message}'"
+            ),
+        ),
     ],
 )
 def test_a_run_that_did_not_fail_did_not_succeed_either(

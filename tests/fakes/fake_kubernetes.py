@@ -267,18 +267,21 @@ class FakeKubernetes:
 
     def _pod_log(self, pod: Mapping[str, Any], query: Mapping[str, str]) -> tuple[int, Any]:
         name = pod["metadata"]["name"]
-        containers = [one["name"] for one in pod.get("spec", {}).get("containers", ())]
+        spec = pod.get("spec", {})
+        every = [*spec.get("initContainers", ()), *spec.get("containers", ())]
+        containers = [one["name"] for one in every]
         if len(containers) > 1 and query.get("container") not in containers:
             return 400, _status(
                 400,
                 f"a container name must be specified for pod {name}, choose one of: "
                 f"[{' '.join(containers)}]",
             )
-        if pod["status"]["phase"] == "Pending":
+        if pod["status"]["phase"] == "Pending" and query.get("container") == every[-1]["name"]:
             return 400, _status(
                 400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating'
             )
-        lines = (self.previous_logs if query.get("previous") == "true" else self.logs).get(name, [])
+        logs = self.previous_logs if query.get("previous") == "true" else self.logs
+        lines = logs.get(f"{name}/{query.get('container')}", logs.get(name, []))
         lines = [
             (when, words) for when, words in lines if when[:19] >= query.get("sinceTime", "")[:19]
         ]
@@ -362,6 +365,8 @@ class Operator:
 
     def __init__(self, api: FakeKubernetes, plural: str, role: str | None = None) -> None:
         self._api, self.plural, self._role = api, plural, role
+        self.init_containers: list[str] = []  # that webhooks or the operator add to each pod
+        self.sidecars: list[str] = []
 
     @property
     def job(self) -> dict[str, Any]:
@@ -451,7 +456,8 @@ class Operator:
                 name,
                 phase="Running",
                 containerStatuses=[
-                    {"name": self._container, "restartCount": restarts, "state": {"running": {}}}
+                    *self._of_sidecars(),
+                    {"name": self._container, "restartCount": restarts, "state": {"running": {}}},
                 ],
             )
 
@@ -497,6 +503,11 @@ class Operator:
                 "message": "The node was low on resource: ephemeral-storage.",
             }
 
+    def _of_sidecars(self) -> list[dict[str, Any]]:
+        """Return the statuses of sidecars, which were restarted, with other images."""
+        status = {"restartCount": 3, "state": {"running": {}}, "imageID": "sidecar@sha256:1"}
+        return [{"name": name, **status} for name in self.sidecars]
+
     @property
     def _is_pytorchjob(self) -> bool:
         return self.plural == "pytorchjobs"
@@ -512,7 +523,8 @@ class Operator:
                 name,
                 phase=phase,
                 containerStatuses=[
-                    {"name": self._container, "restartCount": 0, "state": {"terminated": end}}
+                    *self._of_sidecars(),
+                    {"name": self._container, "restartCount": 0, "state": {"terminated": end}},
                 ],
             )
 
@@ -572,7 +584,13 @@ class Operator:
                 "pods",
                 name,
                 metadata={"labels": labels, "ownerReferences": [owner]},
-                spec={"containers": [{"name": self._container, "resources": resources}]},
+                spec={
+                    "initContainers": [{"name": one} for one in self.init_containers],
+                    "containers": [
+                        *({"name": one} for one in self.sidecars),
+                        {"name": self._container, "resources": resources},
+                    ],
+                },
                 status={},
             )
         pod["status"] = status

@@ -106,8 +106,8 @@ def _compiled(steps: str, settings: str) -> tuple[dict[str, Any], dict[str, Any]
 def step_pods(graph: Mapping[str, Any], platform: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return each step's pod with what Kubeflow's driver takes from the compiled graph.
 
-    Kubeflow's own containers and security contexts are its own: the latter are those of PodSecurity
-    restricted here.
+    Kubeflow's own containers, and what it sets of security contexts, are those of Kubeflow
+    Pipelines 2.16 and 2.17: all of PodSecurity restricted except runAsNonRoot, which a step asks for.
     """
     settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return {
@@ -146,7 +146,10 @@ def _step_pod(container: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
             "limits": {"cpu": given["resourceCpuLimit"], "memory": given["resourceMemoryLimit"]},
         },
         "volumeMounts": mounts,
-        "securityContext": RESTRICTED,
+        "securityContext": {
+            **{key: value for key, value in RESTRICTED.items() if key != "runAsNonRoot"},
+            **own.get("securityContext", {}),
+        },
     }
     affinities = [
         one["nodeAffinityJson"]["runtimeValue"]["constant"] for one in own.get("nodeAffinity", ())

@@ -14,10 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import boto3
 import huggingface_hub
 import mlflow
 import pytest
 import requests
+from botocore.config import Config
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,6 +29,10 @@ from canvastune.config.cluster import CA_PATH, ClusterConfig
 # What git says of a repository without commits.
 _NO_REFS = b"0" * 40 + b" capabilities^{}\0\n"
 _REFS = b"001e# service=git-upload-pack\n0000%04x%s0000" % (len(_NO_REFS) + 4, _NO_REFS)
+_BUCKETS = (  # of S3
+    b'<ListAllMyBucketsResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+    b"<Buckets><Bucket><Name>runs</Name></Bucket></Buckets></ListAllMyBucketsResult>"
+)
 
 
 class Company(NamedTuple):
@@ -43,10 +49,12 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Company]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            git = "/info/refs" in self.path
-            data = _REFS if git else b'{"id": "a/b", "_id": "1", "experiments": []}'
+            data, kind = b'{"id": "a/b", "_id": "1", "experiments": []}', "application/json"
+            if "/info/refs" in self.path:
+                data, kind = _REFS, "application/x-git-upload-pack-advertisement"
+            elif "Credential=" in self.headers.get("Authorization", ""):
+                data, kind = _BUCKETS, "application/xml"
             self.send_response(200)
-            kind = "application/x-git-upload-pack-advertisement" if git else "application/json"
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -128,6 +136,18 @@ def _mlflow(address: str) -> None:
     assert mlflow.MlflowClient(tracking_uri=address).search_experiments() == []
 
 
+def _s3(address: str) -> None:
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=address,
+        region_name="us-east-1",
+        aws_access_key_id="id",
+        aws_secret_access_key="key",
+        config=Config(retries={"total_max_attempts": 1}),
+    )
+    assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["runs"]
+
+
 def _git(address: str) -> None:
     command = ["git", "ls-remote", f"{address}/a.git"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
@@ -140,6 +160,7 @@ CLIENTS: dict[str, Callable[[str], object]] = {
     "requests": lambda address: requests.get(address, timeout=20).raise_for_status(),
     "the Hub's client": _hub,
     "MLflow's client": _mlflow,
+    "S3's client": _s3,
     "git": _git,
 }
 

@@ -34,12 +34,18 @@ class Cluster(FakeApiServer):
 
     rules: list[dict[str, Any]]
     schemas: Mapping[str, dict[str, Any]] = MappingProxyType({})  # by path
+    lists: Mapping[str, list[dict[str, Any]]] = MappingProxyType({})  # by kind, in team-a
 
     def answer(
         self, method: str, url: str, content_type: str, data: bytes, account: str = ""
     ) -> tuple[int, Any]:
         if (path := url.partition("?")[0]) in self.schemas:
             return 200, {"components": {"schemas": self.schemas[path]}}
+        if (kind := path.removeprefix("/api/v1/namespaces/team-a/")) in (
+            "resourcequotas",
+            "limitranges",
+        ):
+            return 200, {"items": self.lists.get(kind, [])}
         if url.endswith("/selfsubjectaccessreviews"):
             asked = json.loads(data)["spec"]["resourceAttributes"]
             resource = "/".join(filter(None, [asked["resource"], asked.get("subresource")]))
@@ -192,6 +198,41 @@ def test_cluster_that_does_not_respond_is_a_problem(cluster: Cluster, tmp_path: 
     assert "no response" in found.found
 
 
+QUOTA = {
+    "metadata": {"name": "kf-resource-quota"},
+    "spec": {"hard": {"cpu": "512", "limits.memory": "2Ti", "requests.nvidia.com/gpu": "4"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "lacking"),
+    [
+        (None, "limits.memory, requests.cpu,"),
+        ({"type": "Container", "default": {"memory": "1Gi"}}, "requests.cpu,"),
+        ({"type": "Pod", "max": {"memory": "1Gi"}}, "limits.memory, requests.cpu,"),
+        ({"type": "Container", "default": {"cpu": "1", "memory": "1Gi"}}, ""),
+        (
+            {
+                **{"type": "Container", "default": {"memory": "1Gi"}},
+                "defaultRequest": {"cpu": "100m"},
+            },
+            "",
+        ),
+    ],
+)
+def test_a_quota_that_refuses_kubeflow_s_own_containers_is_named(
+    cluster: Cluster, limits: dict[str, Any] | None, lacking: str
+) -> None:
+    """As in kubeflow/pipelines#7699: a profile's quota, and the steps' pods are never created."""
+    ranges = [{"spec": {"limits": [limits]}}] if limits else []
+    cluster.lists = {"resourcequotas": [QUOTA], "limitranges": ranges}
+    found = [one for one in check_cluster(None, "pytorchjob") if one.name == "quota"]
+    assert [one.state for one in found] == (["warning"] if lacking else [])
+    if lacking:
+        assert f"kf-resource-quota of team-a counts {lacking}" in found[0].found
+        assert "LimitRange" in found[0].fix
+
+
 @pytest.mark.parametrize("profiles", [(), ("team-a",)])
 def test_a_namespace_matters_to_kubeflow_only_where_it_has_profiles(
     profiles: tuple[str, ...],
@@ -204,6 +245,7 @@ def test_a_namespace_matters_to_kubeflow_only_where_it_has_profiles(
     ("version", "state", "words"),
     [
         ("2.14.0", "problem", "expected 2.15"),
+        ("2.15.0", "ok", "PodSecurity restricted is enforced, 2.16"),
         ("2.17.0", "ok", "Kubeflow Pipelines 2.17.0 responds"),
         ("", "ok", "unknown version"),
     ],

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.fakes.hub_downloads import DownloadHub
 
 FILES = {
     "config.json": b"{}",
@@ -23,6 +21,20 @@ FILES = {
 }
 COMMIT = "a" * 40
 MODEL = "team/model"
+Process = subprocess.Popen[str]
+
+
+def _rows(word: str, count: int) -> bytes:
+    rows = [{"question": f"Question {n}?", "answer": f"{word} {n}"} for n in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# of a data set, whose rows another commit changes
+OLD, NEW = "b" * 40, "c" * 40
+DATA = {
+    OLD: {"README.md": b"# Data\n", "train.jsonl": _rows("old", 3), "test.jsonl": _rows("test", 2)},
+    NEW: {"README.md": b"# Data\n", "train.jsonl": _rows("new", 4), "test.jsonl": _rows("test", 2)},
+}
 _FETCH = f"""
 from canvastune.checkpoint.fetch import fetch_model
 from canvastune.checkpoint.hub import resolve_model
@@ -35,104 +47,13 @@ print((fetch_model if sys.argv[1] == "fetch" else resolve_model)(model))
 """
 
 
-class Hub:
-    """A repository, over HTTP."""
-
-    def __init__(self) -> None:
-        self.stalls = ""  # a file of which only half is sent
-        self.stalled, self.go_on = threading.Event(), threading.Event()
-        self.sent: list[str] = []  # files that were downloaded
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                if not self.path.startswith((f"/api/models/{MODEL}", f"/{MODEL}/resolve/")):
-                    self.send_error(404)  # other requests of the client
-                    return
-                if self.path.startswith("/api/"):
-                    listed = hub.tree() if "/tree/" in self.path else hub.about()
-                    self._send(json.dumps(listed).encode(), {})
-                    return
-                name = self.path.rpartition("/")[2]
-                digest = hashlib.sha256(FILES[name]).hexdigest()
-                about = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
-                self._send(FILES[name], about, name)
-
-            def _send(self, data: bytes, headers: dict[str, str], name: str = "") -> None:
-                self.send_response(200)
-                for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "HEAD":
-                    return
-                if name and name == hub.stalls:
-                    self.wfile.write(data[: len(data) // 2])
-                    self.wfile.flush()
-                    hub.stalled.set()
-                    hub.go_on.wait(60)
-                    self.close_connection = True
-                    return
-                if name:
-                    hub.sent.append(name)
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-
-    def tree(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "type": "file",
-                "path": name,
-                "size": len(data),
-                "oid": hashlib.sha1(data).hexdigest(),
-                "lfs": {
-                    "oid": hashlib.sha256(data).hexdigest(),
-                    "size": len(data),
-                    "pointerSize": 1,
-                },
-            }
-            for name, data in FILES.items()
-        ]
-
-    def about(self) -> dict[str, object]:
-        siblings = [
-            {
-                "rfilename": file["path"],
-                "size": file["size"],
-                "blobId": file["oid"],
-                "lfs": {"sha256": file["lfs"]["oid"], "size": file["size"], "pointerSize": 1},
-            }
-            for file in self.tree()
-        ]
-        return {"id": MODEL, "_id": "1", "sha": COMMIT, "siblings": siblings, "tags": []}
-
-    def close(self) -> None:
-        self.go_on.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    made = Hub()
-    yield made
-    made.close()
+def hub() -> Iterator[DownloadHub]:
+    with DownloadHub({f"models/{MODEL}": {COMMIT: FILES}, "datasets/team/data": DATA}) as made:
+        yield made
 
 
-def _start(hub: Hub, home: Path, what: str = "fetch", **more: str) -> subprocess.Popen[str]:
+def _run(hub: DownloadHub, home: Path, program: str, *what: str, **more: str) -> Process:
     environment = {
         **os.environ,
         "HF_HOME": str(home),
@@ -142,7 +63,7 @@ def _start(hub: Hub, home: Path, what: str = "fetch", **more: str) -> subprocess
         **more,
     }
     return subprocess.Popen(
-        [sys.executable, "-c", _FETCH, what],
+        [sys.executable, "-c", program, *what],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -150,18 +71,18 @@ def _start(hub: Hub, home: Path, what: str = "fetch", **more: str) -> subprocess
     )
 
 
-def _end(process: subprocess.Popen[str]) -> str:
+def _end(process: Process) -> str:
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said
     return said
 
 
 def test_a_killed_fetch_goes_on_with_the_files_that_lack_and_runs_then_need_no_hub(
-    hub: Hub, tmp_path: Path
+    hub: DownloadHub, tmp_path: Path
 ) -> None:
     blobs = tmp_path / "hub" / "models--team--model" / "blobs"
     hub.stalls = "two.safetensors"
-    killed = _start(hub, tmp_path)
+    killed = _run(hub, tmp_path, _FETCH, "fetch")
     assert hub.stalled.wait(60)
     deadline = time.monotonic() + 30
     while len([file for file in blobs.glob("*") if file.suffix != ".incomplete"]) < 2:
@@ -174,7 +95,7 @@ def test_a_killed_fetch_goes_on_with_the_files_that_lack_and_runs_then_need_no_h
     (part,) = blobs.glob("*.incomplete")
     os.utime(part, (time.time() - 60,) * 2)
 
-    said = _end(_start(hub, tmp_path))
+    said = _end(_run(hub, tmp_path, _FETCH, "fetch"))
     assert hub.sent.count("one.safetensors") == hub.sent.count("two.safetensors") == 1
     assert not list(blobs.glob("*.incomplete")), "what the killed one left fills the claim"
     assert "removed" in said
@@ -182,6 +103,46 @@ def test_a_killed_fetch_goes_on_with_the_files_that_lack_and_runs_then_need_no_h
     assert "verified" in said
 
     hub.close()
-    said = _end(_start(hub, tmp_path, "resolve", HF_HUB_OFFLINE="1"))
+    said = _end(_run(hub, tmp_path, _FETCH, "resolve", HF_HUB_OFFLINE="1"))
     folder = Path(said.splitlines()[-1])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
+
+
+# Each argument is a recipe as JSON. Prints the rows of each as JSON, the last line of all.
+_READ = """
+import json, sys
+from canvastune.config import parse_config
+from canvastune.preparation.sources import open_sources
+read = []
+for recipe in sys.argv[1:]:
+    config = parse_config(json.loads(recipe))
+    read.append([row.value["answer"] for s in open_sources(config.data) for row in s.source.rows()])
+print(json.dumps(read))
+"""
+_CLI = "import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_run_reads_the_data_that_was_fetched_and_needs_no_hub(
+    hub: DownloadHub, tmp_path: Path
+) -> None:
+    """Of two commits of one data set, each recipe gets its own, whichever was fetched last."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    recipes = []
+    for revision in (OLD, "main"):
+        data = {"source": "team/data", "revision": revision, "validation": "test"}
+        recipes.append(json.dumps({"name": "a", "model": {"id": str(model)}, "data": data}))
+    files = [tmp_path / f"{number}.yaml" for number in range(2)]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(recipe)
+        said = _end(_run(hub, tmp_path / "home", _CLI, "fetch", str(file)))
+        assert "team/data[train]" in said
+        assert "team/data[test]" in said
+    rows = [["test 0", "test 1", *(f"old {n}" for n in range(3))]]
+    rows += [["test 0", "test 1", *(f"new {n}" for n in range(4))]]
+
+    hub.close()
+    for more in ({"HF_HUB_OFFLINE": "1"}, {}):  # switched off, or out of reach
+        said = _end(_run(hub, tmp_path / "home", _READ, *recipes, **more))
+        assert json.loads(said.splitlines()[-1]) == rows, more

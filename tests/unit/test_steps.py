@@ -89,6 +89,15 @@ def test_every_step_gets_every_setting(
     assert pod["configMapAsVolume"][0]["mountPath"] == "/etc/canvastune-ca"
 
 
+def test_a_step_requests_what_has_only_a_limit(tmp_path: Path) -> None:
+    settings = {"resources": {"limits": {"cpu": "2", "memory": "8Gi"}}}
+    compile_pipeline(tmp_path / "a.yaml", {"steps": json.dumps(settings)})
+    graph, _ = yaml.safe_load_all((tmp_path / "a.yaml").read_text(encoding="utf-8"))
+    for executor in graph["deploymentSpec"]["executors"].values():
+        given = executor["container"]["resources"]
+        assert (given["resourceCpuRequest"], given["resourceMemoryRequest"]) == ("2", "8Gi")
+
+
 def test_there_is_no_step_without_a_test(
     compiled: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
