@@ -32,6 +32,7 @@ from benchmarks.step import Shape, made_examples
 from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import PackedBatch, pack
+from canvastune.model import kernels
 from canvastune.model.attention import PACKINGS
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.objective import losses
@@ -44,12 +45,14 @@ EXAMPLES = 2
 # of the device's memory for weights and gradients; the plain step needs the rest for logits and
 # activations
 WEIGHTS_SHARE = 0.25
-# attention, and whether each layer is recomputed in the backward pass, as a recipe's default is
+# attention, whether each layer is recomputed in the backward pass, as a recipe's default is, and
+# whether with our Triton kernels
 OURS = {
-    "ours": ("sdpa", False),
-    "ours, checkpointed": ("sdpa", True),
-    "ours, flex": ("flex", False),
-    "ours, flex, checkpointed": ("flex", True),
+    "ours": ("sdpa", False, True),
+    "ours, checkpointed": ("sdpa", True, True),
+    "ours, checkpointed, without Triton kernels": ("sdpa", True, False),
+    "ours, flex": ("flex", False, True),
+    "ours, flex, checkpointed": ("flex", True, True),
 }
 DEFAULT = "ours, checkpointed"
 PLAIN = {"chosen block": False, "all blocks": True}
@@ -184,7 +187,7 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
     sides: Sides = {
         name: lambda how=how: our_step(models.ours, packed, *how)  # type: ignore[misc]
         for name, how in OURS.items()
-        if cuda or how[0] != "flex"  # which has no backward pass on a CPU
+        if cuda or (how[0] != "flex" and how[2])  # without a backward pass, and kernels, on a CPU
     }
     for name, all_blocks in PLAIN.items():
         batch = PlainBatch.of(examples, draws, text.sliding_window, all_blocks=all_blocks).to(
@@ -223,11 +226,13 @@ def our_step(
     batch: PackedBatch,
     attention: str,
     checkpointing: bool,
+    triton_kernels: bool,
     sign: int = 1,
 ) -> torch.Tensor:
     """Forward and backward of a packed batch as the trainer does it, attention laid out as
     `train.attention` says.
     """
+    kernels.allow(triton_kernels)
     window = model.config.text_config.sliding_window
     weights = 1 / len(batch.canvas_targets), 1 / len(batch.next_targets)
     with mock.patch.object(model, "packing", lambda rows: PACKINGS[attention].of(rows, window)):

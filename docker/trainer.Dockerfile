@@ -34,9 +34,13 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
+# Triton builds the launcher of each kernel with the C compiler and Python's headers.
+ARG TORCH=cuda
+# hadolint ignore=DL3008
+RUN if [ "${TORCH}" = cuda ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
-# Any user ID works, and a read-only root with a writable /tmp. The image has no C compiler, and
-# PyTorch would compile the launcher of its Triton kernels for some matrix products at first use.
+# Any user ID works, and a read-only root with a writable /tmp. PyTorch would replace some matrix
+# products by Triton kernels that it compiles at first use.
 ENV HOME=/tmp \
     USER=canvastune \
     XDG_CACHE_HOME=/tmp/cache \

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Our Triton kernels in Python, where there is no GPU; read when Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _DURATIONS = Path(__file__).with_name("durations.json")  # seconds by file, by tools/durations.py
 
 

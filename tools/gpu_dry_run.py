@@ -40,7 +40,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
-from canvastune.perf_model.launches import LAUNCH_SECONDS
+from canvastune.perf_model.launches import LAUNCH_SECONDS, MOST_LAUNCHES
 from canvastune.planner import make_plan
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training.devices import select_device
@@ -64,21 +64,27 @@ class Case:
     blocks: int = 1
     examples: int = 1  # per rank
     coin: bool = True  # whether this rank has a self-conditioned example; another one has
+    recomputes: bool = False  # activation checkpointing
     most_launches: int = 0  # at full depth; 0: no bar
 
 
 CASES = {
-    "lora": Case("lora"),
-    "lora, no coin": Case("lora", coin=False),
+    "lora": Case("lora", most_launches=MOST_LAUNCHES),
+    "lora, no coin": Case("lora", coin=False, most_launches=MOST_LAUNCHES),
+    "lora, checkpointed": Case("lora", recomputes=True),
     "lora, experts": Case("lora", experts=True),
     "lora, 4 blocks": Case("lora", tokens=1024, prefix=16, blocks=4),
-    "lora, 8 examples": Case("lora", examples=8),
+    "lora, 8 examples": Case("lora", examples=8, recomputes=True),
     "lora, longest": Case("lora", tokens=1024, prefix=1),
-    "full": Case("full"),
+    "full": Case("full", most_launches=MOST_LAUNCHES),
+    "full, checkpointed": Case("full", recomputes=True),
     "full, longest": Case("full", tokens=1024, prefix=1),
 }
 PLANNED = ("lora, longest", "full, longest")  # whose live bytes are the plan's
-DEFAULT = ("lora", "lora, no coin", "lora, experts", "lora, 8 examples", "full", "full, longest")
+DEFAULT = (
+    *("lora", "lora, no coin", "lora, checkpointed", "lora, experts", "lora, 8 examples"),
+    *("full", "full, checkpointed", "full, longest"),
+)
 
 
 def recipe(case: Case) -> RunConfig:
@@ -91,7 +97,12 @@ def recipe(case: Case) -> RunConfig:
             "model": {"id": "google/diffusiongemma-26B-A4B-it"},
             "data": {"source": "made", "seq_length": case.tokens},
             "objective": {"blocks": case.blocks},
-            "train": {"method": case.method, "steps": 800, "global_batch_size": batch},
+            "train": {
+                "method": case.method,
+                "steps": 800,
+                "global_batch_size": batch,
+                "activation_checkpointing": case.recomputes,
+            },
             "lora": {"rank": 16, "alpha": 32, "experts": case.experts},
             "optimizer": {"lr": 1.5e-4, "warmup_steps": 25, "betas": [0.95, 0.99]},
             "parallel": {"nproc_per_node": WORLD, "ep": EP},
@@ -155,6 +166,7 @@ def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
                 "attention": dict(device.attention),
                 "compiled": dict(device.compiled),
                 "broken": dict(device.broken),
+                "triton": sorted(device.triton, key=repr),
                 "received": dict(device.received),
             }
             del trainer, model, data
@@ -171,12 +183,13 @@ def missed(name: str, result: dict[str, Any]) -> list[str]:
         calls = {what: n for what, n in result["attention"].items() if what.startswith(slow)}
         found += [f"{name}: {n} attention calls on {what}: {why}" for what, n in calls.items()]
     found += [f"{name}: {what} is compiled just in time" for what in result["compiled"]]
-    passes = 3 * result["layers"]  # self-conditioning, forward, recomputation
+    passes = (2 + case.recomputes) * result["layers"]  # self-conditioning, forward, recomputation
     if result["waits"] > MOST_WAITS * passes + 1:
         found.append(f"{name}: {result['waits']} host waits, expected {MOST_WAITS * passes + 1}")
     if case.most_launches and result["launches"] > case.most_launches:
         found.append(f"{name}: {result['launches']} launches, expected {case.most_launches}")
-    if abs(result["planned_launches"] / result["launches"] - 1) > LAUNCHES_NEAR:
+    far = abs(result["planned_launches"] / result["launches"] - 1) > LAUNCHES_NEAR
+    if far and name not in PLANNED:  # the plan's time does not assume the longest examples
         found.append(
             f"{name}: {result['launches']} launches, the plan has {result['planned_launches']}"
         )

@@ -18,6 +18,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 from canvastune.checkpoint.hf_format import DOWNLOAD_AGAIN, CheckpointReader
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.model import kernels
 from canvastune.model.attention import PACKINGS
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.lora import add_adapters, initial_factor
@@ -75,6 +76,7 @@ def build_model(config: RunConfig, model_config: DiffusionGemmaConfig) -> Weight
     Raises:
         UserError: a `lora.rank` that the experts' adapters cannot have.
     """
+    kernels.allow(config.train.triton_kernels)
     with torch.device("meta"):
         model = WeightTiedDiffusionGemma(model_config, PACKINGS[config.train.attention])
     lora = config.train.method == "lora"

@@ -152,6 +152,11 @@ class TrainConfig(StrictModel):
         description="sdpa: each example by itself; flex: all of a batch in one FlexAttention "
         "kernel per layer, compiled, on CUDA only",
     )
+    triton_kernels: ChangeableOnResume[bool] = Field(
+        True,
+        description="on CUDA, where a C compiler is installed: norms, rotations, gates and routing "
+        "in Triton kernels, which take a third of the launches; false: PyTorch's operators",
+    )
     activation_checkpointing: ChangeableOnResume[Checkpointing] = Field(
         True,
         description="recompute layers in the backward pass instead of keeping their activations: "

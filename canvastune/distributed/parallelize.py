@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from canvastune.config import RunConfig
 from canvastune.distributed.parallel_dims import DeviceMeshes, expert_shard_dim
+from canvastune.model import fused
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.moe import local_tensor
 
@@ -99,7 +100,10 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
     gradients = [
         local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None
     ]
-    squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+    if gradients and fused.few_launches(gradients[0]):
+        squares = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    else:
+        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
     if dist.is_initialized():
         dist.all_reduce(squares)
     norm = squares.sqrt()

@@ -20,7 +20,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 
 from canvastune.config.schema import Checkpointing, is_recomputed
 from canvastune.data.packing import PackedBatch
-from canvastune.model import attention, moe
+from canvastune.model import attention, fused, kernels, moe
 from canvastune.model.attention import Packing
 from canvastune.model.flex_attention import FlexPacking
 from canvastune.model.lora import keyed_dropout
@@ -172,9 +172,14 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, T, H] -> [1, T, H]."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        if kernels.available(hidden_states):
+            return self._forward_in_kernels(hidden_states, attended, **kwargs)
         residual = hidden_states + self.post_attention_layernorm(attended)
         tokens = residual.flatten(0, -2)
-        _, weights, index = self.router(tokens)
+        if fused.few_launches(tokens):
+            weights, index = fused.route(self.router, tokens)
+        else:
+            _, weights, index = self.router(tokens)
         rows, sent = self.pre_feedforward_layernorm_2(tokens), None
         if moe.is_expert_parallel(self.experts):
             sent = moe.dispatch(self.experts, rows, index, weights)
@@ -190,6 +195,24 @@ class _SharedLayer(DiffusionGemmaDecoderTextLayer):
         # In place, to keep the dtype: the scalar is float32.
         out *= self._scalar(out.shape[-2], **kwargs)
         return out
+
+    def _forward_in_kernels(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        residual, dense, rows, scored = kernels.before_experts(hidden_states, attended, self)
+        router, rows = self.router, rows.flatten(0, -2)
+        weights, index = kernels.choose(
+            router.proj(scored.flatten(0, -2)), router.config.top_k_experts, router.per_expert_scale
+        )
+        sent = None
+        if moe.is_expert_parallel(self.experts):
+            sent = moe.dispatch(self.experts, rows, index, weights)
+        dense = self.mlp(dense)
+        if sent is not None:
+            rows, weights = sent.wait()
+        routed = self.experts(rows, index, weights, sent=sent).view_as(residual)
+        scalar = self._scalar(residual.shape[-2], **kwargs)
+        return kernels.after_experts(residual, dense, routed, self, scalar)
 
     def _scalar(
         self,
@@ -233,6 +256,36 @@ class _WrittenCache:
 
 class _SharedAttention(DiffusionGemmaDecoderTextAttention):
     """The decoder's attention, which updates the cache when the encoder calls it."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[1, T, H] -> [1, T, H]; over a packed batch on a GPU, in few kernels."""
+        packing = kwargs.get("packing")
+        if packing is None or not fused.few_launches(hidden_states):
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        modules = [self.q_proj, self.k_proj] + ([] if self.v_proj is None else [self.v_proj])
+        rows = [
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in fused.project(modules, hidden_states)
+        ]
+        if kernels.available(hidden_states):
+            query, key, value = kernels.turn_heads(
+                rows[0], rows[1], rows[-1], self, *position_embeddings
+            )
+        else:
+            cos, sin = (part.unsqueeze(2) for part in position_embeddings)
+            query = fused.rotate(self.q_norm(rows[0]), cos, sin)
+            key = fused.rotate(self.k_norm(rows[1]), cos, sin)
+            value = self.v_norm(rows[-1])
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        attended = packing.attend(self.layer_type, query, key, value, self.scaling)
+        (out,) = fused.project((self.o_proj,), attended.transpose(1, 2).flatten(2))
+        return out, None
 
     def append_to_cache(
         self, cache: Any, key_states: torch.Tensor, value_states: torch.Tensor

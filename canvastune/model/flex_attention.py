@@ -88,7 +88,7 @@ class FlexPacking:
         L, D].
         """
         attention = _compiled() if query.is_cuda else flex_attention
-        options: Any = {"fwd_num_stages": 2} if query.shape[-1] > _WIDE else None
+        options: Any = kernel_options(query.shape[-1])
         gqa = query.shape[1] != key.shape[1]
         return attention(
             query,
@@ -99,6 +99,11 @@ class FlexPacking:
             enable_gqa=gqa,
             kernel_options=options,
         )
+
+
+def kernel_options(width: int) -> dict[str, int] | None:
+    """Return how the kernel differs from the default for a head size."""
+    return {"fwd_num_stages": 2} if width > _WIDE else None
 
 
 @functools.cache

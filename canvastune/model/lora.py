@@ -60,6 +60,10 @@ class CounterBasedDropout(nn.Module):
         super().__init__()
         self.probability, self.key = probability, dropout_module_key(name)
 
+    def is_active(self) -> bool:
+        """Return whether entries are dropped here and now."""
+        return self.training and _ROW_KEYS.get() is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Zero entries of x [..., rows, features] with `probability`, and divide the others by 1 -
         probability.

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import GELUTanh
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaRMSNorm,
     DiffusionGemmaText4MLP,
 )
+
+from canvastune.model import fused, kernels
 
 
 def make_memory_efficient(model: nn.Module) -> None:
@@ -45,12 +48,17 @@ def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
     return _Recomputed.apply(function, *inputs)
 
 
+def takes_gate_kernel(activation: nn.Module, gates: torch.Tensor) -> bool:
+    """Return whether `kernels.gate` computes a gated layer's activation."""
+    return kernels.available(gates) and isinstance(activation, GELUTanh)
+
+
 class MemoryEfficientNorm(DiffusionGemmaRMSNorm):
     """The stock norm, computed in float32 as there."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalize [..., H] -> [..., H]."""
-        if hidden_states.is_cuda:
+        if fused.few_launches(hidden_states):
             return self.fused(hidden_states)
         return _Norm.apply(hidden_states, self.weight if self.with_scale else None, self.eps)
 
@@ -67,11 +75,14 @@ class MemoryEfficientMLP(DiffusionGemmaText4MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the MLP: [..., H] -> [..., H]."""
-        return self.down_proj(
-            recomputed(
-                lambda gate, up: self.act_fn.forward(gate) * up, self.gate_proj(x), self.up_proj(x)
-            )
-        )
+        (out,) = fused.project((self.down_proj,), self._gated(x))
+        return out
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = fused.project((self.gate_proj, self.up_proj), x)
+        if takes_gate_kernel(self.act_fn, gate):
+            return kernels.gate(gate, up)
+        return recomputed(lambda gate, up: self.act_fn.forward(gate) * up, gate, up)
 
 
 class _Recomputed(torch.autograd.Function):

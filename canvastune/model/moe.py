@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from canvastune.model.memory_efficient import recomputed
+from canvastune.model import kernels
+from canvastune.model.memory_efficient import recomputed, takes_gate_kernel
 from canvastune.model.parameter_names import ADAPTER
 
 NAME = "canvastune"  # the experts implementation in transformers' registry
@@ -70,11 +71,11 @@ class _HostCopy:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def wait(self) -> list[list[int]]:
-        """Wait for the copy, and return its values."""
+    def wait(self) -> torch.Tensor:
+        """Wait for the copy, and return it."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._copy.tolist()
+        return self._copy
 
 
 def is_expert_parallel(module: Any) -> bool:
@@ -99,14 +100,22 @@ def dispatch(
     dist.all_to_all_single(
         received, counts, group=group
     )  # received[r * L + l]: rows from rank r for my expert l
-    sizes = _HostCopy(torch.stack([counts, received]).view(2, group.size(), -1).sum(2))
-    rows = _DispatchedRows.apply(hidden, order, inverse)  # launched while the sizes travel
-    weights = top_k_weights.flatten()[order, None]
-    send, receive = sizes.wait()
+    sizes = _HostCopy(torch.stack([counts, received]))
+    rows, weights = _sorted_rows(hidden, top_k_weights, order, inverse)  # while the sizes travel
+    send, receive = sizes.wait().view(2, group.size(), -1).sum(2).tolist()
     plans = AllToAllPlan(send, receive, group), AllToAllPlan(send, receive, group)
     rows = _AllToAllStart.apply(rows, plans[0])
     weights = _AllToAllStart.apply(weights, plans[1])
     return DispatchedTokens(order, inverse, received, rows, weights, plans)
+
+
+def _sorted_rows(
+    hidden: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's row and weight for each of its experts, by expert: [T*K, H], [T*K, 1]."""
+    if kernels.available(hidden):
+        return kernels.dispatch(hidden, weights, order, inverse)
+    return _DispatchedRows.apply(hidden, order, inverse), weights.flatten()[order, None]
 
 
 def experts_forward(
@@ -131,11 +140,12 @@ def experts_forward(
             _apply_to_dispatched(module, hidden, top_k_weights, sent), sent.order, sent.inverse
         )
     order, inverse, counts = _sort_by_expert(module, top_k_index)
-    weights = top_k_weights.flatten()[order, None]
+    ends = _ends(counts)
     if hasattr(module, "lora_A"):
-        out = _apply_experts(module, _DispatchedRows.apply(hidden, order, inverse), weights, counts)
+        rows, weights = _sorted_rows(hidden, top_k_weights, order, inverse)
+        out = _apply_experts(module, rows, weights, ends)
     else:
-        ends = _ends(counts)
+        weights = top_k_weights.flatten()[order, None]
         gate_up = _DispatchedProduct.apply(
             hidden, local_tensor(module.gate_up_proj), order, inverse, ends
         )
@@ -147,6 +157,8 @@ def _sort_by_expert(
     module: Any, top_k_index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort rows by expert: index [T, K] -> order [T*K], its inverse [T, K], rows per expert [E]."""
+    if kernels.available(top_k_index):
+        return kernels.sort_rows(top_k_index, module.num_experts)
     expert_of_row = top_k_index.flatten()
     order = sorted_order(expert_of_row, module.num_experts, as_bytes=expert_of_row.is_cuda)
     counts = expert_of_row.new_zeros(module.num_experts)  # bincount would wait for the device
@@ -166,12 +178,11 @@ def sorted_order(expert_of_row: torch.Tensor, experts: int, *, as_bytes: bool) -
 
 
 def _apply_experts(
-    module: Any, rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor
+    module: Any, rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """Apply the experts to rows [R, H] sorted by expert, with routing weights [R, 1] and counts [L]
+    """Apply the experts to rows [R, H] sorted by expert up to ends [L], with routing weights [R, 1]
     -> [R, H].
     """
-    ends = _ends(counts)
     return _gated_product(module, _multiply(module, "gate_up_proj", rows, ends), weights, ends)
 
 
@@ -187,7 +198,11 @@ def _gated_product(
         gate, up = gate_up.chunk(2, dim=-1)
         return (module.act_fn.forward(gate) * up * weights).to(gate_up.dtype)
 
-    return _multiply(module, "down_proj", recomputed(gated, gate_up, weights), ends)
+    if takes_gate_kernel(module.act_fn, gate_up):
+        active = kernels.gate(gate_up, None, weights)
+    else:
+        active = recomputed(gated, gate_up, weights)
+    return _multiply(module, "down_proj", active, ends)
 
 
 def _ends(counts: torch.Tensor) -> torch.Tensor:
@@ -220,20 +235,23 @@ def _apply_to_dispatched(
     plan = sent.plans[0]
     ranks = plan.group.size()
     # Rows arrive ordered by sender and then by expert; the grouped matmul takes them by expert.
-    experts = len(sent.received) // ranks
-    expert = (
-        torch.arange(experts, device=rows.device)
-        .repeat(ranks)
-        .repeat_interleave(sent.received, output_size=len(rows))  # known: no wait for the device
-    )
-    by_expert = sorted_order(expert, experts, as_bytes=expert.is_cuda)
-    by_sender = _inverse(by_expert)
-    rows, weights = (_PermutedTokens.apply(part, by_expert, by_sender) for part in (rows, weights))
-    out = _PermutedTokens.apply(
-        _apply_experts(module, rows, weights, sent.received.view(ranks, -1).sum(0)),
-        by_sender,
-        by_expert,
-    )
+    if kernels.available(rows):
+        by_expert, by_sender, ends = kernels.sort_segments(sent.received, ranks, len(rows))
+        rows, weights = kernels.permute(rows, weights, by_expert, by_sender)
+    else:
+        experts = len(sent.received) // ranks
+        expert = (
+            torch.arange(experts, device=rows.device)
+            .repeat(ranks)
+            .repeat_interleave(sent.received, output_size=len(rows))  # known: no wait
+        )
+        by_expert = sorted_order(expert, experts, as_bytes=expert.is_cuda)
+        by_sender = _inverse(by_expert)
+        rows, weights = (
+            _PermutedTokens.apply(part, by_expert, by_sender) for part in (rows, weights)
+        )
+        ends = _ends(sent.received.view(ranks, -1).sum(0))
+    out = _PermutedTokens.apply(_apply_experts(module, rows, weights, ends), by_sender, by_expert)
     return _AllToAll.apply(out, plan.reverse())
 
 
@@ -351,6 +369,8 @@ class _CombinedRows(torch.autograd.Function):
 
 def _dispatch(hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Repeat and sort rows: hidden [T, H], order [T*K], inverse [T, K] -> rows [T*K, H]."""
+    if kernels.available(hidden):
+        return kernels.take_rows(hidden, order, inverse.shape[1])[0]
     return hidden.index_select(0, order // inverse.shape[1])
 
 
@@ -358,6 +378,8 @@ def _combine(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Sum each token's rows: rows [T*K, H], inverse [T, K] -> [T, H]; deterministic, without a
     reordered copy.
     """
+    if kernels.available(rows):
+        return kernels.sum_rows(rows, inverse)[0]
     return F.embedding_bag(inverse, rows, mode="sum")
 
 

@@ -73,14 +73,19 @@ class Accelerator:
     process: float = (
         0.0  # GB of interpreter and libraries, if memory is measured as that of the process
     )
+    loops_over_experts: bool = False  # no kernel of torch's multiplies all experts at once
 
 
 ACCELERATORS = {
     "h100": Accelerator("NVIDIA H100 SXM", 989, 67, 80, 3350, 450, 50, 8, 1.5),
     "h200": Accelerator("NVIDIA H200 SXM", 989, 67, 141, 4800, 450, 50, 8, 1.5),
-    "a100": Accelerator("NVIDIA A100 80GB SXM", 312, 19.5, 80, 2039, 300, 25, 8, 1.5),
+    "a100": Accelerator(
+        "NVIDIA A100 80GB SXM", 312, 19.5, 80, 2039, 300, 25, 8, 1.5, loops_over_experts=True
+    ),
     "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 8, 1.5),
-    "l40s": Accelerator("NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0),
+    "l40s": Accelerator(
+        "NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0, loops_over_experts=True
+    ),
     "cpu": Accelerator(
         "CPU, one core per rank",
         0.2,
@@ -231,7 +236,8 @@ def step_time(
             else accelerator.network * LINK_SHARE * 1e9
         ),
         update=trained * UPDATE_BYTES / bandwidth,
-        launches=count_launches(architecture, step) * accelerator.launch,
+        launches=accelerator.launch
+        * count_launches(architecture, step, loops_over_experts=accelerator.loops_over_experts),
     )
 
 

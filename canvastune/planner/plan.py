@@ -11,6 +11,7 @@ from canvastune.errors import UserError
 from canvastune.perf_model.architecture import (
     ParameterCount,
 )
+from canvastune.perf_model.checkpoints import CheckpointTimes
 from canvastune.perf_model.hardware import (
     Seconds,
 )
@@ -85,6 +86,7 @@ class Plan:
     checkpoints: (
         int  # on disk at the same time: the newest ones, the best and the one being written
     )
+    checkpoint_times: CheckpointTimes
     host_copy_bytes: int  # in host memory, while a checkpoint is written in the background
     flops_by_pass: dict[str, float]  # of a rank's step
     flops_by_part: dict[str, float]

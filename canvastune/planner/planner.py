@@ -21,6 +21,7 @@ from canvastune.perf_model.architecture import (
     count_parameters,
     read_architecture,
 )
+from canvastune.perf_model.checkpoints import checkpoint_times
 from canvastune.perf_model.flops import count_bytes, count_flops
 from canvastune.perf_model.hardware import (
     Accelerator,
@@ -133,6 +134,13 @@ def make_plan(
         limit_bytes=limit,
         checkpoint_bytes=checkpoint,
         checkpoints=config.train.keep_checkpoints + 2,
+        checkpoint_times=checkpoint_times(
+            checkpoint,
+            config.train.steps,
+            config.train.checkpoint_every,
+            seconds.total,
+            asynchronous=config.train.async_checkpoints,
+        ),
         host_copy_bytes=checkpoint // world_size if config.train.async_checkpoints else 0,
         flops_by_pass=flops.by_pass,
         flops_by_part=flops.by_part,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from canvastune.io.byte_size import format_bytes
+from canvastune.perf_model.checkpoints import DISK_RATE, MOST_SHARE
 from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
 from canvastune.planner.plan import EvaluationPlan, Plan
 
@@ -98,9 +99,24 @@ def _memory(plan: Plan) -> list[str]:
             if plan.host_copy_bytes
             else "."
         ),
+        *_checkpoint_times(plan),
         "",
         *_table(("Memory per rank, peak of each phase of a step", unit.name), phases),
     ]
+
+
+def _checkpoint_times(plan: Plan) -> list[str]:
+    times = plan.checkpoint_times
+    lines = [
+        f"  At {format_bytes(int(DISK_RATE))}/s one is written in {_seconds(times.write)}; training"
+        f" waits {_seconds(times.waited)} for all, {times.share:.0%} of a run's time."
+    ]
+    if times.share > MOST_SHARE and times.waited > 1.01 * times.write:
+        lines.append(
+            "  With --set train.checkpoint_every="
+            f"{times.hidden_from} training waits for only the last one."
+        )
+    return lines
 
 
 def _work(plan: Plan) -> list[str]:

@@ -18,7 +18,9 @@ from canvastune.config import RunConfig, load_config
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.perf_model import flops as work
+from canvastune.perf_model.checkpoints import DISK_RATE, checkpoint_times
 from canvastune.perf_model.hardware import LAUNCHES
+from canvastune.perf_model.launches import LAUNCH_SECONDS
 from canvastune.perf_model.memory import StepShape
 from canvastune.planner import planner
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
@@ -36,7 +38,9 @@ def recipe(name: str, *overrides: str) -> RunConfig:
 
 @functools.cache
 def released(name: str, *overrides: str, ranks: int = 8) -> Plan:
-    return make_plan(recipe(name, *overrides), SHIPPED_CONFIG, ranks)
+    """Plan a recipe, by default with each layer recomputed."""
+    settings = ("train.activation_checkpointing=true", *overrides)
+    return make_plan(recipe(name, *settings), SHIPPED_CONFIG, ranks)
 
 
 def refusal(name: str, *overrides: str, ranks: int = 8) -> str:
@@ -394,7 +398,8 @@ def test_the_table_says_whether_it_fits_and_what_would() -> None:
 
 
 def test_a_small_batch_is_bound_by_the_hosts_launches_and_a_larger_one_by_the_gpus() -> None:
-    small, large = released("gsm8k_lora"), released("gsm8k_lora_throughput")
+    small = released("gsm8k_lora", "data.seq_length=256")
+    large = released("gsm8k_lora_throughput")
     assert small.seconds.bound == LAUNCHES
     assert small.step_seconds == small.seconds.launches > small.seconds.computation
     assert large.seconds.bound == "computation"
@@ -405,6 +410,18 @@ def test_a_small_batch_is_bound_by_the_hosts_launches_and_a_larger_one_by_the_gp
     assert cpu.seconds.launches == 0
 
 
+def test_a_gpu_without_a_grouped_matmul_launches_one_for_each_expert() -> None:
+    hopper, ampere = (
+        released("gsm8k_lora", f"hardware.accelerator={name}") for name in ("h100", "a100")
+    )
+    # 30 layers; each of pass 1, forward, recomputation and backward has two grouped matmuls, over 16
+    # experts
+    more = 30 * 4 * 2 * (16 - 2)
+    assert ampere.seconds.launches - hopper.seconds.launches == pytest.approx(
+        more * LAUNCH_SECONDS, rel=0.01
+    )
+
+
 def _time_of(plan: Plan) -> str:
     return render(plan).partition("Time, estimated")[2].partition("Blocks of")[0]
 
@@ -412,7 +429,7 @@ def _time_of(plan: Plan) -> str:
 def test_the_summary_has_what_decides_in_two_lines() -> None:
     first, second = summarize(released("gsm8k_lora")).splitlines()
     assert re.fullmatch(r"8 ranks on NVIDIA H100 SXM: [\d.]+ GB of 80\.0 GB each: fits", first)
-    assert re.search(r"[\d.]+ (ms|s), all steps [\d.]+ (min|h)$", second)
+    assert re.search(r"[\d.]+ (ms|s), all steps [\d.]+ (s|min|h)$", second)
     assert "does not fit" in summarize(released("gsm8k_sft", "hardware.gpu_memory=40"))
 
 
@@ -421,3 +438,18 @@ def test_a_price_gives_the_cost_of_all_steps() -> None:
     hours = 8 * plan.run_seconds / 3600
     assert f"{hours:.3g} accelerator-hours, {2.5 * hours:,.2f} EUR" in render(plan)
     assert "accelerator-hours" not in render(released("gsm8k_lora"))
+
+
+def test_training_waits_for_what_is_written_longer_than_the_steps_between_take() -> None:
+    def waited(size: float, every: int, *, asynchronous: bool = True) -> float:
+        found = checkpoint_times(int(size), 100, every, 0.1, asynchronous=asynchronous)
+        assert found.share == pytest.approx(found.waited / (10 + found.waited))
+        return found.waited
+
+    assert waited(2 * DISK_RATE, 50) == pytest.approx(2)  # 5 s between them: only the last one
+    assert waited(6 * DISK_RATE, 50) == pytest.approx(6 + 1)
+    assert waited(6 * DISK_RATE, 40) == pytest.approx(6 + 2 + 4)  # at 40, 80 and 100
+    assert waited(6 * DISK_RATE, 100) == waited(6 * DISK_RATE, 1000) == pytest.approx(6)
+    assert waited(2 * DISK_RATE, 50, asynchronous=False) == pytest.approx(4)
+    hidden = checkpoint_times(int(6 * DISK_RATE), 100, 10, 0.1, asynchronous=True).hidden_from
+    assert waited(6 * DISK_RATE, hidden) < waited(6 * DISK_RATE, hidden // 2)

@@ -106,6 +106,7 @@ class FakeDevice(TorchDispatchMode):
         self.places: collections.Counter[str] = collections.Counter()
         self.attention: collections.Counter[str] = collections.Counter()
         self.received: collections.Counter[str] = collections.Counter()
+        self.triton: set[tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...]]] = set()
         self.compiled: collections.Counter[str] = collections.Counter()
         self.broken: collections.Counter[str] = collections.Counter()
 
@@ -130,11 +131,12 @@ class FakeDevice(TorchDispatchMode):
         """Return the values of a tensor of the device, for which the host waits."""
         if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
             self.wait("read")
-        return self._value(tensor, anything=True)
+        return self.value(tensor, anything=True)
 
     # values of integers
 
-    def _value(self, tensor: Any, *, anything: bool = False) -> Any:
+    def value(self, tensor: Any, *, anything: bool = False) -> Any:
+        """Return the values of a tensor, None if they are not known; or ones, if anything will do."""
         if not isinstance(tensor, FakeTensor):
             return tensor
         found = self._values.get(id(tensor))
@@ -142,11 +144,16 @@ class FakeDevice(TorchDispatchMode):
             return found[1]
         return torch.ones(tensor.shape, dtype=tensor.dtype) if anything else None
 
-    def _know(self, tensor: Any, value: torch.Tensor) -> None:
+    def know(self, tensor: Any, value: torch.Tensor) -> None:
+        """Note the values of a fake tensor."""
         if not isinstance(tensor, FakeTensor):
             return
         key, values = id(tensor), self._values
         values[key] = weakref.ref(tensor, lambda _: values.pop(key, None)), value
+
+    def chosen(self, rows: int, width: int, count: int) -> torch.Tensor:
+        """Return made-up indices of the highest of each row's scores, int64[rows, count]."""
+        return torch.rand(rows, width, generator=self._generator).topk(count).indices
 
     def _compute_values(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         outs = [o for o in tree_leaves(out) if isinstance(o, FakeTensor)]
@@ -154,18 +161,17 @@ class FakeDevice(TorchDispatchMode):
             return
         if func.overloadpacket is aten.topk:
             rows, width = out[1].numel() // out[1].shape[-1], args[0].shape[-1]
-            scores = torch.rand(rows, width, generator=self._generator)
-            self._know(out[1], scores.topk(out[1].shape[-1]).indices.view(out[1].shape))
+            self.know(out[1], self.chosen(rows, width, out[1].shape[-1]).view(out[1].shape))
             return
         if any(o.dtype.is_floating_point or o.numel() > 2**24 for o in outs):
             return
         ins = [a for a in tree_leaves((args, kwargs)) if isinstance(a, FakeTensor)]
-        if any(self._value(a) is None for a in ins):
+        if any(self.value(a) is None for a in ins):
             return
 
         def real(x: Any) -> Any:
             if isinstance(x, FakeTensor):
-                return self._value(x)
+                return self.value(x)
             return torch.device("cpu") if isinstance(x, torch.device) else x
 
         kept = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "non_blocking")}
@@ -173,7 +179,7 @@ class FakeDevice(TorchDispatchMode):
             found = func(*tree_map(real, args), **tree_map(real, kept))
         values = [f for f in tree_leaves(found) if isinstance(f, torch.Tensor)]
         for fake, value in zip(outs, values, strict=False):
-            self._know(fake, value)
+            self.know(fake, value)
 
     # memory
 
@@ -243,7 +249,7 @@ class FakeDevice(TorchDispatchMode):
         if packet is aten._local_scalar_dense:
             if args[0].device.type == "cuda":
                 self.wait("item")
-            return self._value(args[0], anything=True).item()
+            return self.value(args[0], anything=True).item()
         if packet is aten.equal:
             self.wait("equal")
             return True
@@ -251,7 +257,7 @@ class FakeDevice(TorchDispatchMode):
         if packet is aten._to_copy and to == "cpu" and args[0].device.type == "cuda":
             if not kwargs.get("non_blocking"):  # else it is pinned, and an event is waited for
                 self.wait("copy to the host")
-            found = self._value(args[0], anything=True)
+            found = self.value(args[0], anything=True)
             return found.to(kwargs.get("dtype") or args[0].dtype)
         copies_back = packet is aten.copy_ and args[0].device.type == "cpu"
         if copies_back and args[1].device.type == "cuda":
@@ -272,7 +278,7 @@ class FakeDevice(TorchDispatchMode):
             return None
         self.wait(name.split("::")[1], 2 if packet is aten.bincount else 1)
         reals = tree_map(
-            lambda x: self._value(x, anything=True) if isinstance(x, FakeTensor) else x, args
+            lambda x: self.value(x, anything=True) if isinstance(x, FakeTensor) else x, args
         )
         plain = {k: v for k, v in kwargs.items() if not isinstance(v, torch.Tensor)}
         with torch._C._DisableTorchDispatch():
@@ -280,7 +286,7 @@ class FakeDevice(TorchDispatchMode):
         with self._fake:
             out = tree_map(lambda f: torch.empty_like(f, device=CUDA), found)
         for fake, value in zip(tree_leaves(out), tree_leaves(found), strict=True):
-            self._know(fake, value)
+            self.know(fake, value)
         return out
 
     def _collective(self, name: str, args: Any) -> Any:
@@ -294,9 +300,9 @@ class FakeDevice(TorchDispatchMode):
         if "alltoall" in short:
             out, rows = args[0], args[1]
             if tuple(out.shape) == tuple(rows.shape):
-                value = self._value(rows)
+                value = self.value(rows)
                 if value is not None:
-                    self._know(out, value.clone())
+                    self.know(out, value.clone())
             self.received[short] += rows.numel() * rows.element_size() * (self._ep - 1) // self._ep
             return done
         if "allgather_base" in short:
@@ -357,7 +363,7 @@ class FakeDevice(TorchDispatchMode):
         if offsets.dtype != torch.int32:
             wrong(f"offsets of {offsets.dtype}")
         if a.ndim == 2 and b.ndim == 2 and (major_a or not major_b):
-            ends = self._value(offsets)  # the kernel asserts multiples of 16 bytes
+            ends = self.value(offsets)  # the kernel asserts multiples of 16 bytes
             sizes = torch.diff(ends, prepend=ends.new_zeros(1)) if ends is not None else None
             if sizes is None or bool((sizes[:-1] % (16 // a.element_size())).any()):
                 wrong("a contiguous ragged dimension, whose groups must be multiples of 16 bytes")

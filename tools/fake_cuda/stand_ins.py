@@ -82,6 +82,16 @@ def pretend() -> None:
         total_memory=85_520_809_984,
         multi_processor_count=132,
         warp_size=32,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=232448,
+        L2_cache_size=50 * 2**20,
+        clock_rate=1_980_000,
+        memory_clock_rate=2_619_000,
+        memory_bus_width=5120,
+        gcnArchName="",
     )
     replaced: dict[str, Any] = {
         "_lazy_init": lambda: None,
@@ -114,7 +124,11 @@ def pretend() -> None:
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    from canvastune.model import kernels  # which imports torch
+
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (kernels, "available", lambda x: x.device.type == "cuda"),
+        (kernels, "launch", _launch),
         (torch.version, "cuda", "13.0"),
         (fake_tensor, "init_gpu_context", lambda device: None),
         (FakeTensor, "tolist", lambda tensor: running_device().read(tensor).tolist()),
@@ -218,3 +232,47 @@ def _rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Any = None) 
     if x.device.type == "cuda" and len(shape) == 1 and same:
         return _FusedNorm.apply(x, weight, eps)
     return _STOCK_NORM(x, shape, weight, eps)
+
+
+# --- our own kernels: launched by Triton, which the dispatcher does not see ---
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+def _launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    if not all(grid):
+        return
+    device = running_device()
+    device.launched(f"triton::{name}", 1)
+    device.triton.add((name, tuple(map(_type, arguments)), tuple(constants.items())))
+    if name == "choose":
+        scores, _, _, index = arguments
+        rows, width = scores.shape
+        device.know(index, device.chosen(rows, width, index.shape[1]))
+    elif name == "sort_rows":
+        index, order, inverse, counts, _ = arguments
+        experts = device.value(index).flatten()
+        sorted_rows = experts.argsort(stable=True)
+        device.know(order, sorted_rows)
+        device.know(inverse, sorted_rows.argsort().view(index.shape))
+        device.know(counts, experts.bincount(minlength=len(counts)))
+    elif name == "sort_segments":
+        received, by_expert, by_sender, ends = arguments
+        sizes = device.value(received)
+        experts = torch.arange(constants["L"]).repeat(constants["RANKS"]).repeat_interleave(sizes)
+        order = experts.argsort(stable=True)
+        device.know(by_expert, order)
+        device.know(by_sender, order.argsort())
+        device.know(ends, experts.bincount(minlength=len(ends)).cumsum(0).int())
+
+
+def _type(argument: Any) -> str:
+    """Return an argument's type as Triton's signatures have it."""
+    if isinstance(argument, torch.Tensor):
+        return "*" + _TYPES[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32"

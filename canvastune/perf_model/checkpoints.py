@@ -1,0 +1,44 @@
+"""Seconds that training waits for its checkpoints, which are written in the background."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DISK_RATE = 2e9  # bytes per second that a workspace is assumed to write
+MOST_SHARE = 0.10  # goal: of a run's time
+
+
+@dataclass(frozen=True)
+class CheckpointTimes:
+    """What the checkpoints of a run cost, at `DISK_RATE`."""
+
+    write: float  # seconds to write one
+    waited: float  # seconds in which training stands, over the run
+    share: float  # of the run's time
+    hidden_from: (
+        int  # steps between checkpoints, at most all, with which only the last one is waited for
+    )
+
+
+def checkpoint_times(
+    size: int, steps: int, every: int, step_seconds: float, *, asynchronous: bool
+) -> CheckpointTimes:
+    """Return the times of a run whose checkpoints have `size` bytes.
+
+    In the background, one is written while the next `every` steps run; the next one waits for it,
+    as does the end of the run for the last one. Not counted: the copy to the host's memory.
+    """
+    write, training = size / DISK_RATE, steps * step_seconds
+    saves = math.ceil(steps / every)
+    if asynchronous:
+        intervals = [every] * (saves - 2) + [steps - (saves - 1) * every] * (saves > 1)
+        waited = write + sum(max(0.0, write - interval * step_seconds) for interval in intervals)
+    else:
+        waited = saves * write
+    return CheckpointTimes(
+        write,
+        waited,
+        waited / (training + waited),
+        min(steps, math.ceil(write / step_seconds)),
+    )
