@@ -81,12 +81,6 @@ class TrainingDataset:
         """
         return [self._example(self._train[self._row(position)]) for position in positions]
 
-    def token_counts(self, positions: Iterable[int]) -> list[int]:
-        """Return the number of tokens of the example at each position, fill included, without
-        reading them.
-        """
-        return [int(self._tokens[self._row(position)]) for position in positions]
-
     def train_draws(self, example: Example, position: int) -> tuple[NoiseSample, ...]:
         """Draw blocks, and the noise of each, of an example at a position of the stream."""
         return training_block_draws(

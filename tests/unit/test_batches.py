@@ -259,13 +259,6 @@ def test_a_part_has_the_clean_tokens_that_its_blocks_see_and_only_the_last_one_s
         assert torch.equal(canvas, whole.row_keys[rows + first :][: len(canvas)])
 
 
-def test_lengths_are_those_of_the_examples(folder: Path) -> None:
-    data = prepared(folder)
-    assert data.token_counts(range(ROWS)) == [
-        len(example.tokens) for example in data.train_examples(range(ROWS))
-    ]
-
-
 @pytest.mark.parametrize(("ranks", "size", "forwards"), [(8, 4, 1), (4, 2, 4), (2, 1, 8)])
 def test_ranks_wait_far_less_than_if_they_took_examples_by_position(
     ranks: int, size: int, forwards: int
