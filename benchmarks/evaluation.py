@@ -5,8 +5,10 @@ Both get the same noise, so both give the same answers with the same number of d
 is checked. Stock draws as it always does, and that is timed; what it drew is then replaced, off the
 clock. Each side runs in a separate process, which reports its peak memory above the loaded
 weights. In another run, of a block of one batch, it counts the FLOPs of its matrix products and
-attention, and the bytes that its operators read and write. With the base's answers kept, two models
-cost stock two runs, and us one and the reading of what is kept. Weights are random, in float32.
+attention, and the bytes that its operators read and write. Of memory, it counts what any sampler
+holds that keeps its keys: the keys and values that the canvases see, and the canvases' hidden states
+and expected embeddings. With the base's answers kept, two models cost stock two runs, and us one and
+the reading of what is kept. Weights are random, in float32.
 Writes benchmarks/results/evaluation.json.
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.generation import Question
+from canvastune.evaluation.row_attention import RowCaches, seen_tokens
 from canvastune.evaluation.sampler import KeyedNoise, Sampler
 
 BATCH, BLOCKS = 8, 3
@@ -128,6 +132,7 @@ def _compare(name: str, rows: int) -> dict[str, Any]:
         "fewer_bytes": stock["bytes"] / ours["bytes"],
         "memory_share": ours["peak_bytes"] / stock["peak_bytes"],
         "memory_goal": MEMORY_GOAL,
+        "least_memory_share": ours["least_bytes"] / stock["peak_bytes"],
         "equal_answers": sum(answers),
         "equal_step_counts": sum(forwards),
         "steps_of_an_answer": sum(counts) / len(counts),
@@ -159,8 +164,9 @@ def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
         run(asked)
     found |= {"flops": flops.get_total_flops(), "bytes": moved.bytes}
     found["logits"] = run.steps * BATCH * shape.canvas * shape.vocabulary  # that stock computes
-    if side == "ours":
+    if isinstance(run, _Ours):
         found["kept_seconds"] = _kept_seconds(found["answers"])
+        found["least_bytes"] = run.least_bytes
     return found
 
 
@@ -227,18 +233,37 @@ class _Ours:
     def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
         self.paused, self.counting, self.steps = 0.0, True, 0
         self.model, self.noise, self.stops, self.blocks = model, noise, stops, BLOCKS
+        self.least_bytes = 0  # of a step: what no sampler can do without
 
     def reset(self) -> None:
         pass
 
     def __call__(self, questions: list[Question]) -> dict[str, Any]:
         limit = self.blocks * self.noise.canvas_length
-        sampler = Sampler(
+        sampler = _CountedSampler(
             self.model, SETTINGS, self.noise, rows=BATCH, max_new_tokens=limit, stops=self.stops
         )
         found = {answer.question: answer for answer in sampler.answer(questions)}
+        self.least_bytes = max(self.least_bytes, sampler.least_bytes)
         each = [found[question.id] for question in questions]
         return {"answers": [one.tokens for one in each], "forwards": [one.forwards for one in each]}
+
+
+class _CountedSampler(Sampler):
+    """Counts the bytes that each step needs at least."""
+
+    least_bytes = 0
+
+    def _denoise(self, rows: Sequence[Any], caches: RowCaches) -> list[Any]:
+        ended = super()._denoise(rows, caches)
+        config, size = self.model.config.text_config, self.head.head.element_size()
+        floats = 2 * len(rows) * self.canvas_length * config.hidden_size
+        for layer in self.model.model.decoder.layers:
+            attention = layer.self_attn
+            width = 2 * attention.k_proj.out_features
+            floats += width * sum(seen_tokens(row.length, attention.sliding_window) for row in rows)
+        self.least_bytes = max(self.least_bytes, size * floats)
+        return ended
 
 
 class _Stock:

@@ -28,6 +28,7 @@ from canvastune.distributed.watchdog import RankRegistry
 from canvastune.errors import UserError
 from canvastune.evaluation.ranks import Ranks
 from canvastune.evaluation.run import evaluate_on_ranks
+from canvastune.evaluation.sweep import sweep
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_exception
 from canvastune.planner.evaluation import evaluation_layout
 from canvastune.planner.planner import find_architecture
@@ -53,7 +54,10 @@ exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 inva
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate once; return 0, 1 after an error with its message printed, 130 after Ctrl-C."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.sweep and options.base_results:
+        parser.error("--base-results: only the tuned model answers in a sweep; leave it out")
     configure_logging(options.log_format)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     registry: RankRegistry | None = None
@@ -67,7 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not ranks.is_first:
             logger.setLevel(logging.WARNING)
         paths = (options.data, base, options.tuned, options.output)
-        evaluate_on_ranks(config, *paths, ranks, options.cache, base_results=options.base_results)
+        if options.sweep:
+            sweep(config, *paths, ranks, options.cache)
+        else:
+            evaluate_on_ranks(config, *paths, ranks, options.cache, options.base_results)
     except UserError as error:
         log_on_rank0(error)
         return 1
@@ -133,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="file that saves partial results until all are there; default: one next to --output",
+    )
+    add(
+        "--sweep",
+        action="store_true",
+        help="instead of both models' evaluation, have the tuned model answer with a few settings of "
+        "the sampler; --output gets sweep.json, sweep.svg and sweep.png",
     )
     add("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser

@@ -12,12 +12,25 @@ CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 
 
-def sampler_columns(tokens: int, device: str) -> int:
+def sampler_columns(tokens: int, hidden: int, device: str) -> int:
     """Return the columns of a tile of the sampler of answers, which has so many tokens at most.
 
-    On a CPU a tile of few tokens is wider: each call costs microseconds, whatever it computes.
+    On a CPU a tile of few tokens, or of small ones, is wider: each call costs microseconds,
+    whatever it computes.
     """
-    return max(2**12, 2**20 // tokens) if device == "cpu" else 2**15
+    if device != "cpu":
+        return 2**15
+    elements = min(2**20, max(2**18, 2**26 // hidden))
+    return max(2**10, elements // tokens)
+
+
+def encoded_tokens(canvases: int) -> int:
+    """Return how many tokens of prompts and blocks the sampler of answers encodes in one pass.
+
+    Args:
+        canvases: tokens that a pass denoises.
+    """
+    return max(2**7, canvases // 2)
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -38,4 +51,3 @@ def tile_columns(rows: int, vocabulary: int, device: str) -> int:
 # Of the sampler of answers, whose tiles have all of these.
 SAMPLER_TOKENS = 2048  # whose logits exist at once
 CHOOSING_TOKENS = 256  # of them, those whose cumulative probabilities exist at once, in float64
-ENCODED_TOKENS = 16384  # of prompts that one pass encodes, unless one prompt is longer

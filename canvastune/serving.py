@@ -34,6 +34,7 @@ from canvastune.checkpoint.peft_adapter import CONFIG as ADAPTER_CONFIG
 from canvastune.errors import UserError
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+_AUDIO_TOKENS = ("boa_token", "eoa_token")
 _SAMPLER_CLASS = "EntropyBoundSamplerConfig"
 
 
@@ -193,6 +194,20 @@ def _check_processor(model: _Model) -> None:
         raise _missing(model, names[0])
 
 
+def _check_audio_tokens(model: _Model) -> None:
+    """Check what stock's processor wants of a tokenizer, for any text: see findings/."""
+    file = model.folder / "tokenizer_config.json"
+    settings = _read_object(file) if file.is_file() else {}
+    extra = settings.get("extra_special_tokens")
+    named = settings | (extra if isinstance(extra, dict) else {})
+    if missing := [name for name in _AUDIO_TOKENS if not named.get(name)]:
+        raise UserError(
+            f"{file}: no {', '.join(missing)}, without which the server's processor refuses every "
+            "text, although none has audio",
+            hint="Use --backend vllm, sglang or mlx.",
+        )
+
+
 def _check_equal_scalars(model: _Model) -> None:
     for index in range(model.parsed.text_config.num_hidden_layers):
         names = (DECODER_SCALAR.format(index), ENCODER_SCALAR.format(index))
@@ -312,7 +327,7 @@ BACKENDS: Mapping[str, _Backend] = {
     "mlx": _Backend(_mlx, (), _mlx_remarks, "pip install 'mlx[cpu]==0.32.4' mlx-vlm==0.7.10"),
     "transformers": _Backend(
         _transformers,
-        (_check_processor,),
+        (_check_processor, _check_audio_tokens),
         _transformers_remarks,
         "pip install 'transformers[serving]==5.24.0' torchvision",
     ),

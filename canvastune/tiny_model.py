@@ -35,6 +35,8 @@ _GEMMA_IDS = {
     "\n": 107,
 }
 _IMAGE_TOKENS = ("<|image>", "<|image|>", "<image|>")
+# The model has no audio, but stock transformers' processor takes no text from a tokenizer without.
+_AUDIO_TOKENS = ("<|audio>", "<|audio|>", "<audio|>")
 # What a processor of text and images reads; vLLM builds one even for text only.
 _PROCESSOR_FILE = "processor_config.json"
 _IMAGE_LENGTH = 70  # tokens of an image: the smallest number that the processor takes
@@ -419,7 +421,9 @@ def _make_tokenizer() -> GemmaTokenizer:
                 tokens.append(word[:end])
                 merges.append((word[: end - 1], word[end - 1]))
     tokens += _TOOL_TOKENS
-    tokens += [f"<unused{index}>" for index in range(_VOCABULARY - len(_GEMMA_IDS) - len(tokens))]
+    unused = _VOCABULARY - len(_GEMMA_IDS) - len(tokens) - len(_AUDIO_TOKENS)
+    tokens += [f"<unused{index}>" for index in range(unused)]
+    tokens += _AUDIO_TOKENS
     free = [index for index in range(_VOCABULARY) if index not in _GEMMA_IDS.values()]
     vocabulary = _GEMMA_IDS | dict(zip(tokens, free, strict=True))
     tokenizer = GemmaTokenizer(
@@ -435,6 +439,9 @@ def _make_tokenizer() -> GemmaTokenizer:
             "boi_token": _IMAGE_TOKENS[0],
             "image_token": _IMAGE_TOKENS[1],
             "eoi_token": _IMAGE_TOKENS[2],
+            "boa_token": _AUDIO_TOKENS[0],
+            "audio_token": _AUDIO_TOKENS[1],
+            "eoa_token": _AUDIO_TOKENS[2],
             **{f"tool_token_{at}": token for at, token in enumerate(_TOOL_TOKENS)},
         },
         add_bos_token=True,

@@ -113,9 +113,9 @@ class EncodedTokens(Part):
         layer, window = module.layer_idx, module.sliding_window
         pairs = torch.stack(own)
         if self.start:
-            known = self.caches.known(layer, self.place, _seen(self.start, window))
+            known = self.caches.known(layer, self.place, seen_tokens(self.start, window))
             pairs = torch.cat([known, pairs], dim=3)
-        seen = _seen(self.end, window)
+        seen = seen_tokens(self.end, window)
         self.caches.keep(layer, self.place, self.places, pairs[:, :, :, pairs.shape[3] - seen :])
         return _causal(query, pairs[0], pairs[1], window, module.scaling)
 
@@ -138,7 +138,7 @@ class Canvases(Part):
         rows, window = len(self.lengths), module.sliding_window
         # [n, heads, C, D]
         query, key, value = (each[0].unflatten(1, (rows, -1)).transpose(0, 1) for each in tensors)
-        seen = [_seen(length, window) for length in self.lengths]
+        seen = [seen_tokens(length, window) for length in self.lengths]
         keys, values = self.caches.with_canvases(module.layer_idx, max(seen), key, value)
         if window not in self.masks:
             self.masks[window] = self._mask(seen, query.device)
@@ -160,7 +160,7 @@ class Canvases(Part):
         return (places >= first[:, None])[:, None, None].to(device)
 
 
-def _seen(length: int, window: int | None) -> int:
+def seen_tokens(length: int, window: int | None) -> int:
     """Return how many tokens before a block a layer shows."""
     return length if window is None else min(length, window - 1)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from canvastune.checkpoint.load import read_model_config
@@ -18,7 +15,6 @@ from canvastune.config import RunConfig
 from canvastune.data.files import FORGETTING
 from canvastune.data.packing import Example
 from canvastune.errors import UserError
-from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.denoising_trace import longest_trace
 from canvastune.evaluation.figures import (
@@ -38,13 +34,19 @@ from canvastune.evaluation.generation import (
     Question,
     answer_seeds,
     answering,
-    generate_answers,
     hash_questions,
     response_ends,
     select_questions,
     software_versions,
 )
 from canvastune.evaluation.judges import Judging
+from canvastune.evaluation.model_run import (
+    Checkpoint,
+    Conditions,
+    ModelRun,
+    Store,
+    find_device,
+)
 from canvastune.evaluation.ranks import Ranks
 from canvastune.evaluation.result import (
     ANSWERS,
@@ -53,21 +55,17 @@ from canvastune.evaluation.result import (
     EvaluationResult,
     ModelFigures,
 )
-from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
+from canvastune.evaluation.validation_loss import held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
 from canvastune.io.json_text import to_json_text
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
-_PROGRESS_SECONDS = 2.0
 _LOGGED_ANSWERS = 3  # at the end; the report has all of them
 _TRACED = 8  # answers whose denoising is recorded: the report has the one that took longest to form
-_EXAMPLES_PER_PART = 32  # held-out examples whose loss is saved at once
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,12 @@ class _Task:
     """What both models are given."""
 
     config: RunConfig
-    tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
     others: list[Question]  # of evaluate.forgetting
     how: Answering
     examples: list[Example]
-    common: dict[str, str]  # what every result depends on
-    device: torch.device
+    conditions: Conditions
     canvas: int  # tokens that are denoised together
-
-    @property
-    def traced(self) -> list[str]:
-        """Ids of the questions whose denoising is recorded."""
-        return [question.id for question in self.questions[:_TRACED]]
 
 
 @dataclass(frozen=True)
@@ -175,14 +166,16 @@ def evaluate_on_ranks(
         judges.append(Judging(settings, references, base_results))
 
     ranks.on_first(find_judges)  # before the models answer: a judge may be refused
-    device = _device()
+    device = find_device()
     model_config = read_model_config(base)
     examples = held_out_examples(dataset, config.train, model_config)
     how = answering(base, model_config, settings, response_ends(dataset))
     hashes = ranks.on_first(lambda: {path: hash_path(path) for path in (base, tuned)})
     common = {"base": hashes[base], "device": device.type, **software_versions()}
     canvas = model_config.canvas_length
-    task = _Task(config, tokenizer, questions, others, how, examples, common, device, canvas)
+    traced = tuple(question.id for question in questions[:_TRACED])
+    conditions = Conditions(config, tokenizer, common, device, traced)
+    task = _Task(config, questions, others, how, examples, conditions, canvas)
     kept = BaseResults(base_results if ranks.is_first else None, hashes[base])
     with ranks.open_cache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
         if len(cache):
@@ -190,10 +183,10 @@ def evaluate_on_ranks(
         checkpoints = zip(SIDES, (base, tuned), strict=True)
         outputs = {
             side: _run_model(
-                _Checkpoint(side, path, hashes[path]),
+                Checkpoint(side, path, hashes[path]),
                 task,
                 ranks,
-                _Store(cache, kept if side == SIDES[0] else None),
+                Store(cache, kept if side == SIDES[0] else None),
             )
             for side, path in checkpoints
         }
@@ -201,12 +194,6 @@ def evaluate_on_ranks(
         result = _write_result(task, judges, outputs, out, dataset, base, tuned) if judges else None
         cache.delete()
     return result
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _write_result(
@@ -249,23 +236,15 @@ def _write_result(
     return result
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """One of the two models."""
-
-    side: str
-    path: Path
-    hash: str
-
-
-def _run_model(checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store) -> _ModelOutput:
+def _run_model(checkpoint: Checkpoint, task: _Task, ranks: Ranks, store: Store) -> _ModelOutput:
     """Generate one model's answers and measure its loss, reusing what the store has."""
-    run = _ModelRun(checkpoint, task, ranks, store)
-    seeds, others = answer_seeds(task.config), run.other_questions()
-    answers = run.answer(task.questions)
+    run = ModelRun(checkpoint, task.conditions, ranks, store)
+    seeds, asked = answer_seeds(task.config), {one.id for one in task.questions}
+    others = [one for one in task.others if one.id not in asked]
+    answers = run.answer(task.questions, task.how)
     reused = store.reused
-    answers |= run.answer(others)
-    losses = run.losses()
+    answers |= run.answer(others, task.how)
+    losses = run.losses(task.examples)
     if ranks.is_first:
         store.save()
     each = [answers[one.id, seed] for seed in seeds for one in task.questions]
@@ -280,7 +259,7 @@ def _run_model(checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store
             one.id: [answers[one.id, seed]["text"] for seed in seeds]
             for one in [*task.questions, *others]
         },
-        traces={name: answers[name, seeds[0]]["trace"] for name in task.traced},
+        traces={name: answers[name, seeds[0]]["trace"] for name in task.conditions.traced},
         tokens=sum(answer["tokens"] for answer in each),
         seconds=sum(answer["seconds"] for answer in each),
         tokens_per_forward=sum(answer["tokens"] / answer["forwards"] for answer in each)
@@ -292,114 +271,6 @@ def _run_model(checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store
     )
 
 
-class _ModelRun:
-    """What is asked of one model. All ranks make the same calls, and share the work."""
-
-    def __init__(self, checkpoint: _Checkpoint, task: _Task, ranks: Ranks, store: _Store) -> None:
-        self.checkpoint, self.task, self.ranks, self.store = checkpoint, task, ranks, store
-        self.seeds = answer_seeds(task.config)
-        self.common = {**task.common, "side": checkpoint.side, "model": checkpoint.hash}
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """The stock model, loaded when something is asked that the store does not have."""
-        logger.info(f"evaluate: {self.checkpoint.side}: loading {self.checkpoint.path}")
-        return self.ranks.load(self.checkpoint.path, self.task.device)
-
-    def other_questions(self) -> list[Question]:
-        """Return the questions of `evaluate.forgetting` that are not asked anyway."""
-        known = {one.id for one in self.task.questions}
-        return [one for one in self.task.others if one.id not in known]
-
-    def answer(self, questions: Sequence[Question]) -> dict[tuple[str, int], Any]:
-        """Return the answers by question id and seed."""
-        task = self.task
-        keys = {
-            (one.id, seed): self._answer_key(one, seed) for seed in self.seeds for one in questions
-        }
-        answers = self._known(keys)
-        line = f"{self.checkpoint.side}: {{}} of {{}} {_answered(self.seeds)}"
-        progress = _Progress(line, len(keys))
-        progress.add(sum(answer is not None for answer in answers.values()), 0.0)
-        for seed in self.seeds:
-            left = [one for one in questions if answers[one.id, seed] is None]
-            # No rank takes more than its share at first.
-            rows = min(task.config.evaluate.batch_size, -(-len(left) // self.ranks.count))
-            traced = task.traced if seed == self.seeds[0] else ()
-            work = functools.partial(self._generate, seed=seed, rows=rows, traced=traced)
-            answers |= self._share_out(left, work, _Saved(self.store, keys, progress))
-        return answers
-
-    def losses(self) -> list[dict[str, Any]]:
-        """Return the held-out losses, in parts."""
-        count = len(self.task.examples)
-        parts = {
-            at: self.task.examples[at : at + _EXAMPLES_PER_PART]
-            for at in range(0, count, _EXAMPLES_PER_PART)
-        }
-        sizes = {at: len(part) for at, part in parts.items()}
-        keys = {at: self._loss_key(part) for at, part in parts.items()}
-        losses = self._known(keys)
-        progress = _Progress(f"{self.checkpoint.side}: {{}} of {{}} rows denoised", count)
-        progress.add(sum(sizes[at] for at in parts if losses[at] is not None), 0.0)
-        left = [at for at in parts if losses[at] is None]
-        work = functools.partial(self._denoise, parts)
-        losses |= self._share_out(left, work, _Saved(self.store, keys, progress, sizes))
-        return list(losses.values())
-
-    def _known(self, keys: Mapping[Any, dict[str, Any]]) -> dict[Any, Any]:
-        """Return what the first rank's store has, or None, by the name of the key."""
-        return self.ranks.on_first(
-            lambda: {name: self.store.get(key) for name, key in keys.items()}
-        )
-
-    def _share_out(
-        self,
-        left: Sequence[Item],
-        work: Callable[[Iterator[Item]], Iterator[tuple[Any, Any]]],
-        saved: _Saved,
-    ) -> dict[Any, Any]:
-        if not left:
-            return {}
-        found = dict(self.ranks.share_out(left, work, saved))
-        if self.ranks.is_first:  # it has its own already, and keeps those of the others too
-            for name, result in found.items():
-                self.store.put(saved.keys[name], result)
-        return found
-
-    def _generate(
-        self, taken: Iterator[Question], *, seed: int, rows: int, traced: Collection[str]
-    ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-        task = self.task
-        settings = (task.tokenizer, task.how, seed, rows, traced)
-        for name, answer in generate_answers(self.model, taken, *settings):
-            yield (name, seed), answer
-
-    def _denoise(
-        self, parts: Mapping[int, list[Example]], taken: Iterator[int]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        model = self.model  # also where this rank takes none: others may need its experts
-        train = self.task.config.train
-        for at in taken:
-            loss = denoising_loss(
-                model, parts[at], train.validation_levels, train.validation_blocks
-            )
-            yield at, loss
-
-    def _answer_key(self, question: Question, seed: int) -> dict[str, Any]:
-        traced = question.id in self.task.traced and seed == self.seeds[0]
-        asked = {"id": question.id, "asked": question.tokens, "traced": traced}
-        return {**self.common, "seed": seed, **asdict(self.task.how), **asked}
-
-    def _loss_key(self, part: list[Example]) -> dict[str, Any]:
-        train = self.task.config.train
-        denoised = [[one.id, one.prefix_length, one.tokens.tolist()] for one in part]
-        # With one block of each answer, the key is that of results from before there were more.
-        blocks = {} if train.validation_blocks == 1 else {"blocks": train.validation_blocks}
-        levels = {"levels": train.validation_levels}
-        return {**self.common, **levels, **blocks, "denoised": denoised}
-
-
 def select_others(
     config: RunConfig, dataset: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
@@ -409,73 +280,6 @@ def select_others(
         return []
     questions = select_questions(dataset / FORGETTING, tokenizer, settings.rows)
     return [replace(question, source=settings.source) for question in questions]
-
-
-class _Store:
-    """Where results are looked up and saved: this evaluation's, then those kept of the base."""
-
-    def __init__(self, cache: AnswerCache, kept: BaseResults | None) -> None:
-        self.cache, self.kept = cache, kept
-        self.reused = 0  # results of earlier evaluations
-
-    def get(self, key: Mapping[str, Any]) -> Any:
-        found = self.cache.get(key)
-        if self.kept is None:
-            return found
-        if found is not None:
-            self.kept.put(key, found)
-            return found
-        found = self.kept.get(key)
-        self.reused += found is not None
-        return found
-
-    def put(self, key: Mapping[str, Any], result: Any) -> None:
-        if self.cache.get(key) is None:
-            self.cache.put(key, result)
-        if self.kept is not None:
-            self.kept.put(key, result)
-
-    def save(self) -> None:
-        """Write what later evaluations may use."""
-        if self.kept is not None:
-            self.kept.save()
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a rank does with each result: save it, and log the progress of all."""
-
-    store: _Store
-    keys: Mapping[Any, dict[str, Any]]
-    progress: _Progress
-    sizes: Mapping[Any, int] | None = None  # rows of a result, if not one
-
-    def __call__(self, named: tuple[Any, Any], ended: int) -> None:
-        name, result = named
-        self.store.put(self.keys[name], result)
-        rows = 1 if self.sizes is None else self.sizes[name]
-        self.progress.add(ended * rows, result["seconds"])
-
-
-class _Progress:
-    """Logs how much is done, and how long the rest takes."""
-
-    def __init__(self, line: str, total: int) -> None:
-        self.line, self.total = line, total
-        self.done, self.timed, self.seconds = 0, 0, 0.0
-        self.logged = time.monotonic()
-
-    def add(self, rows: int, seconds: float) -> None:
-        self.done = min(self.done + rows, self.total)
-        if seconds:
-            self.timed, self.seconds = self.timed + rows, self.seconds + seconds
-        now = time.monotonic()
-        if not rows or not (now - self.logged > _PROGRESS_SECONDS or self.done == self.total):
-            return
-        self.logged = now
-        left = round(self.seconds / max(1, self.timed) * (self.total - self.done))
-        line = self.line.format(self.done, self.total)
-        logger.info(f"evaluate: {line}, {left // 60}:{left % 60:02d} left")
 
 
 def judging_of(
@@ -500,10 +304,6 @@ def judging_of(
         [(question.source or config.data.source, question.reference) for question in questions],
         kept,
     )
-
-
-def _answered(seeds: Sequence[int]) -> str:
-    return "rows answered" if len(seeds) == 1 else f"rows answered, each with {len(seeds)} seeds"
 
 
 def _answer_row(
@@ -559,7 +359,7 @@ def _result(
         max_new_tokens=settings.max_new_tokens,
         max_denoising_steps=task.how.sampler.steps,
         seed=task.config.seed,
-        device=task.device.type,
+        device=task.conditions.device.type,
         base_reused=outputs["before"].reused,
         sampler=asdict(task.how.sampler),
         measure=measure(judged),

@@ -27,7 +27,7 @@ from canvastune.evaluation.row_attention import (
     attention_by_rows,
 )
 from canvastune.evaluation.tiled_head import TiledHead
-from canvastune.logit_chunks import ENCODED_TOKENS, sampler_columns
+from canvastune.logit_chunks import encoded_tokens, sampler_columns
 from canvastune.noise import answer_canvas, answer_uniforms
 
 
@@ -139,7 +139,9 @@ class Sampler:
         self.stops = frozenset(stops)
         self.canvas_length = int(model.config.canvas_length)
         self.device = model.lm_head.weight.device
-        width = tile_width or sampler_columns(rows * self.canvas_length, self.device.type)
+        canvases, hidden = rows * self.canvas_length, model.lm_head.weight.shape[1]
+        self.encoded = encoded_tokens(canvases)  # in one pass, at most
+        width = tile_width or sampler_columns(canvases, hidden, self.device.type)
         self.head = TiledHead(model, width)
         stacks = model.model.encoder.language_model.layers, model.model.decoder.layers
         # Of layers where they differ: what the output of encoded and of denoised tokens is scaled by.
@@ -195,22 +197,26 @@ class Sampler:
             self._pass(rows, group, [], caches)
         return self._pass(rows, last, rows, caches)
 
-    def _pending(self, rows: Sequence[_Row]) -> list[list[_Row]]:
-        """Return the rows with tokens to encode, in groups that a pass can take."""
-        groups, size = [list[_Row]()], 0
+    def _pending(self, rows: Sequence[_Row]) -> list[list[tuple[_Row, int]]]:
+        """Return of which rows each pass encodes how many pending tokens.
+
+        A prompt of several passes begins one: what it gives does not depend on the rows before it.
+        """
+        groups, room = [list[tuple[_Row, int]]()], self.encoded
         for row in rows:
-            if groups[-1] and size + len(row.pending) > ENCODED_TOKENS:
-                groups.append([])
-                size = 0
-            if len(row.pending):
-                groups[-1].append(row)
-                size += len(row.pending)
+            left = len(row.pending)
+            while left:
+                if left > room and groups[-1]:
+                    groups.append([])
+                    room = self.encoded
+                groups[-1].append((row, count := min(left, room)))
+                left, room = left - count, room - count
         return groups
 
     def _pass(
         self,
         rows: Sequence[_Row],
-        encoded: Sequence[_Row],
+        encoded: Sequence[tuple[_Row, int]],
         denoised: Sequence[_Row],
         caches: RowCaches,
     ) -> torch.Tensor:
@@ -220,14 +226,15 @@ class Sampler:
         spans: list[tuple[int, int]] = []
         embedded: list[torch.Tensor] = []
         if encoded:
-            tokens = torch.cat([row.pending for row in encoded]).to(self.device)
+            tokens = torch.cat([row.pending[:count] for row, count in encoded]).to(self.device)
             embedded.append(decoder.embed_tokens(tokens[None]))
-        for row in encoded:
-            span = (row.length, row.length + len(row.pending))
+        for row, count in encoded:
+            span = (row.length, row.length + count)
             spans.append(span)
             parts.append(EncodedTokens(caches, len(rows), rows.index(row), *span))
-            row.length, row.pending = span[1], row.pending[:0]
-            row.canvas = self.noise.start(row.question.id, row.block).to(self.device)
+            row.length, row.pending = span[1], row.pending[count:]
+            if not len(row.pending):
+                row.canvas = self.noise.start(row.question.id, row.block).to(self.device)
         new = sum(end - start for start, end in spans)
         if denoised:
             spans += [(row.length, row.length + self.canvas_length) for row in denoised]

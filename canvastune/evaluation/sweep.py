@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from canvastune.checkpoint.generation_config import SamplerSettings
-from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.evaluation.answer_cache import AnswerCache
 from canvastune.evaluation.figures import JudgedRow, judge_rows, measure, side_scores
 from canvastune.evaluation.generation import (
+    Question,
     answer_seeds,
     answering,
-    generate_answers,
     response_ends,
     select_questions,
     software_versions,
 )
+from canvastune.evaluation.judges import Judging
+from canvastune.evaluation.model_run import Checkpoint, Conditions, ModelRun, Store, find_device
+from canvastune.evaluation.ranks import Ranks
+from canvastune.evaluation.result import SIDES
 from canvastune.evaluation.run import judging_of
 from canvastune.evaluation.scoring import paired_test
 from canvastune.io.atomic import atomic_directory, check_writable
@@ -81,88 +81,98 @@ def settings_to_try(own: SamplerSettings) -> dict[str, SamplerSettings]:
     return found
 
 
-def sweep(config: RunConfig, dataset: Path, base: Path, tuned: Path, out: Path) -> list[SweepPoint]:
+def sweep(
+    config: RunConfig,
+    dataset: Path,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    ranks: Ranks,
+    cache_path: Path | None = None,
+) -> None:
     """Answer the held-out rows with each setting; write sweep.json, sweep.svg and sweep.png.
 
-    A sweep that was killed resumes, as an evaluation does.
+    Several ranks take the questions from one queue. A sweep that was killed resumes, as an evaluation
+    does.
 
     Args:
         base: checkpoint folder, whose tokenizer and generation_config.json count.
         tuned: checkpoint folder of the model that answers.
+        cache_path: file that saves partial results, deleted at the end; None: a file next to `out`.
 
     Raises:
         UserError: as `evaluate`; no row that a judge can score.
     """
     out = out.absolute()
-    check_writable(out)
+    ranks.on_first(lambda: check_writable(out))
     tokenizer = load_tokenizer(base).tokenizer
     questions = select_questions(dataset, tokenizer, config.evaluate.rows)
-    judging = judging_of(config, questions)
+    judges: list[Judging] = []  # the first rank's
+    ranks.on_first(lambda: judges.append(judging_of(config, questions)))
     how = answering(base, read_model_config(base), config.evaluate, response_ends(dataset))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    common = {"model": hash_path(tuned), "base": hash_path(base), "device": device.type}
-    common |= software_versions()
-    seeds = answer_seeds(config)
+    hashes = ranks.on_first(lambda: {path: hash_path(path) for path in (base, tuned)})
+    device = find_device()
+    common = {"base": hashes[base], "device": device.type, **software_versions()}
+    conditions = Conditions(config, tokenizer, common, device)
     tried = settings_to_try(how.sampler)
-    model = load_stock(tuned, device)
     judged: dict[str, list[JudgedRow]] = {}
     costs: dict[str, list[dict[str, Any]]] = {}
-    with AnswerCache(out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
+    with ranks.open_cache(cache_path or out.with_name(f".{out.name}.unfinished.jsonl")) as cache:
+        checkpoint = Checkpoint(SIDES[1], tuned, hashes[tuned])
+        run = ModelRun(checkpoint, conditions, ranks, Store(cache, None))
         for name, sampler in tried.items():
-            with_it = replace(how, sampler=sampler)
-            keys = {
-                (one.id, seed): {
-                    **common,
-                    **asdict(with_it),
-                    "seed": seed,
-                    "id": one.id,
-                    "asked": one.tokens,
-                }
-                for seed in seeds
-                for one in questions
-            }
-            for seed in seeds:
-                open_questions = [one for one in questions if cache.get(keys[one.id, seed]) is None]
-                given = (open_questions, tokenizer, with_it, seed, config.evaluate.batch_size)
-                for id, answer in generate_answers(model, *given, ()):
-                    cache.put(keys[id, seed], answer)
-            answers = {key: cache.get(found) for key, found in keys.items()}
+            answers = run.answer(questions, replace(how, sampler=sampler))
             costs[name] = list(answers.values())
-            rows = []
-            for one in questions:
-                shown, *repeats = (
-                    {"before": text, "after": text}
-                    for text in (answers[one.id, seed]["text"] for seed in seeds)
-                )
-                row: dict[str, Any] = {"source": one.source or config.data.source}
-                row |= {"prompt": one.text, "reference": one.reference, **shown}
-                row["repeats"] = repeats
-                rows.append(row)
-            judged[name] = judge_rows(judging, rows)
-            if not any(row.scored for row in judged[name]):
-                raise UserError(
-                    f"evaluate.judge ({', '.join(judging.names)}) can judge none of the "
-                    f"{len(questions)} rows, and a sweep compares scores",
-                    hint="Set evaluate.judge to one that fits the references, such as chrf.",
-                )
-            logger.info(f"sweep: {name}: {side_scores(judged[name], 'after')['score']:.1%}")
-        points = _points(tried, judged, costs)
-        with atomic_directory(out) as folder:
-            label = measure(next(iter(judged.values())))
-            tree = {
-                "measure": label,
-                "judges": judging.names,
-                "rows": len(questions),
-                "repeats": len(seeds),
-                "points": [asdict(point) for point in points],
-            }
-            (folder / "sweep.json").write_text(to_json_text(tree, indent=2), encoding="utf-8")
-            for suffix in ("svg", "png"):
-                draw_sweep(points, label, folder / f"sweep.{suffix}")
-            inputs = {"data": dataset, "base": base, "tuned": tuned}
-            write_provenance(folder, "sweep", config, inputs)
+
+            def judge(
+                name: str = name, answers: Mapping[tuple[str, int], dict[str, Any]] = answers
+            ) -> None:
+                judged[name] = _judge(config, judges[0], questions, answers)
+                score = side_scores(judged[name], "after")["score"]
+                logger.info(f"sweep: {name}: {score:.1%}")
+
+            ranks.on_first(judge)
+        if judges:
+            points, label = _points(tried, judged, costs), measure(next(iter(judged.values())))
+            with atomic_directory(out) as folder:
+                tree = {
+                    "measure": label,
+                    "judges": judges[0].names,
+                    "rows": len(questions),
+                    "repeats": config.evaluate.repeats,
+                    "points": [asdict(point) for point in points],
+                }
+                text = to_json_text(tree, indent=2)
+                (folder / "sweep.json").write_text(text, encoding="utf-8")
+                for suffix in ("svg", "png"):
+                    draw_sweep(points, label, folder / f"sweep.{suffix}")
+                inputs = {"data": dataset, "base": base, "tuned": tuned}
+                write_provenance(folder, "sweep", config, inputs)
         cache.delete()
-    return points
+
+
+def _judge(
+    config: RunConfig,
+    judging: Judging,
+    questions: Sequence[Question],
+    answers: Mapping[tuple[str, int], dict[str, Any]],
+) -> list[JudgedRow]:
+    """Judge what one setting answered. Raises: UserError, no row that a judge can score."""
+    rows = []
+    for one in questions:
+        texts = [answers[one.id, seed]["text"] for seed in answer_seeds(config)]
+        shown, *repeats = ({"before": text, "after": text} for text in texts)
+        row: dict[str, Any] = {"source": one.source or config.data.source}
+        row |= {"prompt": one.text, "reference": one.reference, **shown, "repeats": repeats}
+        rows.append(row)
+    judged = judge_rows(judging, rows)
+    if not any(row.scored for row in judged):
+        raise UserError(
+            f"evaluate.judge ({', '.join(judging.names)}) can judge none of the "
+            f"{len(questions)} rows, and a sweep compares scores",
+            hint="Set evaluate.judge to one that fits the references, such as chrf.",
+        )
+    return judged
 
 
 def _points(

@@ -144,8 +144,11 @@ class TiledHead:
 def _place(weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return where the cumulative weights [N, W] exceed the targets, float64[N] -> int64[N]."""
     parts = zip(weights.split(CHOOSING_TOKENS), target.split(CHOOSING_TOKENS), strict=True)
-    found = [(part.double().cumsum(1) <= limit[:, None]).sum(1) for part, limit in parts]
-    return torch.cat(found).clamp_(max=weights.shape[1] - 1)
+    found = [
+        torch.searchsorted(part.double().cumsum_(1), limit[:, None], right=True)
+        for part, limit in parts
+    ]
+    return torch.cat(found)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
 class TileSums:

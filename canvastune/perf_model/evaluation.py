@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from canvastune.logit_chunks import (
     CHOOSING_TOKENS,
-    ENCODED_TOKENS,
     SAMPLER_TOKENS,
+    encoded_tokens,
     sampler_columns,
 )
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
@@ -66,16 +66,16 @@ def answer_memory(architecture: Architecture, shape: AnswerShape) -> dict[str, i
     ]
     canvases = shape.rows * architecture.canvas
     # Prompts are encoded in the pass that denoises the canvases.
-    tokens = canvases + min(shape.rows * shape.prompt, max(ENCODED_TOKENS, shape.prompt))
+    tokens = canvases + min(shape.rows * shape.prompt, encoded_tokens(canvases))
     routed = architecture.experts_per_token * (2 * hidden + 4 * architecture.expert_size)
     heads = max(2 * layer.query_width + 4 * layer.key_width for layer in architecture.layers)
     a_token = 8 * hidden + heads + max(3 * architecture.intermediate, routed)
-    width = min(architecture.vocabulary, sampler_columns(canvases, shape.device))
+    width = min(architecture.vocabulary, sampler_columns(canvases, hidden, shape.device))
     tile = min(canvases, SAMPLER_TOKENS) * width
     # Logits, a copy of those that count, and their exponentials; in a smaller dtype the rounded logits
     # of the soft embedding, and their exponentials in float32 and rounded.
     logits = 3 * FLOAT + (FLOAT + 2 * c if c < FLOAT else 0)
-    choosing = min(canvases, CHOOSING_TOKENS) * width * (2 * FLOAT + 2 * _DOUBLE)
+    choosing = min(canvases, CHOOSING_TOKENS) * width * (2 * FLOAT + _DOUBLE)
     return {
         "weights": weights * c,
         "keys and values": c * shape.rows * (sum(kept) + max(kept)),
@@ -98,7 +98,8 @@ def denoising_seconds(
         flops=4.0 * tokens * table,
         read=2 * parts * table * architecture.compute_bytes,
     )
-    tiles = parts * -(-architecture.vocabulary // sampler_columns(tokens, shape.device))
+    width = sampler_columns(tokens, architecture.hidden, shape.device)
+    tiles = parts * -(-architecture.vocabulary // width)
     launches = len(architecture.layers) * FULL.forward
     launches += tiles * _TILE_LAUNCHES
     return max(

@@ -63,16 +63,14 @@ def sweep_again(folder: Path, settings: Sequence[str], out: Path | None = None) 
     Raises:
         UserError: as `evaluate_again`.
     """
-    from canvastune.checkpoint.hub import resolve_model
-    from canvastune.evaluation.sweep import read_sweep, sweep, sweep_table
+    from canvastune.evaluation.sweep import read_sweep, sweep_table
+    from components.evaluate.step import sweep_here
 
     run, config = _read(folder, settings)
     changes_answers(run.config, config)  # refuses other settings than evaluate.*
-    if (gpus := config.evaluate.gpus or 1) > 1:
-        logger.info(f"sweep: one GPU answers, though evaluate.gpus is {gpus}")
     out, tuned = out or folder / "sweep", _tuned(folder, config)
     with _prepared(run, config) as dataset:
-        sweep(config, dataset, resolve_model(config.model), tuned, out)
+        sweep_here(config, dataset, tuned, out)
     label, points = read_sweep(out)
     return f"{sweep_table(points, label)}\n{out / 'sweep.svg'}"
 

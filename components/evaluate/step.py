@@ -46,7 +46,7 @@ def run_evaluation(
     context = JobContext(
         run_id=read_run_id(run_folder),
         output=made,
-        module=_module(recipe, data, tuned, made, kept),
+        module=(*_module(recipe, data, tuned, made), "--base-results", str(kept)),
         role="evaluate",
     )
     record.tags(run_job(of_evaluation(config), context, made / FILE_NAME))
@@ -97,22 +97,57 @@ def evaluate_here(
         from canvastune.evaluation.run import evaluate
 
         return evaluate(config, dataset, base, tuned, out, cache, kept)
-    with tempfile.TemporaryDirectory(prefix="canvastune-evaluate-") as scratch:
-        recipe = Path(scratch) / "recipe.yaml"
-        write_config(config, recipe)
-        module = _module(recipe, dataset, tuned, out, kept)
-        if cache is not None:
-            module = (*module, "--cache", str(cache))
-        logs = (cache or out.absolute()).parent
-        logs.mkdir(parents=True, exist_ok=True)
-        run_torchrun(module, processes, logs, config.train.stop_grace, {})
+    more = () if cache is None else ("--cache", str(cache))
+    more = ("--base-results", str(kept), *more)
+    _evaluate_in(processes, config, dataset, tuned, out, (cache or out.absolute()).parent, more)
     return EvaluationResult.read(out)
 
 
-def _module(recipe: Path, data: Path, tuned: Path, out: Path, kept: Path) -> tuple[str, ...]:
-    given = {"-c": recipe, "--data": data, "--base-results": kept, "--tuned": tuned}
+def sweep_here(config: RunConfig, dataset: Path, tuned: Path, out: Path) -> None:
+    """Answer with a few settings of the sampler, in as many processes as `evaluate_here`.
+
+    Raises:
+        UserError: as `canvastune.evaluate`.
+    """
+    from canvastune.evaluation.ranks import Ranks
+    from canvastune.evaluation.sweep import sweep
+
+    base = resolve_model(config.model)
+    processes = evaluation_layout(config, base).gpus
+    if processes == 1:
+        sweep(config, dataset, base, tuned, out, Ranks())
+        return
+    logs = out.absolute().parent
+    _evaluate_in(processes, config, dataset, tuned, out, logs, ("--sweep",))
+
+
+def _evaluate_in(
+    processes: int,
+    config: RunConfig,
+    dataset: Path,
+    tuned: Path,
+    out: Path,
+    logs: Path,
+    more: tuple[str, ...],
+) -> None:
+    """Run `canvastune.evaluate` under torchrun.
+
+    Args:
+        logs: folder of the processes' logs.
+        more: options.
+    """
+    with tempfile.TemporaryDirectory(prefix="canvastune-evaluate-") as scratch:
+        recipe = Path(scratch) / "recipe.yaml"
+        write_config(config, recipe)
+        module = (*_module(recipe, dataset, tuned, out), *more)
+        logs.mkdir(parents=True, exist_ok=True)
+        run_torchrun(module, processes, logs, config.train.stop_grace, {})
+
+
+def _module(recipe: Path, data: Path, tuned: Path, out: Path) -> tuple[str, ...]:
+    given = {"-c": recipe, "--data": data, "--tuned": tuned, "--output": out}
     options = [text for name, path in given.items() for text in (name, str(path))]
-    return "canvastune.evaluate", *options, "--output", str(out)
+    return "canvastune.evaluate", *options
 
 
 def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.schema import Blocks
-from canvastune.evaluation import ranks, run
+from canvastune.evaluation import model_run, ranks
 from canvastune.evaluation.generation import Question
 
 
@@ -57,6 +57,6 @@ def pretend(
             "seconds": 0.5,
         }
 
-    monkeypatch.setattr(run, "generate_answers", generate_answers)
-    monkeypatch.setattr(run, "denoising_loss", denoising_loss)
+    monkeypatch.setattr(model_run, "generate_answers", generate_answers)
+    monkeypatch.setattr(model_run, "denoising_loss", denoising_loss)
     return asked

@@ -17,7 +17,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, 
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser
-from canvastune.evaluation import ranks, run
+from canvastune.evaluation import model_run, ranks
 from canvastune.evaluation.generation import select_questions
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
@@ -313,9 +313,11 @@ def test_a_loss_that_is_not_finite_is_null(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(monkeypatch, lambda question, _: question.reference)
-    denoised = run.denoising_loss
+    denoised = model_run.denoising_loss
     monkeypatch.setattr(
-        run, "denoising_loss", lambda *_: denoised(*_) | {"sums": [math.nan, 1.0, 1.0, 1.0, 1.0]}
+        model_run,
+        "denoising_loss",
+        lambda *_: denoised(*_) | {"sums": [math.nan, 1.0, 1.0, 1.0, 1.0]},
     )
     result = evaluate(recipe(problems), prepared, *models, tmp_path / "out")
     text = (tmp_path / "out" / "evaluation.json").read_text()

@@ -14,7 +14,7 @@ import pytest
 
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.config import RunConfig
-from canvastune.evaluation import ranks, run, sweep
+from canvastune.evaluation import model_run, ranks
 from canvastune.evaluation.generation import Answering, Question
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
@@ -63,9 +63,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Answering]]
             yield question.id, {"text": text, "cut": False, "trace": [], **numbers}
 
     loss = {"sums": [1.0] * 5, "tokens": 10, "seconds": 0.5}
-    monkeypatch.setattr(run, "generate_answers", generate_answers)
-    monkeypatch.setattr(sweep, "generate_answers", generate_answers)
-    monkeypatch.setattr(run, "denoising_loss", lambda *_: loss)
+    monkeypatch.setattr(model_run, "generate_answers", generate_answers)
+    monkeypatch.setattr(model_run, "denoising_loss", lambda *_: loss)
     return asked
 
 
@@ -202,7 +201,7 @@ def test_a_sweep_shows_quality_against_forward_passes(
 
 def test_a_sweep_resumes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch)
-    answer = sweep.generate_answers
+    answer = model_run.generate_answers
 
     def interrupted(*given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         for each in answer(*given):
@@ -210,10 +209,10 @@ def test_a_sweep_resumes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Non
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(sweep, "generate_answers", interrupted)
+    monkeypatch.setattr(model_run, "generate_answers", interrupted)
     assert main(["evaluate", str(finished), "--sweep"]) == 130
     asked.clear()
-    monkeypatch.setattr(sweep, "generate_answers", answer)
+    monkeypatch.setattr(model_run, "generate_answers", answer)
     assert main(["evaluate", str(finished), "--sweep"]) == 0
     _, points = read_sweep(finished / "sweep")
     assert len(asked) == 6 * len(points) - 8, "what was answered is answered again"

@@ -18,10 +18,11 @@ import yaml
 from benchmarks.evaluation import Shape, made_model
 from benchmarks.instruments.live_bytes import LiveBytes
 from benchmarks.instruments.ranks import run_ranks
+from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.config import parse_config
 from canvastune.config.loading import load_config
 from canvastune.errors import UserError
-from canvastune.evaluation import run
+from canvastune.evaluation import model_run, sweep
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.ranks import Ranks
 from canvastune.evaluation.run import evaluate, evaluate_on_ranks
@@ -94,6 +95,10 @@ def test_ranks_share_questions_and_experts_without_a_trace(
     assert sorted(shared["losses"]) == sorted(alone["losses"]), "the same model, other sums"
 
 
+def two_settings(own: SamplerSettings) -> dict[str, SamplerSettings]:
+    return {"own": own, "one step": replace(own, steps=1)}
+
+
 def whole_evaluations(folder: Path, file: Path, data: Path, base: Path, tuned: Path) -> None:
     """Evaluate on one rank, on two, and on two of which one fails and which then resume."""
     config, rank = load_config(file), dist.get_rank()
@@ -101,7 +106,11 @@ def whole_evaluations(folder: Path, file: Path, data: Path, base: Path, tuned: P
         evaluate(config, data, base, tuned, folder / "alone")
     evaluate_on_ranks(config, data, base, tuned, folder / "shared", Ranks(1))
     evaluate_on_ranks(config, data, base, tuned, folder / "divided", Ranks(2))
-    generate = run.generate_answers
+    with mock.patch.object(sweep, "settings_to_try", two_settings):
+        if rank == 0:
+            sweep.sweep(config, data, base, tuned, folder / "sweep-alone", Ranks())
+        sweep.sweep(config, data, base, tuned, folder / "sweep-shared", Ranks(1))
+    generate = model_run.generate_answers
 
     def first_answer_only(*given: Any) -> Iterator[Any]:
         dist.barrier()  # both take questions at once
@@ -114,7 +123,7 @@ def whole_evaluations(folder: Path, file: Path, data: Path, base: Path, tuned: P
 
     resumed = folder / "resumed"
     with (
-        mock.patch.object(run, "generate_answers", first_answer_only),
+        mock.patch.object(model_run, "generate_answers", first_answer_only),
         pytest.raises(UserError, match="out of device memory"),
     ):
         evaluate_on_ranks(config, data, base, tuned, resumed, Ranks(1))
@@ -147,6 +156,14 @@ def test_an_evaluation_on_ranks_writes_what_one_process_does(
         for key in losses:
             assert found.pop(key) == pytest.approx(expected.pop(key), rel=1e-6), f"{name}: {key}"
         assert found == expected, name
+    alone, shared = (
+        json.loads((folder / f"sweep-{name}" / "sweep.json").read_text())
+        for name in ("alone", "shared")
+    )
+    for point in (*alone["points"], *shared["points"]):
+        del point["seconds"]
+    assert shared == alone
+    assert alone["points"][0]["forwards"] > alone["points"][1]["forwards"] == 2
     kept = sorted(path.name for path in folder.glob("kept*"))
     assert kept == ["kept.resumed.unfinished.jsonl", "kept.resumed.unfinished.jsonl.rank-1"]
     assert len((folder / kept[1]).read_bytes().splitlines()) == 1, (
@@ -168,7 +185,14 @@ def test_without_a_cluster_as_many_processes_evaluate(
 
 @pytest.mark.parametrize(
     ("memory", "gpus", "expected"),
-    [(80, None, (1, 1)), (80, 8, (8, 1)), (40, None, (2, 2)), (40, 8, (8, 2)), (24, 8, (8, 8))],
+    [
+        (80, None, (1, 1)),
+        (80, 8, (8, 1)),
+        (40, None, (2, 2)),
+        (40, 8, (8, 2)),
+        (24, 8, (8, 4)),
+        (18, 8, (8, 8)),
+    ],
 )
 def test_experts_are_divided_over_as_few_gpus_as_hold_the_model(
     memory: float, gpus: int | None, expected: tuple[int, int]

@@ -20,7 +20,7 @@ import yaml
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.evaluate import main
-from canvastune.evaluation import run
+from canvastune.evaluation import model_run
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
 from tests.support.evaluation import pretend, recipe
@@ -128,7 +128,7 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
     assert not (tmp_path / "out").exists()
     done, made = cache.read_bytes().count(b"\n"), []
 
-    answered, denoised = run.generate_answers, run.denoising_loss
+    answered, denoised = model_run.generate_answers, model_run.denoising_loss
 
     def answer(*given: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         for each in answered(*given):
@@ -139,8 +139,8 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(
         made.append("loss")
         return denoised(*given)
 
-    monkeypatch.setattr(run, "generate_answers", answer)
-    monkeypatch.setattr(run, "denoising_loss", denoise)
+    monkeypatch.setattr(model_run, "generate_answers", answer)
+    monkeypatch.setattr(model_run, "denoising_loss", denoise)
     assert main(options) == 0
     assert 3 <= done <= 11
     assert len(made) == 2 * (5 + 1) - done, "what was done is done again"

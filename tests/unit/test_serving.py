@@ -119,6 +119,19 @@ def test_servers_that_build_a_processor_need_its_file(model: Path, backend: str)
     find_server(model, "sglang", "h", 1)
 
 
+@pytest.mark.parametrize("token", ["boa_token", "eoa_token"])
+def test_a_tokenizer_without_audio_tokens_is_refused_where_the_processor_wants_them(
+    model: Path, token: str
+) -> None:
+    value = json.loads((model / "tokenizer_config.json").read_text())[token]
+    change(model / "tokenizer_config.json", lambda tree: tree.pop(token))
+    refused(model, "transformers", f"no {token}", "--backend vllm")
+    find_server(model, "vllm", "h", 1)
+    extra = {"extra_special_tokens": {token: value}}
+    change(model / "tokenizer_config.json", lambda tree: tree.update(extra))
+    find_server(model, "transformers", "h", 1)
+
+
 @pytest.mark.parametrize("backend", ["vllm", "sglang"])
 def test_servers_that_choose_code_by_the_architecture_need_it(model: Path, backend: str) -> None:
     change(model / "config.json", lambda tree: tree.pop("architectures"))

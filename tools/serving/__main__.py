@@ -1,9 +1,10 @@
 """Try a tiny run's model with real servers on this CPU.
 
-Each is installed into a separate environment, once. `mlx` starts by `canvastune serve --run`, as its
-user starts it, and is asked the held-out questions of the run's evaluation over HTTP by the `openai`
-client: exact match has to be that of the evaluation, but for chance. vLLM answers only on a GPU;
-`vllm` has its own loader set every parameter of the model, and compares them with the file.
+Each is installed into a separate environment, once. `mlx` and `transformers` start by `canvastune
+serve --run`, as their user starts them, and are asked the held-out questions of the run's evaluation
+over HTTP by the `openai` client: exact match has to be that of the evaluation, but for chance. vLLM
+answers only on a GPU; `vllm` has its own loader set every parameter of the model, and compares them
+with the file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tools.serving.environment import Run, tiny_run
 
 CHECKS: Mapping[str, Callable[[Run], bool]] = {
     "mlx": lambda run: openai_servers.check("mlx", run),
+    "transformers": lambda run: openai_servers.check("transformers", run),
     "vllm": vllm_loading.check,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -19,11 +20,14 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / "build" / "test-serving"
 
 
-def install(name: str, packages: Sequence[str], without: Sequence[str] = ()) -> Path:
+def install(
+    name: str, packages: Sequence[str], without: Sequence[str] = (), *, for_text: bool = False
+) -> Path:
     """Return the folder of an environment with these packages, made once for each set of them.
 
     Args:
         without: packages that are removed again.
+        for_text: torchvision is imported without its operators, as `torchvision_ops` says.
     """
     folder = ENVIRONMENTS / name
     done = folder / "packages.json"
@@ -35,6 +39,9 @@ def install(name: str, packages: Sequence[str], without: Sequence[str] = ()) -> 
     subprocess.run([*pip, "install", "--quiet", *packages], check=True)
     if without:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *without], check=True)
+    if for_text:
+        (site,) = (folder / "lib").glob("python3.*/site-packages")
+        shutil.copy(Path(__file__).with_name("torchvision_ops.py"), site / "sitecustomize.py")
     done.write_text(json.dumps(packages), "utf-8")
     return folder
 

@@ -34,6 +34,7 @@ class Way:
     name: str
     body: Mapping[str, Any] = field(default_factory=dict)  # in addition to the messages
     own_sampler: bool = False  # of the server: it may be better for a task, and must not be worse
+    streams: bool = False  # all answers, not only one
 
 
 WAYS: Mapping[str, tuple[Way, ...]] = {
@@ -48,13 +49,14 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
             },
         ),
     ),
+    "transformers": (Way("stock generate(), streamed", streams=True),),
 }
 
 
 def check(backend: str, run: Run) -> bool:
     """Serve, ask and compare; return whether every answer came and chance explains a difference."""
     packages = [*shlex.split(BACKENDS[backend].install)[2:], _CLIENT]
-    environment = install(backend, packages)
+    environment = install(backend, packages, for_text=backend == "transformers")
     passed = True
     with _server(backend, run.model, environment) as address:
         for way in WAYS[backend]:
@@ -125,6 +127,7 @@ def _ask(environment: Path, address: str, run: Run, way: Way) -> dict[str, Any]:
         "model": str(run.model),
         "max_tokens": run.max_tokens,
         "body": dict(way.body),
+        "streams": way.streams,
         "prompts": run.prompts,
     }
     client = Path(__file__).with_name("openai_client.py")

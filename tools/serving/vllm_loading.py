@@ -15,11 +15,7 @@ _UNUSED = ("torchaudio", "torchcodec")  # on PyPI for CUDA only: their import fa
 
 def check(run: Run) -> bool:
     """Load the run's model; return whether every parameter is set, to the value in the file."""
-    environment = install("vllm", PACKAGES, without=_UNUSED)
-    (site,) = (environment / "lib").glob("python3.*/site-packages")
-    (site / "sitecustomize.py").write_text(
-        Path(__file__).with_name("torchvision_ops.py").read_text("utf-8"), "utf-8"
-    )
+    environment = install("vllm", PACKAGES, without=_UNUSED, for_text=True)
     loader = Path(__file__).with_name("vllm_loader.py")
     done = subprocess.run(
         [str(environment / "bin" / "python"), str(loader), str(run.model)],
