@@ -55,7 +55,7 @@ test-apiserver: .venv/installed ## Check chart, launcher and upload against the 
 test-gpu-dry: .venv/installed ## Count what training steps of the released model ask of 8 GPUs, without one
 	@$(BIN)/python -m tools.gpu_dry_run $(OPTIONS)
 
-test-serving: .venv/installed ## Try the tiny run's model with mlx-vlm on this CPU, over HTTP; OPTIONS="mlx vllm"
+test-serving: .venv/installed ## Try the tiny run's model with mlx-vlm on this CPU, over HTTP; OPTIONS="mlx transformers vllm"
 	@$(BIN)/python -m tools.serving $(OPTIONS)
 
 test-newest: .venv/installed ## Run the tests with the newest libraries that resolve; OPTIONS="-- TESTS"

@@ -277,8 +277,11 @@ def _transformers(model: _Model, host: str, port: int) -> tuple[str, ...]:
 
 
 def _transformers_remarks(_: _Model) -> Iterator[str]:
-    yield "one request at a time, and only streamed answers: generate() returns no tensor here"
-    yield "its processor needs torchvision, and a tokenizer that has an audio_token"
+    yield (
+        "only streamed answers, or requests with "
+        '{"generation_config": "{\\"return_dict_in_generate\\": false}"}: others end with HTTP 500'
+    )
+    yield "one request at a time; its processor needs torchvision"
 
 
 def _is_float32(model: _Model) -> bool:
