@@ -2,7 +2,7 @@
 # Expected: a text without audio is processed: the processor reads the audio tokens with getattr(..., None), so they may be missing, and
 # the check of validate_inputs is about audio inputs.
 # Seen: "ValueError: Audio inputs were provided, but the tokenizer does not have an `audio_token` defined." for a text without audio: the condition
-# is `audio is not None and A or B or C`, in which `and` binds tighter. So `transformers serve` and the pipeline refuse each request.
+# is `audio is not None and A or B or C`, in which `and` binds tighter. So `transformers serve` fails on each request.
 # Our tiny model's tokenizer has the audio tokens (canvastune/tiny_model.py); `canvastune serve --backend transformers` looks for them.
 set -eu
 folder=$(mktemp -d)
@@ -14,11 +14,10 @@ import sys
 
 import torch
 
-try:
-    import torchvision  # built for CUDA on PyPI, which does not load next to a PyTorch for CPUs
-except RuntimeError:
+if torch.version.cuda is None:  # PyPI's torchvision is built for CUDA, and registers no operators then
     library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import transformers
 from transformers import (

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer each prompt, all as streams or only the first one."""
+    """Answer each prompt, and the first one as a stream."""
     from openai import OpenAI
 
     asked = json.load(sys.stdin)
@@ -27,20 +27,14 @@ def main() -> None:
             **how,
         )
 
-    def whole(prompt: str, seed: int) -> dict[str, Any]:
-        (choice,) = ask(prompt, seed).choices
-        return {"text": choice.message.content or "", "end": choice.finish_reason}
-
-    def streamed(prompt: str, seed: int) -> dict[str, Any]:
-        choices = [chunk.choices[0] for chunk in ask(prompt, seed, stream=True) if chunk.choices]
-        text = "".join(choice.delta.content or "" for choice in choices)
-        return {"text": text, "end": choices[-1].finish_reason}
-
-    answer = streamed if asked["streams"] else whole
-    answers = [answer(prompt, seed) for seed, prompt in enumerate(asked["prompts"])]
-    json.dump(
-        {"answers": answers, "streamed": streamed(asked["prompts"][0], 0)["text"]}, sys.stdout
-    )
+    found = [ask(prompt, seed) for seed, prompt in enumerate(asked["prompts"])]
+    chunks = ask(asked["prompts"][0], 0, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    answers = [
+        {"text": one.choices[0].message.content or "", "end": one.choices[0].finish_reason}
+        for one in found
+    ]
+    json.dump({"answers": answers, "streamed": streamed}, sys.stdout)
 
 
 if __name__ == "__main__":

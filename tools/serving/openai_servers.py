@@ -34,7 +34,6 @@ class Way:
     name: str
     body: Mapping[str, Any] = field(default_factory=dict)  # in addition to the messages
     own_sampler: bool = False  # of the server: it may be better for a task, and must not be worse
-    streams: bool = False  # all answers, not only one
 
 
 WAYS: Mapping[str, tuple[Way, ...]] = {
@@ -49,7 +48,9 @@ WAYS: Mapping[str, tuple[Way, ...]] = {
             },
         ),
     ),
-    "transformers": (Way("stock generate(), streamed", streams=True),),
+    "transformers": (
+        Way("stock generate()", {"generation_config": '{"return_dict_in_generate": false}'}),
+    ),
 }
 
 
@@ -127,7 +128,6 @@ def _ask(environment: Path, address: str, run: Run, way: Way) -> dict[str, Any]:
         "model": str(run.model),
         "max_tokens": run.max_tokens,
         "body": dict(way.body),
-        "streams": way.streams,
         "prompts": run.prompts,
     }
     client = Path(__file__).with_name("openai_client.py")
