@@ -39,6 +39,7 @@ _BEST, _OTHER, _OWN = "#1f5fd0", "#8a93a3", "#c2410c"  # colors of the picture
 _OFFSETS = tuple(
     (right, up) for far in (5, 14) for up in (far, -far, 0) for right in (7, -7, 0) if right or up
 )
+_NEAR = 12  # pixels between points that share a label
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +67,7 @@ def settings_to_try(own: SamplerSettings) -> dict[str, SamplerSettings]:
     and a higher confidence threshold ends a stable block earlier.
     """
     changes: dict[str, dict[str, Any]] = {"the recipe's": {}}
-    for part in (2, 4):
+    for part in (2, 4, 8):
         changes[f"steps / {part}"] = {"steps": max(1, own.steps // part)}
     for factor in (0.5, 2, 4, 8):
         changes[f"entropy bound x {factor:g}"] = {"entropy_bound": own.entropy_bound * factor}
@@ -234,7 +235,7 @@ def sweep_table(points: Sequence[SweepPoint], label: str) -> str:
             f"{'* ' if point.best else '  '}{point.name}",
             f"{point.score:.1%}",
             f"{point.score_low:.1%} to {point.score_high:.1%}",
-            f"{point.forwards:.1f}",
+            f"{point.forwards:.2f}",
             f"{point.tokens_per_forward:.2f}",
             f"{point.verdict}, p = {point.p_value:.2g}",
         )
@@ -315,19 +316,26 @@ def draw_sweep(points: Sequence[SweepPoint], label: str, path: Path) -> None:
 
 
 def _label_points(axes: Any, points: Sequence[SweepPoint]) -> None:
-    """Write each setting next to its point, where it covers the least of labels and points."""
+    """Write each setting next to its point, where it covers the least of labels and points.
+
+    Settings whose points are in one place share a label, a line each.
+    """
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # the layout, which the places depend on
     frame, taken = axes.get_window_extent(), []
+    labels: dict[tuple[float, float], list[SweepPoint]] = {}  # by the place of the first one
     for point in points:
         ends = [(point.forwards, 100 * y) for y in (point.score_low, point.score, point.score_high)]
         (x, low), (_, y), (_, high) = axes.transData.transform(ends)
         taken += [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9)]
         taken += [Bbox.from_extents(x - 2, low, x + 2, high)]
-    for point in points:
-        at = (point.forwards, 100 * point.score)
-        text = axes.annotate(point.name, at, xytext=(0, 0), textcoords="offset points")
+        near = (place for place in labels if max(abs(place[0] - x), abs(place[1] - y)) < _NEAR)
+        labels.setdefault(next(near, (x, y)), []).append(point)
+    for together in labels.values():
+        at = (together[0].forwards, 100 * together[0].score)
+        names = "\n".join(point.name for point in together)
+        text = axes.annotate(names, at, xytext=(0, 0), textcoords="offset points")
         choices = []
         for offset in _OFFSETS:
             _put(text, offset)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -18,7 +19,13 @@ from canvastune.evaluation import model_run, ranks
 from canvastune.evaluation.generation import Answering, Question
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.run import evaluate
-from canvastune.evaluation.sweep import read_sweep, settings_to_try, sweep_table
+from canvastune.evaluation.sweep import (
+    SweepPoint,
+    draw_sweep,
+    read_sweep,
+    settings_to_try,
+    sweep_table,
+)
 from components.run_directory import RunRecord, write_record
 from pipelines.cli import main
 from tests.support.evaluation import recipe
@@ -199,6 +206,29 @@ def test_a_sweep_shows_quality_against_forward_passes(
     assert all(f">{point.name}<" in drawn.replace("&#x27;", "'") for point in points)
 
 
+def test_settings_in_one_place_of_the_picture_share_a_label(tmp_path: Path) -> None:
+    def point(name: str, score: float, forwards: float) -> SweepPoint:
+        return SweepPoint(
+            name=name,
+            sampler={},
+            score=score,
+            score_low=score - 0.05,
+            score_high=score + 0.05,
+            forwards=forwards,
+            tokens_per_forward=4.0,
+            seconds=1.0,
+            p_value=1.0,
+            verdict="undecided",
+            best=False,
+        )
+
+    points = [point("own", 0.9, 20.0), point("a", 0.9, 20.1), point("b", 0.9, 19.9)]
+    draw_sweep([*points, point("c", 0.5, 5.0)], "exact match", tmp_path / "sweep.svg")
+    drawn = ElementTree.parse(tmp_path / "sweep.svg").iter("{http://www.w3.org/2000/svg}text")
+    rows = {text.text: text.attrib.get("y") or text.attrib["transform"] for text in drawn}
+    assert len({rows[name] for name in ("own", "a", "b", "c")}) == 4, "labels cover each other"
+
+
 def test_a_sweep_resumes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch)
     answer = model_run.generate_answers
@@ -247,7 +277,7 @@ def test_the_table_of_a_sweep_is_sorted_by_forward_passes(
     head, *rows, legend = sweep_table(points, label).splitlines()
     assert head.split()[:3] == ["setting", "exact", "match"]
     assert legend.startswith("*")
-    forwards = sorted(f"{point.forwards:.1f}" for point in points)
+    forwards = sorted(f"{point.forwards:.2f}" for point in points)
     assert [next(n for n in forwards if f" {n} " in row) for row in rows] == forwards
 
 
