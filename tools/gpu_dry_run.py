@@ -79,11 +79,16 @@ CASES = {
     "full": Case("full", most_launches=MOST_LAUNCHES),
     "full, checkpointed": Case("full", recomputes=True),
     "full, longest": Case("full", tokens=1024, prefix=1),
+    "full, 8,192 tokens": Case("full", tokens=8192, prefix=1),
 }
-PLANNED = ("lora, longest", "full, longest")  # whose live bytes are the plan's
+PLANNED = (
+    "lora, longest",
+    "full, longest",
+    "full, 8,192 tokens",
+)  # whose live bytes are the plan's
 DEFAULT = (
     *("lora", "lora, no coin", "lora, checkpointed", "lora, experts", "lora, 8 examples"),
-    *("full", "full, checkpointed", "full, longest"),
+    *("full", "full, checkpointed", "full, longest", "full, 8,192 tokens"),
 )
 
 

@@ -424,7 +424,8 @@ def choose(
     experts = tl.zeros([BLOCK_K], tl.int32)
     for place in tl.static_range(K):
         highest = tl.max(left, 0)
-        expert = tl.min(tl.where(left == highest, columns, BLOCK), 0)
+        # No score equals a NaN: any expert will do, but it must be one.
+        expert = tl.minimum(tl.min(tl.where(left == highest, columns, BLOCK), 0), E - 1)
         values = tl.where(places == place, highest, values)
         experts = tl.where(places == place, expert, experts)
         left = tl.where(columns == expert, -float("inf"), left)

@@ -17,7 +17,7 @@ from canvastune.model.attention import takes_grouped_heads
 from tools import attention_backends, fake_cuda
 
 ROOT = Path(__file__).parents[2]
-CASES = ("lora, no coin", "lora, experts", "full, longest")
+CASES = ("lora, no coin", "lora, experts", "lora, 4 blocks", "full, longest")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_live_bytes_are_those_of_the_plan(accounts: dict[str, Any]) -> None:
 
 
 def test_launches_stay_below_their_ceiling(accounts: dict[str, Any]) -> None:
-    for case, ceiling in zip(CASES, (700, 850, 900), strict=True):
+    for case, ceiling in zip(CASES, (700, 850, 1000, 900), strict=True):
         assert 500 < accounts[case]["launches"] < ceiling, case
 
 

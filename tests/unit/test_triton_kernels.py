@@ -111,6 +111,17 @@ def test_experts_are_chosen_as_by_the_router_and_of_equal_scores_the_first() -> 
     assert kernels.choose(torch.zeros(1, 5), 2, torch.ones(5))[1].tolist() == [[0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_rows_without_finite_scores_still_have_experts_so_that_the_step_can_be_skipped() -> None:
+    weights, index = kernels.choose(torch.full((2, 5), torch.nan), 2, torch.ones(5))
+    assert weights.isnan().all()
+    assert index.min() >= 0
+    assert index.max() < 5
+    order, inverse, counts = kernels.sort_rows(index, 5)
+    assert torch.equal(order[inverse.flatten()], torch.arange(4))
+    assert counts.sum() == 4
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_gate_equals_the_plain_one(whole: bool) -> None:
     generator = torch.Generator().manual_seed(0)

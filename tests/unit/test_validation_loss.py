@@ -21,6 +21,7 @@ from canvastune.evaluation import validation_loss
 from canvastune.evaluation.validation_loss import denoising_loss, held_out_examples, mean_losses
 from canvastune.noise import NoiseSample, validation_block_draws
 from canvastune.train import main
+from canvastune.training import trainer
 from tests.support.small import VOCABULARY
 from tests.support.training import make_ground, records, validations
 
@@ -58,13 +59,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("blocks", [1, "all"])
+@pytest.mark.parametrize(("blocks", "at_once"), [(1, False), ("all", False), (1, True)])
 def test_validation_loss_is_trainings_own_before_and_after(
-    tmp_path: Path, alone: None, blocks: Blocks, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alone: None, blocks: Blocks, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five of six rows, several blocks, some longer than the window; the packed pass on one side,
-    stock modules on the other.
+    """Five of six rows, several blocks, some longer than the window; the packed pass, with a level
+    or with all levels in a forward, on one side, stock modules on the other.
     """
+    if at_once:
+        assert trainer.levels_at_once(torch.device("cuda"), 3, blocks) == [[0, 1, 2]]
+        monkeypatch.setattr(trainer, "levels_at_once", lambda *_: [[0, 1, 2]])
     make_ground(tmp_path)
     longer_answers(tmp_path / "data" / "validation")
     chosen = (*SETTINGS, f"train.validation_blocks={blocks}")
