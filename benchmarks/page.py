@@ -545,9 +545,10 @@ def _least(row: dict[str, Any]) -> str:
     """Say what memory a sampler needs that keeps its keys."""
     stock, ours = row["stock"]["peak_bytes"], row["ours"]
     return (
-        f"where stock takes {stock / 1e6:.0f} MB, ours {ours['peak_bytes'] / 1e6:.0f}, and keys and"
-        f" values, hidden states and expected embeddings alone {ours['least_bytes'] / 1e6:.0f}"
-        f" ({row['least_memory_share']:.2f} of stock's)"
+        f"where stock takes {stock / 1e6:.0f} MB and ours {ours['peak_bytes'] / 1e6:.0f}, of which"
+        f" {ours['least_bytes'] / 1e6:.0f} ({row['least_memory_share']:.2f} of stock's) are the keys and"
+        " values that the canvases see, their hidden states and expected embeddings: what a sampler"
+        " that keeps its keys cannot do without"
     )
 
 

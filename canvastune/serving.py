@@ -188,6 +188,28 @@ def _check_sampler_file(model: _Model) -> None:
         )
 
 
+def _check_generation_file(model: _Model) -> None:
+    """Check that stock transformers loads the file, and answers as it says."""
+    file = model.folder / GENERATION_FILE
+    given = _read_object(file) if file.is_file() else {}
+    usable = read_generation_file(model.folder).usable
+    # A server answers whole only where generate() returns a tensor.
+    wrong = [
+        key
+        for key, value in given.items()
+        if value is not None
+        and key != "return_dict_in_generate"
+        and json.dumps(value, sort_keys=True) != json.dumps(usable.get(key), sort_keys=True)
+    ]
+    if wrong:
+        instead = json.dumps({key: usable[key] for key in wrong if key in usable})[1:-1]
+        raise UserError(
+            f"{file}: {', '.join(wrong)}: stock transformers does not load such keys or values, or "
+            "answers otherwise with them",
+            hint=f"Remove them there{f', or write {instead}' if instead else ''}.",
+        )
+
+
 def _check_processor(model: _Model) -> None:
     names = ("processor_config.json", "preprocessor_config.json")
     if not any((model.folder / name).is_file() for name in names):
@@ -330,7 +352,7 @@ BACKENDS: Mapping[str, _Backend] = {
     "mlx": _Backend(_mlx, (), _mlx_remarks, "pip install 'mlx[cpu]==0.32.4' mlx-vlm==0.7.10"),
     "transformers": _Backend(
         _transformers,
-        (_check_processor, _check_audio_tokens),
+        (_check_generation_file, _check_processor, _check_audio_tokens),
         _transformers_remarks,
         "pip install 'transformers[serving]==5.24.0' torchvision",
     ),

@@ -119,6 +119,25 @@ def test_servers_that_build_a_processor_need_its_file(model: Path, backend: str)
     find_server(model, "sglang", "h", 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ({"temperature": 0.7}, "Remove"),
+        ({"max_length": 20}, "Remove"),
+        ({"cache_implementation": "static"}, "Remove"),
+        ({"confidence_threshold": 1}, '"confidence_threshold": 1.0'),
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_stock_does_not_follow_is_refused_for_it(
+    model: Path, given: dict[str, Any], way_out: str
+) -> None:
+    change(model / GENERATION, lambda tree: tree.update(return_dict_in_generate=False))
+    find_server(model, "transformers", "h", 1)
+    change(model / GENERATION, lambda tree: tree.update(given))
+    refused(model, "transformers", *given, way_out)
+
+
 @pytest.mark.parametrize("token", ["boa_token", "eoa_token"])
 def test_a_tokenizer_without_audio_tokens_is_refused_where_the_processor_wants_them(
     model: Path, token: str

@@ -31,18 +31,17 @@ def install(
     """
     folder = ENVIRONMENTS / name
     done = folder / "packages.json"
-    if done.is_file() and json.loads(done.read_text("utf-8")) == list(packages):
-        return folder
-    print(f"installing {' '.join(packages)} into {folder.relative_to(ROOT)}", flush=True)
-    venv.create(folder, clear=True, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", *packages], check=True)
-    if without:
-        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *without], check=True)
+    if not done.is_file() or json.loads(done.read_text("utf-8")) != list(packages):
+        print(f"installing {' '.join(packages)} into {folder.relative_to(ROOT)}", flush=True)
+        venv.create(folder, clear=True, with_pip=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--quiet", *packages], check=True)
+        if without:
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *without], check=True)
+        done.write_text(json.dumps(packages), "utf-8")
     if for_text:
         (site,) = (folder / "lib").glob("python3.*/site-packages")
         shutil.copy(Path(__file__).with_name("torchvision_ops.py"), site / "sitecustomize.py")
-    done.write_text(json.dumps(packages), "utf-8")
     return folder
 
 
