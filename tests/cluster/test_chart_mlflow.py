@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_password
 
 from tests.support.rendered_chart import (
     cluster,
@@ -26,6 +29,7 @@ from tests.support.rendered_chart import (
     render,
     server,
 )
+from tools.chart_table import CHART
 
 
 def service_names(documents: list[dict[str, Any]]) -> list[str]:
@@ -163,6 +167,16 @@ def test_passwords_have_a_separate_database(tmp_path: Path) -> None:
     assert read["mlflow"]["database_uri"] == uri
     assert read["mlflow"]["default_permission"] == "READ"
     assert (tmp_path / "basic_auth.ini").stat().st_mode & 0o077 == 0, "others can read the password"
+
+
+def test_the_length_of_a_password_that_the_chart_asks_for_is_mlflow_s() -> None:
+    """MLflow does not start with a shorter one (bitnami/charts#35055)."""
+    asked = re.search(r"password, at least (\d+) characters", (CHART / "values.yaml").read_text())
+    assert asked is not None
+    length = int(asked[1])
+    _validate_password("x" * length)
+    with pytest.raises(MlflowException, match=str(length)):
+        _validate_password("x" * (length - 1))
 
 
 @pytest.mark.timeout(180)
