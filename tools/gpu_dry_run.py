@@ -79,7 +79,7 @@ CASES = {
     "full": Case("full", most_launches=MOST_LAUNCHES),
     "full, checkpointed": Case("full", recomputes=True),
     "full, longest": Case("full", tokens=1024, prefix=1),
-    "full, 8,192 tokens": Case("full", tokens=8192, prefix=1),
+    "full, 8,192 tokens": Case("full", tokens=8192, prefix=1, recomputes=True),
 }
 PLANNED = (
     "lora, longest",
