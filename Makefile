@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # Half of all modules: compiled where one is imported.
 SELDOM := /(tests|transformers/models|databricks|fontTools|google|mypy|mypyc|pip|scipy|sklearn|trl)/
 
-.PHONY: help run test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving test-newest dev
+.PHONY: help run demo-support test lint format test-faults test-images test-cluster test-apiserver test-gpu-dry test-serving test-newest dev
 
 ##@ General
 help: ## Show this help
@@ -17,6 +17,9 @@ help: ## Show this help
 
 run: .venv/installed ## Run the whole pipeline on a tiny model, on this machine
 	@$(BIN)/canvastune demo
+
+demo-support: .venv/installed ## Run it on a support desk's answers: prose, some with a tool
+	@$(BIN)/canvastune demo support
 
 ##@ Development
 test: lint ## Run the linters and the tests, as CI does

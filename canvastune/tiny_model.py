@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,9 @@ _AUDIO_TOKENS = ("<|audio>", "<|audio|>", "<audio|>")
 _PROCESSOR_FILE = "processor_config.json"
 _IMAGE_LENGTH = 70  # tokens of an image: the smallest number that the processor takes
 _VOCABULARY = 768  # tokens; a multiple of 8, so that the embedding shards evenly over 8 ranks
+_PROSE_VOCABULARY = 1536
+# Tokens: rows of prose, and their answers, are longer than those of word problems.
+_PROSE_WINDOW, _PROSE_ANSWER = 96, 64
 
 _NAMES = ("Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Kim", "Joe")
 _THINGS = (
@@ -241,12 +244,16 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> None:
+def make_tiny_model(folder: Path, seed: int = 0, text: Iterable[str] | None = None) -> None:
     """Write a DiffusionGemma checkpoint in the Hub's layout.
 
     The 26B model's architecture, 1.6 M random float32 weights.
 
     The same seed gives the same weights. Only the Hub's files are written, and none on failure.
+
+    Args:
+        text: what the tokenizer learns its words from, for longer rows than the word problems;
+            None: it knows the words of the problems.
 
     Raises:
         UserError: `folder` exists and is not empty.
@@ -254,13 +261,18 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
     import torch
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-    tokenizer = _make_tokenizer()
-    config = DiffusionGemmaConfig(**_config_tree(tokenizer))
+    tokenizer = _make_tokenizer() if text is None else _learn_tokenizer(text)
+    tree = _config_tree(tokenizer)
+    if text is not None:
+        tree["text_config"]["sliding_window"] = _PROSE_WINDOW
+    config = DiffusionGemmaConfig(**tree)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DiffusionGemmaForBlockDiffusion(config).float()
     _condition_attention(model)
     model.generation_config = _generation_config(tokenizer)
+    if text is not None:
+        model.generation_config.max_new_tokens = _PROSE_ANSWER
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial, max_shard_size="2MB")
         tokenizer.save_pretrained(partial)
@@ -269,13 +281,13 @@ def make_tiny_model(folder: Path, seed: int = 0) -> None:
         )
         # save_pretrained rewrites the keys of the full-attention layers in a form that other tools
         # cannot read
-        tree = {
+        about = {
             "architectures": ["DiffusionGemmaForBlockDiffusion"],
             "dtype": "float32",
             "model_type": "diffusion_gemma",
         }
         (partial / "config.json").write_text(
-            json.dumps(tree | _config_tree(tokenizer), indent=2) + "\n", encoding="utf-8"
+            json.dumps(about | tree, indent=2) + "\n", encoding="utf-8"
         )
 
 
@@ -294,7 +306,7 @@ def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "text_config": {
             "model_type": "diffusion_gemma_text",
-            "vocab_size": _VOCABULARY,
+            "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_hidden_layers": 4,
@@ -401,8 +413,6 @@ def _make_tokenizer() -> GemmaTokenizer:
 
     Words of the problems whole, digits single, any other text by character or byte.
     """
-    from transformers import GemmaTokenizer
-
     merges: list[tuple[str, str]] = []
     pieces: list[str] = [chr(code) for code in range(33, 127)] + ["▁"]
     # A word grows letter by letter from its leading space, so no merge can start inside a word.
@@ -414,17 +424,56 @@ def _make_tokenizer() -> GemmaTokenizer:
                 merges.append((word[: end - 1], word[end - 1]))
     pieces += ["##", "####"]
     merges += [("#", "#"), ("##", "##")]
-    tokens = [*_IMAGE_TOKENS, *pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tool_merges: list[tuple[str, str]] = []
+    tool_pieces: list[str] = []
     for word in _TOOL_WORDS:
         for end in range(2, len(word) + 1):
-            if word[:end] not in tokens:
-                tokens.append(word[:end])
-                merges.append((word[: end - 1], word[end - 1]))
-    tokens += _TOOL_TOKENS
-    unused = _VOCABULARY - len(_GEMMA_IDS) - len(tokens) - len(_AUDIO_TOKENS)
+            if word[:end] not in pieces and word[:end] not in tool_pieces:
+                tool_pieces.append(word[:end])
+                tool_merges.append((word[: end - 1], word[end - 1]))
+    return _build_tokenizer(pieces, tool_pieces, merges + tool_merges, _VOCABULARY)
+
+
+def _learn_tokenizer(text: Iterable[str]) -> GemmaTokenizer:
+    """Build transformers' own Gemma tokenizer: frequent words of a text whole, digits single."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learned = Tokenizer(models.BPE())
+    # No merge may start inside a word, as the tokenizer itself splits nothing.
+    learned.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    characters = [chr(code) for code in range(33, 127)] + ["▁"]
+    room = _PROSE_VOCABULARY - len(_GEMMA_IDS) - 256 - len(_IMAGE_TOKENS) - len(_TOOL_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=room,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
+    )
+    learned.train_from_iterator([*text, *_OPENERS, *_TOOL_WORDS], trainer)
+    tree = json.loads(learned.to_str())["model"]
+    pieces = sorted(tree["vocab"], key=tree["vocab"].__getitem__)
+    merges = [(left, right) for left, right in tree["merges"]]
+    return _build_tokenizer(pieces, [], merges, _PROSE_VOCABULARY)
+
+
+def _build_tokenizer(
+    pieces: list[str], tool_pieces: list[str], merges: list[tuple[str, str]], size: int
+) -> GemmaTokenizer:
+    """Build the tokenizer of `size` tokens: the pieces of words, bytes, and control tokens."""
+    from transformers import GemmaTokenizer
+
+    tokens = [*_IMAGE_TOKENS, *pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [*tool_pieces, *_TOOL_TOKENS]
+    unused = size - len(_GEMMA_IDS) - len(tokens) - len(_AUDIO_TOKENS)
     tokens += [f"<unused{index}>" for index in range(unused)]
     tokens += _AUDIO_TOKENS
-    free = [index for index in range(_VOCABULARY) if index not in _GEMMA_IDS.values()]
+    free = [index for index in range(size) if index not in _GEMMA_IDS.values()]
     vocabulary = _GEMMA_IDS | dict(zip(tokens, free, strict=True))
     tokenizer = GemmaTokenizer(
         vocab=dict(sorted(vocabulary.items(), key=lambda item: item[1])),
@@ -572,11 +621,16 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
                 hint="Request fewer rows.",
             )
         problems[asked] = row
+    write_rows(path, problems.values())
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines: all of them, or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
-            for row in problems.values():
+            for row in rows:
                 stream.write(json.dumps(row) + "\n")
         partial.rename(path)
     finally:

@@ -68,9 +68,9 @@ def _demo(options: argparse.Namespace) -> None:
     from pipelines.warm_start import warm_processes
 
     with warm_processes():
-        from pipelines.demo import demo
+        from pipelines.demo import demo, demo_support
 
-        demo()
+        {"problems": demo, "support": demo_support}[options.data]()
 
 
 def _plan(options: argparse.Namespace) -> None:

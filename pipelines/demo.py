@@ -1,4 +1,8 @@
-"""`canvastune demo`, also `make run`: the whole product on a tiny model that comes with it."""
+"""`canvastune demo`: the whole product on tiny models that come with it.
+
+`make run` adapts one to a new kind of word problems, `make demo-support` another one to the answers
+of a support desk.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,16 +20,22 @@ from canvastune import tiny_model
 from canvastune.config import load_config
 from canvastune.errors import UserError, parse_error
 from canvastune.io.atomic import atomic_directory
+from pipelines.support_desk import ROWS as SUPPORT_ROWS
+from pipelines.support_desk import TOOL_ROWS as SUPPORT_TOOL_ROWS
+from pipelines.support_desk import write_support_rows
 from pipelines.warm_start import step_variables
 from pipelines.warm_start.start import PYTHON_EXEC
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
-SHIPPED_BASE = Path(__file__).parent / "tiny_base"  # tools/tiny_base.py makes it
+# tools/tiny_base.py makes them.
+SHIPPED_BASE = Path(__file__).parent / "tiny_base"
+SUPPORT_BASE = Path(__file__).parent / "support_base"
 TOOL_ROWS = 500
 ROWS = 4000  # word problems of each kind: more are held out than evaluate.rows needs
 _TOOLS_DATA = Path("workspace/tools-data")
+_QUESTION = "Hello, Omar here. I forgot my password. What can I do?"
 
 
 def demo() -> None:
@@ -45,7 +56,7 @@ def demo() -> None:
             Path(config.data.label), kind, rows, seed=0
         )  # the same bytes each time
     logger.info(f"1. a tiny DiffusionGemma, trained on one kind of word problems: {tuned.model.id}")
-    unpack_base(Path(tuned.model.id))
+    unpack_base(SHIPPED_BASE, Path(tuned.model.id))
     logger.info(f"\n2. a second data set: conversations with a tool, {tools.data.label}")
     _prepare_tools()
     from pipelines.local_runner import run_recipe  # imported by now
@@ -55,9 +66,54 @@ def demo() -> None:
     run_recipe(tuned, Path("workspace"), None, command=["run", recipe])
 
 
-def unpack_base(folder: Path) -> None:
-    """Write the shipped model, whose weights are bfloat16, as the float32 model that a run trains."""
-    files = sorted(file for file in SHIPPED_BASE.iterdir() if file.is_file())
+def demo_support() -> None:
+    """Run the pipeline on rows of prose: the answers of a support desk, some of them with a tool.
+
+    The recipe tiny_support.yaml says where everything is.
+
+    Raises:
+        UserError: as the steps of the pipeline.
+    """
+    tuned = load_config(RECIPES / "tiny_support.yaml")
+    data = Path(tuned.data.label)
+    logger.info(
+        f"1. a tiny DiffusionGemma that has answered customers of other shops: {tuned.model.id}"
+    )
+    unpack_base(SUPPORT_BASE, Path(tuned.model.id))
+    write_support_rows(data)
+    logger.info(
+        f"\n2. what one shop's support desk answers: {data}, {SUPPORT_ROWS} rows,"
+        f" {SUPPORT_TOOL_ROWS} of them with a tool"
+    )
+    for message in _first_messages(data):
+        logger.info(f"    {message['role']}: {message['content']}")
+    from canvastune.tracking import tracking_uri
+    from pipelines.local_runner import run_recipe, shell_command
+
+    logger.info("\n3. the pipeline: LoRA on these answers")
+    recipe = os.path.relpath(RECIPES / "tiny_support.yaml")
+    workspace = Path("workspace")
+    run_recipe(tuned, workspace, None, command=["run", recipe])
+    code = (
+        f'import mlflow; mlflow.set_tracking_uri("{tracking_uri(tuned, workspace.absolute())}");'
+        f' model = mlflow.pyfunc.load_model("models:/{tuned.tracking.registered_model}/latest");'
+        f' print(*model.predict(["{_QUESTION}"]))'
+    )
+    logger.info(
+        "\nAsk the tuned model, which MLflow loads in a new process:\n"
+        f"    {shell_command('python')} {shlex.join(['-c', code])}"
+    )
+
+
+def _first_messages(data: Path) -> list[dict[str, str]]:
+    with data.open(encoding="utf-8") as rows:
+        messages: list[dict[str, str]] = json.loads(next(rows))["messages"]
+    return messages
+
+
+def unpack_base(shipped: Path, folder: Path) -> None:
+    """Write a shipped model, whose weights are bfloat16, as the float32 model that a run trains."""
+    files = sorted(file for file in shipped.iterdir() if file.is_file())
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     cached = folder.with_name(f"{folder.name}-{digest[:12]}")
     if not cached.exists():

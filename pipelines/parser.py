@@ -48,8 +48,12 @@ examples:
 _DEMO = """Writes a model of 1.6 M parameters and word problems to workspace/, then trains,
 merges, evaluates and reports.
 
+With `support`, a second model of that size learns the answers of a support desk instead: prose, and
+calls to a tool.
+
 examples:
-  canvastune demo"""
+  canvastune demo
+  canvastune demo support"""
 _PLAN = """Computed from the model's configuration: no weights, no GPU. Exit code 1 if the run
 cannot fit, with the smallest changes that make it fit.
 
@@ -238,7 +242,15 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume the newest unfinished run of the recipe, or that of --run-name; start none",
     )
-    add("demo", _DEMO, "the pipeline on a tiny model that comes with it; minutes, no GPU")
+    demo = add("demo", _DEMO, "the pipeline on a tiny model that comes with it; minutes, no GPU")
+    demo.add_argument(
+        "data",
+        nargs="?",
+        choices=("problems", "support"),
+        default="problems",
+        help="word problems with one right answer, or what a support desk answers, in prose; default:"
+        " problems",
+    )
     plan = add(
         "plan", _PLAN, "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
     )

@@ -83,6 +83,7 @@ RECIPES = {
     "sixteenth of the steps",
     "gsm8k_sft_throughput": "the same of `gsm8k_sft`",
     "tiny_tools": "LoRA on the tiny base, on conversations with a tool; `make run` prepares its data",
+    "tiny_support": "LoRA on a second tiny base, on what a support desk answers; `make demo-support` runs it",
     "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
     "tiny_sft": "full fine-tuning of random weights; `python -m tools.tiny_base` makes the tiny base with it",
 }

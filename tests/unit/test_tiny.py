@@ -22,8 +22,8 @@ from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.tiny_model import make_tiny_model, write_problems
-from pipelines.demo import ROWS, SHIPPED_BASE, to_float32, unpack_base
-from tools.tiny_base import MADE, ingredients
+from pipelines.demo import SHIPPED_BASE, to_float32, unpack_base
+from tools.tiny_base import BASES, Base
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 
@@ -423,7 +423,12 @@ def test_tool_problems_call_a_tool_and_repeat_what_it_says(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("recipe", "method"),
-    [("tiny_lora.yaml", "lora"), ("tiny_tools.yaml", "lora"), ("tiny_sft.yaml", "full")],
+    [
+        ("tiny_lora.yaml", "lora"),
+        ("tiny_tools.yaml", "lora"),
+        ("tiny_support.yaml", "lora"),
+        ("tiny_sft.yaml", "full"),
+    ],
 )
 def test_tiny_recipes_load(recipe: str, method: str) -> None:
     config = load_config(RECIPES / recipe)
@@ -432,19 +437,33 @@ def test_tiny_recipes_load(recipe: str, method: str) -> None:
     assert config.parallel.nproc_per_node == config.parallel.ep == 2
 
 
-# The trained model that comes with the package
+# The trained models that come with the package
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request: pytest.FixtureRequest) -> Base:
+    return BASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def learned(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the rows that a shipped model has learned."""
+    rows = tmp_path_factory.mktemp("learned") / "rows.jsonl"
+    base.write(rows)
+    return rows
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspace") / "tiny-base"
-    unpack_base(folder)
+    unpack_base(SHIPPED_BASE, folder)
     return folder
 
 
-def test_the_shipped_model_has_its_values_in_float32(shipped: Path) -> None:
-    narrow = load_file(SHIPPED_BASE / "model.safetensors")
-    wide = load_file(shipped / "model.safetensors")
+def test_a_shipped_model_has_its_values_in_float32(base: Base, tmp_path: Path) -> None:
+    unpack_base(base.shipped, tmp_path / "base")
+    narrow = load_file(base.shipped / "model.safetensors")
+    wide = load_file(tmp_path / "base" / "model.safetensors")
     assert wide.keys() == narrow.keys()
     for name, tensor in narrow.items():
         assert tensor.dtype == torch.bfloat16
@@ -452,20 +471,26 @@ def test_the_shipped_model_has_its_values_in_float32(shipped: Path) -> None:
         assert torch.equal(wide[name], tensor.float()), name
 
 
-def test_the_shipped_model_is_small_and_made_from_what_is_here(tmp_path: Path) -> None:
-    assert sum(file.stat().st_size for file in SHIPPED_BASE.iterdir()) < 4_000_000
-    made = json.loads(MADE.read_text(encoding="utf-8"))
-    write_problems(tmp_path / "problems.jsonl", "change", ROWS, seed=0)
-    now = ingredients(tmp_path / "problems.jsonl")
-    assert {name: made[name] for name in now} == now, "run `python -m tools.tiny_base`"
-    weights = hashlib.sha256((SHIPPED_BASE / "model.safetensors").read_bytes()).hexdigest()
+def test_a_shipped_model_is_small_and_made_from_what_is_here(base: Base, learned: Path) -> None:
+    assert sum(file.stat().st_size for file in base.shipped.iterdir()) < 4_000_000
+    made = json.loads(base.made.read_text(encoding="utf-8"))
+    now = base.ingredients(learned)
+    assert {name: made[name] for name in now} == now, _again(base)
+    weights = hashlib.sha256((base.shipped / "model.safetensors").read_bytes()).hexdigest()
     assert made["weights"] == weights
 
 
-def test_the_shipped_model_has_the_files_of_a_new_one(checkpoint: Path) -> None:
+def test_a_shipped_model_has_the_files_of_a_new_one(
+    base: Base, learned: Path, tmp_path: Path
+) -> None:
+    base.make_random(tmp_path / "new", learned)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
-        made, shipped = (folder / name for folder in (checkpoint, SHIPPED_BASE))
-        assert shipped.read_bytes() == made.read_bytes(), f"{name}: run `python -m tools.tiny_base`"
+        made, shipped = (folder / name for folder in (tmp_path / "new", base.shipped))
+        assert shipped.read_bytes() == made.read_bytes(), f"{name}: {_again(base)}"
+
+
+def _again(base: Base) -> str:
+    return f"run `python -m tools.tiny_base {base.shipped.name}`"
 
 
 def test_the_shipped_model_answers_in_the_form_of_its_problems(
@@ -491,7 +516,7 @@ def test_the_shipped_model_answers_in_the_form_of_its_problems(
 
 def test_the_demo_s_model_is_written_once(shipped: Path) -> None:
     target = shipped.resolve()
-    unpack_base(shipped)
+    unpack_base(SHIPPED_BASE, shipped)
     assert shipped.resolve() == target
     assert [file.name for file in shipped.parent.iterdir() if "partial" in file.name] == []
 
