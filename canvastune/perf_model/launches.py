@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from canvastune.model.attention_calls import sliding_calls
 from canvastune.perf_model.architecture import Architecture
 from canvastune.perf_model.flops import any_self_conditioning_share, recomputed_share
 from canvastune.perf_model.memory import StepShape
@@ -37,6 +38,8 @@ LORA = Counts(51, 90, 213, 2, 2)
 LORA_WITH_EXPERTS = Counts(63, 141, 198, 6, 10)
 # Of each further example or block in a forward: attention runs on each by itself.
 _FURTHER_FORWARD, _FURTHER_BACKWARD, _FURTHER_OUTSIDE = 7, 12, 12
+# Of each further call of a sliding layer, which takes half a window of a long example at a time.
+_SLIDING_FORWARD, _SLIDING_BACKWARD = 4, 8
 _GROUPED = 2  # launches of a grouped matmul that is one kernel
 
 
@@ -61,5 +64,9 @@ def count_launches(
         forward = counts.forward + more * counts.grouped_forward + further * _FURTHER_FORWARD
         backward = counts.backward + more * counts.grouped_backward + further * _FURTHER_BACKWARD
         total += layers * (passes * forward + backward)
+        if part.clean > architecture.window:
+            calls = len(list(sliding_calls(part.clean, architecture.window))) - 1
+            calls *= part.micro_batch * sum(layer.sliding for layer in architecture.layers)
+            total += calls * (passes * _SLIDING_FORWARD + _SLIDING_BACKWARD)
         total += counts.outside + further * _FURTHER_OUTSIDE
     return round(step.micro_steps * total)

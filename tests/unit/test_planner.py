@@ -29,6 +29,7 @@ from canvastune.planner.render import render, summarize
 from tests.support.small import CANVAS
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+DRY_RUN = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_dry_run.json"
 GIB = 2**30
 
 
@@ -408,6 +409,12 @@ def test_a_small_batch_is_bound_by_the_hosts_launches_and_a_larger_one_by_the_gp
     assert "train.global_batch_size" not in _time_of(large)
     cpu = released("gsm8k_lora", "hardware.accelerator=cpu", "hardware.gpu_memory=500")
     assert cpu.seconds.launches == 0
+
+
+def test_launches_of_long_examples_are_those_of_the_dry_run() -> None:
+    counted = json.loads(DRY_RUN.read_text("utf-8"))
+    planned = released("gsm8k_sft", "data.seq_length=8192").seconds.launches / LAUNCH_SECONDS
+    assert planned == pytest.approx(counted["cases"]["full, 8,192 tokens"]["launches"], rel=0.15)
 
 
 def test_a_gpu_without_a_grouped_matmul_launches_one_for_each_expert() -> None:
