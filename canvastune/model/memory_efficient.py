@@ -133,16 +133,13 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, inverse, weight = ctx.saved_tensors
         normed, gradient, weight_gradient = x.float() * inverse, upstream.float(), None
-        product = gradient * normed
-        if weight is None:
-            share = product.mean(-1, keepdim=True)
-            scaled = torch.addcmul(gradient, normed, share, value=-1, out=product)
-            return scaled.mul_(inverse).to(x.dtype), None, None
-        if ctx.needs_input_grad[1]:
-            weight_gradient = product.flatten(0, -2).sum(0).to(weight.dtype)
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            gradient = gradient * weight
         if not ctx.needs_input_grad[0]:
             return None, weight_gradient, None
-        share = (product @ weight.float()).div_(x.shape[-1])[..., None]
-        torch.mul(gradient, weight, out=product)
-        scaled = product.addcmul_(normed, share, value=-1).mul_(inverse)
-        return scaled.to(x.dtype), weight_gradient, None
+        product = gradient * normed
+        share = product.mean(-1, keepdim=True)
+        scaled = torch.addcmul(gradient, normed, share, value=-1, out=product)
+        return scaled.mul_(inverse).to(x.dtype), weight_gradient, None
