@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.config import RunConfig
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.result import EvaluationResult, Slice
 
 _MANY_CUT = 0.1  # share of answers cut at the limit of tokens, above which it decides the score
 _SEEDS = 4  # answers to each row, as more rows are wanted and there are none
@@ -74,6 +74,13 @@ def _actions(
     if other is not None and other.verdict == "worse":
         text = f"Decide whether what was forgotten of {other.name} matters. If not, use the model."
         yield Action(text, serve)
+    weak = _weak_slices(evaluation)
+    if evaluation.verdict == "better" and weak:
+        each = ", ".join(f"{part.name} ({part.score_after or 0:.1%})" for part in weak)
+        text = (
+            f"Use the model, but not for {each} yet: read those answers below, and add such rows."
+        )
+        yield Action(text, serve)
     if evaluation.verdict == "better":
         yield Action("Use the model.", serve)
     unclear = "The rows do not show whether the model is better."
@@ -87,6 +94,22 @@ def _actions(
         f"{unclear} Hold out more rows (data.validation_rows), or train for more steps (now "
         f"{config.train.steps:,})."
     )
+
+
+def _weak_slices(evaluation: EvaluationResult) -> list[Slice]:
+    """Return the sources and values of columns for which the tuned model became worse, or whose
+    score is clearly lower than that of all rows: the two 95% intervals do not meet.
+    """
+    overall = evaluation.after.score_low or 0.0
+    return [
+        part
+        for part in evaluation.slices
+        if part.by != "length"
+        and (
+            part.verdict == "worse"
+            or (part.score_after_high is not None and part.score_after_high < overall)
+        )
+    ]
 
 
 def _quote(path: Path) -> str:

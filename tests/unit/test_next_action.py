@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.result import EvaluationResult, Slice
 from canvastune.report.next_action import next_action
 from canvastune.report.summary import RunArtifacts, step_costs
 from tools.report_sample import sample_config, sample_result
@@ -48,6 +48,35 @@ def test_the_next_action_follows_from_the_results(
     action = next_action(sample_config(), evaluation, **given)
     assert action.text.endswith(".")
     assert action.command.startswith(command) if command else not action.command
+
+
+@pytest.mark.parametrize(
+    ("scores", "by", "is_named"),
+    [
+        ((0.4, 0.2, 0.6), "column", True),
+        ((0.4, 0.2, 0.6), "source", True),
+        ((0.4, 0.2, 0.6), "length", False),  # nobody asks by length
+        ((0.7, 0.4, 0.9), "column", False),  # few rows: it may be as good as the others
+    ],
+)
+def test_a_part_that_fails_is_named_beside_a_better_whole(
+    scores: tuple[float, float, float], by: str, is_named: bool
+) -> None:
+    score, low, high = scores
+    part = Slice(
+        by=by, name="topic status", rows=10, scored=10, judges=("tool_call",), gained=2, lost=0,
+        score_before=0.2, score_before_low=0.1, score_before_high=0.4,
+        score_after=score, score_after_low=low, score_after_high=high,
+        p_value=0.5, verdict="undecided",
+    )  # fmt: skip
+    result = sample_result()
+    after = dataclasses.replace(result.after, score=0.9, score_low=0.85, score_high=0.95)
+    result = dataclasses.replace(result, after=after, slices=(part,))
+    action = next_action(
+        sample_config(), result, merge=None, card={}, folder=RUN, model=RUN / "model"
+    )
+    assert ("topic status" in action.text) == is_named
+    assert action.command == SERVE
 
 
 @pytest.mark.parametrize(("price", "costs"), [(3.0, [None, 6.0, 0.75]), (None, [None] * 3)])
