@@ -358,7 +358,8 @@ def test_what_the_hub_answers_becomes_one_sentence(
         revision: str | None,
         cache_dir: str | None,
     ) -> None:
-        assert cache_dir is None
+        assert cache_dir is not None
+        assert Path(cache_dir).name == "revision-v1", "the library's cache is of any revision"
         assert (location, name, split, revision) == (
             "a/b",
             "main",
