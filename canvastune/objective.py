@@ -214,12 +214,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any, upstream: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, table_grad = ctx.saved_tensors
-        if hidden_grad is not None:
+        # A GPU is not waited for to know it.
+        is_one = upstream.device.type == "cpu" and bool(upstream == 1)
+        if hidden_grad is not None and not is_one:
             hidden_grad = hidden_grad * upstream
         if table_grad is not None:
-            table_grad = table_grad.mul_(upstream).to(
-                ctx.table_dtype
-            )  # in place: a second backward pass is refused
+            if not is_one:
+                table_grad.mul_(upstream)  # in place: a second backward pass is refused
+            table_grad = table_grad.to(ctx.table_dtype)
             if ctx.gradient is not None:
                 ctx.gradient.sum = table_grad
                 table_grad = ctx.gradient.release()

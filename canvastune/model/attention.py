@@ -89,7 +89,9 @@ class Packing:
             )
             for at, call in enumerate(calls, examples)
         ]
-        return torch.cat([*clean, *(part for call in canvases for part in call.split(1))], dim=2)
+        parts = [*clean, *(part for call in canvases for part in call.split(1))]
+        # Joined by rows, as the kernels leave them and the next projection reads them: one copy.
+        return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
     def _attend_clean(
         self,
@@ -199,7 +201,9 @@ class _Slice(torch.autograd.Function):
         gradient: _SliceGradient = ctx.gradient
         if gradient.sum is None:
             gradient.sum = upstream.new_zeros(ctx.shape)
-        gradient.sum[:, :, ctx.seen] += upstream
+            gradient.sum[:, :, ctx.seen] = upstream
+        else:
+            gradient.sum[:, :, ctx.seen] += upstream
         gradient.pending -= 1
         if gradient.pending:
             return None, None, None

@@ -161,8 +161,11 @@ def _sort_by_expert(
         return kernels.sort_rows(top_k_index, module.num_experts)
     expert_of_row = top_k_index.flatten()
     order = sorted_order(expert_of_row, module.num_experts, as_bytes=expert_of_row.is_cuda)
-    counts = expert_of_row.new_zeros(module.num_experts)  # bincount would wait for the device
-    counts.scatter_add_(0, expert_of_row, torch.ones_like(expert_of_row))
+    if expert_of_row.device.type == "cpu":
+        counts = torch.bincount(expert_of_row, minlength=module.num_experts)
+    else:  # where that would wait for the device
+        counts = expert_of_row.new_zeros(module.num_experts)
+        counts.scatter_add_(0, expert_of_row, torch.ones_like(expert_of_row))
     return order, _inverse(order).view_as(top_k_index), counts
 
 
