@@ -123,8 +123,8 @@ Geometric means (goals: {goals}):
   sliding-window layers, if an example is longer than the window, attention runs on half a window of rows at a time.
 - **Only the chosen block**, in one pass with the clean tokens; a self-conditioning pass (pass 1) only for self-conditioned examples.
 - **Logits in chunks, on a CPU in tiles** that stay in its caches from the matmul to the gradient; gradients are computed with them, in
-  place. Soft-capped logits are bounded, so no maximum has to be found and subtracted; the exponential is a power of two, the hyperbolic
-  tangent one `expm1`; factors that are constant over a row are applied to the row's other operand.
+  place. Soft-capped logits are bounded, so no maximum has to be found and subtracted; factors that are constant over a row are applied to
+  the row's other operand.
 - **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would allocate a
   [V, H] tensor for each.
 - **Expert rows** are gathered again in the backward pass instead of kept, weighted where they are narrowest (before the last projection),

@@ -3,8 +3,8 @@ one, such as the last release's, on the same weights, batch and draws.
 
 Each side is a separate process with two threads, float32; while one computes, the other waits. They
 take turns, and each of two neighboring turns gives a ratio: their median hardly depends on how fast
-the machine is at the moment. The shapes are those of `benchmarks.step`. Losses are compared bit by
-bit. Writes benchmarks/results/step_commits.json.
+the machine is at the moment. The shapes are those of `benchmarks.step`. Losses may differ by
+rounding only. Writes benchmarks/results/step_commits.json.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.synthetic_checkpoint import write_synthetic
 
 WORKER = ROOT / "benchmarks" / "instruments" / "step_worker.py"
 GOAL = 1.0  # times as fast
+EXACT = 1e-6  # of the loss
 SIDES = ("this", "baseline")
 
 
@@ -59,15 +60,15 @@ def main() -> int:
         ours: math.exp(sum(math.log(row["faster"][ours]) for row in found.values()) / len(found))
         for ours in OURS
     }
-    equal = all(row["equal_losses"] for row in found.values())
+    apart = max(row["loss_difference"] for row in found.values())
     shown = ", ".join(f"{ours} {ratio:.3f}" for ours, ratio in faster.items())
-    say("step_commits", f"times as fast as {commit}: {shown}; losses equal: {equal}")
+    say("step_commits", f"times as fast as {commit}: {shown}; losses differ by {apart:.1e}")
     if not chosen.shapes:
         write_result(
             "step_commits",
             {"baseline": commit, "rounds": chosen.rounds, "shapes": found, "faster": faster},
         )
-    return int(not equal or min(faster.values()) < GOAL)
+    return int(apart > EXACT or min(faster.values()) < GOAL)
 
 
 def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
     seconds: dict[str, dict[str, list[float]]] = {
         ours: {side: [] for side in SIDES} for ours in OURS
     }
-    equal = True
+    apart = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         write_synthetic(Path(scratch), SHAPES[name].config())
         for order in (SIDES, SIDES[::-1]):
@@ -90,7 +91,8 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
                     steps = {
                         side: functools.partial(workers[side], checkpointing) for side in order
                     }
-                    equal &= len({step() for step in steps.values()}) == 1
+                    one, other = (float(step()) for step in steps.values())
+                    apart = max(apart, abs(one / other - 1))
                     for side, found in turns(steps, rounds).items():
                         seconds[ours][side] += found
     faster = {ours: ratio(each) for ours, each in seconds.items()}
@@ -102,7 +104,7 @@ def measure(name: str, roots: dict[str, Path], rounds: int) -> dict[str, Any]:
             for ours, each in seconds.items()
         },
         "faster": faster,
-        "equal_losses": equal,
+        "loss_difference": apart,
     }
 
 
