@@ -44,6 +44,7 @@ def main() -> int:
             gpu=_if_there("gpu"),
             startup=_if_there("startup"),
             peers=_if_there("peers"),
+            step_commits=_if_there("step_commits"),
         ),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
@@ -76,6 +77,7 @@ def page(
     gpu: dict[str, Any] | None,
     startup: dict[str, Any] | None,
     peers: dict[str, Any] | None,
+    step_commits: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
@@ -116,6 +118,7 @@ Geometric means (goals: {goals}):
 {chr(10).join(line for line in _means(step["geometric_mean"]))}
 
 {_verdict(step)} {_ceiling(step)}
+{_since(step_commits, at(step_commits)) if step_commits else ""}
 {_beside(peers, at(peers)) if peers else ""}
 ## What makes the difference
 
@@ -334,6 +337,18 @@ steps run; on a cluster, or where there is a GPU, each process imports its own.
 | what | now | before | times |
 |---|---|---|---|
 {chr(10).join(startup_lines(startup))}
+"""
+
+
+def _since(commits: dict[str, Any], at: str) -> str:
+    """Return how fast the step is next to an earlier commit's."""
+    means = ", ".join(f"{ours} {faster:.2f}x" for ours, faster in commits["faster"].items())
+    each = [faster for row in commits["shapes"].values() for faster in row["faster"].values()]
+    apart = max(row["loss_difference"] for row in commits["shapes"].values())
+    return f"""
+Before examples could have several blocks, at commit {commits["baseline"]}, the step was not faster: `python -m benchmarks.step_commits`{at} runs
+both in turns on these shapes. Geometric means of how many times as fast it is now: {means}; of single shapes {min(each):.2f}x to
+{max(each):.2f}x. Losses are at most {apart:.0e} apart.
 """
 
 
