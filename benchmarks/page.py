@@ -346,9 +346,8 @@ def _since(commits: dict[str, Any], at: str) -> str:
     each = [faster for row in commits["shapes"].values() for faster in row["faster"].values()]
     apart = max(row["loss_difference"] for row in commits["shapes"].values())
     return f"""
-Before examples could have several blocks, at commit {commits["baseline"]}, the step was not faster: `python -m benchmarks.step_commits`{at} runs
-both in turns on these shapes. Geometric means of how many times as fast it is now: {means}; of single shapes {min(each):.2f}x to
-{max(each):.2f}x. Losses are at most {apart:.0e} apart.
+`python -m benchmarks.step_commits`{at} runs this step and that of commit {commits["baseline"]}, where an example had one block, in turns on these
+shapes. Geometric means of how many times as fast it is now: {means}; of single shapes {min(each):.2f}x to {max(each):.2f}x. Losses are at most {apart:.0e} apart.
 """
 
 

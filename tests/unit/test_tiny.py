@@ -22,6 +22,7 @@ from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.tiny_model import make_tiny_model, write_problems
+from canvastune.tiny_model.tokenizer import VOCABULARY
 from pipelines.demo import SHIPPED_BASE, to_float32, unpack_base
 from tools.tiny_base import BASES, Base
 
@@ -314,7 +315,7 @@ def test_special_tokens_have_gemma_4_s_ids(tokenizer: GemmaTokenizer) -> None:
     }
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in expected} == expected
     assert tokenizer("Tom")["input_ids"][0] == 2, "plain text does not begin with bos"
-    assert len(tokenizer) == tiny._VOCABULARY, "the tokenizer and the embedding differ in size"
+    assert len(tokenizer) == VOCABULARY, "the tokenizer and the embedding differ in size"
 
 
 def test_digits_are_single_tokens_and_words_of_the_problems_whole(
