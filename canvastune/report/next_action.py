@@ -76,7 +76,7 @@ def _actions(
         yield Action(text, serve)
     weak = _weak_slices(evaluation)
     if evaluation.verdict == "better" and weak:
-        each = ", ".join(f"{part.name} ({part.score_after or 0:.1%})" for part in weak)
+        each = ", ".join(f"{_part(part)} ({part.score_after or 0:.1%})" for part in weak)
         text = (
             f"Use the model, but not for {each} yet: read those answers below, and add such rows."
         )
@@ -97,19 +97,20 @@ def _actions(
 
 
 def _weak_slices(evaluation: EvaluationResult) -> list[Slice]:
-    """Return the sources and values of columns for which the tuned model became worse, or whose
-    score is clearly lower than that of all rows: the two 95% intervals do not meet.
+    """Return the parts of the rows for which the tuned model became worse, or whose score is clearly
+    lower than that of all rows: the two 95% intervals do not meet.
     """
     overall = evaluation.after.score_low or 0.0
     return [
         part
         for part in evaluation.slices
-        if part.by != "length"
-        and (
-            part.verdict == "worse"
-            or (part.score_after_high is not None and part.score_after_high < overall)
-        )
+        if part.verdict == "worse"
+        or (part.score_after_high is not None and part.score_after_high < overall)
     ]
+
+
+def _part(part: Slice) -> str:
+    return f"answers of {part.name}" if part.by == "length" else part.name
 
 
 def _quote(path: Path) -> str:

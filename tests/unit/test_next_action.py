@@ -55,7 +55,7 @@ def test_the_next_action_follows_from_the_results(
     [
         ((0.4, 0.2, 0.6), "column", True),
         ((0.4, 0.2, 0.6), "source", True),
-        ((0.4, 0.2, 0.6), "length", False),  # lengths have no meaning to act on
+        ((0.0, 0.0, 0.43), "length", True),  # calls to a tool, say, among rows of prose
         ((0.7, 0.4, 0.9), "column", False),  # few rows: it may be as good as the others
     ],
 )
