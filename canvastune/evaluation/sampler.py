@@ -139,9 +139,9 @@ class Sampler:
         self.stops = frozenset(stops)
         self.canvas_length = int(model.config.canvas_length)
         self.device = model.lm_head.weight.device
-        canvases, hidden = rows * self.canvas_length, model.lm_head.weight.shape[1]
+        canvases = rows * self.canvas_length
         self.encoded = encoded_tokens(canvases)  # in one pass, at most
-        width = tile_width or sampler_columns(canvases, hidden, self.device.type)
+        width = tile_width or sampler_columns(canvases, self.device.type)
         self.head = TiledHead(model, width)
         stacks = model.model.encoder.language_model.layers, model.model.decoder.layers
         # Of layers where they differ: what the output of encoded and of denoised tokens is scaled by.

@@ -19,6 +19,9 @@ from canvastune.logit_chunks import CHOOSING_TOKENS, SAMPLER_TOKENS
 # Nats below the highest logit. All tokens of a vocabulary that are so far below it have a probability
 # of 1e-12 together: sums in float32 are the same without them.
 _NEGLIGIBLE = 40.0
+# Nats below the highest logit to which lower ones are raised, which changes no sum in float32. A CPU
+# takes up to 100 times as long for an exponential that underflows, and 15 for a product with it.
+_LEAST, _LEAST_DOUBLE = -80.0, -700.0
 _MOST = 0.7  # of the tokens of a tile
 
 
@@ -136,7 +139,7 @@ class TiledHead:
                 of_best, of_tile = best[which] == index, tile[which] == index
                 likeliest[which[of_best]] = logits.argmax(1)[of_best] + first
                 those = which[of_tile]
-                weights = logits[of_tile].sub_(peak[those, None]).exp_()
+                weights = logits[of_tile].sub_(peak[those, None]).clamp_(min=_LEAST).exp_()
                 chosen[those] = first + _place(weights, rest[those])
         return likeliest, chosen
 
@@ -207,11 +210,12 @@ class TileSums:
         shrink = change.exp()
         soft_weights: torch.Tensor | None = None
         if self.soft_total is not self.total:
-            soft_weights = logits.to(self.dtype).float().sub_(peak[:, None]).exp_()
+            soft_weights = logits.to(self.dtype).float().sub_(peak[:, None])
+            soft_weights.clamp_(min=_LEAST).exp_()
             self.soft_total[rows] = self.soft_total[rows] * shrink + soft_weights.sum(1)
         if self.of_tile.shape[1] == 1:
             self.likeliest = logits.argmax(1)
-        logits.sub_(peak[:, None])
+        logits.sub_(peak[:, None]).clamp_(min=_LEAST)
         self.weights = torch.exp(logits, out=self._buffer[: logits.numel()].view_as(logits))
         here = self.weights.sum(1)
         self.slope[rows] = shrink * (self.slope[rows] + change * self.total[rows])
@@ -230,7 +234,8 @@ class TileSums:
     @property
     def mass(self) -> torch.Tensor:
         """The tiles' parts of the total, float64[N, tiles]."""
-        return self.of_tile.double() * (self.peaks - self.peak[:, None]).double().exp()
+        lower = (self.peaks - self.peak[:, None]).double().clamp_(min=_LEAST_DOUBLE)
+        return self.of_tile.double() * lower.exp_()
 
 
 def _to_count(highest: torch.Tensor, peak: torch.Tensor) -> torch.Tensor | slice | None:

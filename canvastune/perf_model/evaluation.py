@@ -70,7 +70,7 @@ def answer_memory(architecture: Architecture, shape: AnswerShape) -> dict[str, i
     routed = architecture.experts_per_token * (2 * hidden + 4 * architecture.expert_size)
     heads = max(2 * layer.query_width + 4 * layer.key_width for layer in architecture.layers)
     a_token = 8 * hidden + heads + max(3 * architecture.intermediate, routed)
-    width = min(architecture.vocabulary, sampler_columns(canvases, hidden, shape.device))
+    width = min(architecture.vocabulary, sampler_columns(canvases, shape.device))
     tile = min(canvases, SAMPLER_TOKENS) * width
     # Logits, a copy of those that count, and their exponentials; in a smaller dtype the rounded logits
     # of the soft embedding, and their exponentials in float32 and rounded.
@@ -98,7 +98,7 @@ def denoising_seconds(
         flops=4.0 * tokens * table,
         read=2 * parts * table * architecture.compute_bytes,
     )
-    width = sampler_columns(tokens, architecture.hidden, shape.device)
+    width = sampler_columns(tokens, shape.device)
     tiles = parts * -(-architecture.vocabulary // width)
     launches = len(architecture.layers) * FULL.forward
     launches += tiles * _TILE_LAUNCHES

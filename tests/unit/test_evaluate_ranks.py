@@ -216,7 +216,7 @@ def test_an_evaluation_that_fits_on_no_gpu_is_refused_with_what_would() -> None:
 
 
 def test_answers_hold_what_the_plan_says(tmp_path: Path) -> None:
-    shape = Shape(vocabulary=16_384, hidden=64, layers=3, experts=4, canvas=32)
+    shape = Shape(vocabulary=4_096, hidden=64, layers=3, experts=4, canvas=32)
     model = made_model(shape)
     (tmp_path / "config.json").write_text(model.config.to_json_string())
     tree = {"name": "test", "data": {"source": "none"}, "train": {"precision": "float32"}}

@@ -264,6 +264,26 @@ def test_tokens_without_probability_are_left_out_without_a_trace(
     assert found["q0"].tokens == tokens
 
 
+def test_no_exponential_underflows_and_none_is_missed(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU an exponential that underflows takes 100 times as long."""
+    cold = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
+    least: list[float] = []
+    add = tiled_head.TileSums.add
+
+    def recorded(self: Any, *given: Any) -> None:
+        add(self, *given)
+        least.append(float(self.weights.min()))
+
+    monkeypatch.setattr(tiled_head.TileSums, "add", recorded)
+    found = sample(model, QUESTIONS, cold, tile_width=32)
+    assert min(least) > torch.finfo(torch.float32).tiny
+    monkeypatch.setattr(tiled_head, "_LEAST", float("-inf"))
+    assert sample(model, QUESTIONS, cold, tile_width=32) == found
+    assert min(least) == 0, "none was so far below the highest"
+
+
 def test_encoder_and_decoder_may_scale_their_layers_differently(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
