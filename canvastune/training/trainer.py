@@ -383,13 +383,16 @@ class Trainer:
             f"on examples {', '.join(record['examples'])}"
         )
         self._report("event", {"event": "skipped_step", "detail": found})
-        if self.progress.skipped_in_a_row > self.config.train.max_skipped_steps:
+        allowed, in_a_row = self.config.train.max_skipped_steps, self.progress.skipped_in_a_row
+        if in_a_row > allowed or self.progress.skipped == self.config.train.steps:
             raise UserError(
                 f"step {self.progress.step}: loss or gradient is not finite, as in "
-                f"{self.config.train.max_skipped_steps} steps before "
-                f"it (train.max_skipped_steps): {found}",
+                f"{in_a_row - 1} steps before it (train.max_skipped_steps: {allowed}): {found}",
                 hint=(
                     "Inspect these examples, or lower optimizer.lr; the last checkpoint is intact."
+                    if self.progress.skipped < self.progress.step
+                    else "No step was finite, and none changed a weight: check the base model's "
+                    "own weights, and whether they need train.precision=float32."
                 ),
             )
 

@@ -126,13 +126,22 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
 
     trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
     spoil(trainer, {6, 7, 8}, rank=0)
-    with pytest.raises(UserError, match=r"step 8.*train\.max_skipped_steps"):
+    with pytest.raises(UserError, match=r"step 8.*train\.max_skipped_steps") as error:
         trainer.run()
+    assert "optimizer.lr" in error.value.hint
     if dist.get_rank() == 0:
         assert [p.name for p in (folder / "many" / "checkpoints").glob("*/complete.json")] == [
             "complete.json"
         ]
         assert (folder / "many" / "checkpoints" / "step-000004" / "complete.json").exists()
+
+    for steps, allowed in ((8, 1), (2, 8)):  # also where that was all of the run
+        limits = f"train.steps={steps}", f"train.max_skipped_steps={allowed}"
+        trainer = make_trainer(ground, folder / f"base-{steps}", *settings, *limits)
+        spoil(trainer, {1, 2}, rank=0)
+        with pytest.raises(UserError, match=r"step 2.*train\.max_skipped_steps") as error:
+            trainer.run()
+        assert "train.precision" in error.value.hint, "the base model itself is not finite"
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them_ends_the_run(
