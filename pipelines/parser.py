@@ -1,4 +1,4 @@
-"""The command line of `canvastune`: its commands, options and help texts."""
+"""The command line of `canvastune`: its commands and options; `help` has the notes below them."""
 
 from __future__ import annotations
 
@@ -14,189 +14,7 @@ from pipelines.kfp_client import TOKEN
 
 _DESCRIPTION = """Fine-tune DiffusionGemma: prepare data, plan, train, merge, evaluate and report,
 as one pipeline."""
-_EXIT_CODES = """exit codes:
-  0    done
-  1    refused or failed: the reason is the last line on standard error
-  2    the command line itself is wrong
-  130  interrupted (Ctrl-C, or SIGTERM); a run's last checkpoint is saved first
-canvastune.train also ends with 3 when it was asked to stop and saved its state, and with 4 when a
-rank hangs, which it names."""
-_EXAMPLES = """examples:
-  canvastune demo                                  # everything on a tiny model, in minutes, no GPU
-  canvastune doctor                                # what this machine lacks, in the order to fix it
-  canvastune run pipelines/recipes/tiny_lora.yaml  # the pipeline on this machine
-  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 8 --gpu-memory 80GB
-  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait
-  canvastune COMMAND --help                        # more examples of each
-
-Training only, for example on one machine with 8 GPUs:
-  torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
-      -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k"""
-_RUN = """The tiny recipes use the model and the data that `canvastune demo` writes; tiny_sft.yaml
-starts from `canvastune make-tiny-model workspace/tiny-random`. An interrupted run is resumed by the
-same command with its --run-name, which the last line prints, or with --resume. Only one process at a
-time works on a run; `canvastune runs` lists all of them.
-
-examples:
-  canvastune run pipelines/recipes/tiny_lora.yaml
-  canvastune run pipelines/recipes/tiny_lora.yaml --resume    # the newest unfinished run of the recipe
-  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=16 --run-name rank16
-  canvastune run pipelines/recipes/tiny_lora.yaml --set lora.rank=32 --run-name rank32 \\
-      --compare workspace/runs/rank16
-  canvastune run pipelines/recipes/tiny_lora.yaml --log-format json > run.jsonl
-  canvastune run pipelines/recipes/gsm8k_lora.yaml --workspace /data --set data.source=my.jsonl"""
-_DEMO = """Writes a model of 1.6 M parameters and word problems to workspace/, then trains,
-merges, evaluates and reports.
-
-With `support`, a second model of that size learns the answers of a support desk instead: prose, and
-calls to a tool.
-
-examples:
-  canvastune demo
-  canvastune demo support"""
-_PLAN = """Computed from the model's configuration: no weights, no GPU. Exit code 1 if the run
-cannot fit, with the smallest changes that make it fit.
-
-examples:
-  canvastune plan pipelines/recipes/gsm8k_lora.yaml
-  canvastune plan pipelines/recipes/gsm8k_sft.yaml --gpus 8 --gpu-memory 80GB
-  canvastune plan pipelines/recipes/gsm8k_lora.yaml --gpus 4 --set parallel.ep=4"""
-_PREPARE = """Reads, checks, splits (by content) and tokenizes every row; lists invalid rows.
-card.html and card.json account for every row.
-
-examples:
-  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared
-  canvastune prepare pipelines/recipes/gsm8k_lora.yaml --output prepared \\
-      --set data.source=my.jsonl --set data.max_bad_row_fraction=0.05"""
-_REPORT = """RUN is a folder in workspace/runs, or the --output of canvastune.train. Without
---output, the new page replaces the one in RUN/report. At most five runs can be compared: their
-curves are overlaid, their figures and settings become tables.
-
-examples:
-  canvastune report workspace/runs/rank16
-  canvastune report workspace/runs/rank16 --compare workspace/runs/rank32 workspace/runs/rank64
-  canvastune report workspace/runs/rank16 --output look     # also of an unfinished run"""
-_MERGE = """Streams the base, adds the adapter's update once to each weight, and verifies the result. A run
-does so itself: this is for an adapter that was copied elsewhere, or that a run of `canvastune.train`
-left. PEFT's merge_and_unload() adds the update twice: encoder and decoder share their weights.
-
-examples:
-  canvastune merge workspace/runs/rank16/train/adapter --output merged
-  canvastune merge adapter --output merged --base /data/diffusiongemma    # a copy of the base"""
-_SERVE = """Checks that the folder has all that the server reads, and that the server computes what was trained;
-prints the server's command (the only line on standard output), or becomes the server with --run. No server
-loads an adapter: merge it first. What was run and what was only read: docs/serving.md.
-
-  vllm          NVIDIA or AMD GPU; reads generation_config.json
-  sglang        NVIDIA or AMD GPU; reads sglang.yaml, which is written into the folder if it lacks it
-  mlx           Apple silicon, or a CPU; requests choose the sampler
-  transformers  any device; for trying a model, one request at a time
-
-examples:
-  canvastune serve workspace/runs/rank16/model
-  canvastune serve workspace/runs/rank16/model --backend mlx --port 8080 --run
-  canvastune serve model -- --tensor-parallel-size 2    # after --: options of the server
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
-      -d '{"model": "model", "messages": [{"role": "user", "content": "..."}], "max_tokens": 256}'"""
-_EVALUATE = """RUN is a finished run in workspace/runs. If only judges change, its answers are judged again
-in seconds; other settings of evaluate.* have both models answer again. Nothing is trained.
-
---sweep answers with a few settings of the sampler around the recipe's: a table, sweep.json, sweep.svg
-and sweep.png show quality against forward passes.
-
-examples:
-  canvastune evaluate workspace/runs/rank16 --set evaluate.judge=chrf
-  canvastune evaluate workspace/runs/rank16 --set evaluate.judge=python:judge.py:grade --output own
-  canvastune evaluate workspace/runs/rank16 --set evaluate.repeats=4 --set evaluate.rows=256
-  canvastune evaluate workspace/runs/rank16 --sweep
-  canvastune report workspace/runs/rank16 --evaluation workspace/runs/rank16/evaluation-2 --output look"""
-_RUNS = """Read from the runs' folders alone, in a second; a workspace on a cluster is read where it is mounted.
-
-states:
-  running      by the process named, or by a Kubeflow job
-  interrupted  with Ctrl-C, or killed: the command that resumes it is below the table
-  failed       in the step named; the reason and the command that resumes it are below
-  finished     with its main figures, before and after training
-
-examples:
-  canvastune runs
-  canvastune runs --workspace /data --json > runs.json
-  canvastune runs rm rank16 rank32 --dry-run    # what would be deleted
-  canvastune runs rm rank16 --checkpoints       # keep the run, and free most of its space"""
-_REMOVE = """Deletes the folders of runs, and what only they use of kfp/. MLflow keeps its records and what was
-uploaded to it. Refused: a run in progress; one whose model has an alias in MLflow, such as champion
-(candidate does not count); one whose model or files another run was trained from.
-
-examples:
-  canvastune runs rm rank16 --dry-run
-  canvastune runs rm rank16 rank32
-  canvastune runs rm rank16 --checkpoints --yes"""
-_SYNC = """A run continues while MLflow is unreachable, broken or refuses access. Each later step
-sends MLflow what it missed, and so does this command. A run whose process was killed on this machine
-no longer counts as running afterwards.
-
-examples:
-  canvastune sync workspace/runs/rank16
-  MLFLOW_TRACKING_URI=http://localhost:5000 canvastune sync workspace/runs/rank16"""
-_COMPILE = """examples:
-  canvastune compile                 # finetune.yaml, for kfp run create or Kubeflow's upload page
-  canvastune compile -o build/finetune.yaml"""
-_SUBMIT = """The recipe is checked here first; data and models must be on the Hub or on the
-workspace volume. The pipeline is uploaded if it differs from the server's.
-
-examples:
-  kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80 &
-  canvastune submit pipelines/recipes/gsm8k_lora.yaml --host http://localhost:8080 --wait
-  canvastune submit my.yaml --host https://kubeflow.example/pipeline --namespace team-a \\
-      --token-file ~/.kube/kubeflow-token
-  canvastune submit my.yaml --host http://localhost:8080 \\
-      --set data.source=/workspace/my.jsonl --cluster-file cluster.yaml
-
-A token is read from a file or from KF_PIPELINES_TOKEN, never from the command line, where others
-could see it. A server with a certificate from a private authority: set SSL_CERT_FILE to its
-bundle. With --wait, exit code 1 means that the run failed, and the last line names the step."""
-_UPLOAD = """Uploads a new version only if the pipeline's content has changed. Defaults of its
-parameters that are set here apply to later versions too, until they are set again.
-
-examples:
-  canvastune upload --host http://localhost:8080
-  canvastune upload --host http://ml-pipeline.kubeflow:8888 --namespace team-a \\
-      --token-file /var/run/secrets/kubeflow/pipelines/token \\
-      --cluster-file cluster.yaml --pipeline-image registry.example/canvastune/pipeline:0.1.0
-
-cluster.yaml holds settings of a recipe's section `cluster`:
-  backend: pytorchjob
-  image: registry.example/canvastune/trainer:0.1.0
-  claim: canvastune-workspace"""
-_FETCH = """Downloads to HF_HOME, on a cluster the workspace, so that runs need no Hub (HF_HUB_OFFLINE=1).
-Room is checked before, size and SHA-256 of every file after; an interrupted download continues.
-
-examples:
-  canvastune fetch pipelines/recipes/gsm8k_lora.yaml
-  HF_HOME=/data/huggingface canvastune fetch my.yaml --set model.revision=main"""
-_DOCTOR = """Changes nothing and downloads no weights. The cluster is checked if there is a
-kubeconfig or a pod's service account.
-
-examples:
-  canvastune doctor                                            # only this machine
-  canvastune doctor pipelines/recipes/gsm8k_lora.yaml          # and the recipe's model and data set
-  canvastune doctor --tracking-uri http://localhost:5000       # and MLflow
-  canvastune doctor pipelines/recipes/gsm8k_lora.yaml \\
-      --host http://localhost:8080 --namespace team-a          # and Kubeflow
-
-Exit code 0: no problem (there may be warnings). 1: the last line says what to fix first."""
-_TINY = """Random weights, 1.6 M parameters, the released model's module layout and a tokenizer
-with its chat markers.
-
-examples:
-  canvastune make-tiny-model tiny
-  canvastune plan pipelines/recipes/tiny_lora.yaml --set model.id=tiny"""
-_COMPLETION = """Prints a script for the shell that completes commands, options and file names
-with the Tab key.
-
-examples:
-  canvastune completion bash > ~/.local/share/bash-completion/completions/canvastune
-  canvastune completion zsh > ~/.zfunc/_canvastune     # a folder of $fpath; then start a new shell"""
+_HELP = Path(__file__).with_name("help")  # notes, examples and exit codes, a file per command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -204,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "canvastune",
         description=_DESCRIPTION,
-        epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}",
+        epilog=_epilog("canvastune"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"canvastune {__version__}")
@@ -213,11 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     def add(
-        name: str, epilog: str, help_text: str, parents: Iterable[argparse.ArgumentParser] = ()
+        name: str, help_text: str, parents: Iterable[argparse.ArgumentParser] = ()
     ) -> argparse.ArgumentParser:
         formatter = argparse.RawDescriptionHelpFormatter
         return commands.add_parser(
-            name, epilog=epilog, formatter_class=formatter, help=help_text, parents=list(parents)
+            name,
+            epilog=_epilog(name),
+            formatter_class=formatter,
+            help=help_text,
+            parents=list(parents),
         )
 
     recipe, logs, compare, kubeflow = (
@@ -228,7 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run = add(
         "run",
-        _RUN,
         "run the whole pipeline on this machine",
         [recipe, _workspace_options(), compare, logs],
     )
@@ -242,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume the newest unfinished run of the recipe, or that of --run-name; start none",
     )
-    demo = add("demo", _DEMO, "the pipeline on a tiny model that comes with it; minutes, no GPU")
+    demo = add("demo", "the pipeline on a tiny model that comes with it; minutes, no GPU")
     demo.add_argument(
         "data",
         nargs="?",
@@ -252,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         " problems",
     )
     plan = add(
-        "plan", _PLAN, "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
+        "plan", "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
     )
     plan.add_argument(
         "--gpus",
@@ -272,14 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a prepared data set, whose answers decide what objective.blocks costs and gives",
     )
-    prepare = add(
-        "prepare", _PREPARE, "read, check, split and tokenize a recipe's data", [recipe, logs]
-    )
+    prepare = add("prepare", "read, check, split and tokenize a recipe's data", [recipe, logs])
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("fetch", _FETCH, "download a recipe's model and data to the Hub's cache", [recipe, logs])
-    report = add(
-        "report", _REPORT, "write a run's report again, compared with other runs", [compare]
-    )
+    add("fetch", "download a recipe's model and data to the Hub's cache", [recipe, logs])
+    report = add("report", "write a run's report again, compared with other runs", [compare])
     report.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
     )
@@ -289,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a new folder for the page and its images (default: RUN/report)",
     )
-    merge = add("merge", _MERGE, "merge an adapter into its base, and verify the result", [logs])
+    merge = add("merge", "merge an adapter into its base, and verify the result", [logs])
     merge.add_argument(
         "adapter", type=Path, metavar="ADAPTER", help="its folder, such as RUN/train/adapter"
     )
@@ -299,9 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="id or folder of the base (default: as in the adapter's config.yaml)",
     )
-    serving = add(
-        "serve", _SERVE, "check a model for an inference server, and print or run its command"
-    )
+    serving = add("serve", "check a model for an inference server, and print or run its command")
     serving.add_argument("model", type=Path, metavar="MODEL", help="its folder, such as RUN/model")
     serving.add_argument(
         "options", nargs="*", metavar="OPTION", help="after --: more options of the server"
@@ -321,14 +136,14 @@ def build_parser() -> argparse.ArgumentParser:
     serving.add_argument("--run", action="store_true", help="start the server")
     _add_evaluate_options(
         report,
-        add("evaluate", _EVALUATE, "evaluate a finished run again, without training", [logs]),
+        add("evaluate", "evaluate a finished run again, without training", [logs]),
     )
-    _add_runs_options(add("runs", _RUNS, "list the runs of a workspace, or remove some"))
-    sync = add("sync", _SYNC, "send MLflow what it missed of a run")
+    _add_runs_options(add("runs", "list the runs of a workspace, or remove some"))
+    sync = add("sync", "send MLflow what it missed of a run")
     sync.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
     )
-    compiling = add("compile", _COMPILE, "write the pipeline for Kubeflow")
+    compiling = add("compile", "write the pipeline for Kubeflow")
     compiling.add_argument(
         "-o",
         "--output",
@@ -337,12 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="(default: %(default)s)",
     )
-    _add_submit_options(
-        add("submit", _SUBMIT, "run the pipeline on Kubeflow", [recipe, kubeflow, logs])
-    )
-    upload = add(
-        "upload", _UPLOAD, "upload the pipeline to Kubeflow, for others to run", [kubeflow]
-    )
+    _add_submit_options(add("submit", "run the pipeline on Kubeflow", [recipe, kubeflow, logs]))
+    upload = add("upload", "upload the pipeline to Kubeflow, for others to run", [kubeflow])
     upload.add_argument(
         "--pipeline-name",
         default="canvastune-finetune",
@@ -357,11 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     upload.add_argument("--pipeline-image", metavar="IMAGE", help="the default image of the steps")
     _add_doctor_options(
-        add("doctor", _DOCTOR, "check what this machine lacks for a run, in the order to fix it")
+        add("doctor", "check what this machine lacks for a run, in the order to fix it")
     )
-    completion = add("completion", _COMPLETION, "shell completion, for bash or zsh")
+    completion = add("completion", "shell completion, for bash or zsh")
     completion.add_argument("shell", choices=("bash", "zsh"))
-    tiny = add("make-tiny-model", _TINY, "write a small random DiffusionGemma, in the Hub's format")
+    tiny = add("make-tiny-model", "write a small random DiffusionGemma, in the Hub's format")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     return parser
 
@@ -408,6 +219,11 @@ def parse_gigabytes(text: str) -> float:
     if found is None:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected gigabytes: 80GB, or 80GiB")
     return float(found[1]) * (2**30 / 1e9 if (found[2] or "").lower() == "gib" else 1)
+
+
+def _epilog(name: str) -> str:
+    """Return what the help of a command says after its options."""
+    return (_HELP / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def _recipe_options() -> argparse.ArgumentParser:
@@ -510,7 +326,7 @@ def _add_runs_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="rm", title="actions")
     removing = actions.add_parser(
         "rm",
-        epilog=_REMOVE,
+        epilog=_epilog("runs-rm"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="remove runs to free space",
     )

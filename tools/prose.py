@@ -412,7 +412,7 @@ _READERS: tuple[tuple[str, Callable[[str], str]], ...] = (
     (r".*\.ya?ml|(?:.*/)?\.(?:helm|docker|git)ignore", _yaml),
     (r".*\.schema\.json", _schema),
     (r".*\.(?:js|css)", _script),
-    (r".*\.(?:jinja|html)|(?:.*/)?NOTES\.txt", _markup),
+    (r".*\.(?:jinja|html)|(?:.*/)?(?:NOTES|help/.*)\.txt", _markup),
     (
         r"(?:.*/)?(?:Makefile|[\w.-]*Dockerfile|CODEOWNERS|\.ci/run)|.*\.(?:sh|toml|in)",
         _hash_comments,

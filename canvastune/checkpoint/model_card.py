@@ -32,65 +32,6 @@ _FIRST_CARD = (
     _EVALUATION + "\n\n" + _NOT_EVALUATED + " The run's report has the figures, once it is there."
 )
 
-_LOAD_MODEL = """```python
-from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
-
-folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype="auto")
-question = [{"role": "user", "content": "..."}]
-prompt = tokenizer.apply_chat_template(
-    question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-).to(model.device)
-answer = model.generate(**prompt).sequences[0, prompt["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```
-
-`generation_config.json` holds the settings of the sampler.
-
-## Serve
-
-`canvastune serve DIR --backend vllm` (or `sglang`, `mlx`, `transformers`) checks this folder
-against what a server needs and prints the server's command. `sglang.yaml` holds the sampler's
-settings for SGLang, which does not read `generation_config.json`."""
-
-_LOAD_ADAPTER = """```python
-from peft import PeftModel
-from transformers import DiffusionGemmaForBlockDiffusion
-
-base = DiffusionGemmaForBlockDiffusion.from_pretrained(BASE, dtype="auto")
-model = PeftModel.from_pretrained(base, ".")  # this folder
-```
-
-The tokenizer is the base's.
-
-## Merge
-
-Do not call PEFT's `merge_and_unload()` on this adapter as it is: it **adds the update twice**. The
-model's encoder and decoder share their weights, PEFT wraps both of them, and merging adds the
-update to the shared weight once for each. Without merging, PEFT computes the right thing. Either of
-these merges correctly:
-
-- `canvastune merge ADAPTER --output DIR` (`pip install canvastune`) streams the base, adds the
-  update once, and verifies the result against base and adapter. `--base DIR` names the base's
-  folder, if it is elsewhere.
-- With PEFT only, and half of the scale for each of the two (only before merging, and only once):
-
-```python
-from peft.tuners.lora import LoraLayer
-
-for module in model.modules():
-    if isinstance(module, LoraLayer):
-        for name in module.scaling:
-            module.scaling[name] /= 2
-merged = model.merge_and_unload()
-```
-
-## Serve
-
-No server takes the adapter: they serve a merged model. `canvastune serve DIR` checks one and prints
-a server's command."""
-
 
 def write_model_card(
     folder: Path,
@@ -117,9 +58,9 @@ def write_model_card(
         _data(data),
         _FIRST_CARD,
         "## Load",
-        _LOAD_ADAPTER.replace("BASE", json.dumps(config.model.id), 1)
+        _usage("adapter").replace("BASE", json.dumps(config.model.id), 1)
         if kind == "adapter"
-        else _LOAD_MODEL,
+        else _usage("model"),
         "## License",
         _license(given, legal),
     ]
@@ -292,6 +233,11 @@ def _data(data: Mapping[str, Any] | None) -> str:
         for each in sources
     ]
     return f"{text}\n\n{_table(header, lines)}"
+
+
+def _usage(kind: str) -> str:
+    """Return how an adapter or a model is loaded and served, as Markdown."""
+    return Path(__file__).with_name(f"use_{kind}.md").read_text(encoding="utf-8").rstrip("\n")
 
 
 def _license(given: Mapping[str, Any], legal: Sequence[str]) -> str:

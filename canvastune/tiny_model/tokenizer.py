@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canvastune.tiny_model.word_problems import NAMES, THINGS
@@ -74,146 +75,7 @@ _TOOL_TOKENS = (
 # Like the released template: roles on a separate line, the assistant is `model`, surrounding
 # whitespace is dropped, tools are declared in the system turn, thinking is a channel before the
 # answer, calls and their responses are in the model's turn.
-_CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-    {%- if content is string -%}
-        {{- content | trim -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part['type'] == 'text' -%}
-                {{- part['text'] | trim -}}
-            {%- elif part['type'] == 'image' -%}
-                {{- '<|image|>' -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro value(item) -%}
-    {%- if item is none -%}
-        null
-    {%- elif item is string -%}
-        {{- '<|"|>' + item + '<|"|>' -}}
-    {%- elif item is boolean -%}
-        {{- item | string | lower -}}
-    {%- elif item is mapping -%}
-        {{- '{' -}}
-        {%- for key, inner in item | dictsort -%}
-            {{- ',' if not loop.first -}}{{- key -}}:{{- value(inner) -}}
-        {%- endfor -%}
-        {{- '}' -}}
-    {%- elif item is sequence -%}
-        {{- '[' -}}
-        {%- for inner in item -%}{{- ',' if not loop.first -}}{{- value(inner) -}}{%- endfor -%}
-        {{- ']' -}}
-    {%- else -%}
-        {{- item -}}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro schema(item) -%}
-    {{- '{' -}}
-    {%- for key, inner in item | dictsort if key != 'type' -%}
-        {{- key -}}:
-        {%- if key == 'properties' -%}
-            {{- '{' -}}
-            {%- for name, property in inner | dictsort -%}
-                {{- ',' if not loop.first -}}{{- name -}}:{{- schema(property) -}}
-            {%- endfor -%}
-            {{- '}' -}}
-        {%- else -%}
-            {{- value(inner) -}}
-        {%- endif -%}
-        {{- ',' -}}
-    {%- endfor -%}
-    {{- 'type:<|"|>' + item['type'] | upper + '<|"|>}' -}}
-{%- endmacro -%}
-{%- macro declaration(tool) -%}
-    {%- set function = tool['function'] -%}
-    {{- '<|tool>declaration:' + function['name'] + '{description:' -}}
-    {{- value(function['description'] | default('')) -}}
-    {%- if function['parameters'] -%}
-        {{- ',parameters:' -}}{{- schema(function['parameters']) -}}
-    {%- endif -%}
-    {{- '}<tool|>' -}}
-{%- endmacro -%}
-{%- set thinks = enable_thinking is defined and enable_thinking -%}
-{#- Rows without tools and thinking, the most, are rendered with no more work than they need: in the
-    `else` of a loop over the messages that are not plain. -#}
-{%- for any in (messages[:1] if tools or thinks else messages) if tools or thinks or any | length > 2 -%}
-{%- if loop.first -%}
-{%- set state = namespace(open=false, calls=[]) -%}
-{{- bos_token -}}
-{%- set system = messages[0]['role'] == 'system' -%}
-{%- if system or tools or thinks -%}
-    {{- '<|turn>system\\n' -}}
-    {{- '<|think|>\\n' if thinks -}}
-    {{- text(messages[0]['content']) if system -}}
-    {%- for tool in tools or [] -%}
-        {{- declaration(tool) -}}
-    {%- endfor -%}
-    {{- '<turn|>\\n' -}}
-{%- endif -%}
-{%- for message in messages[1 if system else 0:] -%}
-    {%- set role = message['role'] -%}
-    {%- set content = message['content'] -%}
-    {%- if role == 'tool' -%}
-        {%- for call in state.calls if call['id'] == message['tool_call_id'] -%}
-            {{- '<|tool_response>response:' + call['function']['name'] + '{value:' -}}
-        {%- endfor -%}
-        {{- '<|"|>' + content + '<|"|>' if content is string else value(content) -}}
-        {{- '}<tool_response|>' -}}
-    {%- else -%}
-        {%- if role != 'assistant' -%}
-            {{- '<|turn>' + role + '\\n' -}}
-        {%- elif not state.open -%}
-            {{- '<|turn>model\\n' -}}
-        {%- endif -%}
-        {%- if 'reasoning' in message and message['reasoning'] -%}
-            {%- set rest = messages[loop.index0 + (1 if system else 0):] -%}
-            {%- if 'user' not in rest | map(attribute='role') | list -%}
-                {{- '<|channel>thought\\n' + message['reasoning'] | trim + '\\n<channel|>' -}}
-            {%- endif -%}
-        {%- endif -%}
-        {%- if 'tool_calls' in message and message['tool_calls'] -%}
-            {%- for call in message['tool_calls'] -%}
-                {{- '<|tool_call>call:' + call['function']['name'] -}}
-                {{- value(call['function']['arguments']) + '<tool_call|>' -}}
-            {%- endfor -%}
-            {{- content | trim if content is string else text(content) -}}
-            {%- set state.open = true -%}
-            {%- set state.calls = message['tool_calls'] -%}
-            {%- if loop.last or loop.nextitem['role'] != 'tool' -%}
-                {{- '<|tool_response>' -}}
-            {%- endif -%}
-        {%- else -%}
-            {{- content | trim if content is string else text(content) -}}
-            {%- set state.open = false -%}
-            {{- '<turn|>\\n' -}}
-        {%- endif -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {%- if not state.open -%}
-        {{- '<|turn>model\\n' -}}
-    {%- elif thinks and messages[-1]['role'] == 'tool' -%}
-        {{- '<|channel>thought\\n' -}}
-    {%- endif -%}
-{%- endif -%}
-{%- endif -%}
-{%- else -%}
-    {{- bos_token -}}
-    {%- for message in messages -%}
-        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-        {{- '<|turn>' + role + '\\n' -}}
-        {%- if message['content'] is string -%}
-            {{- message['content'] | trim -}}
-        {%- else -%}
-            {{- text(message['content']) -}}
-        {%- endif -%}
-        {{- '<turn|>\\n' -}}
-    {%- endfor -%}
-    {{- '<|turn>model\\n' if add_generation_prompt -}}
-{%- endfor -%}
-"""
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def make_tokenizer() -> GemmaTokenizer:
@@ -304,5 +166,5 @@ def _build_tokenizer(
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = _CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
