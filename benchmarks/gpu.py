@@ -8,11 +8,12 @@ weights that are made in memory.
   finite, and the peak memory within
   10% of the plan.
 - Sequences of 512 to 4,096 tokens (`benchmarks/gpu_steps.py`): seconds, tokens/s, memory and
-  utilization of our step, with both kinds
-  of attention, and of the plain one; the five largest costs of ours.
+  utilization of our step, with both kinds of attention and without Triton kernels, and of the plain
+  one, whose loss and gradients theirs must be; the backends of attention by the selector, by the
+  profiler and by tools/attention_backends.py; the five largest costs of ours.
 
-Writes benchmarks/results/gpu.json; `--small` tries the same on a small model (for a CPU), and
-writes nothing.
+Writes benchmarks/results/gpu.json, a part as soon as it is measured; `--small` tries the same on a
+small model (for a CPU), and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -49,6 +52,7 @@ from canvastune.training.trainer import Trainer
 
 STEPS, WARM_UP, ROWS = 20, 5, 64
 NEAR = 0.1  # how far the plan's memory may be off
+LOSS_NEAR, GRADIENT_NEAR = 1e-2, 0.1  # how far ours may be from the plain step's, in bfloat16
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,23 +78,29 @@ def main(arguments: list[str] | None = None) -> int:
     memory = torch.cuda.mem_get_info()[1] if cuda else 12 * 10**9
     result: dict[str, Any] = {"cuda": torch.version.cuda, "memory_bytes": memory}
     with tempfile.TemporaryDirectory() as scratch:
-        result["steps"] = measured_steps(
-            Path(scratch) / "steps", device, memory, small=options.small
+
+        def keep(part: str, found: dict[str, Any]) -> None:
+            result[part] = found
+            if kept:
+                write_result("gpu", result)  # what follows may take the process with it
+
+        steps = measured_steps(
+            Path(scratch) / "steps",
+            device,
+            memory,
+            small=options.small,
+            keep=partial(keep, "steps"),
         )
-        rate = result["steps"]["matmul_flops_per_second"]
-        if kept:
-            write_result("gpu", result)  # what follows may take the process with it
-        result["runs"] = trained(
+        trained(
             Path(scratch),
             device,
             memory,
             small=options.small,
             seq_length=options.seq_length,
-            rate=rate,
+            rate=steps["matmul_flops_per_second"],
+            keep=partial(keep, "runs"),
         )
     print(json.dumps(result, indent=2))
-    if kept:
-        write_result("gpu", result)
     missed = list(shortcomings(result, goals=kept))
     for line in missed:
         say("gpu", line)
@@ -100,30 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
 def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
     """List what failed and, with `goals`, what missed them."""
     for row in result["steps"]["lengths"]:
-        broken = (
-            name
-            for name, side in row["sides"].items()
-            if not side.get("failed", "out of memory").startswith("out of memory")
-        )
-        yield from (f"S {row['seq_length']}: {name} failed" for name in broken)
-        for call in (row["attention"] or ()) if goals else ():
-            taken = f"attention of {call['query']} on {call['key']} runs on {call['backend']}"
-            if call["backend"] == "math":
-                yield f"S {row['seq_length']}: {taken}, not on a fused kernel"
-            elif call["table"] not in (None, call["backend"]):
-                yield (
-                    f"S {row['seq_length']}: {taken}, tools/attention_backends.py says"
-                    f" {call['table']}"
-                )
+        found = [*_wrong_sides(row), *_wrong_attention(row, goals=goals)]
         best = max(
             (row["sides"][name].get("utilisation", 0.0) for name in OURS if name in row["sides"]),
             default=0.0,
         )
         if goals and best < EFFICIENT:
-            yield (
-                f"S {row['seq_length']}: {best:.0%} of the matmul rate at best, the goal is"
-                f" {EFFICIENT:.0%}"
-            )
+            found.append(f"{best:.0%} of the matmul rate at best, the goal is {EFFICIENT:.0%}")
+        yield from (f"S {row['seq_length']}: {line}" for line in found)
     for method, run in result["runs"].items():
         if not run["finite"]:
             yield f"{method}: a loss or a gradient norm is not finite"
@@ -134,8 +128,41 @@ def shortcomings(result: dict[str, Any], *, goals: bool) -> Iterator[str]:
             )
 
 
+def _wrong_sides(row: dict[str, Any]) -> Iterator[str]:
+    """List the steps that failed, or compute something else than the plain one."""
+    plain = row["sides"].get("chosen block", {}).get("loss")
+    for name, side in row["sides"].items():
+        if not side.get("failed", "out of memory").startswith("out of memory"):
+            yield f"{name} failed"
+        if plain is not None and not abs(side.get("loss", plain) / plain - 1) < LOSS_NEAR:
+            yield f"{name}: loss {side['loss']:.4f}, the plain step's is {plain:.4f}"
+        if not (apart := side.get("gradient_difference", 0.0)) < GRADIENT_NEAR:
+            yield f"{name}: gradients differ by {apart:.1e} of the plain step's"
+
+
+def _wrong_attention(row: dict[str, Any], *, goals: bool) -> Iterator[str]:
+    """List the calls that run on another backend than expected."""
+    chosen: Counter[str] = Counter()
+    for call in row["attention"] or ():
+        chosen[call["backend"]] += call["calls"]
+        taken = f"attention of {call['query']} on {call['key']} runs on {call['backend']}"
+        if goals and call["backend"] == "math":
+            yield f"{taken}, not on a fused kernel"
+        elif goals and call["table"] not in (None, call["backend"]):
+            yield f"{taken}, tools/attention_backends.py says {call['table']}"
+    if row["attention_seen"] not in (None, dict(chosen)):
+        yield f"the profiler sees attention on {row['attention_seen']}, chosen was {dict(chosen)}"
+
+
 def trained(
-    folder: Path, device: torch.device, memory: int, *, small: bool, seq_length: int, rate: float
+    folder: Path,
+    device: torch.device,
+    memory: int,
+    *,
+    small: bool,
+    seq_length: int,
+    rate: float,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run LoRA and full fine-tuning with the whole trainer, optimizer included, in a process group
     of one.
@@ -143,17 +170,19 @@ def trained(
     Args:
         memory: bytes of the device.
         rate: FLOP/s of the device in a large matmul.
+        keep: is given the result after each method.
     """
+    found: dict[str, Any] = {}
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
     try:
-        return {
-            method: _run(method, folder / method, device, memory, small, seq_length, rate)
-            for method in ("lora", "full")
-        }
+        for method in ("lora", "full"):
+            found[method] = _run(method, folder / method, device, memory, small, seq_length, rate)
+            keep(found)
     finally:
         dist.destroy_process_group()
+    return found
 
 
 def _run(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say
@@ -56,6 +58,11 @@ OURS = {
 }
 DEFAULT = "ours, checkpointed"
 PLAIN = {"chosen block": False, "all blocks": True}
+
+_OPERATOR = re.compile(
+    r"aten::_scaled_dot_product_"
+    r"(?:(flash|efficient|cudnn)_attention(?:_for_cpu)?|attention_(math))"
+)
 
 Sides = dict[str, Callable[[], torch.Tensor]]
 
@@ -117,8 +124,13 @@ def measured_steps(
     small: bool,
     dtype: torch.dtype = torch.bfloat16,
     rounds: int = 3,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure all lengths; see `Models` for the arguments."""
+    """Measure all lengths; see `Models` for the arguments.
+
+    Args:
+        keep: is given the result after each length: the time may be up before the next one.
+    """
     rate = matmul_rate(1024 if small else 8192, device=device, dtype=dtype)
     models = Models(folder, device, memory, dtype, small)
     layers = models.config.text_config.num_hidden_layers
@@ -127,32 +139,29 @@ def measured_steps(
         f"steps: {layers} layers, {str(dtype).removeprefix('torch.')} matmul at {rate / 1e12:.3g}"
         " TFLOP/s",
     )
-    rows = []
-    for length in SMALL_LENGTHS if small else LENGTHS:
-        rows.append(_of_length(models, length, rate, rounds))
-        say("gpu", described_row(rows[-1]))
     held = sum(
         2 * parameter.nbytes if parameter.requires_grad else parameter.nbytes
         for parameter in models.ours.parameters()
     )
-    return {
+    result: dict[str, Any] = {
         "layers": layers,
         "examples": EXAMPLES,
         "weights_and_gradients_bytes": held,
         "matmul_flops_per_second": rate,
-        "lengths": rows,
-        # of flex attention, whose kernels are compiled; lengths are bucketed so that they share some
-        "compiled_graphs": counters["stats"]["unique_graphs"],
+        "lengths": [],
     }
+    for length in SMALL_LENGTHS if small else LENGTHS:
+        result["lengths"].append(_of_length(models, length, rate, rounds))
+        say("gpu", described_row(result["lengths"][-1]))
+        # of flex attention, whose kernels are compiled; lengths are bucketed so that they share some
+        result["compiled_graphs"] = counters["stats"]["unique_graphs"]
+        keep(result)
+    return result
 
 
 def described_row(row: dict[str, Any]) -> str:
     """Return a length's figures as lines of text."""
-    apart = row["gradient_difference"]
-    lines = [
-        f"S {row['seq_length']}"
-        + (f", gradients differ by {apart:.1e}" if apart is not None else "")
-    ]
+    lines = [f"S {row['seq_length']}"]
     for name, side in row["sides"].items():
         if "failed" in side:
             lines.append(f"  {name:<26} {side['failed']}")
@@ -161,8 +170,10 @@ def described_row(row: dict[str, Any]) -> str:
             f"{side['seconds']:8.3f} s {side['tokens_per_second']:9.0f} tokens/s"
             f" {side['utilisation']:6.1%} utilization"
         )
+        apart = side.get("gradient_difference")
         lines.append(
             f"  {name:<26} {rates} {side['memory_bytes'] / 1e9:7.2f} GB above weights and gradients"
+            + (f", gradients differ by {apart:.1e}" if apart is not None else "")
         )
     return "\n".join([*lines, costs_table(row["profile"])] if row["profile"] else lines)
 
@@ -210,13 +221,15 @@ def _of_length(models: Models, length: int, rate: float, rounds: int) -> dict[st
         }
         for name in running
     }
+    for name in measured.keys() & OURS.keys() if "chosen block" in running else ():
+        measured[name]["gradient_difference"] = _difference(models, packed, running, name)
     return {
         "seq_length": length,
         "tokens": tokens,
         "flops_needed": needed,
         "sides": {name: measured.get(name) or {"failed": tried[name]} for name in sides},
-        "gradient_difference": _difference(models, packed, running),
         "attention": attention_calls(running[DEFAULT]) if DEFAULT in running else None,
+        "attention_seen": attention_seen(running[DEFAULT]) if DEFAULT in running else None,
         "profile": largest_costs(running[DEFAULT], models.device) if DEFAULT in running else None,
     }
 
@@ -294,16 +307,27 @@ def attention_calls(step: Callable[[], torch.Tensor]) -> list[dict[str, Any]]:
     ]
 
 
-def _difference(models: Models, packed: PackedBatch, running: Sides) -> float | None:
-    """|plain - ours| / |plain| over all gradients together: ours is taken off where the plain ones
-    stand. None: one of them cannot run.
+def attention_seen(step: Callable[[], torch.Tensor]) -> dict[str, int]:
+    """Return how often a step runs the operator of each of SDPA's backends, as the profiler sees
+    them.
     """
-    if not {"chosen block", DEFAULT} <= running.keys():
-        return None
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    seen: Counter[str] = Counter()
+    for event in found.key_averages():
+        if backend := _OPERATOR.fullmatch(event.key):
+            seen[backend[1] or backend[2]] += event.count
+    return dict(seen)
+
+
+def _difference(models: Models, packed: PackedBatch, running: Sides, name: str) -> float:
+    """|plain - ours| / |plain| over all gradients together: ours is taken off where the plain ones
+    stand.
+    """
     models.zero_gradients()
     running["chosen block"]()
     norm = models.gradient_norm()
-    our_step(models.ours, packed, *OURS[DEFAULT], sign=-1)
+    our_step(models.ours, packed, *OURS[name], sign=-1)
     return models.gradient_norm() / norm
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import statistics
 import sys
+from collections import Counter
 from typing import Any
 
 from benchmarks import blocks as several_blocks
@@ -271,15 +272,19 @@ def gpu_section(result: dict[str, Any]) -> str:
     rows = []
     for row in steps["lengths"]:
         for name, side in row["sides"].items():
+            apart = side.get("gradient_difference")
             figures = (
-                f"{side['failed']} | | | "
+                f"{side['failed']} | | | | "
                 if "failed" in side
                 else f"{side['seconds']:.3f} | {side['tokens_per_second']:,.0f} |"
-                f" {side['utilisation']:.0%} | {side['memory_bytes'] / 1e9:.2f}"
+                f" {side['utilisation']:.0%} | {side['memory_bytes'] / 1e9:.2f} |"
+                f" {'' if apart is None else f'{apart:.1e}'}"
             )
             rows.append(f"| {row['seq_length']:,} | {name} | {figures} |")
     kernels: dict[tuple[str, str], int] = {}
+    seen: Counter[str] = Counter()
     for row in steps["lengths"]:
+        seen.update(row["attention_seen"] or {})
         for call in row["attention"] or ():
             taken = call["backend"], call["table"] or "not known for this device"
             kernels[taken] = kernels.get(taken, 0) + call["calls"]
@@ -297,13 +302,15 @@ released model's size, bfloat16, forward and backward of {steps["examples"]} exa
 {steps["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s in a large matmul. Memory is in addition to weights and gradients.
 FlexAttention compiled {steps["compiled_graphs"]} graphs.
 
-| tokens of an example | step | seconds | tokens per second | utilization | memory, GB |
-|---|---|---|---|---|---|
+| tokens of an example | step | seconds | tokens per second | utilization | memory, GB | gradients, from *chosen block*'s |
+|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 | attention calls | kernel | by `tools/attention_backends.py` |
 |---|---|---|
 {chr(10).join(f"| {calls:,} | {taken} | {table} |" for (taken, table), calls in kernels.items())}
+
+By the profiler: {", ".join(f"{calls:,} {name}" for name, calls in sorted(seen.items()))}.
 
 The trainer, one example a step, optimizer included:
 
