@@ -34,7 +34,7 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
-# Triton builds the launcher of each kernel with the C compiler and Python's headers.
+# Triton builds its launcher of kernels with the C compiler and Python's headers.
 ARG TORCH=cuda
 # hadolint ignore=DL3008
 RUN if [ "${TORCH}" = cuda ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi

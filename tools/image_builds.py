@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.server
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +27,13 @@ _SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "prox
 
 class Refused(Exception):
     """This machine lacks something; what depends on it is skipped."""
+
+
+def default_base(dockerfile: Path) -> str:
+    """Return the base image that a Dockerfile names."""
+    found = re.search(r"^ARG BASE_IMAGE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 @contextlib.contextmanager
@@ -84,14 +92,16 @@ def running_engine(folder: Path) -> Iterator[None]:
             _succeeds("umount", f"{scratch}/exec/netns/default")  # left mounted by the engine
 
 
-def base_image() -> str:
-    """Return a base image with Python: pulled, or else built from Debian's packages."""
-    for image in (LOCAL_BASE, PULLED_BASE):
+def base_image(wanted: str = PULLED_BASE) -> str:
+    """Return a base image: the one that is wanted, or else one built from Debian's packages, with
+    Python.
+    """
+    for image in (wanted, LOCAL_BASE):
         if _succeeds("docker", "image", "inspect", image):
             return image
     with contextlib.suppress(subprocess.TimeoutExpired):
-        if _succeeds("docker", "pull", PULLED_BASE, timeout=120):
-            return PULLED_BASE
+        if _succeeds("docker", "pull", wanted, timeout=120):
+            return wanted
     if shutil.which("mmdebstrap") is None:
         _install("mmdebstrap")
     packages = "python3,python3-venv,ca-certificates"
@@ -100,22 +110,50 @@ def base_image() -> str:
         if not _succeeds(
             "mmdebstrap", "--variant=minbase", f"--include={packages}", "bookworm", tree
         ):
-            raise Refused(
-                f"{PULLED_BASE} cannot be pulled, and mmdebstrap reaches no Debian mirror"
-            )
+            raise Refused(f"{wanted} cannot be pulled, and mmdebstrap reaches no Debian mirror")
         subprocess.run(
             ["docker", "import", tree, LOCAL_BASE], check=True, stdout=subprocess.DEVNULL
         )
     return LOCAL_BASE
 
 
-@contextlib.contextmanager
-def builder(root: Path, base: str) -> Iterator[Callable[[str, str], None]]:
-    """Yield build(NAME, IMAGE), which builds docker/NAME.Dockerfile on the base, for the CPU.
+class Builder:
+    """Builds docker/NAME.Dockerfile with this machine's settings of pip.
 
-    pip uses this machine's settings in a build. They and the certificates are build secrets, and
-    local package folders are served over loopback HTTP, so that none of it is in the image.
+    They and the certificates are build secrets, and local package folders are served over loopback
+    HTTP, so that none of it is in the image.
     """
+
+    def __init__(self, root: Path, options: list[str], torch: dict[str, list[str]]) -> None:
+        self.root, self._options, self._torch = root, options, torch
+
+    def build(
+        self,
+        dockerfile: Path,
+        image: str,
+        base: str,
+        torch: str = "cpu",
+        arguments: Mapping[str, str] | None = None,
+    ) -> None:
+        """Build an image; `torch` is cpu or cuda, `arguments` are more of Docker's --build-arg."""
+        given = {"BASE_IMAGE": base, **(arguments or {})}
+        subprocess.run(
+            [
+                *("docker", "build", "--progress=plain", *self._options, *self._torch[torch]),
+                *(f"--build-arg={name}={value}" for name, value in given.items()),
+                *(f"--file={dockerfile}", f"--tag={image}", str(self.root)),
+            ],
+            env=os.environ | {"DOCKER_BUILDKIT": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+
+
+@contextlib.contextmanager
+def builder(root: Path) -> Iterator[Builder]:
+    """Yield a builder of the Dockerfiles, for as long as its package folders are served."""
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="canvastune-pip-")))
         settings = _pip_settings()
@@ -124,54 +162,39 @@ def builder(root: Path, base: str) -> Iterator[Callable[[str, str], None]]:
             or os.environ.get("SSL_CERT_FILE")
             or os.environ.get("REQUESTS_CA_BUNDLE")
         )
-        wheels = [
-            Path(_local_folder(place) or "") for place in settings.get("find-links", "").split()
+        of_cpu = [
+            place for place in settings.get("find-links", "").split() if _has_cpu_torch(place)
         ]
-        torch_here = any(folder.glob("torch-*+cpu-*.whl") for folder in wheels)
         served = {
-            key: " ".join(stack.enter_context(_serve(place)) for place in value.split())
-            for key, value in settings.items()
+            place: stack.enter_context(_serve(place))
+            for value in settings.values()
+            for place in value.split()
         }
-        lines = ["[global]", *(f"{key} = {value}" for key, value in served.items())]
-        secrets = []
-        if certificates:
-            lines.append("cert = /run/secrets/ca")
-            secrets += ["--secret", f"id=ca,src={certificates}"]
-        (scratch / "pip.conf").write_text("\n".join(lines) + "\n")
-        secrets += ["--secret", f"id=pip,src={scratch / 'pip.conf'}"]
-        options = [
-            "--network=host",
-            *secrets,
-            f"--build-arg=BASE_IMAGE={base}",
-            f"--build-arg=VERSION={__version__}",
-        ]
+        options = ["--network=host", f"--build-arg=VERSION={__version__}"]
         options += [
             f"--build-arg={name}"
             for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
             if name in os.environ
         ]
-        torch = ["--build-arg=TORCH=cpu", *(["--build-arg=TORCH_INDEX="] if torch_here else [])]
+        if certificates:
+            options += ["--secret", f"id=ca,src={certificates}"]
+        torch = {}
+        # 2.13.0+cpu is newer than 2.13.0, and would be taken for a build of CUDA.
+        for kind, without in {"cpu": [], "cuda": of_cpu}.items():
+            lines = ["[global]", *(["cert = /run/secrets/ca"] if certificates else [])]
+            for key, value in settings.items():
+                places = [served[place] for place in value.split() if place not in without]
+                lines += [f"{key} = {' '.join(places)}"] if places else []
+            (scratch / kind).write_text("\n".join(lines) + "\n")
+            torch[kind] = [f"--secret=id=pip,src={scratch / kind}", f"--build-arg=TORCH={kind}"]
+            if of_cpu or kind == "cuda":
+                torch[kind].append("--build-arg=TORCH_INDEX=")
+        yield Builder(root, options, torch)
 
-        def build(name: str, image: str) -> None:
-            command = [
-                "docker",
-                "build",
-                "--progress=plain",
-                *options,
-                *(torch if name != "mlflow" else []),
-            ]
-            command += [f"--file={root}/docker/{name}.Dockerfile", f"--tag={image}", str(root)]
-            environment = os.environ | {"DOCKER_BUILDKIT": "1"}
-            subprocess.run(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=True,
-            )
 
-        yield build
+def _has_cpu_torch(place: str) -> bool:
+    folder = _local_folder(place)
+    return folder is not None and any(Path(folder).glob("torch-*+cpu-*.whl"))
 
 
 def _pip_settings() -> dict[str, str]:

@@ -1,8 +1,11 @@
 """Build the images on a real Docker engine, and run MLflow, the trainer and the pipeline on them.
 
 `make test-images` runs this. It needs Docker, or root on Debian or Ubuntu to install it, and prints
-what it skips without either. It takes about eight minutes and 8 GB the first time. An engine that
+what it skips without either. It takes about TIME and DISK the first time. An engine that
 it started keeps its layers in build/test-images, for the next time.
+
+The trainer is built twice, with torch for the CPU and for CUDA. Without a GPU, the CUDA image
+proves that it can compile what a GPU would run, and refuses to train on the CPU by mistake.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +27,25 @@ from typing import Any
 
 from canvastune import __version__
 from tests.support.rendered_chart import installed, server
-from tools.image_builds import Refused, base_image, builder, running_engine
+from tools.image_builds import (
+    Builder,
+    Refused,
+    base_image,
+    builder,
+    default_base,
+    running_engine,
+)
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "test-images"
 IMAGES = {name: f"canvastune/{name}:{__version__}" for name in ("trainer", "pipeline", "mlflow")}
+CUDA_IMAGE = f"{IMAGES['trainer']}-cuda"
+CUDA_TESTS_IMAGE = f"{CUDA_IMAGE}-tests"
+# What is known of a GPU without one: docs/verification.md, "CUDA without a GPU".
+CUDA_TESTS = ("gpu_dry_run", "flex_attention", "fused", "triton_kernels", "devices")
+TEST_PACKAGES = ("pytest", "pytest-timeout")
 PORT = 15000  # MLflow's, on this machine's loopback
+POD_IP = "10.1.2.3"  # of the pod, by its downward API
 # As PodSecurity "restricted" and the chart; on the host's network: a sandbox may have no other.
 CONFINED = [
     *("--rm", "--network=host", "--read-only", "--tmpfs=/tmp:exec,mode=1777", "--shm-size=512m"),
@@ -132,6 +149,37 @@ def check_image(image: str, *, kfp: bool) -> None:
     )
 
 
+def check_compiler() -> None:
+    """Check that the CUDA image compiles Triton's launcher with its own compiler, confined."""
+    script = Path(__file__).with_name("image_compiler.py")
+    found = docker(
+        "run", *CONFINED, f"--volume={script}:/check.py:ro", CUDA_IMAGE, "python", "/check.py"
+    )
+    print(f"         {found.strip().splitlines()[-1]}")
+
+
+def check_static(builder: Builder) -> None:
+    """Run the tests of the CUDA path in the CUDA image, next to a C++ compiler and pytest."""
+    locked = (ROOT / "requirements-dev.txt").read_text()
+    packages = [
+        found[0]
+        for name in TEST_PACKAGES
+        if (found := re.search(rf"^{name}==\S+", locked, re.MULTILINE))
+    ]
+    dockerfile = ROOT / "tools" / "image_tests.Dockerfile"
+    arguments = {"PACKAGES": " ".join(packages)}
+    builder.build(dockerfile, CUDA_TESTS_IMAGE, CUDA_IMAGE, "cuda", arguments)
+    tests = [f"tests/unit/test_{name}.py" for name in CUDA_TESTS]
+    said = docker(
+        "run",
+        *CONFINED,
+        *(f"--volume={ROOT}:/source:ro", "--workdir=/source", "--env=PYTHONPATH=/source"),
+        CUDA_TESTS_IMAGE,
+        *("python", "-m", "pytest", "-p", "no:cacheprovider", "-rs", *tests),
+    )
+    print(f"         {said.strip().splitlines()[-1]}")
+
+
 @contextlib.contextmanager
 def mlflow_server(workspace: Path) -> Iterator[None]:
     """Run the containers of MLflow's pod as the chart renders them, except for the port.
@@ -172,7 +220,12 @@ def _run_arguments(container: dict[str, Any], workspace: Path) -> list[str]:
     """Return the arguments of `docker run` for a pod's container: volume, environment, image,
     command.
     """
-    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    fields = {"status.podIP": POD_IP}
+    environment = {
+        variable["name"]: variable.get("value")
+        or fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        for variable in container["env"]
+    }
     words = [*container["command"], *container.get("args", [])]
     for name, value in environment.items():
         words = [word.replace(f"$({name})", value) for word in words]
@@ -196,18 +249,18 @@ def status(host: str, path: str = "/health") -> int:
 
 
 def check_hosts() -> None:
-    """Check that the API accepts only the Service's names, and /health also the pod's address
-    (kubelet).
+    """Check that the API accepts only the Service's names and the pod's address, which kubelet's
+    probes use.
     """
     search = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
     service = "canvastune-mlflow.team-a.svc.cluster.local:5000"
     found = {
         host: (status(host), status(host, search))
-        for host in (service, "evil.example", "10.1.2.3:5000")
+        for host in (service, "evil.example", f"{POD_IP}:5000")
     }
     assert found[service] == (200, 200), found
     assert found["evil.example"][1] == 403, found
-    assert found["10.1.2.3:5000"][0] == 200, f"a kubelet's probe is refused: {found}"
+    assert found[f"{POD_IP}:5000"][0] == 200, f"a kubelet's probe is refused: {found}"
 
 
 def check_page(scratch: Path) -> None:
@@ -254,8 +307,9 @@ def prepare(workspace: Path) -> None:
     (workspace / "recipe.yaml").write_text(RECIPE)
 
 
-def check_training(workspace: Path) -> None:
-    """Check that the trainer image trains as a training pod does, on two ranks."""
+def check_training(workspace: Path, image: str) -> None:
+    """Check that a trainer image trains as a training pod does, on two ranks on the CPU."""
+    trained = f"trained-{image.rpartition(':')[2]}"
     train = [
         "torchrun",
         "--standalone",
@@ -271,12 +325,12 @@ def check_training(workspace: Path) -> None:
         *CONFINED,
         *offline,
         f"--volume={workspace}:/workspace",
-        IMAGES["trainer"],
+        image,
         *train,
         "--output",
-        "/workspace/trained",
+        f"/workspace/{trained}",
     )
-    assert any((workspace / "trained").rglob("adapter_model.safetensors")), "no adapter"
+    assert any((workspace / trained).rglob("adapter_model.safetensors")), "no adapter"
 
 
 def run_pipeline(workspace: Path) -> None:
@@ -338,22 +392,41 @@ def main() -> int:
         try:
             stack.enter_context(running_engine(CACHE))
             base = base_image()
-            build = stack.enter_context(builder(ROOT, base))
+            images = stack.enter_context(builder(ROOT))
         except Refused as error:
             print(f"SKIPPED  everything: {error}\n0 passed, 0 failed, 1 skipped")
             return 0
         for name, image in IMAGES.items():
+            dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
             with report.claim(f"docker/{name}.Dockerfile builds"):
-                build(name, image)
+                images.build(dockerfile, image, base)
             with report.claim(
                 f"{name}: non-root, labeled, with an SBOM, kfp only in the pipeline image, "
                 "nothing of this machine"
             ):
                 check_image(image, kfp=name == "pipeline")
+        trainer = ROOT / "docker" / "trainer.Dockerfile"
+        cuda_base = base_image(default_base(trainer))
+        with report.claim("docker/trainer.Dockerfile builds with torch for CUDA"):
+            images.build(trainer, CUDA_IMAGE, cuda_base, "cuda")
+        with report.claim("that build is on the base image that the Dockerfile names"):
+            if cuda_base != default_base(trainer):
+                raise Refused(
+                    f"{default_base(trainer)} cannot be pulled, {cuda_base} took its place"
+                )
+        with report.claim(
+            "the CUDA image: non-root, labeled, with an SBOM, nothing of this machine"
+        ):
+            check_image(CUDA_IMAGE, kfp=False)
+        with report.claim("Triton builds its launcher with the CUDA image's compiler, confined"):
+            check_compiler()
+        with report.claim("the tests of CUDA without a GPU pass in the CUDA image"):
+            check_static(images)
         with report.claim("the pipeline image creates a tiny model and rows"):
             prepare(workspace)
-        with report.claim("torchrun trains in the trainer image, confined"):
-            check_training(workspace)
+        for image in (IMAGES["trainer"], CUDA_IMAGE):
+            with report.claim(f"torchrun trains in {image}, on the CPU, confined"):
+                check_training(workspace, image)
         with contextlib.ExitStack() as serving:
             with report.claim(
                 "MLflow's pod runs from its image as in the chart: migration, server, read-only "
@@ -369,9 +442,7 @@ def main() -> int:
                 run_pipeline(workspace)
             with report.claim("a browser opens MLflow's page"):
                 check_page(workspace)
-    print("SKIPPED  the CUDA build of torch and its base image: this machine builds for the CPU")
-    print(f"{report.passed} passed, {report.failed} failed, {report.skipped + 1} skipped")
-    return int(report.failed > 0)
+    return report.end()
 
 
 if __name__ == "__main__":

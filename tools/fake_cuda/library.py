@@ -1,4 +1,6 @@
-"""The guard and the hooks of a CUDA build, which the CPU build of torch lacks. Imports no torch."""
+"""The guard and the hooks of CUDA, which the CPU build of torch lacks and those of a CUDA build find
+no device with. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,7 @@ namespace c10::impl {
 C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>)
 }
 namespace at {
-struct CUDAHooks final : CUDAHooksInterface {  // the name that torch looks for
-  explicit CUDAHooks(CUDAHooksArgs) {}
+struct FakeHooks final : CUDAHooksInterface {
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
@@ -34,7 +35,10 @@ struct CUDAHooks final : CUDAHooksInterface {  // the name that torch looks for
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   int getNumGPUs() const override { return 8; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CREATOR_WITH_PRIORITY(
+    CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, [](CUDAHooksArgs) {
+      return std::unique_ptr<CUDAHooksInterface>(new FakeHooks);
+    })
 }
 """
 GPUS = 8
@@ -47,8 +51,7 @@ def missing() -> str | None:
         return "torch is not installed"
     if shutil.which("g++") is None:
         return "g++ is not installed"
-    version = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    return None if "cuda: Optional[str] = None" in version else "torch is a CUDA build"
+    return None
 
 
 def load_library() -> None:
@@ -73,6 +76,8 @@ def load_library() -> None:
             libraries = folder / "lib"
             command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{folder / 'include'}"]
             command += [str(source), "-o", str(built), f"-L{libraries}", "-lc10", "-ltorch_cpu"]
+            if (libraries / "libtorch_cuda.so").exists():  # which registers its own first
+                command += ["-Wl,--no-as-needed", "-lc10_cuda", "-ltorch_cuda"]
             subprocess.run([*command, f"-Wl,-rpath,{libraries}"], check=True)
             built.replace(library)
     ctypes.CDLL(str(library))
