@@ -36,6 +36,10 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=ca python3 -m venv /bom \
     && /bom/bin/cyclonedx-py environment --output-file /sbom.cdx.json /opt/venv
 
 FROM installed
+# Triton builds its launcher of kernels with the C compiler and Python's headers.
+ARG TORCH=cpu
+# hadolint ignore=DL3008
+RUN if [ "${TORCH}" = cuda ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
 # Any user ID works, and a read-only root with a writable /tmp. Weights from the Hub are stored on the workspace, where the
 # training pods look for them too.

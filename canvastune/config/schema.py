@@ -154,8 +154,9 @@ class TrainConfig(StrictModel):
     )
     triton_kernels: ChangeableOnResume[bool] = Field(
         True,
-        description="on CUDA, where a C compiler is installed: norms, rotations, gates and routing "
-        "in Triton kernels, which take a third of the launches; false: PyTorch's operators",
+        description="on CUDA, where a C compiler and Python's headers are installed: norms, "
+        "rotations, gates and routing in Triton kernels, which take a third of the launches; "
+        "false: PyTorch's operators",
     )
     activation_checkpointing: ChangeableOnResume[Checkpointing] = Field(
         True,

@@ -14,6 +14,8 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +40,14 @@ def available(x: torch.Tensor) -> bool:
 
 @functools.cache
 def _can_compile() -> bool:
-    """Return whether Triton is installed, and the C compiler that builds its launchers."""
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    found = any(name and shutil.which(name) for name in compilers)
+    """Return whether Triton is installed, and what it builds its launcher with: a C compiler and
+    Python's headers, where it looks for them.
+    """
+    chosen = os.environ.get("CC")
+    compilers = ("gcc", "clang") if chosen is None else (chosen,)
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as it does
+    headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    found = any(map(shutil.which, compilers)) and headers.is_file()
     return found and importlib.util.find_spec("triton") is not None
 
 

@@ -88,6 +88,13 @@ def test_dependencies_come_before_the_code_and_from_the_lock_file(name: str) -> 
         )
 
 
+@pytest.mark.parametrize("name", ["trainer", "pipeline"])
+def test_an_image_for_cuda_has_what_triton_builds_its_launcher_with(name: str) -> None:
+    final = _text(name).rpartition("\nFROM ")[2]
+    (line,) = re.findall(r'RUN if \[ "\$\{TORCH\}" = cuda \]; then .*', final)
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(line.split())
+
+
 def test_training_pods_have_no_kubeflow() -> None:
     assert not {"kfp", "kubernetes"} & set(_locked("trainer"))
     assert {"kfp", "kfp-kubernetes", "kubernetes"} <= set(_locked("pipeline"))

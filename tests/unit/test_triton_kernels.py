@@ -3,6 +3,7 @@ and compiled for an H100 without one."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -142,11 +143,25 @@ def test_a_gate_equals_the_plain_one(whole: bool) -> None:
 
 
 def test_no_kernel_is_launched_where_triton_cannot_build_its_launcher(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def can_compile() -> bool:
+        kernels._can_compile.cache_clear()
+        return kernels._can_compile()
+
     assert not kernels.available(torch.empty(1))
-    monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    kernels._can_compile.cache_clear()
-    assert not kernels._can_compile()
+    include = tmp_path / "include"
+    include.mkdir()
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(include)})
+    (tmp_path / "gcc").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not can_compile(), "Python's headers are missing"
+    (include / "Python.h").touch()
+    assert can_compile() == (importlib.util.find_spec("triton") is not None)
+    monkeypatch.setenv("CC", "missing")
+    assert not can_compile(), "Triton takes only CC, where it is set"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not can_compile()
     kernels._can_compile.cache_clear()
