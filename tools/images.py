@@ -1,8 +1,8 @@
 """Build the images on a real Docker engine, and run MLflow, the trainer and the pipeline on them.
 
 `make test-images` runs this. It needs Docker, or root on Debian or Ubuntu to install it, and prints
-what it skips without either. It takes about TIME and DISK the first time. An engine that
-it started keeps its layers in build/test-images, for the next time.
+what it skips without either. It takes about 25 minutes and 20 GB the first time. An engine that it
+started keeps its layers in build/test-images, for the next time.
 
 The trainer is built twice, with torch for the CPU and for CUDA. Without a GPU, the CUDA image
 proves that it can compile what a GPU would run, and refuses to train on the CPU by mistake.
@@ -193,7 +193,7 @@ def mlflow_server(workspace: Path) -> Iterator[None]:
     ), "differs from CONFINED"
     (workspace / "mlflow").mkdir(mode=0o777)
     for container in pod["initContainers"]:
-        docker("run", *CONFINED, *_run_arguments(container, workspace))
+        docker("run", *CONFINED, *run_arguments(container, workspace))
     (container,) = pod["containers"]
     moved = {"--port=5000": f"--port={PORT}", "--host=0.0.0.0": "--host=127.0.0.1"}
     container = container | {
@@ -201,9 +201,7 @@ def mlflow_server(workspace: Path) -> Iterator[None]:
     }
     name = "canvastune-test-mlflow"
     docker("rm", "--force", name, check=False)
-    docker(
-        "run", "--detach", f"--name={name}", *CONFINED[1:], *_run_arguments(container, workspace)
-    )
+    docker("run", "--detach", f"--name={name}", *CONFINED[1:], *run_arguments(container, workspace))
     try:
         deadline = time.monotonic() + 120
         while status("127.0.0.1") != 200:
@@ -216,7 +214,7 @@ def mlflow_server(workspace: Path) -> Iterator[None]:
         docker("rm", "--force", name, check=False)
 
 
-def _run_arguments(container: dict[str, Any], workspace: Path) -> list[str]:
+def run_arguments(container: dict[str, Any], workspace: Path) -> list[str]:
     """Return the arguments of `docker run` for a pod's container: volume, environment, image,
     command.
     """

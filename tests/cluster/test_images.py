@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 
 from canvastune import __version__
 from components.decorator import IMAGE
+from tests.support.rendered_chart import installed, server
+from tools.images import IMAGES, run_arguments
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -167,3 +169,11 @@ def test_a_build_sees_the_code_and_nothing_else() -> None:
 
 def test_the_pipelines_image_is_the_one_that_is_built() -> None:
     assert f"canvastune/pipeline:{__version__}" == IMAGE
+
+
+def test_every_container_of_mlflows_pod_can_be_run_by_docker(tmp_path: Path) -> None:
+    pod = server(installed("default"))
+    for container in (*pod["initContainers"], *pod["containers"]):
+        words = run_arguments(container, tmp_path)
+        assert IMAGES["mlflow"] in words
+        assert not [word for word in words if "$(" in word], "a variable that the test has not"
