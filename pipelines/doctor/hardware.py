@@ -17,7 +17,7 @@ from canvastune.io.byte_size import format_bytes
 from canvastune.planner.plan import Plan, refuse_if_too_big
 from canvastune.planner.planner import find_architecture, make_plan
 from pipelines.doctor.finding import Finding
-from pipelines.doctor.machine import cores, host_memory, hub_cache
+from pipelines.doctor.machine import host_memory, hub_cache, usable_cpus
 
 _WEIGHT_BYTES = 2  # of a stored weight: checkpoints are in bfloat16
 _CLOSE = 0.97  # a GPU reports a little less memory than its datasheet's
@@ -80,7 +80,7 @@ def check_hardware(
 
 
 def _check_processor(config: RunConfig, plan: Plan, memory: float) -> Finding:
-    processes, own = config.world_size, cores()
+    processes, own = config.world_size, usable_cpus()
     needed = processes * plan.needed_bytes
     found = (
         f"{processes} processes on {own} cores, {format_bytes(needed)} of {format_bytes(memory)}"

@@ -176,7 +176,7 @@ def _reinstall_command() -> str:
 
 def check_memory() -> Iterator[Finding]:
     """Check the memory and CPU cores that this process may use."""
-    total, own = host_memory(), cores()
+    total, own = host_memory(), usable_cpus()
     found = f"{total / _GB:.0f} GB of memory, {own} cores"
     if total < _MIN_MEMORY or own < 2:
         yield Finding(
@@ -198,7 +198,7 @@ def host_memory() -> int:
     return total
 
 
-def cores() -> int:
+def usable_cpus() -> int:
     """Return the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

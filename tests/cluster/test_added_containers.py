@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_failed_init_container_is_named_with_its_own_last_lines(cluster: Clust
     cluster.at(2, _init, cluster, {"running": {}})
     cluster.at(9, ends)
     error = cluster.fails()
-    assert "its container init-pytorch exited with code 2" in error
+    assert re.search(r"\binit-pytorch\b.* 2\b", error)
     assert "can't resolve the first pod" in error
     assert "another container" not in error
 
@@ -98,4 +99,4 @@ def test_a_sidecar_that_is_stopped_is_not_why_the_job_failed(cluster: Cluster) -
     cluster.at(9, cluster.operator.running)
     cluster.at(20, ends)
     error = cluster.fails()
-    assert "exited with code 1 " in error.splitlines()[0]
+    assert re.search(r"\bcode 1\b", error.splitlines()[0])

