@@ -51,7 +51,7 @@ from canvastune.distributed.parallelize import local_tensor, shard_model
 from canvastune.model.attention import Packing
 from canvastune.model.attention_calls import CanvasCall
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import training_draws
+from canvastune.noise import training_block_draws
 from canvastune.objective import losses
 
 MODEL = {"layers": 3, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 64}
@@ -354,15 +354,16 @@ def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:
         5, vocabulary, (length,), generator=torch.Generator().manual_seed(position)
     )
     example = Example(tokens, PREFIX, canvas, str(position))
-    draw = training_draws(
+    draw = training_block_draws(
         SEED,
         position,
+        1,
         blocks=example.blocks,
         canvas_length=canvas,
         vocab_size=vocabulary,
         min_corruption=0.001,
         self_conditioning_probability=1.0,
-    )
+    )[0]
     batch = pack(
         [example], [draw if drawn else dataclasses.replace(draw, block=example.blocks // 2)]
     )

@@ -34,7 +34,7 @@ from canvastune.config import parse_config
 from canvastune.data.packing import Example
 from canvastune.distributed.parallelize import local_tensor
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_draws
+from canvastune.noise import NoiseSample, training_block_draws
 
 MODEL = {"layers": 5, "hidden": 128, "experts": 16, "vocabulary": 8192, "canvas": 32}
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -154,15 +154,16 @@ def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
                 torch.cat([tokens, tokens.new_full((fill,), 1)]), length // 2, canvas, str(position)
             )
         )
-        draw = training_draws(
+        draw = training_block_draws(
             SEED,
             position,
+            1,
             blocks=examples[-1].blocks,
             canvas_length=canvas,
             vocab_size=MODEL["vocabulary"],
             min_corruption=0.001,
             self_conditioning_probability=1.0,
-        )
+        )[0]
         draws.append(dataclasses.replace(draw, dropout_key=None))
     return examples, draws
 

@@ -32,7 +32,7 @@ from canvastune.config import parse_config
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_draws
+from canvastune.noise import NoiseSample, training_block_draws
 from canvastune.objective import losses
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.flops import needed_flops
@@ -274,15 +274,16 @@ def made_examples(shape: Shape) -> tuple[list[Example], list[NoiseSample]]:
         tokens = torch.randint(5, vocabulary, (prefix + response,), generator=generator)
         tokens = torch.cat([tokens, tokens.new_full((-response % canvas,), 1)])
         example = Example(tokens, prefix, canvas, str(position))
-        draw = training_draws(
+        draw = training_block_draws(
             5,
             position,
+            1,
             blocks=example.blocks,
             canvas_length=canvas,
             vocab_size=vocabulary,
             min_corruption=0.001,
             self_conditioning_probability=0.5,
-        )
+        )[0]
         examples.append(example)
         draws.append(
             dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0)

@@ -29,32 +29,6 @@ class NoiseSample:
     order: int = 0  # how many blocks of the example were drawn before this one
 
 
-def training_draws(
-    seed: int,
-    position: int,
-    *,
-    blocks: int,
-    canvas_length: int,
-    vocab_size: int,
-    min_corruption: float,
-    self_conditioning_probability: float,
-) -> NoiseSample:
-    """Draw a block, and its noise, of the example at `position` of the global shuffled stream, the
-    same on any number of ranks.
-    """
-    (only,) = training_block_draws(
-        seed,
-        position,
-        1,
-        blocks=blocks,
-        canvas_length=canvas_length,
-        vocab_size=vocab_size,
-        min_corruption=min_corruption,
-        self_conditioning_probability=self_conditioning_probability,
-    )
-    return only
-
-
 def training_block_draws(
     seed: int,
     position: int,
@@ -93,7 +67,7 @@ def training_block_draws(
 
 
 def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
-    """Draw only `self_condition` of `training_draws`: ranks agree on the self-conditioning pass
+    """Draw only `self_condition` of `training_block_draws`: ranks agree on the self-conditioning pass
     without communication.
     """
     return bool(_draw_blocks(seed, position, 1, 1)[0][1] < probability)

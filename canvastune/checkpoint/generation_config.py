@@ -251,7 +251,7 @@ class _Reader:
         if not _is_number(bound) or bound <= 0:
             self._unused(
                 _SAMPLER,
-                f"expected an entropy_bound above 0; it is {self._default(defaults.entropy_bound)}",
+                f"expected an entropy_bound above 0; it is DiffusionGemma's own {defaults.entropy_bound}",
             )
             return defaults.entropy_bound
         name = value.get(_CLASS, EntropyBoundSamplerConfig.__name__)
@@ -270,7 +270,7 @@ class _Reader:
             self.usable.pop(key, None)
         self.remarks.append(
             f"{self.file}: t_min is {low} and t_max {high}: not used, expected t_min below t_max; "
-            f"they are {self._default(defaults.t_min)} and {defaults.t_max}"
+            f"they are DiffusionGemma's own {defaults.t_min} and {defaults.t_max}"
         )
         return defaults.t_min, defaults.t_max
 
@@ -282,11 +282,8 @@ class _Reader:
         if _is_number(value) and fits(value) and (kind is float or value == int(value)):
             self.usable[key] = kind(value)
             return kind(value)
-        self._unused(key, f"it is {self._default(default)}")
+        self._unused(key, f"it is DiffusionGemma's own {default}")
         return default
-
-    def _default(self, value: float) -> str:
-        return f"DiffusionGemma's own {value}"
 
     def _unused(self, key: str, instead: str) -> None:
         self.remarks.append(f"{self.file}: {key} is {self.found[key]!r}: not used; {instead}")

@@ -152,10 +152,6 @@ def read_json(text: str) -> str | None:
     return canonical_json(found) if isinstance(found, dict | list) else None
 
 
-def _compare_json(answer: str, expected: Any, _: str) -> Score:
-    return _exact(read_json(answer) == expected)
-
-
 def read_calls(text: str) -> list[str] | None:
     """Return a canonical form of the calls in a text, in any order; None if it calls nothing."""
     try:
@@ -163,10 +159,6 @@ def read_calls(text: str) -> list[str] | None:
     except (InvalidCall, ValueError):
         return None
     return sorted(canonical_json([name, arguments]) for name, arguments in calls) or None
-
-
-def _compare_calls(answer: str, expected: Any, _: str) -> Score:
-    return _exact(read_calls(answer) == expected)
 
 
 def _compare_chrf(answer: str, expected: Any, _: str) -> Score:
@@ -183,8 +175,8 @@ def _chrf() -> Any:
 _PLAIN: Mapping[str, tuple[Callable[[str], Any], Callable[[str, Any, str], Score | None]]] = {
     "number": (_read_number, _compare_numbers),
     "text": (_read_text, _compare_text),
-    "json": (read_json, _compare_json),
-    "tool_call": (read_calls, _compare_calls),
+    "json": (read_json, lambda answer, expected, _: _exact(read_json(answer) == expected)),
+    "tool_call": (read_calls, lambda answer, expected, _: _exact(read_calls(answer) == expected)),
     "chrf": (_read_text, _compare_chrf),
 }
 

@@ -122,15 +122,11 @@ class KubernetesClient:
 
     def job(self, name: str) -> Object | None:
         """Return the job; None if there is none of that name."""
-        call = partial(self._custom.get_namespaced_custom_object, *self._job_path, name)
-        return self._request("get", self._kind.plural, call, not_found=None)
+        return self._get(self._job_path, name)
 
     def jobs(self, labels: str) -> list[Object]:
         """Return the jobs that a label selector finds."""
-        call = partial(
-            self._custom.list_namespaced_custom_object, *self._job_path, label_selector=labels
-        )
-        return self._request("list", self._kind.plural, call)["items"]
+        return self._list(self._job_path, labels)
 
     def delete(self, name: str) -> None:
         """Start deleting a job; its name is free once its pods have exited."""
@@ -221,29 +217,23 @@ class KubernetesClient:
 
     def find(self, resource: str, name: str) -> Object | bool | None:
         """Return a claim, secret or training runtime; None if missing, True if unreadable."""
-        if resource == _RUNTIMES:
-            path = (*self._job_path[:3], resource, name)
-            call: Callable[..., Any] = partial(self._custom.get_namespaced_custom_object, *path)
-        else:
-            call = self._core(f"{resource}/{name}")
         try:
-            return self._request("get", resource, call, not_found=None)
+            if resource == _RUNTIMES:
+                return self._get((*self._job_path[:3], resource), name)
+            return self._request("get", resource, self._core(f"{resource}/{name}"), not_found=None)
         except Forbidden:
             return True
 
     def workflow(self, name: str) -> Object | None:
         """Return an Argo workflow; None if there is none."""
         group, version, plural = _WORKFLOWS
-        path = (group, version, self.namespace, plural, name)
-        call = partial(self._custom.get_namespaced_custom_object, *path)
-        return self._request("get", plural, call, not_found=None)
+        return self._get((group, version, self.namespace, plural), name)
 
     def workflows(self, labels: str) -> list[Object]:
         """Return the Argo workflows that a label selector finds."""
         group, version, plural = _WORKFLOWS
         path = (group, version, self.namespace, plural)
-        call = partial(self._custom.list_namespaced_custom_object, *path, label_selector=labels)
-        return list(self._request("list", plural, call, not_found={"items": []})["items"])
+        return self._list(path, labels, not_found={"items": []})
 
     def server_version(self) -> str:
         """Return the API server's version, such as v1.36.2."""
@@ -258,6 +248,14 @@ class KubernetesClient:
         return str((self._request("get", "version", call, not_found=None) or {}).get("gitVersion"))
 
     # --- requests
+
+    def _get(self, path: tuple[str, str, str, str], name: str) -> Object | None:
+        call = partial(self._custom.get_namespaced_custom_object, *path, name)
+        return self._request("get", path[-1], call, not_found=None)
+
+    def _list(self, path: tuple[str, str, str, str], labels: str, **defaults: Any) -> list[Object]:
+        call = partial(self._custom.list_namespaced_custom_object, *path, label_selector=labels)
+        return list(self._request("list", path[-1], call, **defaults)["items"])
 
     def _core(
         self, path: str, response: str = "object", **query: str | int | None

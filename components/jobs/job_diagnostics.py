@@ -167,7 +167,6 @@ def _explain(event: Object, config: RunConfig) -> PodBlocker:
             f"the namespace's quota refuses the pods of {what} ({cause})",
             f"Set {_joined(f'cluster.{key}' for key in keys)} "
             f"(chart: {_joined(f'training.{key}' for key in keys)}).",
-            permanent=True,
         )
     if match := _EXCEEDED.search(message):
         return _exceeded(what, match, cause, config)
@@ -214,7 +213,6 @@ def _exceeded(what: str, match: re.Match[str], cause: str, config: RunConfig) ->
             f"{pods} {'pod' if pods == 1 else 'pods'} exceeds its limit ({cause})",
             "Request less (cluster.nodes, parallel.nproc_per_node, cluster.resources, cluster.cpu, "
             "cluster.memory), or have the quota raised.",
-            permanent=True,
         )
     return PodBlocker(
         QUOTA,
@@ -299,7 +297,6 @@ def find_queue_blocker(
             QUEUE_REFUSES,
             f"Kueue's Workload {name} was deactivated in {where}{_why(workload, 'Evicted')}",
             "Start the run again once its cause is fixed, or set spec.active of the Workload.",
-            permanent=True,
         )
     checks = [
         f"admission check {check.get('name')} is {str(check.get('state', '')).lower()}"
@@ -316,7 +313,7 @@ def find_queue_blocker(
     message = f"queued in {where} since {since}: {' '.join(text.split())}"
     for pattern, hint in _QUEUE_REFUSALS:
         if pattern.search(f"{condition.get('reason', '')} {text}"):
-            return PodBlocker(QUEUE_REFUSES, message, hint, permanent=True)
+            return PodBlocker(QUEUE_REFUSES, message, hint)
     hint = f"Wait, or look at kubectl describe workload {name}."
     return PodBlocker(WAITING_IN_QUEUE, message, hint, permanent=False)
 
@@ -336,7 +333,6 @@ def _without_workload(
             "training.priorityClassName)."
             if missing
             else "Correct what the message names.",
-            permanent=True,
         )
     if not silent:
         return None

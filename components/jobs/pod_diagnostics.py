@@ -41,7 +41,7 @@ class PodBlocker(NamedTuple):
     reason: str
     message: str
     hint: str
-    permanent: bool  # only a person's change ends it
+    permanent: bool = True  # only a person's change ends it
 
 
 def find_blocker(pod: Object, events: list[Object], config: RunConfig) -> PodBlocker | None:
@@ -66,14 +66,12 @@ def _container_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBloc
                 if own
                 else f"pod {name} cannot pull the image {image} of {status['name']} ({message})",
                 "Check cluster.image and cluster.pull_secrets." if own else _ADDED,
-                permanent=True,
             )
         if reason in _CONFIG_REASONS:
             return PodBlocker(
                 CONTAINER_CONFIG_ERROR,
                 f"pod {name} cannot create its container {status['name']} ({message})",
                 "Create the missing object, or correct cluster.secret_env." if own else _ADDED,
-                permanent=True,
             )
         if reason == _CRASHES and not own:  # ours is restarted, and resumes
             return PodBlocker(
@@ -81,7 +79,6 @@ def _container_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBloc
                 f"pod {name} waits for its container {status['name']}, which fails again and again "
                 f"({message})",
                 f"Look at kubectl logs {name} -c {status['name']}. {_ADDED}",
-                permanent=True,
             )
     return None
 
@@ -105,7 +102,6 @@ def _scheduling_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBlo
             VOLUME_CLAIM_NOT_FOUND,
             f"pod {name} waits for a claim that does not exist ({message})",
             "Create the claim, or correct cluster.claim.",
-            permanent=True,
         )
     resources = {
         cluster.gpu_resource or "": config.parallel.nproc_per_node,

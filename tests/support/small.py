@@ -19,7 +19,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_block_draws, training_draws
+from canvastune.noise import NoiseSample, training_block_draws
 from canvastune.objective import losses
 
 ranks.preload(__name__)  # most tests that run on several ranks use it
@@ -142,15 +142,16 @@ def examples_and_blocks(count: int) -> tuple[list[Example], list[tuple[NoiseSamp
 
 def noise(position: int, blocks: int, seed: int = 5) -> NoiseSample:
     """The engine's draws with this model's sizes."""
-    return training_draws(
+    return training_block_draws(
         seed,
         position,
+        1,
         blocks=blocks,
         canvas_length=CANVAS,
         vocab_size=VOCABULARY,
         min_corruption=0.001,
         self_conditioning_probability=0.5,
-    )
+    )[0]
 
 
 def counts(

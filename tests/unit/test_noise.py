@@ -15,7 +15,6 @@ from canvastune.noise import (
     drawn_blocks,
     epoch_order,
     training_block_draws,
-    training_draws,
     validation_block_draws,
     validation_draws,
 )
@@ -25,15 +24,16 @@ SOME = 8_000
 
 
 def draw(position: int, seed: int = 7, blocks: int = BLOCKS, canvas: int = CANVAS) -> NoiseSample:
-    return training_draws(
+    return training_block_draws(
         seed,
         position,
+        1,
         blocks=blocks,
         canvas_length=canvas,
         vocab_size=VOCABULARY,
         min_corruption=0.001,
         self_conditioning_probability=0.5,
-    )
+    )[0]
 
 
 def draw_blocks(
