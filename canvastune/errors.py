@@ -29,17 +29,13 @@ class UserError(Exception):
 
 
 def format_error(error: UserError) -> str:
-    """Return the text that a command prints for an error: its message and, on a separate line, its
-    hint.
-    """
+    """Return what a command prints for an error: its message and, on another line, its hint."""
     hint = f"\n{_HINT_PREFIX}{error.hint}" if error.hint else ""
     return f"{ERROR_PREFIX}{error}{hint}"
 
 
 def parse_error(output: str) -> UserError | None:
-    """Find the last error that a command logged in its output, as text or as a JSON event; None if
-    there is none.
-    """
+    """Find the last error in a command's output, logged as text or as a JSON event, if any."""
     _, mark, text = output.rpartition(ERROR_PREFIX)
     if mark:
         message, _, hint = text.partition(f"\n{_HINT_PREFIX}")
@@ -53,9 +49,7 @@ def parse_error(output: str) -> UserError | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return a library's error text on one line, at most 300 characters; its type's name if it has
-    no text.
-    """
+    """Return a library's error on one line of at most 300 characters; without text, its type."""
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
 
 

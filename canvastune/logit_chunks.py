@@ -1,6 +1,4 @@
-"""How many logits are alive at once: losses and answers are computed in chunks of this size, and
-planned so.
-"""
+"""How many logits are alive at once: the chunks in which losses and answers are computed."""
 
 from __future__ import annotations
 

@@ -67,9 +67,7 @@ def training_block_draws(
 
 
 def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
-    """Draw only `self_condition` of `training_block_draws`: ranks agree on the self-conditioning pass
-    without communication.
-    """
+    """Draw only `self_condition`: ranks agree on the pass without communication."""
     return bool(_draw_blocks(seed, position, 1, 1)[0][1] < probability)
 
 

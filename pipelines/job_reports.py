@@ -1,6 +1,4 @@
-"""What a followed run waits for: the launchers' reports on its jobs, steps that do not start, and
-steps whose pods the API server refuses.
-"""
+"""What a followed run waits for: its jobs' reports, steps that do not start or have no pod."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The section `cluster`, and the Kubernetes value types that are checked before its API server sees
-them.
-"""
+"""The section `cluster`, and Kubernetes value types, checked before its API server sees them."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from canvastune.config.strict import InvalidSetting, StrictModel
 
 
 def matching(pattern: str, expected: str) -> AfterValidator:
-    """Return a validator that the whole text matches a pattern; `expected` describes it in the
-    error.
-    """
+    """Return a validator that a whole text matches a pattern, which `expected` describes."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -251,9 +247,7 @@ class PodSettings(StrictModel):
 
 
 class ClusterConfig(PodSettings):
-    """Where the training runs: in the pipeline step's own container, or as a job on Kubernetes. It
-    changes no weight.
-    """
+    """Where training runs: in the step's own container, or as a job. It changes no weight."""
 
     env: dict[EnvVarName, str] = Field(
         {}, description="variables of the training processes, such as NCCL_SOCKET_IFNAME"

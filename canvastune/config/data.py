@@ -150,9 +150,7 @@ class DataConfig(SourceFields):
 
     @property
     def validation_sources(self) -> tuple[MixtureSource, ...]:
-        """The data sets that all held-out examples come from; none: they are a fraction of
-        `sources`.
-        """
+        """The data sets of all held-out examples; none: they are a fraction of `sources`."""
         if self.validation is None:
             return ()
         if is_path(self.validation):

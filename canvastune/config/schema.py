@@ -235,9 +235,7 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """How the ranks share the work. world size = efsdp x ep; everything but the experts is sharded
-    over all ranks.
-    """
+    """How ranks share the work: world size = efsdp x ep; all but experts is sharded over all."""
 
     nproc_per_node: int = Field(
         8,
@@ -310,9 +308,7 @@ class JudgeModelConfig(StrictModel):
 
 
 class ForgettingConfig(SourceFields):
-    """Rows of another data set, which base and tuned model answer too: what tuning has cost. None
-    of them is trained on.
-    """
+    """Rows of another data set, never trained on, which both models answer: the cost of tuning."""
 
     source: str | None = Field(None, description="as `data.source`; default: none is answered")
     rows: int = Field(64, ge=1, description="number of rows to answer")

@@ -1,6 +1,4 @@
-"""The prepared data set as a trainer sees it: examples in a seeded global order, and the noise of
-each.
-"""
+"""The prepared data set as a trainer sees it: examples in a seeded global order, with noise."""
 
 from __future__ import annotations
 
@@ -95,9 +93,7 @@ class TrainingDataset:
         )
 
     def any_self_conditioned(self, parts: Iterable[Part]) -> bool:
-        """Return whether any block of these parts, those of other ranks included, is
-        self-conditioned.
-        """
+        """Return whether any block of these parts, of all ranks, is self-conditioned."""
         return any(coin for part in parts for _, coin in self._drawn(part.position)[part.blocks])
 
     def parts(self, positions: Iterable[int], most_blocks: int | None = None) -> list[Part]:

@@ -1,6 +1,4 @@
-"""Shard the model: one mesh (efsdp, ep), FSDP2 for everything, experts divided over ep; gradients
-are sums.
-"""
+"""Shard the model: mesh (efsdp, ep), FSDP2 for all, experts divided over ep; gradients are sums."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ from canvastune.model.moe import local_tensor
 
 
 def shard_model(model: WeightTiedDiffusionGemma, meshes: DeviceMeshes, config: RunConfig) -> None:
-    """Shard a meta-device model in place: experts over ep then efsdp, each layer and the root over
-    all ranks.
-    """
+    """Shard a meta-device model in place: experts over ep then efsdp, layers and root over all."""
     compute = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
     # cast_forward_inputs would round the routing weights.
     precision = MixedPrecisionPolicy(

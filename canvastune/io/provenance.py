@@ -31,9 +31,7 @@ def local_inputs(sources: Mapping[str, MixtureSource]) -> dict[str, Path]:
 def write_provenance(
     folder: Path, step: str, config: RunConfig, inputs: Mapping[str, Path]
 ) -> None:
-    """Write `config.yaml` and `provenance.json` into an output folder: config, versions, seed,
-    hashes of the inputs.
-    """
+    """Write `config.yaml` and `provenance.json`: config, versions, seed, hashes of the inputs."""
     write_config(config, folder / "config.yaml")
     record = {
         "step": step,

@@ -161,9 +161,7 @@ class ChatEncoder:
     def encode(
         self, conversations: Sequence[Conversation]
     ) -> list[EncodedConversation | InvalidRow]:
-        """Encode a batch; an InvalidRow with the reason takes the place of a conversation that
-        cannot be trained on.
-        """
+        """Encode a batch; an InvalidRow takes the place of what cannot be trained on."""
         texts = self._texts(conversations)
         good = [text for text in texts if not isinstance(text, InvalidRow)]
         prefixes = iter(self._tokenize([text.prefix for text in good]))

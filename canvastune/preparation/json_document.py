@@ -42,9 +42,7 @@ class _JsonText:
         self._at_end = False  # the window reaches the end of the text
 
     def peek(self) -> str:
-        """Return the next character that is not blank, without consuming it; empty at the end of
-        the text.
-        """
+        """Return the next character that is not blank, unconsumed; empty at the end of the text."""
         while True:
             self._at = _BLANKS.match(self._window, self._at).end()  # type: ignore[union-attr]  # matches nothing as well
             if self._at < len(self._window) or self._at_end:

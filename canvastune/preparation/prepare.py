@@ -269,9 +269,7 @@ def _batches(
 def _example(
     row: Row, conversation: Conversation, encoded: EncodedConversation, seq_length: int
 ) -> dict[str, Any] | None:
-    """Return the row of the prepared data set, cut to `seq_length` tokens; None if no response
-    token would be left.
-    """
+    """Return the prepared row, cut to `seq_length` tokens; None if no response token is left."""
     if encoded.prefix_length >= seq_length:
         return None
     return {

@@ -329,9 +329,7 @@ def _is_repository(folder: Path) -> bool:
 
 
 def _open_repository(config: SourceFields, location: str, path: Path | None, key: str) -> Source:
-    """Open a data set repository: `location` is a Hub id, or a local folder in the Hub's layout
-    (then `path` is set).
-    """
+    """Open a repository: `location` is a Hub id, or with `path` a folder in the Hub's layout."""
     what = " ".join(
         [f"{key}:", location, *([f"(config {config.config})"] if config.config else [])]
     )

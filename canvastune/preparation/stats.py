@@ -125,9 +125,7 @@ class DatasetStats:
         self.longest_prefix = max(self.longest_prefix, prefix)
 
     def keep(self, prefix: int, response: int, foreign: Sequence[str] = ()) -> None:
-        """Count a row that is kept, by its tokens before the cut, and the control tokens of other
-        models in it.
-        """
+        """Count a kept row: its tokens before the cut, and control tokens of other models in it."""
         self._count(prefix, response, 1)
         if foreign:
             self.foreign.update(foreign)

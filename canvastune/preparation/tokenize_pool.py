@@ -93,9 +93,7 @@ def _conversations_of(batch: Batch) -> list[Conversation]:
 
 
 def usable_cpus() -> int:
-    """Return the CPUs that this process may use, by its affinity and its container's limit; at most
-    8.
-    """
+    """Return the CPUs that this process may use by affinity and container limit; at most 8."""
     own = min(
         _MOST_PROCESSES,
         len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
@@ -106,9 +104,7 @@ def usable_cpus() -> int:
 
 
 class EncoderPool:
-    """Encoder processes, each used by two threads of this one in turn. All of them are stopped when
-    the block ends.
-    """
+    """Encoder processes, each used by two threads of this one; all stop when the block ends."""
 
     def __init__(
         self, encoder: ChatEncoder, count: int, process: Callable[[], EncoderProcess] | None = None
@@ -159,9 +155,7 @@ class EncoderPool:
 
 
 class EncoderProcess:
-    """Another process with an encoder. It exits with this one, even if this one is killed: its
-    input then ends.
-    """
+    """Another process with an encoder; it exits when its input ends, as when this one is killed."""
 
     def __init__(self) -> None:
         # No fork, since libraries have threads here, and not multiprocessing's spawn, which runs

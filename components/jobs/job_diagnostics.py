@@ -1,6 +1,4 @@
-"""Why a job has no pods: events on the job and on what lies between it and its pods, and its place
-in Kueue's queue.
-"""
+"""Why a job has no pods: events on it and on what owns its pods, and its place in Kueue's queue."""
 
 from __future__ import annotations
 
