@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from canvastune.errors import UserError
 from components.jobs.client import Clock, Forbidden, KubernetesClient, connect_to_cluster
+from components.jobs.job_diagnostics import read_refusals
 from components.jobs.log_stream import LogPosition
 from components.jobs.states import PYTORCHJOB, Object
 from components.versions import RESTRICTED_STEPS
@@ -23,40 +24,7 @@ _REPORT = re.compile(r"^(?:WARNING )?(.*\(reason=\w+\).*)$")
 _STARTING = ("ContainerCreating", "PodInitializing")
 # What Argo writes into the node of a step whose pod it could not create.
 _REFUSED = re.compile(r'"[^"]*" is (?:forbidden|invalid): |denied the request|calling webhook "')
-# The first one that matches explains the message.
-_SETTINGS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"must specify (?!.*\bmain\b).* for: ", re.DOTALL),
-        "Kubeflow's own containers have no requests and limits: add a LimitRange with defaults to "
-        "the namespace, or set them in Kubeflow's installation (executor.resources of "
-        "workflow-controller-configmap).",
-    ),
-    (
-        re.compile(r"must specify "),
-        "Set steps.resources (chart) and upload the pipeline again; for Kubeflow's own containers, "
-        "add a LimitRange with defaults to the namespace.",
-    ),
-    (
-        re.compile(r"exceeded quota"),
-        "Wait until others release what they use, request less (chart: steps.resources), or have "
-        "the quota raised.",
-    ),
-    (
-        re.compile(
-            r"(?:maximum|minimum) \S+ usage per|limit to request ratio|less than or equal to"
-        ),
-        "Keep steps.resources (chart) within the namespace's LimitRange: kubectl describe limitrange.",
-    ),
-    (
-        re.compile(r"violates PodSecurity"),
-        f"Use {RESTRICTED_STEPS.version} or newer of Kubeflow Pipelines, and upload the pipeline "
-        "again: steps then ask for what restricted wants. Volumes are those of steps.extraVolumes.",
-    ),
-    (
-        re.compile(r"serviceaccount .* not found"),
-        "Runs use the account pipeline-runner, or default-editor in a profile: create it.",
-    ),
-)
+_REFUSALS = read_refusals("steps")
 _OTHER = "Correct what the message names (chart: steps), or ask the cluster's administrator."
 _RETRY_SECONDS = 60.0  # between two attempts to read logs that could not be read
 
@@ -146,7 +114,8 @@ class JobReports:
         known, self.refusals = self._reported, {}
         for step, message in _last_messages(workflows).items():
             if _REFUSED.search(message):
-                hint = next((text for form, text in _SETTINGS if form.search(message)), _OTHER)
+                found = (each.hint for each in _REFUSALS if each.pattern.search(message))
+                hint = next(found, _OTHER).replace("{version}", RESTRICTED_STEPS.version)
                 self.refusals[step] = message, hint
         self._reported = known | set(self.refusals)
         return [

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from canvastune.config import RunConfig
 from canvastune.config.cluster import parse_quantity
@@ -14,11 +17,7 @@ from components.jobs.states import Kind, Object
 
 # Reasons to search logs for: `reason=POD...`.
 QUOTA = "QuotaRefusesPods"
-LIMIT_RANGE = "LimitRangeRefusesPods"
-POD_SECURITY = "PodSecurityRefusesPods"
-WEBHOOK = "WebhookRefusesPods"
 NOT_FOUND = "ObjectNotFound"
-PODS_FORBIDDEN = "PodsForbidden"
 JOB_WARNING = "JobWarning"
 OPERATOR_SILENT = "OperatorSilent"
 WAITING_IN_QUEUE = "WaitingInQueue"
@@ -29,104 +28,29 @@ _RESUME_SECONDS = 60.0  # in which Kueue resumes a job that it has admitted
 _NO_WORKLOAD = ("PriorityClassNotFound", "ErrWorkloadCompose")
 
 
-class _Refusal(NamedTuple):
-    """A kind of message with which the API server refuses pods, or an operator reports it."""
+class Refusal(NamedTuple):
+    """A kind of message that says why pods or a job are refused, as refusals.yaml has it."""
 
     pattern: re.Pattern[str]
-    reason: str
     hint: str  # with {0} for the first group of the pattern
+    reason: str = ""
     permanent: bool = True
 
 
-def _refusal(pattern: str, reason: str, hint: str, *, permanent: bool = True) -> _Refusal:
-    return _Refusal(re.compile(pattern, re.IGNORECASE | re.DOTALL), reason, hint, permanent)
+def read_refusals(kind: str) -> tuple[Refusal, ...]:
+    """Read a list of refusals.yaml: "training", "queue" or "steps"."""
+    text = Path(__file__).with_name("refusals.yaml").read_text(encoding="utf-8")
+    return tuple(
+        Refusal(re.compile(each.pop("pattern"), re.IGNORECASE | re.DOTALL), **each)
+        for each in yaml.safe_load(text)[kind]
+    )
 
 
 _MUST_SPECIFY = re.compile(r"failed quota: (\S+): must specify (.+)", re.DOTALL)
 _EXCEEDED = re.compile(
     r"exceeded quota: (\S+), requested: (.+?), used: (.+?), limited: (.+)", re.DOTALL
 )
-# The first one that matches explains the message.
-_REFUSALS = (
-    _refusal(
-        r"must be less than or equal to (\S+) limit",
-        LIMIT_RANGE,
-        "A LimitRange of the namespace sets a limit below the request: set "
-        "cluster.resources.limits.{0} (chart: training.resources.limits.{0}).",
-    ),
-    _refusal(
-        r"(?:maximum|minimum) (\S+) usage per (?:container|pod)|"
-        r"(\S+) max limit to request ratio per (?:container|pod)",
-        LIMIT_RANGE,
-        "Keep cluster.resources, cluster.cpu and cluster.memory (chart: training.resources, "
-        "training.cpu, training.memory) within the namespace's LimitRange: kubectl describe "
-        "limitrange.",
-    ),
-    _refusal(
-        r'violates PodSecurity "([^":]+)',
-        POD_SECURITY,
-        "The pods are written for PodSecurity restricted: remove what adds the named field "
-        "(cluster.extra_volumes, or a webhook that injects a sidecar), or ask for a namespace "
-        "that admits it.",
-    ),
-    _refusal(
-        r"security context constraint",
-        POD_SECURITY,
-        "On OpenShift, set cluster.fs_group=null (chart: podSecurity.runAsUser, runAsGroup and "
-        "fsGroup null), and let cluster.service_account use the constraint restricted-v2.",
-    ),
-    _refusal(
-        r'serviceaccount "([^"]+)" not found',
-        NOT_FOUND,
-        "Create the service account, or correct cluster.service_account (chart: "
-        "training.serviceAccount).",
-    ),
-    _refusal(
-        r"no PriorityClass with name (\S+) was found",
-        NOT_FOUND,
-        "Correct cluster.priority_class (chart: training.priorityClassName); kubectl get "
-        "priorityclass lists those of the cluster.",
-    ),
-    _refusal(
-        r'RuntimeClass "([^"]+)" not found',
-        NOT_FOUND,
-        "Ask the cluster's administrator: a webhook or the TrainingRuntime names this class.",
-    ),
-    _refusal(
-        r'failed calling webhook "([^"]+)"',
-        WEBHOOK,
-        "The webhook's own service does not respond: ask the cluster's administrator, or wait.",
-        permanent=False,
-    ),
-    _refusal(
-        r'admission webhook "([^"]+)" denied the request: Internal error',
-        WEBHOOK,
-        "The webhook itself fails on these pods, no policy forbids them: ask its owner to update it "
-        "or to leave out this namespace, or try the other cluster.backend.",
-    ),
-    _refusal(
-        r'admission webhook "([^"]+)" denied the request',
-        WEBHOOK,
-        "Change what the policy names (labels, resources, images, volumes: cluster.*), or ask its "
-        "owner for an exception.",
-    ),
-    _refusal(
-        r"cannot create resource",
-        PODS_FORBIDDEN,
-        "The operator lacks a permission: ask the cluster's administrator to repair its "
-        "installation.",
-    ),
-    _refusal(
-        r"is being terminated",
-        PODS_FORBIDDEN,
-        "The namespace is being deleted: use another one.",
-    ),
-    _refusal(
-        r"is forbidden: |is invalid: ",
-        PODS_FORBIDDEN,
-        "Correct what the message names, or ask the cluster's administrator.",
-    ),
-)
+_REFUSALS, _QUEUE_REFUSALS = read_refusals("training"), read_refusals("queue")
 _CREATING = re.compile(
     r'^.*?(?:pods?|jobs?\S*) "[^"]*" (?:is forbidden|is invalid): ', re.IGNORECASE | re.DOTALL
 )
@@ -235,25 +159,6 @@ def _joined(words: Iterable[str]) -> str:
     return f"{', '.join(rest)} and {last}" if rest else last
 
 
-# What Kueue writes into a Workload that it does not admit.
-_QUEUE_REFUSALS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"LocalQueue \S+ (?:doesn't|does not) exist"),
-        "Create the LocalQueue, or correct cluster.queue (chart: training.queue); kubectl get "
-        "localqueue lists those of the namespace.",
-    ),
-    (
-        re.compile(r"maximum capacity|ExceedsMaxQuota"),
-        "The queue never has that much: request less (cluster.nodes, parallel.nproc_per_node, "
-        "cluster.cpu, cluster.memory), or use another cluster.queue.",
-    ),
-    (
-        re.compile(r"LimitRange|must not exceed its limits"),
-        "Set cluster.resources within the namespace's LimitRange: kubectl describe limitrange.",
-    ),
-)
-
-
 def find_queue_blocker(
     job: Object,
     workloads: list[Object],
@@ -309,9 +214,9 @@ def find_queue_blocker(
         "creationTimestamp", ""
     )
     message = f"queued in {where} since {since}: {' '.join(text.split())}"
-    for pattern, hint in _QUEUE_REFUSALS:
-        if pattern.search(f"{condition.get('reason', '')} {text}"):
-            return PodBlocker(QUEUE_REFUSES, message, hint)
+    for refusal in _QUEUE_REFUSALS:
+        if refusal.pattern.search(f"{condition.get('reason', '')} {text}"):
+            return PodBlocker(QUEUE_REFUSES, message, refusal.hint)
     hint = f"Wait, or look at kubectl describe workload {name}."
     return PodBlocker(WAITING_IN_QUEUE, message, hint, permanent=False)
 
