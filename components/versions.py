@@ -51,7 +51,7 @@ TRAINER = Floor(
 KUEUE = Floor(
     "Kueue",
     "0.14",
-    "queues of TrainJobs; for PyTorchJobs, older ones do",
+    "queues of TrainJobs; for PyTorchJobs, older versions suffice",
     "the launcher: a job that runs without a Workload is not in its queue",
 )
 KUBERNETES = Floor(

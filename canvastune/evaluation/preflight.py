@@ -1,4 +1,4 @@
-"""What evaluation needs of model, data and recipe, looked at before the run trains."""
+"""What evaluation needs of model, data and recipe, checked before the run trains."""
 
 from __future__ import annotations
 
