@@ -6,11 +6,11 @@ it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from canvastune.errors import UserError
 from pipelines.doctor.cluster import check_cluster, check_kubeflow
@@ -27,6 +27,8 @@ from pipelines.kfp_client import KubeflowClient
 
 if TYPE_CHECKING:
     from canvastune.config import RunConfig
+
+Check = Callable[[], Iterator[Finding]]
 
 
 def doctor(options: DoctorOptions) -> int:
@@ -65,12 +67,20 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
     if config is not None:
         submitted = options.host is not None
         yield from _check_unread(config)
-        yield from run_check("model", lambda: _check_model(config, submitted))
-        yield from run_check("plan", lambda: _check_hardware(config, options.workspace, submitted))
-        yield from run_check("data", lambda: _check_data(config, submitted))
-        yield from run_check("evaluation", lambda: _check_evaluation(config))
-        yield from run_check("judge", lambda: _check_judge(config, submitted))
-        yield from run_check("hub", lambda: _check_push(config, submitted))
+        for name, check in (
+            ("model", _later("sources", "check_model", config, submitted)),
+            (
+                "plan",
+                _later(
+                    "hardware", "check_hardware", config, options.workspace, submitted=submitted
+                ),
+            ),
+            ("data", _later("sources", "check_data", config, submitted)),
+            ("evaluation", _later("later_steps", "check_evaluation", config)),
+            ("judge", _later("later_steps", "check_judge", config, submitted)),
+            ("hub", _later("later_steps", "check_push", config, submitted)),
+        ):
+            yield from run_check(name, check)
     elif options.recipe is None:
         fix = "canvastune doctor RECIPE also checks its model and data"
         yield Finding("model, data", "skipped", "no recipe was given", fix)
@@ -88,7 +98,7 @@ def run_checks(options: DoctorOptions) -> Iterator[Finding]:
     yield from run_check("kubeflow", lambda: check_kubeflow(kubeflow))
 
 
-def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def run_check(name: str, check: Check) -> Iterator[Finding]:
     """Yield a check's findings; an exception is a finding too, so that the others still run."""
     try:
         yield from check()
@@ -127,40 +137,10 @@ def _check_unread(config: RunConfig) -> Iterator[Finding]:
         yield Finding("recipe", "warning", line, "remove it, or set what would read it")
 
 
-def _check_model(config: RunConfig, submitted: bool) -> Iterator[Finding]:
-    from pipelines.doctor.sources import check_model
-
-    yield from check_model(config, submitted)
-
-
-def _check_hardware(config: RunConfig, workspace: Path, submitted: bool) -> Iterator[Finding]:
-    from pipelines.doctor.hardware import check_hardware
-
-    yield from check_hardware(config, workspace, submitted=submitted)
-
-
-def _check_data(config: RunConfig, submitted: bool) -> Iterator[Finding]:
-    from pipelines.doctor.sources import check_data
-
-    yield from check_data(config, submitted)
-
-
-def _check_evaluation(config: RunConfig) -> Iterator[Finding]:
-    from pipelines.doctor.later_steps import check_evaluation
-
-    yield from check_evaluation(config)
-
-
-def _check_judge(config: RunConfig, submitted: bool) -> Iterator[Finding]:
-    from pipelines.doctor.later_steps import check_judge
-
-    yield from check_judge(config, submitted)
-
-
-def _check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:
-    from pipelines.doctor.later_steps import check_push
-
-    yield from check_push(config, submitted)
+def _later(module: str, check: str, *arguments: Any, **options: Any) -> Check:
+    """Return a check of another module of the doctor, which is imported when the check runs."""
+    path = f"pipelines.doctor.{module}"
+    return lambda: getattr(importlib.import_module(path), check)(*arguments, **options)
 
 
 def _next_command(options: DoctorOptions) -> str:

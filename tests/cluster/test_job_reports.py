@@ -108,7 +108,7 @@ def test_without_a_kubeconfig_the_run_is_followed_all_the_same(steps: Steps) -> 
 
     reports = JobReports("run-1", "team-a", connect, steps.clock)
     (line,) = reports.new()
-    assert "not shown: found neither" in line
+    assert "KUBECONFIG" in line
     assert reports.new() == []
 
 
