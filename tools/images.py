@@ -4,8 +4,8 @@
 what it skips without either. It takes about 25 minutes and 20 GB the first time. An engine that it
 started keeps its layers in build/test-images, for the next time.
 
-The trainer is built twice, with torch for the CPU and for CUDA. Without a GPU, the CUDA image
-proves that it can compile what a GPU would run, and refuses to train on the CPU by mistake.
+The trainer and the pipeline are built twice, with torch for the CPU and for CUDA. Without a GPU,
+those for CUDA show that they can compile what a GPU would run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tools.image_builds import (
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build" / "test-images"
 IMAGES = {name: f"canvastune/{name}:{__version__}" for name in ("trainer", "pipeline", "mlflow")}
-CUDA_IMAGE = f"{IMAGES['trainer']}-cuda"
-CUDA_TESTS_IMAGE = f"{CUDA_IMAGE}-tests"
+CUDA_IMAGES = {name: f"{IMAGES[name]}-cuda" for name in ("trainer", "pipeline")}
+CUDA_TESTS_IMAGE = f"{CUDA_IMAGES['trainer']}-tests"
 # What is known of a GPU without one: docs/verification.md, "CUDA without a GPU".
 CUDA_TESTS = ("gpu_dry_run", "flex_attention", "fused", "triton_kernels", "devices")
 TEST_PACKAGES = ("pytest", "pytest-timeout")
@@ -149,11 +149,11 @@ def check_image(image: str, *, kfp: bool) -> None:
     )
 
 
-def check_compiler() -> None:
-    """Check that the CUDA image compiles Triton's launcher with its own compiler, confined."""
+def check_compiler(image: str) -> None:
+    """Check that an image for CUDA compiles Triton's launcher with its own compiler, confined."""
     script = Path(__file__).with_name("image_compiler.py")
     found = docker(
-        "run", *CONFINED, f"--volume={script}:/check.py:ro", CUDA_IMAGE, "python", "/check.py"
+        "run", *CONFINED, f"--volume={script}:/check.py:ro", image, "python", "/check.py"
     )
     print(f"         {found.strip().splitlines()[-1]}")
 
@@ -168,7 +168,7 @@ def check_static(builder: Builder) -> None:
     ]
     dockerfile = ROOT / "tools" / "image_tests.Dockerfile"
     arguments = {"PACKAGES": " ".join(packages)}
-    builder.build(dockerfile, CUDA_TESTS_IMAGE, CUDA_IMAGE, "cuda", arguments)
+    builder.build(dockerfile, CUDA_TESTS_IMAGE, CUDA_IMAGES["trainer"], "cuda", arguments)
     tests = [f"tests/unit/test_{name}.py" for name in CUDA_TESTS]
     said = docker(
         "run",
@@ -403,26 +403,27 @@ def main() -> int:
                 "nothing of this machine"
             ):
                 check_image(image, kfp=name == "pipeline")
-        trainer = ROOT / "docker" / "trainer.Dockerfile"
-        cuda_base = base_image(default_base(trainer))
-        with report.claim("docker/trainer.Dockerfile builds with torch for CUDA"):
-            images.build(trainer, CUDA_IMAGE, cuda_base, "cuda")
-        with report.claim("that build is on the base image that the Dockerfile names"):
-            if cuda_base != default_base(trainer):
-                raise Refused(
-                    f"{default_base(trainer)} cannot be pulled, {cuda_base} took its place"
-                )
-        with report.claim(
-            "the CUDA image: non-root, labeled, with an SBOM, nothing of this machine"
-        ):
-            check_image(CUDA_IMAGE, kfp=False)
-        with report.claim("Triton builds its launcher with the CUDA image's compiler, confined"):
-            check_compiler()
-        with report.claim("the tests of CUDA without a GPU pass in the CUDA image"):
+        wanted = default_base(ROOT / "docker" / "trainer.Dockerfile")
+        cuda_base = base_image(wanted)
+        with report.claim(f"images for CUDA are on {wanted}"):
+            if cuda_base != wanted:
+                raise Refused(f"it cannot be pulled, {cuda_base} took its place")
+        for name, image in CUDA_IMAGES.items():
+            dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
+            with report.claim(f"docker/{name}.Dockerfile builds with torch for CUDA"):
+                images.build(dockerfile, image, cuda_base, "cuda")
+            with report.claim(
+                f"{name} for CUDA: non-root, labeled, with an SBOM, kfp only in the pipeline "
+                "image, nothing of this machine"
+            ):
+                check_image(image, kfp=name == "pipeline")
+            with report.claim(f"Triton builds its launcher with the compiler of {name} for CUDA"):
+                check_compiler(image)
+        with report.claim("the tests of CUDA without a GPU pass in the trainer's image"):
             check_static(images)
         with report.claim("the pipeline image creates a tiny model and rows"):
             prepare(workspace)
-        for image in (IMAGES["trainer"], CUDA_IMAGE):
+        for image in (IMAGES["trainer"], CUDA_IMAGES["trainer"]):
             with report.claim(f"torchrun trains in {image}, on the CPU, confined"):
                 check_training(workspace, image)
         with contextlib.ExitStack() as serving:
