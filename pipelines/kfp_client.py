@@ -21,9 +21,8 @@ from canvastune.errors import UserError
 from components.versions import PIPELINES
 
 TOKEN = "KF_PIPELINES_TOKEN"
-_TOKEN_PATH = (
-    "KF_PIPELINES_SA_TOKEN_PATH"  # Kubeflow's own: where a pod's service account token is mounted
-)
+# Kubeflow's own: where a pod's service account token is mounted
+_TOKEN_PATH = "KF_PIPELINES_SA_TOKEN_PATH"
 _EXAMPLE = (
     "http://localhost:8080 while `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80` runs"
 )

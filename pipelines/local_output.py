@@ -39,9 +39,8 @@ class LocalOutput(io.TextIOBase):
             json: write one JSON object per line; a step's own events keep their fields and get
                 `task`.
         """
-        self.failure: tuple[str, UserError] | None = (
-            None  # the step that failed first, and its error
-        )
+        # the step that failed first, and its error
+        self.failure: tuple[str, UserError] | None = None
         self._out, self._json, self._unfinished = out, json, ""
         self._output: list[str] = []  # the last lines of the running step
         self._in_dump = self._in_error = False

@@ -54,9 +54,8 @@ class RowCaches:
             self._layers[layer] = found = larger
         assert found is not None
         end = self._room(layer)
-        found[:, place, :, : end - seen] = (
-            0  # of an earlier row; masked, but not if it is no number
-        )
+        # of an earlier row; masked, but not if it is no number
+        found[:, place, :, : end - seen] = 0
         found[:, place, :, end - seen : end] = pairs[:, 0]
 
     def with_canvases(

@@ -53,9 +53,8 @@ class Throughput:
 
     batch_rows: int = 512  # conversations rendered and tokenized at a time
     batch_characters: int = 4 * 2**20  # fewer conversations if they are long
-    local_batches: int = (
-        2  # encoded in this process before others are started, which takes a second
-    )
+    # encoded in this process before others are started, which takes a second
+    local_batches: int = 2
     progress_seconds: float = 2.0
     pool: Callable[[ChatEncoder, int], EncoderPool] = EncoderPool
 

@@ -29,9 +29,8 @@ from canvastune.report.summary import Record, is_plottable, loss_ends, series
 from canvastune.tracking import mean_by_block
 
 _MAX_POINTS = 600  # of a line in a picture: more than its pixels
-_PAGE_POINTS = (
-    2400  # of a chart on the page, over all its runs: bounds the page for any number of steps
-)
+# of a chart on the page, over all its runs: bounds the page for any number of steps
+_PAGE_POINTS = 2400
 _SMOOTHING_SPANS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # steps, of the slider
 _FEW_POINTS = 12  # lines with fewer points get markers, since the line between them is a guess
 _RUN_COLORS, _LEVEL_COLORS = 6, 5  # further lines are dashed in the same colors

@@ -94,9 +94,8 @@ class MetricsSender:
         self.pending: list[Point] = []
         self._find_run = find_run
         self._files = [Tail(path), Tail(path.with_name(SYSTEM))]
-        self._known: dict[str, set[int]] | None = (
-            None  # metric -> steps that the server had at first
-        )
+        # metric -> steps that the server had at first
+        self._known: dict[str, set[int]] | None = None
 
     def send(self) -> int:
         """Send all pending points; return how many this sender has sent in all.

@@ -39,9 +39,8 @@ _FILES = (
     "answers",
 )  # kinds whose values are paths
 _MODEL_STEPS = ("train", "merge_lora")
-_BASE_RUN = (
-    "evaluate_base"  # next to the run of `evaluate`: MLflow compares evaluations by their runs
-)
+# next to the run of `evaluate`: MLflow compares evaluations by their runs
+_BASE_RUN = "evaluate_base"
 _CHANGED = "canvastune.changed_settings"  # the tag with what a later attempt set otherwise
 _TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's UI finds tables
 

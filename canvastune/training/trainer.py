@@ -75,9 +75,8 @@ class Trainer:
         """
         self.config, self.model, self.data = config, model, data
         self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
-        self.heartbeat: Callable[[str], object] = (
-            str  # called before each piece of work, with its name
-        )
+        # called before each piece of work, with its name
+        self.heartbeat: Callable[[str], object] = str
         self.checkpoints.waiting = lambda: self.heartbeat(
             f"waiting at step {self.progress.step} until a checkpoint is written"
         )
