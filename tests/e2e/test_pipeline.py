@@ -520,7 +520,7 @@ def test_prepared_data_is_reused_and_never_overwritten(runs: Runs) -> None:
 def test_a_broken_row_fails_the_pipeline_with_its_place(runs: Runs) -> None:
     said, reason = runs.broken.said, runs.broken.said.splitlines()[-1]
     assert runs.broken.code == 1
-    assert re.search(r"^canvastune: error: step prepare_data\b", said, re.MULTILINE)
+    assert re.search(r"canvastune: error: step prepare_data\b", said)
     assert "broken.jsonl" in said, "the file is not named"
     assert re.search(r"broken\.jsonl\b.{0,20}\b7\b", said), f"the row is not named: {reason}"
     assert "Traceback" not in said
