@@ -4,8 +4,9 @@ code. Arguments: the side, the folder of the peers, the folder of the weights, a
 
 Each line on standard input is a request as JSON, each answer a line:
 {"do": "check", "gradients": FILE} runs a step from zero gradients, counts its FLOPs and saves its
-gradients by the checkpoint's names; {"do": "memory", "checkpointed": BOOL} and {"do": "step",
-"checkpointed": BOOL} run one more.
+gradients by the checkpoint's names; {"do": "products"} runs two more and counts the seconds of the
+second one's products and attention; {"do": "memory", "checkpointed": BOOL} and {"do": "step", "checkpointed":
+BOOL} run one more.
 
 What of the peers runs:
 
@@ -40,6 +41,7 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from benchmarks import peers
@@ -54,6 +56,11 @@ from canvastune.noise import NoiseSample
 IGNORED = -100  # label of a token that is not of the response
 LEVEL = 0.5  # the peers draw a level and compare: below it corrupted, above it not
 BELOW, ABOVE = 0.25, 0.75
+_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = {
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_"),
+    *("aten::_grouped_mm", _FLASH, f"{_FLASH}_backward"),
+}
 
 
 @dataclass
@@ -97,6 +104,12 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
             gradients = side.named(found).items()
             save_file({name: gradient.contiguous() for name, gradient in gradients}, file)
             return {"loss": float(loss), "flops": counter.total}
+        case {"do": "products"}:
+            side.step(False)
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                side.step(False)
+            spent = (e.self_cpu_time_total for e in found.key_averages() if e.key in PRODUCTS)
+            return {"products_seconds": sum(spent) / 1e6}
         case {"do": "memory", "checkpointed": checkpointed}:
             return {"extra_memory_bytes": extra_memory(lambda: side.step(checkpointed))}
         case {"do": "step", "checkpointed": checkpointed}:
