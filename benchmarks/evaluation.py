@@ -6,9 +6,9 @@ is checked. Stock draws as it always does, and that is timed; what it drew is th
 clock. Each side runs in a separate process, which reports its peak memory above the loaded
 weights. In another run, of a block of one batch, it counts the FLOPs of its matrix products and
 attention, and the bytes that its operators read and write. Of memory, it counts what any sampler
-holds that keeps its keys: the keys and values that the canvases see, and the canvases' hidden states
-and expected embeddings. With the base's answers kept, two models cost stock two runs, and us one and
-the reading of what is kept. Weights are random, in float32.
+holds that keeps its keys and calls stock's layers: the keys and values that the canvases see, their
+expected embeddings, and what the layers hold while they run on all canvases. With the base's answers
+kept, two models cost stock two runs, and us one and the reading of what is kept. Weights are random, in float32.
 Writes benchmarks/results/evaluation.json.
 """
 
@@ -35,14 +35,14 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from benchmarks.instruments.live_bytes import CPU_FORMULAS
+from benchmarks.instruments.live_bytes import CPU_FORMULAS, LiveBytes
 from benchmarks.instruments.operator_bytes import OperatorBytes
 from benchmarks.measure import ROOT, extra_memory, say, write_result
 from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.generation import Question
-from canvastune.evaluation.row_attention import RowCaches, seen_tokens
+from canvastune.evaluation.row_attention import Canvases, Part, RowCaches, seen_tokens
 from canvastune.evaluation.sampler import KeyedNoise, Sampler
 
 BATCH, BLOCKS = 8, 3
@@ -158,6 +158,11 @@ def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
 
     found["peak_bytes"] = extra_memory(timed)
     run.reset()
+    if isinstance(run, _Ours):
+        run.measured = True
+        run(questions[:BATCH])
+        found["least_bytes"] = run.least_bytes
+        run.measured = False
     run.blocks, asked = 1, questions[:BATCH]  # the ratio counts, and stock takes long
     flops = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
     with flops, OperatorBytes(lambda: run.counting) as moved:
@@ -166,7 +171,6 @@ def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
     found["logits"] = run.steps * BATCH * shape.canvas * shape.vocabulary  # that stock computes
     if isinstance(run, _Ours):
         found["kept_seconds"] = _kept_seconds(found["answers"])
-        found["least_bytes"] = run.least_bytes
     return found
 
 
@@ -233,37 +237,50 @@ class _Ours:
     def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
         self.paused, self.counting, self.steps = 0.0, True, 0
         self.model, self.noise, self.stops, self.blocks = model, noise, stops, BLOCKS
-        self.least_bytes = 0  # of a step: what no sampler can do without
+        self.measured, self.least_bytes = False, 0  # of a step: what no sampler can do without
 
     def reset(self) -> None:
         pass
 
     def __call__(self, questions: list[Question]) -> dict[str, Any]:
         limit = self.blocks * self.noise.canvas_length
-        sampler = _CountedSampler(
+        kind = _CountedSampler if self.measured else Sampler
+        sampler = kind(
             self.model, SETTINGS, self.noise, rows=BATCH, max_new_tokens=limit, stops=self.stops
         )
         found = {answer.question: answer for answer in sampler.answer(questions)}
-        self.least_bytes = max(self.least_bytes, sampler.least_bytes)
+        if isinstance(sampler, _CountedSampler):
+            self.least_bytes = sampler.kept_bytes + sampler.layer_bytes
         each = [found[question.id] for question in questions]
         return {"answers": [one.tokens for one in each], "forwards": [one.forwards for one in each]}
 
 
 class _CountedSampler(Sampler):
-    """Counts the bytes that each step needs at least."""
+    """Counts the bytes that a step needs at least."""
 
-    least_bytes = 0
+    kept_bytes = layer_bytes = 0
 
     def _denoise(self, rows: Sequence[Any], caches: RowCaches) -> list[Any]:
         ended = super()._denoise(rows, caches)
         config, size = self.model.config.text_config, self.head.head.element_size()
-        floats = 2 * len(rows) * self.canvas_length * config.hidden_size
+        floats = len(rows) * self.canvas_length * config.hidden_size
         for layer in self.model.model.decoder.layers:
             attention = layer.self_attn
             width = 2 * attention.k_proj.out_features
             floats += width * sum(seen_tokens(row.length, attention.sliding_window) for row in rows)
-        self.least_bytes = max(self.least_bytes, size * floats)
+        self.kept_bytes = max(self.kept_bytes, size * floats)
         return ended
+
+    def _run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor, parts: Sequence[Part], encoded: int
+    ) -> torch.Tensor:
+        canvases = (part for part in parts if isinstance(part, Canvases))
+        kept = (pairs for part in canvases for pairs in part.caches._layers.values())
+        with LiveBytes([*self.model.parameters(), *self.model.buffers(), *kept]) as live:
+            found = super()._run_layers(hidden, positions, parts, encoded)
+        if not encoded:  # else rows may grow, and are kept
+            self.layer_bytes = max(self.layer_bytes, live.peak - live.held)
+        return found
 
 
 class _Stock:

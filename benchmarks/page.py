@@ -568,8 +568,8 @@ def _least(row: dict[str, Any]) -> str:
     return (
         f"where stock takes {stock / 1e6:.0f} MB and ours {ours['peak_bytes'] / 1e6:.0f}, of which"
         f" {ours['least_bytes'] / 1e6:.0f} ({row['least_memory_share']:.2f} of stock's) are the keys and"
-        " values that the canvases see, their hidden states and expected embeddings: what a sampler"
-        " that keeps its keys cannot do without"
+        " values that the canvases see, their expected embeddings, and what stock's layers hold while"
+        " they run on them: a sampler that keeps its keys and calls these layers cannot do without"
     )
 
 
