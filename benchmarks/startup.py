@@ -9,6 +9,7 @@ on each side. Writes benchmarks/results/startup.json.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -36,7 +37,7 @@ from components.earlier_runs import find_run
 from components.run_directory import read_record
 
 GOALS = {"plan_seconds": 1.0, "plan_megabytes": 100.0, "step_overhead": 10.0, "demo": 2.5}
-RECIPE = ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml"
+RECIPE = "pipelines/recipes/gsm8k_lora.yaml"  # of a checkout
 
 
 def main() -> int:
@@ -109,12 +110,12 @@ def _commands(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[st
     """Measure commands that import, or compute, next to nothing."""
     model = _folder(work / "released")
     shutil.copy(SHIPPED_CONFIG, model / "config.json")  # the Hub's answer takes any time
-    plan = ["plan", str(RECIPE), "--set", f"model.id={model}"]
-    commands = {"plan": plan, "--help": ["--help"]}
     measured: dict[str, dict[str, list[dict[str, float]]]] = {}
     for number in range(rounds + 1):
-        for name, command in commands.items():
+        for name in ("plan", "--help"):
             for side, checkout in checkouts.items():
+                plan = ["plan", str(checkout / RECIPE), "--set", f"model.id={model}"]
+                command = plan if name == "plan" else [name]
                 found = _measured(command, checkout, work)
                 if number:  # the first run compiles, and fills the disk's cache
                     measured.setdefault(name, {}).setdefault(side, []).append(found)
@@ -135,21 +136,32 @@ def _measured(command: Sequence[str], checkout: Path, folder: Path) -> dict[str,
     """Run a command of a checkout: its seconds, and the peak memory of that process."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *command],
+        ended = subprocess.run(
+            [sys.executable, "-S", "-c", _WAIT, sys.executable, "-m", "pipelines.cli", *command],
             cwd=folder,
             env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            check=True,
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        found: dict[str, float] = json.loads(ended.stdout)
+        if found.pop("code"):
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} of {checkout} failed:\n{output.read()}")
-    return {"seconds": seconds, "megabytes": usage.ru_maxrss * 1024 / 1e6}
+    return found
+
+
+# In a small process: Linux counts the memory of the one that starts a command as the command's.
+_WAIT = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=2)
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps({"code": code, "seconds": seconds, "megabytes": usage.ru_maxrss * 1024 / 1e6}))
+"""
 
 
 def _pipeline(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:
