@@ -370,8 +370,8 @@ def _beside(peers: dict[str, Any], at: str) -> str:
 
 `python -m benchmarks.peers`{at}, float32: the released code of NeMo AutoModel {versions["nemo_automodel"]} (its recipe's own methods on its own
 model), of TRL's DiffusionGemma example (commit {versions[released_peers.EXAMPLE]}, with TRL {versions["trl"]}) and of Unsloth {versions["unsloth"]}, the last two on Hugging Face's
-model. Each side is a process of two threads and takes its turn with the others, on the same weights, batch, noise, blocks and coins; median of
-{_rounds(peers)} steps. In a peer's column: its seconds and memory, then how many times faster and leaner our step is. *Kept* keeps what the
+model. Each side is a process of two threads and takes its turn with the others, on the same weights, batch, noise, blocks and coins. At its turn it runs
+two steps and the second counts, as in training a step follows another; median of {_rounds(peers)} turns. In a peer's column: its seconds and memory, then how many times faster and leaner our step is. *Kept* keeps what the
 backward pass needs; *checkpointed* recomputes each layer, with NeMo's `apply_ac` and with Hugging Face's own checkpointing, which reaches only the
 decoder's layers. Goals, for short answers, all kept: {goals}.
 
