@@ -86,8 +86,11 @@ class Checkpoints:
             assert marker is not None
             self._refuse_other_run(step, marker)
             run_on_rank0(partial(self._quarantine, [later for later in steps if later > step]))
-            _create_state(optimizer)
-            self._read(step, _state(parameters, optimizer))
+            if marker.get("optimizer", True):
+                _create_state(optimizer)
+                self._read(step, _state(parameters, optimizer))
+            else:
+                self._read(step, _state(parameters, None))
             return marker["progress"], damages
         if damages:
             raise UserError(
@@ -102,7 +105,7 @@ class Checkpoints:
         self,
         step: int,
         parameters: Parameters,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         progress: dict[str, Any],
     ) -> None:
         """Write the state after `step` steps.
@@ -110,6 +113,7 @@ class Checkpoints:
         In the background, unless `train.async_checkpoints` is off.
 
         Args:
+            optimizer: None: nothing is trained after this step, and its state is left out.
             progress: stored with it, and returned by `restore`; `validation` is the held-out loss
                 at this step, or None.
 
@@ -128,6 +132,7 @@ class Checkpoints:
         )
         identity = flatten(self._config.model_dump(mode="json")) | {"data": self._data_fingerprint}
         marker = {"step": step, "identity": identity, "progress": progress}
+        marker["optimizer"] = optimizer is not None
         staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         assert isinstance(staged, Future)
         self._pending = self._thread.submit(self._complete, staged, path, marker)
@@ -325,7 +330,9 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _state(
+    parameters: Parameters, optimizer: torch.optim.Optimizer | None
+) -> dict[str, torch.Tensor]:
     """Map flat names to the tensors in use, so that loading fills them in place.
 
     Only tensors: nothing is pickled.
@@ -333,7 +340,8 @@ def _state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str
     state: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         state[f"model.{name}"] = parameter.data
-        for key, value in optimizer.state.get(parameter, {}).items():
+        moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for key, value in moments.items():
             state[f"optimizer.{key}.{name}"] = value
     return state
 

@@ -134,6 +134,13 @@ class DataConfig(SourceFields):
         description="fraction of the rows of a source that may repeat an earlier one before the "
         "step fails; duplicates are always dropped",
     )
+    max_too_long_fraction: ChangeableOnResume[float] = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="fraction of the examples of a source whose prefix may fill `data.seq_length` "
+        "before the step fails; such examples are always dropped",
+    )
     max_rows: int | None = Field(
         None,
         ge=1,
@@ -232,7 +239,9 @@ class DataConfig(SourceFields):
                     "then held out.",
                 )
 
-    @field_validator("max_bad_row_fraction", "max_duplicate_fraction", mode="before")
+    @field_validator(
+        "max_bad_row_fraction", "max_duplicate_fraction", "max_too_long_fraction", mode="before"
+    )
     @classmethod
     def _refuse_count(cls, value: Any) -> Any:
         if isinstance(value, int | float) and value > 1:

@@ -150,8 +150,8 @@ def measure(rows: Sequence[JudgedRow]) -> str:
 
 
 def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
-    """Return the figures of each source, each value of a column and each answer length, where there
-    are several.
+    """Return the figures of each judge's rows, each source, each value of a column and each answer
+    length, where there are several.
 
     Lengths are the references', in bins of 1, 2, 3 to 4, 5 to 8, ... canvases. Of a column's values,
     the most frequent have their own figures, and the others have common ones.
@@ -162,10 +162,11 @@ def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
         number: f"{(canvas << number - 1) + 1 if number else 1} to {canvas << number} tokens"
         for number in sorted(set(bins))
     }
-    found = [
-        ("source", name, [name == each for each in sources]) for name in dict.fromkeys(sources)
-    ]
-    found = found if len(found) > 1 else []
+    judges = [row.judge if row.scored else None for row in rows]
+    found: list[tuple[str, str, list[bool]]] = []
+    for by, places in (("judge", judges), ("source", sources)):
+        if len(names := [name for name in dict.fromkeys(places) if name is not None]) > 1:
+            found += [(by, name, [name == each for each in places]) for name in names]
     for column in dict.fromkeys(name for row in rows for name in row.columns):
         values = _frequent([row.columns.get(column, NO_VALUE) for row in rows])
         if len(names := dict.fromkeys(values)) > 1:
@@ -190,7 +191,7 @@ def _frequent(values: Sequence[str]) -> list[str]:
 
 
 def describe_slices(result: EvaluationResult) -> list[str]:
-    """Return a line for each source, column value and answer length, for the log."""
+    """Return a line for each part of the rows, for the log."""
     lines = []
     for each in result.all_slices:
         if not each.scored:

@@ -86,11 +86,11 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class Slice:
-    """Both models on the held-out rows of one source, of one value of a column, or of one length of
-    the reference; or on the rows of another data set.
+    """Both models on the held-out rows of one judge, of one source, of one value of a column, or of
+    one length of the reference; or on the rows of another data set.
     """
 
-    by: str  # "source", "column" or "length"; "forgetting", of another data set
+    by: str  # "judge", "source", "column" or "length"; "forgetting", of another data set
     name: str
     rows: int
     scored: int

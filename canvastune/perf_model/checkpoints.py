@@ -14,31 +14,35 @@ class CheckpointTimes:
     """What the checkpoints of a run cost, at `DISK_RATE`."""
 
     write: float  # seconds to write one
+    last: float  # seconds to write the last one, which has no optimizer state
     waited: float  # seconds in which training stands, over the run
     share: float  # of the run's time
     hidden_from: (
         int  # steps between checkpoints, at most all, with which only the last one is waited for
     )
+    enough: int  # steps of a run in which the last one alone takes `MOST_SHARE`
 
 
 def checkpoint_times(
-    size: int, steps: int, every: int, step_seconds: float, *, asynchronous: bool
+    size: int, last_size: int, steps: int, every: int, step_seconds: float, *, asynchronous: bool
 ) -> CheckpointTimes:
-    """Return the times of a run whose checkpoints have `size` bytes.
+    """Return the times of a run whose checkpoints have `size` bytes, and the last one `last_size`.
 
     In the background, one is written while the next `every` steps run; the next one waits for it,
     as does the end of the run for the last one. Not counted: the copy to the host's memory.
     """
-    write, training = size / DISK_RATE, steps * step_seconds
+    write, last, training = size / DISK_RATE, last_size / DISK_RATE, steps * step_seconds
     saves = math.ceil(steps / every)
     if asynchronous:
         intervals = [every] * (saves - 2) + [steps - (saves - 1) * every] * (saves > 1)
-        waited = write + sum(max(0.0, write - interval * step_seconds) for interval in intervals)
+        waited = last + sum(max(0.0, write - interval * step_seconds) for interval in intervals)
     else:
-        waited = saves * write
+        waited = (saves - 1) * write + last
     return CheckpointTimes(
         write,
+        last,
         waited,
         waited / (training + waited),
         min(steps, math.ceil(write / step_seconds)),
+        math.ceil((1 / MOST_SHARE - 1) * last / step_seconds),
     )

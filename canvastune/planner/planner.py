@@ -48,7 +48,8 @@ from canvastune.planner.suggestions import smallest_changes
 
 RELEASED = "google/diffusiongemma-26B-A4B-it"
 SHIPPED_CONFIG = Path(__file__).parents[1] / "perf_model" / "diffusiongemma-26b-a4b.json"
-_CHECKPOINT_BYTES = 12  # per trained parameter: weight and two moments in float32
+# Per trained parameter: weight and two moments in float32; the last checkpoint has only the weights.
+_CHECKPOINT_BYTES, _LAST_BYTES = 12, 4
 _MAX_EXAMPLES = 4096  # of a micro-batch
 _CHANGES_SHOWN = 3
 
@@ -108,7 +109,8 @@ def make_plan(
         architecture.longest,
     )
     parameters = count_parameters(architecture)
-    checkpoint = parameters["total"].trained * _CHECKPOINT_BYTES
+    trained = parameters["total"].trained
+    checkpoint = trained * _CHECKPOINT_BYTES
     plan = Plan(
         name=config.name,
         model=config.model.id,
@@ -136,6 +138,7 @@ def make_plan(
         checkpoints=config.train.keep_checkpoints + 2,
         checkpoint_times=checkpoint_times(
             checkpoint,
+            trained * _LAST_BYTES,
             config.train.steps,
             config.train.checkpoint_every,
             seconds.total,

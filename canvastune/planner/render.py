@@ -108,13 +108,19 @@ def _memory(plan: Plan) -> list[str]:
 def _checkpoint_times(plan: Plan) -> list[str]:
     times = plan.checkpoint_times
     lines = [
-        f"  At {format_bytes(int(DISK_RATE))}/s one is written in {_seconds(times.write)}; training"
-        f" waits {_seconds(times.waited)} for all, {times.share:.0%} of a run's time."
+        f"  At {format_bytes(int(DISK_RATE))}/s one is written in {_seconds(times.write)}, the last in"
+        f" {_seconds(times.last)}, as it has no optimizer state; training waits"
+        f" {_seconds(times.waited)} for all, {times.share:.0%} of a run's time."
     ]
-    if times.share > MOST_SHARE and times.waited > 1.01 * times.write:
+    if times.share > MOST_SHARE:
+        if times.waited > 1.01 * times.last:
+            lines.append(
+                "  With --set train.checkpoint_every="
+                f"{times.hidden_from} training waits for only the last one."
+            )
         lines.append(
-            "  With --set train.checkpoint_every="
-            f"{times.hidden_from} training waits for only the last one."
+            f"  The last one alone takes at most {MOST_SHARE:.0%} in a run of {times.enough:,} steps"
+            " or more."
         )
     return lines
 

@@ -159,6 +159,7 @@ class DatasetStats:
             total.kept += part.kept
             total.cut += part.cut
             total.further_examples += part.further_examples
+            total.longest_prefix = max(total.longest_prefix, part.longest_prefix)
             total.invalid_rows = (total.invalid_rows + part.invalid_rows)[:_LISTED]
             for name in (
                 "dropped",
@@ -174,10 +175,22 @@ class DatasetStats:
         return total
 
     def remarks(self) -> list[str]:
-        """Return what a user may not expect, a sentence each: turns that are context only, and
-        columns that are not used.
+        """Return what a user may not expect, a sentence each: examples that are too long, turns
+        that are context only, columns that are not used.
         """
         said = []
+        if too_long := self.dropped[NO_ROOM]:
+            said.append(
+                f"{too_long:,} of {self.rows_read + self.further_examples:,} examples are dropped:"
+                f" their prefix, of up to {self.longest_prefix:,} tokens, fills data.seq_length"
+                f" ({self._seq_length:,})"
+            )
+        if self.cut:
+            said.append(
+                f"{self.cut:,} of {self.kept:,} responses are cut, so that their end is not learned:"
+                f" the longest example has {max(+self._lengths):,} tokens, data.seq_length is"
+                f" {self._seq_length:,}"
+            )
         if context := self.turns["context"]:
             said.append(
                 f"{self.turns['learned']:,} assistant turns are learned, {context:,} are context"
@@ -217,6 +230,7 @@ class DatasetStats:
             "unused": dict(sorted(self.unused.items())),
             "foreign_control_tokens": dict(sorted(self.foreign.items())),
             "bad": self.dropped[INVALID],
+            "too_long": self.dropped[NO_ROOM],
             "bad_rows": [
                 {"file": row.file, "row": row.number, "reason": reason}
                 for row, reason in self.invalid_rows
@@ -231,7 +245,8 @@ class DatasetStats:
 
 
 def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> None:
-    """Refuse a data set with too many invalid rows or duplicates, or with nothing left.
+    """Refuse a data set with too many rows that are invalid, duplicates or too long, or with
+    nothing left.
 
     Args:
         label: the data set's name, for messages.
@@ -288,6 +303,17 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
                 " key of the marks to learn every turn alike."
                 if stats.dropped[NOT_LEARNED]
                 else "Use other data."
+            ),
+        )
+    too_long = stats.dropped[NO_ROOM]
+    if too_long > config.max_too_long_fraction * examples:
+        raise UserError(
+            f"{label}: the prefix of {too_long:,} of {examples:,} examples fills data.seq_length "
+            f"({too_long / examples:.1%}), expected at most {config.max_too_long_fraction:.1%} "
+            "(data.max_too_long_fraction)",
+            hint=(
+                f"The longest prefix has {stats.longest_prefix:,} tokens: raise data.seq_length (now "
+                f"{config.seq_length:,}), or data.max_too_long_fraction: they are then dropped."
             ),
         )
 

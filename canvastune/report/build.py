@@ -266,7 +266,7 @@ def _count_outcomes(answers: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _slice_kinds(evaluation: EvaluationResult) -> str:
-    names = {"source": "source", "column": "column", "length": "answer length"}
+    names = {"judge": "judge", "source": "source", "column": "column", "length": "answer length"}
     names["forgetting"] = "other data"
     found = list(dict.fromkeys(names[each.by] for each in evaluation.all_slices))
     return " and ".join([", ".join(found[:-1]), found[-1]] if found[1:] else found)

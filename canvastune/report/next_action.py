@@ -12,6 +12,7 @@ from canvastune.config import RunConfig
 from canvastune.evaluation.result import EvaluationResult, Slice
 
 _MANY_CUT = 0.1  # share of answers cut at the limit of tokens, above which it decides the score
+_JUDGED = {"tool_call": "calls to tools", "chrf": "text", "json": "JSON", "number": "numbers"}
 _SEEDS = 4  # answers to each row, as more rows are wanted and there are none
 
 
@@ -98,18 +99,23 @@ def _actions(
 
 def _weak_slices(evaluation: EvaluationResult) -> list[Slice]:
     """Return the parts of the rows for which the tuned model became worse, or whose score is clearly
-    lower than that of all rows: the two 95% intervals do not meet.
+    lower than that of all rows: the two 95% intervals do not meet. Parts with the same figures, such
+    as calls to a tool and answers of their length, are named once.
     """
     overall = evaluation.after.score_low or 0.0
-    return [
+    weak = [
         part
         for part in evaluation.slices
         if part.verdict == "worse"
         or (part.score_after_high is not None and part.score_after_high < overall)
     ]
+    once = {(part.rows, part.score_before, part.score_after): part for part in reversed(weak)}
+    return list(reversed(once.values()))
 
 
 def _part(part: Slice) -> str:
+    if part.by == "judge":
+        return _JUDGED.get(part.name, f"rows judged by {part.name}")
     return f"answers of {part.name}" if part.by == "length" else part.name
 
 

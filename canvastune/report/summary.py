@@ -24,6 +24,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 LAST_STEPS = 10  # every step draws new corruption levels, so the last training loss is a mean
 _RESTARTS = ("resumed", "restarted")
 _ROUTINE_EVENTS = ("checkpoint", "started")  # not listed on the page
+_MANY_CUT = 0.01  # share of the data's responses without their end, above which it is said
 _CLEARLY_WORSE = 1.01  # ratio of the last to the lowest validation loss; smaller ones are noise
 _NOT_COMPARED = ("name", "tracking.")  # settings that change nothing in a run
 
@@ -322,11 +323,29 @@ def find_warnings(
         found.append(
             f"{_count(bad, 'row', 'rows')} of the data could not be read and {verb} left out."
         )
+    found += _lengths_warnings(card)
     near = card.get("near_duplicates", {})
     if near.get("found"):
         found.append(
             f"{near['found']} of {near['checked']} held-out rows nearly repeat a training row: the "
             "score says less about new rows. The data card has examples."
+        )
+    return found
+
+
+def _lengths_warnings(card: Mapping[str, Any]) -> list[str]:
+    """Return what `data.seq_length` left out of the data."""
+    found = []
+    if too_long := card.get("too_long", 0):
+        found.append(
+            f"{_count(too_long, 'example', 'examples')} of the data had no room for a response in "
+            f"data.seq_length ({card['seq_length']:,}): nothing was learned of them."
+        )
+    cut, kept = card.get("cut", 0), card.get("kept", 0)
+    if cut > _MANY_CUT * kept:
+        found.append(
+            f"{cut:,} of {kept:,} responses were cut at data.seq_length ({card['seq_length']:,}): how "
+            "they end was not learned."
         )
     return found
 

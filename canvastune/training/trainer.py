@@ -426,9 +426,10 @@ class Trainer:
 
     def _save(self) -> None:
         self.heartbeat(f"saving step {self.progress.step}")
-        self.checkpoints.save(
-            self.progress.step, self.trained, self.optimizer, asdict(self.progress)
-        )
+        step, steps = self.progress.step, self.config.train.steps
+        # `train.steps` of a run cannot change, so nothing is trained after the last one.
+        optimizer = self.optimizer if step < steps else None
+        self.checkpoints.save(step, self.trained, optimizer, asdict(self.progress))
         self._report(
             "event",
             {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""},

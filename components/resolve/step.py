@@ -130,7 +130,10 @@ def resolve(
     claim = RunRecord(
         job_id, config.model_dump_json(), data_fingerprint(config), first_job=first_job
     )
-    if earlier is not None:
+    if earlier is not None and _may_start_over(folder, earlier):
+        for name in ("data", "plan"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    elif earlier is not None:
         _refuse_other(folder, earlier, claim, config)
         _remove_outdated(
             folder,
@@ -256,6 +259,14 @@ def data_fingerprint(config: RunConfig) -> str:
         f"{name} {hash_path(model / name)}" for name in _TOKENIZER_FILES if (model / name).is_file()
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _may_start_over(folder: Path, earlier: RunRecord) -> bool:
+    """Return whether a run may take any recipe and data: nothing is trained yet, and this process
+    owns it. On a cluster a run has no owner, and a job of the other recipe may still go on.
+    """
+    untouched = not earlier.finished and not (folder / "train").exists()
+    return untouched and owner_of_this_step(folder) is not None
 
 
 def _refuse_other(folder: Path, earlier: RunRecord, claim: RunRecord, config: RunConfig) -> None:

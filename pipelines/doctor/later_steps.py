@@ -48,20 +48,22 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
             found = f"of the first {_ROWS} rows: {error}"
             yield Finding("evaluation", "warning", found, error.hint or "see the message")
             return
-        if card["rows_read"] < _ROWS:  # that is all of the data: split it as the run will
+        whole, of = card["rows_read"] < _ROWS, f"of the first {_ROWS} rows: "
+        if whole:  # split as the run will
+            dataset, of = Path(scratch) / "whole", ""
             try:
-                prepare_data(config, model, Path(scratch) / "whole", processes=1)
+                prepare_data(config, model, dataset, processes=1)
             except UserError as error:
                 yield Finding("data", "problem", str(error), error.hint or "see the message")
                 return
         for remark in describe_scoring(config, dataset):
-            found = f"of the first {_ROWS} rows: {remark}"
+            found = f"{of}{remark}"
             if NOT_SCORED in remark:
                 fix = "set evaluate.judge to one that fits the references, such as chrf"
                 yield Finding("evaluation", "warning", found, fix)
             else:
                 yield Finding("evaluation", "ok", found)
-        for remark in describe_answers(config, dataset, sample=True):
+        for remark in describe_answers(config, dataset, sample=not whole):
             yield Finding("evaluation", "warning", remark)
 
 

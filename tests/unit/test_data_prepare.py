@@ -179,9 +179,9 @@ def test_a_prefix_that_leaves_room_for_one_token_is_kept_and_one_more_is_dropped
         for n in range(20)
         for spare in (0, 1)
     ]
-    card = prepare_data(
-        run_config(write_lines(tmp_path / "a.jsonl", rows), seq_length=40), model, tmp_path / "out"
-    )
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    config = run_config(source, seq_length=40, max_too_long_fraction=0.5)
+    card = prepare_data(config, model, tmp_path / "out")
     assert card["dropped"] == {"prefix leaves no room for the response in seq_length": 20}
     assert {row["prefix_length"] for row in both(tmp_path / "out")} == {39}
     assert {len(row["input_ids"]) for row in both(tmp_path / "out")} == {40}
@@ -335,6 +335,28 @@ def test_rows_that_are_all_too_long_are_refused_with_their_length(
     found = re.search(r" (\d+) tokens\b.* data\.seq_length", message)
     assert found is not None
     assert int(found[1]) > longest
+
+
+def test_too_many_rows_without_room_are_refused_and_few_are_said(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [{**row, "question": row["question"] * 9} for row in problems(24)[20:]]
+    source = write_lines(tmp_path / "gsm.jsonl", [*problems(20), *long])
+    length = 12 + max(len(row["question"]) for row in problems(20))
+    message = refusal(source, model, seq_length=length)
+    assert "4 of 24 " in message
+    assert "10.0% (data.max_too_long_fraction)" in message
+    needed = re.search(r" (\d+) tokens: raise data\.seq_length", message)
+    assert needed is not None
+    assert int(needed[1]) > length
+    with caplog.at_level("INFO"):
+        config = run_config(source, seq_length=length, max_too_long_fraction=0.2)
+        card = prepare_data(config, model, tmp_path / "out")
+    assert (card["kept"], card["too_long"]) == (20, 4)
+    assert card["cut"] > 0
+    said = "\n".join(caplog.messages)
+    assert f"{card['cut']} of 20 responses" in said, "they have no end"
+    assert "4 of 24 examples" in said
 
 
 def test_columns_of_no_known_form_are_listed(tmp_path: Path, model: Path) -> None:

@@ -219,7 +219,9 @@ def test_small_data_is_split_as_the_run_will(tiny_model: Path, tmp_path: Path) -
     assert (found.name, found.state) == ("data", "problem"), "no row is held out"
     assert "data.validation_fraction (now 0.0001) to 0.3" in found.fix
     tree["data"] = {**data, "validation_fraction": 0.3}
-    assert "problem" not in {one.state for one in check_evaluation(parse_config(tree))}
+    states = {one.found: one.state for one in check_evaluation(parse_config(tree))}
+    assert "problem" not in states.values()
+    assert any(" 4 of 4 held-out " in found for found in states), f"not those of the run: {states}"
 
 
 def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: Path) -> None:

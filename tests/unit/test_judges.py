@@ -330,6 +330,8 @@ def test_figures_of_each_source_and_length() -> None:
     ]
     found = {(each.by, each.name): each for each in slices(rows, canvas=16)}
     assert list(found) == [
+        ("judge", "pattern"),
+        ("judge", "chrf"),
         ("source", "a"),
         ("source", "b"),
         ("source", "c"),
@@ -343,6 +345,7 @@ def test_figures_of_each_source_and_length() -> None:
     assert (a.score_before_low, a.score_before_high) == wilson(1, 2)
     assert (b.score_after, b.gained, b.lost, b.judges) == (0.5, 1, 1, ("chrf",))
     assert found["length", "33 to 64 tokens"].rows == 2
+    assert (found["judge", "chrf"].rows, found["judge", "chrf"].score_after) == (2, 0.5)
     assert found["source", "c"].score_after is found["source", "c"].verdict is None
     assert slices(rows[:1] * 3, canvas=16) == (), "one source and one length are the whole"
 

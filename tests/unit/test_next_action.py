@@ -79,6 +79,25 @@ def test_a_part_that_fails_is_named_beside_a_better_whole(
     assert action.command == SERVE
 
 
+def test_the_same_rows_are_named_once_by_what_they_are() -> None:
+    scores = {"score_before": 0.0, "score_before_low": 0.0, "score_before_high": 0.4} | {
+        "score_after": 0.0, "score_after_low": 0.0, "score_after_high": 0.4
+    }  # fmt: skip
+    of = {"rows": 5, "scored": 5, "gained": 0, "lost": 0, "p_value": 1.0, "verdict": "undecided"}
+    calls, short = (
+        Slice(by=by, name=name, judges=("tool_call",), **of, **scores)
+        for by, name in (("judge", "tool_call"), ("length", "1 to 16 tokens"))
+    )
+    result = sample_result()
+    after = dataclasses.replace(result.after, score=0.9, score_low=0.85, score_high=0.95)
+    result = dataclasses.replace(result, after=after, slices=(calls, short))
+    action = next_action(
+        sample_config(), result, merge=None, card={}, folder=RUN, model=RUN / "model"
+    )
+    assert " tools (0.0%)" in action.text
+    assert "tokens" not in action.text
+
+
 @pytest.mark.parametrize(("price", "costs"), [(3.0, [None, 6.0, 0.75]), (None, [None] * 3)])
 def test_a_step_costs_what_its_accelerators_do(
     price: float | None, costs: list[float | None]

@@ -449,14 +449,26 @@ def test_a_price_gives_the_cost_of_all_steps() -> None:
 
 def test_training_waits_for_what_is_written_longer_than_the_steps_between_take() -> None:
     def waited(size: float, every: int, *, asynchronous: bool = True) -> float:
-        found = checkpoint_times(int(size), 100, every, 0.1, asynchronous=asynchronous)
+        last = int(size / 3)  # without two moments
+        found = checkpoint_times(int(size), last, 100, every, 0.1, asynchronous=asynchronous)
         assert found.share == pytest.approx(found.waited / (10 + found.waited))
         return found.waited
 
-    assert waited(2 * DISK_RATE, 50) == pytest.approx(2)  # 5 s between them: only the last one
-    assert waited(6 * DISK_RATE, 50) == pytest.approx(6 + 1)
-    assert waited(6 * DISK_RATE, 40) == pytest.approx(6 + 2 + 4)  # at 40, 80 and 100
-    assert waited(6 * DISK_RATE, 100) == waited(6 * DISK_RATE, 1000) == pytest.approx(6)
-    assert waited(2 * DISK_RATE, 50, asynchronous=False) == pytest.approx(4)
-    hidden = checkpoint_times(int(6 * DISK_RATE), 100, 10, 0.1, asynchronous=True).hidden_from
+    assert waited(3 * DISK_RATE, 50) == pytest.approx(1)  # 5 s between them: only the last one
+    assert waited(6 * DISK_RATE, 50) == pytest.approx(2 + 1)
+    assert waited(6 * DISK_RATE, 40) == pytest.approx(2 + 2 + 4)  # at 40, 80 and 100
+    assert waited(6 * DISK_RATE, 100) == waited(6 * DISK_RATE, 1000) == pytest.approx(2)
+    assert waited(3 * DISK_RATE, 50, asynchronous=False) == pytest.approx(3 + 1)
+    size = int(6 * DISK_RATE)
+    hidden = checkpoint_times(size, size // 3, 100, 10, 0.1, asynchronous=True).hidden_from
     assert waited(6 * DISK_RATE, hidden) < waited(6 * DISK_RATE, hidden // 2)
+    enough = checkpoint_times(size, size // 3, 100, 10, 0.1, asynchronous=True).enough
+    longer = checkpoint_times(size, size // 3, enough, enough, 0.1, asynchronous=True)
+    assert longer.waited == 2
+    assert longer.share == pytest.approx(0.1)
+
+
+def test_the_last_checkpoint_of_full_fine_tuning_has_only_weights() -> None:
+    plan = released("gsm8k_sft")
+    assert plan.checkpoint_times.last == pytest.approx(plan.checkpoint_times.write / 3)
+    assert plan.checkpoint_times.waited == plan.checkpoint_times.last

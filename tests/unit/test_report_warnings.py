@@ -111,6 +111,17 @@ def test_trouble_in_training_is_never_hidden(config: RunConfig) -> None:
     assert re.search(r"\b100 \(1\.000\)\D+1\.200\b", text)
 
 
+@pytest.mark.parametrize(
+    ("dropped", "cut", "found"), [(0, 0, []), (3, 0, ["3"]), (0, 1, []), (3, 40, ["3", "40"])]
+)
+def test_rows_that_are_too_long_are_never_hidden(
+    dropped: int, cut: int, found: list[str], config: RunConfig
+) -> None:
+    card = {"kept": 200, "seq_length": 96, "cut": cut, "too_long": dropped}
+    lines = _warnings(config, [], card=card)
+    assert [line.split(" ")[0] for line in lines if "seq_length" in line] == found
+
+
 def _warnings(config: RunConfig, records: list[dict[str, Any]], **given: Any) -> list[str]:
     given = {"evaluation": None, "merge": {"passed": True}, "card": {}, **given}
     return find_warnings(config, records, **given)

@@ -6,6 +6,7 @@ Recipe, overrides and the chart's defaults.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from canvastune.errors import UserError
 from canvastune.tracking.client import TrackingClient
 from components.resolve import step as resolution
 from components.run_directory import read_record, write_record
+from components.run_owner import OWNER, own_run
 
 RECIPE = """
 name: small
@@ -65,6 +67,27 @@ def test_a_run_folder_is_refused_to_another_recipe_or_other_data(
         rows.write('{"question": "1+2?", "answer": "#### 3"}\n')
     with pytest.raises(UserError, match="runs/mine"):
         resolve("job-3")
+
+
+def test_a_run_of_this_machine_starts_over_until_something_is_trained(
+    resolve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(resolve("job-1").run_folder)
+    rows = tmp_path / "rows.jsonl"
+    with own_run(folder):
+        monkeypatch.setenv(OWNER, str(os.getpid()))
+        (folder / "data").mkdir()
+        rows.write_text('{"question": "1+2?", "answer": "#### 3"}\n')  # corrected
+        resolved = resolve("job-2", overrides="data.validation_fraction=0.3")
+        assert json.loads(resolved.config)["data"]["validation_fraction"] == 0.3
+        record = read_record(folder)
+        assert record is not None
+        assert record.known_as == "job-1", "MLflow would show two runs"
+        assert not (folder / "data").exists(), "the card of other rows"
+        (folder / "train").mkdir()
+        for overrides in ("", "data.validation_fraction=0.4"):
+            with pytest.raises(UserError, match="runs/mine"):
+                resolve("job-3", overrides=overrides)
 
 
 def test_another_job_may_change_what_affects_no_weight(resolve: Any) -> None:

@@ -333,14 +333,23 @@ def save_at_four(folder: Path, ground: Path) -> None:
     trainer = make_trainer(ground, folder / "run", *RESHARD, "parallel.ep=4")
     assert trainer.run()
     state = whole(trainer)
+    newest = folder / "run" / "checkpoints" / "step-000004"
+    last = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
+    again = make_trainer(ground, folder / "run", *RESHARD, "parallel.ep=4")
+    progress, _ = again.checkpoints.restore(again.trained, again.optimizer)
+    assert progress is not None
+    assert not again.optimizer.state, "nothing is trained after the last step"
+    for name, value in whole(again).items():
+        assert torch.equal(value, state[name])
+    trainer.checkpoints.save(4, trainer.trained, trainer.optimizer, progress)
+    trainer.checkpoints.wait()
     if dist.get_rank() == 0:
         torch.save(state, folder / "state.pt")
         plan = make_plan(trainer.config, ground / "base", 4)
-        written = sum(
-            file.stat().st_size
-            for file in (folder / "run" / "checkpoints" / "step-000004").glob("*.safetensors")
-        )
+        written = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
         headers = 4 * 400 * len(state)  # each rank names each tensor
+        weights = plan.checkpoint_bytes // 3
+        assert weights <= last <= weights + headers, "the last one has no optimizer state"
         assert plan.checkpoint_bytes <= written <= plan.checkpoint_bytes + headers, (
             plan.checkpoint_bytes,
             written,
