@@ -337,7 +337,7 @@ def verdict(result: dict[str, Any]) -> str:
     return (
         f"Goals missed on short answers: {named}. In brackets is the share of the rate of a large"
         " matmul at which a step of the needed FLOPs reaches the goal. Our step runs them at"
-        f" {1 / floor(result, row, 'ours'):.0%}. Its products and attention alone, without a norm, a"
+        f" {1 / floor(result, row, 'ours'):.0%}. Only its products and attention, without a norm, a"
         f" softmax or a row that is moved, take {row['checks']['ours']['products_seconds']:.2f} s of"
         f" its {row['kept']['seconds']['ours']:.2f} s."
     )

@@ -20,7 +20,7 @@ class CheckpointTimes:
     hidden_from: (
         int  # steps between checkpoints, at most all, with which only the last one is waited for
     )
-    enough: int  # steps of a run in which the last one alone takes `MOST_SHARE`
+    enough: int  # steps of a run in which only the last one takes `MOST_SHARE`
 
 
 def checkpoint_times(

@@ -109,8 +109,8 @@ def _checkpoint_times(plan: Plan) -> list[str]:
     times = plan.checkpoint_times
     lines = [
         f"  At {format_bytes(int(DISK_RATE))}/s one is written in {_seconds(times.write)}, the last in"
-        f" {_seconds(times.last)}, as it has no optimizer state; training waits"
-        f" {_seconds(times.waited)} for all, {times.share:.0%} of a run's time."
+        f" {_seconds(times.last)}: it has no optimizer state.",
+        f"  Training waits {_seconds(times.waited)} for all, {times.share:.0%} of a run's time.",
     ]
     if times.share > MOST_SHARE:
         if times.waited > 1.01 * times.last:
@@ -119,7 +119,7 @@ def _checkpoint_times(plan: Plan) -> list[str]:
                 f"{times.hidden_from} training waits for only the last one."
             )
         lines.append(
-            f"  The last one alone takes at most {MOST_SHARE:.0%} in a run of {times.enough:,} steps"
+            f"  The last one takes at most {MOST_SHARE:.0%} of a run of {times.enough:,} steps"
             " or more."
         )
     return lines

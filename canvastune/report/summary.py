@@ -24,7 +24,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 LAST_STEPS = 10  # every step draws new corruption levels, so the last training loss is a mean
 _RESTARTS = ("resumed", "restarted")
 _ROUTINE_EVENTS = ("checkpoint", "started")  # not listed on the page
-_MANY_CUT = 0.01  # share of the data's responses without their end, above which it is said
+_MANY_CUT = 0.01  # share of the data's responses without their end, above which it is reported
 _CLEARLY_WORSE = 1.01  # ratio of the last to the lowest validation loss; smaller ones are noise
 _NOT_COMPARED = ("name", "tracking.")  # settings that change nothing in a run
 

@@ -263,7 +263,7 @@ def data_fingerprint(config: RunConfig) -> str:
 
 def _may_start_over(folder: Path, earlier: RunRecord) -> bool:
     """Return whether a run may take any recipe and data: nothing is trained yet, and this process
-    owns it. On a cluster a run has no owner, and a job of the other recipe may still go on.
+    owns it. On a cluster a run has no owner, and a job of the other recipe may still run.
     """
     untouched = not earlier.finished and not (folder / "train").exists()
     return untouched and owner_of_this_step(folder) is not None
