@@ -165,8 +165,8 @@ def slices(rows: Sequence[JudgedRow], canvas: int) -> tuple[Slice, ...]:
     judges = [row.judge if row.scored else None for row in rows]
     found: list[tuple[str, str, list[bool]]] = []
     for by, places in (("judge", judges), ("source", sources)):
-        if len(names := [name for name in dict.fromkeys(places) if name is not None]) > 1:
-            found += [(by, name, [name == each for each in places]) for name in names]
+        if len(several := [name for name in dict.fromkeys(places) if name is not None]) > 1:
+            found += [(by, name, [name == each for each in places]) for name in several]
     for column in dict.fromkeys(name for row in rows for name in row.columns):
         values = _frequent([row.columns.get(column, NO_VALUE) for row in rows])
         if len(names := dict.fromkeys(values)) > 1:

@@ -216,10 +216,16 @@ class Publisher:
         client.log_batch(run_id, tags=[tag(name, value) for name, value in tags.items()])
 
     def _send_config(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
-        self._send_parameters(client, run_id, value)
+        self._send_parameters(client, run_id, value, whole=True)
 
-    def _send_parameters(self, client: MlflowClient, run_id: str, batches: dict[str, Any]) -> None:
-        """Log parameters, and what another attempt changes in a tag: no parameter can change."""
+    def _send_parameters(
+        self, client: MlflowClient, run_id: str, batches: dict[str, Any], *, whole: bool = False
+    ) -> None:
+        """Log parameters, and what another attempt changes in a tag: no parameter can change.
+
+        Args:
+            whole: these are all that can have changed, so that an older tag is outdated.
+        """
         named: dict[str, str] = {}  # the newest attempt's are last
         for values in map(registry.flatten_parameters, batches.values()):
             named |= {metric_name(name): value for name, value in values.items()}
@@ -235,7 +241,7 @@ class Publisher:
         ]
         if changes:
             client.set_tag(run_id, _CHANGED, "; ".join(changes)[:_LONGEST_TAG])
-        elif _CHANGED in data.tags:
+        elif whole and _CHANGED in data.tags:
             client.delete_tag(run_id, _CHANGED)
 
     def _send_metrics(

@@ -80,10 +80,16 @@ def test_a_part_that_fails_is_named_beside_a_better_whole(
 
 
 def test_the_same_rows_are_named_once_by_what_they_are() -> None:
-    scores = {"score_before": 0.0, "score_before_low": 0.0, "score_before_high": 0.4} | {
-        "score_after": 0.0, "score_after_low": 0.0, "score_after_high": 0.4
-    }  # fmt: skip
-    of = {"rows": 5, "scored": 5, "gained": 0, "lost": 0, "p_value": 1.0, "verdict": "undecided"}
+    low, high = ({f"score_{when}{of}": 0.0 for of in ("", "_low")} for when in ("before", "after"))
+    scores: dict[str, Any] = {**low, **high, "score_before_high": 0.4, "score_after_high": 0.4}
+    of: dict[str, Any] = {
+        "rows": 5,
+        "scored": 5,
+        "gained": 0,
+        "lost": 0,
+        "p_value": 1.0,
+        "verdict": "undecided",
+    }
     calls, short = (
         Slice(by=by, name=name, judges=("tool_call",), **of, **scores)
         for by, name in (("judge", "tool_call"), ("length", "1 to 16 tokens"))
