@@ -216,24 +216,13 @@ class Publisher:
         client.log_batch(run_id, tags=[tag(name, value) for name, value in tags.items()])
 
     def _send_config(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
-        self._send_parameters(client, run_id, value, whole=True)
-
-    def _send_parameters(
-        self, client: MlflowClient, run_id: str, batches: dict[str, Any], *, whole: bool = False
-    ) -> None:
-        """Log parameters, and what another attempt changes in a tag: no parameter can change.
-
-        Args:
-            whole: these are all that can have changed, so that an older tag is outdated.
-        """
-        named: dict[str, str] = {}  # the newest attempt's are last
-        for values in map(registry.flatten_parameters, batches.values()):
-            named |= {metric_name(name): value for name, value in values.items()}
-        data, param = client.get_run(run_id).data, load_mlflow().entities.Param
-        known = data.params
-        found = [param(name, value) for name, value in named.items() if name not in known]
-        for first in range(0, len(found), _PARAMETERS_IN_A_BATCH):
-            client.log_batch(run_id, params=found[first : first + _PARAMETERS_IN_A_BATCH])
+        """Log the newest attempt's config, and what it changes in a tag: no parameter can change."""
+        data = client.get_run(run_id).data
+        known, tags = data.params, data.tags
+        flat = registry.flatten_parameters(value["config"])
+        named = {metric_name(name): value for name, value in flat.items()}
+        new = {name: value for name, value in named.items() if name not in known}
+        self._send_parameters(client, run_id, {"new": new})
         changes = [
             f"{name}: {known[name]} -> {value}"
             for name, value in named.items()
@@ -241,8 +230,15 @@ class Publisher:
         ]
         if changes:
             client.set_tag(run_id, _CHANGED, "; ".join(changes)[:_LONGEST_TAG])
-        elif whole and _CHANGED in data.tags:
+        elif _CHANGED in tags:
             client.delete_tag(run_id, _CHANGED)
+
+    def _send_parameters(self, client: MlflowClient, run_id: str, batches: dict[str, Any]) -> None:
+        param = load_mlflow().entities.Param
+        for values in map(registry.flatten_parameters, batches.values()):
+            found = [param(metric_name(name), value) for name, value in values.items()]
+            for first in range(0, len(found), _PARAMETERS_IN_A_BATCH):
+                client.log_batch(run_id, params=found[first : first + _PARAMETERS_IN_A_BATCH])
 
     def _send_metrics(
         self, client: MlflowClient, run_id: str, values: dict[str, list[float]], **of: str
