@@ -83,7 +83,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         for unit, key in (("s", "seconds"), ("MB", "megabytes")):
             ours, other = sides["ours"][key], sides.get("baseline", {}).get(key)
             shown = [f"{each:.2f} {unit}" if each is not None else None for each in (ours, other)]
-            rows.append(row(f"`canvastune {name}`", str(shown[0]), shown[1], _over(other, ours)))
+            what = f"`canvastune {name}`" if name == "plan" else "the help of `canvastune`"
+            rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
     pipeline = result["pipeline"]
     for step in STEPS:
         ours, other = (pipeline["overhead"].get(side, {}).get(step) for side in _SIDES)
