@@ -8,7 +8,6 @@ import functools
 import json
 import statistics
 import sys
-from collections import Counter
 from typing import Any
 
 from benchmarks import blocks as several_blocks
@@ -16,6 +15,7 @@ from benchmarks import evaluation as answers
 from benchmarks import peers as released_peers
 from benchmarks import pipeline_plan as whole_pipeline
 from benchmarks import planner, scaling
+from benchmarks.gpu_page import dry_run_row, gpu_section, most_launches
 from benchmarks.measure import RESULTS, ROOT, say
 from benchmarks.startup import GOALS as start_goals
 from benchmarks.startup import lines as startup_lines
@@ -27,8 +27,6 @@ FILES = (
     *("data", "merge", "pipeline", "gpu_dry_run"),
 )
 PAGE = ROOT / "docs" / "performance.md"
-# host waits, launches and unfused attention calls at commit 80fd2ae, counted by tools/gpu_dry_run.py
-BEFORE = {"lora": (451, 19_634, 180), "full": (451, 17_775, 180)}
 
 
 def main() -> int:
@@ -162,9 +160,9 @@ the trainer against its plan.
 
 | case | host waits (before) | launches (before) | planned | attention calls that are unfused or compile a plan per shape (before) | fused ones | peak memory, GB | planned, GB |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(_dry(*case) for case in gpu_dry_run["cases"].items())}
+{chr(10).join(dry_run_row(*case) for case in gpu_dry_run["cases"].items())}
 
-The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes. {_most_launches(gpu_dry_run["cases"])} They come from Triton kernels,
+The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes. {most_launches(gpu_dry_run["cases"])} They come from Triton kernels,
 which a GPU has not run yet, and from keeping activations (`train.activation_checkpointing: false`): the batch of 8 leaves room for them;
 *checkpointed* recomputes each layer. `canvastune plan` counts launches at {LAUNCH_SECONDS * 1e6:.0f} us each as a bound of a step's time, and says which
 bound is the largest.
@@ -243,81 +241,6 @@ rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
 |---|---|---|
 {chr(10).join(_balance(row) for row in data["balance"])}
 {_starting(startup, at(startup)) if startup else ""}"""
-
-
-def _most_launches(cases: dict[str, Any]) -> str:
-    most = max(cases[name]["launches"] for name in ("lora", "full"))
-    return f"It is {'met' if most <= MOST_LAUNCHES else 'missed'}: {most:,}."
-
-
-def _dry(name: str, case: dict[str, Any]) -> str:
-    slow = sum(case["attention"].get(backend, 0) for backend in ("math", "cudnn"))
-    fused = sum(case["attention"].values()) - slow
-    waits, launches, unfused = (
-        f"{now:,}{f' ({then:,})' if then else ''}"
-        for now, then in zip(
-            (case["waits"], case["launches"], slow), BEFORE.get(name, (0, 0, 0)), strict=True
-        )
-    )
-    planned = f"{case['planned'] / 1e9:.2f}" if case["planned"] else "-"
-    return (
-        f"| {name} | {waits} | {launches} | {case['planned_launches']:,} | {unfused} | {fused} | {case['peak'] / 1e9:.2f} |"
-        f" {planned} |"
-    )
-
-
-def gpu_section(result: dict[str, Any]) -> str:
-    """Return the section on what `benchmarks.gpu` measured; its second part may be missing."""
-    steps, machine = result["steps"], result["machine"]
-    rows = []
-    for row in steps["lengths"]:
-        for name, side in row["sides"].items():
-            apart = side.get("gradient_difference")
-            figures = (
-                f"{side['failed']} | | | | "
-                if "failed" in side
-                else f"{side['seconds']:.3f} | {side['tokens_per_second']:,.0f} |"
-                f" {side['utilisation']:.0%} | {side['memory_bytes'] / 1e9:.2f} |"
-                f" {'' if apart is None else f'{apart:.1e}'}"
-            )
-            rows.append(f"| {row['seq_length']:,} | {name} | {figures} |")
-    kernels: dict[tuple[str, str], int] = {}
-    seen: Counter[str] = Counter()
-    for row in steps["lengths"]:
-        seen.update(row["attention_seen"] or {})
-        for call in row["attention"] or ():
-            taken = call["backend"], call["table"] or "not known for this device"
-            kernels[taken] = kernels.get(taken, 0) + call["calls"]
-    runs = [
-        f"| {method} | {run['layers']} | {run['tokens_per_second']:,.0f} | {run['step_seconds']:.2f} |"
-        f" {run['planned_step_seconds']:.2f} | {run['measured_bytes'] / 1e9:.2f} |"
-        f" {run['planned_bytes'] / 1e9:.2f} | {run['utilisation']:.0%} |"
-        for method, run in result.get("runs", {}).items()
-    ]
-    return f"""
-## On a GPU
-
-`tools/gpu_day.sh` ({machine["commit"]}, {machine["date"]}) on {machine["device"]}, torch {machine["torch"]}: {steps["layers"]} layers of the
-released model's size, bfloat16, forward and backward of {steps["examples"]} examples of a length. Utilization is relative to
-{steps["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s in a large matmul. Memory is in addition to weights and gradients.
-FlexAttention compiled {steps["compiled_graphs"]} graphs.
-
-| tokens of an example | step | seconds | tokens per second | utilization | memory, GB | gradients, from *chosen block*'s |
-|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-| attention calls | kernel | by `tools/attention_backends.py` |
-|---|---|---|
-{chr(10).join(f"| {calls:,} | {taken} | {table} |" for (taken, table), calls in kernels.items())}
-
-By the profiler: {", ".join(f"{calls:,} {name}" for name, calls in sorted(seen.items()))}.
-
-The trainer, one example a step, optimizer included:
-
-| method | layers | tokens per second | seconds | planned | peak memory, GB | planned | utilization |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(runs) or "| not finished | | | | | | | |"}
-"""
 
 
 def _at(result: dict[str, Any], usual: str) -> str:

@@ -86,11 +86,10 @@ class Checkpoints:
             assert marker is not None
             self._refuse_other_run(step, marker)
             run_on_rank0(partial(self._quarantine, [later for later in steps if later > step]))
-            if marker.get("optimizer", True):
-                _create_state(optimizer)
-                self._read(step, _state(parameters, optimizer))
-            else:
-                self._read(step, _state(parameters, None))
+            kept = optimizer if marker.get("optimizer", True) else None
+            if kept is not None:
+                _create_state(kept)
+            self._read(step, _state(parameters, kept))
             return marker["progress"], damages
         if damages:
             raise UserError(
@@ -132,7 +131,7 @@ class Checkpoints:
         )
         identity = flatten(self._config.model_dump(mode="json")) | {"data": self._data_fingerprint}
         marker = {"step": step, "identity": identity, "progress": progress}
-        marker["optimizer"] = optimizer is not None
+        marker["optimizer"] = optimizer is not None  # older ones, without the key, have its state
         staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
         assert isinstance(staged, Future)
         self._pending = self._thread.submit(self._complete, staged, path, marker)

@@ -20,7 +20,8 @@ from canvastune.logit_chunks import CHOOSING_TOKENS, SAMPLER_TOKENS
 # of 1e-12 together: sums in float32 are the same without them.
 _NEGLIGIBLE = 40.0
 # Nats below the highest logit to which lower ones are raised, which changes no sum in float32. A CPU
-# takes up to 100 times as long for an exponential that underflows, and 15 for a product with it.
+# takes 100 times as long, or longer, for exponentials that underflow: see
+# findings/torch_exp_is_slow_where_it_underflows.sh.
 _LEAST, _LEAST_DOUBLE = -80.0, -700.0
 _MOST = 0.7  # of the tokens of a tile
 

@@ -176,4 +176,4 @@ def test_every_container_of_mlflows_pod_can_be_run_by_docker(tmp_path: Path) -> 
     for container in (*pod["initContainers"], *pod["containers"]):
         words = run_arguments(container, tmp_path)
         assert IMAGES["mlflow"] in words
-        assert not [word for word in words if "$(" in word], "a variable that the test has not"
+        assert not [word for word in words if "$(" in word], "a variable that the test does not set"

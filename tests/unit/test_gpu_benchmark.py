@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_steps, made_model, page
+from benchmarks import gpu, gpu_page, gpu_steps, made_model
 from benchmarks.gpu_steps import (
     DEFAULT,
     PLAIN,
@@ -102,11 +102,11 @@ def test_the_page_has_every_figure_and_says_where_a_part_is_missing(steps: dict[
     run = {"layers": 2, "tokens_per_second": 9876.0, "step_seconds": 1.0, "utilisation": 0.5}
     run |= {"planned_step_seconds": 2.0, "measured_bytes": 3e9, "planned_bytes": 4e9}
     whole = {"machine": machine, "steps": {**steps, "lengths": lengths}, "runs": {"lora": run}}
-    text = page.gpu_section(whole)
+    text = gpu_page.gpu_section(whole)
     assert "| lora | 2 | 9,876 | 1.00 | 2.00 | 3.00 | 4.00 | 50% |" in text
     assert "| 128 | all | no |" in text
     del whole["runs"]
-    assert "not finished" in page.gpu_section(whole)
+    assert "not finished" in gpu_page.gpu_section(whole)
 
 
 def test_the_five_largest_costs_are_named_with_their_shares(steps: dict[str, Any]) -> None:

@@ -242,25 +242,34 @@ def test_tiles_of_the_vocabulary_change_nothing(model: Any, width: int) -> None:
     assert sample(model, asked, tile_width=width) == sample(model, asked)
 
 
+COLD = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
+
+
+def watch_tiles(monkeypatch: pytest.MonkeyPatch, see: Callable[..., object]) -> None:
+    """Call `see` with the sums and the arguments of each tile that was added to them."""
+    add = tiled_head.TileSums.add
+
+    def watched(self: Any, *given: Any) -> None:
+        add(self, *given)
+        see(self, *given)
+
+    monkeypatch.setattr(tiled_head.TileSums, "add", watched)
+
+
 def test_tokens_without_probability_are_left_out_without_a_trace(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cold = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
     counted: list[int] = []
-    add = tiled_head.TileSums.add
-
-    def recorded(self: Any, index: int, rows: Any, logits: torch.Tensor, *rest: Any) -> None:
-        counted.append(len(logits) * (index > 0))
-        add(self, index, rows, logits, *rest)
-
-    monkeypatch.setattr(tiled_head.TileSums, "add", recorded)
-    found = sample(model, QUESTIONS, cold, tile_width=32)
+    watch_tiles(
+        monkeypatch, lambda _, index, rows, logits, *rest: counted.append(len(logits) * (index > 0))
+    )
+    found = sample(model, QUESTIONS, COLD, tile_width=32)
     some = sum(counted)
     counted.clear()
     monkeypatch.setattr(tiled_head, "_NEGLIGIBLE", float("inf"))
-    assert sample(model, QUESTIONS, cold, tile_width=32) == found
+    assert sample(model, QUESTIONS, COLD, tile_width=32) == found
     assert 0 < some < 0.7 * sum(counted), "no tile was left out, or all were"
-    ((tokens, _),) = stock_answers(model, QUESTIONS[:1], monkeypatch, cold)
+    ((tokens, _),) = stock_answers(model, QUESTIONS[:1], monkeypatch, COLD)
     assert found["q0"].tokens == tokens
 
 
@@ -268,19 +277,12 @@ def test_no_exponential_underflows_and_none_is_missed(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU an exponential that underflows takes 100 times as long."""
-    cold = dataclasses.replace(SETTINGS, t_min=0.0005, t_max=0.002, steps=6)
     least: list[float] = []
-    add = tiled_head.TileSums.add
-
-    def recorded(self: Any, *given: Any) -> None:
-        add(self, *given)
-        least.append(float(self.weights.min()))
-
-    monkeypatch.setattr(tiled_head.TileSums, "add", recorded)
-    found = sample(model, QUESTIONS, cold, tile_width=32)
+    watch_tiles(monkeypatch, lambda sums, *_: least.append(float(sums.weights.min())))
+    found = sample(model, QUESTIONS, COLD, tile_width=32)
     assert min(least) > torch.finfo(torch.float32).tiny
     monkeypatch.setattr(tiled_head, "_LEAST", float("-inf"))
-    assert sample(model, QUESTIONS, cold, tile_width=32) == found
+    assert sample(model, QUESTIONS, COLD, tile_width=32) == found
     assert min(least) == 0, "none was so far below the highest"
 
 
