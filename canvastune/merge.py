@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,12 @@ import psutil
 import torch
 
 from canvastune.checkpoint.generation_config import write_generation_file
-from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.hf_format import (
+    DOWNLOAD_AGAIN,
+    CheckpointReader,
+    CheckpointWriter,
+    copy_side_files,
+)
 from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapter
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.checkpoint.model_card import write_model_card
@@ -38,6 +44,7 @@ FindDevice = Callable[[int], torch.device | None]
 _PROMPTS, _PROMPT_TOKENS = 4, 32
 # Memory of a loaded model over its float32 weights: activations, logits and the loader's buffers.
 _MEMORY_MARGIN = 1.25
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TOLERANCE = 1e-4  # of max |logit|: only the order of float32 sums differs
 _PROGRESS_SECONDS = 10.0
 
@@ -61,8 +68,8 @@ def merge_lora(
         find_device: as for `verify_merge`.
 
     Raises:
-        UserError: a base or an adapter that cannot be read, an adapter of another base, an `out`
-            that is not empty, a full disk.
+        UserError: a base or an adapter that cannot be read, values that are not finite, an adapter
+            of another base, an `out` that is not empty, a full disk.
         RuntimeError: the proof failed.
     """
     started = time.monotonic()
@@ -80,9 +87,9 @@ def merge_lora(
                 # read.
                 shard = writer.write(
                     name,
-                    merge_weight(checkpoint.get(name), *factors, trained.scale)
+                    merge_weight(_read_finite(checkpoint, name), *factors, trained.scale)
                     if factors
-                    else checkpoint.get(name),
+                    else _read_finite(checkpoint, name),
                 )
                 if shard is not None:
                     written += 1
@@ -106,6 +113,18 @@ def merge_lora(
         f"{proof['merge_seconds']:.1f} s: {out}"
     )
     return proof
+
+
+def _read_finite(checkpoint: CheckpointReader, name: str) -> torch.Tensor:
+    tensor = checkpoint.get(name)
+    # The extremes, as isfinite() would allocate as much memory again.
+    ends = tensor.aminmax() if tensor.numel() and tensor.dtype in _CHECKED else ()
+    if not all(math.isfinite(float(end)) for end in ends):  # both are NaN where one value is
+        raise UserError(
+            f"{checkpoint.path(name)}: tensor {name!r}: found values that are not finite",
+            hint=DOWNLOAD_AGAIN,
+        )
+    return tensor
 
 
 def merge_folder(adapter: Path, out: Path, base: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -427,6 +428,25 @@ def test_shapes_that_are_not_the_bases_are_refused_with_both(base: Path, broken:
 def test_values_that_are_not_finite_are_refused(base: Path, broken: Path) -> None:
     change(broken, layers_2_self_attn_k_proj_lora_A=torch.full((8, 32), math.nan))
     refuse(broken, base, "layers.2.self_attn.k_proj.lora_A", "not finite")
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_base_with_a_value_that_is_not_finite_is_refused_by_its_tensor(
+    base: Path, broken: Path, tmp_path: Path, value: float, adapted: bool
+) -> None:
+    other, name = tmp_path / "other", "model.decoder.layers.2.self_attn.q_norm.weight"
+    if adapted:
+        name = "model.decoder.layers.2.mlp.up_proj.weight"
+    shutil.copytree(base, other)
+    shard = CheckpointReader(other).path(name)
+    values = load_file(shard)
+    values[name].view(-1)[values[name].numel() // 2] = value
+    (broken / ORIGIN).unlink()  # it has the base's fingerprint
+    save_file(values, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(repr(name))):
+        merge_lora(CONFIGURATION, other, broken, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(
