@@ -43,7 +43,8 @@ from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.base_results import BaseResults
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.row_attention import Canvases, Part, RowCaches, seen_tokens
-from canvastune.evaluation.sampler import KeyedNoise, Sampler
+from canvastune.evaluation.sampler import Sampler
+from canvastune.noise import AnswerNoise
 
 BATCH, BLOCKS = 8, 3
 GOALS = {"head": 8.0, "middle": 4.0, "trunk": 2.0, "demo": 1.0}
@@ -145,7 +146,7 @@ def _measure(side: str, shape: Shape, rows: int) -> dict[str, Any]:
     model = made_model(shape)
     questions = _questions(shape, rows)
     stops = list(range(5, shape.vocabulary, 2 * shape.canvas))  # a canvas often has one of them
-    noise = KeyedNoise(0, shape.canvas, shape.vocabulary)
+    noise = AnswerNoise(0, shape.canvas, shape.vocabulary)
     run = _Stock(model, noise, stops) if side == "stock" else _Ours(model, noise, stops)
     run(questions[:1])  # warm-up
     run.reset()
@@ -234,7 +235,7 @@ def _questions(shape: Shape, rows: int) -> list[Question]:
 class _Ours:
     """Our sampler, as evaluation uses it."""
 
-    def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
+    def __init__(self, model: Any, noise: AnswerNoise, stops: list[int]) -> None:
         self.paused, self.counting, self.steps = 0.0, True, 0
         self.model, self.noise, self.stops, self.blocks = model, noise, stops, BLOCKS
         self.measured, self.least_bytes = False, 0  # of a step: what no sampler can do without
@@ -286,7 +287,7 @@ class _CountedSampler(Sampler):
 class _Stock:
     """Stock `generate()` on batches of similar length, padded on the left."""
 
-    def __init__(self, model: Any, noise: KeyedNoise, stops: list[int]) -> None:
+    def __init__(self, model: Any, noise: AnswerNoise, stops: list[int]) -> None:
         self.model, self.noise, self.stops = model, noise, stops
         self.paused, self.counting, self.batch = 0.0, True, list[Question]()
         self.steps, self.blocks = 0, BLOCKS  # steps of all batches

@@ -36,7 +36,6 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import local_tensor, shard_model
-from canvastune.noise import draw_self_conditioning
 from canvastune.perf_model import flops
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight, read_architecture
 from canvastune.perf_model.flops import (
@@ -207,10 +206,8 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
             [local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)]
         )
         shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks)
-        own = [part.position for forward in shares for part in forward[dist.get_rank()]]
-        has_coin = any(
-            draw_self_conditioning(SEED, position, self_conditioning) for position in own
-        )
+        own = [part for forward in shares for part in forward[dist.get_rank()]]
+        has_coin = data.any_self_conditioned(own)
         for layer in model.model.decoder.layers if case.ep > 1 else ():
             traffic.watch_routing(layer.experts, has_coin)
         with traffic.watching():

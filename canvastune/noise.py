@@ -66,33 +66,12 @@ def training_block_draws(
     return tuple(sorted(samples, key=lambda sample: sample.block))
 
 
-def draw_self_conditioning(seed: int, position: int, probability: float) -> bool:
-    """Draw only `self_condition`: ranks agree on the pass without communication."""
-    return bool(_draw_blocks(seed, position, 1, 1)[0][1] < probability)
-
-
 def drawn_blocks(
     seed: int, position: int, count: int, *, blocks: int, probability: float
 ) -> list[tuple[int, bool]]:
     """Return each block of `training_block_draws`, and whether it is denoised twice."""
     chosen = sorted(_draw_blocks(seed, position, blocks, count))
     return [(block, bool(coin < probability)) for block, coin in chosen]
-
-
-def validation_draws(
-    example_id: str, level: float, *, blocks: int, canvas_length: int, vocab_size: int
-) -> NoiseSample:
-    """Draw fixed noise for a held-out example from its id: the same block and the same uniform
-    variates at every level.
-
-    A position corrupted at one level is corrupted at every higher one, so curves differ by the
-    level only. Never self-conditioned: validation measures the first denoising pass. No dropout
-    either.
-    """
-    (only,) = validation_block_draws(
-        example_id, level, 1, blocks=blocks, canvas_length=canvas_length, vocab_size=vocab_size
-    )
-    return only
 
 
 def validation_block_draws(
@@ -104,10 +83,13 @@ def validation_block_draws(
     canvas_length: int,
     vocab_size: int,
 ) -> tuple[NoiseSample, ...]:
-    """Draw fixed noise for `count` distinct blocks of a held-out example, or for all of them if it
-    has fewer; in the order of the blocks.
+    """Draw fixed noise for `count` distinct blocks of a held-out example from its id, or for all of
+    them if it has fewer; in the order of the blocks.
 
-    A larger count adds blocks to those of a smaller one, and changes no draw of theirs.
+    The blocks and the uniform variates are the same at every level. A position corrupted at one
+    level is corrupted at every higher one, so curves differ by the level only. Never
+    self-conditioned: validation measures the first denoising pass. No dropout either. A larger count
+    adds blocks to those of a smaller one, and changes no draw of theirs.
     """
 
     def draw(order: int, block: int) -> NoiseSample:
@@ -137,24 +119,29 @@ def validation_block_draws(
     return tuple(sorted(samples, key=lambda sample: sample.block))
 
 
-def answer_uniforms(
-    seed: int, question: str, block: int, step: int, canvas_length: int
-) -> torch.Tensor:
-    """Return what chooses the tokens of a denoising step at inference, float64[C] in [0, 1).
-
-    Like `answer_canvas` it depends on nothing but its arguments: an answer is the same in any
-    batch, on any number of devices.
+@dataclass(frozen=True)
+class AnswerNoise:
+    """What an answer is sampled with, by question, block and step; steps are counted from 1 in each
+    block. It depends on nothing else: an answer is the same in any batch, on any number of devices.
     """
-    generator = _generator("answer", seed, question, block, step, "choice")
-    return torch.from_numpy(generator.random(canvas_length))
 
+    seed: int
+    canvas_length: int  # C
+    vocab_size: int
 
-def answer_canvas(
-    seed: int, question: str, block: int, step: int, canvas_length: int, vocab_size: int
-) -> torch.Tensor:
-    """Return uniform tokens, int64[C]: what a block starts from (step 0) or is renoised with."""
-    generator = _generator("answer", seed, question, block, step, "canvas")
-    return torch.from_numpy(generator.integers(0, vocab_size, canvas_length))
+    def start(self, question: str, block: int) -> torch.Tensor:
+        """Return the canvas that a block starts from, int64[C]."""
+        return self.renoise(question, block, 0)
+
+    def uniforms(self, question: str, block: int, step: int) -> torch.Tensor:
+        """Return what chooses each place's token by its cumulative probability, float64[C] in [0, 1)."""
+        generator = _generator("answer", self.seed, question, block, step, "choice")
+        return torch.from_numpy(generator.random(self.canvas_length))
+
+    def renoise(self, question: str, block: int, step: int) -> torch.Tensor:
+        """Return uniform tokens for places that the step does not accept, int64[C]."""
+        generator = _generator("answer", self.seed, question, block, step, "canvas")
+        return torch.from_numpy(generator.integers(0, self.vocab_size, self.canvas_length))
 
 
 def epoch_order(seed: int, epoch: int, rows: int, source: int = 0) -> np.ndarray:

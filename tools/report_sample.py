@@ -11,7 +11,7 @@ from typing import Any
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.evaluation.result import EvaluationResult, ModelFigures
-from canvastune.evaluation.scoring import compare, mcnemar, wilson
+from canvastune.evaluation.scoring import mcnemar, paired_test, wilson
 from canvastune.io.provenance import write_provenance
 from canvastune.report.summary import RunArtifacts
 
@@ -57,7 +57,7 @@ def sample_result(
         "gained": gained if rows else None,
         "lost": lost if rows else None,
         "p_value": mcnemar(gained, lost) if rows else None,
-        "verdict": compare(gained, lost) if rows else None,
+        "verdict": paired_test([1] * gained + [-1] * lost)[1] if rows else None,
         "gained_normalized": gained if rows else None,
         "lost_normalized": lost if rows else None,
         "validation_rows": 64,
@@ -75,7 +75,7 @@ def sample_result(
 
 
 def _exact_match(correct: int, rows: int, kind: str) -> dict[str, Any]:
-    low, high = wilson(correct, rows) if rows else (None, None)
+    low, high = wilson(correct / rows, rows) if rows else (None, None)
     return {
         f"correct{kind}": correct if rows else None,
         f"exact_match{kind}": correct / rows if rows else None,

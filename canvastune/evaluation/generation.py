@@ -28,7 +28,8 @@ from canvastune.data.row_sources import read_sources
 from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import select_frames
 from canvastune.evaluation.held_out import open_validation, select_rows
-from canvastune.evaluation.sampler import KeyedNoise, Sampler
+from canvastune.evaluation.sampler import Sampler
+from canvastune.noise import AnswerNoise
 
 # Special tokens that stay in an answer's text; all others are left out of it.
 _THINKING, _THINKING_END = "<|channel>", "<channel|>"
@@ -226,7 +227,7 @@ def generate_answers(
     """
     hidden = _hidden_tokens(tokenizer)
     text_config = model.config.text_config
-    noise = KeyedNoise(seed, model.config.canvas_length, text_config.vocab_size)
+    noise = AnswerNoise(seed, model.config.canvas_length, text_config.vocab_size)
     sampler = Sampler(
         model,
         how.sampler,

@@ -6,7 +6,6 @@ all parts, A and G heads of queries and of keys, D head size.
 
 from __future__ import annotations
 
-import abc
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,21 +77,8 @@ class RowCaches:
         return self._layers[layer].shape[3] - self.canvas_length
 
 
-class Part(abc.ABC):
-    """Tokens of a pass that attend in one way."""
-
-    @property
-    @abc.abstractmethod
-    def length(self) -> int:
-        """Tokens of the part."""
-
-    @abc.abstractmethod
-    def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
-
-
 @dataclass(frozen=True)
-class EncodedTokens(Part):
+class EncodedTokens:
     """Pending tokens of one row attend causally to those before them, and are kept."""
 
     caches: RowCaches
@@ -103,11 +89,11 @@ class EncodedTokens(Part):
 
     @property
     def length(self) -> int:
-        """Implement `Part`."""
+        """Tokens of the part, S."""
         return self.end - self.start
 
     def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """Implement `Part`."""
+        """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
         query, *own = tensors
         layer, window = module.layer_idx, module.sliding_window
         pairs = torch.stack(own)
@@ -120,7 +106,7 @@ class EncodedTokens(Part):
 
 
 @dataclass(frozen=True)
-class Canvases(Part):
+class Canvases:
     """Each row's canvas attends to what is kept of the tokens before it, and to all of itself."""
 
     caches: RowCaches
@@ -129,11 +115,11 @@ class Canvases(Part):
 
     @property
     def length(self) -> int:
-        """Implement `Part`."""
+        """Tokens of the part, S."""
         return len(self.lengths) * self.caches.canvas_length
 
     def attend(self, module: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        """Implement `Part`."""
+        """Attend in a layer: query [1, A, S, D], key and value [1, G, S, D] -> [1, A, S, D]."""
         rows, window = len(self.lengths), module.sliding_window
         # [n, heads, C, D]
         query, key, value = (each[0].unflatten(1, (rows, -1)).transpose(0, 1) for each in tensors)
@@ -157,6 +143,9 @@ class Canvases(Part):
         places = torch.arange(most + self.caches.canvas_length)
         first = most - torch.tensor(seen)
         return (places >= first[:, None])[:, None, None].to(device)
+
+
+Part = EncodedTokens | Canvases  # tokens of a pass that attend in one way
 
 
 def seen_tokens(length: int, window: int | None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,54 +28,10 @@ from canvastune.evaluation.row_attention import (
 )
 from canvastune.evaluation.tiled_head import TiledHead
 from canvastune.logit_chunks import encoded_tokens, sampler_columns
-from canvastune.noise import answer_canvas, answer_uniforms
+from canvastune.noise import AnswerNoise
 
-
-class Asked(Protocol):
-    """What the sampler reads of a question."""
-
-    @property
-    def id(self) -> str:
-        """Name that the noise is keyed by."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """The prompt."""
-
-
-class Noise(Protocol):
-    """The source of randomness. Steps are counted from 1 in each block."""
-
-    def start(self, question: str, block: int) -> torch.Tensor:
-        """Return the canvas that a block starts from, int64[C]."""
-
-    def uniforms(self, question: str, block: int, step: int) -> torch.Tensor:
-        """Return what chooses each place's token by its cumulative probability, float64[C]."""
-
-    def renoise(self, question: str, block: int, step: int) -> torch.Tensor:
-        """Return the tokens of places that the step does not accept, int64[C]."""
-
-
-@dataclass(frozen=True)
-class KeyedNoise:
-    """Noise that depends on nothing but seed, question, block and step."""
-
-    seed: int
-    canvas_length: int
-    vocab_size: int
-
-    def start(self, question: str, block: int) -> torch.Tensor:
-        """Implement `Noise`."""
-        return self.renoise(question, block, 0)
-
-    def uniforms(self, question: str, block: int, step: int) -> torch.Tensor:
-        """Implement `Noise`."""
-        return answer_uniforms(self.seed, question, block, step, self.canvas_length)
-
-    def renoise(self, question: str, block: int, step: int) -> torch.Tensor:
-        """Implement `Noise`."""
-        place = (self.seed, question, block, step)
-        return answer_canvas(*place, self.canvas_length, self.vocab_size)
+if TYPE_CHECKING:  # that module imports this one
+    from canvastune.evaluation.generation import Question
 
 
 @dataclass(frozen=True)
@@ -93,7 +49,7 @@ class Answer:
 class _Row:
     """A question that is being answered."""
 
-    question: Asked
+    question: Question
     pending: torch.Tensor  # tokens to encode before the next step
     length: int = 0  # tokens encoded
     canvas: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -118,7 +74,7 @@ class Sampler:
         self,
         model: Any,
         settings: SamplerSettings,
-        noise: Noise,
+        noise: AnswerNoise,
         *,
         rows: int,
         max_new_tokens: int,
@@ -152,7 +108,7 @@ class Sampler:
         }
 
     @torch.no_grad()
-    def answer(self, questions: Iterable[Asked]) -> Iterator[Answer]:
+    def answer(self, questions: Iterable[Question]) -> Iterator[Answer]:
         """Yield the answers in the order in which they end."""
         waiting, rows = iter(questions), list[_Row]()
         caches = RowCaches(self.canvas_length)

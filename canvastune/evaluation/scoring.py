@@ -20,12 +20,8 @@ _DRAWS, _DRAWS_AT_ONCE = 20_000, 2_000
 _THINKING, _THINKING_END = "<|channel>", "<channel|>"  # as the released chat template writes them
 
 
-def wilson(correct: int, rows: int) -> tuple[float, float]:
+def wilson(share: float, rows: float) -> tuple[float, float]:
     """Return Wilson's 95% interval of a proportion: valid for few rows, and at 0 and 1."""
-    return _wilson(correct / rows, rows)
-
-
-def _wilson(share: float, rows: float) -> tuple[float, float]:
     z = _Z95
     middle = share + z * z / (2 * rows)
     half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
@@ -47,7 +43,7 @@ def share_interval(shares: Sequence[float], repeats: int) -> tuple[float, float]
         spread = sum((each - share) ** 2 for each in shares) / (rows - 1)
         most = float(rows * repeats)
         worth = most if not spread else min(max(rows, share * (1 - share) * rows / spread), most)
-    return _wilson(share, worth)
+    return wilson(share, worth)
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
@@ -129,13 +125,6 @@ def mcnemar(gained: int, lost: int) -> float:
     changed = gained + lost
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**changed)
-
-
-def compare(gained: int, lost: int) -> str:
-    """Return "better", "worse", or "undecided" if chance could have split the changed rows so."""
-    if mcnemar(gained, lost) >= SIGNIFICANCE_LEVEL:
-        return "undecided"
-    return "better" if gained > lost else "worse"
 
 
 def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:

@@ -175,9 +175,9 @@ def test_counts_are_those_of_the_answers(
         assert model.correct is not None
         assert model.correct_normalized is not None
         assert model.exact_match_normalized == model.correct_normalized / 6
-        assert (model.exact_match_low, model.exact_match_high) == wilson(model.correct, 6)
+        assert (model.exact_match_low, model.exact_match_high) == wilson(model.correct / 6, 6)
         normalized = (model.exact_match_normalized_low, model.exact_match_normalized_high)
-        assert normalized == wilson(model.correct_normalized, 6)
+        assert normalized == wilson(model.correct_normalized / 6, 6)
     assert (result.gained, result.lost, result.p_value, result.verdict) == (
         4,
         1,

@@ -26,8 +26,9 @@ from canvastune.evaluation import model_run, sweep
 from canvastune.evaluation.generation import Question
 from canvastune.evaluation.ranks import Ranks
 from canvastune.evaluation.run import evaluate, evaluate_on_ranks
-from canvastune.evaluation.sampler import KeyedNoise, Sampler
+from canvastune.evaluation.sampler import Sampler
 from canvastune.evaluation.validation_loss import denoising_loss
+from canvastune.noise import AnswerNoise
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.evaluation import AnswerShape, answer_memory
 from canvastune.planner.evaluation import evaluation_layout
@@ -47,7 +48,7 @@ def answer_and_denoise(folder: Path, checkpoint: Path) -> None:
         if name == "alone" and dist.get_rank():
             continue
         model = ranks.load(checkpoint, CPU)
-        noise = KeyedNoise(7, CANVAS, VOCABULARY)
+        noise = AnswerNoise(7, CANVAS, VOCABULARY)
         options: dict[str, Any] = {"rows": 2, "max_new_tokens": 4 * CANVAS, "stops": [3, NEVER]}
         sampler = Sampler(model, SETTINGS, noise, **options)
 
@@ -229,7 +230,7 @@ def test_answers_hold_what_the_plan_says(tmp_path: Path) -> None:
     assert planned.pop("weights") == sum(one.nbytes for one in weights)
     asked = [Question(str(index), "", [7] * prompt, "") for index in range(rows)]
     settings = replace(SETTINGS, steps=3, stability_threshold=3)
-    noise = KeyedNoise(0, shape.canvas, shape.vocabulary)
+    noise = AnswerNoise(0, shape.canvas, shape.vocabulary)
     options: dict[str, Any] = {"rows": rows, "max_new_tokens": blocks * shape.canvas, "stops": []}
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         assert len(list(Sampler(model, settings, noise, **options).answer(asked))) == rows

@@ -342,7 +342,7 @@ def test_figures_of_each_source_and_length() -> None:
     ]
     a, b = found["source", "a"], found["source", "b"]
     assert (a.rows, a.scored, a.score_before, a.score_after) == (2, 2, 0.5, 1)
-    assert (a.score_before_low, a.score_before_high) == wilson(1, 2)
+    assert (a.score_before_low, a.score_before_high) == wilson(1 / 2, 2)
     assert (b.score_after, b.gained, b.lost, b.judges) == (0.5, 1, 1, ("chrf",))
     assert found["length", "33 to 64 tokens"].rows == 2
     assert (found["judge", "chrf"].rows, found["judge", "chrf"].score_after) == (2, 0.5)
@@ -382,12 +382,12 @@ def test_intervals_cover_the_truth_with_the_noise_of_sampling_in_them() -> None:
         shares = draw.binomial(repeats, chances) / repeats
         low, high = share_interval([*map(float, shares)], repeats)
         covered += low <= (0.1 + 0.5 + 0.95) / 3 <= high
-        low, high = wilson(round(float(shares.sum()) * repeats), 40 * repeats)
+        low, high = wilson(float(shares.mean()), 40 * repeats)
         wrong += low <= (0.1 + 0.5 + 0.95) / 3 <= high
     assert 0.92 < covered / trials < 0.985
     assert wrong / trials < 0.88, "answers of one row were counted as if of different rows"
-    assert share_interval([1.0, 0.0, 1.0], 1) == wilson(2, 3)
-    assert share_interval([1.0, 1.0], 5) == wilson(2, 2)
+    assert share_interval([1.0, 0.0, 1.0], 1) == wilson(2 / 3, 3)
+    assert share_interval([1.0, 1.0], 5) == wilson(1.0, 2)
 
 
 def test_intervals_of_scores_are_students() -> None:

@@ -11,12 +11,10 @@ import torch
 
 from canvastune.noise import (
     NoiseSample,
-    draw_self_conditioning,
     drawn_blocks,
     epoch_order,
     training_block_draws,
     validation_block_draws,
-    validation_draws,
 )
 
 COUNT, BLOCKS, CANVAS, VOCABULARY = 20_000, 8, 4, 64
@@ -82,7 +80,7 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 def test_the_coin_alone_is_the_coin_of_the_draws_whatever_the_example() -> None:
     for position in range(200):
         assert (
-            draw_self_conditioning(7, position, 0.5)
+            drawn_blocks(7, position, 1, blocks=1, probability=0.5)[0][1]
             == draw(position).self_condition
             == draw(position, blocks=1, canvas=16).self_condition
         )
@@ -220,16 +218,10 @@ def test_a_replacement_may_equal_any_token_of_the_vocabulary() -> None:
 
 
 def test_validation_noise_depends_on_the_example_alone_and_grows_with_the_level() -> None:
-    low, high = (
-        validation_draws("abc", level, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
-        for level in (0.3, 0.7)
-    )
-    assert same(
-        low, validation_draws("abc", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
-    )
-    assert not same(
-        low, validation_draws("abd", 0.3, blocks=3, canvas_length=64, vocab_size=VOCABULARY)
-    )
+    sizes = {"blocks": 3, "canvas_length": 64, "vocab_size": VOCABULARY}
+    (low,), (high,) = (validation_block_draws("abc", level, 1, **sizes) for level in (0.3, 0.7))
+    assert same(low, *validation_block_draws("abc", 0.3, 1, **sizes))
+    assert not same(low, *validation_block_draws("abd", 0.3, 1, **sizes))
     assert low.block == high.block
     assert torch.equal(low.replacement, high.replacement)
     assert bool((high.corrupted | ~low.corrupted).all()), (
@@ -247,8 +239,6 @@ def test_more_validation_blocks_add_to_fewer_and_change_none_of_them() -> None:
         assert [s.block for s in samples] == sorted({s.block for s in samples})
         return {sample.block: sample for sample in samples}
 
-    only = validation_draws("abc", 0.3, **sizes)
-    assert same(only, drawn(1)[only.block]), "one block has other noise than before"
     for count in range(1, 7):
         fewer, more = drawn(count), drawn(count + 1)
         assert len(fewer) == min(count, 5)

@@ -21,8 +21,9 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation import row_attention, tiled_head
 from canvastune.evaluation.generation import Question
-from canvastune.evaluation.sampler import Answer, KeyedNoise, Sampler
+from canvastune.evaluation.sampler import Answer, Sampler
 from canvastune.evaluation.tiled_head import TiledHead
+from canvastune.noise import AnswerNoise
 from tests.support.small import CANVAS, VOCABULARY, WINDOW, stock_model
 
 SLIDING_LAYERS = 3  # whose scales change the answers
@@ -64,7 +65,7 @@ def sample(
     **changes: Any,
 ) -> dict[str, Answer]:
     options: dict[str, Any] = {"rows": 3, "max_new_tokens": 4 * CANVAS, "stops": [NEVER]} | changes
-    noise = options.pop("noise", None) or KeyedNoise(seed, CANVAS, VOCABULARY)
+    noise = options.pop("noise", None) or AnswerNoise(seed, CANVAS, VOCABULARY)
     sampler = Sampler(model, settings, noise, tile_width=options.pop("tile_width", 100), **options)
     return {answer.question: answer for answer in sampler.answer(asked)}
 
@@ -75,7 +76,7 @@ def by_cumulative_probability(probabilities: torch.Tensor, uniforms: torch.Tenso
 
 
 class StockNoise:
-    """Gives stock `generate` the noise of a `Noise`, for a batch of questions."""
+    """Gives stock `generate` an `AnswerNoise`, for a batch of questions."""
 
     def __init__(self, noise: Any, asked: Sequence[Question]) -> None:
         self.noise, self.asked = noise, asked
@@ -105,7 +106,7 @@ def stock_answers(
     """Return the new tokens of each question from one batch of stock `generate`, padded on the
     left, and its tokens per forward.
     """
-    chance = StockNoise(noise or KeyedNoise(7, CANVAS, VOCABULARY), asked)
+    chance = StockNoise(noise or AnswerNoise(7, CANVAS, VOCABULARY), asked)
     width = max(len(question.tokens) for question in asked)
     ids = torch.tensor([[0] * (width - len(one.tokens)) + one.tokens for one in asked])
     mask = torch.tensor([[0] * (width - len(one.tokens)) + [1] * len(one.tokens) for one in asked])
@@ -446,7 +447,7 @@ def test_the_model_attends_as_before_afterwards(model: Any) -> None:
     sample(model, QUESTIONS[:1])
     assert model.config.text_config._attn_implementation == before
     answers = Sampler(
-        model, SETTINGS, KeyedNoise(0, CANVAS, VOCABULARY), rows=1, max_new_tokens=8, stops=[]
+        model, SETTINGS, AnswerNoise(0, CANVAS, VOCABULARY), rows=1, max_new_tokens=8, stops=[]
     ).answer(QUESTIONS)
     next(answers)
     assert model.config.text_config._attn_implementation == before, "changed between two answers"

@@ -16,11 +16,11 @@ from canvastune.errors import UserError
 from canvastune.evaluation.normalization import normalized_answer
 from canvastune.evaluation.scoring import (
     answer_part,
-    compare,
     extract_answer,
     find_reference,
     is_correct,
     mcnemar,
+    paired_test,
     wilson,
 )
 
@@ -241,7 +241,7 @@ def test_no_pattern_switches_exact_match_off(pattern: str | None) -> None:
     ],
 )
 def test_intervals_are_wilsons(correct: int, rows: int, low: float, high: float) -> None:
-    assert wilson(correct, rows) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(correct / rows, rows) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -264,4 +264,4 @@ def test_changed_rows_are_compared_exactly(gained: int, lost: int, p: float) -> 
     ],
 )
 def test_a_model_is_better_only_if_chance_is_unlikely(gained: int, lost: int, verdict: str) -> None:
-    assert compare(gained, lost) == verdict
+    assert paired_test([1] * gained + [-1] * lost)[1] == verdict
