@@ -44,9 +44,18 @@ _WORDS = {"ok": "same", "accepted": "differs, accepted", "bad": "DIFFERS"}
 class Comparison:
     """Rows of the result table."""
 
-    def __init__(self, accept: list[str]) -> None:
+    def __init__(self, base: Side, now: Side, accept: list[str]) -> None:
         self.rows: list[tuple[str, int, list[str], list[str]]] = []
+        self.base, self.now = base, now
         self._accept = accept
+
+    def of_sides(self, what: str, look: Callable[[Side], Any]) -> None:
+        """Add a row: compare what a function returns for each side."""
+        self.compare(what, look(self.base), look(self.now))
+
+    def of_files(self, what: str, look: Callable[[Path], Any], path: str) -> None:
+        """Add a row: compare what a function returns for a path in each side's folder."""
+        self.of_sides(what, lambda side: look(side.folder / path))
 
     def compare(self, what: str, base: Any, now: Any) -> None:
         """Add a row: compare nested values leaf by leaf, floats bit for bit."""
@@ -98,65 +107,35 @@ def main(arguments: list[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
 
-    comparison = Comparison(options.accept)
     with _folder(options.keep) as work, _worktree(options.base, work / "tree") as tree:
-        shared = work / "shared"
         with Side(tree, work / "base", say) as base, Side(ROOT, work / "now", say) as now:
-            _compare_inputs(base, now, shared, comparison)
-            _compare_commands(base, now, comparison)
+            comparison = Comparison(base, now, options.accept)
+            _compare_inputs(comparison, work / "shared")
+            _compare_commands(comparison)
             ranks = [count for count in options.ranks if count < 4 or not options.quick]
             for method in options.methods:
                 for count in ranks:
-                    _compare_training(base, now, method, count, comparison)
-            _compare_torchrun(base, now, comparison, say)
-            _compare_stopping(base, now, comparison, say)
+                    _compare_training(comparison, method, count)
+            _compare_torchrun(comparison)
+            _compare_stopping(comparison)
             if not options.quick:
-                _compare_pipeline(base, now, comparison, say)
+                _compare_pipeline(comparison)
         print(f"\n{comparison}\n{time.monotonic() - started:.0f} s, base {options.base}")
     return int(comparison.failed)
 
 
-def _compare_inputs(base: Side, now: Side, shared: Path, comparison: Comparison) -> None:
+def _compare_inputs(comparison: Comparison, shared: Path) -> None:
     """Compare the tiny model and the prepared data, then let both trees use those of the base."""
+    base, now = comparison.base, comparison.now
     for each in (base, now):
         each.run("pipelines.cli", "make-tiny-model", "model")
         each.run("pipelines.cli", "prepare", "recipe.yaml", "--output", "prepared")
-    _both(
-        comparison,
-        "tiny model: files",
-        base,
-        now,
-        lambda s: snapshot.file_hashes(s.folder / "model"),
-    )
-    _both(
-        comparison,
-        "prepared: rows",
-        base,
-        now,
-        lambda s: snapshot.prepared_rows(s.folder / "prepared"),
-    )
-    _both(
-        comparison,
-        "prepared: files, byte for byte",
-        base,
-        now,
-        lambda s: snapshot.file_hashes(s.folder / "prepared"),
-    )
-    _both(
-        comparison,
-        "prepared: file names",
-        base,
-        now,
-        lambda s: snapshot.file_names(s.folder / "prepared"),
-    )
-    _both(
-        comparison,
-        "prepared: keys",
-        base,
-        now,
-        lambda s: snapshot.artifact_keys(s.folder / "prepared"),
-    )
-    _both(comparison, "prepared: every form", base, now, sides.prepared_forms)
+    comparison.of_files("tiny model: files", snapshot.file_hashes, "model")
+    comparison.of_files("prepared: rows", snapshot.prepared_rows, "prepared")
+    comparison.of_files("prepared: files, byte for byte", snapshot.file_hashes, "prepared")
+    comparison.of_files("prepared: file names", snapshot.file_names, "prepared")
+    comparison.of_files("prepared: keys", snapshot.artifact_keys, "prepared")
+    comparison.of_sides("prepared: every form", sides.prepared_forms)
     shared.mkdir()
     for name in ("model", "prepared"):
         (base.folder / name).rename(shared / name)
@@ -165,48 +144,30 @@ def _compare_inputs(base: Side, now: Side, shared: Path, comparison: Comparison)
             (each.folder / name).symlink_to(shared / name)
 
 
-def _compare_commands(base: Side, now: Side, comparison: Comparison) -> None:
-    _both(comparison, "options of every command", base, now, sides.options_of_commands)
-    _both(comparison, "exit codes", base, now, sides.exit_codes)
-    for each in (base, now):
+def _compare_commands(comparison: Comparison) -> None:
+    comparison.of_sides("options of every command", sides.options_of_commands)
+    comparison.of_sides("exit codes", sides.exit_codes)
+    for each in (comparison.base, comparison.now):
         each.run("pipelines.cli", "compile", "-o", "compiled.yaml")
-    _both(
-        comparison,
-        "pipeline: parameters and artifacts",
-        base,
-        now,
-        lambda s: snapshot.pipeline_names(s.folder / "compiled.yaml"),
+    comparison.of_files(
+        "pipeline: parameters and artifacts", snapshot.pipeline_names, "compiled.yaml"
     )
 
 
-def _compare_training(
-    base: Side, now: Side, method: str, ranks: int, comparison: Comparison
-) -> None:
+def _compare_training(comparison: Comparison, method: str, ranks: int) -> None:
+    base, now = comparison.base, comparison.now
     what = f"{method}, {ranks} rank{'s' * (ranks > 1)}"
     experts = min(ranks, 2) if method == "lora" else ranks  # other layouts, too
     settings = (*snapshot.METHODS[method], f"parallel.ep={experts}")
     output = f"{method}-{ranks}"
     for each in (base, now):
         each.train(output, *settings, ranks=ranks)
-    _both(comparison, f"{what}: losses", base, now, lambda s: snapshot.losses(s.folder / output))
-    _both(comparison, f"{what}: weights", base, now, lambda s: _weights(s.folder / output))
-    _both(
-        comparison,
-        f"{what}: checkpoint",
-        base,
-        now,
-        lambda s: snapshot.tensor_hashes(s.folder / output / "checkpoints/step-000002"),
-    )
-    _both(
-        comparison,
-        f"{what}: file names",
-        base,
-        now,
-        lambda s: snapshot.file_names(s.folder / output),
-    )
-    _both(
-        comparison, f"{what}: keys", base, now, lambda s: snapshot.artifact_keys(s.folder / output)
-    )
+    comparison.of_files(f"{what}: losses", snapshot.losses, output)
+    comparison.of_files(f"{what}: weights", _weights, output)
+    checkpoint = f"{output}/checkpoints/step-000002"
+    comparison.of_files(f"{what}: checkpoint", snapshot.tensor_hashes, checkpoint)
+    comparison.of_files(f"{what}: file names", snapshot.file_names, output)
+    comparison.of_files(f"{what}: keys", snapshot.artifact_keys, output)
     resumed = f"{output}-resumed"
     sides.interrupted(base.folder / output, now.folder / resumed, _STOPPED_AT)
     now.run("canvastune.train", *sides.training(resumed, *settings), ranks=ranks)
@@ -223,61 +184,23 @@ def _compare_training(
     comparison.compare(f"{what}: base's checkpoint resumed", expected, found)
 
 
-def _compare_torchrun(
-    base: Side, now: Side, comparison: Comparison, say: Callable[[str], object]
-) -> None:
+def _compare_torchrun(comparison: Comparison) -> None:
     """Compare runs under torchrun itself: the other runs are forks of one process."""
-    for each in (base, now):
-        say(f"{each.folder.name}: torchrun --nproc-per-node=2")
-        line = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "-m",
-            "canvastune.train",
-        ]
-        command = [
-            sys.executable,
-            *line,
-            *sides.training("torchrun", "train.method=full", "parallel.ep=2"),
-        ]
-        done = subprocess.run(
-            command,
-            cwd=each.folder,
-            env=each.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise CommandError(
-                f"{each.folder}: torchrun ended with {done.returncode}:\n{done.stderr[-3000:]}"
-            )
-    _both(
-        comparison,
-        "torchrun, 2 ranks: losses",
-        base,
-        now,
-        lambda s: snapshot.losses(s.folder / "torchrun"),
-    )
-    _both(
-        comparison,
-        "torchrun, 2 ranks: weights",
-        base,
-        now,
-        lambda s: _weights(s.folder / "torchrun"),
-    )
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    training = sides.training("torchrun", "train.method=full", "parallel.ep=2")
+    for each in (comparison.base, comparison.now):
+        each.run_apart(*torchrun, "-m", "canvastune.train", *training)
+    comparison.of_files("torchrun, 2 ranks: losses", snapshot.losses, "torchrun")
+    comparison.of_files("torchrun, 2 ranks: weights", _weights, "torchrun")
 
 
-def _compare_stopping(
-    base: Side, now: Side, comparison: Comparison, say: Callable[[str], object]
-) -> None:
+def _compare_stopping(comparison: Comparison) -> None:
     """Compare runs that SIGTERM stops, and resume the run of the base with this tree."""
+    base, now = comparison.base, comparison.now
     settings = ("train.method=lora", "parallel.ep=1", "train.steps=12", "train.validate_every=100")
     codes = []
     for each in (base, now):
-        say(f"{each.folder.name}: SIGTERM in the middle of 12 steps")
+        each.say("SIGTERM in the middle of 12 steps")
         command = [sys.executable, "-m", "canvastune.train", *sides.training("stopped", *settings)]
         process = subprocess.Popen(
             command, cwd=each.folder, env=each.environment, stderr=subprocess.DEVNULL
@@ -303,66 +226,25 @@ def _compare_stopping(
     comparison.compare("exit code of the finished run's command", *again)
 
 
-def _compare_pipeline(
-    base: Side, now: Side, comparison: Comparison, say: Callable[[str], object]
-) -> None:
+def _compare_pipeline(comparison: Comparison) -> None:
     """Compare `canvastune run`, from the rows to the report."""
-    for each in (base, now):
-        say(f"{each.folder.name}: canvastune run")
+    for each in (comparison.base, comparison.now):
         settings = [
             f"model.id={each.folder / 'model'}",
             f"data.source={each.folder / 'problems.jsonl'}",
         ]
         settings += ["parallel.nproc_per_node=2", "parallel.ep=2", "tracking.registered_model=tiny"]
         changed = [part for setting in settings for part in ("--set", setting)]
-        command = [
-            sys.executable,
-            "-m",
-            "pipelines.cli",
-            "run",
-            "recipe.yaml",
-            "--run-name",
-            "whole",
-            *changed,
-        ]
-        done = subprocess.run(
-            command,
-            cwd=each.folder,
-            env=each.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise CommandError(
-                f"{each.folder}: canvastune run ended with"
-                f" {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
-            )
-    run = Path("workspace/runs/whole")
-    _both(comparison, "run: losses", base, now, lambda s: snapshot.losses(s.folder / run / "train"))
-    _both(
-        comparison,
-        "run: adapter and merged model",
-        base,
-        now,
-        lambda s: _weights(s.folder / run / "train") | _weights(s.folder / run),
+        each.run_apart("pipelines.cli", "run", "recipe.yaml", "--run-name", "whole", *changed)
+    run = "workspace/runs/whole"
+    comparison.of_files("run: losses", snapshot.losses, f"{run}/train")
+    comparison.of_files(
+        "run: adapter and merged model", lambda path: _weights(path / "train") | _weights(path), run
     )
-    _both(comparison, "run: file names", base, now, lambda s: snapshot.file_names(s.folder / run))
-    _both(comparison, "run: keys", base, now, lambda s: snapshot.artifact_keys(s.folder / run))
-    _both(
-        comparison,
-        "run: steps' artifacts, keys",
-        base,
-        now,
-        lambda s: step_artifacts(s.folder / "workspace"),
-    )
-    _both(
-        comparison,
-        "run: names in MLflow",
-        base,
-        now,
-        lambda s: snapshot.mlflow_names(s.folder / "workspace/mlflow.db"),
-    )
+    comparison.of_files("run: file names", snapshot.file_names, run)
+    comparison.of_files("run: keys", snapshot.artifact_keys, run)
+    comparison.of_files("run: steps' artifacts, keys", step_artifacts, "workspace")
+    comparison.of_files("run: names in MLflow", snapshot.mlflow_names, "workspace/mlflow.db")
 
 
 def step_artifacts(workspace: Path) -> dict[str, list[str]]:
@@ -378,12 +260,6 @@ def _weights(run: Path) -> dict[str, str]:
         for folder in exported
         for name, digest in snapshot.tensor_hashes(folder).items()
     }
-
-
-def _both(
-    comparison: Comparison, what: str, base: Side, now: Side, look: Callable[[Side], Any]
-) -> None:
-    comparison.compare(what, look(base), look(now))
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

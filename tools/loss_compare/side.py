@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,10 +84,7 @@ class Side:
                 )
             self._loaded = True
         file = self.logs / f"{len(list(self.logs.iterdir())):03d}-{module}"
-        self._say(
-            f"{self.folder.name}: {module} {' '.join(arguments)}"
-            + (f" on {ranks}" if ranks else "")
-        )
+        self.say(f"{module} {' '.join(arguments)}" + (f" on {ranks}" if ranks else ""))
         job = {
             "module": module,
             "arguments": arguments,
@@ -102,6 +100,31 @@ class Side:
                 f" {expect}:\n{said[-3000:]}"
             )
         return code, said
+
+    def run_apart(self, module: str, *arguments: str) -> None:
+        """Run `python -m MODULE ARGUMENTS` in a new interpreter, not a fork.
+
+        Raises:
+            CommandError: the exit code is not 0.
+        """
+        self.say(f"{module} {' '.join(arguments)}, in a new interpreter")
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CommandError(
+                f"{self.folder}: {module} ended with"
+                f" {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+            )
+
+    def say(self, line: str) -> None:
+        """Report what this side does now."""
+        self._say(f"{self.folder.name}: {line}")
 
     def train(
         self,
@@ -186,8 +209,6 @@ def prepared_forms(side: Side) -> dict[str, dict[str, list[str]]]:
 
 def interrupted(run: Path, copy: Path, step: int) -> None:
     """Copy a run to the state after a kill right after the checkpoint of a step."""
-    import shutil
-
     newest = f"step-{step:06d}"
     later = [folder.name for folder in (run / "checkpoints").iterdir() if folder.name > newest]
     kept_out = shutil.ignore_patterns(

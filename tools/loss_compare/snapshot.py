@@ -251,12 +251,14 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
     """Return dtype, shape and SHA-256 (its first half) of every tensor in the safetensors files
     below a folder.
     """
+    import torch
+
     hashes = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 tensor = tensors.get_tensor(name).contiguous()
-                data = tensor.reshape(-1).view(dtype=_bytes_dtype()).numpy().tobytes()
+                data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
                 hashes[name] = (
                     f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()[:32]}"
                 )
@@ -428,9 +430,3 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _bytes_dtype() -> Any:
-    import torch
-
-    return torch.uint8
