@@ -5,6 +5,8 @@ The public API is these four names and one function per step; docs/api.md has an
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,14 +17,22 @@ __version__ = "0.1.0"
 __all__ = ["RunConfig", "UserError", "__version__", "load_config"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that `import canvastune` takes no time."""
-    if name in ("RunConfig", "load_config"):
-        from canvastune import config
+def lazy_attributes(package: str, **modules: str) -> Callable[[str], Any]:
+    """Return a package's `__getattr__`, which imports a public name on first use: the modules load
+    libraries for seconds.
 
-        return getattr(config, name)
-    if name == "UserError":
-        from canvastune.errors import UserError
+    Args:
+        modules: by name, the module in the package that defines it.
+    """
 
-        return UserError
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+
+    return get
+
+
+__getattr__ = lazy_attributes(
+    __name__, RunConfig="config", load_config="config", UserError="errors"
+)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from canvastune import lazy_attributes
 
 if TYPE_CHECKING:
     from canvastune.evaluation.run import evaluate
 
 __all__ = ["evaluate"]
-
-
-def __getattr__(attribute: str) -> Any:
-    """Import the function on first use: it loads `torch` and `transformers`."""
-    if attribute == "evaluate":
-        from canvastune.evaluation.run import evaluate
-
-        return evaluate
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+# It loads `torch` and `transformers`.
+__getattr__ = lazy_attributes(__name__, evaluate="run")

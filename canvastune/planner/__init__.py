@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from canvastune import lazy_attributes
 
 if TYPE_CHECKING:
     from canvastune.planner.planner import make_plan
 
 __all__ = ["make_plan"]
-
-
-def __getattr__(attribute: str) -> Any:
-    """Import the function on first use: it loads the Hub's client."""
-    if attribute == "make_plan":
-        from canvastune.planner.planner import make_plan
-
-        return make_plan
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+# It loads the Hub's client.
+__getattr__ = lazy_attributes(__name__, make_plan="planner")

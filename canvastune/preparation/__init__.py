@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from canvastune import lazy_attributes
 
 if TYPE_CHECKING:
     from canvastune.preparation.prepare import prepare_data
@@ -14,11 +16,5 @@ __all__ = ["PREPARATION_VERSION", "prepare_data"]
 # rejected. Import nothing heavy at the top of this file: the first step reads only the version.
 PREPARATION_VERSION = 2
 
-
-def __getattr__(attribute: str) -> Any:
-    """Import the function on first use: it loads `datasets` and `transformers`."""
-    if attribute == "prepare_data":
-        from canvastune.preparation.prepare import prepare_data
-
-        return prepare_data
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+# It loads `datasets` and `transformers`.
+__getattr__ = lazy_attributes(__name__, prepare_data="prepare")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from canvastune import lazy_attributes
 
 if TYPE_CHECKING:
     from canvastune.training.run import train
 
 __all__ = ["train"]
-
-
-def __getattr__(attribute: str) -> Any:
-    """Import the function on first use: it loads `torch` and `transformers`."""
-    if attribute == "train":
-        from canvastune.training.run import train
-
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+# It loads `torch` and `transformers`.
+__getattr__ = lazy_attributes(__name__, train="run")
