@@ -34,7 +34,7 @@ from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.byte_size import format_bytes
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 from canvastune.io.provenance import write_provenance
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def merge_lora(
                 f"{json.dumps(proof)}"
             )
         proof["merge_seconds"] = time.monotonic() - started
-        (folder / "merge_proof.json").write_text(to_json_text(proof, indent=2), encoding="utf-8")
+        write_json(folder / "merge_proof.json", proof)
         write_provenance(folder, "merge_lora", config, {"base": base, "adapter": adapter})
     logger.info(
         f"merge: {len(trained.factors)} weights merged and verified by {proof['method']} in "

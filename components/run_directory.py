@@ -12,7 +12,6 @@ WORKSPACE/runs/RUN/run.json     the record: pipeline job, config, whether the ru
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
+from canvastune.io.json_text import write_json
 from canvastune.tracking import PipelineRun
 
 if TYPE_CHECKING:
@@ -120,11 +120,8 @@ def read_pointer(artifact: Model) -> Path:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Write `run.json` atomically. Raises: UserError, if the directory is not writable."""
-    partial = folder / f".run.json-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder / "run.json")
+        write_json(folder / "run.json", asdict(record))
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write ({error.strerror})",

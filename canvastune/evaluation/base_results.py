@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from canvastune.evaluation.answer_cache import hash_key
+from canvastune.io.atomic import replace_text
 from canvastune.io.json_text import read_json_lines
 
 logger = logging.getLogger(__name__)
@@ -49,16 +47,7 @@ class BaseResults:
             json.dumps({"piece": digest, "result": result}) for digest, result in results.items()
         ]
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write("\n".join(lines) + "\n")
-                os.replace(partial, self.path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
-                raise
+            replace_text(self.path, "\n".join(lines) + "\n")
         except OSError as error:
             logger.warning(
                 f"evaluate: {self.path}: cannot be written ({error.strerror}): later runs compute "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from canvastune.errors import UserError
-from canvastune.io.json_text import finite, read_json_lines, to_json_text
+from canvastune.io.json_text import finite, read_json_lines, write_json
 
 FILE_NAME = "evaluation.json"
 ANSWERS, FORGETTING_ANSWERS = "answers.jsonl", "forgetting.jsonl"
@@ -189,7 +189,7 @@ class EvaluationResult:
 
     def write(self, folder: Path) -> None:
         """Write evaluation.json into `folder`."""
-        (folder / FILE_NAME).write_text(to_json_text(self.to_json(), indent=2), encoding="utf-8")
+        write_json(folder / FILE_NAME, self.to_json())
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> EvaluationResult:

@@ -58,7 +58,7 @@ from canvastune.evaluation.result import (
 from canvastune.evaluation.validation_loss import held_out_examples, mean_losses
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
@@ -221,7 +221,7 @@ def _write_result(
     film |= {side: output.traces[name] for side, output in outputs.items()}
     with atomic_directory(out) as folder:
         result.write(folder)
-        (folder / "film.json").write_text(to_json_text(film, ensure_ascii=False), encoding="utf-8")
+        write_json(folder / "film.json", film, indent=None, ensure_ascii=False)
         write_answers(folder / ANSWERS, rows, judged)
         if task.others:
             write_answers(folder / FORGETTING_ANSWERS, other_rows, other_judged)

@@ -30,7 +30,7 @@ from canvastune.evaluation.run import judging_of
 from canvastune.evaluation.scoring import paired_test
 from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 from canvastune.io.provenance import write_provenance
 from canvastune.preparation.tokenizer import load_tokenizer
 
@@ -143,8 +143,7 @@ def sweep(
                     "repeats": config.evaluate.repeats,
                     "points": [asdict(point) for point in points],
                 }
-                text = to_json_text(tree, indent=2)
-                (folder / "sweep.json").write_text(text, encoding="utf-8")
+                write_json(folder / "sweep.json", tree)
                 for suffix in ("svg", "png"):
                     draw_sweep(points, label, folder / f"sweep.{suffix}")
                 inputs = {"data": dataset, "base": base, "tuned": tuned}

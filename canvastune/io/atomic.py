@@ -1,4 +1,4 @@
-"""Write output directories that appear complete or not at all."""
+"""Write output directories and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from pathlib import Path
 
 from canvastune.errors import UserError
 
-DISK_FULL_ERRNOS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-)  # of a disk that accepts no more data
+# Of a disk that accepts no more data.
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -51,6 +47,27 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 def check_writable(out: Path) -> None:
     """Raise now the errors that `atomic_directory` would raise after long work."""
     _create_partial(out.absolute()).rmdir()
+
+
+def replace_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a text file, completely or not at all, and its folder if there is none.
+
+    Args:
+        sync: flush the file to the disk first.
+
+    Raises:
+        OSError: it cannot be written; what was there before is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of one number on several machines may write the same file of a shared disk.
+    partial = path.with_name(f".{path.name}.partial-{os.uname().nodename}-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if sync:
+            fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fsync_tree(folder: Path) -> None:

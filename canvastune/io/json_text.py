@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from canvastune.io.atomic import replace_text
+
 
 def finite(value: Any) -> Any:
     """Return a tree of JSON values with None in the place of NaN and the infinities."""
@@ -24,6 +26,11 @@ def to_json_text(tree: Any, *, indent: int | None = None, ensure_ascii: bool = T
     """Return a tree as JSON text that ends with a line break; every JSON reader accepts it."""
     text = json.dumps(finite(tree), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
     return text + "\n"
+
+
+def write_json(path: Path, tree: Any, *, indent: int | None = 2, ensure_ascii: bool = True) -> None:
+    """Write a tree as JSON, completely or not at all. Raises: OSError."""
+    replace_text(path, to_json_text(tree, indent=indent, ensure_ascii=ensure_ascii))
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from canvastune import __version__
 from canvastune.config import RunConfig, write_config
 from canvastune.config.data import MixtureSource
 from canvastune.io.hashing import hash_path
+from canvastune.io.json_text import write_json
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy")
 
@@ -42,4 +42,4 @@ def write_provenance(
         "inputs": {name: hash_path(path) for name, path in inputs.items()},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    (folder / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "provenance.json", record)

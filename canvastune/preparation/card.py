@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from canvastune.io.json_text import write_json
 
 _SAMPLE_CHARACTERS = 1500  # of each side of a sample
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 440, 170, 18, 20  # of a chart and its margins
@@ -17,8 +18,7 @@ _BARS = 24
 
 def write_card(card: dict[str, Any], folder: Path) -> None:
     """Write `card.json` and `card.html` into `folder`."""
-    text = json.dumps(card, indent=2, ensure_ascii=False)
-    (folder / "card.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "card.json", card, ensure_ascii=False)
     (folder / "card.html").write_text(render_card(card), encoding="utf-8")
 
 

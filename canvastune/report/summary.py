@@ -17,7 +17,7 @@ from canvastune.config.strict import flatten
 from canvastune.errors import UserError
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import too_few
-from canvastune.io.json_text import finite, to_json_text
+from canvastune.io.json_text import finite, write_json
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 
@@ -100,8 +100,7 @@ class RunSummary:
 
     def write(self, folder: Path) -> None:
         """Write summary.json into a run's folder; figures that are not known are left out."""
-        text = to_json_text(self.figures(), indent=2)
-        (folder / "summary.json").write_text(text, encoding="utf-8")
+        write_json(folder / "summary.json", self.figures())
 
     def figures(self) -> dict[str, float]:
         """Return the figures that are known and finite, by name."""

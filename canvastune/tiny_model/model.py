@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from canvastune.io.atomic import atomic_directory
+from canvastune.io.json_text import write_json
 from canvastune.tiny_model.tokenizer import IMAGE_TOKENS, learn_tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def make_tiny_model(folder: Path, seed: int = 0, text: Iterable[str] | None = No
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial, max_shard_size="2MB")
         tokenizer.save_pretrained(partial)
-        (partial / _PROCESSOR_FILE).write_text(
-            json.dumps(_processor_tree(), indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(partial / _PROCESSOR_FILE, _processor_tree())
         # save_pretrained rewrites the keys of the full-attention layers in a form that other tools
         # cannot read
         about = {
@@ -65,9 +63,7 @@ def make_tiny_model(folder: Path, seed: int = 0, text: Iterable[str] | None = No
             "dtype": "float32",
             "model_type": "diffusion_gemma",
         }
-        (partial / "config.json").write_text(
-            json.dumps(about | tree, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(partial / "config.json", about | tree)
 
 
 def _config_tree(tokenizer: GemmaTokenizer) -> dict[str, Any]:

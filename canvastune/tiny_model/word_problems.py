@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from canvastune.errors import UserError
+from canvastune.io.atomic import replace_text
 
 NAMES = ("Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Kim", "Joe")
 THINGS = (
@@ -155,13 +154,4 @@ def write_problems(path: Path, kind: str, rows: int, seed: int) -> None:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines: all of them, or no file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            for row in rows:
-                stream.write(json.dumps(row) + "\n")
-        partial.rename(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -18,6 +18,7 @@ from canvastune import __version__
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
 from canvastune.evaluation.result import ANSWERS
+from canvastune.io.json_text import write_json
 from canvastune.tracking import steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE
@@ -138,7 +139,7 @@ class StepRun:
             path = steps.tracking_directory(self.pipeline_run.folder) / self._step / name
             data = [[row.get(column) for column in columns] for row in rows]
             try:
-                steps.write_json(path, {"columns": columns, "data": data})
+                write_json(path, {"columns": columns, "data": data}, indent=1)
             except OSError as error:
                 log.warning("%s: cannot be written (%s). MLflow will lack it", path, error)
             for owner in of:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from canvastune.errors import UserError
+from canvastune.io.atomic import replace_text
 from canvastune.io.json_text import to_json_text
 
 _KEPT_EVENTS = ("resumed", "restarted", "damaged_checkpoint")  # facts of an attempt: never dropped
@@ -50,13 +50,7 @@ class MetricsWriter:
             raise RuntimeError("resume() comes before the first write()")
         records = read_metrics(self.path) if self.path.exists() else []
         kept = [r for r in records if r["step"] <= step or r.get("event") in _KEPT_EVENTS]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(to_json_text(record) for record in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
+        replace_text(self.path, "".join(map(to_json_text, kept)), sync=True)
         self._stream = self.path.open("a", encoding="utf-8")
         if self._listener is not None:
             self._listener.start()

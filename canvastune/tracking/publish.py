@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from canvastune.evaluation.result import read_answers
 from canvastune.io.hashing import hash_path
+from canvastune.io.json_text import write_json
 from canvastune.tracking import descriptions, steps
 from canvastune.tracking import model_registry as registry
 from canvastune.tracking.client import TrackingError, connect, file_lock, load_mlflow, log
@@ -128,7 +129,7 @@ class Publisher:
         if tree["late"] and sent:
             log.warning("MLflow at %s is back: it got %d records late", self.server, sent)
         tree["late"] = down
-        steps.write_json(self._path, tree)
+        write_json(self._path, tree, indent=1)
         return list(reasons.values())
 
     def _read_published(self) -> dict[str, Any]:
@@ -138,8 +139,8 @@ class Publisher:
         empty = {"job": self.run.job, "run": "", "experiment": "", "late": False, "sent": {}}
         return empty | tree
 
-    def _read_steps(self) -> Iterable[tuple[Step, steps.StepRecord]]:
-        return steps.read_steps(self.run.folder, self.run.job).items()
+    def _read_records(self) -> steps.RunRecords:
+        return steps.read_records(self.run.folder, self.run.job)
 
     def _fail(self, what: str, error: TrackingError, kind: str = "") -> str:
         command = f"`canvastune sync {self.run.folder}`"
@@ -153,7 +154,7 @@ class Publisher:
 
     def _items(self) -> Iterator[tuple[str, Item]]:
         """Yield all that the run directory has to show, with a key that is unique in the run."""
-        records = steps.read_records(self.run.folder, self.run.job)
+        records = self._read_records()
         if records.running:  # first: the report may already have described the run
             yield from self._attempts(records)
         for step, record in records.steps.items():
@@ -202,7 +203,7 @@ class Publisher:
     # `_send_KIND` sends an item of that kind. It may be repeated, and raises what MLflow raises.
 
     def _find_runs(self, client: MlflowClient) -> None:
-        started = {step: record.started for step, record in self._read_steps()}
+        started = {step: record.started for step, record in self._read_records().steps.items()}
         self.ids.find(client, "", min(started.values(), default=0))
         if self._step in started and self._step not in PIPELINE_STEPS:
             self.ids.find(client, self._step, started[self._step])
@@ -276,7 +277,7 @@ class Publisher:
         info = client.get_run(run_id).info
         base = self.ids.find(client, _BASE_RUN, info.start_time / 1000)
         tuned = next((m.model_id for m in self._models(client) if m.model_type != "adapter"), None)
-        shows = dict(self._read_steps())["evaluate"].shows
+        shows = self._read_records().steps["evaluate"].shows
         data = shows.get("dataset", {})
         self._send_dataset(client, base, data)
         for shown, side, model in ((base, "before", None), (run_id, "after", tuned)):

@@ -8,7 +8,6 @@ RUN/steps.json                 a run's attempts, and its steps over all of them
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from canvastune.errors import UserError
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 from canvastune.tracking.client import TrackingError, file_lock, log
 
 Step = Literal[
@@ -98,11 +97,6 @@ def read_records(run_directory: Path, job: str | None = None) -> RunRecords:
         return RunRecords()
 
 
-def read_steps(run_directory: Path, job: str) -> dict[Step, StepRecord]:
-    """Return what the steps of a run recorded."""
-    return read_records(run_directory, job).steps
-
-
 def update_step(
     run_directory: Path, job: str, step: Step, change: Callable[[StepRecord], None], what: str
 ) -> None:
@@ -133,7 +127,7 @@ def update_records(
         with file_lock(tracking_directory(run_directory) / "steps.lock"):
             records = read_records(run_directory, job)
             change(records)
-            write_json(path, {"job": job, **asdict(records)})
+            write_json(path, {"job": job, **asdict(records)}, indent=1)
     except (OSError, TrackingError) as error:
         log.warning("%s: cannot be written (%s). MLflow will lack %s", path, error, what)
 
@@ -215,11 +209,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write an object to a file, completely or not at all. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(to_json_text(tree, indent=1), encoding="utf-8")
-    partial.replace(path)

@@ -32,7 +32,7 @@ from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.logging import TrainingProgress
 from canvastune.preparation.prepare import prepare_data
@@ -155,9 +155,7 @@ def train(
     }
     if rank == 0:
         write_provenance(output, "train", config, {"data": data, "base": base})
-        unfinished = output / ".result.json"
-        unfinished.write_text(to_json_text(result, indent=2), encoding="utf-8")
-        unfinished.rename(output / "result.json")
+        write_json(output / "result.json", result)
     dist.barrier()
     return result
 

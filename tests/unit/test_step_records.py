@@ -8,7 +8,7 @@ import pytest
 
 from canvastune.tracking import PipelineRun, StepRun
 from canvastune.tracking import lifecycle as tracked
-from canvastune.tracking.steps import FINISHED, KILLED, RUNNING, end_attempt, read_steps
+from canvastune.tracking.steps import FINISHED, KILLED, RUNNING, end_attempt, read_records
 from tools.report_sample import sample_config
 
 
@@ -30,7 +30,7 @@ def test_no_step_ends_before_it_starts_when_the_clock_goes_back(
     now[0] -= 3600
     step.set_status(FINISHED)
     end_attempt(run.folder, run.job, KILLED)
-    found = read_steps(run.folder, run.job)
+    found = read_records(run.folder, run.job).steps
     assert (found["train"].started, found["train"].ended) == (5000, 5000)
     assert found["plan"].status == KILLED
     assert found["plan"].ended == 5000
@@ -47,4 +47,4 @@ def test_the_time_of_a_step_is_that_of_all_its_attempts(
         now[0] += seconds
         step.set_status(FINISHED)
         now[0] += 1000  # until the next attempt
-    assert read_steps(run.folder, run.job)["train"].seconds == 42
+    assert read_records(run.folder, run.job).steps["train"].seconds == 42
