@@ -48,9 +48,14 @@ def parse_error(output: str) -> UserError | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    """Return a library's error on one line of at most 300 characters; without text, its type."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """Return a library's error on one line of at most `limit` characters; without text, its type.
+
+    A longer one ends with "...".
+    """
+    name = "" if isinstance(error, str) else type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or name
+    return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 
 def _restore(message: str, hint: str) -> UserError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 from components.versions import PIPELINES
 
 TOKEN = "KF_PIPELINES_TOKEN"
@@ -183,7 +183,7 @@ def translate_errors(kubeflow: KubeflowClient) -> Iterator[None]:
     except kfp_server_api.ApiException as error:
         raise _http_error(kubeflow, error.status or 0, error.body or str(error.reason)) from None
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())[:200]
+        reason = one_line(getattr(error, "reason", None) or error)
         raise UserError(
             f"{kubeflow.host}: no longer responds ({reason})", hint="Try again later."
         ) from None
@@ -240,7 +240,7 @@ def _server_message(body: bytes | str) -> str:
     with contextlib.suppress(json.JSONDecodeError, AttributeError):
         tree = json.loads(text)
         text = tree.get("message") or tree.get("error_message") or tree.get("error") or text
-    return " ".join(str(text).split())[:300]
+    return one_line(str(text))
 
 
 def _redirect_target(error: urllib.error.HTTPError) -> str:

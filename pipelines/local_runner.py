@@ -23,7 +23,7 @@ from canvastune.config import RunConfig
 from canvastune.config.places import refuse_missing
 from canvastune.data.files import missing_files
 from canvastune.errors import UserError
-from canvastune.evaluation.result import EvaluationResult
+from canvastune.evaluation.result import VERDICTS, EvaluationResult
 from canvastune.logging import event, json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
@@ -386,6 +386,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         "training loss": f"{loss(summary.train_loss_first)} -> {loss(summary.train_loss_last)}",
         "validation loss": f"{loss(first)} -> {loss(last)}",
         evaluation.measure: f"left out: {evaluation.unscored_reason}",
+        "verdict": "none: no row was scored",
         "report": _relative(folder / "report" / "report.html"),
         "tuned model": _relative(model),
         "MLflow": str(connect(uri)),
@@ -407,6 +408,10 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         ends = (summary.exact_match_normalized_before, summary.exact_match_normalized_after)
         if None not in ends:  # as in an evaluation of an earlier version
             lines[evaluation.measure] += f"; normalized {ends[0]:.1%} -> {ends[1]:.1%}"
+        lines["verdict"] = (
+            f"{VERDICTS[evaluation.verdict or 'undecided']}: {evaluation.gained} rows gained, {evaluation.lost} "
+            f"lost of {evaluation.scored}, p = {evaluation.p_value:.2g}"
+        )
     return lines
 
 

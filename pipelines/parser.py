@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("evaluate", "evaluate a finished run again, without training", [logs]),
     )
     _add_runs_options(add("runs", "list the runs of a workspace, or remove some"))
-    sync = add("sync", "send MLflow what it missed of a run")
+    sync = add("sync", "upload what MLflow missed of a run while it was down")
     sync.add_argument(
         "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
     )

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 from canvastune.io.byte_size import format_bytes
 from components.run_directory import BASE_RESULTS
 from components.run_list import RunInfo, disk_bytes, list_runs
@@ -141,7 +141,9 @@ def _figures(run: RunInfo) -> str:
 def _advice(run: RunInfo) -> list[str]:
     lines = []
     if run.state == "failed" and run.reason:
-        lines.append(f"\n{run.name} failed: {' '.join(run.reason.split())[:300]}")
+        message, _, hint = run.reason.partition("\n")
+        lines.append(f"\n{run.name} failed: {one_line(message)}")
+        lines += [f"  hint: {one_line(hint)}"] if hint else []
     if run.state in ("failed", "interrupted") and run.command:
         there = f"cd {shlex.quote(run.directory)} && "
         here = not run.directory or Path(run.directory) == Path.cwd()

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from canvastune.checkpoint.hub import PATTERNS, resolve_model
+from canvastune.checkpoint.hub import PATTERNS, hub_reason, resolve_model
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.io.byte_size import format_bytes
@@ -68,9 +68,8 @@ def _files(config: ModelConfig) -> list[Any]:
     try:
         info = HfApi().model_info(config.id, revision=config.revision, files_metadata=True)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"model.id: {config.id}: the Hub does not have it or does not respond ({reason})",
+            f"model.id: {config.id}: the Hub does not have it or does not respond ({hub_reason(error)})",
             hint="Check the name, HF_TOKEN, and the proxy (HTTPS_PROXY).",
         ) from None
     files = info.siblings or []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from canvastune.config.places import refuse_missing
 from canvastune.config.schema import ModelConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # The README.md names the license, which is carried on together with its files.
@@ -32,11 +33,7 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
                 hint="Use a checkpoint folder in the Hub's layout.",
             )
         return folder
-    if config.id.startswith((".", "/", "~")) or config.id.count("/") > 1:
-        raise UserError(
-            f"model.id: folder not found: {config.id}",
-            hint="Check the path; `canvastune make-tiny-model DIR` writes a small model.",
-        )
+    refuse_missing("model.id", config.id, "model")
     # Here, as the Hub's client takes half a second to import, and a folder does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -55,9 +52,17 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
             hint="Check the name and HF_TOKEN.",
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"model.id: {config.id}: not a local folder, and cannot be downloaded from the Hub "
-            f"({reason})",
+            f"({hub_reason(error)})",
             hint="Use a checkpoint folder, or check the network.",
         ) from None
+
+
+def hub_reason(error: Exception) -> str:
+    """Return on one line why the Hub's client failed, without its advice."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # Its own text says that nothing is in the cache either; the cause is what failed.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    return one_line(cause or error, 200)

@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as ConnectionFailure  # of the client that it uses
 
-from canvastune.errors import UserError, one_line
+from canvastune.checkpoint.hub import hub_reason
+from canvastune.errors import UserError
 
 KEY = "tracking.hub_model_id"
 _VARIABLE = "HF_TOKEN"
@@ -75,7 +76,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:
         )
     except (ConnectionFailure, OSError, ValueError) as error:
         raise UserError(
-            f"{KEY}: {folder} cannot be pushed to {repository} ({one_line(error)[:300]})",
+            f"{KEY}: {folder} cannot be pushed to {repository} ({hub_reason(error)})",
             hint=f"{_HINT} The same command with the same name then resumes with the push.",
         ) from None
     logger.info(f"{folder}: pushed to {commit.commit_url}")
@@ -91,6 +92,6 @@ def _token() -> str:
 
 def _warn(error: Exception) -> bool:
     logger.warning(
-        f"{KEY}: the Hub cannot be asked whether {_VARIABLE} may write ({one_line(error)[:200]})"
+        f"{KEY}: the Hub cannot be asked whether {_VARIABLE} may write ({hub_reason(error)})"
     )
     return False

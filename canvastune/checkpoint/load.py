@@ -17,7 +17,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 
 from canvastune.checkpoint.hf_format import DOWNLOAD_AGAIN, CheckpointReader
 from canvastune.config import RunConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 from canvastune.model import kernels
 from canvastune.model.attention import PACKINGS
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
@@ -41,7 +41,7 @@ def read_model_config(folder: Path) -> DiffusionGemmaConfig:
         model_type = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: cannot read the file: {_one_line(error)}", hint=DOWNLOAD_AGAIN
+            f"{path}: cannot read the file: {one_line(error)}", hint=DOWNLOAD_AGAIN
         ) from None
     if model_type != "diffusion_gemma":
         raise UserError(
@@ -52,7 +52,7 @@ def read_model_config(folder: Path) -> DiffusionGemmaConfig:
         found = DiffusionGemmaConfig.from_dict(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not the configuration of a DiffusionGemma: {_one_line(error)}",
+            f"{path}: not the configuration of a DiffusionGemma: {one_line(error)}",
             hint=DOWNLOAD_AGAIN,
         ) from None
     for key in (
@@ -204,7 +204,3 @@ def _fill_buffers(
     fresh = DiffusionGemmaTextRotaryEmbedding(model.config.text_config, device=device)
     for name, buffer in fresh.named_buffers():
         getattr(decoder.rotary_emb, name).copy_(buffer)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from canvastune.config.data import DataConfig
 from canvastune.config.schema import RunConfig
 from canvastune.config.strict import StrictModel, affects_weights, flatten
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 
 Section = TypeVar("Section", bound=StrictModel)
 _EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
@@ -107,7 +107,7 @@ def load_yaml(text: str, where: str) -> Any:
         ) from None
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # Raised by the constructor of a type: the date `2001-13-45`.
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise UserError(
             f"{where}: invalid value for its YAML type: {reason}",
             hint="Put the value in quotes, or correct it.",

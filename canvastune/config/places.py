@@ -57,7 +57,8 @@ def refuse_address(key: str, text: str) -> None:
 
 
 def refuse_missing(key: str, text: str, kind: str) -> None:
-    """Refuse the path of a local file or folder that does not exist.
+    """Refuse the path of a local file or folder that does not exist, and a text that may be an id on
+    the Hub, where a local path differs by a slip: `workspace/tiny-bse` next to `workspace/tiny-base`.
 
     Args:
         key: of the recipe, for the message.
@@ -67,10 +68,12 @@ def refuse_missing(key: str, text: str, kind: str) -> None:
         UserError: with the nearest name that exists.
     """
     path = Path(text).expanduser()
-    if not is_path(text) or path.exists():
+    if path.exists() or _ADDRESS.fullmatch(text):
         return
     names = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
+    if not is_path(text) and not ("/" in text and near):
+        return
     other = f"Check the path, or use a Hub {kind} id." if kind else "Check the path."
     raise UserError(
         f"{key}: {text}: no such file or folder",

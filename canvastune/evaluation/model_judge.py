@@ -193,7 +193,7 @@ class ModelJudge:
                 return bytes(response.read())
         except urllib.error.HTTPError as error:
             with error:
-                said = one_line(Exception(error.read(2000).decode(errors="replace")))
+                said = one_line(error.read(2000).decode(errors="replace"))
             asked_for = error.headers.get("Retry-After", "")
             raise CallFailed(
                 f"HTTP {error.code}: {said}",

@@ -64,10 +64,18 @@ def normalized_answer(pattern: re.Pattern[str], text: str) -> Decimal | str | No
     """
     plain = _without_typography(text)
     for candidate in (plain, _LEAD.sub("", plain), text):
-        matches = list(pattern.finditer(candidate))
-        if matches and matches[-1].group(1) is not None:
-            return normalized_value(_whole_answer(matches[-1], candidate))
+        match = last_match(pattern, candidate)
+        if match is not None and match.group(1) is not None:
+            return normalized_value(_whole_answer(match, candidate))
     return None
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """Return the pattern's last match that is not empty, None without one.
+
+    A pattern such as `(.*)` matches again, and nothing, at the end of the text.
+    """
+    return next((match for match in reversed(list(pattern.finditer(text))) if match.group()), None)
 
 
 def _without_typography(text: str) -> str:

@@ -108,6 +108,10 @@ class Slice:
     verdict: str | None
 
 
+# Of the paired test, as people read it.
+VERDICTS = {"better": "better", "worse": "worse", "undecided": "no clear difference"}
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """The figures of both models on the same held-out rows."""

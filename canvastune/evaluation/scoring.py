@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from canvastune.evaluation.normalization import normalized_answer
+from canvastune.evaluation.normalization import last_match, normalized_answer
 
 SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller p is called one
 _Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
@@ -133,10 +133,10 @@ def extract_answer(pattern: re.Pattern[str], text: str) -> str | None:
     Thousands separators, dollar sign and final period are removed. The rest is compared as text, so
     72 and 72.0 differ, as they do in GSM8K's reference. A pattern with `(?i)` ignores case too.
     """
-    matches = list(pattern.finditer(text))
-    if not matches or matches[-1].group(1) is None:
+    match = last_match(pattern, text)
+    if match is None or match.group(1) is None:
         return None
-    found = matches[-1].group(1).replace(",", "").replace("$", "").strip().rstrip(".")
+    found = match.group(1).replace(",", "").replace("$", "").strip().rstrip(".")
     return (found.casefold() if pattern.flags & re.IGNORECASE else found) or None
 
 

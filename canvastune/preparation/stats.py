@@ -289,9 +289,7 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             ),
         )
     if stats.kept == 0:
-        reasons = "; ".join(
-            f"{reason}: {count:,}" for reason, count in stats.dropped.items() if count
-        )
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in stats.dropped.items() if count)
         raise UserError(
             f"{label}: none of the {read:,} rows is left to train on ({reasons})",
             hint=(

@@ -15,7 +15,7 @@ from canvastune import __version__
 from canvastune.config import RunConfig, parse_config
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
-from canvastune.evaluation.result import SIDES, EvaluationResult
+from canvastune.evaluation.result import SIDES, VERDICTS, EvaluationResult
 from canvastune.io.atomic import atomic_directory
 from canvastune.io.json_text import read_json_lines
 from canvastune.io.provenance import write_provenance
@@ -314,6 +314,7 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= formatting.FILTERS
+    environment.globals["verdicts"] = VERDICTS
     environment.filters |= {"shorten": _shorten, "as_json": json.dumps}
     # The policy has the hash of the script exactly as embedded, including line breaks.
     code = Markup(f"\n{page_script()}\n")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from canvastune.config import RunConfig
-from canvastune.evaluation.result import EvaluationResult, ModelFigures
+from canvastune.evaluation.result import VERDICTS, EvaluationResult, ModelFigures
 from canvastune.tracking.evaluation_traces import ROWS
 from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Attempt
 
@@ -158,8 +158,7 @@ def describe_evaluation(evaluation: EvaluationResult) -> str:
     before, after = evaluation.before.score, evaluation.after.score
     if evaluation.verdict is None or before is None or after is None:
         return f"**Not judged by {evaluation.measure}**: {evaluation.unscored_reason}."
-    verdicts = {"better": "Better", "worse": "Worse", "undecided": "No clear difference"}
-    verdict = verdicts[evaluation.verdict]
+    verdict = VERDICTS[evaluation.verdict].capitalize()
     change = f"{evaluation.gained} gained, {evaluation.lost} lost of {evaluation.scored} rows"
     return f"**{verdict}**: {evaluation.measure} {before:.1%} before, {after:.1%} after ({change})."
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 from pipelines.doctor.cluster import check_cluster, check_kubeflow
 from pipelines.doctor.finding import WORKSPACE, DoctorOptions, Finding
 from pipelines.doctor.machine import (
@@ -109,7 +109,7 @@ def run_check(name: str, check: Check) -> Iterator[Finding]:
             name, "skipped", f"needs the package {error.name}", "install the packages above first"
         )
     except Exception as error:
-        found = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found = f"the check failed: {type(error).__name__}: {one_line(error)}"
         yield Finding(name, "problem", found, "report this as a bug")
 
 

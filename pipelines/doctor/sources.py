@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.hub import hub_reason, resolve_model
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
 from canvastune.config.places import is_path
@@ -195,10 +195,9 @@ def _unavailable(name: str, key: str, place: str, error: Any) -> Finding:
         found = f"{key}: {place}: not found on the Hub at that revision, or access denied"
         fix = f"check the name, accept the terms on its page, and set HF_TOKEN; or correct {key}"
         return Finding(name, "problem", found, fix)
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
     return Finding(
         name,
         "problem",
-        f"{key}: {place}: the Hub does not respond ({reason})",
+        f"{key}: {place}: the Hub does not respond ({hub_reason(error)})",
         _HUB_FIX.format(key=key),
     )

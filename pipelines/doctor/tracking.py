@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+from canvastune.errors import one_line
 from components.versions import MLFLOW
 from pipelines.doctor.finding import Finding
 
@@ -42,7 +43,7 @@ def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
             json.loads(answer.read() or b"{}")
     except urllib.error.HTTPError as error:
-        said = " ".join(error.read(2000).decode(errors="replace").split())[:120]
+        said = one_line(error.read(2000).decode(errors="replace"), 120)
         yield Finding(
             "tracking", "problem", f"{uri}: HTTP {error.code}: {said}", _fix(uri, error.code)
         )

@@ -331,7 +331,7 @@ def test_rows_that_are_all_too_long_are_refused_with_their_length(
 ) -> None:
     message = refusal(write_lines(tmp_path / "gsm.jsonl", problems(8)), model, seq_length=10)
     longest = 1 + max(len(row["question"]) for row in problems(8))
-    assert "seq_length: 8)" in message, "how many rows were dropped for it"
+    assert "(8: " in message, "how many rows were dropped for it"
     found = re.search(r" (\d+) tokens\b.* data\.seq_length", message)
     assert found is not None
     assert int(found[1]) > longest

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from canvastune.checkpoint import fetch
+from canvastune.checkpoint.hub import hub_reason
 from canvastune.config.schema import ModelConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 
 CONTENTS = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two"}
 MODEL = ModelConfig(id="team/model", revision="main")
@@ -130,3 +132,15 @@ def test_progress_is_logged_while_it_downloads(hub: Hub, monkeypatch: pytest.Mon
 def test_a_local_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert fetch.fetch_model(ModelConfig(id=str(tmp_path))) == tmp_path
+
+
+def test_the_reason_is_what_failed_and_not_what_the_client_looked_for_then() -> None:
+    with pytest.raises(LocalEntryNotFoundError) as caught:
+        raise LocalEntryNotFoundError("not on the local disk") from OSError("no route\nto host.")
+    assert hub_reason(caught.value) == "no route to host"
+    assert hub_reason(LocalEntryNotFoundError("not on the local disk")) == "not on the local disk"
+
+
+def test_a_longer_reason_says_that_it_is_cut() -> None:
+    assert one_line("word " * 100, 20) == "word word word w ..."
+    assert one_line(OSError()) == "OSError"

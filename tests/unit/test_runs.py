@@ -104,7 +104,7 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     assert "running: starting: Kubeflow job 1" in rows["cluster"]
     assert "run.json" in rows["damaged"]
     assert "base-results" not in "".join(rows)
-    assert re.search(r"\bbroken\b.* evaluate\.judge: no answer Start the judge\.", out)
+    assert re.search(r"\bbroken\b.* evaluate\.judge: no answer\n  \w+: Start the judge\n", out)
     for name in ("stopped", "broken", "killed"):
         assert f"To resume {name}:\n  canvastune run {RECIPE} --run-name {name}" in out
     assert out.count("To resume") == 3
@@ -260,13 +260,22 @@ def test_a_failed_step_is_recorded_but_never_in_a_run_of_somebody_else(
 
 
 @pytest.mark.parametrize("key", ["data.source", "model.id"])
+@pytest.mark.parametrize("place", ["./nothere.jsonl", "work/tiny-bse"])
 def test_a_path_that_is_not_there_is_refused_before_a_run_begins(
-    key: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+    place: str,
+    key: str,
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["run", RECIPE, "--workspace", str(workspace), "--set", f"{key}=./nothere.jsonl"]
+    (tmp_path / "work" / "tiny-base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    command = ["run", RECIPE, "--workspace", str(workspace), "--set", f"{key}={place}"]
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert f"{key}: ./nothere.jsonl: " in error
+    assert f"{key}: {place}: " in error
+    assert ("work/tiny-base" in error) == (place == "work/tiny-bse"), "the near name"
     assert not workspace.exists(), "something was left behind"
 
 

@@ -211,6 +211,13 @@ def test_a_group_that_did_not_match_finds_nothing() -> None:
     assert extract_answer(re.compile(r"yes|answer: (\d+)"), "answer: 5, yes") is None
 
 
+@pytest.mark.parametrize("pattern", ["(?s)(.*)", r"(?m)^(.*)$"])
+def test_a_pattern_that_also_matches_nothing_finds_the_last_text(pattern: str) -> None:
+    reference = "It is late.\nPlease wait 3 days.\n"
+    assert judge(re.compile(pattern), reference, reference) == (True, True)
+    assert judge(re.compile(pattern), reference.replace("3", "4"), reference) == (False, False)
+
+
 def test_case_matters_unless_the_pattern_says_otherwise() -> None:
     strict, loose = re.compile(r"\b(Yes|No|yes|no)\b"), re.compile(r"(?i)\b(yes|no)\b")
     assert judge(strict, "Yes.", "yes") == (False, True)
