@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from canvastune.config.schema import Checkpointing
-from canvastune.data.packing import PackedBatch
+from canvastune.data.packing import PackedBatch, padding_batch
 from canvastune.logit_chunks import chunk_rows, tile_columns
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
 from canvastune.model.tied_embedding import SharedGradBuffer, accumulate_gradients
@@ -99,11 +99,12 @@ def _self_conditioning_signal(
     A rank without such a canvas takes part with two padding tokens, for the collectives only.
     """
     used = any(batch.self_conditioned)
-    twice, rows = (
-        batch.select(list(batch.self_conditioned))
-        if used
-        else (_padding_batch(batch), batch.clean[:0])
-    )
+    if used:
+        twice, rows = batch.select(list(batch.self_conditioned))
+    else:
+        names = ("clean", "canvas", "canvas_positions")
+        tokens = {name: getattr(batch, name)[:1] for name in names}
+        twice = replace(padding_batch().to(batch.clean.device), **tokens)
     twice = twice.before_blocks()
     packing = model.packing(twice)
     with torch.no_grad():
@@ -119,28 +120,6 @@ def _self_conditioning_signal(
         * scale
     )
     return signal.index_copy(0, rows, soft)
-
-
-def _padding_batch(batch: PackedBatch) -> PackedBatch:
-    """Return a batch of one clean token and one canvas token."""
-    one = {
-        name: getattr(batch, name)[:1]
-        for name in ("clean", "clean_positions", "canvas", "canvas_positions", "canvas_targets")
-    }
-    none = {name: getattr(batch, name)[:0] for name in ("next_rows", "next_targets")}
-    lengths: dict[str, Any] = dict.fromkeys(
-        ("clean_lengths", "canvas_lengths", "block_starts"), (1,)
-    )
-    lengths["canvas_examples"] = (0,)
-    return replace(
-        batch,
-        **one,
-        **none,
-        **lengths,
-        self_condition=batch.self_condition[:1],
-        self_conditioned=(False,),
-        row_keys=None,
-    )
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):

@@ -39,13 +39,13 @@ FLEX = {256: 8, 512: 2}  # head size -> heads of keys
 
 def own_kernels(accounts: dict[str, Any]) -> dict[str, int]:
     """Compile the launches of a dry run; return the shared memory of each, in bytes."""
-    from canvastune.model.triton_kernels import KERNELS
+    from canvastune.model import triton_kernels
 
     found: dict[str, int] = {}
     launches = {json.dumps(spec) for case in accounts.values() for spec in case["triton"]}
     for spec in sorted(launches):
         name, kinds, pairs = json.loads(spec)
-        kernel, constants = KERNELS[name], dict(pairs)
+        kernel, constants = getattr(triton_kernels, name), dict(pairs)
         names = [argument for argument in kernel.arg_names if argument not in constants]
         signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
         attributes = {

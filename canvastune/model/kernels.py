@@ -55,7 +55,7 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
     """Launch a kernel, unless the grid is empty."""
     if all(grid):
         module = importlib.import_module("canvastune.model.triton_kernels")
-        module.KERNELS[name][grid](*arguments, **constants)
+        getattr(module, name)[grid](*arguments, **constants)
 
 
 def _block(width: int) -> int:
@@ -390,7 +390,7 @@ def dispatch(
     hidden: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's row K times and its weights, by expert: hidden [T, H], weights [T, K] ->
-    [T*K, H], [T*K, 1].
+    [T*K, H], [T*K, 1]. With K = 1, both are only permuted.
     """
     return _Dispatched.apply(hidden, weights, order, inverse)
 
@@ -412,35 +412,9 @@ class _Dispatched(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        hidden, of_weights = sum_rows(rows, inverse, weights)
-        return hidden, of_weights, None, None
-
-
-def permute(
-    rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reorder rows [R, H] and their weights [R, 1]."""
-    return _Permuted.apply(rows, weights, order, inverse)
-
-
-class _Permuted(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weights: torch.Tensor,
-        order: torch.Tensor,
-        inverse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(inverse)
-        return take_rows(rows, order, 1, weights)
-
-    @staticmethod
-    def backward(
-        ctx: Any, rows: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return *take_rows(rows, inverse, 1, weights), None, None
+        if inverse.shape[1] == 1:
+            return *take_rows(rows, inverse.flatten(), 1, weights), None, None
+        return *sum_rows(rows, inverse, weights), None, None
 
 
 def take_rows(

@@ -240,7 +240,7 @@ def _apply_to_dispatched(
     # Rows arrive ordered by sender and then by expert; the grouped matmul takes them by expert.
     if kernels.available(rows):
         by_expert, by_sender, ends = kernels.sort_segments(sent.received, ranks, len(rows))
-        rows, weights = kernels.permute(rows, weights, by_expert, by_sender)
+        rows, weights = kernels.dispatch(rows, weights, by_expert, by_sender[:, None])
     else:
         experts = len(sent.received) // ranks
         expert = (

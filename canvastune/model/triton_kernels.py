@@ -6,8 +6,6 @@ added atomically, so results do not change from run to run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -563,24 +561,3 @@ def sum_rows(
         if WEIGHTED:
             tl.store(weights_out + token * PER_ROW + place, tl.load(weights + found))
     _store(out + token * WIDTH, columns, total, mask)
-
-
-KERNELS: dict[str, Any] = {
-    kernel.__name__: kernel
-    for kernel in (
-        before_experts,
-        before_experts_backward,
-        after_experts,
-        after_experts_backward,
-        turn_heads,
-        turn_heads_backward,
-        gate,
-        gate_backward,
-        choose,
-        choose_backward,
-        sort_rows,
-        sort_segments,
-        take_rows,
-        sum_rows,
-    )
-}
