@@ -104,13 +104,13 @@ FORMS = (
         "every_turn",
         "Messages, every turn learned",
         {"messages": _TWO_TURNS},
-        "Each assistant turn, as a separate example after the history that inference has at that"
-        " point.",
+        "Each assistant turn, as a separate example that follows the history that is available at"
+        " inference.",
         ("data.learn=all",),
     ),
     Form(
         "marks",
-        "Messages with marks",
+        "Messages with weights",
         {"messages": [_user("2+2?"), _says("5", weight=0), _user("Sure?"), _says("4", weight=1)]},
         "Only the turn whose weight is 1. The wrong answer is context, even with `data.learn=all`.",
         ("data.learn=all",),
@@ -125,7 +125,7 @@ FORMS = (
                 {"from": "gpt", "value": "4"},
             ]
         },
-        "As of messages: the last turn of `gpt`.",
+        "As with messages: the last turn from `gpt`.",
     ),
     Form(
         "text_parts",
@@ -136,8 +136,8 @@ FORMS = (
                 {"role": "assistant", "content": [{"type": "text", "text": "4"}]},
             ]
         },
-        "The answer. Several text parts are joined as the chat template joins them: without a blank,"
-        " or with one in a system turn.",
+        "The answer. Text parts are joined as in the chat template: without a space, or with one in a"
+        " system turn.",
     ),
     Form(
         "roles",
@@ -149,8 +149,7 @@ FORMS = (
                 {"role": "model", "content": "4"},
             ]
         },
-        "The turn of `model`, another name for `assistant`; `developer` is another name for"
-        " `system`.",
+        "The turn of `model`, which is another name for `assistant`, as `developer` is for `system`.",
     ),
     Form(
         "prompt_completion",
@@ -183,8 +182,8 @@ FORMS = (
             "system": "Be short.",
             "history": [["2+2?", "4"]],
         },
-        "The output. The pairs of the history are turns before the instruction; with"
-        " `data.learn=all` their answers are learned too.",
+        "The output. The pairs in `history` become turns before the instruction; with"
+        " `data.learn=all`, their answers are learned too.",
     ),
     Form(
         "gsm8k",
@@ -197,7 +196,7 @@ FORMS = (
     ),
     Form(
         "columns",
-        "Columns that you name",
+        "Custom columns",
         {
             "role": "You write SQL.",
             "schema": "users(id, name)",
@@ -215,12 +214,12 @@ FORMS = (
     ),
     Form(
         "call",
-        "A call to a tool",
+        "A tool call",
         {
             "tools": [{"type": "function", "function": _WEATHER}],
             "messages": [_user("Rain in Bonn?"), _says("", tool_calls=[_call(1, "Bonn")])],
         },
-        "The call, and the token that hands over to the tool: generation stops there. The"
+        "The call, and the token that hands over to the tool, where generation stops. The"
         " declaration is context.",
     ),
     Form(
@@ -236,21 +235,22 @@ FORMS = (
                 _says("In Bonn."),
             ],
         },
-        "Both calls as one example, and the answer as another one. What the tools respond is context.",
+        "Both calls as one example, and the answer as another. The tools' responses are context.",
         ("data.learn=all",),
     ),
     Form(
         "thinking",
         "Thinking",
         {"messages": [_user("2+2?"), _says("4", reasoning="2 and 2 make 4.")]},
-        "The thinking, as a channel before the answer, and the answer. With `data.thinking=drop`,"
+        "The thinking, as a channel before the answer, and the answer itself. With `data.thinking=drop`,"
         " only the answer.",
     ),
     Form(
         "thinking_column",
         "Thinking in a column",
         {"question": "2+2?", "reasoning": "2 and 2 make 4.", "answer": "4"},
-        "The same, from columns; `data.columns.thinking` names a column with another name.",
+        "The same, from columns. If the thinking column has another name, set"
+        " `data.columns.thinking`.",
     ),
     Form(
         "thinking_and_tools",
@@ -264,8 +264,8 @@ FORMS = (
                 _says("Yes."),
             ],
         },
-        "The thinking with its call, and the answer. Before the answer, the prompt opens a thought:"
-        " since this answer has none, the model learns to close it at once.",
+        "The thinking with its call, and the answer. Before the answer, the generation prompt opens a"
+        " thought; this answer has none, so the model learns to close it immediately.",
         ("data.learn=all",),
     ),
 )
@@ -310,7 +310,7 @@ def picture(form: Form, tokenizer: PreTrainedTokenizerBase) -> str:
     for example in examples(form, tokenizer):
         top += _HEIGHT // 2
         if example.turn is not None:
-            body.append(_text("title", f"the example of turn {example.turn}", _MARGIN, top))
+            body.append(_text("title", f"example for turn {example.turn}", _MARGIN, top))
             top += _HEIGHT
         for line in _lines(example, control):
             left = _MARGIN
