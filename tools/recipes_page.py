@@ -22,11 +22,11 @@ from canvastune.planner.planner import SHIPPED_CONFIG, make_plan
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
 _FIXED = {None: "`null`", types.NoneType: "`null`", bool: "`true` or `false`"}
-_NUMBERS = {int: "whole number", float: "number"}
+_NUMBERS = {int: "integer", float: "number"}
 _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
 _LENGTHS = {
-    MinLen: ("min_length", "{} or more characters"),
-    MaxLen: ("max_length", "at most {} characters"),
+    MinLen: ("min_length", "minimum length {}"),
+    MaxLen: ("max_length", "maximum length {}"),
 }
 _SCALAR_END, _PIPE = (
     "\n...",
@@ -34,8 +34,8 @@ _SCALAR_END, _PIPE = (
 )  # the end of a YAML document that is one value; a bar in a table cell
 _INTRODUCTION = """# Recipes
 
-A recipe is one YAML file that describes a run. Only two keys have no default, so the shortest
-recipe is
+A recipe is a YAML file that describes a run. Only two keys have no default, so this is the shortest
+recipe:
 
 ```yaml
 name: first
@@ -43,28 +43,28 @@ data:
   source: rows.jsonl
 ```
 
-which runs LoRA on the released model, on eight GPUs. Canvastune ships with these recipes:
+It runs LoRA on the released model, on eight GPUs. Canvastune ships with these recipes:
 
 | recipe | what it does |
 |---|---|
 {recipes}
 
-What `canvastune plan` says of the four for the released model, with examples of 1,024 tokens:
+For the four recipes of the released model, `canvastune plan` predicts, with examples of 1,024 tokens:
 
-| recipe | steps | a step, estimated | bound by | tokens/s | all steps | memory per GPU, GB |
+| recipe | steps | time per step | bound by | tokens/s | total time | memory per GPU, GB |
 |---|---|---|---|---|---|---|
 {plans}
 
 - `--set key=value` changes a key for one run, for example `--set lora.rank=32 --set train.method=full`.
   Values are YAML, and the option can be repeated. `canvastune run`, `plan`, `prepare`, `submit`,
   `doctor` and `canvastune.train` accept it.
-- An unknown key is rejected, and the error suggests the closest known key; so are duplicate keys and values of the
-  wrong type. See [troubleshooting](troubleshooting.md#recipe).
-- Every output directory contains `config.yaml`: the complete recipe, defaults included. It is
-  itself a valid recipe.
+- Unknown keys, duplicate keys and values of the wrong type are rejected; for an unknown key, the
+  error suggests the closest known one. See [troubleshooting](troubleshooting.md#recipe).
+- Every output directory contains the complete recipe, including defaults, as `config.yaml`, which
+  is itself a valid recipe.
 - On a cluster, the chart provides defaults for the section [cluster](#cluster). Values in the
   recipe take precedence.
-- An unfinished run can only be resumed with the recipe and the data that it was started with, in
+- An unfinished run can only be resumed with the recipe and data that it was started with, both in
   the pipeline and with `canvastune.train`. Settings that do not affect the trained weights may differ:
   {changeable}.
 
@@ -79,13 +79,13 @@ RECIPES = {
     "8-way expert parallelism",
     "gsm8k_sft": "the same with full fine-tuning: every weight except the router and the vision "
     "tower",
-    "gsm8k_lora_throughput": "`gsm8k_lora` with 128 examples a step instead of 8, which fill the GPUs, and a "
-    "sixteenth of the steps",
-    "gsm8k_sft_throughput": "the same of `gsm8k_sft`",
-    "tiny_tools": "LoRA on the tiny base, on conversations with a tool; `make run` prepares its data",
-    "tiny_support": "LoRA on a second tiny base, on what a support desk answers; `make demo-support` runs it",
-    "tiny_lora": "LoRA on a tiny base, two processes on CPU; `make run` runs it",
-    "tiny_sft": "full fine-tuning of random weights; `python -m tools.tiny_base` makes the tiny base with it",
+    "gsm8k_lora_throughput": "`gsm8k_lora` with 128 examples per step instead of 8, to make full use of the GPUs, "
+    "and a sixteenth of the steps",
+    "gsm8k_sft_throughput": "the same changes to `gsm8k_sft`",
+    "tiny_tools": "LoRA on the tiny base with tool-use conversations; `make run` prepares its data",
+    "tiny_support": "LoRA on a second tiny base with a support desk's answers; `make demo-support` runs it",
+    "tiny_lora": "LoRA on the tiny base with word problems, in two processes on CPU; `make run` runs it",
+    "tiny_sft": "full fine-tuning from random weights; `python -m tools.tiny_base` uses it to make the tiny base",
 }
 
 
@@ -144,6 +144,8 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return _one_of(
             [f"`{part}`" if origin is Literal else values_of(part, metadata) for part in parts]
         )
+    if origin is dict and parts[1] is Any:
+        return "mapping"
     if origin is dict:
         return f"mapping from {values_of(parts[0])} to {values_of(parts[1])}"
     if origin is tuple:
@@ -163,17 +165,17 @@ def _one_of(choices: list[str]) -> str:
 def _of_one_kind(annotation: Any, metadata: tuple[Any, ...]) -> str:
     if (section := _section(annotation)) is not None:
         return f"{{{', '.join(section.model_fields)}}}"
-    return _FIXED.get(annotation) or _bounded(_NUMBERS.get(annotation, "text"), metadata)
+    return _FIXED.get(annotation) or _bounded(_NUMBERS.get(annotation, "string"), metadata)
 
 
 def _bounded(kind: str, metadata: tuple[Any, ...]) -> str:
-    """Describe a number or text with its bounds."""
+    """Describe a number or string with its bounds."""
     words = []
     for limit in metadata:
-        if type(limit) in _BOUNDS and kind != "text":
+        if type(limit) in _BOUNDS and kind != "string":
             attribute, word = _BOUNDS[type(limit)]
             words.append(f"{word} {getattr(limit, attribute)}")
-        elif type(limit) in _LENGTHS and kind == "text":
+        elif type(limit) in _LENGTHS and kind == "string":
             attribute, form = _LENGTHS[type(limit)]
             words.append(form.format(getattr(limit, attribute)))
         elif isinstance(limit, AfterValidator):
@@ -232,7 +234,7 @@ def _meaning(field: FieldInfo) -> str:
     if not isinstance(field.validation_alias, AliasChoices):
         return field.description
     older = ", ".join(f"`{name}`" for name in field.validation_alias.choices[1:])
-    return f"{field.description}; older name, also accepted and written by the steps: {older}"
+    return f"{field.description}; older name, still accepted, and written by the steps: {older}"
 
 
 def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:

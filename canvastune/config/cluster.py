@@ -91,7 +91,7 @@ class SecretKey(StrictModel):
     """A key of an existing Kubernetes secret."""
 
     secret: Name = Field(description="name of the secret")
-    key: str = Field(min_length=1, description="key in it")
+    key: str = Field(min_length=1, description="key in the secret")
 
 
 class Toleration(StrictModel):
@@ -101,17 +101,21 @@ class Toleration(StrictModel):
     operator: Literal["Exists", "Equal"] = Field(
         "Exists", description="Equal compares the taint's value, Exists does not"
     )
-    value: str | None = Field(None, description="for operator Equal")
+    value: str | None = Field(None, description="value of the taint, for the operator Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="default: every effect"
+        None, description="effect of the taint; default: every effect"
     )
 
 
 class Resources(StrictModel):
     """Requests and limits of a container, as in Kubernetes."""
 
-    requests: dict[ResourceName, Quantity] = Field({}, description="by resource, such as cpu: 32")
-    limits: dict[ResourceName, Quantity] = Field({}, description="by resource, such as cpu: 32")
+    requests: dict[ResourceName, Quantity] = Field(
+        {}, description="requests by resource, such as cpu: 32"
+    )
+    limits: dict[ResourceName, Quantity] = Field(
+        {}, description="limits by resource, such as cpu: 32"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Resources:
@@ -128,10 +132,10 @@ class Resources(StrictModel):
 class CaBundle(StrictModel):
     """Certificates of authorities, in PEM, that replace those of the image."""
 
-    config_map: Name | None = Field(None, description="name of the ConfigMap that holds it")
-    secret: Name | None = Field(None, description="name of the secret that holds it")
+    config_map: Name | None = Field(None, description="name of the ConfigMap with the bundle")
+    secret: Name | None = Field(None, description="name of the secret with the bundle")
     key: Annotated[str, matching(r"[-._a-zA-Z0-9]+", "a key of a ConfigMap or secret")] = Field(
-        "ca.crt", description="key in it"
+        "ca.crt", description="key in the ConfigMap or secret"
     )
 
     @model_validator(mode="after")
@@ -185,19 +189,19 @@ class PodSettings(StrictModel):
     )
     tolerations: tuple[Toleration, ...] = Field((), description="taints that the pods tolerate")
     affinity: dict[str, Any] = Field(
-        {}, description="affinity of the pods, as in Kubernetes: nodeAffinity and others"
+        {}, description="affinity of the pods, as in Kubernetes, such as nodeAffinity"
     )
     priority_class: Name | None = Field(None, description="PriorityClass of the pods")
     extra_volumes: tuple[dict[str, Any], ...] = Field(
         (), description="volumes of the pods, as in Kubernetes"
     )
     extra_volume_mounts: tuple[dict[str, Any], ...] = Field(
-        (), description="where the container mounts them, as in Kubernetes"
+        (), description="volume mounts of the container, as in Kubernetes"
     )
     ca_bundle: CaBundle | None = Field(
         None,
-        description="certificates of the company's authority and public ones, for Python, the Hub, "
-        "MLflow, S3 and git",
+        description="certificates of your company's authority together with the public ones, for Python, "
+        "the Hub, MLflow, S3 and git",
     )
 
     @model_validator(mode="after")
@@ -247,24 +251,25 @@ class PodSettings(StrictModel):
 
 
 class ClusterConfig(PodSettings):
-    """Where training runs: in the step's own container, or as a job. It changes no weight."""
+    """Where training runs: in the step's own container, or as a job. This does not affect the weights."""
 
     env: dict[EnvVarName, str] = Field(
-        {}, description="variables of the training processes, such as NCCL_SOCKET_IFNAME"
+        {},
+        description="environment variables of the training processes, such as NCCL_SOCKET_IFNAME",
     )
     tolerations: tuple[Toleration, ...] = Field(
         (), description="taints that the pods tolerate, in addition to that of gpu_resource"
     )
     priority_class: Name | None = Field(
         None,
-        description="Kueue's WorkloadPriorityClass with a queue; without one, the pods' "
-        "PriorityClass",
+        description="Kueue's WorkloadPriorityClass if there is a queue, otherwise the PriorityClass of "
+        "the pods",
     )
 
     backend: Literal["local", "pytorchjob", "trainjob"] = Field(
         "local",
-        description="local: torchrun in the step itself; otherwise a PyTorchJob (training operator 1.9) "
-        "or a TrainJob (Trainer 2.3)",
+        description="local: torchrun in the step's own container; pytorchjob: a PyTorchJob (training "
+        "operator 1.9); trainjob: a TrainJob (Trainer 2.3)",
     )
     nodes: int = Field(
         1,
@@ -277,15 +282,15 @@ class ClusterConfig(PodSettings):
     )
     claim: Name | None = Field(
         None,
-        description="existing PersistentVolumeClaim with the workspace; default: the one that is "
-        "mounted in the train step",
+        description="existing PersistentVolumeClaim with the workspace; default: the one mounted in the "
+        "train step",
     )
     mount_path: Annotated[str, matching("/[^:,]+", "an absolute path")] = Field(
         "/workspace",
         description="where the claim is mounted, both in the pods and in the pipeline's steps",
     )
     sub_path: Annotated[str, matching(r"[-\w.][-\w./]*", "a folder within the claim")] | None = (
-        Field(None, description="folder of the claim that is mounted; default: all of it")
+        Field(None, description="folder of the claim to mount; default: the whole claim")
     )
     gpu_resource: LabelKey | None = Field(
         "nvidia.com/gpu", description="resource name of an accelerator; null: train on CPU"
@@ -305,8 +310,8 @@ class ClusterConfig(PodSettings):
     fs_group: int | None = Field(
         10001,
         ge=1,
-        description="group that owns the claim, that of the images' user; null: the platform's, as "
-        "on OpenShift",
+        description="group that owns the claim, by default that of the images' user; null: chosen by the "
+        "platform, as on OpenShift",
     )
     queue: Name | None = Field(None, description="Kueue's LocalQueue that admits the job")
     scheduler: Name | None = Field(
@@ -324,26 +329,26 @@ class ClusterConfig(PodSettings):
         1, ge=1, le=64, description="RDMA devices per pod, if rdma_resource is set"
     )
     deadline_hours: float = Field(
-        72, gt=0, le=8760, description="the job is stopped after running for this many hours"
+        72, gt=0, le=8760, description="hours after which a running job is stopped"
     )
     queue_hours: float = Field(
         24,
         gt=0,
         le=8760,
-        description="the job is withdrawn if its pods do not run after this many hours",
+        description="hours after which the job is withdrawn if its pods are not running",
     )
     restarts: int = Field(
         3,
         ge=0,
         le=100,
-        description="how often failed pods are restarted; they resume from the newest checkpoint",
+        description="maximum number of restarts of failed pods, which resume from the newest checkpoint",
     )
     ttl_hours: float | None = Field(
         24,
         ge=0,
         le=8760,
-        description="a finished PyTorchJob is kept for this long, a TrainJob not at all; null: "
-        "until it is deleted",
+        description="hours for which a finished PyTorchJob is kept; a TrainJob is deleted immediately; "
+        "null: either is kept until you delete it",
     )
     runtime: Name | None = Field(
         "canvastune",
@@ -353,8 +358,8 @@ class ClusterConfig(PodSettings):
     gpu_hour_price: float | None = Field(
         None,
         gt=0,
-        description="price of one accelerator, or of a process without one, for an hour; plan and report "
-        "then show the cost of the run",
+        description="hourly price of one accelerator, or of one process without an accelerator; if set, "
+        "plan and report show the cost of the run",
     )
     currency: Annotated[str, matching(r"[^\W\d_]{1,8}|[$€£¥₹]", "a currency, such as USD")] = Field(
         "USD", description="currency of gpu_hour_price"

@@ -44,9 +44,9 @@ class SourceFields(StrictModel):
 
     source: str | None = Field(
         None,
-        description="Hub data set id, or a local file or folder: .jsonl, .json, .csv, .tsv and "
-        ".parquet, each also .gz, .arrow, or what `Dataset.save_to_disk` wrote; either this or "
-        "`data.mixture`",
+        description="Hub dataset ID, or a local file or folder: .jsonl, .json, .csv, .tsv or .parquet "
+        "(each also with .gz), .arrow, or the output of `Dataset.save_to_disk`; set either "
+        "this or `data.mixture`",
     )
     config: str | None = Field(
         None, description="configuration of a Hub dataset, such as `main` of openai/gsm8k"
@@ -54,7 +54,7 @@ class SourceFields(StrictModel):
     revision: str | None = Field(None, description="Hub commit, tag or branch")
     split: str = Field("train", description="split of a Hub dataset or of a saved `DatasetDict`")
     format: DataFormat = Field(
-        "auto", description="format of a row; auto detects it from the first row's keys"
+        "auto", description="format of the rows; auto detects it from the first row's keys"
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
 
@@ -62,12 +62,13 @@ class SourceFields(StrictModel):
 class MixtureSource(SourceFields):
     """One of several data sets that are trained on together."""
 
-    source: str = Field(description="as `data.source`")
+    source: str = Field(description="like `data.source`")
     weight: float = Field(
         1.0,
         gt=0,
-        description="share of the training examples that come from this source, relative to the "
-        "other weights: sources with weights 3 and 1 give 75% and 25%, however many rows they have",
+        description="share of the training examples that come from this source, relative to the other "
+        "weights: sources with weights 3 and 1 give 75% and 25%, regardless of how many rows "
+        "they have",
     )
 
 
@@ -76,43 +77,45 @@ class DataConfig(SourceFields):
 
     mixture: tuple[MixtureSource, ...] = Field(
         (),
-        description="several sources instead of `data.source`; each has a share of the training "
-        "examples that is proportional to its weight, and is repeated only after all of its rows "
-        "were used",
+        description="several sources instead of `data.source`; each one's share of the training examples "
+        "is proportional to its weight, and a source is repeated only after all of its rows "
+        "have been used",
     )
     validation: str | None = Field(
         None,
-        description="held-out examples: a split of the source (of each source of a mixture), or a "
+        description="held-out examples: a split of the source (or of each source in a mixture), or a "
         "local file or folder, written as a path (`./held_out`, `test.jsonl`) and read with "
-        "`data.format` and `data.columns`; training rows that repeat one of them are left out, "
-        "and `data.validation_fraction` does not apply; default: a fraction of the source",
+        "`data.format` and `data.columns`; training rows that repeat one of them are left "
+        "out, and `data.validation_fraction` does not apply; default: a fraction of the "
+        "source",
     )
     ignore: tuple[str, ...] = Field(
-        (), description="columns, or keys of a message, that are known to be unneeded"
+        (),
+        description="columns or message keys that are not needed; they are neither counted nor refused",
     )
     learn: Literal["last", "all"] = Field(
         "last",
-        description="which assistant turns of a conversation are learned: the last one, or every "
-        "one, as a separate example",
+        description="which assistant turns of a conversation are learned: only the last one, or all of "
+        "them, each as a separate example",
     )
     thinking: Literal["keep", "drop"] = Field(
-        "keep", description="whether thinking in the data is learned before the answer, or left out"
+        "keep",
+        description="whether thinking in the data is kept, to be learned before the answer, or dropped",
     )
     seq_length: int = Field(
-        1024, ge=8, description="tokens of prefix and response kept per example"
+        1024, ge=8, description="maximum number of tokens of prefix and response per example"
     )
     validation_fraction: float = Field(
         0.02,
         gt=0,
         lt=1,
-        description="fraction of the examples held out, chosen by a hash of their content; "
-        "without effect if `data.validation` is set",
+        description="fraction of the examples that is held out, chosen by a hash of their content; has no "
+        "effect if `data.validation` is set",
     )
     validation_rows: int | None = Field(
         None,
         ge=1,
-        description="at most this many held-out examples (the rest of them is not trained on "
-        "either)",
+        description="maximum number of held-out examples; examples above it are not trained on either",
     )
     # The old names of the next two sound like counts. Files keep them, so that a run that was
     # started before the change still compares equal.
@@ -144,7 +147,7 @@ class DataConfig(SourceFields):
     max_rows: int | None = Field(
         None,
         ge=1,
-        description="maximum number of rows to read of each source; `data.validation` is read "
+        description="maximum number of rows to read from each source; `data.validation` is always read "
         "completely",
     )
 

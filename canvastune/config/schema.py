@@ -30,10 +30,10 @@ class ModelConfig(StrictModel):
 
     id: str = Field(
         "google/diffusiongemma-26B-A4B-it",
-        description="Hub id, or the folder of a checkpoint in the Hub's layout",
+        description="Hub ID, or a folder with a checkpoint in the Hub's layout",
     )
     revision: str | None = Field(
-        None, description="Hub commit, tag or branch; not for a local folder"
+        None, description="Hub commit, tag or branch; does not apply to a local folder"
     )
 
 
@@ -51,7 +51,9 @@ class LoraConfig(StrictModel):
         lt=1,
         description="fraction of an adapter's input that is zeroed in training; never on experts",
     )
-    experts: bool = Field(False, description="adapters on every expert's two projections as well")
+    experts: bool = Field(
+        False, description="whether every expert's two projections get adapters too"
+    )
 
     @property
     def scale(self) -> float:
@@ -64,18 +66,20 @@ class ObjectiveConfig(StrictModel):
 
     blocks: Blocks = Field(
         1,
-        description="blocks of each example that a step denoises, drawn without replacement, next to "
-        "one pass over its clean tokens: 1 or more, or `all`; an example with fewer blocks has all "
-        "of them denoised",
+        description="number of blocks of each example, or `all`, that a step denoises with one pass over "
+        "the clean tokens; they are drawn without replacement, and an example with fewer "
+        "blocks has all of them denoised",
     )
     self_conditioning_probability: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="probability that an example is denoised twice, the second time seeing the "
-        "first",
+        description="probability that an example is denoised twice, the second time conditioned on the "
+        "first prediction",
     )
-    min_corruption: float = Field(0.001, gt=0, lt=1, description="eps of t ~ U(eps, 1)")
+    min_corruption: float = Field(
+        0.001, gt=0, lt=1, description="lower bound eps of the corruption level t ~ U(eps, 1)"
+    )
     encoder_loss_weight: float = Field(
         1.0, ge=0, description="weight of the autoregressive loss in the total"
     )
@@ -110,13 +114,15 @@ class OptimizerConfig(StrictModel):
         gt=0,
         description="added to the square root of the running mean of the squared gradient",
     )
-    weight_decay: float = Field(1e-4, ge=0, description="of matrices; see decay_vectors")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="weight decay of matrices; see decay_vectors"
+    )
     decay_vectors: bool = Field(
         False,
         description="whether weight decay also applies to norms and other one-dimensional weights",
     )
     max_grad_norm: float = Field(
-        1.0, gt=0, description="global gradient norm is clipped to this value"
+        1.0, gt=0, description="value to which the global gradient norm is clipped"
     )
 
 
@@ -125,7 +131,8 @@ class TrainConfig(StrictModel):
 
     method: Literal["lora", "full"] = Field(
         "lora",
-        description="adapters on a frozen base, or every weight except the router and the vision tower",
+        description="lora: adapters on a frozen base; full: every weight except the router and the vision "
+        "tower",
     )
     steps: int = Field(800, ge=1, description="optimizer steps")
     global_batch_size: int = Field(
@@ -134,14 +141,14 @@ class TrainConfig(StrictModel):
     micro_batch_size: ChangeableOnResume[int | None] = Field(
         None,
         ge=1,
-        description="examples per rank and forward pass; default: the rank's whole share at once",
+        description="examples per rank and forward pass; default: all of the rank's examples at once",
     )
     micro_batch_blocks: ChangeableOnResume[int | None] = Field(
         None,
         ge=1,
-        description="blocks of an example in one forward pass; the others of objective.blocks go "
-        "through further ones, which compute the clean tokens before them again; default: all at "
-        "once",
+        description="blocks of an example per forward pass; the rest of objective.blocks go through "
+        "further passes, each of which computes the preceding clean tokens again; default: "
+        "all at once",
     )
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
@@ -149,20 +156,19 @@ class TrainConfig(StrictModel):
     )
     attention: ChangeableOnResume[Literal["sdpa", "flex"]] = Field(
         "sdpa",
-        description="sdpa: each example by itself; flex: all of a batch in one FlexAttention "
-        "kernel per layer, compiled, on CUDA only",
+        description="sdpa: one example at a time; flex: the whole batch in one compiled FlexAttention "
+        "kernel per layer, only on CUDA",
     )
     triton_kernels: ChangeableOnResume[bool] = Field(
         True,
-        description="on CUDA, where a C compiler and Python's headers are installed: norms, "
-        "rotations, gates and routing in Triton kernels, which take a third of the launches; "
-        "false: PyTorch's operators",
+        description="true: on CUDA, if a C compiler and Python's headers are installed, norms, rotary "
+        "embeddings, gates and routing run as Triton kernels, with a third of the launches; "
+        "false: they run as PyTorch operators",
     )
     activation_checkpointing: ChangeableOnResume[Checkpointing] = Field(
         True,
-        description="recompute layers in the backward pass instead of keeping their activations: "
-        "true, each of them; selective, every "
-        "second one; false, none",
+        description="layers that the backward pass recomputes instead of keeping their activations: all "
+        "(true), every second one (selective) or none (false)",
     )
     log_every: ChangeableOnResume[int] = Field(
         10, ge=1, description="steps between log lines; metrics.jsonl has every step"
@@ -170,7 +176,7 @@ class TrainConfig(StrictModel):
     validate_every: ChangeableOnResume[int] = Field(
         100,
         ge=1,
-        description="steps between validations; the base and the last step are validated too",
+        description="steps between validations; the base and the last step are always validated",
     )
     validation_levels: ChangeableOnResume[tuple[float, ...]] = Field(
         (0.1, 0.3, 0.5, 0.7, 0.9),
@@ -179,9 +185,9 @@ class TrainConfig(StrictModel):
     )
     validation_blocks: ChangeableOnResume[Blocks] = Field(
         1,
-        description="blocks of each held-out example that a validation scores, 1 or more, or `all`; "
-        "with more than 1, the loss is recorded by block too: where in the answer the model is "
-        "wrong",
+        description="number of blocks of each held-out example that a validation scores, or `all`; with "
+        "more than 1, the loss is also recorded by block, which shows where in the answer the "
+        "model is wrong",
     )
     validation_batches: ChangeableOnResume[int | None] = Field(
         None, ge=1, description="maximum number of global batches per validation"
@@ -192,8 +198,8 @@ class TrainConfig(StrictModel):
     keep_checkpoints: ChangeableOnResume[int] = Field(
         2,
         ge=1,
-        description="newest checkpoints that are kept; the one with the best validation loss is "
-        "kept too",
+        description="number of newest checkpoints to keep, in addition to the one with the best "
+        "validation loss",
     )
     async_checkpoints: ChangeableOnResume[bool] = Field(
         True,
@@ -201,26 +207,24 @@ class TrainConfig(StrictModel):
     )
     export: ChangeableOnResume[Literal["best", "last"]] = Field(
         "best",
-        description="which weights a run ends with: the checkpoint of the best validation loss, or "
-        "the last step",
+        description="weights that a run exports: those with the best validation loss, or those of the "
+        "last step",
     )
     early_stopping: ChangeableOnResume[int | None] = Field(
         None,
         ge=1,
-        description="stop after this many validations in a row without a better loss; default: "
-        "never",
+        description="stop after this many consecutive validations without a better loss; default: never",
     )
     max_skipped_steps: ChangeableOnResume[int] = Field(
         3,
         ge=0,
-        description="steps in a row whose loss or gradient is not finite that are skipped before "
-        "the run stops",
+        description="number of consecutive steps with a non-finite loss or gradient that are skipped "
+        "before the run stops",
     )
     stop_grace: ChangeableOnResume[int] = Field(
         60,
         ge=1,
-        description="seconds in which a run that is asked to stop (SIGTERM) saves its state before "
-        "it is killed",
+        description="seconds that a run has to save its state after SIGTERM, before it is killed",
     )
     hang_timeout: ChangeableOnResume[int] = Field(
         600,
@@ -235,12 +239,13 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """How ranks share the work: world size = efsdp x ep; all but experts is sharded over all."""
+    """How ranks share the work. World size = efsdp x ep; all weights except the experts are sharded over all ranks."""
 
     nproc_per_node: int = Field(
         8,
         ge=1,
-        description="processes that the pipeline's train step starts; with torchrun, its own option applies instead",
+        description="number of processes that the pipeline's train step starts; with torchrun, its own "
+        "option applies instead",
     )
     ep: int = Field(
         8,
@@ -260,30 +265,24 @@ class SamplerConfig(StrictModel):
     entropy_bound: float | None = Field(
         None,
         gt=0,
-        description="nats; a step accepts tokens by increasing entropy until the entropies of the "
-        "accepted ones add up to more than this",
+        description="in nats; a step accepts tokens in order of increasing entropy until the sum of their "
+        "entropies exceeds this",
     )
-    t_min: float | None = Field(
-        None, ge=0, description="temperature that a block's schedule goes down to"
-    )
-    t_max: float | None = Field(
-        None, gt=0, description="temperature that a block's schedule starts from"
-    )
+    t_min: float | None = Field(None, ge=0, description="final temperature of a block's schedule")
+    t_max: float | None = Field(None, gt=0, description="initial temperature of a block's schedule")
     stability_threshold: int | None = Field(
         None,
         ge=0,
-        description="a block may end once its likeliest tokens have stayed the same for this many "
-        "steps",
+        description="a block may end once its most likely tokens have not changed for this many steps",
     )
     confidence_threshold: float | None = Field(
         None,
         ge=0,
-        description="nats; a stable block ends when its mean entropy is below this; 0: never",
+        description="in nats; a stable block ends when its mean entropy is below this; 0: never",
     )
     self_conditioning: bool = Field(
         True,
-        description="whether a denoising step sees the soft embeddings that the step before it "
-        "predicted",
+        description="whether a denoising step sees the soft embeddings predicted by the previous step",
     )
 
 
@@ -295,22 +294,24 @@ class JudgeModelConfig(StrictModel):
     address: str | None = Field(
         None,
         pattern=r"^https?://[^@\s]+$",
-        description="where chat/completions is, such as http://localhost:8000/v1",
+        description="base URL of an OpenAI-compatible API, such as http://localhost:8000/v1",
     )
-    model: str | None = Field(None, min_length=1, description="name of the model there")
+    model: str | None = Field(None, min_length=1, description="name of the model at that address")
     instructions: str | None = Field(
         None,
-        description="instructions that the model receives; its reply has to end with `Score: N`, from "
-        "0 to 10; default: to compare the answer's meaning with the reference's",
+        description="instructions for the model, whose reply has to end with `Score: N`, where N is 0 to "
+        "10; default: to compare the meaning of the answer with that of the reference",
     )
-    concurrency: int = Field(4, ge=1, le=64, description="calls at a time")
+    concurrency: int = Field(4, ge=1, le=64, description="maximum number of concurrent calls")
     timeout: float = Field(60.0, gt=0, description="seconds that a call may take")
 
 
 class ForgettingConfig(SourceFields):
     """Rows of another data set, never trained on, which both models answer: the cost of tuning."""
 
-    source: str | None = Field(None, description="as `data.source`; default: none is answered")
+    source: str | None = Field(
+        None, description="like `data.source`; default: no other rows are answered"
+    )
     rows: int = Field(64, ge=1, description="number of rows to answer")
 
 
@@ -319,52 +320,53 @@ class EvaluateConfig(StrictModel):
 
     rows: int = Field(64, ge=1, description="number of held-out rows to answer")
     batch_size: int = Field(
-        8, ge=1, description="rows answered at once; answers do not depend on it"
+        8, ge=1, description="number of rows answered at once; does not affect the answers"
     )
     gpus: int | None = Field(
         None,
         ge=1,
-        description="GPUs that take the questions from one queue; answers do not depend on it; more "
-        "than `parallel.nproc_per_node` are whole nodes; experts are divided over as few of them as "
-        "hold the model; default: the fewest that hold it, mostly one",
+        description="number of GPUs that take questions from a shared queue; does not affect the answers; "
+        "above `parallel.nproc_per_node`, a multiple of it; experts are divided over as few "
+        "GPUs as can hold the model; default: the smallest number that can hold it, usually "
+        "one",
     )
     max_new_tokens: int = Field(
         1024,
         ge=1,
-        description="maximum number of tokens of an answer; a longer one is cut there",
+        description="maximum number of tokens in an answer; longer answers are cut",
     )
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     answer_pattern: str | None = Field(
         r"####\s*(-?[\d.,]+)",
-        description="regular expression whose last match's group 1 is the answer that the judge "
-        "`pattern` compares; null: none, for data whose answers have no such form",
+        description="regular expression for the judge `pattern`, which compares group 1 of its last "
+        "match; null: none, for data whose answers have no such part",
     )
     judge: tuple[JudgeName, ...] | None = Field(
         None,
-        description="what decides whether an answer is right, or how near it comes: `pattern` or "
+        description="what decides whether an answer is right, or how close it is: `pattern` or "
         "`pattern:REGEX`, `number`, `text`, `json`, `tool_call`, `chrf`, `model`, "
-        "`python:FILE.py:FUNCTION`; "
-        "of several, the first that can judge by a row's reference; default: `pattern` where it "
-        "matches a held-out reference, else `chrf`; []: none",
+        "`python:FILE.py:FUNCTION`; of several, the first one that can use a row's reference "
+        "judges that row; default: `pattern` where it matches a held-out reference, else "
+        "`chrf`; []: none",
     )
     judges: dict[str, tuple[JudgeName, ...]] = Field(
         {},
-        description="judges of single sources of `data.mixture`, by their `source`; the others have "
+        description="judges for individual sources of `data.mixture`, by their `source`; the others use "
         "`evaluate.judge`",
     )
     judge_model: JudgeModelConfig = Field(default_factory=JudgeModelConfig)
     forgetting: ForgettingConfig = Field(default_factory=ForgettingConfig)
     slices: tuple[str, ...] = Field(
         (),
-        description="columns of the data, with one value per row: all figures are also given for the "
-        "rows of each value",
+        description="columns of the data with one value per row; all figures are also reported for the "
+        "rows with each value",
     )
     repeats: int = Field(
         1,
         ge=1,
         le=100,
-        description="answers of each model to each row, with seeds `seed`, `seed` + 1, ...: the "
-        "figures are their means, with the noise of sampling in their intervals",
+        description="number of answers of each model to each row, with seeds `seed`, `seed` + 1, ...; "
+        "figures are the means over them, and their intervals include sampling noise",
     )
 
     @model_validator(mode="before")
@@ -434,26 +436,26 @@ class TrackingConfig(StrictModel):
         "canvastune",
         min_length=1,
         max_length=500,
-        description="name of the experiment in MLflow, and in Kubeflow if `submit` is given none",
+        description="name of the experiment in MLflow, and in Kubeflow unless `submit` sets another one",
     )
     registered_model: str | None = Field(
         None,
-        description="name under which the tuned model is registered, without / : and quotes; "
-        "default: not registered",
+        description="name under which the tuned model is registered, without /, : or quotes; default: not "
+        "registered",
     )
     promote: Literal["better", "never"] = Field(
         "better",
-        description="when a registered model gets the alias champion: better, if the paired test on "
-        "the same held-out rows says that it is better than the champion (the first one: than the "
-        "base); never",
+        description="when a registered model gets the alias champion; better: if the paired test on the "
+        "same held-out rows shows that it is better than the champion or, if there is none, "
+        "than the base",
     )
     hub_model_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
         max_length=96,
-        description="repository on the Hub, as owner/name, that the tuned model is pushed to with its "
-        "model card once it is evaluated; the token is HF_TOKEN of the environment; default: not "
-        "pushed",
+        description="Hub repository, as owner/name, to which the tuned model and its model card are "
+        "pushed after the evaluation, with the token in the environment variable HF_TOKEN; "
+        "default: not pushed",
     )
     hub_private_repo: bool = Field(
         True, description="whether the repository is private, if the push creates it"
@@ -476,10 +478,10 @@ class TrackingConfig(StrictModel):
 
 
 class HardwareConfig(StrictModel):
-    """The accelerators that the planner plans for."""
+    """The accelerators that the planner assumes."""
 
     gpu_memory: float = Field(80.0, gt=0, description="GB (1e9 bytes) per accelerator")
-    accelerator: str = Field("h100", description="row of the planner's table of accelerators")
+    accelerator: str = Field("h100", description="name in the planner's table of accelerators")
 
 
 class RunConfig(StrictModel):
@@ -488,13 +490,14 @@ class RunConfig(StrictModel):
     name: str = Field(
         pattern=r"^[a-z0-9]([-a-z0-9_]*[a-z0-9])?$",
         max_length=50,
-        description="of the recipe's runs, jobs and models",
+        description="used in the names of the recipe's runs, jobs and models",
     )
     seed: int = Field(
         42,
         ge=0,
         lt=2**63,
-        description="determines the order, noise and new weights, identically on any number of ranks",
+        description="determines the data order, the noise and new weights, in the same way on any number "
+        "of ranks",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
