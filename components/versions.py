@@ -28,31 +28,31 @@ PIPELINES = Floor(
     "Kubeflow Pipelines",
     "2.15",
     "optional secrets of steps (`SecretAsEnv.optional`)",
-    "`submit`, `upload` and `doctor`, with `tag_name` of its healthz",
+    "`submit`, `upload` and `doctor`, using `tag_name` from its healthz endpoint",
 )
 RESTRICTED_STEPS = Floor(
     "Kubeflow Pipelines, where PodSecurity *restricted* is enforced",
     "2.16",
     "security contexts of steps",
-    "`submit` and `upload`: for an older one, steps do not ask for `runAsNonRoot`; `doctor`",
+    "`submit` and `upload`, which omit `runAsNonRoot` for older versions; `doctor`",
 )
 TRAINING_OPERATOR = Floor(
     "training operator",
     "1.9",
-    "the CRD that PyTorchJobs are written for; older ones are not tried",
-    "the launcher, with the job that the API server stored; `doctor`, with the API's schema",
+    "the CRD that PyTorchJobs are written for; older versions were not tried",
+    "the launcher, using the job that the API server stored; `doctor`, using the API's schema",
 )
 TRAINER = Floor(
     "Kubeflow Trainer",
     "2.3",
     "the grace period of pods in a TrainJob's `runtimePatches`; 2.1 has no `runtimePatches`",
-    "the launcher, with the job that the API server stored; `doctor`, with the API's schema",
+    "the launcher, using the job that the API server stored; `doctor`, using the API's schema",
 )
 KUEUE = Floor(
     "Kueue",
     "0.14",
-    "queues of TrainJobs; for PyTorchJobs, older versions suffice",
-    "the launcher: a job that runs without a Workload is not in its queue",
+    "queueing of TrainJobs; older versions are sufficient for PyTorchJobs",
+    "the launcher: a job that runs without a Workload did not go through its queue",
 )
 KUBERNETES = Floor(
     "Kubernetes",
@@ -60,18 +60,18 @@ KUBERNETES = Floor(
     "PodSecurity admission",
     "the chart (`kubeVersion`), the launcher and `doctor`",
 )
-HELM = Floor("Helm", "3.8", "the chart's templates and schema", "the chart, when it is rendered")
+HELM = Floor("Helm", "3.8", "the chart's templates and schema", "the chart, at rendering")
 MLFLOW = Floor(
     "MLflow server",
     "3.5",
     "logged models, and `--allowed-hosts`",
-    "`doctor` and each run's first step, with the server's /version",
+    "`doctor` and each run's first step, using the server's /version",
 )
 MLFLOW_CLIENT = Floor(
     "MLflow client",
     "3.17",
-    "the version that the package pins, and the images have",
-    "pip; `doctor`, with what is installed",
+    "the version that the package pins and the images contain",
+    "pip; `doctor`, using the installed version",
 )
 FLOORS = (
     KUBERNETES,

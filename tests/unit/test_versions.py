@@ -23,7 +23,7 @@ def _table() -> str:
         for floor in FLOORS
     ]
     return "\n".join(
-        ["| program | oldest | because of | compared by |", "|---|---|---|---|", *rows]
+        ["| program | oldest version | reason | checked by |", "|---|---|---|---|", *rows]
     )
 
 
