@@ -301,21 +301,21 @@ def main() -> int:
         for phase in sorted({kill.phase for kill in kills})
     )
     text = [
-        f"{len(kills)} kills of a run of {seconds:.0f} s ({phases}), up to five in a row on one "
-        "run: every run ended with the same",
-        "weights and the same metrics, bit for bit, as a run without failures. The only loss was "
-        "the steps since the newest",
-        f"checkpoint, which were computed again. {platform.system()}, {psutil.cpu_count()} cores, "
-        f"{RANKS} ranks, gloo.",
+        f"A {seconds:.0f}-second run was killed {len(kills)} times ({phases}), up to five times in "
+        "a row. Every run ended with the same weights",
+        "and metrics, bit for bit, as a run without failures. The only work lost was the steps since "
+        "the newest checkpoint, which were",
+        f"computed again. The tests ran on {platform.system()} with {psutil.cpu_count()} cores, "
+        f"{RANKS} ranks and gloo.",
         "",
         *table,
         "",
-        f"One rank killed: all processes exited {lost:.1f} s later. `{_error(lost_words)}`",
+        f"After one rank was killed, all processes exited within {lost:.1f} s: `{_error(lost_words)}`",
         "",
-        f"One rank frozen, `train.hang_timeout` 10 s: all processes exited {hung:.1f} s later. "
+        f"After one rank was frozen, with `train.hang_timeout` at 10 s, all processes exited within {hung:.1f} s: "
         f"`{_error(hung_words)}`",
         "",
-        f"SIGTERM: state saved and all processes exited {saved:.1f} s later.",
+        f"After SIGTERM, the state was saved and all processes exited within {saved:.1f} s.",
     ]
     before, mark, rest = _PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, after = rest.partition(_END)
