@@ -65,22 +65,22 @@ def gpu_section(result: dict[str, Any]) -> str:
     return f"""
 ## On a GPU
 
-`tools/gpu_day.sh` ({machine["commit"]}, {machine["date"]}) on {machine["device"]}, torch {machine["torch"]}: {steps["layers"]} layers of the
-released model's size, bfloat16, forward and backward of {steps["examples"]} examples of a length. Utilization is relative to
-{steps["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s in a large matmul. Memory is in addition to weights and gradients.
+`tools/gpu_day.sh` ({machine["commit"]}, {machine["date"]}) ran on {machine["device"]} with torch {machine["torch"]}: {steps["layers"]} layers of
+the released model's size, in bfloat16, forward and backward, on {steps["examples"]} examples of the same length. Utilization is relative to the
+{steps["matmul_flops_per_second"] / 1e12:.3g} TFLOP/s measured in a large matmul. Memory is in addition to weights and gradients.
 FlexAttention compiled {steps["compiled_graphs"]} graphs.
 
-| tokens of an example | step | seconds | tokens per second | utilization | memory, GB | gradients, from *chosen block*'s |
+| tokens per example | step | seconds | tokens per second | utilization | memory, GB | difference of gradients from *chosen block* |
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-| attention calls | kernel | by `tools/attention_backends.py` |
+| attention calls | kernel | according to `tools/attention_backends.py` |
 |---|---|---|
 {chr(10).join(f"| {calls:,} | {taken} | {table} |" for (taken, table), calls in kernels.items())}
 
-By the profiler: {", ".join(f"{calls:,} {name}" for name, calls in sorted(seen.items()))}.
+Seen by the profiler: {", ".join(f"{calls:,} {name}" for name, calls in sorted(seen.items()))}.
 
-The trainer, one example a step, optimizer included:
+The trainer, with one example per step, including the optimizer:
 
 | method | layers | tokens per second | seconds | planned | peak memory, GB | planned | utilization |
 |---|---|---|---|---|---|---|---|

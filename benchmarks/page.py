@@ -88,23 +88,23 @@ def page(
     )
     return f"""# Speed and memory
 
-Measured against a plain implementation in the same run, on a CPU ({here["cores"]} cores, {here["device"]} unless another is named,
-{here["threads"]} threads, torch {here["torch"]}). **{"Nothing but [the section on it](#on-a-gpu)" if gpu else "None of this"} has been run on a GPU.** Each section names the commit it was measured at.
-`python -m benchmarks.page` generates this page from `benchmarks/results/`. Communication between ranks: [scaling](scaling.md); predicted
-versus counted FLOPs and memory: [the planner](planner.md).
+This page compares Canvastune with a plain implementation, measured in the same run on a CPU ({here["cores"]} cores, {here["device"]} unless another
+processor is named, {here["threads"]} threads, torch {here["torch"]}). **{"Only [the section on GPUs](#on-a-gpu) was" if gpu else "None of this was"} measured on a GPU.** Each section names the commit at
+which it was measured. `python -m benchmarks.page` generates this page from `benchmarks/results/`. For communication between ranks, see
+[scaling](scaling.md); for predicted and counted FLOPs and memory, see [the planner](planner.md).
 
 ## The step
 
-`python -m benchmarks.step`{at(step)}, float32, one process. The plain step (`benchmarks/plain_step.py`) is Hugging Face's
-modules called twice, on a right-padded batch with dense masks and whole float32 logits: *all blocks* decodes every response block and
-scores one, *chosen block* decodes only the scored one. Same weights, batch and draws. Our gradient differs from the plain one by at most
-{worst:.0e} of its norm
-(goal: below {EXACT:.0e}). *Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, no recomputation) divided by the seconds times this machine's rate
-in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. Memory is what the step needs in addition to weights and
-gradients.
-*Ours* keeps what the backward pass needs, as the plain step does (`train.activation_checkpointing: false`); *selective* recomputes every
-second layer, *checkpointed* every layer, the default of a recipe. Each step is timed in its own steady state, after one warm-up run.
-Timed runs per side, of which the median is shown: {_rounds(step)}.
+`python -m benchmarks.step`{at(step)} measures one process in float32. The plain step (`benchmarks/plain_step.py`) calls Hugging
+Face's modules twice, on a right-padded batch with dense masks and complete float32 logits: *all blocks* decodes every response block and
+scores one, *chosen block* decodes only the scored one. Weights, batch and draws are the same on both sides. Our gradient differs from the
+plain one by at most {worst:.0e} of its norm (goal: below {EXACT:.0e}).
+
+*Efficiency* is the FLOPs that the loss needs (scored rows, real tokens, no recomputation), divided by the product of the seconds and this
+machine's rate in a large matmul, {rate / 1e9:.0f} GFLOP/s; the goal is {EFFICIENT:.0%}. *Memory* is what the step needs in addition to weights and
+gradients. *Ours* keeps what the backward pass needs, like the plain step (`train.activation_checkpointing: false`); *selective* recomputes
+every second layer; *checkpointed* recomputes every layer, which is the default of a recipe. Each step is timed in its steady state, after
+one warm-up run. The tables show the median of {_rounds(step)} timed runs per side.
 
 | shape | step | seconds | memory, MB | efficiency | compared with all blocks | compared with the chosen block |
 |---|---|---|---|---|---|---|
@@ -121,71 +121,73 @@ Geometric means (goals: {goals}):
 {_beside(peers, at(peers)) if peers else ""}
 ## What makes the difference
 
-- **No padding, no mask.** Attention runs on each example separately; the keys that a canvas sees are contiguous, so neither call needs a mask. On
-  sliding-window layers, if an example is longer than the window, attention runs on half a window of rows at a time.
-- **Only the chosen block**, in one pass with the clean tokens; a self-conditioning pass (pass 1) only for self-conditioned examples.
-- **Logits in chunks, on a CPU in tiles** that stay in its caches from the matmul to the gradient; gradients are computed with them, in
-  place. Soft-capped logits are bounded, so no maximum has to be found and subtracted; factors that are constant over a row are applied to
-  the row's other operand.
-- **One gradient for the embedding table.** Its uses (head, lookups, soft embedding) add to one buffer, where autograd would allocate a
+- **No padding and no masks.** Attention runs on each example separately. The keys that a canvas sees are contiguous, so no attention call
+  needs a mask. On sliding-window layers, if an example is longer than the window, attention runs on half a window of rows at a time.
+- **Only the chosen block** is decoded, in one pass with the clean tokens, and only self-conditioned examples go through a self-conditioning
+  pass (pass 1).
+- **Logits are computed in chunks, on a CPU in tiles** that stay in its caches from the matmul to the gradient, which is computed in place.
+  Soft-capped logits are bounded, so no maximum has to be found and subtracted; factors that are constant over a row are applied to the
+  row's other operand.
+- **One gradient for the embedding table.** All of its uses (head, lookups, soft embedding) add to one buffer; autograd would allocate a
   [V, H] tensor for each.
-- **Expert rows** are gathered again in the backward pass instead of kept, weighted where they are narrowest (before the last projection),
-  and summed per token in one pass; this is deterministic on every device.
+- **Expert rows** are gathered again in the backward pass instead of being kept, weighted where they are narrowest (before the last
+  projection), and summed per token in one pass; this is deterministic on every device.
 - **Norms and gated MLPs keep only their inputs**; transformers' norm keeps four tensors of its input's size.
-- **On CUDA, few launches.** Norms with their residuals and scales, the heads' norms and rotation, gates, the choice of experts and the
-  sorting of their rows are one Triton kernel each way (`train.triton_kernels`); without a C compiler or Triton, the norms are torch's fused
-  one and the rest is PyTorch's operators. Adapters on one input share their first product, and are added inside of a matmul. The norm of
-  all gradients is multi-tensor.
-- **Dispatch overlaps with the dense MLP**: rows are sent to the ranks of their experts while it computes, and their gradients while its
-  backward pass does; FSDP gathers the next layer meanwhile. Returning the results and their gradients is blocking. How much the overlap
-  saves on CUDA has not been measured.
-- **Pass 1 computes only the clean tokens before the chosen block**, which are all that its canvas sees (below).
-- **The last layer stays gathered** between its uses, and a rank without a self-conditioned example joins pass 1 with two padding tokens.
-- **The host waits for the device once per step**, where the losses and the norm are logged, and, under expert parallelism, where it must
+- **Few kernel launches on CUDA.** Each of the following is one Triton kernel in the forward and one in the backward pass
+  (`train.triton_kernels`): norms with their residuals and scales, the heads' norms and rotary embeddings, gates, the choice of experts, and
+  the sorting of their rows. Without a C compiler or Triton, torch's fused norm and PyTorch operators are used instead. Adapters with the
+  same input share their first product and are added inside a matmul. The norm of all gradients is computed by multi-tensor kernels.
+- **Dispatch overlaps with the dense MLP**: rows are sent to the ranks of their experts while the MLP computes, and their gradients during
+  its backward pass; FSDP gathers the next layer at the same time. Returning the results and their gradients is blocking. How much time the
+  overlap saves on CUDA has not been measured.
+- **Pass 1 only computes the clean tokens before the chosen block**, which are all that its canvas sees ([below](#pass-1-three-ways)).
+- **The last layer stays gathered** between its uses, and a rank without self-conditioned examples joins pass 1 with two padding tokens.
+- **The host waits for the device once per step**, when the losses and the norm are logged, and, with expert parallelism, when it has to
   know how many rows each rank receives.
-- **Ranks finish together**: a step's examples are balanced by their tokens and self-conditioning draws (below). The examples of a step,
-  their noise and the gradient do not change.
+- **Ranks finish together**: a step's examples are distributed by their tokens and self-conditioning draws
+  ([below](#data-merge-pipeline)). The examples of a step, their noise and the gradient do not change.
 
-`train.attention: flex` computes a whole batch in one FlexAttention kernel per layer on CUDA; on a CPU its gradients equal those of `sdpa`. It
-has not been measured on a GPU, so it is not the default. `torch.compile` of the layers is not used: it could not be measured on its
-target hardware. `tools/gpu_day.sh` is ready to run on a GPU, and is tested at small sizes. It covers sequence lengths of 512 to 4,096 with layers of the released model's size,
-both kinds of attention and the plain step, the kernel that each attention call takes, utilization of the card's measured matmul rate, the five largest costs by name, and 20 steps of
-the trainer against its plan.
+With `train.attention: flex`, a whole batch is computed in one FlexAttention kernel per layer on CUDA; on a CPU, its gradients equal those
+of `sdpa`. It is not the default because it has not been measured on a GPU. `torch.compile` is not applied to the layers because it could
+not be measured on its target hardware. `tools/gpu_day.sh` is ready to run on a GPU and is tested at small sizes. It covers sequence lengths
+of 512 to 4,096 with layers of the released model's size, both kinds of attention and the plain step, the kernel used by each attention
+call, utilization relative to the card's measured matmul rate, the five most expensive operations, and 20 steps of the trainer compared with
+its plan.
 {gpu_section(gpu) if gpu else ""}
-## On a GPU, counted without one
+## Simulated GPUs: waits, launches and memory
 
-`make test-gpu-dry`{at(gpu_dry_run)} runs training steps of the released model on eight H100 that are not there
-([how](verification.md#cuda-without-a-gpu)), with the batch of the `gsm8k` recipes: per rank and step, an example of 240 tokens (*longest*:
-1,024) or eight. *Before* is commit 80fd2ae, counted in the same way. Launches are an estimate; times are not known.
+`make test-gpu-dry`{at(gpu_dry_run)} runs training steps of the released model on eight simulated H100s
+([how](verification.md#cuda-without-a-gpu)), with the batches of the `gsm8k` recipes: one example of 240 tokens (*longest*: 1,024) per rank
+and step, or eight. *Before* is commit 80fd2ae, counted in the same way. The numbers of launches are estimates; times are unknown.
 
-| case | host waits (before) | launches (before) | planned | attention calls that are unfused or compile a plan per shape (before) | fused ones | peak memory, GB | planned, GB |
+| case | host waits (before) | launches (before) | planned launches | attention calls that are unfused or compile a plan per shape (before) | fused attention calls | peak memory, GB | planned, GB |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(dry_run_row(*case) for case in gpu_dry_run["cases"].items())}
 
-The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes. {most_launches(gpu_dry_run["cases"])} They come from Triton kernels,
-which a GPU has not run yet, and from keeping activations (`train.activation_checkpointing: false`): the batch of 8 leaves room for them;
-*checkpointed* recomputes each layer. `canvastune plan` counts launches at {LAUNCH_SECONDS * 1e6:.0f} us each as a bound of a step's time, and says which
-bound is the largest.
+The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes. {most_launches(gpu_dry_run["cases"])} The number is low because of Triton
+kernels, which have not run on a GPU yet, and because activations are kept (`train.activation_checkpointing: false`), for which the batch of
+8 leaves enough memory; *checkpointed* recomputes each layer. `canvastune plan` counts {LAUNCH_SECONDS * 1e6:.0f} us per launch as a bound on a step's time, and
+reports which bound is the largest.
 
 ## Pass 1, three ways
 
-`python -m benchmarks.first_pass`{at(first_pass)}: a step whose examples are all self-conditioned, with pass 1 *before* (on the
-clean tokens before the block, as in the engine) or with keys *reused* (the prefix's keys of pass 2, which then runs clean tokens and
-canvas separately), relative to a pass 1 on all clean tokens. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
-The four ranks share two cores, so their seconds mean little.
+`python -m benchmarks.first_pass`{at(first_pass)} compares two ways to compute pass 1 with a pass 1 on all clean tokens, in a step whose examples
+are all self-conditioned. *Before* computes it on the clean tokens before the block, as the engine does. *Reused* takes the prefix's keys
+from pass 2, which then runs clean tokens and canvas separately. All figures are ratios. Loss and gradients differ by at most {first_pass["worst_difference"]:.0e}.
+The four ranks share two cores, so their times mean little.
 
 | sequence length, ranks / EP | before: FLOPs | seconds | received | peak | reused: FLOPs | seconds | received | peak |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(_first_pass(case) for case in first_pass["cases"] if case["chosen"] == "middle")}
 
-Reuse saves slightly more FLOPs, but gathers each layer one more time under FSDP and reduces its gradients twice, is slower on one rank, and would
-make pass 1 see keys with dropout applied.
+Reusing keys saves slightly more FLOPs, but it gathers each layer once more under FSDP, reduces its gradients twice, is slower on one rank,
+and would make pass 1 see keys with dropout applied.
 
 ## From 1 to {growth["rows"][-1]["examples"]} examples
 
-`python -m benchmarks.growth`{at(growth)}: examples of different lengths in one forward pass, with activation checkpointing. Seconds grow as the number of tokens to the power of
-{growth["exponent_of_seconds_mapped_anew"]:.2f}; of {growth["exponent_of_seconds"]:.2f} where the process keeps its memory
-between uses, as CUDA's allocator does (the C library maps each tensor above 32 MiB again).
+`python -m benchmarks.growth`{at(growth)} measures examples of different lengths in one forward pass, with activation checkpointing. Time
+grows as the number of tokens to the power of {growth["exponent_of_seconds_mapped_anew"]:.2f}, or of {growth["exponent_of_seconds"]:.2f} if the process keeps its memory between uses, as CUDA's
+allocator does (the C library maps each tensor above 32 MiB again).
 
 | examples | tokens | ms per token | ms per token, memory kept | MB per example, live tensors | MB per example, process |
 |---|---|---|---|---|---|
@@ -193,28 +195,28 @@ between uses, as CUDA's allocator does (the C library maps each tensor above 32 
 
 ## One example of up to {max(row["clean"] for row in lengths["rows"]):,} tokens
 
-`python -m benchmarks.lengths`{at(lengths)}: a training step on one long example at small width, with activation checkpointing. Memory per
-token does not grow with the length; the counted FLOPs do, by the attention of full-attention layers, and the machine computes them no
-slower in long examples than in short ones. Seconds vary by up to a factor of two between runs: the machine is shared.
+`python -m benchmarks.lengths`{at(lengths)} measures a training step on one long example at small width, with activation checkpointing.
+Memory per token does not grow with the length. The counted FLOPs per token do, because of the full-attention layers, but the machine
+computes them no slower in long examples than in short ones. Times vary by up to a factor of two between runs, since the machine is shared.
 
-| tokens | blocks of the answer in a step | kB per token in addition to weights and gradients | seconds | GFLOP counted | GFLOP per second | attention, us per token: a sliding-window layer | a full-attention layer |
+| tokens | blocks of the answer per step | kB per token in addition to weights and gradients | seconds | GFLOP counted | GFLOP per second | attention in a sliding-window layer, us per token | in a full-attention layer |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(map(_length, lengths["rows"]))}
 
 ## Every block of an answer in one step
 
-`python -m benchmarks.blocks`{at(blocks)}: `objective.blocks: all` against one block of each answer, and against a row for each block, as
-Megatron-Bridge's data set has it: written plainly on Hugging Face's modules (*plain*), and in our packed pass. Gradients equal those of the
-rows to {max(row["gradient_difference"] for row in blocks["answers"].values()):.0e}. A step of answers of many blocks takes about twice the
-time of one block's, whatever their number is: the clean tokens are as many as the canvases' together.
+`python -m benchmarks.blocks`{at(blocks)} compares `objective.blocks: all` with one block per answer, and with a separate row for each
+block, as in Megatron-Bridge's dataset, both in a plain implementation on Hugging Face's modules (*plain*) and in our packed pass (*packed*).
+Gradients equal those of the separate rows to {max(row["gradient_difference"] for row in blocks["answers"].values()):.0e}. With many blocks, a step takes about twice as long as with one block, regardless of
+their number, because all canvases together have about as many tokens as the clean text.
 
-| blocks of an answer | scored rows per second, times one block's (goal {several_blocks.RATE}) | seconds of a step, times (at most {several_blocks.SLOWER}) | rate, times a row for each block, plain (goal {several_blocks.BY_ROW:g}) | packed | expert rows sent per scored row, times fewer (goal {several_blocks.BY_ROW:g}) | peak memory, checkpointed, times (at most {several_blocks.MEMORY}) |
+| blocks per answer | scored rows per second, relative to one block (goal {several_blocks.RATE}) | time per step, relative to one block (at most {several_blocks.SLOWER}) | rate relative to separate rows, plain (goal {several_blocks.BY_ROW:g}) | packed | reduction in expert rows sent per scored row (goal {several_blocks.BY_ROW:g}) | peak memory, checkpointed, relative to one block (at most {several_blocks.MEMORY}) |
 |---|---|---|---|---|---|---|
 {chr(10).join(_blocks(*each) for each in blocks["answers"].items())}
 
-`python -m benchmarks.blocks_learning`{at(blocks_learning)}: the tiny model learns running sums, answers of 16 to 18 blocks;
-{blocks_learning["steps"]["1"]} steps with one block, {blocks_learning["steps"]["all"]} with all. `all` reaches the first run's final
-validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (geometric mean of three seeds; goal: a third).
+`python -m benchmarks.blocks_learning`{at(blocks_learning)} trains the tiny model on running sums, with answers of 16 to 18 blocks, for
+{blocks_learning["steps"]["1"]} steps with one block and {blocks_learning["steps"]["all"]} steps with all. `all` reaches the first run's final validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time
+(geometric mean of three seeds; goal: a third).
 
 ![Validation loss by seconds in training steps, three seeds: all blocks reach the final loss of one block in a fraction of the time](blocks.png)
 
@@ -222,20 +224,20 @@ validation loss after {blocks_learning["share_of_wall_time"]:.0%} of its time (g
 
 | what | measured | goal |
 |---|---|---|
-| `benchmarks.data`{at(data)}: rows per second relative to `datasets.map` with a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
+| `benchmarks.data`{at(data)}: rows per second, relative to `datasets.map` with a plain tokenizer call | {data["one_process"]["ratio"]:.2f}x | 1x |
 | the same with the chat template on both sides | {_templated(data)} | |
 | the same with two processes on both sides | {data["two_processes"]["ratio"]:.2f}x | 1x |
-| memory, 20,000 -> 100,000 rows, the largest process | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
-| the largest process with 100,000 conversations with tools | {_largest(data, "tools")} MB | constant |
-| rows per second of conversations with tools ({_characters(data, "tools")} characters a row, a sentence a turn) relative to GSM8K's form ({_characters(data, "gsm8k")}) | {data["tools"]["ratios"]["tools"]:.2f}x | 0.5x |
-| the same with question and answer as long as GSM8K's ({_characters(data, "long_tools")} characters a row) | {data["tools"]["ratios"]["long_tools"]:.2f}x | |
-| rows of GSM8K's form relative to {data["baseline"]["commit"]}, the last commit that read no tools | {data["baseline"]["ratio"]:.2f}x | 1x |
-| `benchmarks.merge`{at(merge)}: speed relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
+| memory of the largest process, for 20,000 -> 100,000 rows | {_largest(data, "20000")} -> {_largest(data, "100000")} MB | constant |
+| the same for 100,000 conversations with tools | {_largest(data, "tools")} MB | constant |
+| rows per second for conversations with tools ({_characters(data, "tools")} characters per row, one sentence per turn), relative to GSM8K's format ({_characters(data, "gsm8k")} characters) | {data["tools"]["ratios"]["tools"]:.2f}x | 0.5x |
+| the same with question and answer as long as GSM8K's ({_characters(data, "long_tools")} characters per row) | {data["tools"]["ratios"]["long_tools"]:.2f}x | |
+| rows per second in GSM8K's format, relative to {data["baseline"]["commit"]}, the last commit without support for tools | {data["baseline"]["ratio"]:.2f}x | 1x |
+| `benchmarks.merge`{at(merge)}: speed, relative to a plain copy of the same bytes | {merge["merge_over_copy"]:.2f}x | 1x |
 | its memory | {merge["merge"]["extra_bytes"] / 1e6:.0f} MB | a shard, 1,000 MB |
-| `benchmarks.pipeline`{at(pipeline)}: outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
+| `benchmarks.pipeline`{at(pipeline)}: time outside of the steps | {pipeline["outside"]:.1f} s | 5 s |
 
-`map` renders no chat template and verifies nothing; preparation renders each conversation twice, to verify the response's span. The next table shows the busiest
-rank's work relative to the mean, for GSM8K's lengths, in tokens of both passes:
+`map` neither renders a chat template nor verifies anything; preparation renders each conversation twice to verify the response's span. The
+next table shows the work of the busiest rank relative to the mean, in tokens of both passes, for GSM8K's lengths:
 
 | ranks x examples x forward passes | assigned by position | balanced |
 |---|---|---|
@@ -253,18 +255,20 @@ def _at(result: dict[str, Any], usual: str) -> str:
 def _starting(startup: dict[str, Any], at: str) -> str:
     """Return the section on what starting costs."""
     against = (
-        f", against commit {startup['baseline']} in the same run" if startup["baseline"] else ""
+        f". *Before* is commit {startup['baseline']}, in the same run"
+        if startup["baseline"]
+        else ""
     )
     return f"""
 ## Starting
 
-`python -m benchmarks.startup`{at}: commands that compute next to nothing, and the steps of a small local run in addition to their
-work, which is measured where everything is imported{against}. Goals: `plan` {start_goals["plan_seconds"]:.0f} s and
-{start_goals["plan_megabytes"]:.0f} MB; a tenth of a step's overhead; `canvastune demo` {start_goals["demo"]}x as fast. A plan lists the weights
-from config.json, and imports no PyTorch. The steps of a local run are forked from one process that imports the libraries while the first
-steps run; on a cluster, or where there is a GPU, each process imports its own.
+`python -m benchmarks.startup`{at} measures commands that compute next to nothing, and the
+overhead of each step of a small local run, that is, its time without the work, which is measured with everything imported{against}.
+Goals: `plan` in {start_goals["plan_seconds"]:.0f} s and {start_goals["plan_megabytes"]:.0f} MB; a tenth of each step's overhead; `canvastune demo` {start_goals["demo"]}x as fast. `plan` lists the weights
+from config.json and does not import PyTorch. The steps of a local run are forked from one process that imports the libraries while the
+first steps run; on a cluster, or on a machine with a GPU, each process imports its own libraries.
 
-| what | now | before | times |
+| what | now | before | improvement |
 |---|---|---|---|
 {chr(10).join(startup_lines(startup))}
 """
@@ -272,12 +276,13 @@ steps run; on a cluster, or where there is a GPU, each process imports its own.
 
 def _since(commits: dict[str, Any], at: str) -> str:
     """Return how fast the step is next to an earlier commit's."""
-    means = ", ".join(f"{ours} {faster:.2f}x" for ours, faster in commits["faster"].items())
+    means = "; ".join(f"*{ours}* {faster:.2f}x" for ours, faster in commits["faster"].items())
     each = [faster for row in commits["shapes"].values() for faster in row["faster"].values()]
     apart = max(row["loss_difference"] for row in commits["shapes"].values())
     return f"""
-`python -m benchmarks.step_commits`{at} runs this step and that of commit {commits["baseline"]}, where an example had one block, in turns on these
-shapes. Geometric means of how many times as fast it is now: {means}; of single shapes {min(each):.2f}x to {max(each):.2f}x. Losses are at most {apart:.0e} apart.
+`python -m benchmarks.step_commits`{at} alternates between this step and that of commit {commits["baseline"]}, where
+an example had one block, on the same shapes. The geometric means of the speedup since then are: {means}. For individual shapes, it
+is {min(each):.2f}x to {max(each):.2f}x. Losses differ by at most {apart:.0e}.
 """
 
 
@@ -289,22 +294,24 @@ def _beside(peers: dict[str, Any], at: str) -> str:
         for peer, goal in released_peers.GOALS.items()
     )
     return f"""
-## The peers' own code
+## NeMo AutoModel, TRL and Unsloth
 
-`python -m benchmarks.peers`{at}, float32: the released code of NeMo AutoModel {versions["nemo_automodel"]} (its recipe's own methods on its own
-model), of TRL's DiffusionGemma example (commit {versions[released_peers.EXAMPLE]}, with TRL {versions["trl"]}) and of Unsloth {versions["unsloth"]}, the last two on Hugging Face's
-model. Each side is a process of two threads and takes its turn with the others, on the same weights, batch, noise, blocks and coins. At its turn it runs
-two steps and the second counts, as in training a step follows another; median of {_rounds(peers)} turns. In a peer's column: its seconds and memory, then how many times faster and leaner our step is. *Kept* keeps what the
-backward pass needs; *checkpointed* recomputes each layer, with NeMo's `apply_ac` and with Hugging Face's own checkpointing, which reaches only the
-decoder's layers. Goals, for short answers, all kept: {goals}.
+`python -m benchmarks.peers`{at} compares our step with released code in float32: NeMo
+AutoModel {versions["nemo_automodel"]} (its recipe's methods on its own model), TRL's DiffusionGemma example (commit {versions[released_peers.EXAMPLE]}, with TRL {versions["trl"]}), and Unsloth {versions["unsloth"]}.
+The last two use Hugging Face's model. Each library runs in a process with two threads, and the processes take turns on the same weights,
+batch, noise, blocks and self-conditioning draws. In each turn, a process runs two steps, of which the second is timed, since steps follow
+each other in training; the table shows the median of {_rounds(peers)} turns. A library's column shows its seconds and memory, and then how many times
+faster and how many times smaller our step is. *Kept* keeps what the backward pass needs; *checkpointed* recomputes each layer, with NeMo's
+`apply_ac` or with Hugging Face's checkpointing, which only covers the decoder's layers. Goals for short answers with everything kept:
+{goals}.
 
 {chr(10).join(released_peers.lines(peers))}
 
-In NeMo and Unsloth, loss and gradient are ours. TRL's are not where a sequence is as long as the sliding window or longer: its cache holds the last
-keys of the whole sequence, not those before the block. Its seconds are shown all the same. NeMo computes every block of an answer and scores one; all
-three compute a pass for self-conditioning for every example, and pad. FLOPs are counted as in `benchmarks.step`, and the last column is the
-most that any step could gain: a peer's seconds, divided by those of the FLOPs that the loss needs at
-{peers["matmul_flops_per_second"] / 1e9:.0f} GFLOP/s, this machine's rate in a large matmul.
+The loss and gradient of NeMo and Unsloth equal ours. TRL's differ if a sequence is at least as long as the sliding window, because its cache
+holds the last keys of the whole sequence, not those before the block; its times are shown nevertheless. NeMo computes every block of an
+answer and scores one. All three compute a self-conditioning pass for every example, and pad. FLOPs are counted as in `benchmarks.step`. The
+last column is the maximum speedup over a library that any step could reach: the library's seconds, divided by the time that the FLOPs
+needed by the loss take at {peers["matmul_flops_per_second"] / 1e9:.0f} GFLOP/s, this machine's rate in a large matmul.
 """
 
 
@@ -340,11 +347,13 @@ def _means(summary: dict[str, Any]) -> list[str]:
 def _verdict(step: dict[str, Any]) -> str:
     """Describe which goals are missed, by which of our steps."""
     missed = [
-        f"{ours}, {quantity} than {plain}"
+        f"the {quantity} of *{ours}* compared with *{plain}*"
         for ours, by_plain in step["geometric_mean"].items()
         for plain, ratios in by_plain.items()
-        for quantity, goal in zip(("faster", "leaner"), GOALS[plain], strict=True)
-        if ratios[quantity] < goal
+        for quantity, ratio, goal in zip(
+            ("speed", "memory"), (ratios["faster"], ratios["leaner"]), GOALS[plain], strict=True
+        )
+        if ratio < goal
     ]
     slow = [
         row["about"] for row in step["shapes"].values() if row["efficiency"]["ours"] < EFFICIENT
@@ -372,7 +381,7 @@ def _ceiling(step: dict[str, Any]) -> str:
         f"{ratio:.1f}x faster than {plain.replace('chosen', 'the chosen')}"
         for plain, ratio in means.items()
     )
-    return f"At full matmul rate and with nothing else to do, a step would be {most}."
+    return f"A step that ran at the full matmul rate, with no other work, would be {most}."
 
 
 def _first_pass(case: dict[str, Any]) -> str:
@@ -430,12 +439,13 @@ def _answering(evaluation: dict[str, Any], at: str) -> str:
     """Return the section on answers of the evaluation."""
     return f"""## Answers of the evaluation
 
-`python -m benchmarks.evaluation`{at}: {evaluation["rows"]} questions with spread stops, {evaluation["batch"]} at once, by our
-sampler and by stock `generate()` in padded batches, as evaluation used it before; float32, same noise, answers and step counts equal.
-*Base kept*: both models, when an earlier run has asked the base the same. FLOPs are those of matrix products and attention, bytes those that
-operators read and write: what a device cannot be faster than. {_slower(evaluation)}
+`python -m benchmarks.evaluation`{at} compares our sampler with stock `generate()` in padded batches,
+which the evaluation used before. Both answer {evaluation["rows"]} questions whose answers end at different lengths, {evaluation["batch"]} at a time, in float32 with the same
+noise; answers and step counts are equal. *Base kept* is the speedup for both models if an earlier run has asked the base the same questions. FLOPs
+are those of matrix products and attention; bytes are those that operators read and write. Both limit how fast a device can be.
+{_slower(evaluation)}
 
-| shape | stock, s | ours, s | times faster (goal) | base kept (goal) | peak memory above weights, of stock's (goal {answers.MEMORY_GOAL}) | GFLOP, stock: ours | GB moved, stock: ours | equal answers |
+| shape | stock, s | ours, s | speedup (goal) | base kept (goal) | peak memory above weights, relative to stock (goal {answers.MEMORY_GOAL}) | GFLOP, stock : ours | GB moved, stock : ours | equal answers |
 |---|---|---|---|---|---|---|---|---|
 {chr(10).join(_answers(*each) for each in evaluation["shapes"].items())}
 
@@ -446,11 +456,11 @@ def _whole(pipeline_plan: dict[str, Any], at: str) -> str:
     """Return the section on the time of the whole pipeline."""
     return f"""## The pipeline at full size
 
-`python -m benchmarks.pipeline_plan`{at}: {pipeline_plan["recipe"]} on {pipeline_plan["accelerator"]}, by plan. Steps without
-GPU are measured on a CPU; a node is assumed to read weights at {whole_pipeline.READ_RATE / 1e9:.0f} GB/s. Answers fill `data.seq_length`; a
-block takes half of its denoising steps on average, and the slowest of a stock batch all. {_longest(pipeline_plan)}
+`python -m benchmarks.pipeline_plan`{at} plans {pipeline_plan["recipe"]} on {pipeline_plan["accelerator"]}. Steps
+without a GPU are measured on a CPU; a node is assumed to read weights at {whole_pipeline.READ_RATE / 1e9:.0f} GB/s. Answers are assumed to fill `data.seq_length`; a
+block takes half of its denoising steps on average, and the slowest block of a stock batch takes all of them. {_longest(pipeline_plan)}
 
-| step | evaluation by stock `generate()`, one GPU: s | GPU-hours | by our sampler, one GPU: s | GPU-hours | on all that trained: s | GPU-hours |
+| step | stock `generate()` on one GPU: s | GPU-hours | our sampler on one GPU: s | GPU-hours | our sampler on all training GPUs: s | GPU-hours |
 |---|---|---|---|---|---|---|
 {chr(10).join(whole_pipeline.lines(pipeline_plan))}
 
@@ -478,21 +488,21 @@ def _slower(evaluation: dict[str, Any]) -> str:
         if row["faster"] < row["goal"]
     ]
     missed += [
-        f"{name}, in memory, {_least(row)}"
+        f"the memory of {name}, {_least(row)}"
         for name, row in evaluation["shapes"].items()
         if name in answers.WITH_BASE and row["memory_share"] > row["memory_goal"]
     ]
-    return f"Below its goal is {'; '.join(missed)}." if missed else "Every goal is reached."
+    return f"Goals missed: {'; '.join(missed)}." if missed else "Every goal is reached."
 
 
 def _least(row: dict[str, Any]) -> str:
     """Say what memory a sampler needs that keeps its keys."""
     stock, ours = row["stock"]["peak_bytes"], row["ours"]
     return (
-        f"where stock takes {stock / 1e6:.0f} MB and ours {ours['peak_bytes'] / 1e6:.0f}, of which"
-        f" {ours['least_bytes'] / 1e6:.0f} ({row['least_memory_share']:.2f} of stock's) are the keys and"
-        " values that the canvases see, their expected embeddings, and what stock's layers hold while"
-        " they run on them: a sampler that keeps its keys and calls these layers cannot do without"
+        f"where stock takes {stock / 1e6:.0f} MB and ours {ours['peak_bytes'] / 1e6:.0f} MB, of which"
+        f" {ours['least_bytes'] / 1e6:.0f} MB ({row['least_memory_share']:.2f} of stock's) are unavoidable"
+        " for a sampler that keeps its keys and calls stock's layers: the keys and values that the"
+        " canvases see, their expected embeddings, and what the layers hold while they run"
     )
 
 
@@ -501,8 +511,8 @@ def _longest(found: dict[str, Any]) -> str:
     steps = {name: way["steps"] for name, way in found["ways"].items()}
     most = {name: max(way, key=lambda step: way[step]["seconds"]) for name, way in steps.items()}
     return (
-        f"The longest step is *{most['stock']}* with stock's `generate()`, and"
-        f" *{most['ours_on_all']}* with `evaluate.gpus` as many as trained."
+        f"The longest step is *{most['stock']}* with stock `generate()`, and"
+        f" *{most['ours_on_all']}* with our sampler on all training GPUs."
     )
 
 

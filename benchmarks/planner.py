@@ -225,26 +225,27 @@ def page(rows: list[dict[str, Any]]) -> str:
         + " |"
         for row in rows
     )
-    return f"""# The plan against the engine
+    return f"""# The planner's accuracy
 
-`canvastune plan` computes what a run needs from `config.json` only. This table compares its formulas with the engine: predicted /
-measured, and their ratio, for {len(rows)} steps. The largest errors are {worst["memory"]:.1%} of the memory,
-{worst["flops"]:.1%} of the FLOPs and {worst["bytes"]:.1%} of the bytes. `python -m benchmarks.planner` measures the table again.
+`canvastune plan` computes what a run needs from `config.json` only. The table on this page compares its formulas with the engine, as
+predicted / measured and their ratio, for {len(rows)} steps. The largest errors are {worst["memory"]:.1%} for memory, {worst["flops"]:.1%} for FLOPs and {worst["bytes"]:.1%} for bytes.
+`python -m benchmarks.planner` measures the table again.
 
 **How it was measured.** One rank's step runs on a CPU, with all its forward and backward passes and with the optimizer state in memory.
-The other ranks are simulated: collectives allocate the memory that they would need and transfer nothing, and the experts receive as
+The other ranks are simulated: collectives allocate the memory that they would need but transfer nothing, and the experts receive as
 many rows as the rank sends. *Memory* is the peak of the sum of live storages, sampled after every operation. *FLOPs* are those
-of every matmul and attention that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would receive from other
+of all matmuls and attention calls that ran. *Bytes* are what all-gathers, reduce-scatters and all-to-alls would receive from other
 ranks.
 
-**What it does not prove.** No GPU was used: the allocator's fragmentation, the driver's and NCCL's buffers and the kernels'
-workspace are allowances in the plan, and its times are estimates. Experts are assumed to be equally loaded. The models are
-small compared to the released one, whose parameter counts and known sizes are tested separately.
+**What it does not show.** No GPU was used, so the plan contains allowances for the allocator's fragmentation, the buffers of the driver and
+NCCL, and the kernels' workspace, and its times are estimates. Experts are assumed to be equally loaded. The models are
+small compared with the released one, whose parameter counts and known sizes are tested separately.
 
 {models}
 
-The second column is the number of ranks / the expert-parallel degree; the third, forward passes x examples x tokens of a rank (without the first number, one forward pass);
-*one pass* is a step without self-conditioning. All numbers are for one rank: MB are 1e6 bytes, GFLOP are 1e9.
+The second column shows the number of ranks / the expert-parallel degree; the third shows a rank's forward passes x examples x tokens (two
+numbers mean one forward pass). *One pass* is a step without self-conditioning. All numbers are for one rank; 1 MB is 1e6 bytes and 1 GFLOP
+is 1e9 FLOPs.
 
 | model, method, dtype | ranks / EP | step | memory, MB | | GFLOP | | received, MB | |
 |---|---|---|---|---|---|---|---|---|

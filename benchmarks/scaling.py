@@ -394,44 +394,45 @@ def page(
     idle = wide["received"][EXCHANGE] - wide["bound"][EXCHANGE] - along
     return f"""# Scaling: communication and memory per rank
 
-One global batch of {BATCH} examples on 1, 2, 4 and 8 ranks: real processes, the engine's trainer with FSDP2 and expert parallelism (EP),
-gloo, float32. A rank receives at most {max(row["ratio"] for row in several):.3f} times the lower bound that this page derives:
+One global batch of {BATCH} examples was trained on 1, 2, 4 and 8 ranks, in real processes, by the engine's trainer with FSDP2 and expert
+parallelism (EP), with gloo and float32. A rank receives at most {max(row["ratio"] for row in several):.3f} times the lower bound that this page derives:
 {verdict}. The loss equals that of a single rank to {loss:.0e}, and a rank's memory is within {memory:.0%} of the plan.
 `python -m benchmarks.scaling` measures this page again ({here["cores"]} cores, {here["device"]}, torch {here["torch"]}, {here["date"]}).
 
-**How it was measured.** {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8 are active, vocabulary
-{m["vocabulary"]}; {CLEAN} clean tokens and a canvas of {m["canvas"]} per example, half of them self-conditioned; activation checkpointing
-on. In the second step, every collective that reaches c10d is counted by what a rank by definition receives from *other* ranks (an
-all-reduce as a ring): the mean over the ranks, in MB of 1e6 bytes. *Plan* is `canvastune plan`'s count, the expected value over the
-self-conditioning draws, with experts evenly loaded.
-This page does not cover time, overlap, or what a backend additionally transfers and allocates.
+**How it was measured.** The model has {m["layers"]} layers, hidden size {m["hidden"]}, {m["experts"]} experts of which 8 are active, and a vocabulary of
+{m["vocabulary"]}. Each example has {CLEAN} clean tokens and a canvas of {m["canvas"]}, and half of the examples are self-conditioned. Activation checkpointing is
+on. In the second step, every collective that reaches c10d is counted as the bytes that a rank by definition receives from *other* ranks
+(an all-reduce as a ring); the tables show the mean over the ranks, in MB of 1e6 bytes. *Plan* is the count of `canvastune plan`: the
+expected value over the self-conditioning draws, with evenly loaded experts. This page does not cover time, overlap, or what a backend
+transfers and allocates in addition.
 
 ## The lower bound for FSDP and EP
 
-For this schedule of W ranks, of which P share a layer's experts, D = W / P; L layers, n_l elements in layer l; c bytes per element in the
-compute dtype, float32 gradients:
+The bound is for this schedule on W ranks, of which P share a layer's experts, and D = W / P. There are L layers, with n_l elements in
+layer l, c bytes per element in the compute dtype, and float32 gradients.
 
 1. Weights, gradients and moments are sharded evenly over all ranks. To use N elements, a rank has to receive c N (W - 1) / W.
 2. A rank keeps the root's gathered weights (embedding, last norm, self-conditioning block) through the step, and the weights of **one**
-   layer at a time. So each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is
-   self-conditioned), forward, and backward with recomputation. When the backward pass starts, layer L is still gathered: one fewer gather.
-   **Layers: c (W - 1) / W ((2 + pass 1) sum n_l - n_L)**; the root, of n elements: c n (W - 1) / W.
+   layer at a time. Therefore, each pass gathers each layer: pass 1 of self-conditioning (on all ranks, if any example of the micro-batch is
+   self-conditioned), forward, and backward with recomputation. When the backward pass starts, layer L is still gathered, which saves one gather.
+   A rank receives **c (W - 1) / W ((2 + pass 1) sum n_l - n_L)** for the layers, and c n (W - 1) / W for the root, which has n elements.
 3. Each trained weight's gradient is summed over the ranks and stays sharded. W - 1 other ranks contribute to each of a rank's N / W elements;
-   sent directly or summed around a ring, a rank receives **4 N (W - 1) / W**. Frozen weights need nothing.
-4. Under EP, a layer's experts stay on their P ranks and are sharded over D: 2 and 3 with n / P elements and (D - 1) / D.
-5. Each of a token's K experts receives its row of H elements and returns one, so a row whose expert is on another rank is transferred twice:
-   forward, backward (the gradients), in recomputation (the next norm needs the result) and in pass 1, which computes the canvas and the
-   clean tokens before its block of a self-conditioned example.
-   **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)** for T tokens and evenly loaded experts.
+   whether they are sent directly or summed around a ring, a rank receives **4 N (W - 1) / W**. Nothing is sent for frozen weights.
+4. With EP, a layer's experts stay on their P ranks and are sharded over D ranks: 2 and 3 apply with n / P elements and (D - 1) / D.
+5. Each of a token's K experts receives its row of H elements and returns one, so a row whose expert is on another rank is transferred twice
+   in each of these: the forward pass, the backward pass (the gradients), recomputation (the next norm needs the result), and pass 1, which
+   computes the canvas and the clean tokens before the block of a self-conditioned example. For T tokens and evenly loaded experts, a rank
+   receives **2 c L K H T (P - 1) / P (2 + 1 with checkpointing + the share of T in pass 1)**.
 
-The first two tables use the experts that the router chose. Padding, counts, losses and norms are excluded. The bound is for this schedule only:
-one that holds more layers gathers less, and one that sends a token once to a *rank*, not once to each expert there, sends less (last table).
+The first two tables use the experts that the router chose. Padding, counts, losses and norms are excluded. The bound only applies to this
+schedule: one that holds more layers gathers less, and one that sends a token once to each *rank* instead of once to each expert there sends
+less (see the last table).
 
 | method, ranks / EP | received, MB | plan | bound | ratio | busiest rank | loss error | gradient norm error |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(map(_total, rows))}
 
-By collective, received / bound, MB:
+Received / bound by collective, in MB:
 
 | method, ranks / EP | {" | ".join(KINDS)} |
 |---|{"---|" * len(KINDS)}
@@ -439,17 +440,19 @@ By collective, received / bound, MB:
 
 ## Differences between our step and the bound
 
-- **The last layer is gathered {last} times, the others {first}.** The bound, for a schedule that holds one layer at a time, counts
-  {first - 1} for it: the engine keeps it from its first use to its backward pass, so ratios below 1 are expected. At layer 1, FSDP
-  would prefetch what ran before it, pass 1's last layer, which is not needed; the engine turns that off.
+- **The last layer is gathered {f"{last} times" if last != 1 else "once"}, the others {first} times.** The bound is for a schedule that holds one layer at a time and counts
+  {first - 1} gathers for the last layer. The engine keeps it from its first use to its backward pass, so ratios below 1 are expected. At layer 1,
+  FSDP would prefetch the layer that ran before it, which is the last layer of pass 1 and is not needed; the engine turns that off.
 - **A rank without a self-conditioned example joins pass 1 with two padding tokens**: {idle / 1e6:.2f} MB more than the bound in
   {Case(**wide["case"])}.
 - **A row is sent with its routing weight**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
-- Included in the bound, but avoidable: with checkpointing, the rows are transferred one more time. Keeping the results, c L K H bytes per token, would avoid that.
+- **With checkpointing, the rows are transferred once more**, which is included in the bound. Keeping the results, c L K H bytes per token,
+  would avoid it.
 
 ## Memory per rank
 
-Live tensors at the step's peak, mean and maximum over the ranks, since the experts' loads differ; *held*: parameters and AdamW's moments.
+*Peak* is the size of live tensors at the step's peak. The table shows its mean and maximum over the ranks, since the experts' loads differ.
+*Held* is the size of parameters and AdamW's moments.
 
 | method, ranks / EP | held, MB | relative to one rank | peak, MB | highest rank | plan | peak / plan |
 |---|---|---|---|---|---|---|
@@ -457,9 +460,9 @@ Live tensors at the step's peak, mean and maximum over the ranks, since the expe
 
 ## The released model, by the same formulas
 
-GB that a rank receives in a step, in bfloat16, one example of 1,024 + 256 tokens, checkpointed, half of them
-self-conditioned, with the last block chosen. *Once per rank*: the rows' bound if a token were sent once to each rank with experts of its
-choice, drawn evenly.
+The table shows the GB that a rank receives in a step in bfloat16, for one example of 1,024 + 256 tokens with its last block chosen, half of
+the examples self-conditioned, and activation checkpointing. *Once per rank* is the rows' bound if a token were sent only once to each rank
+that has experts of its choice, drawn evenly.
 
 | method, ranks / EP | plan | bound | ratio | rows: plan | bound | once per rank |
 |---|---|---|---|---|---|---|

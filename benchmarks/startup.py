@@ -83,13 +83,13 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         for unit, key in (("s", "seconds"), ("MB", "megabytes")):
             ours, other = sides["ours"][key], sides.get("baseline", {}).get(key)
             shown = [f"{each:.2f} {unit}" if each is not None else None for each in (ours, other)]
-            what = f"`canvastune {name}`" if name == "plan" else "the help of `canvastune`"
+            what = f"`canvastune {name}`" if name == "plan" else "`canvastune` with `--help`"
             rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
     pipeline = result["pipeline"]
     for step in STEPS:
         ours, other = (pipeline["overhead"].get(side, {}).get(step) for side in _SIDES)
         shown = [f"{each:.2f} s" if each is not None else None for each in (ours, other)]
-        what = f"step `{step}`, in addition to {pipeline['work'].get(step, 0.0):.2f} s of work"
+        what = f"step `{step}`, without its {pipeline['work'].get(step, 0.0):.2f} s of work"
         rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
     totals = {"a small run": pipeline["seconds"], "`canvastune demo`": result.get("demo", {})}
     for what, sides in totals.items():
