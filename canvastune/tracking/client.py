@@ -128,9 +128,8 @@ class TrackingClient:
             raise self._last_error
         try:
             answer = action(self._connected())
-        except (
-            Exception
-        ) as error:  # of MLflow, the network or the artifact store: training continues
+        except Exception as error:
+            # Of MLflow, the network or the artifact store: training continues.
             failure = self._classify(error)
             if not failure.final:
                 self._last_error, self._trusted_until = failure, 0.0
@@ -156,9 +155,7 @@ class TrackingClient:
             return TrackingError(
                 f"cannot be sent this ({type(error).__name__}: {reason})", final=True
             )
-        code = getattr(
-            error, "error_code", None
-        )  # MLflow's; an artifact store's error has a response
+        code = getattr(error, "error_code", None)  # MLflow's; an artifact store's has a response
         status = getattr(getattr(error, "response", None), "status_code", None)
         if code in _REFUSALS or status in (400, 404, 409, 413):
             return TrackingError(f"refuses ({reason})", final=True)
@@ -240,9 +237,8 @@ class TrackingClient:
         if not self.uri.startswith("http"):
             return
         response = self._get("/health")
-        if (
-            response.status_code >= 500
-        ):  # a gateway without its server; the next call explains 401 to 404
+        # From 500 on, a gateway without its server; the next call explains 401 to 404.
+        if response.status_code >= 500:
             raise TrackingError(f"is out of order (/health answers {response.status_code})")
 
 

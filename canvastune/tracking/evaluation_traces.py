@@ -47,6 +47,7 @@ def log_answers(
         model_id: of the model that answered, if MLflow has it.
     """
     load_mlflow()
+    from mlflow.entities import TraceData
     from mlflow.tracing.client import TracingClient
 
     info = client.get_run(run_id).info
@@ -59,7 +60,7 @@ def log_answers(
     for trace in traces:
         found = tracing.start_trace(trace.info())
         if not stored and found.tags.get(_SPANS) is None:
-            tracing._upload_trace_data(found, trace.data())
+            tracing._upload_trace_data(found, TraceData(spans=[trace.span()]))
     names = {trace.name for trace in traces}
     logged = client.search_traces(
         locations=[info.experiment_id], run_id=run_id, include_spans=False, max_results=500
@@ -161,12 +162,6 @@ class _Trace:
                 },
             }
         )
-
-    def data(self) -> Any:
-        """Return the spans as a file of the trace's artifacts has them."""
-        from mlflow.entities import TraceData
-
-        return TraceData(spans=[self.span()])
 
     def info(self) -> TraceInfo:
         """Return all but the spans."""

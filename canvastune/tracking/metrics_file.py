@@ -6,36 +6,27 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from canvastune.errors import UserError
 from canvastune.io.atomic import replace_text
 from canvastune.io.json_text import to_json_text
 
+if TYPE_CHECKING:  # that module imports this one
+    from canvastune.tracking.live_metrics import MetricsThread
+
 _KEPT_EVENTS = ("resumed", "restarted", "damaged_checkpoint")  # facts of an attempt: never dropped
 _HINT = "Use the metrics.jsonl of a training run."
-
-
-class Listener(Protocol):
-    """Follows the file while it grows, for example to send it elsewhere. No call may block."""
-
-    def start(self) -> None:
-        """Start to follow: the file now holds this attempt's records."""
-
-    def wake(self) -> None:
-        """Notice a new record."""
-
-    def close(self, timeout: float) -> None:
-        """Stop after the last record, within `timeout` seconds."""
 
 
 class MetricsWriter:
     """Append records to metrics.jsonl; only rank 0 does so."""
 
-    def __init__(self, path: Path, listener: Listener | None = None) -> None:
+    def __init__(self, path: Path, listener: MetricsThread | None = None) -> None:
         """
         Args:
             path: metrics.jsonl; may exist from an interrupted attempt.
+            listener: follows the file while it grows. No call of it may block.
         """
         self.path = path
         self._stream: IO[str] | None = None

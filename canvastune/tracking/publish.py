@@ -18,7 +18,7 @@ from canvastune.tracking import model_registry as registry
 from canvastune.tracking.client import TrackingError, connect, file_lock, load_mlflow, log
 from canvastune.tracking.descriptions import NOTE
 from canvastune.tracking.evaluation_traces import EVALUATION_RUN, log_answers, log_questions
-from canvastune.tracking.live_metrics import MetricsSender, metric_name
+from canvastune.tracking.live_metrics import FindRun, MetricsSender, metric_name
 from canvastune.tracking.run_lookup import PARENT, PipelineRun, RunIds
 from canvastune.tracking.steps import FINISHED, KILLED, PIPELINE_STEPS, RUNNING, Attempt, Step
 from canvastune.tracking.system_metrics import SYSTEM
@@ -31,14 +31,7 @@ _LARGEST_FILE = 20 * 10**6  # bytes: an output file above this is data and is no
 _READABLE = {".json", ".jsonl", ".yaml", ".txt", ".html", ".png", ".svg"}
 _LONGEST_TAG = 5000  # characters, of those that people read
 _PARAMETERS_IN_A_BATCH = 100  # MLflow's limit
-_FILES = (
-    "curves",
-    "table",
-    "model",
-    "outputs",
-    "files",
-    "answers",
-)  # kinds whose values are paths
+_FILES = ("curves", "table", "model", "outputs", "files", "answers")  # kinds: values are paths
 _MODEL_STEPS = ("train", "merge_lora")
 # next to the run of `evaluate`: MLflow compares evaluations by their runs
 _BASE_RUN = "evaluate_base"
@@ -106,8 +99,9 @@ class Publisher:
             if self._step or any(tree["sent"].get(key) != items[key].digest for key in items):
                 self.server.request(self._find_runs)
             if self.ids.known.get("", tree["run"]) != tree["run"]:  # another server
-                experiment = self.server.request(self._experiment)
-                tree |= {"run": self.ids.known[""], "experiment": experiment, "sent": {}}
+                run = self.ids.known[""]
+                info = self.server.request(lambda client: client.get_run(run).info)
+                tree |= {"run": run, "experiment": str(info.experiment_id), "sent": {}}
             # What another attempt records again is sent again.
             tree["sent"] = {key: digest for key, digest in tree["sent"].items() if key in items}
             for key, item in items.items():
@@ -197,9 +191,6 @@ class Publisher:
             files += [file.with_name(SYSTEM) for file in files]
         yield "", kind, value, files
 
-    def _experiment(self, client: MlflowClient) -> str:
-        return str(client.get_run(self.ids.known[""]).info.experiment_id)
-
     # `_send_KIND` sends an item of that kind. It may be repeated, and raises what MLflow raises.
 
     def _find_runs(self, client: MlflowClient) -> None:
@@ -253,9 +244,10 @@ class Publisher:
 
     def _send_curves(self, client: MlflowClient, run_id: str, value: dict[str, str]) -> None:
         parent = self.ids.find(client, "", 0)  # pipeline runs are compared by their curves, too
+        finders: list[FindRun] = [lambda _: run_id, lambda _: parent]
         for file in (self.run.folder / path for path in value.values()):
-            for shown in (run_id, parent):
-                MetricsSender(self.server.uri, partial(_known, shown), file).send()
+            for finder in finders:
+                MetricsSender(self.server.uri, finder, file).send()
 
     def _send_text(self, client: MlflowClient, run_id: str, texts: dict[str, str]) -> None:
         for name, text in texts.items():
@@ -386,10 +378,6 @@ class Publisher:
     def _models(self, client: MlflowClient) -> list[LoggedModel]:
         found = (self.ids.existing(client, step) for step in _MODEL_STEPS)
         return registry.models_of(client, [run_id for run_id in found if run_id])
-
-
-def _known(run_id: str, _: MlflowClient) -> str:
-    return run_id
 
 
 def content_hash(value: Any, files: Iterable[Path] = ()) -> str:

@@ -68,9 +68,8 @@ class RunIds:
 
     def _parent(self, client: MlflowClient, started: float) -> str:
         """Return the run of KFP's plugin, the one that an earlier step created, or a new one."""
-        given = os.environ.get(
-            "MLFLOW_RUN_ID"
-        )  # the plugin's run of this task, below the pipeline's
+        # The plugin's run of this task, below the pipeline's.
+        given = os.environ.get("MLFLOW_RUN_ID")
         if given:
             return client.get_run(given).data.tags.get(PARENT) or given
         experiment = self.server.experiment(self.run.config.tracking.experiment)
