@@ -12,7 +12,13 @@ from canvastune.config.schema import EvaluateConfig
 from canvastune.data.row_columns import NO_VALUE
 from canvastune.evaluation.judges import Judge, Judging, Score
 from canvastune.evaluation.result import SIDES, EvaluationResult, Slice
-from canvastune.evaluation.scoring import answer_part, mean_interval, paired_test, share_interval
+from canvastune.evaluation.scoring import (
+    answer_part,
+    count_changes,
+    mean_interval,
+    paired_test,
+    share_interval,
+)
 from canvastune.io.json_text import to_json_text
 
 _MOST_VALUES = 20  # of a column that have their own figures
@@ -113,12 +119,12 @@ def side_scores(rows: Sequence[JudgedRow], side: str) -> dict[str, Any]:
     """Return the fields of ModelFigures that judge one model."""
     scored = [row for row in rows if row.scored]
     exact = scored if all(row.exact for row in scored) else []
-    low, high = _interval(scored, side)
+    score, low, high = _score(scored, side)
     by_seed = zip(*(row.scores[side] for row in scored), strict=True)
     return {
         **_exact_match(exact, side, "", lambda row: row.mean(side)),
         **_exact_match(exact, side, "_normalized", lambda row: row.normalized(side)),
-        "score": _mean([row.mean(side) for row in scored]) if scored else None,
+        "score": score,
         "score_low": low,
         "score_high": high,
         "score_by_seed": tuple(_mean([each.value for each in scores]) for scores in by_seed),
@@ -133,11 +139,11 @@ def compared(rows: Sequence[JudgedRow]) -> dict[str, Any]:
         return dict.fromkeys(names)
     before, after = SIDES
     strict = [row.mean(after) - row.mean(before) for row in scored]
-    found = (*_changes(strict), *paired_test(strict))
+    found = (*count_changes(strict), *paired_test(strict))
     exact = all(row.exact for row in scored)
     normalized = [row.normalized(after) - row.normalized(before) for row in scored]
     return dict(
-        zip(names, (*found, *(_changes(normalized) if exact else (None, None))), strict=True)
+        zip(names, (*found, *(count_changes(normalized) if exact else (None, None))), strict=True)
     )
 
 
@@ -259,14 +265,7 @@ def _slice(by: str, name: str, rows: Sequence[JudgedRow]) -> Slice:
     figures: dict[str, Any] = {
         f"score_{side}{end}": value
         for side in SIDES
-        for end, value in zip(
-            ("", "_low", "_high"),
-            (
-                _mean([row.mean(side) for row in scored]) if scored else None,
-                *_interval(scored, side),
-            ),
-            strict=True,
-        )
+        for end, value in zip(("", "_low", "_high"), _score(scored, side), strict=True)
     }
     figures |= {key: comparison[key] for key in ("gained", "lost", "p_value", "verdict")}
     return Slice(
@@ -279,13 +278,14 @@ def _slice(by: str, name: str, rows: Sequence[JudgedRow]) -> Slice:
     )
 
 
-def _interval(scored: Sequence[JudgedRow], side: str) -> tuple[float | None, float | None]:
+def _score(scored: Sequence[JudgedRow], side: str) -> tuple[float | None, ...]:
+    """Return the mean score of a side, and the ends of its interval; None without rows."""
     if not scored:
-        return None, None
+        return None, None, None
     means = [row.mean(side) for row in scored]
     if all(row.exact for row in scored):
-        return share_interval(means, len(scored[0].scores[side]))
-    return mean_interval(means)
+        return _mean(means), *share_interval(means, len(scored[0].scores[side]))
+    return _mean(means), *mean_interval(means)
 
 
 def _exact_match(
@@ -299,10 +299,6 @@ def _exact_match(
     right = round(sum(shares) * repeats)
     figures = (right, right / (len(rows) * repeats), *share_interval(shares, repeats))
     return dict(zip(names, figures, strict=True))
-
-
-def _changes(differences: Sequence[float]) -> tuple[int, int]:
-    return sum(each > 0 for each in differences), sum(each < 0 for each in differences)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -29,11 +29,11 @@ from canvastune.errors import UserError
 from canvastune.evaluation.denoising_trace import select_frames
 from canvastune.evaluation.held_out import open_validation, select_rows
 from canvastune.evaluation.sampler import Sampler
+from canvastune.evaluation.scoring import THINKING, THINKING_END
 from canvastune.noise import AnswerNoise
 
 # Special tokens that stay in an answer's text; all others are left out of it.
-_THINKING, _THINKING_END = "<|channel>", "<channel|>"
-_VISIBLE = (_THINKING, _THINKING_END, "<|tool_call>", "<tool_call|>", '<|"|>')
+_VISIBLE = (THINKING, THINKING_END, "<|tool_call>", "<tool_call|>", '<|"|>')
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _open_thinking(
     """Return the thinking that a prompt begins and leaves open; "" if there is none."""
     for place in range(len(tokens) - 1, -1, -1):
         marker = markers.get(tokens[place])
-        if marker == _THINKING:
+        if marker == THINKING:
             return str(tokenizer.decode(tokens[place:]))
         if marker is not None:  # the end of thinking, or of another turn
             break

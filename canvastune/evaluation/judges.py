@@ -18,7 +18,7 @@ from canvastune.config.schema import EvaluateConfig
 from canvastune.errors import UserError, one_line
 from canvastune.evaluation.normalization import normalized_answer, normalized_value
 from canvastune.evaluation.scoring import answer_part, find_reference, is_correct
-from canvastune.evaluation.tool_calls import InvalidCall, read_tool_calls
+from canvastune.evaluation.tool_calls import InvalidCall, read_tool_calls, refuse_constant
 
 _LAST_NUMBER = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
@@ -146,7 +146,7 @@ def read_json(text: str) -> str | None:
     text = answer_part(text)
     fenced = _FENCE.search(text)
     try:
-        found = json.loads(fenced[1] if fenced else text, parse_constant=_refuse_constant)
+        found = json.loads(fenced[1] if fenced else text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return None
     return canonical_json(found) if isinstance(found, dict | list) else None
@@ -198,10 +198,6 @@ def _canonical(value: Any) -> Any:
 
 def _exact(right: bool) -> Score:
     return Score(float(right), True, right)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(name)
 
 
 def _model_judge(settings: EvaluateConfig, kept: Path | None) -> Judge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,17 @@ FILE_NAME = "evaluation.json"
 ANSWERS, FORGETTING_ANSWERS = "answers.jsonl", "forgetting.jsonl"
 SIDES = ("before", "after")  # the base and the tuned model
 
-# Keys of evaluation.json by the field of ModelFigures, with the side in the place of {}.
-_SCORE_KEYS = {
-    "correct": "correct_{}",
-    "exact_match": "exact_match_{}",
-    "exact_match_low": "exact_match_{}_low",
-    "exact_match_high": "exact_match_{}_high",
-}
-_NORMALIZED_KEYS = {  # absent from results of earlier versions
-    "correct_normalized": "correct_normalized_{}",
-    "exact_match_normalized": "exact_match_normalized_{}",
-    "exact_match_normalized_low": "exact_match_normalized_{}_low",
-    "exact_match_normalized_high": "exact_match_normalized_{}_high",
-}
-_MEASURED_KEYS = {
-    "tokens": "tokens_{}",
-    "seconds": "seconds_{}",
-    "tokens_per_second": "tokens_per_second_{}",
-    "tokens_per_forward": "tokens_per_forward_{}",
-    "validation_loss": "validation_loss_{}",
-}
-_CUT_KEY = "cut_{}"  # absent from results of earlier versions, as the two below
+# Fields of ModelFigures, by when evaluation.json got keys for them.
+_SCORES = ("correct", "exact_match", "exact_match_low", "exact_match_high")
+_NORMALIZED = (  # absent from results of earlier versions
+    *("correct_normalized", "exact_match_normalized"),
+    *("exact_match_normalized_low", "exact_match_normalized_high"),
+)
+_MEASURED = ("tokens", "seconds", "tokens_per_second", "tokens_per_forward", "validation_loss")
+_CUT = "cut"  # absent from results of earlier versions, as the two below
 _REUSED, _SAMPLER = "base_reused", "sampler"
-_JUDGED_KEYS = {  # absent from results of earlier versions, as all that follows
-    "score": "score_{}",
-    "score_low": "score_{}_low",
-    "score_high": "score_{}_high",
-    "score_by_seed": "score_{}_by_seed",
-}
+# Absent from results of earlier versions, as all that follows.
+_SCORE = ("score", "score_low", "score_high", "score_by_seed")
 _JUDGED, _SLICES = ("measure", "judges", "repeats"), "slices"
 _FORGETTING = "forgetting"  # absent without evaluate.forgetting
 _COMPARISON = ("gained", "lost", "p_value", "verdict")
@@ -52,6 +35,7 @@ _SETTINGS = (
     *("validation_rows", "answer_pattern", "asked"),
     *("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "device"),
 )
+_ENDING = re.compile("(_low|_high|_by_seed)?$")
 _NOT_IN_NAME = re.compile(r"[^\w.-]+")  # of a figure, where "/" would begin another level
 _NOT_FIGURES = ("batch_size", "max_new_tokens", "max_denoising_steps", "seed", "repeats")
 
@@ -219,26 +203,24 @@ class EvaluationResult:
         """Return the object in evaluation.json: a key per figure and side."""
         sides = [(side, getattr(self, side)) for side in SIDES]
         found: dict[str, Any] = {"rows": self.rows, "scored": self.scored}
-        for keys, comparison in (
-            (_SCORE_KEYS, _COMPARISON),
-            (_NORMALIZED_KEYS, _NORMALIZED_COMPARISON),
+        for names, comparison in (
+            (_SCORES, _COMPARISON),
+            (_NORMALIZED, _NORMALIZED_COMPARISON),
         ):
             for side, model in sides:
-                found |= {key.format(side): getattr(model, name) for name, key in keys.items()}
+                found |= _keyed(model, side, names)
             found |= {name: getattr(self, name) for name in comparison}
         for side, model in sides:
-            found |= {
-                key.format(side): getattr(model, name) for name, key in _MEASURED_KEYS.items()
-            }
+            found |= _keyed(model, side, _MEASURED)
             found |= {
                 f"{_level_key(side)}{level}": loss
                 for level, loss in model.validation_loss_by_level.items()
             }
         found |= {name: getattr(self, name) for name in _SETTINGS}
-        found |= {_CUT_KEY.format(side): model.cut for side, model in sides}
+        found |= {_key(_CUT, side): model.cut for side, model in sides}
         found |= {_REUSED: self.base_reused, _SAMPLER: self.sampler}
         for side, model in sides:
-            found |= {key.format(side): getattr(model, name) for name, key in _JUDGED_KEYS.items()}
+            found |= _keyed(model, side, _SCORE)
         found |= {name: getattr(self, name) for name in _JUDGED}
         found |= {_SLICES: [asdict(each) for each in self.slices]}
         if self.forgetting is not None:
@@ -273,22 +255,27 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 def _model_figures(found: Mapping[str, Any], side: str) -> ModelFigures:
     prefix = _level_key(side)
-    keys = _SCORE_KEYS | _MEASURED_KEYS
-    values: dict[str, Any] = {name: found[key.format(side)] for name, key in keys.items()}
-    values |= {name: found.get(key.format(side)) for name, key in _NORMALIZED_KEYS.items()}
+    values: dict[str, Any] = {name: found[_key(name, side)] for name in (*_SCORES, *_MEASURED)}
+    values |= {name: found.get(_key(name, side)) for name in (*_NORMALIZED, _CUT)}
     # Earlier versions judged by exact match only.
-    earlier = {name: values.get(name.replace("score", "exact_match")) for name in _JUDGED_KEYS}
-    values |= {
-        name: found.get(key.format(side), earlier[name]) for name, key in _JUDGED_KEYS.items()
-    }
+    earlier = {name: values.get(name.replace("score", "exact_match")) for name in _SCORE}
+    values |= {name: found.get(_key(name, side), earlier[name]) for name in _SCORE}
     values["score_by_seed"] = tuple(values["score_by_seed"] or ())
     return ModelFigures(
         **values,
-        cut=found.get(_CUT_KEY.format(side)),
         validation_loss_by_level={
             key.removeprefix(prefix): loss for key, loss in found.items() if key.startswith(prefix)
         },
     )
+
+
+def _key(name: str, side: str) -> str:
+    """Return the key of a figure, with the side before what follows the figure's own name."""
+    return _ENDING.sub(rf"_{side}\g<0>", name, count=1)
+
+
+def _keyed(model: ModelFigures, side: str, names: Sequence[str]) -> dict[str, Any]:
+    return {_key(name, side): getattr(model, name) for name in names}
 
 
 def _level_key(side: str) -> str:

@@ -17,7 +17,7 @@ _EXPECTED_CHANGE = 0.2  # of the rows: an evaluation should see a change of this
 _FEWEST_FOR_T = 4  # rows: of fewer, a mean says nothing
 _ENUMERATED = 14  # rows whose 2**14 signs are all tried
 _DRAWS, _DRAWS_AT_ONCE = 20_000, 2_000
-_THINKING, _THINKING_END = "<|channel>", "<channel|>"  # as the released chat template writes them
+THINKING, THINKING_END = "<|channel>", "<channel|>"  # as the released chat template writes them
 
 
 def wilson(share: float, rows: float) -> tuple[float, float]:
@@ -91,10 +91,14 @@ def sign_flip(differences: Sequence[float]) -> float:
     return (1 + reached) / (1 + _DRAWS)
 
 
+def count_changes(differences: Sequence[float]) -> tuple[int, int]:
+    """Return in how many rows a score rose, and in how many it fell."""
+    return sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+
+
 def paired_test(differences: Sequence[float]) -> tuple[float, str]:
     """Return p and verdict of a change by row: "better", "worse", or "undecided"."""
-    gained = sum(each > 0 for each in differences)
-    lost = sum(each < 0 for each in differences)
+    gained, lost = count_changes(differences)
     binary = all(each in (-1, 0, 1) for each in differences)
     p = mcnemar(gained, lost) if binary else sign_flip(differences)
     if p >= SIGNIFICANCE_LEVEL:
@@ -165,6 +169,6 @@ def is_correct(pattern: re.Pattern[str], text: str, reference: Reference) -> tup
 
 def answer_part(text: str) -> str:
     """Return the text after the model's thinking, which is scored; "" if it thinks to the end."""
-    if text.rfind(_THINKING) > text.rfind(_THINKING_END):
+    if text.rfind(THINKING) > text.rfind(THINKING_END):
         return ""
-    return text.rpartition(_THINKING_END)[2].strip()
+    return text.rpartition(THINKING_END)[2].strip()

@@ -56,7 +56,7 @@ def _read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
     if word in _LITERALS:
         return _LITERALS[word], found.end()
     try:
-        return json.loads(word, parse_constant=_refuse_constant), found.end()
+        return json.loads(word, parse_constant=refuse_constant), found.end()
     except ValueError:
         raise InvalidCall(f"neither text nor a number: {word[:60]}") from None
 
@@ -104,5 +104,6 @@ def _after_comma(text: str, at: int, end: str) -> int:
     return at
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """Raise ValueError for NaN and the infinities, which JSON does not have."""
     raise ValueError(name)

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from canvastune.evaluation.result import EvaluationResult
-from canvastune.evaluation.scoring import paired_test
+from canvastune.evaluation.scoring import count_changes, paired_test
 from canvastune.report.summary import RunArtifacts, differing_settings
 
 _AFTER = ("score_after", "correct_after")  # the second one in results of earlier versions
@@ -50,7 +50,7 @@ def pair_rows(
     ]
     if not differences:
         return None
-    gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    gained, lost = count_changes(differences)
     return PairedRows(len(differences), gained, lost, *paired_test(differences))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from canvastune.config.strict import flatten
 from canvastune.evaluation.result import EvaluationResult
-from canvastune.evaluation.scoring import paired_test
+from canvastune.evaluation.scoring import count_changes, paired_test
 from canvastune.tracking.client import load_mlflow, log
 from canvastune.tracking.mlmodel import write_mlmodel
 from canvastune.tracking.run_lookup import PARENT, PipelineRun
@@ -265,7 +265,7 @@ def _beats(champion: ModelVersion, score: Score, match: str) -> tuple[bool, str]
         )
     differences = [new - old for new, old in pairs]
     p, verdict = paired_test(differences)
-    gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
+    gained, lost = count_changes(differences)
     before = sum(old for _, old in pairs) / len(pairs)
     other = f"the {before:.1%} of version {champion.version}"
     change = f"({describe_change(gained, lost, p)})"
