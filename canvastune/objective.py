@@ -152,11 +152,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         kept = hidden.new_empty(
             len(table) * rows_at_once, dtype=torch.float32
         )  # gradients of a chunk's logits
+        scratch = _scratch(len(hidden), rows_at_once, table)
         for start in range(0, len(hidden), rows_at_once):
             part = hidden[start : start + rows_at_once]
             rows = slice(start, start + len(part))
             total = at_target = each.new_zeros(len(part))
-            tiles = list(_tiles(len(part), table, kept))
+            tiles = list(_tiles(len(part), table, scratch, kept))
             for columns, tanh, terms in tiles:
                 total = total + softmax_terms(part, table[columns], cap, (tanh, terms))[2]
                 inside, index = _index_in_tile(targets[None, rows], columns)
@@ -287,9 +288,10 @@ def _softmax_tiles(
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Yield rows, columns, and the softmax's terms [columns, rows] there."""
     rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
+    scratch, second = (_scratch(len(hidden), rows_at_once, table) for _ in range(2))
     for start in range(0, len(hidden), rows_at_once):
         part = hidden[start : start + rows_at_once]
-        for columns, tanh, terms in _tiles(len(part), table, None):
+        for columns, tanh, terms in _tiles(len(part), table, scratch, second, keeps=False):
             yield (
                 slice(start, start + len(part)),
                 columns,
@@ -297,28 +299,43 @@ def _softmax_tiles(
             )
 
 
+def _scratch(rows: int, rows_at_once: int, table: torch.Tensor) -> torch.Tensor:
+    """Return a float32 buffer for a tile of any chunk: one for all, as two exist at once otherwise,
+    a chunk's and the next one's.
+    """
+    sizes = {rows_at_once, rows % rows_at_once or rows_at_once}  # the last chunk may be smaller
+    vocabulary, device = len(table), table.device.type
+    size = max(rows * tile_columns(rows, vocabulary, device) for rows in sizes)
+    return table.new_empty(size, dtype=torch.float32)
+
+
 def _tiles(
-    rows: int, table: torch.Tensor, kept: torch.Tensor | None
+    rows: int,
+    table: torch.Tensor,
+    scratch: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    keeps: bool = True,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield tiles of a chunk's logits: columns and two float32 buffers [columns, rows], the second
-    within `kept` if given.
+    """Yield tiles of a chunk's logits: columns and two float32 buffers [columns, rows], in
+    `scratch` and `second`.
 
     A tile stays in a CPU's caches while it is processed, and matmuls with the table are faster with
-    the tile's rows in
-    the last dimension. On a GPU the chunk is one tile.
+    the tile's rows in the last dimension. On a GPU the chunk is one tile.
+
+    Args:
+        keeps: each tile has its own part of `second`.
     """
     vocabulary = len(table)
     width = tile_columns(rows, vocabulary, table.device.type)
-    scratch = table.new_empty(rows * width * (1 if kept is not None else 2), dtype=torch.float32)
     for start in range(0, vocabulary, width):
         columns = slice(start, min(vocabulary, start + width))
-        size = rows * (columns.stop - start)
-        second = (
-            scratch[rows * width : rows * width + size]
-            if kept is None
-            else kept[rows * start : rows * start + size]
+        size, first = rows * (columns.stop - start), rows * start if keeps else 0
+        yield (
+            columns,
+            scratch[:size].view(-1, rows),
+            second[first : first + size].view(-1, rows),
         )
-        yield columns, scratch[:size].view(-1, rows), second.view(-1, rows)
 
 
 def _index_in_tile(targets: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:

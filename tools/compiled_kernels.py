@@ -32,30 +32,53 @@ from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # that a block can have on sm_90
-_ALIGNED = 16  # bytes: PyTorch's allocations are aligned to more
+_ALIGNED = 16  # what Triton compiles other code for, if it divides an address or a number
 _ROWS, _HEADS = 616, 16  # of an example of 360 clean tokens; of queries
 FLEX = {256: 8, 512: 2}  # head size -> heads of keys
 
 
 def own_kernels(accounts: dict[str, Any]) -> dict[str, int]:
-    """Compile the launches of a dry run; return the shared memory of each, in bytes."""
+    """Compile the launches of a dry run, as often as Triton would; return the shared memory of
+    each, in bytes, by case, kernel, types and constants.
+    """
     from canvastune.model import triton_kernels
 
     found: dict[str, int] = {}
-    launches = {json.dumps(spec) for case in accounts.values() for spec in case["triton"]}
-    for spec in sorted(launches):
-        name, kinds, pairs = json.loads(spec)
-        kernel, constants = getattr(triton_kernels, name), dict(pairs)
-        names = [argument for argument in kernel.arg_names if argument not in constants]
-        signature = dict(zip(names, kinds, strict=True)) | dict.fromkeys(constants, "constexpr")
-        attributes = {
-            (kernel.arg_names.index(argument),): [["tt.divisibility", _ALIGNED]]
-            for argument, kind in zip(names, kinds, strict=True)
-            if kind.startswith("*")
-        }
-        source = ASTSource(kernel, signature, constants, attributes)
-        found[spec] = triton.compile(source, target=TARGET).metadata.shared
+    compiled: dict[str, int] = {}
+    for case, account in accounts.items():
+        for name, given, constants in account["triton"]:
+            kernel = getattr(triton_kernels, name)
+            parameters = [each for each in kernel.params if not each.is_constexpr]
+            kinds = [
+                kind.partition(":")[0] if parameter.do_not_specialize else kind
+                for parameter, kind in zip(parameters, given, strict=True)
+            ]
+            key = json.dumps([name, kinds, constants])
+            if key not in compiled:
+                compiled[key] = _compiled(kernel, kinds, dict(constants))
+            found[json.dumps([case, name, kinds, constants])] = compiled[key]
     return found
+
+
+def _compiled(kernel: Any, kinds: list[str], constants: dict[str, Any]) -> int:
+    """Compile a kernel; return its shared memory in bytes.
+
+    Args:
+        kinds: its arguments' types, with ":16" where 16 divides an address or number, and ":1".
+    """
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    ones = {name: 1 for name, kind in zip(names, kinds, strict=True) if kind.endswith(":1")}
+    constants = constants | ones
+    signature = {
+        name: kind.partition(":")[0] for name, kind in zip(names, kinds, strict=True)
+    } | dict.fromkeys(constants, "constexpr")
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", _ALIGNED]]
+        for name, kind in zip(names, kinds, strict=True)
+        if kind.endswith(f":{_ALIGNED}")
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGET).metadata.shared
 
 
 def flex_kernels(width: int, groups: int) -> dict[str, int]:

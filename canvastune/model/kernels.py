@@ -426,7 +426,7 @@ def take_rows(
     weights_out = out if weights is None else weights.new_empty(len(index), 1)
     launch(
         "take_rows", (len(index),), rows.contiguous(), rows if weights is None else
-        weights.contiguous(), index, out, weights_out, PER_ROW=per_row, **_whole_rows(width),
+        weights.contiguous(), index, out, weights_out, per_row, **_whole_rows(width),
         WEIGHTED=weights is not None,
     )  # fmt: skip
     return out, weights_out

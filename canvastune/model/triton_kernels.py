@@ -66,7 +66,7 @@ def before_experts(
     _store(router + start, columns, normed * _load(router_weight, columns, mask) * root, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def before_experts_backward(
     attended,
     residual,
@@ -159,7 +159,7 @@ def after_experts(
     _store(out + start, columns, both * tl.load(scale + row * scale_stride).to(tl.float32), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def after_experts_backward(
     dense,
     routed,
@@ -287,7 +287,7 @@ def _turn_head_back(
     return of_weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def turn_heads_backward(
     query,
     key,
@@ -463,7 +463,7 @@ def choose_backward(
     _store(gradient + row * E, columns, spread, columns < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sort_rows(index, order, inverse, counts, rows, BLOCK: tl.constexpr):
     """Sort rows by expert, stably, a program for each expert."""
     expert = tl.program_id(0)
@@ -515,24 +515,24 @@ def sort_segments(
         tl.store(ends + expert, (target + size).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_row"])
 def take_rows(
     rows,
     weights,
     index,
     out,
     weights_out,
-    PER_ROW: tl.constexpr,
+    per_row,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Copy out[i] = rows[index[i] // PER_ROW] and weights_out[i] = weights[index[i]]."""
+    """Copy out[i] = rows[index[i] // per_row] and weights_out[i] = weights[index[i]]."""
     at = tl.program_id(0).to(tl.int64)
     found = tl.load(index + at)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
-    values = tl.load(rows + found // PER_ROW * WIDTH + columns, mask=mask)
+    values = tl.load(rows + found // per_row * WIDTH + columns, mask=mask)
     tl.store(out + at * WIDTH + columns, values.to(out.dtype.element_ty), mask=mask)
     if WEIGHTED:
         tl.store(weights_out + at, tl.load(weights + found))

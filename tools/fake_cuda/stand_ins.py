@@ -127,7 +127,7 @@ def pretend() -> None:
     from canvastune.model import kernels  # which imports torch
 
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
-        (kernels, "available", lambda x: x.device.type == "cuda"),
+        (kernels, "available", lambda x: x.device.type == "cuda" and kernels._Switch.allowed),
         (kernels, "launch", _launch),
         (torch.version, "cuda", "13.0"),
         (fake_tensor, "init_gpu_context", lambda device: None),
@@ -272,7 +272,12 @@ def _launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any)
 
 
 def _type(argument: Any) -> str:
-    """Return an argument's type as Triton's signatures have it."""
+    """Return an argument's type as Triton's signatures have it, then what else of it Triton
+    compiles a kernel for: an address or a number that 16 divides, or the number 1.
+    """
     if isinstance(argument, torch.Tensor):
-        return "*" + _TYPES[argument.dtype]
-    return "fp32" if isinstance(argument, float) else "i32"
+        address = int(argument.storage_offset()) * argument.element_size()  # an allocation's is 0
+        return f"*{_TYPES[argument.dtype]}{':16' if address % 16 == 0 else ''}"
+    if isinstance(argument, float):
+        return "fp32"
+    return "i32:1" if argument == 1 else "i32:16" if argument % 16 == 0 else "i32"
