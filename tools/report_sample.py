@@ -260,7 +260,7 @@ def write_evaluation(
         for side, steps in (("before", (0, 9, 23, 47)), ("after", (0, 2, 5)))
     }
     (folder / "film.json").write_text(json.dumps(film), encoding="utf-8")
-    write_provenance(folder, "evaluate", config, {})
+    write_provenance(folder, "evaluate", config, {"answers": folder / "answers.jsonl"})
     return folder
 
 

@@ -31,7 +31,12 @@ from canvastune.report.charts import (
     smoothing_span,
     summary_rows,
 )
-from canvastune.report.comparison import pair_rows, seed_spread
+from canvastune.report.comparison import (
+    differing_inputs,
+    other_answers,
+    pair_rows,
+    seed_spread,
+)
 from canvastune.report.denoising_trace import read_denoising_trace
 from canvastune.report.formatting import mark_differences
 from canvastune.report.next_action import Action, next_action
@@ -97,9 +102,16 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
             context["differing"] = differing_settings(runs)
             evaluations = [each["evaluation"] for each in context["compared"]]
             context["seeds"] = seed_spread(runs, evaluations)
-            answers = [_answer_lines(each.evaluation) for each in runs]
-            for row, other in zip(context["compared"][1:], answers[1:], strict=True):
-                row["paired"] = pair_rows(answers[0], other)
+            context["differing"] += differing_inputs(runs)
+            own, *others = [_answer_lines(each.evaluation) for each in runs]
+            for row, other in zip(context["compared"][1:], others, strict=True):
+                row["paired"] = pair_rows(own, other)
+            by_name = {
+                name: {row["id"]: row["after"] for row in other}
+                for name, other in zip(names[1:], others, strict=True)
+            }
+            for row in context["answers"]:
+                row["others"] = other_answers(row["recorded"], by_name)
         context["charts"] = [_chart_context(chart, marks) for chart in charts]
         context["curves"] = charts_json(charts, marks, context["stats"].steps)
         page = _render(context)
@@ -193,6 +205,7 @@ def _comparison_row(name: str, run: RunArtifacts, records: list[Record]) -> dict
         "name": name,
         "summary": RunSummary.from_records(records, evaluation),
         "stats": TrainingStats.from_records(records, run.config),
+        "cost": Cost.from_records(records, run.config),
         "evaluation": evaluation,
         "paired": None,
     }
@@ -228,16 +241,13 @@ def _outcome(before: float | None, after: float | None) -> str:
 
 
 def _side_by_side(row: dict[str, Any]) -> dict[str, Any]:
-    """Mark how an answer that is not right differs from the reference."""
+    """Mark how the answers differ from the reference, also the right ones: a judge may look at their
+    end only.
+    """
     reference = _shorten(row["reference"])
-    shown: dict[str, Any] = {"reference": reference}
-    for side in SIDES:
-        answer = _shorten(row[side])
-        missing, other = mark_differences(reference, answer)
-        wrong = row[f"score_{side}"] != 1
-        shown[side] = other if wrong else answer
-        if side == SIDES[-1] and wrong:
-            shown["reference"] = missing
+    shown: dict[str, Any] = {"recorded": row, "others": []}
+    for side in SIDES:  # the last one is the tuned model's
+        shown["reference"], shown[side] = mark_differences(reference, _shorten(row[side]))
     return row | shown
 
 

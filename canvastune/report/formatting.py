@@ -91,6 +91,11 @@ def quantity(value: float | None, unit: str) -> str:
     return {"s": duration, "bytes": size, "share": percent}[unit](value)
 
 
+def breakable(key: str) -> Markup:
+    """Let lines break after a period or underscore of a key, and not in a word of it."""
+    return Markup(re.sub(r"(?<=[._])", "<wbr>", escape(key)))
+
+
 FILTERS: dict[str, Callable[..., Any]] = {
     "whole": whole,
     "short": short,
@@ -104,6 +109,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "duration": duration,
     "timestamp": timestamp,
     "quantity": quantity,
+    "breakable": breakable,
 }
 
 

@@ -28,6 +28,13 @@ pytestmark = pytest.mark.skipif(
     reason="no `chromium` on the PATH to open the page in (Debian: apt install chromium)",
 )
 _CHARTS = 10
+_RIGHT_ENDS = "(elements) => elements.map((element) => element.getBoundingClientRect().right)"
+# The most lines that a part of a key is on, between the places at which it may break.
+_LINES_OF_WORDS = """(keys) => Math.max(...keys.flatMap((key) => [...key.childNodes]).map((node) => {
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    return node.nodeType === 3 ? range.getClientRects().length : 0;
+}))"""
 _IMAGE = "(chart) => chart.querySelector('canvas').toDataURL()"
 
 
@@ -387,6 +394,10 @@ def test_a_phone_shows_it_without_scrolling_sideways(
 ) -> None:
     tab = _Tab(browser, report, width=400, color_scheme=scheme)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 400
+    hashes = tab.page.locator(".hash").evaluate_all(_RIGHT_ENDS)
+    assert hashes, "no input of a step"
+    assert max(hashes) <= 400, "a hash is off the screen"
+    assert tab.page.locator(".changed th code").evaluate_all(_LINES_OF_WORDS) == 1, "a key breaks"
     for canvas in tab.page.locator(".live-plot").all():
         box = canvas.bounding_box()
         assert box is not None

@@ -62,7 +62,7 @@ class _Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self._texts: list[str] = []
         self._hidden = False
-        self.feed(html)
+        self.feed(html.replace("<wbr>", ""))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))

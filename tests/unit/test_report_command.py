@@ -67,7 +67,9 @@ def test_a_run_is_reported_again_compared_with_another(
     page = run / "report" / "report.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     text = page.read_text()
-    assert "<code>lora.rank</code></th><td><code>16</code></td><td><code>64</code></td>" in text
+    assert (
+        "<code>lora.<wbr>rank</code></th><td><code>16</code></td><td><code>64</code></td>" in text
+    )
     assert re.search(r"\brose\b[^%]*>\d+\.\d%<[^%]*>\d+\.\d%<", text)
     assert "largest difference 3.1e-6" in text
     assert not list(run.glob(".*")), "temporary files are left"

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
+from canvastune.io.provenance import write_provenance
 from canvastune.report.build import build_report
-from canvastune.report.comparison import PairedRows, pair_rows, seed_spread
+from canvastune.report.comparison import (
+    PairedRows,
+    differing_inputs,
+    other_answers,
+    pair_rows,
+    seed_spread,
+)
 from canvastune.report.summary import RunArtifacts
 from tools.report_sample import (
     sample_config,
@@ -51,6 +58,27 @@ def test_the_spread_is_of_runs_that_differ_in_the_seed_only(tmp_path: Path) -> N
     assert spread is not None
     assert (spread.runs, spread.mean, spread.low, spread.high) == (3, 0.625, 0.5, 0.75)
     assert seed_spread(runs[:1] + runs[3:], results[:1] + results[3:]) is None
+    assert seed_spread([run(), run()], results[:2]) is None, "one seed has no spread"
+
+
+def test_answers_of_other_runs_are_those_that_are_not_the_same() -> None:
+    row = {"id": "a", "after": "9-8=1"}
+    others = {"rank8": {"a": "9-8=2"}, "same": {"a": "9-8=1"}, "other rows": {"b": "9-8=2"}}
+    assert other_answers(row, others) == [("rank8", "9-8=2")]
+
+
+def test_other_rows_of_the_same_name_are_named(tmp_path: Path) -> None:
+    config, runs = sample_config(), []
+    for name, rows in (("first", "a"), ("again", "a"), ("changed", "b")):
+        folder = write_metrics(tmp_path / name, steps=2).parent
+        (tmp_path / "rows").write_text(rows, "utf-8")
+        write_provenance(folder, "train", config, {"data": tmp_path / "rows"})
+        runs.append(RunArtifacts(name, config, folder))
+    assert differing_inputs(runs[:2]) == []
+    (row,) = differing_inputs(runs)
+    assert row["key"].startswith("data")
+    first, again, changed = row["values"]
+    assert first == again != changed
 
 
 def test_the_page_compares_row_by_row(tmp_path: Path) -> None:
