@@ -34,7 +34,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.measure import write_result
+from benchmarks.measure import machine, write_result
 from canvastune.checkpoint.load import build_model, read_model_config
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
@@ -271,8 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=CASES, help="default: all of them")
     parser.add_argument("--json", type=Path, help="also gets the accounts")
     options = parser.parse_args(arguments)
-    fake_cuda.pretend()
     torch.set_num_threads(1)
+    here = machine()  # before it pretends to be another
+    fake_cuda.pretend()
     results: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     for name in options.case or CASES:
@@ -283,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.layers is None and options.case is None:
         cases = {name: summary(found) for name, found in results.items()}
-        write_result("gpu_dry_run", {"cases": cases})
+        write_result("gpu_dry_run", {"machine": here, "cases": cases})
     print(table(results))
     print("\n".join(f"missed: {line}" for line in lines) or "every bar is met")
     return int(bool(lines))
