@@ -12,7 +12,6 @@ two threads, float32. Writes benchmarks/results/blocks.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -26,21 +25,25 @@ import torch
 import torch.distributed as dist
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from benchmarks.engine import (
+    allocate_gradients,
+    bench_recipe,
+    draw_noise,
+    held_tensors,
+    loaded_model,
+)
 from benchmarks.instruments.live_bytes import LiveBytes
 from benchmarks.instruments.ranks import run_ranks
-from benchmarks.measure import alternate, extra_memory, say, write_result
+from benchmarks.measure import alternate, command_parser, extra_memory, say, write_result
 from benchmarks.plain_step import IGNORED, PlainBatch, plain_loss
-from benchmarks.step import gradient_difference, packed_step
+from benchmarks.step import gradient_difference, packed_step, write_model
 from benchmarks.synthetic_checkpoint import described
 from benchmarks.traffic import Traffic
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example, PackedBatch, pack
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import local_tensor, shard_model
+from canvastune.distributed.parallelize import local_tensor
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_block_draws
+from canvastune.noise import NoiseSample
 from canvastune.objective import losses
 from canvastune.perf_model.architecture import Architecture, read_architecture
 from canvastune.perf_model.flops import EXCHANGE, count_flops, needed_flops
@@ -65,11 +68,7 @@ Step = Callable[[], torch.Tensor]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.blocks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("blocks", __doc__)
     parser.add_argument(
         "blocks",
         nargs="*",
@@ -86,8 +85,8 @@ def main() -> int:
         folder = Path(scratch)
         stock = write_model(folder / "model", model_config)
         write_model(folder / "ranks", described(**MODEL | {"layers": RANK_LAYERS}))
-        ours = engine_model(folder / "model", model_config)
-        architecture = read_architecture(recipe(), folder / "model")
+        ours = loaded_model(bench_recipe(), copy.deepcopy(model_config), folder / "model")
+        architecture = read_architecture(bench_recipe(), folder / "model")
         for blocks in chosen.blocks or ANSWERS:
             row = measure(ours, stock, architecture, blocks, chosen.rounds)
             run_ranks(rank_step, RANKS, folder, folder / "ranks", blocks)
@@ -114,45 +113,9 @@ def main() -> int:
     return int(not met)
 
 
-def recipe(ep: int = 1) -> RunConfig:
-    """Return the recipe of the measured steps."""
-    return parse_config(
-        {
-            "name": "bench",
-            "data": {"source": "none"},
-            "train": {"method": "full", "precision": "float32"},
-            "parallel": {"ep": ep},
-        }
-    )
-
-
 def released_recipe() -> RunConfig:
     """Return the recipe of the released model's counted steps."""
     return parse_config({"name": "released", "data": {"source": "none"}})
-
-
-def write_model(
-    folder: Path, model_config: DiffusionGemmaConfig
-) -> DiffusionGemmaForBlockDiffusion:
-    """Write random weights and return them in Hugging Face's modules, as trained as ours."""
-    torch.manual_seed(0)
-    stock = DiffusionGemmaForBlockDiffusion(copy.deepcopy(model_config))
-    with torch.no_grad():
-        for layer in stock.model.decoder.layers:
-            # Attention has scale 1: else it is ill-conditioned.
-            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)
-    stock.save_pretrained(folder)
-    model_config.save_pretrained(folder)
-    for name, parameter in stock.named_parameters():
-        parameter.requires_grad_("vision" not in name and "router" not in name)
-    return stock
-
-
-def engine_model(folder: Path, model_config: DiffusionGemmaConfig) -> WeightTiedDiffusionGemma:
-    """Load the written weights into the engine's model."""
-    model = build_model(recipe(), copy.deepcopy(model_config))
-    load_weights(model, CheckpointReader(folder), torch.device("cpu"), 0)
-    return model
 
 
 def measure(
@@ -164,11 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure all sides in one process, in turns."""
     examples, draws = made_examples(blocks, EXAMPLES)
-    batches = {
-        ONE: one_block(examples, draws),
-        ALL: pack(examples, draws),
-        ROWS: block_rows(examples, draws),
-    }
+    batches = packed_sides(examples, draws)
     plain = plain_rows(stock, examples, draws)
     steps: dict[str, Step] = {
         name + suffix: lambda batch=batch, again=again: packed_step(ours, batch, again)  # type: ignore[misc]
@@ -186,8 +145,7 @@ def measure(
         loss[name] = float(steps[name]())
         difference[name] = gradient_difference(ours, stock)
     for model in (ours, stock):
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        allocate_gradients(model)
     memory = {name: extra_memory(run) for name, run in steps.items()}
     alive = {
         name: peak_bytes(ours, run) for name, run in steps.items() if name.endswith(CHECKPOINTED)
@@ -242,16 +200,7 @@ def made_examples(blocks: int, count: int) -> tuple[list[Example], Draws]:
     for position in range(count):
         tokens = torch.randint(5, vocabulary, (PREFIX + blocks * canvas,), generator=generator)
         examples.append(Example(tokens, PREFIX, canvas, str(position)))
-        drawn = training_block_draws(
-            5,
-            position,
-            blocks,
-            blocks=blocks,
-            canvas_length=canvas,
-            vocab_size=vocabulary,
-            min_corruption=0.001,
-            self_conditioning_probability=0.5,
-        )
+        drawn = draw_noise(5, examples[-1], vocabulary, count=blocks)
         draws.append(
             tuple(
                 dataclasses.replace(draw, self_condition=(draw.block + position) % 2 == 0)
@@ -261,9 +210,13 @@ def made_examples(blocks: int, count: int) -> tuple[list[Example], Draws]:
     return examples, draws
 
 
-def one_block(examples: list[Example], draws: Draws) -> PackedBatch:
-    """Pack the block in the middle of each answer, as today's step would."""
-    return pack(examples, [own[len(own) // 2] for own in draws])
+def packed_sides(examples: list[Example], draws: Draws) -> dict[str, PackedBatch]:
+    """Pack for each of our sides; one block is that in the middle of the answer."""
+    return {
+        ONE: pack(examples, [own[len(own) // 2] for own in draws]),
+        ALL: pack(examples, draws),
+        ROWS: block_rows(examples, draws),
+    }
 
 
 def rows_of(examples: list[Example], draws: Draws) -> tuple[list[Example], list[NoiseSample]]:
@@ -321,8 +274,7 @@ def peak_bytes(model: WeightTiedDiffusionGemma, run: Step) -> int:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = [torch.zeros_like(parameter) for parameter in trained for _ in range(2)]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    live = LiveBytes([*model.parameters(), *gradients, *moments])
+    live = LiveBytes([*held_tensors(model), *moments])
     with live:
         run()
     return live.peak
@@ -330,22 +282,14 @@ def peak_bytes(model: WeightTiedDiffusionGemma, run: Step) -> int:
 
 def rank_step(folder: Path, model: Path, blocks: int) -> None:
     """Run a step of each side on this rank with one of the examples; write what it sends."""
-    config = recipe(ep=RANKS)
     model_config = DiffusionGemmaConfig.from_pretrained(model)
     model_config.dtype = torch.float32
-    sharded = build_model(config, model_config)
-    shard_model(sharded, ParallelDims(1, RANKS).build_meshes("cpu"), config)
-    load_weights(sharded, CheckpointReader(model), torch.device("cpu"), 0)
+    sharded = loaded_model(bench_recipe(ep=RANKS), model_config, model)
     rank = dist.get_rank()
     everyone = made_examples(blocks, RANKS)
     examples, draws = [everyone[0][rank]], [everyone[1][rank]]
-    batches = {
-        ONE: one_block(examples, draws),
-        ALL: pack(examples, draws),
-        ROWS: block_rows(examples, draws),
-    }
     found = {}
-    for name, batch in batches.items():
+    for name, batch in packed_sides(examples, draws).items():
         held = [local_tensor(parameter.detach()) for parameter in sharded.parameters()]
         traffic = Traffic(held)
         hooks = [

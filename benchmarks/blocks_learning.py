@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -26,19 +26,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.engine import loaded_model, make_trainer
 from benchmarks.instruments.ranks import run_ranks
-from benchmarks.measure import ROOT, say, write_result
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.checkpoint.resume import Checkpoints
+from benchmarks.measure import ROOT, command_parser, say, write_result
+from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.dataset import TrainingDataset
-from canvastune.data.packing import pad_token
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import shard_model
 from canvastune.preparation.prepare import prepare_data
 from canvastune.tiny_model import make_tiny_model
-from canvastune.training.trainer import Trainer
 
 PICTURE = ROOT / "docs" / "blocks.png"
 SEEDS = (1, 2, 3)
@@ -52,11 +46,7 @@ _COLORS = {"1": "#b4540a", "all": "#1f5fd0"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.blocks_learning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("blocks_learning", __doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the run with one block")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--lr", type=float, default=LR)
@@ -90,11 +80,7 @@ def main() -> int:
         )
     shares = [curves["share"] for curves in found.values()]
     reached = [share for share in shares if share is not None]
-    mean = (
-        math.exp(sum(map(math.log, reached)) / len(reached))
-        if len(reached) == len(shares)
-        else None
-    )
+    mean = statistics.geometric_mean(reached) if len(reached) == len(shares) else None
     result = {
         "model": "tiny",
         "blocks_of_answers": card["block_histogram"],
@@ -186,21 +172,9 @@ class _Run:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         described = read_model_config(folder / "model")
-        model = build_model(config, described)
-        shard_model(model, ParallelDims(1, 1).build_meshes("cpu"), config)
-        load_weights(model, CheckpointReader(folder / "model"), torch.device("cpu"), config.seed)
-        data = TrainingDataset(
-            folder / "data",
-            canvas_length=described.canvas_length,
-            vocab_size=described.text_config.vocab_size,
-            eos_token_id=pad_token(described.text_config.eos_token_id),
-            seed=config.seed,
-            objective=config.objective,
-        )
+        model = loaded_model(config, described, folder / "model", config.seed)
         self._config = config
-        self._trainer = Trainer(
-            config, model, data, Checkpoints(folder / "none", config, ""), None, None
-        )
+        self._trainer = make_trainer(config, model, described, folder / "data")
         self._seconds = 0.0
         self.curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
         self._validate()

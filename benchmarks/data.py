@@ -13,7 +13,6 @@ Writes benchmarks/results/data.json.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -22,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.measure import alternate, say, write_result
+from benchmarks.measure import alternate, command_parser, commit_of, say, write_result
 from benchmarks.resident import run_watched
 from canvastune.config import RunConfig
 from canvastune.data.packing import balance_microbatches, step_cost
@@ -86,9 +85,7 @@ STEPS = 500
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("data", __doc__)
     parser.add_argument(
         "--rows",
         type=int,
@@ -113,6 +110,7 @@ def main() -> int:
         file, model, out = map(Path, options.prepare)
         prepare_data(_config(file), model, out, 2)
         return 0
+    datasets.utils.disable_progress_bars()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core, on both sides
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as work:
         result = _measure(Path(work), options.rows, options.many, options.rounds)
@@ -143,18 +141,9 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
         "tools": tools,
     }.items():
         say("data", f"memory of {name} rows, two processes")
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.data",
-            "--prepare",
-            str(file),
-            str(work / "model"),
-            str(work / "out"),
-        ]
-        code, peaks = run_watched(command, dict(os.environ))
-        if code:
-            raise SystemExit(f"the preparation of {file} ended with exit code {code}")
+        command = [sys.executable, "-m", "benchmarks.data", "--prepare"]
+        command += map(str, (file, work / "model", work / "out"))
+        peaks = run_watched(f"the preparation of {file}", command, dict(os.environ))
         shutil.rmtree(work / "out")
         result["memory"][name] = {
             "anonymous_bytes": [peak.anonymous for peak in peaks]
@@ -176,8 +165,7 @@ def _compare(work: Path, file: Path, rows: int, processes: int, rounds: int) -> 
         sides["map_chat_template"] = lambda: _map(
             work, file, functools.partial(_chat, tokenizer=tokenizer), processes, batched=False
         )
-    with _quiet():
-        seconds = alternate(sides, rounds)
+    seconds = alternate(sides, rounds)
     speed = {name: round(rows / value) for name, value in seconds.items()}
     ratio = seconds["map"] / seconds["prepare_data"]
     say(
@@ -193,11 +181,9 @@ def _compare_tools(
 ) -> dict[str, Any]:
     """Rows per second of conversations with tools, over those of GSM8K's form."""
     files = {"gsm8k": plain, "tools": tools, "long_tools": long}
-    with _quiet():
-        seconds = alternate(
-            {name: functools.partial(_prepare, work, file, 2) for name, file in files.items()},
-            rounds,
-        )
+    seconds = alternate(
+        {name: functools.partial(_prepare, work, file, 2) for name, file in files.items()}, rounds
+    )
     speed = {name: round(rows / value) for name, value in seconds.items()}
     ratios = {name: seconds["gsm8k"] / seconds[name] for name in ("tools", "long_tools")}
     shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
@@ -233,13 +219,7 @@ def _against(work: Path, rows: int, rounds: int, baseline: Path) -> dict[str, An
     speed = {name: round(rows / value) for name, value in best.items()}
     ratio = best["baseline"] / best["this"]
     say("data", f"two processes, {rows:,} rows: {speed} rows/s; over the baseline {ratio:.2f}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=baseline,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    commit = commit_of(baseline)
     return {"commit": commit, "rows": rows, "rows_per_second": speed, "ratio": ratio}
 
 
@@ -279,15 +259,6 @@ def _chat(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> Any:
         {"role": "assistant", "content": row["answer"]},
     ]
     return tokenizer.apply_chat_template(messages, return_dict=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    datasets.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.utils.enable_progress_bars()
 
 
 def _config(file: Path) -> RunConfig:

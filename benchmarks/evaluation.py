@@ -37,7 +37,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from benchmarks.instruments.live_bytes import CPU_FORMULAS, LiveBytes
 from benchmarks.instruments.operator_bytes import OperatorBytes
-from benchmarks.measure import ROOT, extra_memory, say, write_result
+from benchmarks.measure import ROOT, command_parser, extra_memory, say, write_result
 from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.base_results import BaseResults
@@ -83,11 +83,7 @@ SETTINGS = SamplerSettings(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.evaluation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluation", __doc__)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of these, separated by commas")
     parser.add_argument("--rows", type=int, default=16, help="questions")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape; writes no result")

@@ -37,21 +37,18 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.engine import bench_recipe, draw_noise, loaded_model
 from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import alternate, say, write_result
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described, write_synthetic
 from benchmarks.traffic import Traffic
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.config import RunConfig, parse_config
+from canvastune.checkpoint.load import read_model_config
 from canvastune.data.packing import Example, PackedBatch, pack
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import local_tensor, shard_model
+from canvastune.distributed.parallelize import local_tensor
 from canvastune.model.attention import Packing
 from canvastune.model.attention_calls import CanvasCall
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import training_block_draws
 from canvastune.objective import losses
 
 MODEL = {"layers": 3, "hidden": 128, "experts": 16, "vocabulary": 2048, "canvas": 64}
@@ -238,10 +235,8 @@ def step(
 def rank_figures(folder: Path, ground: Path, world_size: int, ep: int) -> None:
     """Measure all lengths on this rank; rank 0 writes the figures of all ranks."""
     torch.set_num_threads(2 if world_size == 1 else 1)
-    config = run_config(ep)
-    model = build_model(config, read_model_config(ground))
-    shard_model(model, ParallelDims(world_size // ep, ep).build_meshes("cpu"), config)
-    load_weights(model, CheckpointReader(ground), torch.device("cpu"), SEED)
+    config = bench_recipe(ep, activation_checkpointing=True)
+    model = loaded_model(config, read_model_config(ground), ground, SEED)
     for layer in model.model.decoder.layers:
         layer.both = functools.partial(_layer_of_both, layer)
         register_fsdp_forward_method(layer, "both")
@@ -354,27 +349,11 @@ def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:
         5, vocabulary, (length,), generator=torch.Generator().manual_seed(position)
     )
     example = Example(tokens, PREFIX, canvas, str(position))
-    draw = training_block_draws(
-        SEED,
-        position,
-        1,
-        blocks=example.blocks,
-        canvas_length=canvas,
-        vocab_size=vocabulary,
-        min_corruption=0.001,
-        self_conditioning_probability=1.0,
-    )[0]
+    (draw,) = draw_noise(SEED, example, vocabulary, coin=1.0)
     batch = pack(
         [example], [draw if drawn else dataclasses.replace(draw, block=example.blocks // 2)]
     )
     return dataclasses.replace(batch, row_keys=None)  # nothing is dropped
-
-
-def run_config(ep: int) -> RunConfig:
-    train = {"method": "full", "precision": "float32", "activation_checkpointing": True}
-    return parse_config(
-        {"name": "first-pass", "data": {"source": "none"}, "train": train, "parallel": {"ep": ep}}
-    )
 
 
 def mean(values: list[float]) -> float:

@@ -18,7 +18,6 @@ small model (for a CPU), and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -34,21 +33,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 
+from benchmarks.engine import make_trainer, sharded_model, write_random_rows
 from benchmarks.gpu_steps import OURS, measured_steps
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
-from benchmarks.measure import say, write_result
+from benchmarks.measure import command_parser, say, write_result
 from benchmarks.step import EFFICIENT
-from canvastune.checkpoint.load import build_model, load_weights
-from canvastune.checkpoint.resume import Checkpoints
+from canvastune.checkpoint.load import load_weights
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import shard_model
 from canvastune.planner.plan import Plan
 from canvastune.planner.planner import make_plan
-from canvastune.training.trainer import Trainer
 
 STEPS, WARM_UP, ROWS = 20, 5, 64
 NEAR = 0.1  # how far the plan's memory may be off
@@ -56,9 +50,7 @@ LOSS_NEAR, GRADIENT_NEAR = 1e-2, 0.1  # how far ours may be from the plain step'
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("gpu", __doc__)
     parser.add_argument(
         "--small", action="store_true", help="a small model, to try the command without a GPU"
     )
@@ -210,23 +202,15 @@ def _run(
         f"{method}: {model_config.text_config.num_hidden_layers} layers, planned"
         f" {plan.memory_bytes / 1e9:.2f} GB",
     )
-    _make_data(folder / "data", config.data.seq_length, model_config.text_config.vocab_size)
+    length, vocabulary = config.data.seq_length, model_config.text_config.vocab_size
+    write_random_rows(folder / "data", ROWS, vocabulary, tokens=length, prefix=length // 4)
     gc.collect()  # what the part before this one held
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = build_model(config, model_config)
-    shard_model(model, ParallelDims(1, 1).build_meshes(device.type), config)
+    model = sharded_model(config, model_config, 1, device.type)
     load_weights(model, SyntheticCheckpoint(model_config), device, config.seed)
-    sizes = {
-        "canvas_length": model_config.canvas_length,
-        "vocab_size": model_config.text_config.vocab_size,
-        "eos_token_id": 1,
-    }
-    data = TrainingDataset(folder / "data", **sizes, seed=config.seed, objective=config.objective)
-    trainer = Trainer(
-        config, model, data, Checkpoints(folder / "checkpoints", config, "made"), None, None
-    )
+    trainer = make_trainer(config, model, model_config, folder / "data")
     records = []
     for _ in range(STEPS):
         records.append(trainer.train_step())
@@ -241,7 +225,7 @@ def _run(
     measured = records[-1]["memory_bytes"]
     return {
         "layers": model_config.text_config.num_hidden_layers,
-        "seq_length": config.data.seq_length,
+        "seq_length": length,
         "finite": all(math.isfinite(record["loss"] + record["grad_norm"]) for record in records),
         "losses": [record["loss"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
@@ -259,21 +243,6 @@ def _run(
 def _fitting(config: RunConfig, folder: Path) -> Plan | None:
     plan = make_plan(config, folder, 1)
     return plan if plan.fits else None
-
-
-def _make_data(folder: Path, length: int, vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "input_ids": torch.randint(5, vocabulary, (length,), generator=generator).tolist(),
-            "prefix_length": length // 4,
-            "complete": True,
-            "id": str(row),
-        }
-        for row in range(ROWS)
-    ]
-    for split in ("train", "validation"):
-        Dataset.from_list(rows).save_to_disk(str(folder / split))
 
 
 if __name__ == "__main__":

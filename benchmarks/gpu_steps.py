@@ -26,13 +26,14 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.engine import allocate_gradients, bench_recipe
 from benchmarks.made_model import SyntheticCheckpoint, largest_model
 from benchmarks.measure import alternate, extra_memory, matmul_rate, say
 from benchmarks.plain_step import PlainBatch, plain_step, plain_twin
 from benchmarks.profile import costs_table, largest_costs
 from benchmarks.step import Shape, made_examples
 from canvastune.checkpoint.load import build_model, load_weights
-from canvastune.config import RunConfig, parse_config
+from canvastune.config import RunConfig
 from canvastune.data.packing import PackedBatch, pack
 from canvastune.model import kernels
 from canvastune.model.attention import PACKINGS
@@ -79,14 +80,7 @@ class Models:
             memory: bytes of the device.
             small: a small model, for a CPU.
         """
-        config = parse_config(
-            {
-                "name": "gpu",
-                "data": {"source": "made"},
-                "train": {"method": "full"},
-                "parallel": {"ep": 1},
-            }
-        )
+        config = bench_recipe(precision="bfloat16")
         self.config, self.architecture = largest_model(
             folder, small, lambda found: _fitting(config, found, memory)
         )
@@ -104,8 +98,7 @@ class Models:
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
+        allocate_gradients(self.ours)
 
     def gradient_norm(self) -> float:
         norms = [

@@ -24,17 +24,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine import (
+    allocate_gradients,
+    bench_recipe,
+    draw_noise,
+    held_tensors,
+    loaded_model,
+)
 from benchmarks.instruments.live_bytes import LiveBytes
 from benchmarks.measure import alternate, extra_memory, say, write_result
 from benchmarks.step import our_step
 from benchmarks.synthetic_checkpoint import described, write_synthetic
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.config import parse_config
+from canvastune.checkpoint.load import read_model_config
 from canvastune.data.packing import Example
-from canvastune.distributed.parallelize import local_tensor
-from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_block_draws
+from canvastune.noise import NoiseSample
 
 MODEL = {"layers": 5, "hidden": 128, "experts": 16, "vocabulary": 8192, "canvas": 32}
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -52,10 +55,10 @@ LINEAR, FLAT = (
 def main() -> int:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
-        write_synthetic(Path(scratch), described(**MODEL))
-        model = loaded(Path(scratch))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        folder = Path(scratch)
+        write_synthetic(folder, described(**MODEL))
+        model = loaded_model(bench_recipe(), read_model_config(folder), folder, SEED)
+    allocate_gradients(model)
     batches = {n: ragged(n) for n in COUNTS}
     sides = {str(n): lambda n=n: our_step(model, *batches[n], True) for n in COUNTS}
     mapped = alternate(sides, ROUNDS)
@@ -65,14 +68,7 @@ def main() -> int:
     rows = []
     for n, (examples, _) in batches.items():
         lengths = [len(example.tokens) + MODEL["canvas"] for example in examples]
-        with LiveBytes(
-            [
-                local_tensor(tensor)
-                for p in model.parameters()
-                for tensor in (p.detach(), p.grad)
-                if tensor is not None
-            ]
-        ) as live:
+        with LiveBytes(held_tensors(model)) as live:
             sides[str(n)]()
         rows.append(
             {
@@ -129,16 +125,6 @@ def worst(values: list[float]) -> float:
     return max(later / min(values[: index + 1]) for index, later in enumerate(values[1:]))
 
 
-def loaded(folder: Path) -> WeightTiedDiffusionGemma:
-    train = {"method": "full", "precision": "float32"}
-    config = parse_config(
-        {"name": "growth", "data": {"source": "none"}, "train": train, "parallel": {"ep": 1}}
-    )
-    model = build_model(config, read_model_config(folder))
-    load_weights(model, CheckpointReader(folder), torch.device("cpu"), SEED)
-    return model
-
-
 def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
     """So many examples, in the middles of equal parts of the range of lengths, a random block of
     each chosen and denoised twice.
@@ -154,16 +140,7 @@ def ragged(count: int) -> tuple[list[Example], list[NoiseSample]]:
                 torch.cat([tokens, tokens.new_full((fill,), 1)]), length // 2, canvas, str(position)
             )
         )
-        draw = training_block_draws(
-            SEED,
-            position,
-            1,
-            blocks=examples[-1].blocks,
-            canvas_length=canvas,
-            vocab_size=MODEL["vocabulary"],
-            min_corruption=0.001,
-            self_conditioning_probability=1.0,
-        )[0]
+        (draw,) = draw_noise(SEED, examples[-1], MODEL["vocabulary"], coin=1.0)
         draws.append(dataclasses.replace(draw, dropout_key=None))
     return examples, draws
 

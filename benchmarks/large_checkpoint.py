@@ -24,17 +24,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from datasets import Dataset
 
-from benchmarks.measure import say, work_folder, write_result
-from benchmarks.resident import Peak, read_status, run_watched
+from benchmarks.engine import sharded_model, write_random_rows
+from benchmarks.measure import command_parser, say, work_folder, write_result
+from benchmarks.resident import one_thread, read_status, run_watched
 from benchmarks.synthetic_checkpoint import described_by_size, write_synthetic
 from canvastune.checkpoint.export import export_model
 from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
+from canvastune.checkpoint.load import load_weights, read_model_config
 from canvastune.config import RunConfig, load_config
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import local_tensor, shard_model
+from canvastune.distributed.parallelize import local_tensor
 from canvastune.merge import merge_lora
 from canvastune.planner.planner import make_plan
 
@@ -43,11 +42,7 @@ MEMORY_GB = 24
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.large_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("large_checkpoint", __doc__)
     parser.add_argument("--gb", type=float, default=5.0, help="size of the checkpoint, 1e9 bytes")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
@@ -123,11 +118,8 @@ def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
 def _phase(what: str, command: list[str], work: Path, ranks: int) -> dict[str, Any]:
     say("large_checkpoint", what)
     started = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    code, peaks = run_watched(command, environment)
-    if code:
-        raise SystemExit(f"{what}: exit code {code}")
-    workers: list[Peak] = peaks[:ranks]  # the largest: the ranks, not their launcher
+    # the largest: the ranks, not their launcher
+    workers = run_watched(what, command, one_thread())[:ranks]
     found: dict[str, Any] = {
         "seconds": time.monotonic() - started,
         "peaks": [dataclasses.asdict(peak) for peak in workers],
@@ -189,14 +181,7 @@ def _worker(phase: str, work: Path) -> None:
         _report(work, 0, start, shard)
         return
     dist.init_process_group("gloo")
-    model = build_model(config, read_model_config(work / "base"))
-    shard_model(
-        model,
-        ParallelDims(dist.get_world_size() // config.parallel.ep, config.parallel.ep).build_meshes(
-            "cpu"
-        ),
-        config,
-    )
+    model = sharded_model(config, read_model_config(work / "base"), dist.get_world_size())
     start = read_status(os.getpid())["RssAnon"]
     load_weights(model, CheckpointReader(work / "base"), torch.device("cpu"), config.seed)
     shard = sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())
@@ -215,19 +200,9 @@ def _report(work: Path, rank: int, start: int, shard: int) -> None:
 
 def _write_recipe(work: Path, ranks: int) -> Path:
     """Write a data set of random tokens, and a recipe of one step on it."""
-    generator = torch.Generator().manual_seed(0)
     vocabulary = read_model_config(work / "base").text_config.vocab_size
-    rows = [
-        {
-            "input_ids": torch.randint(5, vocabulary, (SEQ_LENGTH,), generator=generator).tolist(),
-            "prefix_length": SEQ_LENGTH - RESPONSE,
-            "complete": True,
-            "id": str(index),
-        }
-        for index in range(ranks)
-    ]
-    for part in ("train", "validation"):
-        Dataset.from_list(rows).save_to_disk(str(work / "data" / part))
+    prefix = SEQ_LENGTH - RESPONSE
+    write_random_rows(work / "data", ranks, vocabulary, tokens=SEQ_LENGTH, prefix=prefix)
     tree = {
         "name": "large",
         "model": {"id": str(work / "base")},

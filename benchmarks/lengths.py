@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine import allocate_gradients, bench_recipe, held_tensors, loaded_model
 from benchmarks.instruments.live_bytes import LiveBytes, batch_of
 from benchmarks.measure import say, timed, write_result
 from benchmarks.synthetic_checkpoint import described, write_synthetic
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.config import parse_config
+from canvastune.checkpoint.load import read_model_config
 from canvastune.data.packing import PackedBatch
 from canvastune.model.attention import Packing
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
@@ -44,19 +43,12 @@ def main() -> int:
     parser.add_argument("tokens", nargs="*", type=int, default=LENGTHS)
     lengths = parser.parse_args().tokens
     torch.set_num_threads(THREADS)
-    tree = {
-        "name": "lengths",
-        "data": {"source": "none"},
-        "train": {"method": "full", "precision": "float32"},
-        "parallel": {"ep": 1},
-    }
-    config = parse_config(tree)
+    config = bench_recipe()
     with tempfile.TemporaryDirectory() as scratch:
-        write_synthetic(Path(scratch), described(**MODEL))
-        model = build_model(config, read_model_config(Path(scratch)))
-        load_weights(model, CheckpointReader(Path(scratch)), torch.device("cpu"), SEED)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        folder = Path(scratch)
+        write_synthetic(folder, described(**MODEL))
+        model = loaded_model(config, read_model_config(folder), folder, SEED)
+    allocate_gradients(model)
     architecture = describe(model, config)
     rows = []
     for blocks in BLOCKS:
@@ -103,8 +95,7 @@ def measured_step(model: WeightTiedDiffusionGemma, batch: PackedBatch) -> tuple[
         )
         loss.backward()
 
-    held = [t for p in model.parameters() for t in (p.detach(), p.grad) if t is not None]
-    with LiveBytes(held) as live:
+    with LiveBytes(held_tensors(model)) as live:
         seconds = timed(step)
     return live.peak - live.held, seconds
 

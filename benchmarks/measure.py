@@ -4,6 +4,7 @@ results with their machine.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -152,12 +153,6 @@ def machine() -> dict[str, Any]:
         (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
         platform.machine(),
     )
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
         "cores": os.cpu_count(),
@@ -166,9 +161,23 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit_of(ROOT, check=False) or "unknown",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def commit_of(checkout: Path, *, check: bool = True) -> str:
+    """Return the commit of a checkout; "" without `check` if it is none."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
+
+
+def command_parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `python -m benchmarks.NAME`, whose help shows the module's docstring."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        f"benchmarks.{name}", description=about, formatter_class=formatter
+    )
 
 
 @contextlib.contextmanager

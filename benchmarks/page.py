@@ -26,6 +26,7 @@ FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
     *("data", "merge", "pipeline", "gpu_dry_run"),
 )
+MAY_LACK = ("evaluation", "pipeline_plan", "gpu", "startup", "peers", "step_commits")
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -35,16 +36,9 @@ def main() -> int:
         for name in (*FILES, "scaling", "planner")
     }
     measured = results["scaling"]
+    may_lack: dict[str, Any] = {name: _if_there(name) for name in MAY_LACK}
     pages = {
-        PAGE: page(
-            **{name: results[name] for name in FILES},
-            evaluation=_if_there("evaluation"),
-            pipeline_plan=_if_there("pipeline_plan"),
-            gpu=_if_there("gpu"),
-            startup=_if_there("startup"),
-            peers=_if_there("peers"),
-            step_commits=_if_there("step_commits"),
-        ),
+        PAGE: page(**{name: results[name] for name in FILES}, **may_lack),
         scaling.PAGE: scaling.page(measured["cases"], measured["released"], measured["machine"]),
         planner.PAGE: planner.page(results["planner"]["cases"]),
     }

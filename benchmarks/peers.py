@@ -17,7 +17,6 @@ benchmarks/results/peers.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -33,11 +32,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import step
-from benchmarks.measure import ROOT, matmul_rate, say, timed, worker, write_result
+from benchmarks.engine import bench_recipe
+from benchmarks.measure import (
+    ROOT,
+    alternate,
+    command_parser,
+    matmul_rate,
+    say,
+    worker,
+    write_result,
+)
 from benchmarks.step import THREADS, Shape, made_examples
 from benchmarks.synthetic_checkpoint import write_synthetic
-from canvastune.config import parse_config
-from canvastune.config.schema import RunConfig
 from canvastune.data.packing import pack
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.flops import needed_flops
@@ -75,15 +81,12 @@ OTHER_LOSS = {"trl"}  # its window of a sliding layer ends elsewhere: reported, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("peers", __doc__)
     parser.add_argument("folder", type=Path, metavar="PEERS_FOLDER")
     parser.add_argument(
         "shapes",
         nargs="*",
+        choices=SHAPES,
         metavar="SHAPE",
         help=f"of {', '.join(SHAPES)}; default: {', '.join(DEFAULT)}",
     )
@@ -91,8 +94,6 @@ def main() -> int:
         "--rounds", type=int, default=ROUNDS, help=f"timed steps of each side; default: {ROUNDS}"
     )
     chosen = parser.parse_args()
-    if unknown := set(chosen.shapes) - set(SHAPES):
-        parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
     if lacking := lacks(chosen.folder):
         parser.error(f"{chosen.folder} lacks {'; '.join(lacking)}. See --help")
     torch.set_num_threads(THREADS)
@@ -151,7 +152,7 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
             over = (f"over {peer} {_times(ratios(modes, mode, peer))}" for peer in PEERS)
             say("peers", f"{name}, {mode}: {', '.join(over)}")
         needed = needed_flops(
-            read_architecture(bench_config(), weights), pack(*made_examples(shape))
+            read_architecture(bench_recipe(), weights), pack(*made_examples(shape))
         )
     return {
         "about": shape.about,
@@ -161,18 +162,6 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         "checks": checks,
         **modes,
     }
-
-
-def bench_config() -> RunConfig:
-    """Return the recipe that our side trains by."""
-    return parse_config(
-        {
-            "name": "bench",
-            "data": {"source": "none"},
-            "train": {"method": "full", "precision": "float32"},
-            "parallel": {"ep": 1},
-        }
-    )
 
 
 def _check(workers: dict[str, Any], scratch: Path) -> dict[str, dict[str, float]]:
@@ -205,23 +194,16 @@ def difference(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def _measure_mode(
     workers: dict[str, Any], checkpointed: bool, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Measure memory in a first step of each side, then seconds in turns. At its turn a side runs
-    two steps and the second counts: in training a step follows another.
+    """Measure memory in a first step of each side, then seconds in turns, each of a step that
+    follows another, as in training.
     """
     memory = {
         side: ask({"do": "memory", "checkpointed": checkpointed})["extra_memory_bytes"]
         for side, ask in workers.items()
     }
-    seconds: dict[str, list[float]] = {side: [] for side in workers}
-    for _ in range(rounds):
-        for side, ask in workers.items():
-            request = {"do": "step", "checkpointed": checkpointed}
-            ask(request)
-            seconds[side].append(timed(functools.partial(ask, request)))
-    return {
-        "seconds": {side: statistics.median(found) for side, found in seconds.items()},
-        "extra_memory_bytes": memory,
-    }
+    request = {"do": "step", "checkpointed": checkpointed}
+    steps = {side: functools.partial(ask, request) for side, ask in workers.items()}
+    return {"seconds": alternate(steps, rounds, settle=True), "extra_memory_bytes": memory}
 
 
 def ratios(row: dict[str, Any], mode: str, peer: str) -> dict[str, float]:

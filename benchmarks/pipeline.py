@@ -9,7 +9,6 @@ benchmarks/results/pipeline.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import ROOT, say, write_result
+from benchmarks.measure import ROOT, command_parser, say, write_result
 from canvastune.tiny_model import make_tiny_model, write_problems
 
 GOAL = 5.0  # seconds outside of the steps
@@ -31,11 +30,7 @@ _ENDED = re.compile(r"    \d+\.\d s")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("pipeline", __doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as folder:

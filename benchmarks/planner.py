@@ -23,10 +23,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from benchmarks.engine import bench_recipe
 from benchmarks.instruments.live_bytes import CPU_FORMULAS, measure
 from benchmarks.measure import ROOT, say, write_result
 from benchmarks.synthetic_checkpoint import described
-from canvastune.config import parse_config
 from canvastune.perf_model import flops
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
@@ -152,17 +152,13 @@ def compare(case: Case) -> dict[str, dict[str, float]]:
     """Return the predicted and measured value of each quantity: peak bytes, FLOPs and bytes
     received of a rank's step.
     """
-    tree = {
-        "name": "bench",
-        "data": {"source": "none"},
-        "train": {
-            "method": case.method,
-            "precision": case.precision,
-            "activation_checkpointing": case.checkpointing,
-        },
-        "parallel": {"ep": case.ep},
-    }
-    config, model, step = parse_config(tree), described(**MODELS[case.model]), case.step()
+    config = bench_recipe(
+        case.ep,
+        method=case.method,
+        precision=case.precision,
+        activation_checkpointing=case.checkpointing,
+    )
+    model, step = described(**MODELS[case.model]), case.step()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         architecture = read_architecture(config, Path(folder))

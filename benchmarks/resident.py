@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -40,15 +41,12 @@ class Watch:
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
-
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._closed.set()
+        self._thread.join()
 
     def _sample(self) -> None:
         rounds = 0
@@ -72,11 +70,22 @@ class Watch:
                     peak.resident = max(peak.resident, seen["VmHWM"])
 
 
-def run_watched(command: list[str], environment: dict[str, str]) -> tuple[int, list[Peak]]:
-    """Run a command -> (exit code, the peaks of it and its children, the largest first)."""
+def run_watched(what: str, command: list[str], environment: dict[str, str]) -> list[Peak]:
+    """Run a command; return the peaks of it and its children, the largest first.
+
+    Raises:
+        SystemExit: it failed; the message begins with `what`.
+    """
     with subprocess.Popen(command, env=environment) as process, Watch(process.pid) as watch:
         code = process.wait()
-    return code, sorted(watch.peaks.values(), key=lambda peak: -peak.anonymous)
+    if code:
+        raise SystemExit(f"{what}: exit code {code}")
+    return sorted(watch.peaks.values(), key=lambda peak: -peak.anonymous)
+
+
+def one_thread() -> dict[str, str]:
+    """Return this process's environment for a command with one thread a process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def read_status(pid: int) -> dict[str, int]:

@@ -21,21 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from datasets import Dataset
 
+from benchmarks.engine import bench_recipe, loaded_model, make_trainer, write_random_rows
 from benchmarks.instruments.ranks import run_ranks
 from benchmarks.measure import ROOT, machine, say, write_result
 from benchmarks.synthetic_checkpoint import described, write_synthetic
 from benchmarks.traffic import KINDS, Traffic
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights, read_model_config
-from canvastune.checkpoint.resume import Checkpoints
+from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import local_tensor, shard_model
+from canvastune.distributed.parallelize import local_tensor
 from canvastune.perf_model import flops
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight, read_architecture
 from canvastune.perf_model.flops import (
@@ -48,7 +43,6 @@ from canvastune.perf_model.flops import (
 )
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 from canvastune.planner.planner import SHIPPED_CONFIG
-from canvastune.training.trainer import Trainer
 
 PAGE = ROOT / "docs" / "scaling.md"
 MODEL = {"layers": 8, "hidden": 256, "experts": 16, "vocabulary": 2048, "canvas": 32}
@@ -88,23 +82,15 @@ class Case:
         )
 
     def config(self, self_conditioning: float) -> RunConfig:
-        train = {
-            "method": self.method,
-            "steps": 2,
-            "global_batch_size": BATCH,
-            "precision": "float32",
-            "activation_checkpointing": True,
-        }
-        tree = {
-            "name": "scaling",
-            "seed": SEED,
-            "data": {"source": "none"},
-            "train": train,
-            "parallel": {"ep": self.ep},
-        }
-        return parse_config(
-            tree | {"objective": {"self_conditioning_probability": self_conditioning}}
+        config = bench_recipe(
+            self.ep,
+            method=self.method,
+            steps=2,
+            global_batch_size=BATCH,
+            activation_checkpointing=True,
         )
+        objective = {"self_conditioning_probability": self_conditioning}
+        return parse_config(config.model_dump() | {"seed": SEED, "objective": objective})
 
     def __str__(self) -> str:
         return f"{self.method}, {self.ranks} / {self.ep}"
@@ -181,20 +167,10 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
     """
     for case in cases:
         started = time.monotonic()
-        config, described_model = (
-            case.config(self_conditioning),
-            read_model_config(ground / "model"),
-        )
-        model = build_model(config, described_model)
-        shard_model(model, ParallelDims(case.ranks // case.ep, case.ep).build_meshes("cpu"), config)
-        load_weights(model, CheckpointReader(ground / "model"), torch.device("cpu"), SEED)
-        sizes = {
-            "canvas_length": MODEL["canvas"],
-            "vocab_size": MODEL["vocabulary"],
-            "eos_token_id": 1,
-        }
-        data = TrainingDataset(ground / "data", **sizes, seed=SEED, objective=config.objective)
-        trainer = Trainer(config, model, data, Checkpoints(folder / "none", config, ""), None, None)
+        config = case.config(self_conditioning)
+        described_model = read_model_config(ground / "model")
+        model = loaded_model(config, described_model, ground / "model", SEED)
+        trainer = make_trainer(config, model, described_model, ground / "data")
         records = [trainer.train_step()]
         states = [
             value
@@ -205,9 +181,11 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
         traffic = Traffic(
             [local_tensor(tensor.detach()) for tensor in (*model.parameters(), *states)]
         )
-        shares = data.balance_microbatches(range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks)
+        shares = trainer.data.balance_microbatches(
+            range(BATCH, 2 * BATCH), case.ranks, BATCH // case.ranks
+        )
         own = [part for forward in shares for part in forward[dist.get_rank()]]
-        has_coin = data.any_self_conditioned(own)
+        has_coin = trainer.data.any_self_conditioned(own)
         for layer in model.model.decoder.layers if case.ep > 1 else ():
             traffic.watch_routing(layer.experts, has_coin)
         with traffic.watching():
@@ -230,15 +208,7 @@ def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning:
 def make_ground(folder: Path) -> Path:
     """Write a checkpoint and a prepared data set of one global batch, all examples of one length."""
     write_synthetic(folder / "model", described(**MODEL))
-    tokens = torch.randint(
-        5, MODEL["vocabulary"], (BATCH, CLEAN), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    rows = [
-        {"input_ids": row, "prefix_length": PREFIX, "complete": True, "id": str(index)}
-        for index, row in enumerate(tokens)
-    ]
-    for part in ("train", "validation"):
-        Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
+    write_random_rows(folder / "data", BATCH, MODEL["vocabulary"], tokens=CLEAN, prefix=PREFIX)
     return folder
 
 
@@ -288,12 +258,8 @@ def released() -> list[dict[str, Any]]:
     """
     rows = []
     for method, (ranks, ep) in itertools.product(METHODS, RELEASED):
-        tree = {
-            "name": "released",
-            "data": {"source": "none"},
-            "train": {"method": method, "precision": "bfloat16"},
-        }
-        architecture = read_architecture(parse_config(tree), SHIPPED_CONFIG)
+        recipe = bench_recipe(method=method, precision="bfloat16")
+        architecture = read_architecture(recipe, SHIPPED_CONFIG)
         step = StepShape(
             ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5
         )

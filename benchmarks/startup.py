@@ -8,7 +8,6 @@ on each side. Writes benchmarks/results/startup.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, say, write_result
+from benchmarks.measure import ROOT, command_parser, commit_of, say, write_result
 from benchmarks.pipeline import STEPS, run_once, write_recipe
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import parse_config
@@ -41,11 +40,7 @@ RECIPE = "pipelines/recipes/gsm8k_lora.yaml"  # of a checkout
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.startup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("startup", __doc__)
     parser.add_argument("--baseline", type=Path, help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--demo", action="store_true")
@@ -57,7 +52,7 @@ def main() -> int:
         work = Path(folder)
         result: dict[str, Any] = {
             "rounds": options.rounds,
-            "baseline": _commit(options.baseline) if options.baseline else None,
+            "baseline": commit_of(options.baseline) if options.baseline else None,
             "commands": _commands(checkouts, work, options.rounds),
             "pipeline": _pipeline(checkouts, work, options.rounds),
         }
@@ -222,11 +217,6 @@ def _work(run: Path, work: Path) -> dict[str, float]:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
-
-
-def _commit(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

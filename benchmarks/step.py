@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,17 +23,22 @@ from typing import Any
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from benchmarks.measure import alternate, extra_memory, matmul_rate, say, write_result
+from benchmarks.engine import allocate_gradients, bench_recipe, draw_noise, loaded_model
+from benchmarks.measure import (
+    alternate,
+    command_parser,
+    extra_memory,
+    matmul_rate,
+    say,
+    write_result,
+)
 from benchmarks.plain_step import PlainBatch, plain_step
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described
-from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights
-from canvastune.config import parse_config
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
-from canvastune.noise import NoiseSample, training_block_draws
+from canvastune.noise import NoiseSample
 from canvastune.objective import losses
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.flops import needed_flops
@@ -85,18 +91,12 @@ SHAPES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}"
-    )
+    parser = command_parser("step", __doc__)
+    add_shapes(parser)
     parser.add_argument(
         "--rounds", type=int, help="timed runs of each side; default: 2 or 3 by shape"
     )
     chosen = parser.parse_args()
-    if unknown := set(chosen.shapes) - set(SHAPES):
-        parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
     torch.set_num_threads(THREADS)
     rows, rate = {}, matmul_rate()
     for name in chosen.shapes or SHAPES:
@@ -115,7 +115,9 @@ def main() -> int:
     summary = {
         ours: {
             plain: {
-                quantity: _geometric([row[ours][plain][quantity] for row in rows.values()])
+                quantity: statistics.geometric_mean(
+                    row[ours][plain][quantity] for row in rows.values()
+                )
                 for quantity in ("faster", "leaner")
             }
             for plain in GOALS
@@ -148,32 +150,13 @@ def main() -> int:
 def measure(shape: Shape) -> dict[str, Any]:
     """Measure all figures of a shape."""
     model_config = shape.config()
-    config = parse_config(
-        {
-            "name": "bench",
-            "data": {"source": "none"},
-            "train": {"method": "full", "precision": "float32"},
-            "parallel": {"ep": 1},
-        }
-    )
-    torch.manual_seed(0)
-    stock = DiffusionGemmaForBlockDiffusion(model_config)
-    with torch.no_grad():
-        for layer in stock.model.decoder.layers:
-            layer.self_attn.q_norm.weight.mul_(
-                layer.self_attn.head_dim**-0.5
-            )  # attention has scale 1: else it is ill-conditioned
+    config = bench_recipe()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        stock.save_pretrained(folder)
-        model_config.save_pretrained(folder)
-        ours = build_model(
-            config, copy.deepcopy(model_config)
-        )  # it writes its own kinds of attention and experts there
-        load_weights(ours, CheckpointReader(folder), torch.device("cpu"), config.seed)
+        stock = write_model(folder, model_config)
+        # a copy: the engine writes its own kinds of attention and experts there
+        ours = loaded_model(config, copy.deepcopy(model_config), folder, config.seed)
         architecture = read_architecture(config, folder)
-    for name, parameter in stock.named_parameters():
-        parameter.requires_grad_("vision" not in name and "router" not in name)
 
     examples, draws = made_examples(shape)
     window = model_config.text_config.sliding_window
@@ -190,8 +173,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     loss = {name: float(sides[name]()) for name in ("ours", "chosen block")}
     difference = gradient_difference(ours, stock)
     for model in (ours, stock):
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        allocate_gradients(model)
     memory = {name: extra_memory(run) for name, run in sides.items()}
     seconds = alternate(sides, shape.rounds, settle=True)
     with Flops() as counter:
@@ -217,6 +199,29 @@ def measure(shape: Shape) -> dict[str, Any]:
             for name in GOALS
         }
     return result
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names shapes; none are all."""
+    about = f"default: all of {', '.join(SHAPES)}"
+    parser.add_argument("shapes", nargs="*", choices=SHAPES, metavar="SHAPE", help=about)
+
+
+def write_model(
+    folder: Path, model_config: DiffusionGemmaConfig
+) -> DiffusionGemmaForBlockDiffusion:
+    """Write random weights and return them in Hugging Face's modules, as trained as ours."""
+    torch.manual_seed(0)
+    stock = DiffusionGemmaForBlockDiffusion(copy.deepcopy(model_config))
+    with torch.no_grad():
+        for layer in stock.model.decoder.layers:
+            # Attention has scale 1: else it is ill-conditioned.
+            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)
+    stock.save_pretrained(folder)
+    model_config.save_pretrained(folder)
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_("vision" not in name and "router" not in name)
+    return stock
 
 
 def our_step(
@@ -274,16 +279,7 @@ def made_examples(shape: Shape) -> tuple[list[Example], list[NoiseSample]]:
         tokens = torch.randint(5, vocabulary, (prefix + response,), generator=generator)
         tokens = torch.cat([tokens, tokens.new_full((-response % canvas,), 1)])
         example = Example(tokens, prefix, canvas, str(position))
-        draw = training_block_draws(
-            5,
-            position,
-            1,
-            blocks=example.blocks,
-            canvas_length=canvas,
-            vocab_size=vocabulary,
-            min_corruption=0.001,
-            self_conditioning_probability=0.5,
-        )[0]
+        (draw,) = draw_noise(5, example, vocabulary)
         examples.append(example)
         draws.append(
             dataclasses.replace(draw, block=example.blocks // 2, self_condition=position % 2 == 0)
@@ -303,10 +299,6 @@ def described_row(row: dict[str, Any]) -> str:
         return f"{name}: {size}, {ratios}"
 
     return f"{'; '.join(map(side, OURS))}; gradients differ by {row['gradient_difference']:.1e}"
-
-
-def _geometric(values: list[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 if __name__ == "__main__":

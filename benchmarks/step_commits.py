@@ -9,20 +9,17 @@ rounding only. Writes benchmarks/results/step_commits.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, say, timed, worker, write_result
-from benchmarks.step import OURS, SHAPES
+from benchmarks.measure import ROOT, command_parser, commit_of, say, timed, worker, write_result
+from benchmarks.step import OURS, SHAPES, add_shapes
 from benchmarks.synthetic_checkpoint import write_synthetic
 
 WORKER = ROOT / "benchmarks" / "instruments" / "step_worker.py"
@@ -32,32 +29,18 @@ SIDES = ("this", "baseline")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks.step_commits",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("step_commits", __doc__)
     parser.add_argument(
         "baseline", type=Path, metavar="CHECKOUT", help="root of the other checkout"
     )
-    parser.add_argument(
-        "shapes", nargs="*", metavar="SHAPE", help=f"default: all of {', '.join(SHAPES)}"
-    )
+    add_shapes(parser)
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each process")
     chosen = parser.parse_args()
-    if unknown := set(chosen.shapes) - set(SHAPES):
-        parser.error(f"no shape {sorted(unknown)}: there are {', '.join(SHAPES)}")
     roots = dict(zip(SIDES, (ROOT, chosen.baseline.resolve()), strict=True))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=roots["baseline"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    commit = commit_of(roots["baseline"])
     found = {name: measure(name, roots, chosen.rounds) for name in chosen.shapes or SHAPES}
     faster = {
-        ours: math.exp(sum(math.log(row["faster"][ours]) for row in found.values()) / len(found))
+        ours: statistics.geometric_mean(row["faster"][ours] for row in found.values())
         for ours in OURS
     }
     apart = max(row["loss_difference"] for row in found.values())

@@ -69,27 +69,14 @@ class Traffic(LiveBytes):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count until the end of the block, by part of the model."""
-        resize = torch.UntypedStorage.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int) -> None:
-            resize(storage, size)
-            self.resized(storage)
-
-        gathers, reductions = (
-            (EXPERTS_GATHER, LAYERS_GATHER, ROOT_GATHER),
-            (
-                EXPERTS_REDUCE,
-                REDUCE,
-                REDUCE,
-            ),
-        )
+        gathers = EXPERTS_GATHER, LAYERS_GATHER, ROOT_GATHER
+        reductions = EXPERTS_REDUCE, REDUCE, REDUCE
         with (
-            mock.patch.object(torch.UntypedStorage, "resize_", resize_),
             mock.patch.object(
                 fsdp, "foreach_all_gather", self._told(fsdp.foreach_all_gather, gathers)
             ),
             mock.patch.object(fsdp, "foreach_reduce", self._told(fsdp.foreach_reduce, reductions)),
-            self,
+            super().watching(),
         ):
             yield
 

@@ -35,25 +35,19 @@ from tests.support.training import (
 )
 
 
-def settings(steps: int) -> tuple[str, ...]:
-    """Return the settings of a run that writes a checkpoint every three steps."""
+def settings(steps: int, checkpoint_every: int = 3) -> tuple[str, ...]:
+    """Return the settings of a run, which writes a checkpoint every three steps by default."""
     return (
         "train.method=lora",
         "parallel.ep=2",
         f"train.steps={steps}",
-        "train.checkpoint_every=3",
+        f"train.checkpoint_every={checkpoint_every}",
         f"train.validate_every={steps // 4}",
     )
 
 
 KILLS = settings(60)
-LONG = (
-    "train.method=lora",
-    "parallel.ep=2",
-    "train.steps=5000",
-    "train.checkpoint_every=5000",
-    "train.validate_every=5000",
-)
+LONG = settings(20_000, 20_000)  # stopped before its first checkpoint and validation
 RANKS = 2
 _PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- written by make test-faults -->", "<!-- end -->"
@@ -202,31 +196,25 @@ def untouched(ground: Path, output: Path, run: tuple[str, ...] = KILLS) -> float
     return time.monotonic() - started
 
 
-def lose_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
-    """SIGKILL one rank during training: (seconds until all had exited, the output)."""
-    process = start(ground, output, RANKS, *LONG)
-    wait_for(lambda: steps_done(output) >= 3, "three steps")
-    everyone = [*rank_processes(process).values()]
-    rank_processes(process)[victim].kill()
-    killed = time.monotonic()
-    _, said = process.communicate(timeout=120)
-    psutil.wait_procs(everyone, timeout=10)
-    assert not any(each.is_running() for each in everyone), "a rank outlived the run"
-    return time.monotonic() - killed, said
+def signal_a_rank(
+    ground: Path, output: Path, victim: int, number: signal.Signals
+) -> tuple[float, str]:
+    """Send one rank SIGKILL, or SIGSTOP, which freezes it, during training.
 
-
-def freeze_a_rank(ground: Path, output: Path, victim: int) -> tuple[float, str]:
-    """SIGSTOP one rank during training: (seconds until all had exited, the output)."""
+    Returns:
+        Seconds until all had exited, and the output.
+    """
     process = start(ground, output, RANKS, *LONG, "train.hang_timeout=10")
     wait_for(lambda: steps_done(output) >= 3, "three steps")
-    everyone = [*rank_processes(process).values()]
-    rank_processes(process)[victim].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
+    everyone = rank_processes(process)
+    everyone[victim].send_signal(number)
+    sent = time.monotonic()
     _, said = process.communicate(timeout=120)
+    psutil.wait_procs(everyone.values(), timeout=10)
     assert not any(
-        each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in everyone
+        each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in everyone.values()
     ), "a rank outlived the run"
-    return time.monotonic() - stopped, said
+    return time.monotonic() - sent, said
 
 
 def preempt(ground: Path, output: Path) -> tuple[float, str]:
@@ -288,8 +276,8 @@ def main() -> int:
             kills += kill_test(ground, whole, ground / f"chain-{chance.getrandbits(32):08x}", some)
             print(f"{len(kills)} kills: weights and metrics bit-identical", flush=True)
         rows = [_row(number, kill) for number, kill in enumerate(kills, 1)]
-        lost, lost_words = lose_a_rank(ground, ground / "lost", 1)
-        hung, hung_words = freeze_a_rank(ground, ground / "hung", 1)
+        lost, lost_words = signal_a_rank(ground, ground / "lost", 1, signal.SIGKILL)
+        hung, hung_words = signal_a_rank(ground, ground / "hung", 1, signal.SIGSTOP)
         saved, _ = preempt(ground, ground / "preempted")
     table = [
         "| kill | seconds after the start | during | steps done | newest complete checkpoint |",

@@ -30,16 +30,13 @@ from tools import fake_cuda  # before torch, which it has to come before
 # isort: split
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.engine import make_trainer, sharded_model, write_random_rows
 from benchmarks.measure import machine, write_result
-from canvastune.checkpoint.load import build_model, read_model_config
+from canvastune.checkpoint.load import read_model_config
 from canvastune.config import RunConfig, parse_config
-from canvastune.data.dataset import TrainingDataset
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import shard_model
 from canvastune.perf_model.launches import LAUNCH_SECONDS, MOST_LAUNCHES
 from canvastune.planner import make_plan
 from canvastune.planner.planner import SHIPPED_CONFIG
@@ -127,28 +124,20 @@ def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
     model_json.write_text(json.dumps(shipped), encoding="utf-8")
     model_config = read_model_config(model_json)
     text_config = model_config.text_config
-    _write_rows(scratch, case, text_config.vocab_size)
+    disable_progress_bar()
+    vocabulary = text_config.vocab_size
+    write_random_rows(scratch / "data", 64, vocabulary, tokens=case.tokens, prefix=case.prefix)
     device = fake_cuda.FakeDevice(ENGINE, ep=EP)
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     started = time.perf_counter()
     try:
         with device:
             cuda = select_device()
-            model = build_model(config, model_config)
-            dims = ParallelDims(efsdp=WORLD // EP, ep=EP)
-            shard_model(model, dims.build_meshes("cuda"), config)
+            model = sharded_model(config, model_config, WORLD, "cuda")
             model.to_empty(device=cuda)
             model.lm_head.weight = model.model.decoder.embed_tokens.weight
-            data = TrainingDataset(
-                scratch,
-                canvas_length=model_config.canvas_length,
-                vocab_size=text_config.vocab_size,
-                eos_token_id=1,
-                seed=config.seed,
-                objective=config.objective,
-            )
-            checkpoints: Any = types.SimpleNamespace(failed=False)
-            trainer = Trainer(config, model, data, checkpoints, None, None)
+            checkpoints = types.SimpleNamespace(failed=False)
+            trainer = make_trainer(config, model, model_config, scratch / "data", checkpoints)
             step = next(number for number in range(64) if _coins(trainer, number) == case.coin)
             weights = device.now
             for _ in range(2):  # the first step makes the optimizer's state
@@ -177,7 +166,7 @@ def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
                 "triton": sorted(device.triton, key=repr),
                 "received": dict(device.received),
             }
-            del trainer, model, data
+            del trainer, model
         return result | {"seconds": time.perf_counter() - started}
     finally:
         dist.destroy_process_group()
@@ -237,22 +226,6 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return what the performance page shows of a case."""
     keys = ("layers", "tokens", "waits", "launches", "planned_launches", "peak", "planned")
     return {key: result[key] for key in keys} | {"attention": by_backend(result)}
-
-
-def _write_rows(folder: Path, case: Case, vocabulary: int) -> None:
-    disable_progress_bar()
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {
-            "input_ids": torch.randint(5, vocabulary, (case.tokens,), generator=generator).tolist(),
-            "prefix_length": case.prefix,
-            "complete": True,
-            "id": str(row),
-        }
-        for row in range(64)
-    ]
-    for split in ("train", "validation"):
-        Dataset.from_list(rows).save_to_disk(str(folder / split))
 
 
 def _coins(trainer: Trainer, step: int) -> bool | None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,12 +21,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import DiffusionGemmaConfig
 
-from canvastune.checkpoint.load import build_model
+from benchmarks.engine import sharded_model
 from canvastune.config import RunConfig
 from canvastune.data.packing import PackedBatch
-from canvastune.distributed.parallel_dims import ParallelDims
-from canvastune.distributed.parallelize import local_tensor, shard_model
-from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
+from canvastune.distributed.parallelize import local_tensor
 from canvastune.objective import losses
 from canvastune.perf_model.memory import StepShape
 
@@ -56,7 +55,19 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count until the end of the block, also storages that FSDP frees and allocates again."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self._resized(storage)
+
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_), self:
+            yield
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self.sizes:
             size, reference = self.sizes[storage._cdata]
             self.sizes[storage._cdata] = storage.nbytes(), reference
@@ -84,19 +95,6 @@ def lone_rank(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def sharded_model(
-    config: RunConfig, model_config: DiffusionGemmaConfig, world_size: int
-) -> WeightTiedDiffusionGemma:
-    """Build the engine's model on the meta device, sharded over the world of one simulated rank."""
-    model = build_model(config, model_config)
-    shard_model(
-        model,
-        ParallelDims(world_size // config.parallel.ep, config.parallel.ep).build_meshes("cpu"),
-        config,
-    )
-    return model
 
 
 def measure(
@@ -132,14 +130,7 @@ def measure(
         ]
         states = [torch.zeros_like(tensor) for tensor in trained for _ in ("exp_avg", "exp_avg_sq")]
         live = LiveBytes([*parameters, *states])
-        resize = torch.UntypedStorage.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int) -> None:
-            resize(storage, size)
-            live.resized(storage)
-
-        patched.setattr(torch.UntypedStorage, "resize_", resize_)
-        with live:
+        with live.watching():
             for _ in range(step.micro_steps):
                 any_self_conditioned = step.self_conditioning > 0
                 loss, _, _ = model.run_under_fsdp(

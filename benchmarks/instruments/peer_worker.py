@@ -25,7 +25,6 @@ peer's order, so that all sides score the same block with the same noise and the
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import json
@@ -45,11 +44,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from benchmarks import peers
+from benchmarks.engine import allocate_gradients, bench_recipe, loaded_model
 from benchmarks.measure import extra_memory
 from benchmarks.planner import Flops
 from benchmarks.step import THREADS, Shape, made_examples, our_step
 from canvastune.checkpoint.hf_format import CheckpointReader
-from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.data.packing import Example
 from canvastune.noise import NoiseSample
 
@@ -80,8 +79,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     side = SIDES[name](Path(folder), Path(weights), peers.SHAPES[shape])
     side.model.train()
-    for parameter in side.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    allocate_gradients(side.model)
     for line in sys.stdin:
         answers.write(json.dumps(answer(side, json.loads(line))) + "\n")
         answers.flush()
@@ -119,9 +117,8 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
 
 def ours(_folder: Path, weights: Path, shape: Shape) -> Side:
     """Return our side, as the trainer runs it."""
-    config = peers.bench_config()
-    model = build_model(config, copy.deepcopy(shape.config()))
-    load_weights(model, CheckpointReader(weights), torch.device("cpu"), config.seed)
+    config = bench_recipe()
+    model = loaded_model(config, shape.config(), weights, config.seed)
     examples, draws = made_examples(shape)
     return Side(model, lambda checkpointed: our_step(model, examples, draws, checkpointed), dict)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_torchrun_restarts_what_lost_a_rank(ground: Path, whole: Path, tmp_path:
 
 
 def test_a_dead_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
-    seconds, said = faults.lose_a_rank(ground, tmp_path, victim=1)
+    seconds, said = faults.signal_a_rank(ground, tmp_path, 1, signal.SIGKILL)
     assert seconds < 40, said
     errors = [line for line in said.splitlines() if line.startswith("canvastune: error")]
     assert len(errors) == 1, said
@@ -141,7 +142,7 @@ def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: 
 
 @pytest.mark.slow  # torchrun gives a frozen process half a minute before it kills it
 def test_a_hanging_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> None:
-    seconds, said = faults.freeze_a_rank(ground, tmp_path, victim=0)
+    seconds, said = faults.signal_a_rank(ground, tmp_path, 0, signal.SIGSTOP)
     assert seconds < 10 + 5 + 40, said
     assert re.search(r"\brank 0\b.* respond\b", said), said
 

@@ -11,13 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DiffusionGemmaConfig
 
-from benchmarks.instruments.live_bytes import (
-    CPU_FORMULAS,
-    batch_of,
-    lone_rank,
-    measure,
-    sharded_model,
-)
+from benchmarks.engine import sharded_model
+from benchmarks.instruments.live_bytes import CPU_FORMULAS, batch_of, lone_rank, measure
 from canvastune.config import RunConfig
 from canvastune.config.schema import Checkpointing
 from canvastune.data.packing import Example, pack
