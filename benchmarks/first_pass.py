@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.engine import bench_recipe, draw_noise, loaded_model
 from benchmarks.instruments.ranks import run_ranks
-from benchmarks.measure import alternate, say, write_result
+from benchmarks.measure import alternate, say, timed, write_result
 from benchmarks.planner import Flops
 from benchmarks.synthetic_checkpoint import described, write_synthetic
 from benchmarks.traffic import Traffic
@@ -326,9 +327,7 @@ def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[s
 def once(run: Callable[[], object]) -> float:
     """Seconds, on ranks that begin together."""
     dist.barrier()
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    return timed(run)
 
 
 def side(
@@ -338,8 +337,8 @@ def side(
     weights: tuple[float, float],
 ) -> Callable[[], object]:
     """Step after step of a form, over the batches in turn."""
-    turn = iter(range(10**6))
-    return lambda: step(model, form, batches[next(turn) % len(batches)], weights)
+    turns = itertools.cycle(batches)
+    return lambda: step(model, form, next(turns), weights)
 
 
 def made_batch(length: int, drawn: bool, position: int) -> PackedBatch:

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -149,12 +150,12 @@ def _finish() -> None:
 
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: commit, device, threads, versions."""
-    model = next(
-        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.machine(),
-    )
+    path = Path("/proc/cpuinfo")
+    about = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"^model name\s*: (.*)$", about, re.MULTILINE)
+    processor = found[1].strip() if found else platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
@@ -196,11 +197,6 @@ def work_folder(name: str, parent: Path | None, gigabytes: float) -> Iterator[Pa
         yield work
     finally:
         shutil.rmtree(work)
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def write_result(name: str, result: Mapping[str, Any]) -> Path:

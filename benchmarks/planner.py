@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -169,8 +168,8 @@ def compare(case: Case) -> dict[str, dict[str, float]]:
         "flops": flops.count_flops(architecture, step).total,
         "bytes": sum(flops.count_bytes(architecture, step).values()),
     }
-    with pytest.MonkeyPatch.context() as patched, Flops() as counter:
-        live = measure(patched, config, model, step)
+    with Flops() as counter:
+        live = measure(config, model, step)
     measured = {"memory": live.peak, "flops": counter.total, "bytes": sum(live.received.values())}
     return {
         name: {"predicted": float(predicted[name]), "measured": float(measured[name])}

@@ -69,37 +69,30 @@ def main() -> int:
 def lines(result: Mapping[str, Any]) -> list[str]:
     """Return the rows of a table: what, ours, the baseline, and how many times ours."""
 
-    def row(what: str, ours: str, baseline: str | None, ratio: float | None) -> str:
-        shown = f"{ratio:.1f}x" if ratio else ""
-        return f"| {what} | {ours} | {baseline or ''} | {shown} |"
+    def row(what: str, ours: float | None, baseline: float | None, form: str) -> str:
+        shown = [form.format(each) if each is not None else "" for each in (ours, baseline)]
+        ratio = f"{baseline / ours:.1f}x" if baseline and ours and ours > 0 else ""
+        return f"| {what} | {' | '.join(shown)} | {ratio} |"
 
     rows = []
     for name, sides in result["commands"].items():
         for unit, key in (("s", "seconds"), ("MB", "megabytes")):
             ours, other = sides["ours"][key], sides.get("baseline", {}).get(key)
-            shown = [f"{each:.2f} {unit}" if each is not None else None for each in (ours, other)]
             what = f"`canvastune {name}`" if name == "plan" else "`canvastune` with `--help`"
-            rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
+            rows.append(row(what, ours, other, f"{{:.2f}} {unit}"))
     pipeline = result["pipeline"]
     for step in STEPS:
         ours, other = (pipeline["overhead"].get(side, {}).get(step) for side in _SIDES)
-        shown = [f"{each:.2f} s" if each is not None else None for each in (ours, other)]
         what = f"step `{step}`, without its {pipeline['work'].get(step, 0.0):.2f} s of work"
-        rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
+        rows.append(row(what, ours, other, "{:.2f} s"))
     totals = {"a small run": pipeline["seconds"], "`canvastune demo`": result.get("demo", {})}
     for what, sides in totals.items():
         if sides:
-            ours, other = sides["ours"], sides.get("baseline")
-            shown = [f"{each:.0f} s" if each is not None else None for each in (ours, other)]
-            rows.append(row(what, str(shown[0]), shown[1], _over(other, ours)))
+            rows.append(row(what, sides["ours"], sides.get("baseline"), "{:.0f} s"))
     return rows
 
 
 _SIDES = ("ours", "baseline")
-
-
-def _over(other: float | None, ours: float) -> float | None:
-    return other / ours if other is not None and ours > 0 else None
 
 
 def _commands(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from canvastune.errors import UserError
 from components.jobs.client import Clock, Forbidden, KubernetesClient, connect_to_cluster
 from components.jobs.job_diagnostics import read_refusals
 from components.jobs.log_stream import LogPosition
-from components.jobs.states import PYTORCHJOB, Object
+from components.jobs.pod_diagnostics import containers
+from components.jobs.states import PYTORCHJOB, Object, conditions
 from components.versions import RESTRICTED_STEPS
 
 if TYPE_CHECKING:
@@ -155,15 +156,13 @@ def _last_messages(workflows: list[Object]) -> dict[str, str]:
 
 def _stuck(pod: Object, warnings: list[Object]) -> tuple[str, str]:
     """Return why a pending pod does not start, as a reason and a message; ("", "") if unknown."""
-    status = pod["status"]
-    for kind in ("initContainerStatuses", "containerStatuses"):
-        for container in status.get(kind) or ():
-            waiting = (container.get("state") or {}).get("waiting") or {}
-            if waiting.get("reason") not in (None, *_STARTING):
-                # a pull that fails is ErrImagePull and ImagePullBackOff in turns
-                reason = re.sub("^ErrImagePull$", "ImagePullBackOff", waiting["reason"])
-                return reason, str(waiting.get("message") or "")
-    for condition in status.get("conditions") or ():
+    for container in containers(pod):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, *_STARTING):
+            # a pull that fails is ErrImagePull and ImagePullBackOff in turns
+            reason = re.sub("^ErrImagePull$", "ImagePullBackOff", waiting["reason"])
+            return reason, str(waiting.get("message") or "")
+    for condition in conditions(pod):
         if condition.get("reason") == "Unschedulable":
             return "Unschedulable", str(condition.get("message") or "")
     last: Object = warnings[-1] if warnings else {}

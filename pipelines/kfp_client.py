@@ -189,6 +189,12 @@ def translate_errors(kubeflow: KubeflowClient) -> Iterator[None]:
         ) from None
 
 
+def named(name: str) -> str:
+    """Return the filter of a list request for what has this name."""
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [predicate]})
+
+
 def _credentials(kubeflow: KubeflowClient) -> Any:
     from kfp.client.token_credentials_base import TokenCredentialsBase
 

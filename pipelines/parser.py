@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from canvastune import __version__
@@ -31,27 +31,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     def add(
-        name: str, help_text: str, parents: Iterable[argparse.ArgumentParser] = ()
+        name: str, help_text: str, *options: Callable[[argparse.ArgumentParser], None]
     ) -> argparse.ArgumentParser:
         formatter = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(
-            name,
-            epilog=_epilog(name),
-            formatter_class=formatter,
-            help=help_text,
-            parents=list(parents),
+        command = commands.add_parser(
+            name, epilog=_epilog(name), formatter_class=formatter, help=help_text
         )
+        for add_options in options:
+            add_options(command)
+        return command
 
-    recipe, logs, compare, kubeflow = (
-        _recipe_options(),
-        _log_options(),
-        _compare_options(),
-        _kubeflow_options(),
-    )
+    recipe, logs, compare, kubeflow = _add_recipe, _add_log, _add_compare, _add_kubeflow
     run = add(
         "run",
         "run the whole pipeline on this machine",
-        [recipe, _workspace_options(), compare, logs],
+        *(recipe, _add_workspace_option, compare, logs),
     )
     run.add_argument(
         "--run-name",
@@ -72,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="word problems with one right answer, or what a support desk answers, in prose; default:"
         " problems",
     )
-    plan = add(
-        "plan", "estimate a run's memory, FLOPs and time, without weights or a GPU", [recipe]
-    )
+    plan = add("plan", "estimate a run's memory, FLOPs and time, without weights or a GPU", recipe)
     plan.add_argument(
         "--gpus",
         type=int,
@@ -93,20 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a prepared data set, whose answers decide what objective.blocks costs and gives",
     )
-    prepare = add("prepare", "read, check, split and tokenize a recipe's data", [recipe, logs])
+    prepare = add("prepare", "read, check, split and tokenize a recipe's data", recipe, logs)
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("fetch", "download a recipe's model and data to the Hub's cache", [recipe, logs])
-    report = add("report", "write a run's report again, compared with other runs", [compare])
-    report.add_argument(
-        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
-    )
+    add("fetch", "download a recipe's model and data to the Hub's cache", recipe, logs)
+    report = add("report", "write a run's report again, compared with other runs", compare)
+    _add_run(report)
     report.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="a new folder for the page and its images (default: RUN/report)",
     )
-    merge = add("merge", "merge an adapter into its base, and verify the result", [logs])
+    merge = add("merge", "merge an adapter into its base, and verify the result", logs)
     merge.add_argument(
         "adapter", type=Path, metavar="ADAPTER", help="its folder, such as RUN/train/adapter"
     )
@@ -136,13 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
     serving.add_argument("--run", action="store_true", help="start the server")
     _add_evaluate_options(
         report,
-        add("evaluate", "evaluate a finished run again, without training", [logs]),
+        add("evaluate", "evaluate a finished run again, without training", logs),
     )
     _add_runs_options(add("runs", "list the runs of a workspace, or remove some"))
-    sync = add("sync", "upload what MLflow missed of a run while it was down")
-    sync.add_argument(
-        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
-    )
+    _add_run(add("sync", "upload what MLflow missed of a run while it was down"))
     compiling = add("compile", "write the pipeline for Kubeflow")
     compiling.add_argument(
         "-o",
@@ -152,8 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="(default: %(default)s)",
     )
-    _add_submit_options(add("submit", "run the pipeline on Kubeflow", [recipe, kubeflow, logs]))
-    upload = add("upload", "upload the pipeline to Kubeflow, for others to run", [kubeflow])
+    _add_submit_options(add("submit", "run the pipeline on Kubeflow", recipe, kubeflow, logs))
+    upload = add("upload", "upload the pipeline to Kubeflow, for others to run", kubeflow)
     upload.add_argument(
         "--pipeline-name",
         default="canvastune-finetune",
@@ -226,25 +213,20 @@ def _epilog(name: str) -> str:
     return (_HELP / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
-def _recipe_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file, such as pipelines/recipes/tiny_lora.yaml"
     )
     _add_set_option(parser)
-    return parser
 
 
-def _log_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    about = "its folder, such as workspace/runs/rank16"
+    parser.add_argument("run", type=Path, metavar="RUN", help=about)
+
+
+def _add_log(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help=FORMAT_HELP)
-    return parser
-
-
-def _workspace_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    _add_workspace_option(parser)
-    return parser
 
 
 def _add_workspace_option(parser: argparse.ArgumentParser, default: object = WORKSPACE) -> None:
@@ -257,8 +239,7 @@ def _add_workspace_option(parser: argparse.ArgumentParser, default: object = WOR
     )
 
 
-def _compare_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -267,11 +248,9 @@ def _compare_options() -> argparse.ArgumentParser:
         metavar="RUN",
         help="folders of runs to compare with in the report",
     )
-    return parser
 
 
-def _kubeflow_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_kubeflow(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         required=True,
@@ -293,7 +272,6 @@ def _kubeflow_options() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML or JSON with settings of a recipe's section `cluster`",
     )
-    return parser
 
 
 def _add_evaluate_options(
@@ -305,9 +283,7 @@ def _add_evaluate_options(
         metavar="DIR",
         help="what `canvastune evaluate` wrote (default: RUN/evaluation)",
     )
-    evaluate.add_argument(
-        "run", type=Path, metavar="RUN", help="its folder, such as workspace/runs/rank16"
-    )
+    _add_run(evaluate)
     _add_set_option(evaluate)
     evaluate.add_argument(
         "--sweep", action="store_true", help="quality against forward passes, by sampler setting"

@@ -26,7 +26,7 @@ from canvastune.logging import event
 from components.earlier_runs import refuse_too_many
 from components.versions import RESTRICTED_STEPS
 from pipelines.job_reports import JobReports
-from pipelines.kfp_client import KubeflowClient, translate_errors
+from pipelines.kfp_client import KubeflowClient, named, translate_errors
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +117,12 @@ def submit(
 
 def _refuse_running(client: Any, kubeflow: KubeflowClient, run_name: str) -> None:
     """Raise: UserError, a run of this name is in progress, and works in the folder of this name."""
-    named = {"operation": "EQUALS", "key": "display_name", "stringValue": run_name}
     with translate_errors(kubeflow), _quiet():
         found = client.list_runs(
             page_size=100,
             sort_by="created_at desc",
             namespace=kubeflow.namespace,
-            filter=json.dumps({"predicates": [named]}),
+            filter=named(run_name),
         )
     for run in found.runs or ():
         if run.display_name == run_name and run.state not in _ENDED:
@@ -192,7 +191,7 @@ def follow(
                     f"{error} (the run continues: {address})", hint=error.hint
                 ) from None
             if not unreachable:
-                logger.info(f"{time.strftime('%H:%M:%S')}  no response, trying again: {error}")
+                _log_now(f"no response, trying again: {error}")
             unreachable = True
             time.sleep(pause)
             continue
@@ -202,22 +201,17 @@ def follow(
             if seen.get(task.display_name) != task.state:
                 seen[task.display_name] = task.state
                 state = task.state.lower()
-                logger.info(
-                    f"{time.strftime('%H:%M:%S')}  {task.display_name:<16}{state}",
-                    extra=event("task", task=task.display_name, state=state),
-                )
+                fields = event("task", task=task.display_name, state=state)
+                _log_now(f"{task.display_name:<16}{state}", fields)
         if reports is not None:
             with _quiet():
                 lines = reports.new(running=any(task.state == "RUNNING" for task in tasks))
             for line in lines:
-                logger.info(f"{time.strftime('%H:%M:%S')}  {line}", extra=event("job", report=line))
+                _log_now(line, event("job", report=line))
         if run.state in _ENDED:
             break
         time.sleep(pause)
-    logger.info(
-        f"{time.strftime('%H:%M:%S')}  run {run.state.lower()}",
-        extra=event("run", state=run.state.lower()),
-    )
+    _log_now(f"run {run.state.lower()}", event("run", state=run.state.lower()))
     if run.state != "SUCCEEDED":
         refused = next(iter(reports.refusals.items()), None) if reports is not None else None
         if refused is not None and run.state == "FAILED":
@@ -226,6 +220,10 @@ def follow(
         raise UserError(
             _failure_reason(run, tasks, kubeflow.namespace or "kubeflow"), hint=f"See {address}."
         )
+
+
+def _log_now(line: str, fields: dict[str, Any] | None = None) -> None:
+    logger.info(f"{time.strftime('%H:%M:%S')}  {line}", extra=fields)
 
 
 def refuse_local_paths(config: RunConfig, cluster: str | None = None) -> None:
@@ -319,11 +317,9 @@ def _upload_if_changed(
     client: Any, kubeflow: KubeflowClient, name: str, defaults: dict[str, str]
 ) -> Version:
     """Return the version that this code compiles to; upload it if the server does not have it."""
-    by_name = json.dumps(
-        {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    )
     with translate_errors(kubeflow), _quiet():
-        found = client.list_pipelines(filter=by_name, namespace=kubeflow.namespace).pipelines or []
+        listed = client.list_pipelines(filter=named(name), namespace=kubeflow.namespace)
+        found = listed.pipelines or []
         versions: list[Any] = []
         if found:
             listed = client.list_pipeline_versions(

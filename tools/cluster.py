@@ -35,7 +35,7 @@ from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
 from components.jobs.pod_spec import ROLE, RUN_ID, pod_parts
 from pipelines import submit as submission
-from pipelines.kfp_client import KubeflowClient
+from pipelines.kfp_client import KubeflowClient, named
 from tools.chart_table import CHART
 from tools.image_builds import Refused
 from tools.images import IMAGES, RECIPE, Report
@@ -504,12 +504,8 @@ def forget(server: KubeflowClient, name: str) -> None:
         for version in kfp.list_pipeline_versions(pipeline).pipeline_versions or ():
             kfp.delete_pipeline_version(pipeline, version.pipeline_version_id)
         kfp.delete_pipeline(pipeline)
-    wanted = json.dumps(
-        {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    )
-    for experiment in (
-        kfp.list_experiments(filter=wanted, namespace=server.namespace).experiments or ()
-    ):
+    listed = kfp.list_experiments(filter=named(name), namespace=server.namespace)
+    for experiment in listed.experiments or ():
         for run in kfp.list_runs(experiment_id=experiment.experiment_id).runs or ():
             kfp.delete_run(run.run_id)
         kfp.delete_experiment(experiment.experiment_id)

@@ -137,17 +137,11 @@ class Builder:
     ) -> None:
         """Build an image; `torch` is cpu or cuda, `arguments` are more of Docker's --build-arg."""
         given = {"BASE_IMAGE": base, **(arguments or {})}
-        subprocess.run(
-            [
-                *("docker", "build", "--progress=plain", *self._options, *self._torch[torch]),
-                *(f"--build-arg={name}={value}" for name, value in given.items()),
-                *(f"--file={dockerfile}", f"--tag={image}", str(self.root)),
-            ],
-            env=os.environ | {"DOCKER_BUILDKIT": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=True,
+        capture(
+            *("docker", "build", "--progress=plain", *self._options, *self._torch[torch]),
+            *(f"--build-arg={name}={value}" for name, value in given.items()),
+            *(f"--file={dockerfile}", f"--tag={image}", str(self.root)),
+            variables={"DOCKER_BUILDKIT": "1"},
         )
 
 
@@ -247,19 +241,9 @@ def _install(package: str) -> None:
     if shutil.which("apt-get") is None:
         raise Refused(f"{package} is not installed, and apt-get is missing")
     print(f"installing {package}", flush=True)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (
-        ["apt-get", "update"],
-        ["apt-get", "install", "--yes", "--no-install-recommends", package],
-    ):
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+    for words in (("update",), ("install", "--yes", "--no-install-recommends", package)):
+        variables = {"DEBIAN_FRONTEND": "noninteractive"}
+        done = capture("apt-get", *words, variables=variables, check=False)
     if done.returncode:
         raise Refused(f"{package} cannot be installed: {done.stdout.strip().splitlines()[-1]}")
 
@@ -268,6 +252,20 @@ def _use_builder() -> None:
     """Put Debian's Docker client first in PATH if the current client lacks the BuildKit plug-in."""
     if not _succeeds("docker", "buildx", "version") and Path("/usr/bin/docker").exists():
         os.environ["PATH"] = f"/usr/bin{os.pathsep}{os.environ['PATH']}"
+
+
+def capture(
+    *command: str, variables: Mapping[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with more variables; both of its streams are in `stdout`."""
+    return subprocess.run(
+        command,
+        env={**os.environ, **(variables or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=check,
+    )
 
 
 def _succeeds(*command: str, timeout: float | None = None) -> bool:

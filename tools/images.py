@@ -32,6 +32,7 @@ from tools.image_builds import (
     Refused,
     base_image,
     builder,
+    capture,
     default_base,
     running_engine,
 )
@@ -104,14 +105,7 @@ class Report:
 
 def docker(*arguments: str, check: bool = True) -> str:
     """Run a docker command and return what it prints on either stream."""
-    done = subprocess.run(
-        ["docker", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=check,
-    )
-    return done.stdout
+    return capture("docker", *arguments, check=check).stdout
 
 
 def describe(image: str) -> dict[str, Any]:

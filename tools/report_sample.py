@@ -224,6 +224,15 @@ def write_evaluation(
         right_after = row < after
         right_before = row < before - lost or after <= row < after + lost
         truth = f"She has {apples} - {given} = {apples - given} apples left.\n#### {apples - given}"
+        judged = {
+            "correct_before": right_before,
+            "correct_after": right_after,
+            "correct_normalized_before": right_before,
+            "correct_normalized_after": right_after,
+            "judge": "pattern",
+            "score_before": float(right_before),
+            "score_after": float(right_after),
+        }
         wrong = f"She has {apples} + {given} = {apples + given} apples.\n#### {apples + given}"
         answers.append(
             {
@@ -237,15 +246,9 @@ def write_evaluation(
                     HOSTILE if row % 9 == 8 else "#### 4 4 4 the apples apples " + "of " * (row % 5)
                 ),
                 "after": truth if right_after else wrong,
-                "correct_before": right_before if scored else None,
-                "correct_after": right_after if scored else None,
-                "correct_normalized_before": right_before if scored else None,
-                "correct_normalized_after": right_after if scored else None,
                 "source": "problems.jsonl",
                 "reference_tokens": 24,
-                "judge": "pattern" if scored else None,
-                "score_before": float(right_before) if scored else None,
-                "score_after": float(right_after) if scored else None,
+                **(judged if scored else dict.fromkeys(judged)),
             }
         )
     counts = (rows, before, after, lost) if scored else (0, 0, 0, 0)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -97,12 +96,7 @@ def lone_rank(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def measure(
-    monkeypatch: pytest.MonkeyPatch,
-    config: RunConfig,
-    model_config: DiffusionGemmaConfig,
-    step: StepShape,
-) -> LiveBytes:
+def measure(config: RunConfig, model_config: DiffusionGemmaConfig, step: StepShape) -> LiveBytes:
     """Run the forwards and backwards of one optimizer step, with the optimizer state allocated; the
     values are arbitrary.
     """
@@ -117,8 +111,7 @@ def measure(
             received["all-to-all"] += rows.nbytes * (step.ep - 1) // step.ep
 
     batch = batch_of(step, model_config.text_config.vocab_size)
-    with lone_rank(step.world_size), monkeypatch.context() as patched:
-        patched.setattr(dist, "all_to_all_single", echo)
+    with lone_rank(step.world_size), mock.patch.object(dist, "all_to_all_single", echo):
         model = sharded_model(config, model_config, step.world_size).to_empty(device="cpu")
         for tensor in [*model.parameters(), *model.buffers()]:
             local_tensor(tensor.detach()).fill_(0.01)

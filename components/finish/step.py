@@ -11,7 +11,15 @@ from canvastune import tracking
 from canvastune.config import parse_config
 from canvastune.errors import UserError
 from canvastune.tracking.client import connect
-from canvastune.tracking.steps import FAILED, FINISHED, KILLED, LOST, RUNNING, read_records
+from canvastune.tracking.steps import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    LOST,
+    RUNNING,
+    Attempt,
+    read_records,
+)
 from components.jobs.launcher import delete_jobs
 from components.run_directory import pipeline_run, read_record, run_directory, write_record
 from components.run_owner import find_owner, own_run, owner_of_this_step
@@ -75,13 +83,15 @@ def close_own_run(folder: Path, status: str, step: str = "", reason: str = "") -
 
     A run that refused this process, as it is finished or has another recipe, is left as it is.
     """
+    last = _last_attempt(folder)
+    if last and (last.host, last.process) == (socket.gethostname(), os.getpid()):
+        close_run(folder, status, step, reason)
+
+
+def _last_attempt(folder: Path) -> Attempt | None:
     record = read_record(folder)
     attempts = read_records(folder, record.known_as).attempts if record else []
-    if attempts and (attempts[-1].host, attempts[-1].process) == (
-        socket.gethostname(),
-        os.getpid(),
-    ):
-        close_run(folder, status, step, reason)
+    return attempts[-1] if attempts else None
 
 
 def close_lost_attempt(folder: Path) -> bool:
@@ -90,9 +100,7 @@ def close_lost_attempt(folder: Path) -> bool:
     Returns:
         Whether there was one.
     """
-    record = read_record(folder)
-    attempts = read_records(folder, record.known_as).attempts if record else []
-    last = attempts[-1] if attempts else None
+    last = _last_attempt(folder)
     if last is None or last.status != RUNNING or last.host != socket.gethostname():
         return False
     with own_run(folder):

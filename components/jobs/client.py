@@ -88,6 +88,25 @@ def connect_to_cluster() -> tuple[ApiClient, str]:
     return client.ApiClient(settings), namespace
 
 
+def reading(
+    client: ApiClient, path: str, response: str = "object", **query: str | int
+) -> Callable[..., Any]:
+    """Return a call that reads what a path of the API has, as JSON.
+
+    The client's typed methods reject fields of other versions and lack sinceTime.
+    """
+    return partial(
+        client.call_api,
+        path,
+        "GET",
+        query_params=list(query.items()),
+        header_params={"Accept": "*/*"},
+        auth_settings=["BearerToken"],
+        response_type=response,
+        _return_http_data_only=True,
+    )
+
+
 class KubernetesClient:
     """The calls, in one namespace and for jobs of one kind. Objects are dictionaries, as in JSON.
 
@@ -237,14 +256,7 @@ class KubernetesClient:
 
     def server_version(self) -> str:
         """Return the API server's version, such as v1.36.2."""
-        call = partial(
-            self._client.call_api,
-            "/version",
-            "GET",
-            auth_settings=["BearerToken"],
-            response_type="object",
-            _return_http_data_only=True,
-        )
+        call = reading(self._client, "/version")
         return str((self._request("get", "version", call, not_found=None) or {}).get("gitVersion"))
 
     # --- requests
@@ -260,20 +272,10 @@ class KubernetesClient:
     def _core(
         self, path: str, response: str = "object", **query: str | int | None
     ) -> Callable[..., Any]:
-        """Return a call that reads one of Kubernetes' own kinds, as JSON.
-
-        The client's typed methods reject fields of other versions and lack sinceTime.
-        """
-        return partial(
-            self._client.call_api,
-            f"/api/v1/namespaces/{self.namespace}/{path}",
-            "GET",
-            query_params=[(key, value) for key, value in query.items() if value is not None],
-            header_params={"Accept": "*/*"},
-            auth_settings=["BearerToken"],
-            response_type=response,
-            _return_http_data_only=True,
-        )
+        """Return a call that reads one of Kubernetes' own kinds, as JSON."""
+        given = {key: value for key, value in query.items() if value is not None}
+        path = f"/api/v1/namespaces/{self.namespace}/{path}"
+        return reading(self._client, path, response, **given)
 
     def _request(self, verb: str, resource: str, call: Callable[..., Any], **defaults: Any) -> Any:
         """Return a call's response; `not_found` for a 404 and `not_ready` for a 400, if given."""

@@ -13,7 +13,7 @@ import yaml
 from canvastune.config import RunConfig
 from canvastune.config.cluster import parse_quantity
 from components.jobs.pod_diagnostics import PodBlocker
-from components.jobs.states import Kind, Object
+from components.jobs.states import Kind, Object, conditions
 
 # Reasons to search logs for: `reason=POD...`.
 QUOTA = "QuotaRefusesPods"
@@ -259,8 +259,7 @@ def _without_workload(
 
 
 def _condition(workload: Object, name: str) -> Mapping[str, Any] | None:
-    conditions = (workload.get("status") or {}).get("conditions") or ()
-    return next((c for c in conditions if c.get("type") == name), None)
+    return next((c for c in conditions(workload) if c.get("type") == name), None)
 
 
 def _holds(workload: Object, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError, parse_error
-from components.jobs.states import KINDS, Object
+from components.jobs.states import KINDS, Object, conditions
 
 TAIL_LINES = 50
 # Reasons to search logs for: `reason=POD...`.
@@ -54,7 +54,7 @@ def find_blocker(pod: Object, events: list[Object], config: RunConfig) -> PodBlo
 
 def _container_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBlocker | None:
     name = pod["metadata"]["name"]
-    for status in _containers(pod):
+    for status in containers(pod):
         waiting = status.get("state", {}).get("waiting") or {}
         reason, message = waiting.get("reason", ""), waiting.get("message") or warnings
         own = status["name"] in _OWN
@@ -85,9 +85,8 @@ def _container_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBloc
 
 def _scheduling_blocker(pod: Object, warnings: str, config: RunConfig) -> PodBlocker | None:
     name, cluster = pod["metadata"]["name"], config.cluster
-    conditions = pod["status"].get("conditions") or ()
     message = next(
-        (str(c.get("message")) for c in conditions if c.get("reason") == "Unschedulable"), None
+        (str(c.get("message")) for c in conditions(pod) if c.get("reason") == "Unschedulable"), None
     )
     if message is None:
         blocker = PodBlocker(
@@ -122,15 +121,12 @@ def find_eviction(pods: Iterable[Object]) -> str | None:
     for pod in pods:
         status = pod["status"]
         reason = status.get("reason") or ""
-        conditions = status.get("conditions") or ()
-        disruption: Object = next(
-            (
-                c
-                for c in conditions
-                if c.get("type") == "DisruptionTarget" and c.get("status") == "True"
-            ),
-            {},
+        disrupted = (
+            c
+            for c in conditions(pod)
+            if c.get("type") == "DisruptionTarget" and c.get("status") == "True"
         )
+        disruption: Object = next(disrupted, {})
         if reason in _EVICTED or (disruption and status.get("phase") == "Failed"):
             message = disruption.get("message") or status.get("message") or ""
             why = ": ".join(filter(None, (reason, message)))
@@ -146,7 +142,7 @@ def first_failure(pods: Iterable[Object]) -> tuple[Object, Object] | None:
     failures = [
         (pod, status)
         for pod in pods
-        for status in _containers(pod)
+        for status in containers(pod)
         if (terminated_state(status) or {}).get("exitCode")
     ]
     return min(failures, key=_order, default=None)
@@ -160,7 +156,7 @@ def _order(failure: tuple[Object, Object]) -> tuple[bool, str]:
 
 def own_containers(pod: Object) -> list[dict[str, Any]]:
     """Return the statuses of the containers with our processes."""
-    return [status for status in _containers(pod) if status["name"] in _OWN]
+    return [status for status in containers(pod) if status["name"] in _OWN]
 
 
 def terminated_state(status: Object) -> dict[str, Any] | None:
@@ -242,7 +238,7 @@ def tail(text: str) -> str:
     return "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])
 
 
-def _containers(pod: Object) -> list[dict[str, Any]]:
+def containers(pod: Object) -> list[dict[str, Any]]:
     """Return the statuses of a pod's containers, init containers first."""
     kinds = ("initContainerStatuses", "containerStatuses")
     return [status for kind in kinds for status in pod["status"].get(kind) or ()]

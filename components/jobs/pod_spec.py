@@ -86,9 +86,13 @@ def pod_parts(
         {"name": "tmp", "emptyDir": {}},
     ]
     mounts += [{"name": name, "mountPath": path} for name, path in _SCRATCH]
-    volumes += [*map(dict, cluster.extra_volumes), *_ca_volume(cluster)]
+    volumes += map(dict, cluster.extra_volumes)
     mounts += map(dict, cluster.extra_volume_mounts)
-    if cluster.ca_bundle:
+    if bundle := cluster.ca_bundle:
+        source: dict[str, Any] = {"configMap": {"name": bundle.config_map}}
+        if bundle.secret:
+            source = {"secret": {"secretName": bundle.secret}}
+        volumes.append({"name": _CA_VOLUME, **source})
         mounts.append({"name": _CA_VOLUME, "mountPath": CA_PATH, "readOnly": True})
     _refuse_twice(volumes, mounts)
     pod: dict[str, Any] = {
@@ -184,18 +188,6 @@ def _claims(
         mount = {"name": "workspace", "mountPath": cluster.mount_path}
         mounts.append(mount | ({"subPath": cluster.sub_path} if cluster.sub_path else {}))
     return volumes, mounts
-
-
-def _ca_volume(cluster: ClusterConfig) -> list[dict[str, Any]]:
-    bundle = cluster.ca_bundle
-    if bundle is None:
-        return []
-    source = (
-        {"secret": {"secretName": bundle.secret}}
-        if bundle.secret
-        else {"configMap": {"name": bundle.config_map}}
-    )
-    return [{"name": _CA_VOLUME, **source}]
 
 
 def _refuse_twice(volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ class Transition(NamedTuple):
 
 def _condition(*types: str) -> Callable[[Object], bool]:
     return lambda job: any(
-        c.get("type") in types and c.get("status") == "True" for c in _conditions(job)
+        c.get("type") in types and c.get("status") == "True" for c in conditions(job)
     )
 
 
@@ -112,9 +112,7 @@ def _count(*counters: str) -> Callable[[Object], bool]:
 
 def _has_no_conditions(job: Object) -> bool:
     """Return whether the job has no conditions yet, or only that it is no longer suspended."""
-    return all(
-        c.get("type") == "Suspended" and c.get("status") == "False" for c in _conditions(job)
-    )
+    return all(c.get("type") == "Suspended" and c.get("status") == "False" for c in conditions(job))
 
 
 def _is_suspended(job: Object) -> bool:
@@ -187,11 +185,12 @@ def transition_for(job: Object | None, uid: str | None = None) -> Transition:
 
 def last_message(job: Object) -> str:
     """Return the newest true condition as the operator's `reason: message`; "" if it has none."""
-    for condition in reversed(_conditions(job)):
+    for condition in reversed(conditions(job)):
         if condition.get("status") == "True":
             return ": ".join(filter(None, (condition.get("reason"), condition.get("message"))))
     return ""
 
 
-def _conditions(job: Object) -> list[dict[str, Any]]:
-    return (job.get("status") or {}).get("conditions") or []
+def conditions(one: Object) -> list[dict[str, Any]]:
+    """Return the conditions in the status of a job, a pod or another object."""
+    return (one.get("status") or {}).get("conditions") or []

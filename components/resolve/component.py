@@ -32,22 +32,9 @@ def resolve(
     ],
 ):
     """Validate the recipe, claim the run's folder and open its MLflow run."""
+    parameters = dict(locals())
     from components.resolve.step import resolve
     from components.runtime import exit_on_user_error
 
     with exit_on_user_error():
-        return resolve(
-            recipe,
-            overrides,
-            dataset,
-            workspace,
-            run_name,
-            job_name,
-            job_id,
-            cluster,
-            pipeline_image,
-            kubeflow_url,
-            compare,
-            steps,
-            compiled_steps,
-        )
+        return resolve(**parameters)

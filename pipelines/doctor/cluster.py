@@ -135,15 +135,10 @@ def check_quota(client: Any, namespace: str) -> Iterator[Finding]:
 
 
 def _get(client: Any, path: str) -> Any:
-    """Get the JSON at a path; the client's classes reject responses of other server versions."""
-    return client.call_api(
-        path,
-        "GET",
-        response_type="object",
-        auth_settings=["BearerToken"],
-        _return_http_data_only=True,
-        _request_timeout=_TIMEOUT,
-    )
+    """Get the JSON at a path."""
+    from components.jobs.client import reading
+
+    return reading(client, path)(_request_timeout=_TIMEOUT)
 
 
 def _served_resources(client: Any) -> set[str]:
@@ -276,8 +271,6 @@ def check_permissions(client: Any, namespace: str, served: set[str], inside: boo
 def _is_allowed(
     reviews: Any, namespace: str, group: str, resource: str, subresource: str, verb: str
 ) -> bool:
-    from kubernetes import client as kubernetes
-
     attributes = {
         "namespace": namespace,
         "group": group,
@@ -285,10 +278,7 @@ def _is_allowed(
         "subresource": subresource,
         "verb": verb,
     }
-    spec = kubernetes.V1SelfSubjectAccessReviewSpec(
-        resource_attributes=kubernetes.V1ResourceAttributes(**attributes)
-    )
-    review = kubernetes.V1SelfSubjectAccessReview(spec=spec)
+    review = {"spec": {"resourceAttributes": attributes}}
     return bool(
         reviews.create_self_subject_access_review(review, _request_timeout=_TIMEOUT).status.allowed
     )

@@ -158,13 +158,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_planned_peak_and_traffic_are_those_of_the_engine(
-    case: str, middling: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planned_peak_and_traffic_are_those_of_the_engine(case: str, middling: Path) -> None:
     method, precision, step = CASES[case]
     config = configured(method, step.ep, precision=precision)
     architecture = read_architecture(config, middling)
-    live = measure(monkeypatch, config, described(middling), step)
+    live = measure(config, described(middling), step)
     found = memory_timeline(architecture, step)
     found.pop("update")  # not part of what was measured
     moment, parts = peak(found)
@@ -274,7 +272,7 @@ def test_fewer_blocks_at_once_need_less_memory(middling: Path) -> None:
     assert needed[0] > needed[-1]
 
 
-def test_memory_is_linear_in_the_length(middling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_linear_in_the_length(middling: Path) -> None:
     """Many windows long, checkpointed: the masks of sliding layers do not grow, and a layer keeps its
     input only.
     """
@@ -283,7 +281,7 @@ def test_memory_is_linear_in_the_length(middling: Path, monkeypatch: pytest.Monk
         StepShape(*(1, 1, 1, 1, clean, CANVAS), checkpointing=True, self_conditioning=1, blocks=4)
         for clean in (1024, 1536, 2048)
     ]
-    held = [measure(monkeypatch, config, described(middling), step).peak for step in steps]
+    held = [measure(config, described(middling), step).peak for step in steps]
     assert held[2] - held[1] <= 1.01 * (held[1] - held[0]), held
     found = memory_timeline(read_architecture(config, middling), steps[-1])
     found.pop("update")

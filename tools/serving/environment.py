@@ -45,6 +45,18 @@ def install(
     return folder
 
 
+def run_script(environment: Path, name: str, *arguments: str, given: str = "") -> str:
+    """Run a script of this folder in an environment; return its standard output.
+
+    Args:
+        given: its standard input.
+    """
+    command = [str(environment / "bin" / "python"), str(Path(__file__).with_name(name)), *arguments]
+    return subprocess.run(
+        command, input=given, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run: its model, and what it was asked."""

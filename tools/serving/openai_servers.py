@@ -19,7 +19,7 @@ from typing import Any
 
 from canvastune.evaluation.scoring import mcnemar
 from canvastune.serving import BACKENDS
-from tools.serving.environment import ROOT, Run, install
+from tools.serving.environment import ROOT, Run, install, run_script
 
 _CLIENT = "openai==3.57.0"
 _START_SECONDS = 300
@@ -130,12 +130,5 @@ def _ask(environment: Path, address: str, run: Run, way: Way) -> dict[str, Any]:
         "body": dict(way.body),
         "prompts": run.prompts,
     }
-    client = Path(__file__).with_name("openai_client.py")
-    done = subprocess.run(
-        [str(environment / "bin" / "python"), str(client)],
-        input=json.dumps(asked),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout))
+    answered = run_script(environment, "openai_client.py", given=json.dumps(asked))
+    return dict(json.loads(answered))

