@@ -39,7 +39,6 @@ from benchmarks.plain_step import IGNORED, PlainBatch, plain_loss
 from benchmarks.step import gradient_difference, packed_step, write_model
 from benchmarks.synthetic_checkpoint import described
 from benchmarks.traffic import Traffic
-from canvastune.config import RunConfig, parse_config
 from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.distributed.parallelize import local_tensor
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
@@ -68,7 +67,7 @@ Step = Callable[[], torch.Tensor]
 
 
 def main() -> int:
-    parser = command_parser("blocks", __doc__)
+    parser = command_parser("benchmarks.blocks", __doc__)
     parser.add_argument(
         "blocks",
         nargs="*",
@@ -87,11 +86,13 @@ def main() -> int:
         write_model(folder / "ranks", described(**MODEL | {"layers": RANK_LAYERS}))
         ours = loaded_model(bench_recipe(), copy.deepcopy(model_config), folder / "model")
         architecture = read_architecture(bench_recipe(), folder / "model")
+        lora = bench_recipe(method="lora", precision="bfloat16")
+        released = read_architecture(lora, SHIPPED_CONFIG)
         for blocks in chosen.blocks or ANSWERS:
             row = measure(ours, stock, architecture, blocks, chosen.rounds)
             run_ranks(rank_step, RANKS, folder, folder / "ranks", blocks)
             row["sent"] = sent(folder, blocks)
-            row["released"] = counted(read_architecture(released_recipe(), SHIPPED_CONFIG), blocks)
+            row["released"] = counted(released, blocks)
             found[str(blocks)] = row
             met &= report(blocks, row)
     if not chosen.blocks:
@@ -111,11 +112,6 @@ def main() -> int:
             },
         )
     return int(not met)
-
-
-def released_recipe() -> RunConfig:
-    """Return the recipe of the released model's counted steps."""
-    return parse_config({"name": "released", "data": {"source": "none"}})
 
 
 def measure(

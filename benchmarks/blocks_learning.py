@@ -46,7 +46,7 @@ _COLORS = {"1": "#b4540a", "all": "#1f5fd0"}
 
 
 def main() -> int:
-    parser = command_parser("blocks_learning", __doc__)
+    parser = command_parser("benchmarks.blocks_learning", __doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the run with one block")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--lr", type=float, default=LR)

@@ -29,7 +29,14 @@ import datasets
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.measure import alternate, command_parser, commit_of, say, write_result
+from benchmarks.measure import (
+    alternate,
+    command_parser,
+    commit_of,
+    python_module,
+    say,
+    write_result,
+)
 from benchmarks.resident import run_watched
 from canvastune.config import RunConfig
 from canvastune.data.packing import balance_microbatches, step_cost
@@ -85,7 +92,7 @@ STEPS = 500
 
 
 def main() -> int:
-    parser = command_parser("data", __doc__)
+    parser = command_parser("benchmarks.data", __doc__)
     parser.add_argument(
         "--rows",
         type=int,
@@ -141,8 +148,7 @@ def _measure(work: Path, rows: int, many: int, rounds: int) -> dict[str, Any]:
         "tools": tools,
     }.items():
         say("data", f"memory of {name} rows, two processes")
-        command = [sys.executable, "-m", "benchmarks.data", "--prepare"]
-        command += map(str, (file, work / "model", work / "out"))
+        command = _prepare_command(file, work / "model", work / "out")
         peaks = run_watched(f"the preparation of {file}", command, dict(os.environ))
         shutil.rmtree(work / "out")
         result["memory"][name] = {
@@ -205,9 +211,8 @@ def _against(work: Path, rows: int, rounds: int, baseline: Path) -> dict[str, An
     for _ in range(rounds):
         for name, root in (("this", Path.cwd()), ("baseline", baseline)):
             out = work / f"out-{name}"
-            command = [sys.executable, "-m", "benchmarks.data", "--prepare"]
             subprocess.run(
-                [*command, str(file), str(work / "model"), str(out)],
+                _prepare_command(file, work / "model", out),
                 cwd=root,
                 env={**os.environ, "PYTHONPATH": str(root)},
                 check=True,
@@ -221,6 +226,10 @@ def _against(work: Path, rows: int, rounds: int, baseline: Path) -> dict[str, An
     say("data", f"two processes, {rows:,} rows: {speed} rows/s; over the baseline {ratio:.2f}")
     commit = commit_of(baseline)
     return {"commit": commit, "rows": rows, "rows_per_second": speed, "ratio": ratio}
+
+
+def _prepare_command(file: Path, model: Path, out: Path) -> list[str]:
+    return python_module("benchmarks.data", "--prepare", file, model, out)
 
 
 def _prepare(work: Path, file: Path, processes: int) -> None:
@@ -321,16 +330,9 @@ def _write_rows(file: Path, count: int) -> Path:
     text = functools.partial(_text, rng)
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            question, answer = (
-                f"{number} {text(rng.lognormvariate(5.4, 0.4))}",
-                text(rng.lognormvariate(5.55, 0.5)),
-            )
-            stream.write(
-                json.dumps(
-                    {"question": question, "answer": f"{answer}\n#### {rng.randint(1, 999)}"}
-                )
-                + "\n"
-            )
+            question = f"{number} {text(rng.lognormvariate(5.4, 0.4))}"
+            answer = f"{text(rng.lognormvariate(5.55, 0.5))}\n#### {rng.randint(1, 999)}"
+            stream.write(json.dumps({"question": question, "answer": answer}) + "\n")
     return file
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,14 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from benchmarks.instruments.live_bytes import CPU_FORMULAS, LiveBytes
 from benchmarks.instruments.operator_bytes import OperatorBytes
-from benchmarks.measure import ROOT, command_parser, extra_memory, say, write_result
+from benchmarks.measure import (
+    ROOT,
+    command_parser,
+    extra_memory,
+    python_module,
+    say,
+    write_result,
+)
 from benchmarks.synthetic_checkpoint import SMALLEST_VISION
 from canvastune.checkpoint.generation_config import SamplerSettings
 from canvastune.evaluation.base_results import BaseResults
@@ -83,7 +91,7 @@ SETTINGS = SamplerSettings(
 
 
 def main() -> int:
-    parser = command_parser("evaluation", __doc__)
+    parser = command_parser("benchmarks.evaluation", __doc__)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of these, separated by commas")
     parser.add_argument("--rows", type=int, default=16, help="questions")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape; writes no result")
@@ -105,20 +113,14 @@ def _compare(name: str, rows: int) -> dict[str, Any]:
     sides: dict[str, dict[str, Any]] = {}
     for side in SIDES:
         chosen = ["--smoke"] if name == "smoke" else ["--shapes", name]
-        command = [sys.executable, "-m", "benchmarks.evaluation", *chosen, "--side", side]
-        ended = subprocess.run(
-            [*command, "--rows", str(rows)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-        )
+        command = python_module("benchmarks.evaluation", *chosen, "--side", side, "--rows", rows)
+        ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         sides[side] = json.loads(ended.stdout.splitlines()[-1])
         say("evaluation", f"{name}: {side}: {sides[side]['seconds']:.1f} s")
     stock, ours = (sides[side] for side in SIDES)
-    answers = [
-        one == other for one, other in zip(stock.pop("answers"), ours.pop("answers"), strict=True)
-    ]
-    forwards = [
-        one == other for one, other in zip(stock.pop("forwards"), ours["forwards"], strict=True)
-    ]
     counts = ours["forwards"]
+    answers = sum(map(operator.eq, stock.pop("answers"), ours.pop("answers")))
+    forwards = sum(map(operator.eq, stock.pop("forwards"), counts))
     kept = ours["seconds"] + ours["kept_seconds"]
     return {
         **sides,
@@ -130,8 +132,8 @@ def _compare(name: str, rows: int) -> dict[str, Any]:
         "memory_share": ours["peak_bytes"] / stock["peak_bytes"],
         "memory_goal": MEMORY_GOAL,
         "least_memory_share": ours["least_bytes"] / stock["peak_bytes"],
-        "equal_answers": sum(answers),
-        "equal_step_counts": sum(forwards),
+        "equal_answers": answers,
+        "equal_step_counts": forwards,
         "steps_of_an_answer": sum(counts) / len(counts),
         "stock_bytes_per_logit": stock["bytes"] / stock["logits"],
         "shape": dataclasses.asdict(SHAPES.get(name, SMOKE)),

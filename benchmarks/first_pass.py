@@ -26,8 +26,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,9 +131,13 @@ class ReusedKeys:
         if torch.is_grad_enabled():
             assert self.clean is not None
             for layer, kind, kept in zip(decoder.layers, kinds, self.kept, strict=True):
-                hidden = checkpoint(
-                    _canvas, layer, hidden, rotary[kind], CanvasRows(self.packing, kept), **_HOW
+                run = functools.partial(
+                    layer,
+                    position_embeddings=rotary[kind],
+                    attention_mask=None,
+                    packing=CanvasRows(self.packing, kept),
                 )
+                hidden = checkpoint(run, hidden, **_HOW)
             return self.clean, decoder.norm(hidden)[0]
         with torch.enable_grad():
             clean = decoder.embed_tokens(batch.clean)[None]
@@ -156,15 +160,6 @@ class ReusedKeys:
 
 
 _HOW: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-def _canvas(layer: Any, hidden: torch.Tensor, rotary: Any, packing: CanvasRows) -> torch.Tensor:
-    return layer(
-        hidden,
-        position_embeddings=rotary,
-        attention_mask=None,
-        packing=packing,
-    )
 
 
 def _both(
@@ -205,17 +200,15 @@ def _layer_of_both(
     return clean, *kept
 
 
-@contextmanager
-def form_of(name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch) -> Iterator[None]:
+def form_of(
+    name: str, model: WeightTiedDiffusionGemma, batch: PackedBatch
+) -> AbstractContextManager[object]:
     """Run the engine's step with pass 1 in this form."""
     if name == "whole":
-        with mock.patch.object(PackedBatch, "before_blocks", lambda self: self):
-            yield
-    elif name == "reused":
-        with mock.patch.object(model, "hidden_states", ReusedKeys(model, batch).hidden_states):
-            yield
-    else:
-        yield
+        return mock.patch.object(PackedBatch, "before_blocks", lambda self: self)
+    if name == "reused":
+        return mock.patch.object(model, "hidden_states", ReusedKeys(model, batch).hidden_states)
+    return nullcontext()
 
 
 def step(

@@ -50,7 +50,7 @@ LOSS_NEAR, GRADIENT_NEAR = 1e-2, 0.1  # how far ours may be from the plain step'
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command_parser("gpu", __doc__)
+    parser = command_parser("benchmarks.gpu", __doc__)
     parser.add_argument(
         "--small", action="store_true", help="a small model, to try the command without a GPU"
     )

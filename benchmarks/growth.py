@@ -44,12 +44,9 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SHORTEST, LONGEST = 32, 352  # tokens, of which half are the prefix
 THREADS, ROUNDS, SEED = 2, 3, 5
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-LINEAR, FLAT = (
-    1.05,
-    1.05,
-    # times what fewer examples take, per token and per example: the measurement's own noise is a few
-    # percent
-)
+# Times what fewer examples take, per token and per example: the measurement's own noise is a few
+# percent.
+LINEAR, FLAT = 1.05, 1.05
 
 
 def main() -> int:

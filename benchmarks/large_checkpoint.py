@@ -26,7 +26,7 @@ import torch.distributed as dist
 import yaml
 
 from benchmarks.engine import sharded_model, write_random_rows
-from benchmarks.measure import command_parser, say, work_folder, write_result
+from benchmarks.measure import command_parser, python_module, say, work_folder, write_result
 from benchmarks.resident import one_thread, read_status, run_watched
 from benchmarks.synthetic_checkpoint import described_by_size, write_synthetic
 from canvastune.checkpoint.export import export_model
@@ -42,7 +42,7 @@ MEMORY_GB = 24
 
 
 def main() -> int:
-    parser = command_parser("large_checkpoint", __doc__)
+    parser = command_parser("benchmarks.large_checkpoint", __doc__)
     parser.add_argument("--gb", type=float, default=5.0, help="size of the checkpoint, 1e9 bytes")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
@@ -77,32 +77,18 @@ def _measure(work: Path, gigabytes: float, ranks: int) -> dict[str, Any]:
         "largest_tensor_bytes": max(sizes.values()),
         "write_seconds": time.monotonic() - started,
     }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-    ]
-    worker = ["benchmarks.large_checkpoint", "--work", str(work), "--worker"]
-    train = [
-        "canvastune.train",
-        "-c",
-        str(recipe),
-        "--data",
-        str(work / "data"),
-        "--output",
-        str(work / "run"),
-    ]
-    result["load"] = _phase("loading into shards, LoRA", [*torchrun, *worker, "load"], work, ranks)
-    result["train"] = _phase("one LoRA step", [*torchrun, *train], work, ranks)
+    torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m")
+    worker = ("benchmarks.large_checkpoint", "--work", work, "--worker")
+    paths = ("-c", recipe, "--data", work / "data", "--output", work / "run")
+    load = python_module(*torchrun, *worker, "load")
+    train = python_module(*torchrun, "canvastune.train", *paths)
+    result["load"] = _phase("loading into shards, LoRA", load, work, ranks)
+    result["train"] = _phase("one LoRA step", train, work, ranks)
     result["train"] |= _against_plan(load_config(recipe), work, ranks)
-    result["merge"] = _phase("merging", [sys.executable, "-m", *worker, "merge"], work, 1)
+    result["merge"] = _phase("merging", python_module(*worker, "merge"), work, 1)
     shutil.rmtree(work / "merged")
-    result["export"] = _phase(
-        "loading and exporting, full", [*torchrun, *worker, "export"], work, ranks
-    )
+    export = python_module(*torchrun, *worker, "export")
+    result["export"] = _phase("loading and exporting, full", export, work, ranks)
     result["export"]["same_as_base"] = (
         CheckpointReader(work / "exported").fingerprint() == base.fingerprint()
     )

@@ -173,12 +173,21 @@ def commit_of(checkout: Path, *, check: bool = True) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
 
 
+def python_module(name: str, *arguments: object) -> list[str]:
+    """Return the command `python -m NAME ARGUMENTS`."""
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """Read results/NAME.json."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def command_parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m benchmarks.NAME`, whose help shows the module's docstring."""
+    """Return the parser of `python -m NAME`, whose help shows the module's docstring."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        f"benchmarks.{name}", description=about, formatter_class=formatter
-    )
+    return argparse.ArgumentParser(name, description=about, formatter_class=formatter)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.measure import command_parser, say, work_folder, write_result
+from benchmarks.measure import command_parser, python_module, say, work_folder, write_result
 from benchmarks.resident import one_thread, read_status, run_watched
 from benchmarks.synthetic_checkpoint import SHARD_BYTES, described_by_size, write_synthetic
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -47,7 +47,7 @@ PHASES = ("copy", "merge", "merge_and_proof")
 
 
 def main() -> int:
-    parser = command_parser("merge", __doc__)
+    parser = command_parser("benchmarks.merge", __doc__)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint, 1e9 bytes")
     parser.add_argument(
         "--rounds", type=int, default=3, help="the phases take turns; the median round is reported"
@@ -99,7 +99,7 @@ def _one_run(work: Path, phase: str, total: int) -> dict[str, float]:
     """Run one phase in a separate process: seconds of its work, GB/s of the checkpoint, anonymous
     memory above its start.
     """
-    command = [sys.executable, "-m", "benchmarks.merge", "--work", str(work), "--phase", phase]
+    command = python_module("benchmarks.merge", "--work", work, "--phase", phase)
     peaks = run_watched(phase, command, one_thread())
     report = json.loads((work / "report.json").read_text(encoding="utf-8"))
     shutil.rmtree(work / "out")

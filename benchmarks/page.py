@@ -5,7 +5,6 @@ benchmarks/results/.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import sys
 from typing import Any
@@ -16,7 +15,7 @@ from benchmarks import peers as released_peers
 from benchmarks import pipeline_plan as whole_pipeline
 from benchmarks import planner, scaling
 from benchmarks.gpu_page import dry_run_row, gpu_section, most_launches
-from benchmarks.measure import RESULTS, ROOT, say
+from benchmarks.measure import RESULTS, ROOT, read_result, say
 from benchmarks.startup import GOALS as start_goals
 from benchmarks.startup import lines as startup_lines
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
@@ -31,10 +30,7 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
-    results = {
-        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in (*FILES, "scaling", "planner")
-    }
+    results = {name: read_result(name) for name in (*FILES, "scaling", "planner")}
     measured = results["scaling"]
     may_lack: dict[str, Any] = {name: _if_there(name) for name in MAY_LACK}
     pages = {
@@ -50,8 +46,7 @@ def main() -> int:
 
 def _if_there(name: str) -> dict[str, Any] | None:
     """Return a result that may not have been measured: a GPU is only lent at times."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_result(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 def page(

@@ -81,7 +81,7 @@ OTHER_LOSS = {"trl"}  # its window of a sliding layer ends elsewhere: reported, 
 
 
 def main() -> int:
-    parser = command_parser("peers", __doc__)
+    parser = command_parser("benchmarks.peers", __doc__)
     parser.add_argument("folder", type=Path, metavar="PEERS_FOLDER")
     parser.add_argument(
         "shapes",

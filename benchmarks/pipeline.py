@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import ROOT, command_parser, say, write_result
+from benchmarks.measure import ROOT, command_parser, python_module, say, write_result
 from canvastune.tiny_model import make_tiny_model, write_problems
 
 GOAL = 5.0  # seconds outside of the steps
@@ -30,7 +30,7 @@ _ENDED = re.compile(r"    \d+\.\d s")
 
 
 def main() -> int:
-    parser = command_parser("pipeline", __doc__)
+    parser = command_parser("benchmarks.pipeline", __doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-") as folder:
@@ -58,15 +58,7 @@ def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, 
     Args:
         checkout: the code that runs.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.cli",
-        "run",
-        str(recipe),
-        "--workspace",
-        str(workspace),
-    ]
+    command = python_module("pipelines.cli", "run", recipe, "--workspace", workspace)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

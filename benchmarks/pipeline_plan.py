@@ -17,7 +17,7 @@ import json
 import sys
 from typing import Any
 
-from benchmarks.measure import RESULTS, ROOT, say, write_result
+from benchmarks.measure import ROOT, read_result, say, write_result
 from canvastune.config import RunConfig, load_config
 from canvastune.perf_model.architecture import read_architecture
 from canvastune.perf_model.evaluation import (
@@ -48,11 +48,9 @@ def main() -> int:
 def planned_steps() -> dict[str, Any]:
     """Return seconds and GPUs by step, for each way to evaluate."""
     config = load_config(RECIPE)
-    fixed, merge, data = (
-        _result("pipeline")["steps"],
-        _result("merge")["merge_and_proof"]["gb_per_second"] * 1e9,
-        _result("data")["one_process"]["rows_per_second"]["prepare_data"],
-    )
+    fixed = read_result("pipeline")["steps"]
+    merge = read_result("merge")["merge_and_proof"]["gb_per_second"] * 1e9
+    data = read_result("data")["one_process"]["rows_per_second"]["prepare_data"]
     plan = make_plan(config, SHIPPED_CONFIG, config.world_size)
     checkpoint = _weight_bytes(config)
     common = {
@@ -121,7 +119,7 @@ def _stock_seconds(config: RunConfig, plan: Plan) -> float:
         answer=blocks * architecture.canvas,
     )
     logits = STOCK_BATCH * architecture.canvas * architecture.vocabulary
-    moved = _result("evaluation")["shapes"]["head"]["stock_bytes_per_logit"] * logits
+    moved = read_result("evaluation")["shapes"]["head"]["stock_bytes_per_logit"] * logits
     step = trunk_seconds(architecture, shape, accelerator)
     step += moved / (accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE)
     batches = -(-config.evaluate.rows // STOCK_BATCH)
@@ -141,11 +139,6 @@ def _validation(config: RunConfig, plan: Plan) -> float:
 def _weight_bytes(config: RunConfig) -> int:
     shape = AnswerShape(rows=1, ep=1, prompt=1, answer=1)
     return answer_memory(read_architecture(config, SHIPPED_CONFIG), shape)["weights"]
-
-
-def _result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from canvastune.data.packing import Example
@@ -59,10 +59,8 @@ class PlainBatch:
         tokens = torch.zeros(len(examples), longest, dtype=torch.int64)
         next_targets = torch.full_like(tokens, IGNORED)
         canvas = torch.zeros(len(examples), blocks * size, dtype=torch.int64)
-        canvas_targets, canvas_positions = (
-            torch.full_like(canvas, IGNORED),
-            torch.zeros_like(canvas),
-        )
+        canvas_targets = torch.full_like(canvas, IGNORED)
+        canvas_positions = torch.zeros_like(canvas)
         starts = torch.zeros(
             len(examples), blocks * size, dtype=torch.int64
         )  # of the block that a canvas position is in
@@ -115,17 +113,7 @@ class PlainBatch:
 
     def to(self, device: torch.device) -> PlainBatch:
         """Return the batch with its tensors on `device`."""
-
-        def moved(value: Any) -> Any:
-            return (
-                {kind: mask.to(device) for kind, mask in value.items()}
-                if isinstance(value, dict)
-                else value.to(device)
-            )
-
-        return PlainBatch(
-            **{field.name: moved(getattr(self, field.name)) for field in fields(self)}
-        )
+        return PlainBatch(**tree_map(lambda tensor: tensor.to(device), vars(self)))
 
 
 def plain_twin(model: nn.Module, config: DiffusionGemmaConfig) -> DiffusionGemmaForBlockDiffusion:

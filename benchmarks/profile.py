@@ -63,15 +63,10 @@ def costs_table(found: dict[str, Any]) -> str:
         f" {cost['calls']:>6}  {_shapes(cost['shapes'])}"
         for cost in found["costs"]
     ]
-    return "\n".join(
-        [
-            *lines,
-            (
-                f"  busy for {found['busy_seconds']:.3f} s of {found['seconds']:.3f} s, the"
-                " profiler included"
-            ),
-        ]
+    lines.append(
+        f"  busy for {found['busy_seconds']:.3f} s of {found['seconds']:.3f} s, the profiler included"
     )
+    return "\n".join(lines)
 
 
 def _shapes(shapes: list[Any]) -> str:

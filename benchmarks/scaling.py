@@ -64,22 +64,10 @@ class Case:
 
     def step(self, self_conditioning: float) -> StepShape:
         """Return one rank's share of the global batch, in one forward."""
-        share, canvas, start = (
-            BATCH // self.ranks,
-            MODEL["canvas"],
-            (PREFIX + CLEAN - MODEL["canvas"]) // 2,
-        )  # blocks drawn evenly
-        return StepShape(
-            self.ranks,
-            self.ep,
-            share,
-            1,
-            CLEAN,
-            canvas,
-            True,
-            self_conditioning,
-            chosen_start=start,
-        )
+        share, canvas = BATCH // self.ranks, MODEL["canvas"]
+        sizes = (self.ranks, self.ep, share, 1, CLEAN, canvas)
+        start = (PREFIX + CLEAN - canvas) // 2  # blocks drawn evenly
+        return StepShape(*sizes, True, self_conditioning, chosen_start=start)
 
     def config(self, self_conditioning: float) -> RunConfig:
         config = bench_recipe(
@@ -227,10 +215,8 @@ def collect(
     bound[EXCHANGE] = (
         rows * architecture.hidden * architecture.compute_bytes
     )  # of the experts that the router chose
-    peaks, planned = (
-        [rank["peak"] for rank in found],
-        sum(peak(memory_timeline(architecture, step))[1].values()),
-    )
+    peaks = [rank["peak"] for rank in found]
+    planned = sum(peak(memory_timeline(architecture, step))[1].values())
     return {
         "case": dataclasses.asdict(case),
         "received": {
@@ -263,10 +249,8 @@ def released() -> list[dict[str, Any]]:
         step = StepShape(
             ranks, ep, 1, 1, 1024, architecture.canvas, checkpointing=True, self_conditioning=0.5
         )
-        planned, bound = (
-            flops.count_bytes(architecture, step),
-            lower_bound(architecture, step, flops.any_self_conditioning_share(step)),
-        )
+        planned = flops.count_bytes(architecture, step)
+        bound = lower_bound(architecture, step, flops.any_self_conditioning_share(step))
         most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank
         once = (
             remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most
@@ -347,11 +331,8 @@ def page(
         if over
         else f"within {BOUND} everywhere"
     )
-    wide, loss, memory = (
-        several[-1],
-        max(row["losses_difference"] for row in rows),
-        max(row["off_plan"] for row in rows),
-    )
+    wide, loss = several[-1], max(row["losses_difference"] for row in rows)
+    memory = max(row["off_plan"] for row in rows)
     first, last = (
         sum(n for name, n in wide["gathers"].items() if f".{i}.self_attn" in name)
         for i in (0, m["layers"] - 1)

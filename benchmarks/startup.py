@@ -40,7 +40,7 @@ RECIPE = "pipelines/recipes/gsm8k_lora.yaml"  # of a checkout
 
 
 def main() -> int:
-    parser = command_parser("startup", __doc__)
+    parser = command_parser("benchmarks.startup", __doc__)
     parser.add_argument("--baseline", type=Path, help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--demo", action="store_true")

@@ -91,7 +91,7 @@ SHAPES = {
 
 
 def main() -> int:
-    parser = command_parser("step", __doc__)
+    parser = command_parser("benchmarks.step", __doc__)
     add_shapes(parser)
     parser.add_argument(
         "--rounds", type=int, help="timed runs of each side; default: 2 or 3 by shape"

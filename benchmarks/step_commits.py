@@ -29,7 +29,7 @@ SIDES = ("this", "baseline")
 
 
 def main() -> int:
-    parser = command_parser("step_commits", __doc__)
+    parser = command_parser("benchmarks.step_commits", __doc__)
     parser.add_argument(
         "baseline", type=Path, metavar="CHECKOUT", help="root of the other checkout"
     )

@@ -15,7 +15,12 @@ from canvastune.config.strict import InvalidSetting
 from canvastune.errors import UserError
 from components.jobs.pod_spec import STEP_ONLY
 
-_SOURCES = ("persistentVolumeClaim", "configMap", "secret", "emptyDir")
+_SOURCES = {  # of volumes, and the fields of each
+    "persistentVolumeClaim": {"claimName"},
+    "configMap": {"name", "optional"},
+    "secret": {"secretName", "optional"},
+    "emptyDir": {"medium", "sizeLimit"},
+}
 
 
 class StepsConfig(PodSettings):
@@ -38,9 +43,7 @@ class StepsConfig(PodSettings):
             )
         for number, volume in enumerate(self.extra_volumes):
             (source,) = set(volume) - {"name"}
-            allowed = {"persistentVolumeClaim": {"claimName"}, "configMap": {"name", "optional"}}
-            allowed |= {"secret": {"secretName", "optional"}, "emptyDir": {"medium", "sizeLimit"}}
-            if source not in _SOURCES or set(volume[source] or {}) - allowed[source]:
+            if source not in _SOURCES or set(volume[source] or {}) - _SOURCES[source]:
                 raise InvalidSetting(
                     f"steps.extra_volumes[{number}]: Kubeflow Pipelines takes "
                     f"{', '.join(_SOURCES)} by name, found {json.dumps(volume)}",

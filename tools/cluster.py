@@ -89,10 +89,8 @@ def find_cluster(namespace: str | None) -> Cluster:
         )
     try:
         config.load_kube_config(place, client_configuration=settings)
-        core, crds = (
-            client.CoreV1Api(api := client.ApiClient(settings)),
-            client.ApiextensionsV1Api(api),
-        )
+        api = client.ApiClient(settings)
+        core, crds = client.CoreV1Api(api), client.ApiextensionsV1Api(api)
         wanted = {
             "field_selector": "metadata.name=pytorchjobs.kubeflow.org",
             "_preload_content": False,
@@ -134,10 +132,8 @@ def find_cluster(namespace: str | None) -> Cluster:
 
 def chart_values(cluster: Cluster, images: dict[str, str], access_mode: str) -> dict[str, Any]:
     """Return the values of a release that trains on the CPU of a small cluster."""
-    profile, pipeline = (
-        cluster.home != cluster.kubeflow,
-        f"http://ml-pipeline.{cluster.kubeflow}.svc.cluster.local:8888",
-    )
+    profile = cluster.home != cluster.kubeflow
+    pipeline = f"http://ml-pipeline.{cluster.kubeflow}.svc.cluster.local:8888"
     upload = (
         {"serviceAccount": "default-editor", "tokenAudience": "pipelines.kubeflow.org"}
         if profile

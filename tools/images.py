@@ -119,10 +119,8 @@ def check_image(image: str, *, kfp: bool) -> None:
     settings.
     """
     about = describe(image)
-    config, layers = (
-        about["Config"],
-        docker("history", "--no-trunc", "--format={{.CreatedBy}}", image),
-    )
+    config = about["Config"]
+    layers = docker("history", "--no-trunc", "--format={{.CreatedBy}}", image)
     assert config["User"] == "10001:10001", config["User"]
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     leaked = [

@@ -28,10 +28,8 @@ _LENGTHS = {
     MinLen: ("min_length", "minimum length {}"),
     MaxLen: ("max_length", "maximum length {}"),
 }
-_SCALAR_END, _PIPE = (
-    "\n...",
-    r"\|",
-)  # the end of a YAML document that is one value; a bar in a table cell
+_SCALAR_END = "\n..."  # the end of a YAML document that is one value
+_PIPE = r"\|"  # a bar in a table cell
 _INTRODUCTION = """# Recipes
 
 A recipe is a YAML file that describes a run. Only two keys have no default, so this is the shortest

@@ -10,7 +10,6 @@ kind rounds differently, and --check compares the losses. tools/NAME.json has wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.measure import machine
+from benchmarks.measure import command_parser, machine
 from canvastune.config import load_config
 from canvastune.config.loading import known_keys
 from canvastune.config.strict import affects_weights, flatten
@@ -90,11 +89,7 @@ BASES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        "tools.tiny_base",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("tools.tiny_base", __doc__)
     parser.add_argument("name", nargs="?", choices=BASES, default=SHIPPED_BASE.name)
     parser.add_argument("--check", action="store_true", help="compare with what is there")
     parser.add_argument("--work", type=Path, help="folder that is kept; default: a temporary one")

@@ -126,6 +126,7 @@ class KubernetesClient:
         self._unseen: set[str] = set()  # kinds that this account may not list
         self._custom = kubernetes.CustomObjectsApi(client)
         self._job_path = (kind.group, kind.version, namespace, kind.plural)
+        self._workflow_path = (*_WORKFLOWS[:2], namespace, _WORKFLOWS[2])
 
     @classmethod
     def from_environment(cls, kind: Kind) -> KubernetesClient:
@@ -245,14 +246,11 @@ class KubernetesClient:
 
     def workflow(self, name: str) -> Object | None:
         """Return an Argo workflow; None if there is none."""
-        group, version, plural = _WORKFLOWS
-        return self._get((group, version, self.namespace, plural), name)
+        return self._get(self._workflow_path, name)
 
     def workflows(self, labels: str) -> list[Object]:
         """Return the Argo workflows that a label selector finds."""
-        group, version, plural = _WORKFLOWS
-        path = (group, version, self.namespace, plural)
-        return self._list(path, labels, not_found={"items": []})
+        return self._list(self._workflow_path, labels, not_found={"items": []})
 
     def server_version(self) -> str:
         """Return the API server's version, such as v1.36.2."""

@@ -314,12 +314,12 @@ class _Launcher:
         """Log why pods are not there or not running; stop waiting if they never will be."""
         now = self._clock.time()
         pods = self._api.pods(self._selector())
-        blockers = [
-            blocker
-            for pod in pods
-            if pod["status"].get("phase") == "Pending"
-            and (blocker := self._find_blocker(pod)) is not None
-        ]
+        blockers = []
+        for pod in pods:
+            if pod["status"].get("phase") == "Pending":
+                events = self._api.events(pod["metadata"]["name"])
+                found = pod_diagnostics.find_blocker(pod, events, self._config)
+                blockers += [found] if found else []
         if len(pods) < self._config.cluster.nodes:
             if now - self._looked_at >= _LOOK_SECONDS:
                 self._looked_at, self._job_blocker = now, self._find_job_blocker(job, row)
@@ -340,10 +340,6 @@ class _Launcher:
             )
         if blocker.permanent and now - self._blocked_since >= _BLOCKED_SECONDS:
             self._give_up(blocker.message, blocker.hint)
-
-    def _find_blocker(self, pod: Object) -> PodBlocker | None:
-        events = self._api.events(pod["metadata"]["name"])
-        return pod_diagnostics.find_blocker(pod, events, self._config)
 
     def _find_job_blocker(self, job: Object, row: Transition) -> PodBlocker | None:
         """Find why the job's pods are not created, from every object between it and them."""

@@ -76,12 +76,8 @@ def problem_rows(count: int = 40) -> list[dict[str, str]]:
     names, things = ("Tom", "Ana", "Ben", "Eva", "Sam"), ("apples", "books", "coins", "pens")
     rows = []
     for index in range(count):
-        name, thing, first, second = (
-            names[index % 5],
-            things[index // 5 % 4],
-            1 + index % 9,
-            1 + index // 9,
-        )
+        name, thing = names[index % 5], things[index // 5 % 4]
+        first, second = 1 + index % 9, 1 + index // 9
         question = (
             f"{name} has {first} {thing}. {name} buys {second} more. How many {thing} does {name}"
             " have now?"
