@@ -367,15 +367,8 @@ def _balance(ranks: int, size: int, forwards: int) -> dict[str, Any]:
             ("shared_out", balance_microbatches(tokens, again, ranks, size)),
         ):
             sums[name] += _busiest(forward, tokens, again)
-        ideal += (
-            np.array(
-                [
-                    sum(tokens),
-                    4 * sum(tokens) + sum(again),
-                ]
-            )
-            / ranks
-        )
+        every = sum(tokens)
+        ideal += np.array([every, 4 * every + sum(again)]) / ranks
     found = {
         name: {"one_pass": float(one), "step": float(step)}
         for name, (one, step) in ((n, s / ideal) for n, s in sums.items())

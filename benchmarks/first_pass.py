@@ -283,14 +283,10 @@ def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[s
                     torch.tensor(losses_found),
                     *[gradient.clone() for gradient in gradients],
                 ]
-                off = total(
-                    *(
-                        (a - b).square().sum(dtype=torch.float64)
-                        for a, b in zip(gradients, first[1:], strict=True)
-                    )
-                )
-                size = total(
-                    *(gradient.square().sum(dtype=torch.float64) for gradient in first[1:])
+                apart_by = [a - b for a, b in zip(gradients, first[1:], strict=True)]
+                off, size = (
+                    total(*(each.square().sum(dtype=torch.float64) for each in tensors))
+                    for tensors in (apart_by, first[1:])
                 )
                 apart = abs(losses_found / float(first[0]) - 1), math.sqrt(off / size)
                 gathers = max(traffic.gathers.values(), default=0)
@@ -305,13 +301,11 @@ def figures(model: WeightTiedDiffusionGemma, length: int, chosen: str) -> dict[s
             "gradient_difference": apart[1],
         }
     sides = {form: side(model, form, batches, weights) for form in FORMS}
-    seconds = (
-        alternate(sides, ROUNDS)
-        if world_size == 1
-        else {}
-        if drawn
-        else {form: once(run) for form, run in sides.items()}
-    )
+    seconds: dict[str, float] = {}
+    if world_size == 1:
+        seconds = alternate(sides, ROUNDS)
+    elif not drawn:
+        seconds = {form: once(run) for form, run in sides.items()}
     for form, value in seconds.items():
         result[form]["seconds"] = highest(value)
     return result

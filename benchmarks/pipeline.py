@@ -92,17 +92,8 @@ def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, 
                 steps[name], last, name = now - begun, now, ""
     total = time.monotonic() - started
     if process.returncode or set(steps) != set(STEPS):
-        raise SystemExit(
-            "\n".join(
-                [
-                    *said,
-                    (
-                        f"the pipeline ended with exit code {process.returncode}; steps seen:"
-                        f" {', '.join(steps)}"
-                    ),
-                ]
-            )
-        )
+        ended = f"the pipeline ended with exit code {process.returncode}"
+        raise SystemExit("\n".join([*said, f"{ended}; steps seen: {', '.join(steps)}"]))
     return {
         "seconds": total,
         "outside": total - sum(steps.values()),

@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,15 @@ def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> d
     c, forwards = architecture.compute_bytes, step.micro_steps
     all_ranks, some_ranks = 1 - 1 / step.world_size, (1 - 1 / step.efsdp) / step.ep
 
+    def elements(weights: Iterable[Weight]) -> int:
+        return sum(weight.numel for weight in weights)
+
     def uses(weights: list[Weight]) -> float:
         """Elements gathered: every layer once a pass, but the last one's at hand where the backward
         pass begins.
         """
         layers = [
-            sum(weight.numel for weight in weights if weight.layer == index)
+            elements(weight for weight in weights if weight.layer == index)
             for index in range(len(architecture.layers))
         ]
         return (2 + pass_1) * sum(layers) - layers[-1]
@@ -119,21 +123,16 @@ def lower_bound(architecture: Architecture, step: StepShape, pass_1: float) -> d
     rows = step.tokens * architecture.experts_per_token * len(architecture.layers)
     passes = 2 + flops.recomputed_share(architecture, step) + flops.self_conditioning_share(step)
     crossings = 2 * passes  # there and back
+    root = elements(weight for weight in shared if weight.layer is None)
+    trained, trained_experts = (
+        elements(weight for weight in weights if weight.trained) for weights in (shared, spread)
+    )
     return {
         LAYERS_GATHER: forwards * c * all_ranks * uses(shared),
-        ROOT_GATHER: (
-            forwards
-            * c
-            * all_ranks
-            * sum(weight.numel for weight in shared if weight.layer is None)
-        ),
-        REDUCE: (
-            forwards * FLOAT * all_ranks * sum(weight.numel for weight in shared if weight.trained)
-        ),
+        ROOT_GATHER: forwards * c * all_ranks * root,
+        REDUCE: forwards * FLOAT * all_ranks * trained,
         EXPERTS_GATHER: forwards * c * some_ranks * uses(spread),
-        EXPERTS_REDUCE: (
-            forwards * FLOAT * some_ranks * sum(weight.numel for weight in spread if weight.trained)
-        ),
+        EXPERTS_REDUCE: forwards * FLOAT * some_ranks * trained_experts,
         EXCHANGE: forwards * c * (1 - 1 / step.ep) * crossings * rows * architecture.hidden,
     }
 
@@ -142,11 +141,8 @@ def remote_ranks(experts: int, experts_per_token: int, ep: int) -> float:
     """Other ranks among those of a token's K experts, expected for K experts drawn evenly: rows it
     would send if each went once a rank.
     """
-    return (ep - 1) * (
-        1
-        - math.comb(experts - experts // ep, experts_per_token)
-        / math.comb(experts, experts_per_token)
-    )
+    none_of_a_rank = math.comb(experts - experts // ep, experts_per_token)
+    return (ep - 1) * (1 - none_of_a_rank / math.comb(experts, experts_per_token))
 
 
 def rank_steps(folder: Path, ground: Path, cases: list[Case], self_conditioning: float) -> None:
@@ -252,17 +248,13 @@ def released() -> list[dict[str, Any]]:
         planned = flops.count_bytes(architecture, step)
         bound = lower_bound(architecture, step, flops.any_self_conditioning_share(step))
         most = architecture.experts_per_token * (1 - 1 / ep)  # rows of a token that leave the rank
-        once = (
-            remote_ranks(architecture.experts, architecture.experts_per_token, ep) / most
-            if most
-            else 0.0
-        )
+        away = remote_ranks(architecture.experts, architecture.experts_per_token, ep)
         rows.append(
             {
                 "case": dataclasses.asdict(Case(method, ranks, ep)),
                 "planned": planned,
                 "bound": bound,
-                "once_per_rank": once,
+                "once_per_rank": away / most if most else 0.0,
             }
         )
     return rows

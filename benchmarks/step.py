@@ -142,9 +142,8 @@ def main() -> int:
         for plain, goal in GOALS.items()
     )
     exact = all(row["gradient_difference"] < EXACT for row in rows.values())
-    return int(
-        not (met and exact and all(row["efficiency"]["ours"] >= EFFICIENT for row in rows.values()))
-    )
+    efficient = all(row["efficiency"]["ours"] >= EFFICIENT for row in rows.values())
+    return int(not (met and exact and efficient))
 
 
 def measure(shape: Shape) -> dict[str, Any]:

@@ -59,9 +59,8 @@ class Traffic(LiveBytes):
         def before(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             away = int((inputs[1] // (experts.num_experts // group.size()) != group.rank()).sum())
             in_backward = torch._C._current_graph_task_id() >= 0  # recomputed
-            self.needed += away * (
-                2 if in_backward else 4 if torch.is_grad_enabled() else 2 * has_coin
-            )
+            forward = 4 if torch.is_grad_enabled() else 2 * has_coin
+            self.needed += away * (2 if in_backward else forward)
 
         handle: RemovableHandle = experts.register_forward_pre_hook(before)
         return handle
@@ -85,14 +84,10 @@ class Traffic(LiveBytes):
     ) -> Callable[..., Any]:
         def told(parameters: list[Any], *args: Any, **kwargs: Any) -> Any:
             names = [parameter._param_fqn for parameter in parameters]
-            part = (
-                0
-                if all(".experts." in name for name in names)
-                else 1
-                if ".layers." in names[0]
-                else 2
-            )
-            self._kind = kinds[part]
+            experts, layers, root = kinds
+            self._kind = layers if ".layers." in names[0] else root
+            if all(".experts." in name for name in names):
+                self._kind = experts
             if "gather" in self._kind:
                 self.gathers[names[0]] += 1
             return function(parameters, *args, **kwargs)
@@ -104,17 +99,14 @@ class Traffic(LiveBytes):
         algorithm.
         """
         if operation == "allreduce_":
-            return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * (
-                1 - 1 / dist.ProcessGroup.unbox(args[1]).size()
-            )
+            others = 1 - 1 / dist.ProcessGroup.unbox(args[1]).size()
+            return SMALL, sum(tensor.nbytes for tensor in args[0]) * 2 * others
         output, given = args[:2]
         group = dist.ProcessGroup.unbox(args[2])
         if operation in ("_allgather_base_", "_reduce_scatter_base_"):
             return self._kind, abs(output.nbytes - given.nbytes)
         if operation == "alltoall_base_":
             whole = args[3] or [len(output) // group.size()] * group.size()
-            others = sum(whole) - whole[group.rank()]
-            return EXCHANGE if output.is_floating_point() else SMALL, (
-                others * output[:1].nbytes if len(output) else 0
-            )
+            received = (sum(whole) - whole[group.rank()]) * output[:1].nbytes
+            return EXCHANGE if output.is_floating_point() else SMALL, received
         raise RuntimeError(f"{operation}: a collective that the benchmark cannot count")

@@ -41,6 +41,7 @@ from pipelines.warm_start import search_path, server_id, step_variables
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_TIMEOUT = 90.0  # seconds for a step to end after Ctrl-C, or longer: `train.stop_grace`
+_NO_RESUME = "`canvastune runs` lists all runs. Without --resume, a new one is started."
 _REPORT_EVERY = 10.0  # seconds between lines that say what is waited for
 _AT_THE_END = {"train": "save its state", "evaluate": "keep its answers"}  # of a step's process
 
@@ -240,8 +241,7 @@ def _end_children(step: str, grace: float) -> None:
                 process.send_signal(signal.SIGTERM)
     if not json_requested():
         print(file=sys.stderr)  # below the terminal's ^C
-    timeout = max(_SHUTDOWN_TIMEOUT, grace + _SHUTDOWN_TIMEOUT / 3)
-    _wait_for(children, step or "the run", timeout)
+    _wait_for(children, step or "the run", grace)
 
 
 def _wait_for_orphans(folder: Path, killed: Owner, grace: float) -> None:
@@ -249,8 +249,7 @@ def _wait_for_orphans(folder: Path, killed: Owner, grace: float) -> None:
     children = [process for process in psutil.process_iter() if _is_step(process, str(folder))]
     if children:
         logger.info(f"run {folder.name}: its earlier attempt ({killed}) was killed")
-        timeout = max(_SHUTDOWN_TIMEOUT, grace + _SHUTDOWN_TIMEOUT / 3)
-        _wait_for(children, "its step", timeout)
+        _wait_for(children, "its step", grace)
 
 
 def _is_step(process: psutil.Process, argument: str = "") -> bool:
@@ -262,9 +261,10 @@ def _is_step(process: psutil.Process, argument: str = "") -> bool:
     return "kfp.dsl.executor_main" in command and any(argument in word for word in command)
 
 
-def _wait_for(processes: list[psutil.Process], step: str, timeout: float) -> None:
-    """Wait for the processes of a step to end, and say so; kill them after the timeout."""
+def _wait_for(processes: list[psutil.Process], step: str, grace: float) -> None:
+    """Wait for the processes of a step to end, and say so; kill them after a timeout."""
     what = _AT_THE_END.get(step, "end")
+    timeout = max(_SHUTDOWN_TIMEOUT, grace + _SHUTDOWN_TIMEOUT / 3)
     logger.info(
         f"waiting for {step} to {what}, for at most {timeout:.0f} s",
         extra=event("waiting", step=step, seconds=timeout),
@@ -331,14 +331,14 @@ def _choose_folder(
         if resume and record is None:
             raise UserError(
                 f"--resume: found no run in {folder}",
-                hint="`canvastune runs` lists all runs. Without --resume, a new one is started.",
+                hint=_NO_RESUME,
             )
         return folder
     unfinished = unfinished_runs(workspace, config)
     if resume and not unfinished:
         raise UserError(
             f"--resume: found no unfinished run of this recipe in {workspace / 'runs'}",
-            hint="`canvastune runs` lists all runs. Without --resume, a new one is started.",
+            hint=_NO_RESUME,
         )
     if resume:
         logger.info(f"resuming {_describe(unfinished[-1])}")

@@ -75,11 +75,9 @@ def wait_for(
 
 def steps_done(output: Path) -> int:
     """Return the last step in metrics.jsonl."""
-    return (
-        max((record["step"] for record in records(output, "train")), default=0)
-        if (output / "metrics.jsonl").exists()
-        else 0
-    )
+    if not (output / "metrics.jsonl").exists():
+        return 0
+    return max((record["step"] for record in records(output, "train")), default=0)
 
 
 def complete(output: Path) -> list[int]:
@@ -319,9 +317,8 @@ def _row(number: int, kill: Kill) -> str:
 
 
 def _error(said: str) -> str:
-    return next(
-        line for line in said.splitlines() if line.startswith("canvastune: error: ")
-    ).removeprefix("canvastune: error: ")
+    prefix = "canvastune: error: "
+    return next(line for line in said.splitlines() if line.startswith(prefix)).removeprefix(prefix)
 
 
 if __name__ == "__main__":

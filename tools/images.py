@@ -141,6 +141,20 @@ def check_image(image: str, *, kfp: bool) -> None:
     )
 
 
+def check_build(
+    report: Report, images: Builder, name: str, image: str, base: str, torch: str = "cpu"
+) -> None:
+    """Build an image, and check it."""
+    dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
+    with report.claim(f"docker/{name}.Dockerfile builds as {image}"):
+        images.build(dockerfile, image, base, torch)
+    with report.claim(
+        f"{image}: non-root, labeled, with an SBOM, kfp only in the pipeline image, nothing of "
+        "this machine"
+    ):
+        check_image(image, kfp=name == "pipeline")
+
+
 def check_compiler(image: str) -> None:
     """Check that an image for CUDA compiles Triton's launcher with its own compiler, confined."""
     script = Path(__file__).with_name("image_compiler.py")
@@ -255,11 +269,8 @@ def check_hosts() -> None:
 
 def check_page(scratch: Path) -> None:
     """Check that a browser renders MLflow's page with the experiment of the pipeline's run."""
-    browser = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         raise Refused("no Chromium; run `apt-get install chromium`")
     options = [
@@ -387,28 +398,14 @@ def main() -> int:
             print(f"SKIPPED  everything: {error}\n0 passed, 0 failed, 1 skipped")
             return 0
         for name, image in IMAGES.items():
-            dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
-            with report.claim(f"docker/{name}.Dockerfile builds"):
-                images.build(dockerfile, image, base)
-            with report.claim(
-                f"{name}: non-root, labeled, with an SBOM, kfp only in the pipeline image, "
-                "nothing of this machine"
-            ):
-                check_image(image, kfp=name == "pipeline")
+            check_build(report, images, name, image, base)
         wanted = default_base(ROOT / "docker" / "trainer.Dockerfile")
         cuda_base = base_image(wanted)
         with report.claim(f"images for CUDA are on {wanted}"):
             if cuda_base != wanted:
                 raise Refused(f"it cannot be pulled, {cuda_base} took its place")
         for name, image in CUDA_IMAGES.items():
-            dockerfile = ROOT / "docker" / f"{name}.Dockerfile"
-            with report.claim(f"docker/{name}.Dockerfile builds with torch for CUDA"):
-                images.build(dockerfile, image, cuda_base, "cuda")
-            with report.claim(
-                f"{name} for CUDA: non-root, labeled, with an SBOM, kfp only in the pipeline "
-                "image, nothing of this machine"
-            ):
-                check_image(image, kfp=name == "pipeline")
+            check_build(report, images, name, image, cuda_base, "cuda")
             with report.claim(f"Triton builds its launcher with the compiler of {name} for CUDA"):
                 check_compiler(image)
         with report.claim("the tests of CUDA without a GPU pass in the trainer's image"):

@@ -475,22 +475,10 @@ def _docstring_hits(path: str, text: str) -> Iterator[Hit]:
 def files(paths: list[Path]) -> Iterator[Path]:
     """Yield the files below `paths`; without any, those that git knows or would add."""
     if not paths:
-        command = [
-            "git",
-            "-C",
-            str(ROOT),
-            "ls-files",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-            "-z",
-        ]
-        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        yield from (
-            ROOT / name
-            for name in sorted(set(listed.split("\0")) - {""})
-            if (ROOT / name).is_file()
-        )
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        names = sorted(set(listed.stdout.split("\0")) - {""})
+        yield from (ROOT / name for name in names if (ROOT / name).is_file())
     for path in paths:
         if path.is_dir():
             yield from sorted(

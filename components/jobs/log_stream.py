@@ -76,8 +76,7 @@ class LogStream:
         """Print what rank 0 has written since the last call."""
         for pod in self._api.pods(self._selector):
             self._follow(pod)
-            for line in self._new_lines(pod["metadata"]["name"], previous=False):
-                self._print(line)
+            self._print_new(pod["metadata"]["name"])
 
     def last_lines(self) -> str:
         """Return the last relayed lines as the end of a message; "" if there were none."""
@@ -91,8 +90,7 @@ class LogStream:
             self._pod, self._restarts = uid, restarts
             self._position = LogPosition()
         if restarts > self._restarts:
-            for line in self._new_lines(name, previous=True):
-                self._print(line)
+            self._print_new(name, previous=True)
             statuses = own_containers(pod)
             ends = [end for status in statuses if (end := terminated_state(status))]
             how = f" ({ends[0].get('reason')}, exit code {ends[0].get('exitCode')})" if ends else ""
@@ -103,14 +101,12 @@ class LogStream:
             self._restarts = restarts
             self._position = LogPosition()
 
-    def _new_lines(self, pod: str, *, previous: bool) -> list[str]:
+    def _print_new(self, pod: str, *, previous: bool = False) -> None:
         tail, self._tail = self._tail, None
-        return self._position.new_lines(
+        for line in self._position.new_lines(
             self._api, pod, tail=tail, previous=previous, container=self._container
-        )
-
-    def _print(self, line: str) -> None:
-        if line.startswith(FIRST_RANK):
-            text = line.removeprefix(FIRST_RANK).removeprefix(" ")
-            self._last_lines.append(text)
-            print(text, flush=True)  # a formatted line of the pod's own log
+        ):
+            if line.startswith(FIRST_RANK):
+                text = line.removeprefix(FIRST_RANK).removeprefix(" ")
+                self._last_lines.append(text)
+                print(text, flush=True)  # a formatted line of the pod's own log

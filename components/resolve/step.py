@@ -135,15 +135,8 @@ def resolve(
             shutil.rmtree(folder / name, ignore_errors=True)
     elif earlier is not None:
         _refuse_other(folder, earlier, claim, config)
-        _remove_outdated(
-            folder,
-            [
-                key
-                for key, *_ in changed_settings(
-                    json.loads(earlier.config), config, affecting_weights=False
-                )
-            ],
-        )
+        changed = changed_settings(json.loads(earlier.config), config, affecting_weights=False)
+        _remove_outdated(folder, [key for key, *_ in changed])
     write_record(folder, claim)
     url = f"{kubeflow_url.rstrip('/')}/#/runs/details/{job_id}" if kubeflow_url else ""
     about = {"pipeline_job": job_name, "pipeline_url": url, "pipeline_image": pipeline_image}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,10 @@ from canvastune.io.byte_size import format_bytes
 from canvastune.planner.plan import Plan, refuse_if_too_big
 from canvastune.planner.planner import find_architecture, make_plan
 from pipelines.doctor.finding import Finding
-from pipelines.doctor.machine import host_memory, hub_cache, usable_cpus
+from pipelines.doctor.machine import Gpu, find_gpus, host_memory, hub_cache, usable_cpus
 
 _WEIGHT_BYTES = 2  # of a stored weight: checkpoints are in bfloat16
 _CLOSE = 0.97  # a GPU reports a little less memory than its datasheet's
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An accelerator of this machine."""
-
-    name: str
-    memory: int  # bytes
-
-
-def find_gpus() -> list[Gpu]:
-    """Return the GPUs that torch can use."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(each) for each in range(torch.cuda.device_count())]
-    return [Gpu(each.name, each.total_memory) for each in found]
 
 
 def check_hardware(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,9 @@ def check_torch() -> Iterator[Finding]:
             "ok",
             f"{torch.__version__}, a build for CUDA {torch.version.cuda or torch.version.hip}",
         )
-    if torch.cuda.is_available():
-        devices = [
-            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
-        ]
-        yield Finding(
-            "gpu",
-            "ok",
-            "; ".join(f"{device.name}, {device.total_memory / _GB:.0f} GB" for device in devices),
-        )
+    if usable := find_gpus():
+        found = "; ".join(f"{gpu.name}, {gpu.memory / _GB:.0f} GB" for gpu in usable)
+        yield Finding("gpu", "ok", found)
     elif gpus and torch.version.cuda is not None:
         found = f"{'; '.join(gpus)}: torch cannot use it"
         cuda = torch.version.cuda
@@ -150,6 +145,24 @@ def check_torch() -> Iterator[Finding]:
             "none found: enough for the tiny recipes and for submitting, not for the released model"
         )
         yield Finding("gpu", "warning", found)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator of this machine."""
+
+    name: str
+    memory: int  # bytes
+
+
+def find_gpus() -> list[Gpu]:
+    """Return the GPUs that torch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(each) for each in range(torch.cuda.device_count())]
+    return [Gpu(each.name, each.total_memory) for each in found]
 
 
 def _gpus() -> list[str]:

@@ -31,9 +31,15 @@ from canvastune.planner.planner import SHIPPED_CONFIG
 from pipelines.cli import main
 from pipelines.doctor.doctor import print_findings, run_check
 from pipelines.doctor.finding import DoctorOptions, Finding
-from pipelines.doctor.hardware import Gpu, check_hardware
+from pipelines.doctor.hardware import check_hardware
 from pipelines.doctor.later_steps import check_evaluation
-from pipelines.doctor.machine import check_disk, check_packages, check_torch, installed_version
+from pipelines.doctor.machine import (
+    Gpu,
+    check_disk,
+    check_packages,
+    check_torch,
+    installed_version,
+)
 from pipelines.doctor.sources import check_data, check_model
 from pipelines.doctor.tracking import check_tracking
 from tests.support.findings import only
