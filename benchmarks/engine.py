@@ -57,7 +57,7 @@ def loaded_model(
 
 
 def allocate_gradients(model: torch.nn.Module) -> None:
-    """Give each trained parameter a gradient of zeros, which a measured step adds to."""
+    """Set each trained parameter's gradient to zeros, which a measured step adds to."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 

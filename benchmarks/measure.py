@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -188,6 +188,17 @@ def command_parser(name: str, about: str | None) -> argparse.ArgumentParser:
     """Return the parser of `python -m NAME`, whose help shows the module's docstring."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(name, description=about, formatter_class=formatter)
+
+
+def one_of(known: Collection[str]) -> Callable[[str], str]:
+    """Return the type of an argument that may be left out; argparse's `choices` would refuse that."""
+
+    def check(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {', '.join(known)}")
+        return text
+
+    return check
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from benchmarks.measure import (
     alternate,
     command_parser,
     matmul_rate,
+    one_of,
     say,
     worker,
     write_result,
@@ -86,7 +87,7 @@ def main() -> int:
     parser.add_argument(
         "shapes",
         nargs="*",
-        choices=SHAPES,
+        type=one_of(SHAPES),
         metavar="SHAPE",
         help=f"of {', '.join(SHAPES)}; default: {', '.join(DEFAULT)}",
     )

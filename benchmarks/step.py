@@ -29,6 +29,7 @@ from benchmarks.measure import (
     command_parser,
     extra_memory,
     matmul_rate,
+    one_of,
     say,
     write_result,
 )
@@ -203,7 +204,7 @@ def measure(shape: Shape) -> dict[str, Any]:
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names shapes; none are all."""
     about = f"default: all of {', '.join(SHAPES)}"
-    parser.add_argument("shapes", nargs="*", choices=SHAPES, metavar="SHAPE", help=about)
+    parser.add_argument("shapes", nargs="*", type=one_of(SHAPES), metavar="SHAPE", help=about)
 
 
 def write_model(
