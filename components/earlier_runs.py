@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def find_pages(config: RunConfig, folder: Path) -> tuple[tuple[str, str], ...]:
     uri, pages = tracking_uri(config, workspace_of(folder)), []
     if page := run_page(pipeline_run(config, folder, "")):
         local = uri.startswith("sqlite")
-        title = f"MLflow (start it by: mlflow ui --backend-store-uri {uri})" if local else "MLflow"
-        pages.append((title, f"{MLFLOW_UI if local else connect(uri)}{page}"))
+        start = f" (start it by: mlflow ui --backend-store-uri {shlex.quote(uri)})" if local else ""
+        pages.append((f"MLflow{start}", f"{MLFLOW_UI if local else connect(uri)}{page}"))
     resolved = read_records(folder).steps.get("resolve")
     url = resolved.shows.get("run/tags", {}).get(PIPELINE_URL) if resolved else None
     if url:

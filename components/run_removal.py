@@ -13,7 +13,7 @@ from pathlib import Path
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
-from canvastune.tracking.client import TrackingError, connect, tracking_uri
+from canvastune.tracking.client import TrackingError, connect, database_file, tracking_uri
 from canvastune.tracking.model_registry import CANDIDATE, aliases_of
 from components.run_directory import RunRecord, read_record
 from components.run_list import RunInfo, disk_bytes, list_runs
@@ -159,7 +159,7 @@ def _refuse_served(run: RunInfo, workspace: Path) -> list[str]:
         return []
     config = parse_config(record.config, f"{run.folder}/run.json")
     uri = tracking_uri(config, workspace)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith("sqlite:///") and not database_file(uri).exists():
         return []  # asking would create it
     server = connect(uri)
     try:

@@ -34,7 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         signal.SIGTERM, signal.default_int_handler
     )  # SIGTERM ends the run's processes too
     try:
-        return COMMANDS[options.command](options) or 0
+        code = COMMANDS[options.command](options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What reads the output has ended, as `head` does. Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         log_error(error)
         return 1

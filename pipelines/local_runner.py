@@ -394,7 +394,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
     run = pipeline_run(config, folder, "")
     page = run_page(run) or ""
     if uri.startswith("sqlite"):
-        lines["MLflow"] = f"{shell_command('mlflow')} ui --backend-store-uri {uri}"
+        lines["MLflow"] = f"{shell_command('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
         lines["MLflow page"] = f"{MLFLOW_UI}{page}"
     else:
         lines["MLflow"] = f"{connect(uri)}{page}"

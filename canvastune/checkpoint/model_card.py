@@ -214,7 +214,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
         ("source", _code(data.get("source"))),
         ("format", _code(data.get("format"))),
         ("rows read", _number(data.get("rows_read"))),
-        ("rows kept", _number(data.get("kept"))),
+        ("examples kept", _number(data.get("kept"))),
         ("trained on", _number(data.get("train"))),
         ("held out", _number(data.get("validation"))),
         ("fingerprint", _code(str(data.get("fingerprint"))[:16])),

@@ -70,6 +70,11 @@ def refuse_missing(key: str, text: str, kind: str) -> None:
     path = Path(text).expanduser()
     if path.exists() or _ADDRESS.fullmatch(text):
         return
+    if path.is_symlink():
+        raise UserError(
+            f"{key}: {text}: a link to {path.readlink()}, which does not exist",
+            hint="Restore what it links to, or name another path.",
+        )
     names = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     if not is_path(text) and not ("/" in text and near):

@@ -241,7 +241,7 @@ def _log_summary(card: dict[str, Any], remarks: list[str]) -> None:
     for remark in [*remarks, *describe(card["near_duplicates"])]:
         logger.info(f"prepare_data: {remark}")
     if card["seconds"] > 2:
-        total = f"{card['rows_read']:,} rows read, {card['kept']:,} kept"
+        total = f"{card['rows_read']:,} rows read, {card['kept']:,} examples kept"
         logger.info(
             f"prepare_data: {total} ({card['train']:,} train, {card['validation']:,} validation) in"
             f" {card['seconds']} s"

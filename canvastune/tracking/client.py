@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
@@ -92,8 +93,15 @@ def tracking_uri(config: RunConfig, workspace: Path) -> str:
     uri = given or config.tracking.uri or "sqlite:///mlflow.db"
     scheme, _, path = uri.partition(":///")
     if scheme == "sqlite" and path and not path.startswith("/"):
-        uri = f"sqlite:///{(Path.cwd() if given else workspace.absolute()) / path}"
+        folder = str(Path.cwd() if given else workspace.absolute())
+        # SQLAlchemy reads % and ? of a path as those of an address.
+        uri = f"sqlite:///{folder.replace('%', '%25').replace('?', '%3F')}/{path}"
     return uri
+
+
+def database_file(uri: str) -> Path:
+    """Return the file of an embedded store, sqlite:///PATH."""
+    return Path(unquote(uri.removeprefix("sqlite:///")))
 
 
 @functools.cache
@@ -248,7 +256,7 @@ def _exclusive_opener(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    database = Path(uri.removeprefix("sqlite:///"))
+    database = database_file(uri)
     with file_lock(database.with_name(f".{database.name}.lock")):
         yield
 

@@ -201,8 +201,7 @@ class _Trace:
             "span_id": self._span_id,
             "create_time_ms": self._time,
             "last_update_time_ms": self._time,
-            "metadata": {"mlflow.assessment.sourceRunId": self._run},
-        }
+        }  # no run: MLflow then shows them in the pipeline run as well
         found: list[Assessment] = [
             Expectation(
                 name=_EXPECTED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig, write_config
@@ -161,7 +162,11 @@ def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None
     rows = read_answers(evaluation)
     # What is read comes first: MLflow's table is wider than its page.
     columns = dict.fromkeys((*_FIRST_COLUMNS, *(key for row in rows for key in row if key != "id")))
-    shown = [{name: row.get(name) for name in (*columns, "id")} for row in rows]
+    shown = [{name: _shown(row.get(name)) for name in (*columns, "id")} for row in rows]
     record.table(shown, of=("", "run/"))
     record.outputs(evaluation)
     record.answers(evaluation)
+
+
+def _shown(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value

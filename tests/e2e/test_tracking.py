@@ -76,6 +76,11 @@ def test_the_tracking_server_comes_from_environment_then_recipe_then_workspace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tracking.tracking_uri(config(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    strange = tmp_path / "is it 100%20?"
+    strange.mkdir()
+    store = tracking.tracking_uri(config(), strange)
+    server.load_mlflow().MlflowClient(store).create_experiment("one")
+    assert (strange / "mlflow.db").is_file(), "MLflow reads the workspace's path as another one"
     assert (
         tracking.tracking_uri(config(tracking={"uri": "sqlite:///own/m.db"}), tmp_path)
         == f"sqlite:///{tmp_path}/own/m.db"
@@ -369,6 +374,9 @@ def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(
     assert second.info.tags["canvastune.change"] == "lost"
     said = {each.name: (each.value, each.source.source_id) for each in second.info.assessments}
     assert said == {"expected_response": ("Because.", "data"), "score": (0.1, "chrf")}
+    assert {each.run_id for trace in shown for each in trace.info.assessments} == {None}, (
+        "the pipeline run's page leaves out what another run says of an answer"
+    )
 
 
 def test_the_address_of_a_run_opens_the_run_itself(workspace: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["plan", "recipe.yaml", "--gpus", "3"],
         ("parallel.ep: found 8", "one of"),
     ),
+    "data that is a link to nothing": (
+        ["prepare", "recipe.yaml", "--output", "out", "--set", "data.source=link.jsonl"],
+        ("data.source: link.jsonl: ", "/unmounted/rows.jsonl", "another path"),
+    ),
     "a host that is no address": (
         ["submit", "hub.yaml", "--host", "localhost"],
         ("--host localhost", "http", "For example"),
@@ -101,6 +106,7 @@ def test_every_command_refuses_in_one_message(
     )
     dense = json.loads((ground.model / "config.json").read_text())
     dense["text_config"]["moe_intermediate_size"] = None
+    (ground.folder / "link.jsonl").symlink_to("/unmounted/rows.jsonl")
     (ground.folder / "dense").mkdir()
     (ground.folder / "dense.yaml").mkdir()
     (ground.folder / "dense" / "config.json").write_text(json.dumps(dense))
@@ -120,3 +126,17 @@ def test_a_user_sees_the_same_from_a_shell(ground: Ground) -> None:
     assert "data.max_bad_row_fraction" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (ground.folder / "out").exists()
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)  # as of `| head` that has ended
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "completion", "bash"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
