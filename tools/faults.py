@@ -102,7 +102,7 @@ def unfinished(output: Path) -> list[tuple[Path, int]]:
 
 
 def phase_of(output: Path, before: set[tuple[Path, int]]) -> str:
-    """Find out what a run was doing, from what it left behind.
+    """Find out what a run was doing, from the files in its folder.
 
     `before`: the checkpoints that an earlier attempt left unfinished.
     """

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig, write_config
 from canvastune.evaluation.preflight import describe_answers, log_remarks
 from canvastune.tracking import StepRun, log_data
@@ -56,6 +57,8 @@ def train(
                 record.environment(),
             )
         else:
+            # The pods share its cache: their accelerators do not wait for a download.
+            resolve_model(config.model)
             context = _job_context(dataset, output, record)
             record.tags(run_job(config, context, output / "result.json", task))
     finally:

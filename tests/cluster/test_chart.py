@@ -31,9 +31,11 @@ from tests.support.cluster_rules import (
 )
 from tests.support.rendered_chart import (
     CI,
+    SERVERS,
     ci_values,
     cluster,
     every_ci_file,
+    every_server,
     installed,
     named,
     of_kind,
@@ -124,7 +126,7 @@ def test_nothing_is_cluster_wide_or_in_another_namespace(ci: str) -> None:
         assert document["metadata"].get("namespace", "team-a") == "team-a"
 
 
-@every_ci_file
+@every_server
 def test_every_port_has_a_protocol(ci: str) -> None:
     def ports(node: Any) -> list[dict[str, Any]]:
         if isinstance(node, dict):
@@ -260,7 +262,7 @@ def test_no_upgrade_deletes_or_renames_a_claim(before: str, after: str) -> None:
 
 def test_selectors_do_not_change_between_versions_or_values() -> None:
     selectors = [
-        of_kind(installed(ci), "Deployment")[0]["spec"]["selector"]["matchLabels"] for ci in CI
+        of_kind(installed(ci), "Deployment")[0]["spec"]["selector"]["matchLabels"] for ci in SERVERS
     ]
     assert all(selector == selectors[0] for selector in selectors), (
         "Kubernetes refuses such an upgrade"
@@ -485,6 +487,7 @@ def test_notes_show_three_commands_that_fit_the_values(ci: str) -> None:
         "ingress-tls-auth": "https://mlflow.example.com",
         "oidc": "https://mlflow.example.com",
         "company": "http://tools.example.com/mlflow",
+        "external-mlflow": "https://mlflow.example.com",
     }
     forwarded = "kubectl port-forward -n team-a service/canvastune-mlflow"
     assert addresses.get(ci, forwarded) in notes

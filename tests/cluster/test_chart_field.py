@@ -106,6 +106,25 @@ def test_a_company_s_authority_reaches_mlflow() -> None:
     assert {"name": "ca", "configMap": {"name": "company-ca"}} in pod["volumes"]
 
 
+def test_an_mlflow_that_exists_takes_the_place_of_the_charts() -> None:
+    values = ci_values("external-mlflow")
+    documents = render(values)
+    of_mlflow = [
+        each["kind"]
+        for each in documents
+        if each["metadata"]["name"] == "canvastune-mlflow" and each["kind"] != "ServiceAccount"
+    ]
+    assert of_mlflow == [], "objects of a server that nothing uses"
+    uri = values["mlflow"]["existingUri"]
+    assert cluster(documents)["env"]["MLFLOW_TRACKING_URI"] == uri
+    tested = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0]
+    assert tested["args"] == [uri]
+    assert uri in texts(values)["canvastune/templates/NOTES.txt"]
+    own = {"mlflow": {"existingUri": uri, "auth": {"enabled": True}}}
+    assert "mlflow.auth.enabled" in refusal(own), "a setting of a server that is not installed"
+    assert "existingUri" in refusal({"mlflow": {"existingUri": "https://user:word@example.com"}})
+
+
 def test_a_variable_can_come_from_a_secret() -> None:
     source = {"secretKeyRef": {"name": "aws", "key": "token"}}
     values = {"mlflow": {"env": {"A": "true", "AWS_SESSION_TOKEN": {"valueFrom": source}}}}

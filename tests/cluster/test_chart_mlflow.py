@@ -21,7 +21,7 @@ from mlflow.utils.validation import _validate_password
 
 from tests.support.rendered_chart import (
     cluster,
-    every_ci_file,
+    every_server,
     flag,
     installed,
     named,
@@ -39,7 +39,7 @@ def service_names(documents: list[dict[str, Any]]) -> list[str]:
     return [spelled for each in names for spelled in (each, f"{each}:{port}")]
 
 
-@every_ci_file
+@every_server
 def test_mlflow_accepts_every_name_of_its_service(ci: str) -> None:
     documents = installed(ci)
     container = server(documents)["containers"][0]
@@ -77,7 +77,7 @@ def test_old_and_new_server_never_share_a_file(ci: str, strategy: str | None) ->
     assert spec.get("strategy", {}).get("type") == strategy
 
 
-@every_ci_file
+@every_server
 def test_database_is_migrated_before_the_new_server(ci: str) -> None:
     pod = server(installed(ci))
     migrate, container = pod["initContainers"][0], pod["containers"][0]

@@ -17,6 +17,8 @@ CI = {
     for path in sorted((CHART / "ci").glob("*-values.yaml"))
 }
 every_ci_file = pytest.mark.parametrize("ci", CI)
+SERVERS = [ci for ci in CI if ci != "external-mlflow"]  # those that install MLflow
+every_server = pytest.mark.parametrize("ci", SERVERS)
 
 
 @functools.cache

@@ -211,6 +211,25 @@ def test_the_step_train_says_it_before_it_trains(
 # --- the generation config
 
 
+def test_the_base_model_is_there_before_a_job_asks_for_gpus(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def ask_for_gpus(*_: Any) -> None:
+        raise Stopped
+
+    downloaded: list[str] = []
+    config = recipe(rows, Path("team/model"), cluster={"backend": "pytorchjob"})
+    monkeypatch.setattr(training, "_job_context", lambda *_: None)
+    monkeypatch.setattr(training, "resolve_model", lambda model: downloaded.append(model.id))
+    monkeypatch.setattr(training, "run_job", ask_for_gpus)
+    with pytest.raises(Stopped):
+        training.train(config, None, tmp_path / "train", training.StepRun())
+    assert downloaded == ["team/model"]
+
+
 def test_a_usual_generation_config_gives_no_remark(
     tiny_model: Path, changed_model: Callable[..., Path]
 ) -> None:

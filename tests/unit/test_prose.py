@@ -58,6 +58,18 @@ SAMPLES = (
     ),
     *("It cannot be made.", "Make room there.", "When there is room.", "It does not answer."),
     *("It knows who you are.", "MLflow is away.", "What for?"),
+    *(
+        "At night, by symptom.",
+        "What it left behind.",
+        "A base that can do something.",
+        "No card is at hand.",
+        "What made it.",
+        "Set otherwise than the default.",
+    ),
+    *("Nothing but 3 checkpoints.", "The first thirtieth of the steps.", "Total loss in figures."),
+    *("To know before you use it.", "What the shell reads.", "It closes a run's books."),
+    *("A key that does not stand here.", "Where everything lies.", "Read on.", "It is believed."),
+    *("What no rung proves.", "This is not the real thing."),
 )
 RIGHT = (
     "We stand in for it, and it stands for a model.",

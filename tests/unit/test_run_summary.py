@@ -47,7 +47,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a run whose first step, last step and last thirtieth have different losses."""
+    """Write a run whose first step, last step and last 3% of steps have different losses."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     (folder / "train").mkdir(parents=True)
     records: list[dict[str, Any]] = []

@@ -184,13 +184,20 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
+{{/* "true" if the chart installs MLflow. */}}
+{{- define "canvastune.mlflow.installed" -}}
+{{- if not .Values.mlflow.existingUri -}}true{{- end -}}
+{{- end -}}
+
 {{/* "true" if MLflow stores anything in files. */}}
 {{- define "canvastune.mlflow.usesSqlite" -}}
-{{- if or (not .Values.mlflow.database.existingSecret.name) (and .Values.mlflow.auth.enabled (not .Values.mlflow.auth.database.existingSecret.name)) -}}true{{- end -}}
+{{- if not (include "canvastune.mlflow.installed" .) -}}
+{{- else if or (not .Values.mlflow.database.existingSecret.name) (and .Values.mlflow.auth.enabled (not .Values.mlflow.auth.database.existingSecret.name)) -}}true{{- end -}}
 {{- end -}}
 
 {{- define "canvastune.mlflow.usesVolume" -}}
-{{- if or (include "canvastune.mlflow.usesSqlite" .) (not .Values.mlflow.artifacts.destination) -}}true{{- end -}}
+{{- if not (include "canvastune.mlflow.installed" .) -}}
+{{- else if or (include "canvastune.mlflow.usesSqlite" .) (not .Values.mlflow.artifacts.destination) -}}true{{- end -}}
 {{- end -}}
 
 {{- define "canvastune.mlflow.claim" -}}
@@ -284,7 +291,9 @@ pod's own address, of either family, which probes and Prometheus call. */}}
 {{- end -}}
 
 {{- define "canvastune.mlflow.url" -}}
+{{- with .Values.mlflow.existingUri -}}{{ . }}{{- else -}}
 http://{{ include "canvastune.mlflow.fullname" . }}.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.mlflow.service.port }}{{ .Values.mlflow.pathPrefix }}
+{{- end -}}
 {{- end -}}
 
 {{/* The run config's section `cluster`, as JSON. A TrainJob has no place for scheduler and pod priority: its runtime has
