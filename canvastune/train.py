@@ -20,7 +20,7 @@ from canvastune.distributed.processes import (
 from canvastune.distributed.sync import run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry
 from canvastune.errors import UserError
-from canvastune.io.atomic import DISK_FULL_ERRNOS
+from canvastune.io.atomic import disk_full
 from canvastune.logging import FORMAT_HELP, FORMATS, configure_logging, log_error, log_exception
 from canvastune.training.devices import select_device
 from canvastune.training.run import acquire_output_lock, find_finished, find_metrics_run, train
@@ -77,14 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
             log_error(UserError(str(error)))
         exit_without_cleanup(1)
     except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
+        full = disk_full(error, options.output)
+        if full is None:
             raise
-        log_error(
-            UserError(
-                f"{error.filename or options.output}: {error.strerror}",
-                hint="Free some space, and run the same command again.",
-            )
-        )
+        log_error(full)
         return 1
     except Exception as error:
         if rank_registry is None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError
+from canvastune.io.atomic import disk_full
 from canvastune.logging import configure_logging, log_error
 from canvastune.tracking import Step, StepRun, step_run
 from components.run_directory import pipeline_run
@@ -38,13 +39,19 @@ def step(
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError in the block into its message as the last lines, and exit code 1."""
+    """Turn a UserError or a full disk in the block into a message as the last lines, and exit code 1."""
     configure_logging()
     end_with_owner()
     try:
         yield
     except UserError as error:
         log_error(error)
+        raise SystemExit(1) from None
+    except OSError as error:
+        full = disk_full(error, "the step's outputs")
+        if full is None:
+            raise
+        log_error(full)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

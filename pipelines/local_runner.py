@@ -409,8 +409,8 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         if None not in ends:  # as in an evaluation of an earlier version
             lines[evaluation.measure] += f"; normalized {ends[0]:.1%} -> {ends[1]:.1%}"
         lines["verdict"] = (
-            f"{VERDICTS[evaluation.verdict or 'undecided']}: {evaluation.gained} rows gained, {evaluation.lost} "
-            f"lost of {evaluation.scored}, p = {evaluation.p_value:.2g}"
+            f"{VERDICTS[evaluation.verdict or 'undecided']}: {evaluation.gained} gained, {evaluation.lost} "
+            f"lost of {evaluation.scored} rows, p = {evaluation.p_value:.2g}"
         )
     return lines
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from canvastune.errors import UserError
 
 # Of a disk that accepts no more data.
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -35,13 +35,25 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         fsync(out.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             reason = os.strerror(error.errno).lower()
             raise UserError(
                 f"{out}: could not write ({reason}); the partial output was removed",
                 hint="Free some disk space, or choose another disk.",
             ) from None
         raise
+
+
+def disk_full(error: BaseException, place: object) -> UserError | None:
+    """Return what a user reads of an error that says that nothing can be written; None for others.
+
+    Args:
+        place: what was written, for an error without a file.
+    """
+    if not isinstance(error, OSError) or error.errno not in _DISK_FULL:
+        return None
+    hint = "Free some space, and run the same command again."
+    return UserError(f"{error.filename or place}: {os.strerror(error.errno).lower()}", hint=hint)
 
 
 def check_writable(out: Path) -> None:

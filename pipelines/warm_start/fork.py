@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from canvastune.errors import format_error
+from canvastune.io.atomic import disk_full
+
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _SET_NAME = 15  # PR_SET_NAME
 
@@ -112,7 +115,11 @@ def exit_code_of(program: Callable[[], object]) -> int:
         if isinstance(code, str):
             print(code, file=sys.stderr)
     except BaseException as error:
-        traceback.print_exc()
+        full = disk_full(error, "the step's outputs")  # which Kubeflow's executor writes
+        if full is None:
+            traceback.print_exc()
+        else:
+            print(format_error(full), file=sys.stderr)
         code = 1
         if isinstance(error, KeyboardInterrupt):  # as Python does, so that the caller knows
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,8 @@ def main() -> None:
         sys.exit(int(rest[0]))
     elif action == "fail":
         raise ValueError(rest[0])
+    elif action == "fill":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif action == "kill":
         os.kill(os.getpid(), int(rest[0]))
         time.sleep(60)

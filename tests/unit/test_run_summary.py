@@ -181,7 +181,7 @@ def test_the_command_line_shows_these_figures(
         f"; normalized {summary.exact_match_normalized_before:.1%} -> "
         f"{summary.exact_match_normalized_after:.1%}"
     )
-    assert re.search(r"^better: \d+ rows gained, \d+ lost of 64, p = [\d.e-]+$", lines["verdict"])
+    assert re.search(r"^better: \d+ gained, \d+ lost of 64 rows, p = [\d.e-]+$", lines["verdict"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from canvastune.errors import parse_error
 from pipelines.warm_start import search_path, server_id, step_variables, warm_processes
 from pipelines.warm_start.server import KFP, job_name
 
@@ -142,6 +143,15 @@ def test_the_traceback_of_a_fork_is_its_own() -> None:
     assert err.rstrip().endswith("ValueError: the reason")
     assert "client.py" not in err
     assert parent() == server_id(), "a failed step took the server with it"
+
+
+def test_a_full_disk_ends_a_fork_without_a_traceback() -> None:
+    code, _, err = ended(start("fill"))
+    error = parse_error(err)
+    assert code == 1
+    assert error is not None
+    assert error.hint
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
