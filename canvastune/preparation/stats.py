@@ -25,6 +25,7 @@ NO_ROOM = "prefix leaves no room for the response in seq_length"
 BEYOND = "held out beyond validation_rows"
 CALLS = "learned with tool calls"
 NOT_LEARNED = "marked as not to be learned"
+UNUSED_TURNS = "after the last answer"
 
 _LISTED = 50  # invalid rows listed in the card
 _NAMED = 5  # rows named in an error
@@ -69,7 +70,7 @@ class DatasetStats:
         # Gemma's own form has them in the message of the call.
         left += len(parsed.messages[last].get("tool_responses", ()))
         if left:
-            self.turns["after the last answer"] += left
+            self.turns[UNUSED_TURNS] += left
         if parsed.unused:
             self.unused.update(parsed.unused)
         if learned:
@@ -196,7 +197,7 @@ class DatasetStats:
                 f"{self.turns['learned']:,} assistant turns are learned, {context:,} are context"
                 " only (data.learn)"
             )
-        if after := self.turns["after the last answer"]:
+        if after := self.turns[UNUSED_TURNS]:
             said.append(f"{after:,} turns after the last answer of their row are left out")
         if self.unseen_ignored:
             said.append(f"data.ignore: no row has {', '.join(sorted(self.unseen_ignored))}")

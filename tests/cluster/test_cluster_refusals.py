@@ -63,15 +63,15 @@ def test_a_missing_permission_is_named_before_a_job_is_made(
         (
             "exceeded quota: team-quota, requested: count/jobs=1, used: count/jobs=9, limited: "
             "count/jobs=9",
-            "or have the quota raised",
+            r"\n  hint: .*\bquota\b",
         ),
         (
             "unable to create new content in namespace team-a because it is being terminated",
-            "use another one",
+            r"\n  hint: .*\bnamespace\b",
         ),
         (
             'admission webhook "policy.example.com" denied the request: label cost-center',
-            "Correct what the message names",
+            r"\n  hint: ",
         ),
     ],
 )
@@ -83,7 +83,7 @@ def test_what_admission_refuses_is_not_said_to_be_a_missing_permission(
     cluster.api.refuses_jobs = 403, text
     error = cluster.fails()
     assert message in error
-    assert hint in error
+    assert re.search(hint, error)
     assert "permissions.create" not in error
 
 

@@ -263,9 +263,9 @@ def _workload(cluster: Cluster) -> str:
             "flavor h100, previously considered podsets requests (0) + current podset request (16)"
             " > maximum capacity (8)",
             "Pending",
-            "The queue never has that much",
+            "cluster.nodes",
         ),
-        ("too much for the queue", "ExceedsMaxQuota", "The queue never has that much"),
+        ("too much for the queue", "ExceedsMaxQuota", "cluster.nodes"),
         (
             "resources didn't satisfy LimitRange constraints: requests exceed the limits",
             "Inadmissible",

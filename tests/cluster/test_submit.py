@@ -486,24 +486,16 @@ def test_an_address_without_its_scheme(host: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("status", "body", "headers", "hint"),
     [
-        (200, "<html>Welcome to nginx</html>", {}, "not from Kubeflow Pipelines"),
-        (200, "[]", {}, "not from Kubeflow Pipelines"),
-        (404, "404 page not found", {}, "not from Kubeflow Pipelines"),
+        (200, "<html>Welcome to nginx</html>", {}, "hint: .*`/#/`"),
+        (200, "[]", {}, "hint: .*`/#/`"),
+        (404, "404 page not found", {}, "hint: .*`/#/`"),
         (
             302,
             "",
             {"Location": "https://login.example/auth?state=s3cr3t"},
-            "(https://login.example/auth)",
+            r"\(https://login\.example/auth\)",
         ),
-        (
-            401,
-            "",
-            {},
-            (
-                "authentication failed (401)\n  hint: Pass a token with --token-file FILE or in"
-                " KF_PIPELINES_TOKEN."
-            ),
-        ),
+        (401, "", {}, r"\(401\)\n  hint: .* --token-file FILE .*KF_PIPELINES_TOKEN"),
         (403, "RBAC: access denied", {}, "RBAC: access denied"),
         (503, "no healthy upstream", {}, "503: no healthy upstream"),
     ],
@@ -519,7 +511,7 @@ def test_another_server_at_the_address(
     kubeflow.broken["/healthz"] = (status, body, headers)
     assert _submit(kubeflow) == 1
     error = format_error(_error(capsys))
-    assert hint in error
+    assert re.search(hint, error)
     assert "s3cr3t" not in error
 
 

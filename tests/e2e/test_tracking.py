@@ -136,10 +136,14 @@ def test_a_run_is_described_from_its_start(workspace: Path) -> None:
         workspace, "described", data={"source": "rows|of `mine`.jsonl"}, lora={"rank": 32}
     )
     note = client_of(workspace).get_run(tracking.start(run)).data.tags["mlflow.note.content"]
-    assert note.startswith(
-        "LoRA of rank 32 of `google/diffusiongemma-26B-A4B-it` on 'rows\\|of `mine`.jsonl', 800"
-        " steps of 8 examples."
-    )
+    for part in (
+        "32",
+        "`google/diffusiongemma-26B-A4B-it`",
+        "'rows\\|of `mine`.jsonl'",
+        "800",
+        "8",
+    ):
+        assert re.search(rf"(^|\s){re.escape(part)}[\s,]", note.splitlines()[0]), part
     assert f"| run folder | `{run.folder}` |" in note
     assert "config.yaml" in note
 
@@ -154,9 +158,7 @@ def test_the_description_ends_with_verdict_figures_and_places(workspace: Path) -
     }
     found = sample_result(64, before=8, after=40, lost=1)
     note = describe_report(run.config, run.folder, figures, found)
-    assert note.startswith(
-        "**Better**: exact match 12.5% before, 62.5% after (33 gained, 1 lost of 64 rows)."
-    )
+    assert re.match(r"\*\*Better\*\*: \D+12\.5%\D+62\.5%\D+33\D+1\D+64\D", note)
     (row,) = re.findall(r"^\| exact match .*", note, re.MULTILINE)
     assert re.findall(r"[\d.]+%", row.partition(" | ")[2]) == [
         *("12.5%", "6.5%", "22.8%"),

@@ -10,6 +10,7 @@ import pytest
 
 from canvastune.errors import UserError
 from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.stats import DUPLICATE, REPEATED
 from tests.support.data_fixtures import (
     TOOL_SPECIAL,
     make_model,
@@ -41,7 +42,7 @@ def test_a_turn_of_two_rows_is_learned_once_and_on_one_side(tmp_path: Path) -> N
     card = prepare(tmp_path, rows, learn="all")
     train, validation = (learned(tmp_path / "out" / name) for name in ("train", "validation"))
     assert len({*train, *validation}) == len(train) + len(validation) == card["kept"] == 80
-    assert card["dropped"] == {"turn that an earlier row learns": 40}
+    assert card["dropped"] == {REPEATED: 40}
     assert card["turns"] == {"learned": 80}
 
 
@@ -53,7 +54,7 @@ def test_the_ids_of_calls_make_no_other_row(tmp_path: Path) -> None:
         answer = result("f", "F") | {"tool_call_id": f"random-{n}"}
         rows.append({"messages": [user(f"q{n % 20}"), asked, answer, says("ok")]})
     card = prepare(tmp_path, rows, max_duplicate_fraction=1.0)
-    assert card["dropped"] == {"duplicate of an earlier row": 20}
+    assert card["dropped"] == {DUPLICATE: 20}
 
 
 def test_dropped_examples_are_not_counted_as_learned(tmp_path: Path) -> None:

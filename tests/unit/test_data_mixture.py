@@ -23,6 +23,7 @@ from canvastune.errors import UserError
 from canvastune.noise import epoch_order
 from canvastune.preparation.card import render_card
 from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.stats import BEYOND, DUPLICATE, HELD_OUT
 from canvastune.tracking.lifecycle import _dataset_fields
 from canvastune.training.run import check_prepared
 from components.resolve.step import data_fingerprint, dataset_override
@@ -168,7 +169,7 @@ def test_the_card_counts_the_rows_of_each_source(tmp_path: Path, model: Path) ->
     a, b = card["sources"]
     assert (a["rows_read"], a["kept"], a["dropped"]) == (30, 30, {})
     assert (b["rows_read"], b["kept"]) == (16, 15)
-    assert b["dropped"] == {"duplicate of an earlier row": 1}, "a repetition across sources"
+    assert b["dropped"] == {DUPLICATE: 1}, "a repetition across sources"
     assert (a["weight"], a["share"], b["share"]) == (3, 0.75, 0.25)
     assert card["rows_read"] == 46
     for name in ("train", "validation"):
@@ -223,16 +224,16 @@ def test_rows_of_ones_own_are_held_out_and_nothing_else(
         f"held.jsonl:{n}" for n in range(1, 9)
     ]
     assert first["held_out"]
-    assert first["dropped"] == {"duplicate of an earlier row": 1}
+    assert first["dropped"] == {DUPLICATE: 1}
     assert (first["validation"], first["train"], a["validation"], b["validation"]) == (8, 0, 0, 0)
-    assert a["dropped"] == {"repeats a row of data.validation": 2}
-    assert b["dropped"] == {"repeats a row of data.validation": 1}
+    assert a["dropped"] == {HELD_OUT: 2}
+    assert b["dropped"] == {HELD_OUT: 1}
     train = split(tmp_path / "out", "train")
     assert len(train) == card["train"] == 18 + 15
     assert not {row["id"] for row in train} & {
         row["id"] for row in split(tmp_path / "out", "validation")
     }
-    assert card["dropped"]["repeats a row of data.validation"] == 3
+    assert card["dropped"][HELD_OUT] == 3
     assert card["samples"][0]["origin"] == "a.jsonl:3", "a sample shows what is trained"
     assert "data.validation_fraction" in caplog.text, "that it does not apply"
     assert "data.validation_fraction" in render_card(card)
@@ -248,7 +249,7 @@ def test_validation_rows_limits_rows_of_ones_own_and_trains_on_none_of_the_rest(
     config = recipe(source=str(source), validation=str(held), validation_rows=2)
     card = prepare_data(config, model, tmp_path / "out")
     assert (card["train"], card["validation"]) == (9, 2)
-    assert card["sources"][0]["dropped"] == {"held out beyond validation_rows": 3}
+    assert card["sources"][0]["dropped"] == {BEYOND: 3}
     assert not (tmp_path / "out" / "train" / "mixture.json").exists()
 
 
@@ -262,7 +263,7 @@ def test_a_turn_that_is_held_out_is_not_learned_within_a_longer_conversation(
     held = write_lines(tmp_path / "v.jsonl", [{"messages": turns[:4]}])
     config = {"source": str(source), "validation": str(held)}
     card = prepare_data(recipe(**config, learn="all"), model, tmp_path / "all")
-    assert card["dropped"] == {"repeats a row of data.validation": 1}
+    assert card["dropped"] == {HELD_OUT: 1}
     assert (card["train"], card["validation"]) == (2, 2)
     card = prepare_data(recipe(**config), model, tmp_path / "last")
     assert card["dropped"] == {}, "the held-out turn is context only"

@@ -21,6 +21,7 @@ from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.preparation import near_duplicates, split_writer
 from canvastune.preparation.prepare import Throughput, prepare_data
+from canvastune.preparation.stats import BEYOND, DUPLICATE, NO_ROOM
 from canvastune.tiny_model import write_problems
 from tests.support.data_fixtures import THOUGHT, make_model, problems, run_config, write_lines
 
@@ -111,11 +112,11 @@ def test_the_card_accounts_for_every_row(tmp_path: Path, model: Path) -> None:
         run_config(source, max_bad_row_fraction=0.1, validation_rows=3), model, tmp_path / "out"
     )
     assert card["rows_read"] == 117
-    assert card["dropped"].pop("held out beyond validation_rows") > 0
+    assert card["dropped"].pop(BEYOND) > 0
     assert card["dropped"] == {
         "bad row": 2,
-        "duplicate of an earlier row": 5,
-        "prefix leaves no room for the response in seq_length": 1,
+        DUPLICATE: 5,
+        NO_ROOM: 1,
     }
     full = json.loads((tmp_path / "out" / "card.json").read_text())
     assert full["kept"] + sum(full["dropped"].values()) == full["rows_read"], (
@@ -182,7 +183,7 @@ def test_a_prefix_that_leaves_room_for_one_token_is_kept_and_one_more_is_dropped
     source = write_lines(tmp_path / "a.jsonl", rows)
     config = run_config(source, seq_length=40, max_too_long_fraction=0.5)
     card = prepare_data(config, model, tmp_path / "out")
-    assert card["dropped"] == {"prefix leaves no room for the response in seq_length": 20}
+    assert card["dropped"] == {NO_ROOM: 20}
     assert {row["prefix_length"] for row in both(tmp_path / "out")} == {39}
     assert {len(row["input_ids"]) for row in both(tmp_path / "out")} == {40}
 
@@ -310,7 +311,7 @@ def test_too_many_duplicates_fail_and_are_named(tmp_path: Path, model: Path) -> 
     assert "10.0% (data.max_duplicate_fraction)" in message
     assert f"  {source}: row 21\n" in message
     card = prepare_data(run_config(source, max_duplicate_fraction=0.4), model, tmp_path / "out")
-    assert (card["kept"], card["dropped"]) == (20, {"duplicate of an earlier row": 10})
+    assert (card["kept"], card["dropped"]) == (20, {DUPLICATE: 10})
 
 
 def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(
@@ -318,9 +319,9 @@ def test_a_split_without_rows_is_refused_with_the_fraction_that_would_do(
 ) -> None:
     source = write_lines(tmp_path / "gsm.jsonl", problems(8))
     message = refusal(source, model, validation_fraction=1e-6)
-    assert re.search(r"\bnone of the 8\b", message)
+    assert re.search(r"\bnone\b.* 8\b", message)
     enough = float(message.rsplit(" ", 1)[1].removesuffix("."))
-    assert re.search(r"\ball of the 8\b", refusal(source, model, validation_fraction=0.999999))
+    assert re.search(r"\ball\b.* 8\b", refusal(source, model, validation_fraction=0.999999))
     assert enough == 0.3, "16 rows are wanted, but not more than this share"
     card = prepare_data(run_config(source, validation_fraction=enough), model, tmp_path / "out")
     assert card["validation"] == 2

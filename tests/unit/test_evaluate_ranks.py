@@ -207,7 +207,7 @@ def test_experts_are_divided_over_as_few_gpus_as_hold_the_model(
 def test_an_evaluation_that_fits_on_no_gpu_is_refused_with_what_would() -> None:
     tree: dict[str, Any] = {"name": "test", "data": {"source": "none"}}
     tree |= {"hardware": {"gpu_memory": 62.0}, "evaluate": {"gpus": 1, "batch_size": 256}}
-    with pytest.raises(UserError, match=r"evaluation on 1 GPU needs .* \(weights ") as caught:
+    with pytest.raises(UserError, match=r"\b1 GPU\b.* \(weights ") as caught:
         evaluation_layout(parse_config(tree), SHIPPED_CONFIG)
     assert "evaluate.batch_size=" in (caught.value.hint or "")
     tree["hardware"] = {"gpu_memory": 24.0}

@@ -16,6 +16,7 @@ import pytest
 
 from canvastune.config.data import DataConfig
 from canvastune.preparation.sources import open_source
+from canvastune.preparation.stats import CALLS, NOT_LEARNED
 from tests.support.data_fixtures import (
     write_lines,
 )
@@ -148,7 +149,7 @@ def test_a_call_with_content_null_is_learned(
     found = prepare(write(tmp_path, calls(arguments)), released_model)
     assert found.prefix == ASK
     assert found.response == f"<|tool_call>call:greet{{{written}}}<tool_call|><|tool_response>"
-    assert found.card["turns"]["learned with tool calls"] == len(NAMES)
+    assert found.card["turns"][CALLS] == len(NAMES)
 
 
 @pytest.mark.parametrize("arguments", ["all of them", json.dumps(json.dumps({"to": "all"})), [1]])
@@ -302,7 +303,7 @@ def test_a_marked_turn_is_context_only(
     found = prepare(write(tmp_path, form), released_model, learn="all")
     left_out = sum(name[-1] in "246" for name in NAMES)
     assert found.examples == len(NAMES) - left_out
-    assert found.card["dropped"] == {"marked as not to be learned": left_out}
+    assert found.card["dropped"] == {NOT_LEARNED: left_out}
     assert found.response == "Again, Ana1.<turn|>"
     assert "Hello Ana1." in found.prefix
 

@@ -62,10 +62,10 @@ def test_a_side_that_draws_as_nemo_does_gets_our_noise_in_the_chosen_block() -> 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ([], "one draw more"),
-        ([torch.ones(3)], "where the script has"),
-        ([torch.ones(2, dtype=torch.int64)], "where the script has"),
-        ([torch.ones(2), torch.ones(2)], "1 of 2 scripted draws were not asked for"),
+        ([], r"rand\(2,\)"),
+        ([torch.ones(3)], r"rand\(2,\).*\(3,\)"),
+        ([torch.ones(2, dtype=torch.int64)], r"rand\(2,\).*int64"),
+        ([torch.ones(2), torch.ones(2)], r"\b1 of 2\b"),
     ],
     ids=["more draws", "another shape", "another kind", "fewer draws"],
 )
@@ -136,8 +136,8 @@ def test_a_folder_that_lacks_a_peer_is_refused_and_says_which(
     with pytest.raises(SystemExit):
         peers.main()
     said = capsys.readouterr().err
-    assert "lacks unsloth 2026.10.9; sft_diffusion_gemma.py as of TRL's commit f2cd57710" in said
-    assert "nemo" not in said.split("lacks")[1]
+    assert re.search(r"unsloth 2026\.10\.9; sft_diffusion_gemma\.py .*f2cd57710", said)
+    assert "nemo" not in said.partition("unsloth")[2]
 
 
 def test_an_unknown_shape_is_refused(

@@ -435,8 +435,8 @@ def _time_of(plan: Plan) -> str:
 
 def test_the_summary_has_what_decides_in_two_lines() -> None:
     first, second = summarize(released("gsm8k_lora")).splitlines()
-    assert re.fullmatch(r"8 ranks on NVIDIA H100 SXM: [\d.]+ GB of 80\.0 GB each: fits", first)
-    assert re.search(r"[\d.]+ (ms|s), all steps [\d.]+ (s|min|h)$", second)
+    assert re.match(r"8\b.* NVIDIA H100 SXM\b\D+[\d.]+ GB\D+80\.0 GB\b.*\bfits$", first)
+    assert re.search(r"[\d.]+ (ms|s), .* [\d.]+ (s|min|h)$", second)
     assert "does not fit" in summarize(released("gsm8k_sft", "hardware.gpu_memory=40"))
 
 

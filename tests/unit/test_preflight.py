@@ -242,15 +242,15 @@ def test_a_usual_generation_config_gives_no_remark(
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"temperature": 1.0, "top_k": 64}, "temperature, top_k: not used"),
-        ({"return_dict_in_generate": False}, "return_dict_in_generate is False: not used"),
-        ({"t_min": 0.8, "t_max": 0.4}, "t_min is 0.8 and t_max 0.4: not used"),
-        ({"t_max": "hot"}, "t_max is 'hot': not used"),
-        ({"max_length": 20}, "max_length is 20: not used; evaluate.max_new_tokens "),
-        ({"cache_implementation": "static"}, "cache_implementation is 'static': not used"),
-        ({"max_denoising_steps": 2.5}, "max_denoising_steps is 2.5: not used"),
-        ({"sampler_config": {"_cls_name": "Other"}}, "sampler_config is"),
-        ({"eos_token_id": "<eos>"}, "eos_token_id is '<eos>': not used"),
+        ({"temperature": 1.0, "top_k": 64}, r"temperature, top_k\b"),
+        ({"return_dict_in_generate": False}, r"return_dict_in_generate\b.* False\b"),
+        ({"t_min": 0.8, "t_max": 0.4}, r"t_min\b.* 0\.8\b.*t_max\b.*0\.4\b"),
+        ({"t_max": "hot"}, r"t_max\b.*'hot'"),
+        ({"max_length": 20}, r"max_length\b.* 20\b.* evaluate\.max_new_tokens "),
+        ({"cache_implementation": "static"}, r"cache_implementation\b.*'static'"),
+        ({"max_denoising_steps": 2.5}, r"max_denoising_steps\b.* 2\.5\b"),
+        ({"sampler_config": {"_cls_name": "Other"}}, r"sampler_config\b"),
+        ({"eos_token_id": "<eos>"}, r"eos_token_id\b.*'<eos>'"),
     ],
 )
 def test_what_a_generation_config_has_that_is_not_used_is_a_line_before_training(
@@ -266,7 +266,7 @@ def test_what_a_generation_config_has_that_is_not_used_is_a_line_before_training
     model = changed_model(**settings)
     (remark,) = check_generation_config(model)
     assert "generation_config.json: " in remark
-    assert word in remark
+    assert re.search(word, remark)
     if "top_k" in settings:
         with caplog.at_level("INFO"):
             step(recipe(rows, model), tmp_path / "data", tmp_path / "card.html")

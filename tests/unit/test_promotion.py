@@ -94,7 +94,7 @@ def test_the_champion_is_clearly_better_on_the_same_rows(workspace: Path) -> Non
         "p = 3.1e-05)"
     )
     for after in (0.5, 0.53125):  # nothing changed; 2 of 64 rows
-        assert re.match(r"not promoted: .* not clearly \w+ .*\bbase's 50\.0%", runs(0.5, after))
+        assert re.match(r"not promoted: .*\bbase's 50\.0%", runs(0.5, after))
     assert runs.aliases() == {"candidate": 3}, "chance made a champion"
     assert runs(0.25, 0.5) == snapshot(
         "promoted to champion: the first one, exact match 50.0%, clearly above the base's 25.0% "
@@ -129,7 +129,7 @@ def test_the_champion_is_clearly_better_on_the_same_rows(workspace: Path) -> Non
     assert re.match(r"not promoted: .*\bno score\b", runs(None, None, scored=0))
     assert runs.aliases() == {"candidate": 14, "champion": 5}
     version = runs.client.get_model_version("best", "6")
-    assert re.match(r"Not promoted: exact match 81\.2%, not clearly ", version.description)
+    assert re.match(r"Not promoted: \D+81\.2%", version.description)
     assert version.description.endswith("\n\nthe figures")
     assert version.tags["canvastune.score"] == "0.8125"
     assert "`champion`" in runs.client.get_registered_model("best").description

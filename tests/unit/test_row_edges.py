@@ -12,7 +12,7 @@ from canvastune.config.data import DataConfig
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.row_formats import RowReader, detect_format
-from canvastune.preparation.stats import DatasetStats
+from canvastune.preparation.stats import UNUSED_TURNS, DatasetStats
 from tests.support.data_fixtures import PLAIN, make_tokenizer
 from tests.unit.test_tools_and_thinking import TOOLS, call, result, says, texts, user
 
@@ -249,7 +249,7 @@ def test_responses_after_a_last_call_are_counted() -> None:
     stats.count_turns(
         *read(talk(user("a"), call("f") | {"tool_responses": [{"name": "f", "response": "F"}]}))
     )
-    assert stats.turns["after the last answer"] == 1
+    assert stats.turns[UNUSED_TURNS] == 1
 
 
 def test_keys_that_no_template_writes_are_counted() -> None:

@@ -106,8 +106,8 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     assert "base-results" not in "".join(rows)
     assert re.search(r"\bbroken\b.* evaluate\.judge: no answer\n  \w+: Start the judge\n", out)
     for name in ("stopped", "broken", "killed"):
-        assert f"To resume {name}:\n  canvastune run {RECIPE} --run-name {name}" in out
-    assert out.count("To resume") == 3
+        assert f" {name}:\n  canvastune run {RECIPE} --run-name {name}" in out
+    assert out.count("\n  canvastune run ") == 3
     assert f"canvastune sync {workspace / 'runs' / 'killed'}" in out
     assert out.count("canvastune sync") == 1
     assert re.search(r"\b8 runs\b.* [\d.]+ kB\b.* [\d.,]+ [GT]B\b", out)
@@ -189,7 +189,8 @@ def test_ctrl_c_ends_with_the_command_that_resumes_the_run(
     assert words[0].endswith("canvastune")
     assert words[1:] == [*command, "--run-name", names[0]]
     (run,) = list_runs(workspace)
-    assert (run.state, run.reason) == ("interrupted", "interrupted (Ctrl-C, or SIGTERM)")
+    assert run.state == "interrupted"
+    assert "SIGTERM" in run.reason
     assert main(words[1:]) == 130
     assert names == [names[0]] * 2, "the printed command resumes another run"
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from canvastune.checkpoint.hf_inference import load_stock
 from canvastune.config import RunConfig
 from canvastune.preparation import prepare_data
+from canvastune.preparation.stats import BEYOND, CALLS
 from canvastune.tiny_model import make_tiny_model, write_problems
 from tests.support.training import train
 
@@ -77,9 +78,7 @@ def test_a_model_tuned_on_tool_rows_writes_calls(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     config = RunConfig.model_validate(recipe)
     card = prepare_data(config, tmp_path / "tiny", tmp_path / "data")
-    assert card["turns"]["learned with tool calls"] == card["kept"] + card["dropped"].get(
-        "held out beyond validation_rows", 0
-    )
+    assert card["turns"][CALLS] == card["kept"] + card["dropped"].get(BEYOND, 0)
     held_out: Any = load_from_disk(str(tmp_path / "data" / "validation"))
     prompts = [row["input_ids"][: row["prefix_length"]] for row in held_out]
     assert well_formed(tmp_path / "tiny", prompts) < 0.2
