@@ -21,6 +21,8 @@ def render(plan: Plan) -> str:
     lines += [f"  {note}" for note in plan.notes]
     lines += [
         "",
+        *(f"  {line}" for line in summarize(plan).splitlines()),
+        "",
         (
             f"  {plan.world_size} ranks on {plan.accelerator} = efsdp {plan.efsdp} x ep {plan.ep},"
             f" compute in {plan.precision}"
@@ -64,7 +66,16 @@ def summarize(plan: Plan) -> str:
     return (
         f"{plan.world_size} ranks on {plan.accelerator}: {needed} of {limit} each: {fits}\n"
         f"a step takes about {_seconds(plan.step_seconds)}, all steps {_seconds(plan.run_seconds)}"
+        f"{', ' if _cost(plan) else ''}{_cost(plan)}"
     )
+
+
+def _cost(plan: Plan) -> str:
+    """Return the accelerator-hours of all steps and, with a price, their cost; "" on CPU."""
+    hours = plan.accelerator_hours
+    if plan.hour_price is not None:
+        return f"{hours:.3g} accelerator-hours, {hours * plan.hour_price:,.2f} {plan.currency}"
+    return "" if plan.accelerator.startswith("CPU") else f"{hours:.3g} accelerator-hours"
 
 
 def _parameters(plan: Plan) -> list[str]:
@@ -169,10 +180,8 @@ def _time(plan: Plan) -> list[str]:
         ("one step", _seconds(plan.step_seconds)),
         ("all steps", _seconds(plan.run_seconds)),
     ]
-    if plan.hour_price is not None:
-        hours = plan.accelerator_hours
-        text = f"{hours:.3g} accelerator-hours, {hours * plan.hour_price:,.2f} {plan.currency}"
-        rows.append(("cost of all steps", text))
+    if cost := _cost(plan):
+        rows.append(("cost of all steps", cost))
     rate = plan.tokens_per_step / plan.step_seconds
     return [
         *_table(("Time, estimated", ""), rows),

@@ -436,7 +436,12 @@ def _time_of(plan: Plan) -> str:
 def test_the_summary_has_what_decides_in_two_lines() -> None:
     first, second = summarize(released("gsm8k_lora")).splitlines()
     assert re.match(r"8\b.* NVIDIA H100 SXM\b\D+[\d.]+ GB\D+80\.0 GB\b.*\bfits$", first)
-    assert re.search(r"[\d.]+ (ms|s), .* [\d.]+ (s|min|h)$", second)
+    found = re.search(r"[\d.]+ ms\b.* ([\d.]+) s, ([\d.]+) accelerator-hours$", second)
+    assert found
+    assert float(found[2]) == pytest.approx(8 * float(found[1]) / 3600, rel=0.01)
+    plan = render(released("gsm8k_lora")).splitlines()
+    assert [line.strip() for line in plan if line.strip() in (first, second)] == [first, second]
+    assert plan.index(f"  {first}") < 5, "what decides is far down"
     assert "does not fit" in summarize(released("gsm8k_sft", "hardware.gpu_memory=40"))
 
 
@@ -444,7 +449,7 @@ def test_a_price_gives_the_cost_of_all_steps() -> None:
     plan = released("gsm8k_lora", "cluster.gpu_hour_price=2.5", "cluster.currency=EUR")
     hours = 8 * plan.run_seconds / 3600
     assert f"{hours:.3g} accelerator-hours, {2.5 * hours:,.2f} EUR" in render(plan)
-    assert "accelerator-hours" not in render(released("gsm8k_lora"))
+    assert "USD" not in render(released("gsm8k_lora"))
 
 
 def test_training_waits_for_what_is_written_longer_than_the_steps_between_take() -> None:
