@@ -25,7 +25,7 @@ FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
     *("data", "merge", "pipeline", "gpu_dry_run"),
 )
-MAY_LACK = ("evaluation", "pipeline_plan", "gpu", "startup", "peers", "step_commits")
+MAY_LACK = ("evaluation", "pipeline_plan", "saving", "gpu", "startup", "peers", "step_commits")
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -62,6 +62,7 @@ def page(
     gpu_dry_run: dict[str, Any],
     evaluation: dict[str, Any] | None,
     pipeline_plan: dict[str, Any] | None,
+    saving: dict[str, Any] | None,
     gpu: dict[str, Any] | None,
     startup: dict[str, Any] | None,
     peers: dict[str, Any] | None,
@@ -209,7 +210,7 @@ their number, because all canvases together have about as many tokens as the cle
 
 ![Validation loss by seconds in training steps, three seeds: all blocks reach the final loss of one block in a fraction of the time](blocks.png)
 
-{_answering(evaluation, at(evaluation)) if evaluation else ""}{_whole(pipeline_plan, at(pipeline_plan)) if pipeline_plan else ""}## Data, merge, pipeline
+{_answering(evaluation, at(evaluation)) if evaluation else ""}{_whole(pipeline_plan, at(pipeline_plan)) if pipeline_plan else ""}{_saving(saving, at(saving)) if saving else ""}## Data, merge, pipeline
 
 | what | measured | goal |
 |---|---|---|
@@ -452,6 +453,25 @@ block takes half of its denoising steps on average, and the slowest block of a s
 | step | stock `generate()` on one GPU: s | GPU-hours | our sampler on one GPU: s | GPU-hours | our sampler on all training GPUs: s | GPU-hours |
 |---|---|---|---|---|---|---|
 {chr(10).join(whole_pipeline.lines(pipeline_plan))}
+
+"""
+
+
+def _saving(saving: dict[str, Any], at: str) -> str:
+    rows = "\n".join(
+        f"| {name} | {row['returned']:.2f} | {row['longest_pause']:.2f} | {row['paused']:.2f} |"
+        f" {row['seconds']:.1f} |"
+        for name, row in (("torch's", saving["torch"]), ("ours", saving["ours"]))
+    )
+    return f"""## Training while a checkpoint is written
+
+`python -m benchmarks.saving`{at}: a state of {saving["bytes"] / 1e9:.1f} GB is saved in the background, with torch's writer of safetensors shards and with
+ours, while another thread of the process wakes up every 5 ms, as a training thread does to launch kernels. Torch's writer holds Python's
+interpreter lock while it serializes a file. Ours hashes every file as well.
+
+| writer | until the call returns, s | longest pause of the other thread, s | all pauses above 10 ms, s | until all is written, s |
+|---|---|---|---|---|
+{rows}
 
 """
 

@@ -15,9 +15,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from canvastune.checkpoint.shard_writer import ShardWriter
 from canvastune.config import RunConfig, changed_settings
 from canvastune.config.strict import flatten
 from canvastune.distributed.parallelize import local_tensor
@@ -39,11 +42,10 @@ from canvastune.io.byte_size import format_bytes
 from canvastune.io.json_text import to_json_text
 
 _MARKER, _CORRUPT = "complete.json", "damaged.json"
-_FILE_BYTES = (
-    2**30
-)  # of a rank's shard per file: a file is serialized in memory before it is written
+_FILE_BYTES = 2**30  # of a rank's shard per file; what is on a device is copied file by file
 
 Parameters = dict[str, nn.Parameter]
+State = dict[str, torch.Tensor]
 
 
 class Checkpoints:
@@ -58,6 +60,8 @@ class Checkpoints:
             backend="gloo"
         )  # for the writing thread: its collectives must not mix with the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._stager: DefaultStager | None = None
+        self._staging: Future[State] | None = None
         self._pending: Future[None] | None = None
         self.waiting: Callable[[], object] = str
         """Called every second while `wait` waits: a slow disk is no hang."""
@@ -109,7 +113,8 @@ class Checkpoints:
     ) -> None:
         """Write the state after `step` steps.
 
-        In the background, unless `train.async_checkpoints` is off.
+        In the background, unless `train.async_checkpoints` is off: the state is first copied to
+        host memory, and may not change before `wait_staged` has returned.
 
         Args:
             optimizer: None: nothing is trained after this step, and its state is left out.
@@ -126,17 +131,25 @@ class Checkpoints:
         total = sum(gather_results(lambda: sum(sizes.values())))
         path = self._path(step)
         run_on_rank0(lambda: self._prepare_directory(path, total))
-        writer = HuggingFaceStorageWriter(
-            str(path), fqn_to_index_mapping=_files(sizes), save_distributed=True
-        )
         identity = flatten(self._config.model_dump(mode="json")) | {"data": self._data_fingerprint}
         marker = {"step": step, "identity": identity, "progress": progress}
         marker["optimizer"] = optimizer is not None  # older ones, without the key, have its state
-        staged = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-        assert isinstance(staged, Future)
-        self._pending = self._thread.submit(self._complete, staged, path, marker)
+        if self._asynchronous:
+            self._staging = self._stage(state)
+        self._pending = self._thread.submit(
+            self._complete, state, self._staging, _files(sizes), path, marker
+        )
         if not self._asynchronous:
             self.wait()
+
+    def wait_staged(self) -> None:
+        """Wait until the state that is being saved has been copied: it may change then.
+
+        A copy that fails is an error of the save, which `failed` and `wait` report.
+        """
+        staging, self._staging = self._staging, None
+        while staging is not None and not futures.wait([staging], timeout=1.0).done:
+            self.waiting()
 
     def update_metadata(self, step: int, progress: dict[str, Any]) -> None:
         """Replace the `progress` of a complete checkpoint."""
@@ -170,6 +183,19 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             wait_for(pending, self.waiting)
 
+    def close(self) -> None:
+        """Wait for the checkpoint in the background, and free the copy in host memory.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+
     def best(self) -> int | None:
         """Return the step of the checkpoint with the lowest validation loss, or None."""
         return run_on_rank0(self._best)
@@ -180,13 +206,53 @@ class Checkpoints:
             step, {f"model.{name}": parameter.data for name, parameter in parameters.items()}
         )
 
-    def _complete(self, staged: Future[Any], path: Path, marker: dict[str, Any]) -> None:
-        """Wait for the files of all ranks, in the thread.
+    def _stage(self, state: State) -> Future[State]:
+        """Copy the state to host memory in a separate thread, on CUDA on a separate stream.
+
+        The memory is kept for the next checkpoint: pinning it takes longer than the copy.
+        """
+        cuda = any(local_tensor(tensor).is_cuda for tensor in state.values())
+        if self._stager is None:
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=cuda,
+                    use_shared_memory=False,
+                    use_async_staging=True,
+                    use_non_blocking_copy=cuda,
+                )
+            )
+        if cuda:  # the copying stream does not wait for the last update
+            torch.cuda.current_stream().synchronize()
+        staging = self._stager.stage(state)
+        assert isinstance(staging, Future)
+        return staging
+
+    def _complete(
+        self,
+        state: State,
+        staging: Future[State] | None,
+        files: dict[str, int],
+        path: Path,
+        marker: dict[str, Any],
+    ) -> None:
+        """Write the files of all ranks, in the thread, once every rank has copied its state.
 
         Then rank 0 writes the marker and removes old checkpoints.
         """
+
+        def write() -> dict[str, dict[str, Any]]:
+            with _errors_of_rank():
+                dcp.save(
+                    staging.result() if staging else state,
+                    storage_writer=ShardWriter(path, files),
+                    process_group=self._group,
+                )
+                return _file_entries(path)
+
         try:
-            found = gather_results(lambda: _written(staged, path), self._group)
+            if staging:
+                gather_results(partial(_await_copy, staging), self._group)
+            found = gather_results(write, self._group)
         except UserError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(path, ignore_errors=True)
@@ -204,8 +270,8 @@ class Checkpoints:
                 ),
             ) from None
         if dist.get_rank() == 0:
-            files = {name: entry for entries in found for name, entry in entries.items()}
-            self._mark(path, {**marker, "time": time.time(), "files": files})
+            written = {name: entry for entries in found for name, entry in entries.items()}
+            self._mark(path, {**marker, "time": time.time(), "files": written})
             best = self._best()
             for old in self._complete_steps()[: -self._keep]:
                 if old != best:
@@ -257,7 +323,7 @@ class Checkpoints:
         for step in steps:
             (self._path(step) / _MARKER).rename(self._path(step) / _CORRUPT)
 
-    def _read(self, step: int, state: dict[str, torch.Tensor]) -> None:
+    def _read(self, step: int, state: State) -> None:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self._path(step))))
 
     def _path(self, step: int) -> Path:
@@ -329,14 +395,12 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _state(
-    parameters: Parameters, optimizer: torch.optim.Optimizer | None
-) -> dict[str, torch.Tensor]:
+def _state(parameters: Parameters, optimizer: torch.optim.Optimizer | None) -> State:
     """Map flat names to the tensors in use, so that loading fills them in place.
 
     Only tensors: nothing is pickled.
     """
-    state: dict[str, torch.Tensor] = {}
+    state: State = {}
     for name, parameter in parameters.items():
         state[f"model.{name}"] = parameter.data
         moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
@@ -371,14 +435,11 @@ def _files(sizes: dict[str, int]) -> dict[str, int]:
     return files
 
 
-def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Wait for this rank's part; return size and SHA-256 of this rank's share of all files."""
+@contextmanager
+def _errors_of_rank() -> Iterator[None]:
+    """Raise what goes wrong in writing as a UserError that names the rank."""
     try:
-        staged.result()
-        mine = sorted(path.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
-        for file in mine:
-            fsync(file)
-        return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in mine}
+        yield
     except CheckpointException as error:
         reasons = {
             f"rank {rank}: {type(cause).__name__}: {cause}"
@@ -387,6 +448,19 @@ def _written(staged: Future[Any], path: Path) -> dict[str, dict[str, Any]]:
         raise UserError("; ".join(sorted(reasons))) from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}") from None
+
+
+def _await_copy(staging: Future[State]) -> None:
+    with _errors_of_rank():
+        staging.result()
+
+
+def _file_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of this rank's share of a checkpoint's files, once on the disk."""
+    mine = sorted(path.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
+    for file in mine:
+        fsync(file)
+    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in mine}
 
 
 def _first_damage(path: Path, files: list[tuple[str, dict[str, Any]]]) -> str | None:

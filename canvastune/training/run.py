@@ -125,6 +125,7 @@ def train(
             display.close()
         if metrics is not None:
             metrics.close()
+    checkpoints.close()
     if not finished:
         return None
     step = (

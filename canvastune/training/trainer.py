@@ -196,6 +196,7 @@ class Trainer:
         if math.isfinite(norm + record["loss"]):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            self.checkpoints.wait_staged()  # the state may still be being copied
             self.optimizer.step()
         else:
             record["examples"] = self._offending(first, sums)

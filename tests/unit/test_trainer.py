@@ -9,6 +9,8 @@ import json
 import math
 import re
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor
 
 from benchmarks.instruments.ranks import run_ranks
@@ -319,6 +322,66 @@ def test_a_damaged_checkpoint_is_found_out_and_set_aside_and_the_last_one_never(
     ground: Path, tmp_path: Path
 ) -> None:
     run_ranks(damaged_runs, 1, tmp_path, ground)
+
+
+def copied_runs(folder: Path, ground: Path) -> None:
+    settings = [
+        *("train.method=lora", "parallel.ep=2", "train.steps=4", "train.validate_every=100"),
+        *("train.checkpoint_every=1", "train.keep_checkpoints=9"),
+    ]
+    threads, stage, failing = ThreadPoolExecutor(1), DefaultStager.stage, [False]
+
+    def slow(stager: DefaultStager, state: dict[str, Any]) -> Future[dict[str, Any]]:
+        fails = failing[0] and dist.get_rank() == 1
+
+        def copy() -> dict[str, Any]:
+            time.sleep(0.5)  # the next step's gradients are there before
+            if fails:
+                raise RuntimeError("no memory")
+            copied = stage(stager, state)
+            assert isinstance(copied, Future)
+            return copied.result()
+
+        return threads.submit(copy)
+
+    hashes = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultStager, "stage", slow)
+        for background in ("true", "false"):
+            output = folder / background
+            trainer = make_trainer(
+                ground, output, *settings, f"train.async_checkpoints={background}"
+            )
+            assert trainer.run()
+            trainer.checkpoints.close()
+            dist.barrier()  # rank 0 writes the markers
+            hashes[background] = [
+                json.loads((output / f"checkpoints/step-{step:06d}/complete.json").read_text())
+                for step in range(1, 5)
+            ]
+        for copied, direct in zip(hashes["true"], hashes["false"], strict=True):
+            assert copied["files"] == direct["files"], (
+                f"step {copied['step']} holds what the steps after it made of its state"
+            )
+        trainer = make_trainer(ground, folder / "fails", *settings)
+        compute = trainer.train_step
+
+        def fail_from_two() -> dict[str, Any]:
+            failing[0] = trainer.progress.step + 1 >= 2
+            return compute()
+
+        trainer.train_step = fail_from_two  # type: ignore[method-assign]
+        with pytest.raises(UserError, match="rank 1: RuntimeError: no memory"):
+            trainer.run()
+        if dist.get_rank() == 0:
+            kept = (folder / "fails" / "checkpoints").glob("*/complete.json")
+            assert [marker.parent.name for marker in kept] == ["step-000001"]
+
+
+def test_training_changes_nothing_that_is_being_copied_and_a_copy_that_fails_ends_every_rank(
+    ground: Path, tmp_path: Path
+) -> None:
+    run_ranks(copied_runs, 2, tmp_path, ground)
 
 
 RESHARD = (
