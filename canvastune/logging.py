@@ -253,7 +253,8 @@ class TrainingProgress:
             levels = "  ".join(f"t={level} {loss:.4f}" for level, loss in record["levels"].items())
             self._log(f"step {step}: validation loss {record['loss']:.4f}  ({levels})", record)
         elif record["event"] != "checkpoint" or record["detail"]:
-            self._log(f"step {step}: {record['event']} {record['detail']}".rstrip(), record)
+            happened = record["event"].replace("_", " ")
+            self._log(f"step {step}: {happened} {record['detail']}".rstrip(), record)
 
     def close(self) -> None:
         """Remove the bar from the terminal."""

@@ -32,6 +32,7 @@ _BOUNDS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # which may ask for hours
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # between a step's own lines
     "MLFLOW_UV_AUTO_DETECT": "false",  # a lock file of the current folder is of another project
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster does not call third parties unasked
 }

@@ -279,7 +279,9 @@ class Publisher:
                 for name, value in shows.get("metrics", {}).items()
                 if name.endswith(f"_{side}")
             }
-            self._send_metrics(client, shown, metrics)
+            # The first that are sent are the first columns of MLflow's list.
+            first = sorted(metrics, key=lambda name: not name.startswith("eval/score"))
+            self._send_metrics(client, shown, {name: metrics[name] for name in first})
             self._send_tags(client, shown, EVALUATION_RUN)
             traces = log_answers(client, self.server.uri, shown, side, answers, model)
         client.set_terminated(base, FINISHED)

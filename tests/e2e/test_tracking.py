@@ -339,7 +339,8 @@ def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(
         ]
         (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
         with tracking.step_run(run, "evaluate") as record:
-            record.metrics({"eval/score_before": 0.2, "eval/score_after": 0.1})
+            scores = {"eval/score_before": 0.2, "eval/score_after": 0.1}
+            record.metrics({"eval/cut_before": 0, "eval/cut_after": 0} | scores)
             record.dataset(prepared(tmp_path / str(count)), "evaluation")
             record.answers(tmp_path)
         assert tracking.pending(run) == []
@@ -366,6 +367,8 @@ def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(
         assert evaluation.info.status == "FINISHED"
         assert evaluation.data.tags["mlflow.runType"] == "genai_evaluate"
         assert evaluation.data.metrics["eval/score"] == value, "MLflow compares nothing"
+        shared = [key for key in evaluation.data.metrics if key in ("eval/score", "eval/cut")]
+        assert shared == ["eval/score", "eval/cut"], "the list of evaluations begins with details"
         assert evaluation.inputs.dataset_inputs
     traces = {trace.info.tags["canvastune.row"]: trace for _, trace in found["answered: evaluate"]}
     first, second = traces["row-0"], traces["row-1"]
