@@ -17,14 +17,7 @@ def run_on_rank0(function: Callable[[], Result]) -> Result:
 
     No rank waits for a rank that has failed.
     """
-    result: Result | None = None
-    error: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except UserError as raised:
-            error = raised
-    shared: list[Any] = [result, error]
+    shared: list[Any] = [*_attempt(function)] if dist.get_rank() == 0 else [None, None]
     dist.broadcast_object_list(shared)
     if shared[1] is not None:
         raise shared[1]
@@ -39,14 +32,8 @@ def gather_results(
     Raises:
         UserError: that of the lowest rank that raised one, on every rank.
     """
-    result: Result | None = None
-    error: UserError | None = None
-    try:
-        result = function()
-    except UserError as raised:
-        error = raised
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, (result, error), group=group)
+    dist.all_gather_object(gathered, _attempt(function), group=group)
     for _, found in gathered:
         if found is not None:
             raise found
@@ -64,3 +51,10 @@ def run_on_all_ranks(function: Callable[[], Result]) -> Result:
     results: list[Result] = []
     gather_results(lambda: results.append(function()))
     return results[0]
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error

@@ -118,10 +118,9 @@ def read_document(
             yield from _numbered(_elements(file, text))
             return
         if first != "{":
+            found = repr(first) if first else "nothing"
             raise UserError(
-                f"{file}: expected one JSON array of objects, found {repr(first) or 'nothing'}"
-                if first
-                else f"{file}: expected one JSON array of objects, found nothing",
+                f"{file}: expected one JSON array of objects, found {found}",
                 hint="If there is one object per line, rename the file to .jsonl.",
             )
         members = _describe(file, text)

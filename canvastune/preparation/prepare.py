@@ -95,6 +95,7 @@ def prepare_data(
         ]
         forgetting = _open_forgetting(config)
         samples: list[dict[str, Any]] = []
+        fraction = config.data.validation_fraction if config.data.validation is None else 0.0
         train, validation = (_writer(folder / name, throughput) for name in ("train", "validation"))
         with contextlib.closing(
             _kept_examples(parts, encoder, config, throughput, processes)
@@ -105,12 +106,13 @@ def prepare_data(
                     samples.append(_sample(example, loaded.tokenizer))
                 position = split_position(conversation.group)
                 split = train
-                if part.held_out or _is_held_out(position, config.data):
+                if part.held_out or position < fraction:
                     split = validation
                     columns.add(example["id"], row.value, f"{row.file}: row {row.number}")
                 split.add(example, response, position, row.source)
         _check_rows(train, validation, parts, config.data)
-        _drop_beyond(validation, parts, config.data.validation_rows)
+        for index, beyond in validation.keep_sample(config.data.validation_rows).items():
+            parts[index].stats.drop_beyond(beyond)
         splits = {"train": train.save(), "validation": validation.save()}
         rows = (train.rows_by_source(), validation.rows_by_source())
         write_mixture(
@@ -291,15 +293,6 @@ def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
         "tokens": len(example["input_ids"]),
         "complete": example["complete"],
     }
-
-
-def _is_held_out(position: float, config: DataConfig) -> bool:
-    return config.validation is None and position < config.validation_fraction
-
-
-def _drop_beyond(validation: SplitWriter, parts: Sequence[Part], limit: int | None) -> None:
-    for index, left_out in validation.keep_sample(limit).items():
-        parts[index].stats.drop_beyond(left_out)
 
 
 def _check_rows(

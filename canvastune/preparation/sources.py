@@ -191,7 +191,8 @@ def _open_folder(folder: Path, key: str) -> Source:
     every = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and not _is_hidden(path.relative_to(folder))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     saved = [path.parent for path in every if path.name in (_SAVED, _SAVED_SPLITS)]
     if saved:
@@ -264,10 +265,6 @@ def _refuse_index(folder: Path, key: str) -> None:
             else f"Name a data file: {key}=...; those of the index are not in this folder."
         ),
     )
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _open_saved_splits(config: SourceFields, folder: Path, key: str) -> Source:

@@ -70,14 +70,11 @@ def read_delimited(
             return
         except (OverflowError, csv.Error) as error:
             if isinstance(error, OverflowError) or "unexpected end of data" in str(error):
-                reached = "longer" if isinstance(error, OverflowError) else "the file ends"
+                reached = "the file ends inside a quoted cell"
+                if isinstance(error, OverflowError):
+                    reached = f"longer than {max_row // 2**20} MiB"
                 raise UserError(
-                    f"{file}: row {number + 1} (line {line + 1}): "
-                    + (
-                        f"longer than {max_row // 2**20} MiB"
-                        if reached == "longer"
-                        else "the file ends inside a quoted cell"
-                    ),
+                    f"{file}: row {number + 1} (line {line + 1}): {reached}",
                     hint='Close the quote; inside a quoted cell, write a quote as "".',
                 ) from None
             problem = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -85,9 +84,8 @@ class Trainer:
         self.place = device_name(self.device, self.world_size)
         self.architecture = describe(model, config)
         accelerator = accelerator_of(self.place.get("device_name", ""))
-        self.peak_flops = (
-            peak_rate(self.architecture, accelerator) if accelerator else None
-        )  # per rank
+        # Of a rank.
+        self.peak_flops = peak_rate(self.architecture, accelerator) if accelerator else None
         self.trained = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -131,9 +129,8 @@ class Trainer:
             ):
                 self._save()
                 saved = progress.step
-            elif (
-                validated and progress.step == saved > 0
-            ):  # the last attempt was stopped during this validation
+            elif validated and progress.step == saved > 0:
+                # The last attempt was stopped during this validation.
                 self.checkpoints.update_metadata(saved, asdict(progress))
             if done or stop:
                 break
@@ -141,15 +138,8 @@ class Trainer:
         self.checkpoints.wait()
         if self.stop_requested is not None:
             took = time.monotonic() - self.stop_requested
-            self._report(
-                "event",
-                {
-                    "event": "stopped",
-                    "detail": (
-                        f"state saved {took:.1f} s after the request, of {train.stop_grace} s"
-                    ),
-                },
-            )
+            grace = f"state saved {took:.1f} s after the request, of {train.stop_grace} s"
+            self._report_event("stopped", grace)
         return done
 
     def train_step(self) -> dict[str, Any]:
@@ -232,11 +222,9 @@ class Trainer:
         Returns None if a stop was requested before it was done.
         """
         started = time.perf_counter()
-        levels, setting = (
-            self.config.train.validation_levels,
-            self.config.train.validation_blocks,
-        )
-        rows = validation_rows(self.data.validation_rows, self.config.train)
+        train = self.config.train
+        levels, setting = train.validation_levels, train.validation_blocks
+        rows = validation_rows(self.data.validation_rows, train)
         blocks = 0 if setting == 1 else self.data.most_validation_blocks(rows)
         # Of each level, of the clean tokens, and of each level's blocks.
         sums = torch.zeros(len(levels) + 1 + len(levels) * blocks, 2, device=self.device)
@@ -275,7 +263,7 @@ class Trainer:
                     batch.to(self.device),
                     (0.0, 0.0),
                     any_self_conditioned=False,
-                    checkpointing=self.config.train.activation_checkpointing,
+                    checkpointing=train.activation_checkpointing,
                 )
                 if not any(real):
                     continue
@@ -382,7 +370,7 @@ class Trainer:
             f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, "
             f"on examples {', '.join(record['examples'])}"
         )
-        self._report("event", {"event": "skipped_step", "detail": found})
+        self._report_event("skipped_step", found)
         allowed, in_a_row = self.config.train.max_skipped_steps, self.progress.skipped_in_a_row
         if in_a_row > allowed or self.progress.skipped == self.config.train.steps:
             raise UserError(
@@ -431,28 +419,25 @@ class Trainer:
         # `train.steps` of a run cannot change, so nothing is trained after the last one.
         optimizer = self.optimizer if step < steps else None
         self.checkpoints.save(step, self.trained, optimizer, asdict(self.progress))
-        self._report(
-            "event",
-            {"event": "checkpoint", "detail": "stop requested" if self.stop_requested else ""},
-        )
+        self._report_event("checkpoint", "stop requested" if self.stop_requested else "")
 
     def _resume(self) -> TrainState:
         found, damages = self.checkpoints.restore(self.trained, self.optimizer)
         if found is None:
-            self._report(
-                "event",
-                {"event": "started", "detail": f"on {_format_event(self.place)}", **self.place},
-            )
+            self._report_event("started", f"on {_format_event(self.place)}", **self.place)
             return self.progress
         self.progress = TrainState(**found)
         if self.metrics is not None:
             self.metrics.resume(self.progress.step)
             self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
         for damage in damages:
-            self._report("event", {"event": "damaged_checkpoint", "detail": damage})
+            self._report_event("damaged_checkpoint", damage)
         detail = f"from the checkpoint of step {self.progress.step}, on {_format_event(self.place)}"
-        self._report("event", {"event": "resumed", "detail": detail, **self.place})
+        self._report_event("resumed", detail, **self.place)
         return self.progress
+
+    def _report_event(self, name: str, detail: str, **more: Any) -> None:
+        self._report("event", {"event": name, "detail": detail, **more})
 
     def _report(self, kind: str, record: dict[str, Any]) -> None:
         record = {"kind": kind, "step": self.progress.step, "time": time.time(), **record}
@@ -532,7 +517,6 @@ def _format_event(place: dict[str, Any]) -> str:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open(
-        f"/proc/{os.getpid()}/status", encoding="ascii"
-    ) as status:  # high-water mark of resident memory, in KiB
+    with open("/proc/self/status", encoding="ascii") as status:
+        # The high-water mark of resident memory, in KiB.
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
