@@ -149,9 +149,7 @@ def count_parameters(architecture: Architecture) -> dict[str, ParameterCount]:
     return counts
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # the search for a change that fits asks for the same few repeatedly
+@functools.lru_cache(maxsize=8)  # the search for a change that fits asks for the same few
 def _listed(sizes: ModelSizes, method: str, lora: LoraConfig, precision: str) -> Architecture:
     if method == "lora" and lora.experts:
         check_expert_rank(lora.rank, precision, _compute_bytes(precision))
@@ -290,13 +288,8 @@ def _layer_parameters(
     yield f"{layer}.router.scale", (hidden,)
     yield f"{layer}.router.per_expert_scale", (experts,)
     yield f"{layer}.router.proj.weight", (experts, hidden)
-    weights = dict(
-        zip(
-            EXPERT_WEIGHTS,
-            ((2 * sizes.expert_size, hidden), (hidden, sizes.expert_size)),
-            strict=True,
-        )
-    )
+    shapes = (2 * sizes.expert_size, hidden), (hidden, sizes.expert_size)
+    weights = dict(zip(EXPERT_WEIGHTS, shapes, strict=True))
     for name, (rows, columns) in weights.items():
         yield f"{layer}.experts.{name}", (experts, rows, columns)
     if lora is not None and lora.experts:

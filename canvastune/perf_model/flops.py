@@ -95,9 +95,8 @@ def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas])
         own = _clean_scores(step.clean, layer, architecture.window)
         own += _canvas_scores(canvases, layer, architecture.window)
         scores += own
-        _add(
-            recomputed, {"attention": own * (again_here + 0.5)}
-        )  # fused kernels recompute the scores
+        # Fused kernels recompute the scores.
+        _add(recomputed, {"attention": own * (again_here + 0.5)})
         scores_again += (
             sum(
                 probability * _clean_scores(past, layer, architecture.window)
@@ -115,34 +114,24 @@ def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas])
     row = 2 * architecture.hidden * architecture.vocabulary
     soft = row * again_rows  # canvas logits to the embedding, or their gradient
     idle = _sum(forward, {"self-conditioning": block})
-    pass_1 = _sum(
-        again,
-        {
-            "attention": scores_again,
-            "head": soft,
-            "self-conditioning": block_row * again_rows + soft,
-        },
-    )
+    conditioning = block_row * again_rows + soft
+    pass_1 = {"attention": scores_again, "head": soft, "self-conditioning": conditioning}
+    pass_1 = _sum(again, pass_1)
     scored = row * (step.scored_clean + canvas_rows)
     _add(forward, {"self-conditioning": block, "head": scored})
     _add(backward, {"head": scored})
     if architecture.full:
-        _add(
-            backward,
-            {"head": scored, "self-conditioning": 2 * block + soft},
-        )
+        _add(backward, {"head": scored, "self-conditioning": 2 * block + soft})
         _add(recomputed, {"head": soft})
 
     examples = step.micro_batch * step.micro_steps
+    padding = padding_pass_share(step) * step.micro_steps * _PADDING_TOKENS / tokens
     passes = {
         PASS_1: (pass_1, examples),
         FORWARD: (forward, examples),
         BACKWARD: (backward, examples),
         RECOMPUTED: (recomputed, examples),
-        IDLE: (
-            idle,
-            padding_pass_share(step) * step.micro_steps * _PADDING_TOKENS / tokens,
-        ),
+        IDLE: (idle, padding),
     }
     by_part: Parts = {}
     for parts, times in passes.values():
@@ -185,10 +174,8 @@ def count_bytes(architecture: Architecture, step: StepShape) -> dict[str, float]
     # Self-conditioning, forward and backward pass; the last layer stays gathered between the latter
     # two.
     passes = 2 + anyone
-    exchanged, idle = (
-        _exchanged(architecture, step),
-        padding_pass_share(step) * _PADDING_TOKENS / step.tokens,
-    )
+    exchanged = _exchanged(architecture, step)
+    idle = padding_pass_share(step) * _PADDING_TOKENS / step.tokens
 
     def gathered(received: list[int]) -> float:
         return float(step.micro_steps * (passes * sum(received[:-1]) + received[-1]))
@@ -260,15 +247,12 @@ def _exchanged(architecture: Architecture, step: StepShape) -> float:
     """Count the bytes of one dispatch and one combine, over all layers and examples of the step."""
     rows = step.tokens * step.micro_steps * architecture.experts_per_token
     away = (step.ep - 1) / step.ep  # with balanced experts
-    row = (
-        2 * architecture.hidden * architecture.compute_bytes + FLOAT
-    )  # both ways, and its weight one way
+    # Both ways, and its weight one way.
+    row = 2 * architecture.hidden * architecture.compute_bytes + FLOAT
     return len(architecture.layers) * rows * row * away
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # there are a thousand weights, and the trainer asks for each example
+@functools.lru_cache(maxsize=8)  # of a thousand weights; the trainer asks for each example
 def _products(
     architecture: Architecture, checkpointing: Checkpointing
 ) -> tuple[Parts, Parts, Parts]:
@@ -282,14 +266,8 @@ def _products(
         if weight.layer is not None:
             product = _matmul(architecture, weight)
             _add(forward, {weight.kind: product})
-            _add(
-                backward,
-                {
-                    weight.kind: (
-                        product * (_input_needs_gradient(architecture, weight) + weight.trained)
-                    )
-                },
-            )
+            gradients = _input_needs_gradient(architecture, weight) + weight.trained
+            _add(backward, {weight.kind: product * gradients})
             _add(recomputed, {weight.kind: product * is_recomputed(checkpointing, weight.layer)})
     return forward, backward, recomputed
 

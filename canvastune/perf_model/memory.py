@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from canvastune.config.schema import Checkpointing, is_recomputed
@@ -144,9 +143,8 @@ def fsdp_units(architecture: Architecture, step: StepShape) -> FsdpUnits:
 @functools.lru_cache(maxsize=64)  # the searches change the batch more often than the mesh
 def _fsdp_units(architecture: Architecture, world_size: int, ep: int) -> FsdpUnits:
     separate = ep > 1
-    ignored = (
-        separate and ep == world_size
-    )  # each expert is on one rank: FSDP ignores it if it is frozen
+    # Each expert is then on one rank: FSDP ignores it if it is frozen.
+    ignored = separate and ep == world_size
     compute = architecture.compute_bytes
     by_layer: list[tuple[list[Weight], list[Weight]]] = [([], []) for _ in architecture.layers]
     root: list[Weight] = []
@@ -181,11 +179,10 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
         for layer, experts in zip(groups.layers, groups.experts, strict=True)
     ]
     all_gradients = groups.root.shard + sum(of_layer)
-    before = all_gradients if accumulating else 0
-    steady = _steady(architecture, step)
+    before, steady = all_gradients if accumulating else 0, _steady(architecture, step)
     kept = [
-        steady + part
-        for part in _running(
+        steady + so_far
+        for so_far in itertools.accumulate(
             _kept(architecture, step, index) for index in range(len(architecture.layers))
         )
     ]
@@ -195,43 +192,37 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
     found: dict[str, dict[str, int]] = {}
 
     def moment(
-        name: str, gradients: int, activations: int, workspace: int, loss: int, communication: int
+        name: str,
+        gradients: int,
+        activations: int = 0,
+        communication: int = 0,
+        *,
+        workspace: int = 0,
+        loss: int = 0,
     ) -> None:
-        found[name] = dict(
-            zip(
-                PARTS,
-                (weights, gradients, optimizer, activations, workspace, loss, communication),
-                strict=True,
-            )
-        )
+        held = (weights, gradients, optimizer, activations, workspace, loss, communication)
+        found[name] = dict(zip(PARTS, held, strict=True))
 
-    held = (
-        groups.layers[-1].gathered + groups.experts[-1].gathered
-    )  # the last layer stays gathered until its backward pass
+    # The last layer stays gathered until its backward pass.
+    held = groups.layers[-1].gathered + groups.experts[-1].gathered
     first = groups.layers[0]
     moment(
         "gathering, embedding",
         before,
-        0,
-        0,
-        0,
-        groups.root.gathered + groups.root.flat + first.gathered + first.flat,
+        communication=groups.root.gathered + groups.root.flat + first.gathered + first.flat,
     )
     for index in _heaviest(groups.layers):
         layer, experts = groups.layers[index], groups.experts[index]
         waiting = groups.root.gathered + (held if step.self_conditioning and index < last else 0)
         gathering = waiting + layer.gathered + layer.flat
         previous = groups.layers[max(0, index - 1)].flat
-        moment(
-            f"forward, gathering layer {index + 1}", before, kept[index], 0, 0, gathering + previous
-        )
+        moment(f"forward, gathering layer {index + 1}", before, kept[index], gathering + previous)
         moment(
             f"forward, layer {index + 1}",
             before,
             kept[index],
-            _forward_workspace(architecture, step, index),
-            0,
             waiting + layer.gathered + experts.gathered + (experts.flat or layer.flat),
+            workspace=_forward_workspace(architecture, step, index),
         )
     all_kept = kept[last] + _tail(architecture, step)
     # The last unit's flat buffer, if it was gathered in this pass, is freed when the root's forward
@@ -245,70 +236,59 @@ def memory_timeline(architecture: Architecture, step: StepShape) -> dict[str, di
         "loss",
         before,
         all_kept,
-        0,
-        _loss_workspace(architecture, step),
         groups.root.gathered + held + flat,
+        loss=_loss_workspace(architecture, step),
     )
     if architecture.full:
         sums = FLOAT * table + (table_gradient if architecture.compute_bytes < FLOAT else 0)
-        moment("backward, loss", before, all_kept, 0, sums, groups.root.gathered + held)
+        moment("backward, loss", before, all_kept, groups.root.gathered + held, loss=sums)
     done = 0
     for index in range(last, -1, -1):
-        layer, experts, shape = (
-            groups.layers[index],
-            groups.experts[index],
-            architecture.layers[index],
-        )
+        name, layer, experts = f"layer {index + 1}", groups.layers[index], groups.experts[index]
         ahead = groups.root.gathered + (groups.layers[index - 1].flat if index else 0)
         behind = groups.layers[index + 1].reduction if index < last else 0
         gradients = all_gradients if accumulating else done
-        rest, rows = _saved(architecture, step, shape)
-        inputs = (
-            kept[index] if is_recomputed(step.checkpointing, index) else kept[index] - rest - rows
-        )
+        rest, rows = _saved(architecture, step, architecture.layers[index])
+        inputs = kept[index] - (0 if is_recomputed(step.checkpointing, index) else rest + rows)
         moment(
-            f"backward, experts of layer {index + 1}",
+            f"backward, experts of {name}",
             gradients,
             inputs,
-            rest + rows + _combine_workspace(architecture, step),
-            table_gradient,
             ahead + layer.gathered + experts.gathered + behind,
+            workspace=rest + rows + _combine_workspace(architecture, step),
+            loss=table_gradient,
         )
         if experts.reduction:
+            row = architecture.experts_per_token * architecture.hidden * architecture.compute_bytes
             moment(
-                f"backward, reducing the experts of layer {index + 1}",
+                f"backward, reducing the experts of {name}",
                 gradients + experts.shard,
                 inputs,
-                rest + _row_gradients(architecture, step),
-                table_gradient,
                 ahead + layer.gathered + experts.gradient + experts.reduction,
+                workspace=rest + step.tokens * row,
+                loss=table_gradient,
             )
         moment(
-            f"backward, reducing layer {index + 1}",
+            f"backward, reducing {name}",
             gradients + of_layer[index],
             inputs,
-            0,
-            table_gradient,
             ahead + layer.gradient + layer.reduction,
+            loss=table_gradient,
         )
         done += of_layer[index]
     if architecture.full:
         # The gradients of the lookups and the soft embedding are added to the head's; in float32 in
         # place.
-        temporary = (
-            table_gradient if step.self_conditioning and architecture.compute_bytes < FLOAT else 0
-        )
-        sums = table_gradient + temporary
+        temporary = step.self_conditioning and architecture.compute_bytes < FLOAT
         moment(
             "backward, embedding",
             all_gradients - (0 if accumulating else groups.root.shard),
             steady,
-            0,
-            sums,
             groups.root.gathered + groups.layers[0].reduction,
+            loss=table_gradient * (2 if temporary else 1),
         )
-    squares = max(local_numel(weight, step) for weight in trained) * FLOAT
-    moment("update", all_gradients, 0, squares, 0, 0)
+    largest = max(local_numel(weight, step) for weight in trained)
+    moment("update", all_gradients, workspace=largest * FLOAT)
     return found
 
 
@@ -353,14 +333,6 @@ def _heaviest(groups: tuple[FsdpUnit, ...]) -> set[int]:
     return set({group.gathered: index for index, group in enumerate(groups)}.values())
 
 
-def _running(values: Iterable[int]) -> list[int]:
-    total, sums = 0, []
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
-
-
 def _kept(architecture: Architecture, step: StepShape, index: int) -> int:
     """Return the bytes kept from a layer's forward to its backward pass."""
     if is_recomputed(step.checkpointing, index):
@@ -371,28 +343,23 @@ def _kept(architecture: Architecture, step: StepShape, index: int) -> int:
 def _saved(architecture: Architecture, step: StepShape, layer: LayerShape) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a layer: (all but the experts, the experts' rows)."""
     c, hidden, trained = architecture.compute_bytes, architecture.hidden, architecture.full
-    inputs = (
-        trained or architecture.expert_rank > 0
-    )  # whether the experts' projections keep their inputs
-    norms = hidden * (
-        6 + (3 if inputs else 2)
-    )  # inputs of the norms, three of which share one, and outputs of matmuls
-    heads = layer.query_width + layer.key_width * (
-        2 if layer.own_values else 1
-    )  # inputs of the heads' norms
+    # Whether the experts' projections keep their inputs.
+    inputs = trained or architecture.expert_rank > 0
+    # Inputs of the norms, three of which share one, and outputs of matmuls.
+    norms = hidden * (6 + (3 if inputs else 2))
+    # Inputs of the heads' norms.
+    heads = layer.query_width + layer.key_width * (2 if layer.own_values else 1)
     rows = step.clean + step.canvas_rows
     calls = canvas_calls(_canvases(step), architecture.window if layer.sliding else None)
     joined = sum(call.key_rows for call in calls) / rows  # keys and values of the canvases' calls
-    attention = 3 * layer.query_width + 2 * layer.key_width * (
-        1 + joined
-    )  # queries, the calls' outputs, joined output
+    # Queries, the calls' outputs, joined output.
+    attention = 3 * layer.query_width + 2 * layer.key_width * (1 + joined)
     mlp = 3 * architecture.intermediate
     router = FLOAT * architecture.experts + 48 * architecture.experts_per_token
     scalars = FLOAT * (8 + 2 * architecture.heads + 2 * layer.key_width // layer.head_dim)
     adapters = c * architecture.rank * (7 if layer.own_values else 6)
-    if (
-        architecture.dropout
-    ):  # a mask and a copy of each input, while projections without dropout share one
+    # A mask and a copy of each input, while projections without dropout share one.
+    if architecture.dropout:
         dropped = (
             hidden * (5 if layer.own_values else 4) + layer.query_width + architecture.intermediate
         )
@@ -416,22 +383,11 @@ def _combine_workspace(architecture: Architecture, step: StepShape) -> int:
     c, hidden = architecture.compute_bytes, architecture.hidden
     # A row as sent and as received, of which the latter stays until the layer's end; float32 where
     # it is weighted.
-    received = not (
-        architecture.full or architecture.expert_rank
-    )  # otherwise it is saved, and counted there
+    received = not (architecture.full or architecture.expert_rank)  # else it is counted as saved
     row = c * hidden * (2 + received if step.ep > 1 else 1) + FLOAT * architecture.expert_size * (
         1 if step.ep > 1 else 2
     )
     return step.tokens * (architecture.experts_per_token * row + 3 * c * hidden)
-
-
-def _row_gradients(architecture: Architecture, step: StepShape) -> int:
-    return (
-        step.tokens
-        * architecture.experts_per_token
-        * architecture.hidden
-        * architecture.compute_bytes
-    )
 
 
 def _forward_workspace(architecture: Architecture, step: StepShape, index: int) -> int:
