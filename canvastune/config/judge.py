@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from canvastune.config.strict import InvalidSetting
@@ -72,8 +72,6 @@ def _check_judge(name: str) -> str:
 
 
 JudgeName = Annotated[str, AfterValidator(_check_judge)]
-
-
-def as_list(value: Any) -> Any:
-    """Read a single judge as a list of one."""
-    return [value] if isinstance(value, str) else value
+# A single text is read as a list of one.
+AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+JudgeNames = Annotated[tuple[JudgeName, ...], AsList]

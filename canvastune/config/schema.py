@@ -5,23 +5,26 @@ next to every output.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from canvastune.config.cluster import ClusterConfig
 from canvastune.config.data import DataConfig, MixtureSource, SourceFields
-from canvastune.config.judge import (
-    JudgeName,
-    as_list,
-    check_pattern,
-    python_place,
-    split_judge,
-)
+from canvastune.config.judge import AsList, JudgeNames, check_pattern, python_place, split_judge
 from canvastune.config.strict import ChangeableOnResume, InvalidSetting, StrictModel
 
 Checkpointing = bool | Literal["selective"]
+
+
+def _check_blocks(value: Any) -> Any:
+    """Refuse here what no member of the union takes, with one message instead of one each."""
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
+
+
 Blocks = int | Literal["all"]
 
 
@@ -83,11 +86,7 @@ class ObjectiveConfig(StrictModel):
     encoder_loss_weight: float = Field(
         1.0, ge=0, description="weight of the autoregressive loss in the total"
     )
-
-    @field_validator("blocks", mode="before")
-    @classmethod
-    def _check_blocks(cls, value: Any) -> Any:
-        return _check_blocks(value)
+    _check_blocks = field_validator("blocks", mode="before")(_check_blocks)
 
 
 class OptimizerConfig(StrictModel):
@@ -231,11 +230,7 @@ class TrainConfig(StrictModel):
         ge=10,
         description="seconds without progress after which a run ends and names the rank that hangs",
     )
-
-    @field_validator("validation_blocks", mode="before")
-    @classmethod
-    def _check_blocks(cls, value: Any) -> Any:
-        return _check_blocks(value)
+    _check_blocks = field_validator("validation_blocks", mode="before")(_check_blocks)
 
 
 class ParallelConfig(StrictModel):
@@ -341,7 +336,7 @@ class EvaluateConfig(StrictModel):
         description="regular expression for the judge `pattern`, which compares group 1 of its last "
         "match; null: none, for data whose answers have no such part",
     )
-    judge: tuple[JudgeName, ...] | None = Field(
+    judge: JudgeNames | None = Field(
         None,
         description="what decides whether an answer is right, or how close it is: `pattern` or "
         "`pattern:REGEX`, `number`, `text`, `json`, `tool_call`, `chrf`, `model`, "
@@ -349,14 +344,14 @@ class EvaluateConfig(StrictModel):
         "judges that row; default: `pattern` where it matches a held-out reference, else "
         "`chrf`; []: none",
     )
-    judges: dict[str, tuple[JudgeName, ...]] = Field(
+    judges: dict[str, JudgeNames] = Field(
         {},
         description="judges for individual sources of `data.mixture`, by their `source`; the others use "
         "`evaluate.judge`",
     )
     judge_model: JudgeModelConfig = Field(default_factory=JudgeModelConfig)
     forgetting: ForgettingConfig = Field(default_factory=ForgettingConfig)
-    slices: tuple[str, ...] = Field(
+    slices: Annotated[tuple[str, ...], AsList] = Field(
         (),
         description="columns of the data with one value per row; all figures are also reported for the "
         "rows with each value",
@@ -410,18 +405,6 @@ class EvaluateConfig(StrictModel):
         """The files of the judges that are the user's functions."""
         found = [split_judge(name) for name in self.judge_names]
         return [python_place(argument)[0] for kind, argument in found if kind == "python"]
-
-    @field_validator("judge", "slices", mode="before")
-    @classmethod
-    def _read_one_name(cls, value: Any) -> Any:
-        return as_list(value)
-
-    @field_validator("judges", mode="before")
-    @classmethod
-    def _read_one_judge_each(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {source: as_list(names) for source, names in value.items()}
 
 
 class TrackingConfig(StrictModel):
@@ -569,13 +552,6 @@ class RunConfig(StrictModel):
                 hint="Correct the level.",
             )
         return self
-
-
-def _check_blocks(value: Any) -> Any:
-    """Refuse here what no member of the union takes, with one message instead of one each."""
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise PydanticCustomError("blocks", "a whole number of at least 1, or all")
 
 
 def is_recomputed(checkpointing: Checkpointing, layer: int) -> bool:
