@@ -21,7 +21,6 @@ from canvastune.io.json_text import read_json_lines
 from canvastune.io.provenance import write_provenance
 from canvastune.report import formatting
 from canvastune.report.charts import (
-    Chart,
     build_charts,
     charts_json,
     content_security_policy,
@@ -54,6 +53,7 @@ from canvastune.report.summary import (
     file_in,
     find_warnings,
     notable_events,
+    optional_file,
     plan_rows,
     read_json,
     step_costs,
@@ -112,20 +112,18 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
             }
             for row in context["answers"]:
                 row["others"] = other_answers(row["recorded"], by_name)
-        context["charts"] = [_chart_context(chart, marks) for chart in charts]
+        context["charts"] = [
+            {"chart": each, "summary": summary_rows(each), "image": draw_chart_image(each, marks)}
+            for each in charts
+        ]
         context["curves"] = charts_json(charts, marks, context["stats"].steps)
         page = _render(context)
         if len(page.encode()) > _MAX_PAGE_BYTES:
             context["answers"] = context["answers"][:_OPEN_ANSWERS]
             page = _render(context)
         (folder / "report.html").write_text(page, encoding="utf-8")
-        inputs = {
-            "metrics": run.metrics,
-            "data": run.data,
-            "plan": run.plan,
-            "evaluation": run.evaluation,
-            "merge": run.merge,
-        }
+        read = ("metrics", "data", "plan", "evaluation", "merge")
+        inputs: dict[str, Path | None] = {name: getattr(run, name) for name in read}
         inputs |= {
             f"compared with {name}": each.metrics
             for name, each in zip(names[1:], compare, strict=True)
@@ -211,10 +209,6 @@ def _comparison_row(name: str, run: RunArtifacts, records: list[Record]) -> dict
     }
 
 
-def _chart_context(chart: Chart, marks: list[int]) -> dict[str, Any]:
-    return {"chart": chart, "summary": summary_rows(chart), "image": draw_chart_image(chart, marks)}
-
-
 def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
     """Read the answers with the outcome of each, the ones to look at first coming first."""
     rows = []
@@ -227,8 +221,8 @@ def _read_answers(evaluation: Path | None) -> list[dict[str, Any]]:
 
 
 def _answer_lines(evaluation: Path | None) -> list[dict[str, Any]]:
-    path = evaluation / "answers.jsonl" if evaluation and evaluation.is_dir() else None
-    return read_json_lines(path) if path is not None and path.is_file() else []
+    path = optional_file(evaluation, "answers.jsonl")
+    return [] if path is None else read_json_lines(path)
 
 
 def _outcome(before: float | None, after: float | None) -> str:
@@ -303,8 +297,8 @@ def _changed_settings(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _read_plan_text(plan: Path | None) -> str | None:
-    path = plan / "plan.txt" if plan and plan.is_dir() else None
-    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
+    path = optional_file(plan, "plan.txt")
+    return None if path is None else path.read_text(encoding="utf-8")
 
 
 def _read_provenance(run: RunArtifacts) -> list[dict[str, Any]]:

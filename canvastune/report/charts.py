@@ -11,7 +11,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -226,16 +226,9 @@ def _validation_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
     records = [record for record in runs[0][1] if record["kind"] == "validation"]
     levels = sorted({level for record in records for level in record.get("levels", {})}, key=float)
     lines = []
-    for index, level in enumerate(levels):
-        found = [
-            (record["step"], record["levels"][level])
-            for record in records
-            if is_plottable(record.get("levels", {}).get(level))
-        ]
-        if found:
-            shade = round(index * (_LEVEL_COLORS - 1) / max(1, len(levels) - 1))
-            steps, values = [step for step, _ in found], [value for _, value in found]
-            lines.append(Line(f"t = {level}", steps, values, color=f"l{shade}"))
+    for level, color in zip(levels, _level_colors(len(levels)), strict=True):
+        found = [(record["step"], record.get("levels", {}).get(level)) for record in records]
+        lines += _plottable(f"t = {level}", found, color)
     for index, (name, other) in enumerate(runs if lines and len(runs) > 1 else []):
         steps, values = series(other, "validation", "loss")
         if steps:
@@ -255,24 +248,16 @@ def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
         for _, records in runs
     ]
     lines: list[Line] = []
-
-    def add(label: str, values: Sequence[float | None], color: str, dashed: bool = False) -> None:
-        known = [(at, value) for at, value in enumerate(values, 1) if is_plottable(value)]
-        if known:
-            places, losses = zip(*known, strict=True)
-            lines.append(Line(label, list(places), list(losses), color=color, dashed=dashed))
-
     if found[0]:
         last = found[0][-1]
         levels = sorted(last["blocks"], key=float)
-        for index, level in enumerate(levels):
-            shade = round(index * (_LEVEL_COLORS - 1) / max(1, len(levels) - 1))
-            add(f"t = {level}", last["blocks"][level], f"l{shade}")
-        add("mean", mean_by_block(last), "s0", dashed=True)
+        for level, color in zip(levels, _level_colors(len(levels)), strict=True):
+            lines += _plottable(f"t = {level}", enumerate(last["blocks"][level], 1), color)
+        lines += _plottable("mean", enumerate(mean_by_block(last), 1), "s0", dashed=True)
         for index, (name, _) in enumerate(runs[1:], 1):
             if found[index]:
-                values = mean_by_block(found[index][-1])
-                add(f"{name}, mean", values, f"s{index % _RUN_COLORS}", dashed=True)
+                values, color = mean_by_block(found[index][-1]), f"s{index % _RUN_COLORS}"
+                lines += _plottable(f"{name}, mean", enumerate(values, 1), color, dashed=True)
     return Chart(
         "validation_loss_by_block",
         "Validation loss by position in the answer",
@@ -283,6 +268,22 @@ def _block_chart(runs: Sequence[tuple[str, list[Record]]]) -> Chart:
         " longest answers only.",
         across="block",
     )
+
+
+def _level_colors(count: int) -> list[str]:
+    """Return colors of the ramp over the corruption levels, from first to last."""
+    return [f"l{round(at * (_LEVEL_COLORS - 1) / max(1, count - 1))}" for at in range(count)]
+
+
+def _plottable(
+    label: str, points: Iterable[tuple[int, Any]], color: str, dashed: bool = False
+) -> list[Line]:
+    """Return the line through the points whose value is a number; none if there are none."""
+    known = [(at, value) for at, value in points if is_plottable(value)]
+    if not known:
+        return []
+    places, values = zip(*known, strict=True)
+    return [Line(label, list(places), list(values), color=color, dashed=dashed)]
 
 
 def _draw(chart: Chart, events: Sequence[int], width: float, height: float) -> Figure:
@@ -422,28 +423,16 @@ def summary_rows(chart: Chart) -> list[dict[str, Any]]:
 
 def _chart(chart: Chart) -> dict[str, Any]:
     limit = max(200, _PAGE_POINTS // len(chart.lines))
-    lines = [_line(line, limit) for line in chart.lines]
-    return {
-        "name": chart.name,
-        "title": chart.title,
-        "unit": chart.unit,
-        "log": chart.log,
-        "across": chart.across,
-        "lines": lines,
-    }
+    shown = {name: getattr(chart, name) for name in ("name", "title", "unit", "log", "across")}
+    return shown | {"lines": [_line(line, limit) for line in chart.lines]}
 
 
 def _line(line: Line, limit: int) -> dict[str, Any]:
     raw = thin(line.steps, line.values, limit)
     long = line.noisy and len(line.steps) > limit
-    return {
-        "label": line.label,
-        "color": line.color,
-        "dashed": line.dashed,
-        "noisy": line.noisy,
-        "raw": _rounded(raw),
-        "means": _rounded(_means(line.steps, line.values, limit // 2)) if long else None,
-    }
+    means = _rounded(_means(line.steps, line.values, limit // 2)) if long else None
+    shown = {name: getattr(line, name) for name in ("label", "color", "dashed", "noisy")}
+    return shown | {"raw": _rounded(raw), "means": means}
 
 
 def _means(steps: list[int], values: list[float], limit: int) -> tuple[list[int], list[float]]:

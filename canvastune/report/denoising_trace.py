@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from canvastune.report.summary import read_json
+from canvastune.report.summary import optional_file, read_json
 
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>")  # <eos>, <pad>: a canvas may be full of them
 _MIN_REPEATS = 4  # equal special tokens in a row that are written as a count
@@ -25,8 +25,8 @@ def read_denoising_trace(evaluation: Path | None) -> dict[str, Any] | None:
     Raises:
         UserError: film.json is not JSON.
     """
-    path = evaluation / "film.json" if evaluation and evaluation.is_dir() else None
-    if path is None or not path.is_file():
+    path = optional_file(evaluation, "film.json")
+    if path is None:
         return None
     trace = read_json(path)
     sides = [{"title": side, "frames": _frames(trace[side])} for side in ("before", "after")]

@@ -178,6 +178,12 @@ def file_in(path: Path, name: str) -> Path:
     return path / name if path.is_dir() else path
 
 
+def optional_file(folder: Path | None, name: str) -> Path | None:
+    """Return the file `name` in a step's output folder; None if there is no such folder or file."""
+    path = folder / name if folder and folder.is_dir() else None
+    return path if path is not None and path.is_file() else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a step's JSON file.
 
