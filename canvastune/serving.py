@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Backend:
-    command: Callable[[_Model, str, int], tuple[str, ...]]
+    command: Callable[[_Model], tuple[str, ...]]  # without the server's address
     checks: tuple[Callable[[_Model], None], ...]
-    remarks: Callable[[_Model], Iterator[str]]
+    remarks: tuple[str, ...]
     install: str
 
 
@@ -102,8 +102,11 @@ def find_server(
     _check_tokenizer(model)
     for check in chosen.checks:
         check(model)
-    command = (*chosen.command(model, host, port), *extra)
-    return Server(command, tuple(chosen.remarks(model)), chosen.install)
+    command = (*chosen.command(model), "--host", host, "--port", str(port), *extra)
+    remarks = chosen.remarks
+    if "--dtype" in chosen.command(model):
+        remarks += ("the weights are float32, which vLLM would cast to bfloat16 without --dtype",)
+    return Server(command, remarks, chosen.install)
 
 
 def _read_model(folder: Path) -> _Model:
@@ -135,7 +138,7 @@ def _check_tokenizer(model: _Model) -> None:
     if not (model.folder / "tokenizer.json").is_file():
         raise _missing(model, "tokenizer.json")
     settings = model.folder / "tokenizer_config.json"
-    inline = settings.is_file() and "chat_template" in _read_object(settings)
+    inline = "chat_template" in _read_object(settings)
     named = ("chat_template.jinja", "chat_template.json")
     if not inline and not any((model.folder / name).is_file() for name in named):
         raise _missing(model, "chat_template.jinja")
@@ -174,7 +177,7 @@ def _check_unquantized(model: _Model) -> None:
 def _check_sampler_file(model: _Model) -> None:
     """Check the keys that vLLM looks up without a default."""
     file = model.folder / GENERATION_FILE
-    given = _read_object(file) if file.is_file() else {}
+    given = _read_object(file)
     wanted = sampler_keys(model.sampler)
     sampler = given.get("sampler_config")
     lacking = {key: value for key, value in wanted.items() if given.get(key) is None}
@@ -191,7 +194,7 @@ def _check_sampler_file(model: _Model) -> None:
 def _check_generation_file(model: _Model) -> None:
     """Check that stock transformers loads the file, and answers as it says."""
     file = model.folder / GENERATION_FILE
-    given = _read_object(file) if file.is_file() else {}
+    given = _read_object(file)
     usable = read_generation_file(model.folder).usable
     # A server answers whole only where generate() returns a tensor.
     wrong = [
@@ -219,7 +222,7 @@ def _check_processor(model: _Model) -> None:
 def _check_audio_tokens(model: _Model) -> None:
     """Check what stock's processor wants of a tokenizer, for any text: see findings/."""
     file = model.folder / "tokenizer_config.json"
-    settings = _read_object(file) if file.is_file() else {}
+    settings = _read_object(file)
     extra = settings.get("extra_special_tokens")
     named = settings | (extra if isinstance(extra, dict) else {})
     if missing := [name for name in _AUDIO_TOKENS if not named.get(name)]:
@@ -255,59 +258,15 @@ def _write_sglang_file(model: _Model) -> None:
         ) from None
 
 
-def _vllm(model: _Model, host: str, port: int) -> tuple[str, ...]:
-    command = ("vllm", "serve", str(model.folder), "--host", host, "--port", str(port))
-    return (*command, "--dtype", "float32") if _is_float32(model) else command
+def _vllm(model: _Model) -> tuple[str, ...]:
+    float32 = model.config.get("dtype", model.config.get("torch_dtype")) == "float32"
+    return ("vllm", "serve", str(model.folder), *(("--dtype", "float32") if float32 else ()))
 
 
-def _vllm_remarks(model: _Model) -> Iterator[str]:
-    yield "answers end where max_tokens of the request says: max_new_tokens is not read"
-    yield "a GPU is needed: vLLM runs no diffusion model on a CPU"
-    if _is_float32(model):
-        yield "the weights are float32, which vLLM would cast to bfloat16 without --dtype"
-
-
-def _sglang(model: _Model, host: str, port: int) -> tuple[str, ...]:
-    settings = ("--dllm-algorithm-config", str(model.folder / SGLANG_FILE))
-    address = ("--host", host, "--port", str(port))
+def _sglang(model: _Model) -> tuple[str, ...]:
     start = ("sglang", "serve", "--model-type", "llm", "--model-path", str(model.folder))
-    return (*start, "--dllm-algorithm", "Gemma4Renoise", *settings, *address)
-
-
-def _sglang_remarks(model: _Model) -> Iterator[str]:
-    yield f"{SGLANG_FILE} holds the sampler's settings, as SGLang reads no {GENERATION_FILE}"
-    yield "requests with a seed, penalties, log probabilities, min_p or a JSON schema are refused"
-    yield "a CUDA or ROCm GPU is needed"
-
-
-def _mlx(model: _Model, host: str, port: int) -> tuple[str, ...]:
-    return ("mlx_vlm.server", "--model", str(model.folder), "--host", host, "--port", str(port))
-
-
-def _mlx_remarks(_: _Model) -> Iterator[str]:
-    yield (
-        "the server's own sampler is confidence-threshold at temperature 0; a request chooses the "
-        'model\'s with {"diffusion_sampler": "entropy-bound", "diffusion_full_canvas": true, '
-        '"temperature": 1}'
-    )
-    yield "`model` in a request is the folder as given here"
-
-
-def _transformers(model: _Model, host: str, port: int) -> tuple[str, ...]:
-    start = ("transformers", "serve", str(model.folder))
-    return (*start, "--host", host, "--port", str(port))
-
-
-def _transformers_remarks(_: _Model) -> Iterator[str]:
-    yield (
-        "only streamed answers, or requests with "
-        '{"generation_config": "{\\"return_dict_in_generate\\": false}"}: others end with HTTP 500'
-    )
-    yield "one request at a time; its processor needs torchvision"
-
-
-def _is_float32(model: _Model) -> bool:
-    return model.config.get("dtype", model.config.get("torch_dtype")) == "float32"
+    settings = ("--dllm-algorithm-config", str(model.folder / SGLANG_FILE))
+    return (*start, "--dllm-algorithm", "Gemma4Renoise", *settings)
 
 
 def _missing(model: _Model, name: str) -> UserError:
@@ -318,6 +277,9 @@ def _missing(model: _Model, name: str) -> UserError:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a file; {} without one. Raises: UserError, it is not JSON."""
+    if not file.is_file():
+        return {}
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -335,25 +297,42 @@ BACKENDS: Mapping[str, _Backend] = {
             _check_processor,
             _check_equal_scalars,
         ),
-        _vllm_remarks,
+        (
+            "answers end where max_tokens of the request says: max_new_tokens is not read",
+            "a GPU is needed: vLLM runs no diffusion model on a CPU",
+        ),
         "pip install vllm==0.33.0",
     ),
     "sglang": _Backend(
         _sglang,
+        (_check_architecture, _check_tied_embeddings, _check_unquantized, _write_sglang_file),
         (
-            _check_architecture,
-            _check_tied_embeddings,
-            _check_unquantized,
-            _write_sglang_file,
+            f"{SGLANG_FILE} holds the sampler's settings, as SGLang reads no {GENERATION_FILE}",
+            "requests with a seed, penalties, log probabilities, min_p or a JSON schema are refused",
+            "a CUDA or ROCm GPU is needed",
         ),
-        _sglang_remarks,
         "pip install sglang==0.5.23",
     ),
-    "mlx": _Backend(_mlx, (), _mlx_remarks, "pip install 'mlx[cpu]==0.32.4' mlx-vlm==0.7.10"),
+    "mlx": _Backend(
+        lambda model: ("mlx_vlm.server", "--model", str(model.folder)),
+        (),
+        (
+            "the server's own sampler is confidence-threshold at temperature 0; a request chooses "
+            'the model\'s with {"diffusion_sampler": "entropy-bound", "diffusion_full_canvas": true, '
+            '"temperature": 1}',
+            "`model` in a request is the folder as given here",
+        ),
+        "pip install 'mlx[cpu]==0.32.4' mlx-vlm==0.7.10",
+    ),
     "transformers": _Backend(
-        _transformers,
+        lambda model: ("transformers", "serve", str(model.folder)),
         (_check_generation_file, _check_processor, _check_audio_tokens),
-        _transformers_remarks,
+        (
+            "only streamed answers, or requests with "
+            '{"generation_config": "{\\"return_dict_in_generate\\": false}"}: others end with '
+            "HTTP 500",
+            "one request at a time; its processor needs torchvision",
+        ),
         "pip install 'transformers[serving]==5.24.0' torchvision",
     ),
 }

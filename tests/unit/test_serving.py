@@ -70,7 +70,7 @@ def test_the_parser_offers_every_backend() -> None:
 
 
 def test_vllm_keeps_float32_weights_and_leaves_bfloat16_ones_to_itself(model: Path) -> None:
-    assert str(find_server(model, "vllm", "h", 1)).endswith("--dtype float32")
+    assert "--dtype float32" in str(find_server(model, "vllm", "h", 1))
     change(model / "config.json", lambda tree: tree.update(dtype="bfloat16"))
     assert "--dtype" not in str(find_server(model, "vllm", "h", 1))
 
