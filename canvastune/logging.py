@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 LOG_FORMAT = "CANVASTUNE_LOG_FORMAT"  # "json" also for the processes that a program starts
 FORMATS = ("text", "json")
 FORMAT_HELP = "json: log each event as an object with time, level and event (default: text)"
-WARNING_EVENTS = (
-    "skipped_step",
-    "damaged_checkpoint",
-    "restarted",
-)  # events of metrics.jsonl after which training continues
+# Events of metrics.jsonl after which training continues.
+WARNING_EVENTS = ("skipped_step", "damaged_checkpoint", "restarted")
 
 # __main__: a module that was started with `python -m`.
 _OUR_PACKAGES = ("canvastune", "components", "pipelines", "__main__")
@@ -56,10 +53,8 @@ def configure_logging(log_format: str = "text") -> None:
     handler.setFormatter(JsonFormatter() if json_requested() else TextFormatter())
     root = logging.getLogger()
     for other in list(root.handlers):
-        if type(other) in (
-            logging.StreamHandler,
-            StandardStreamHandler,
-        ):  # Kubeflow's executor shows every library's INFO
+        # Kubeflow's executor shows every library's INFO.
+        if type(other) in (logging.StreamHandler, StandardStreamHandler):
             root.removeHandler(other)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)

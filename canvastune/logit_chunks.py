@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 # Float32 logits that are alive at once: a chunk of rows. Each chunk reads the whole table and
-# updates its gradient, which
-# is cheap next to the matmuls only if a chunk has hundreds of rows. A CPU processes a chunk in
-# tiles that fit its caches.
+# updates its gradient, which is cheap next to the matmuls only if a chunk has hundreds of rows. A
+# CPU processes a chunk in tiles that fit its caches.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, TILE_ELEMENTS = 2**25, 2**27, 2**18
 _MAX_CHUNK_ROWS = 256  # on a CPU: larger chunks are not faster
 

@@ -363,9 +363,8 @@ def _free_memory() -> int:
     try:
         limit = int((group / "memory.max").read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(
-            statistics["inactive_file"]
-        )  # the file cache is reclaimed on demand
+        # The file cache is reclaimed on demand.
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
     except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         return free
     return min(free, limit - used)

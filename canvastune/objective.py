@@ -1,8 +1,7 @@
 """The two losses of a step from hidden states, in chunks: no [rows, V] tensor outlives its chunk.
 
 Shape letters: R scored rows, N clean and M canvas tokens of a packed batch, H hidden size, V
-vocabulary, r rows of a
-chunk.
+vocabulary, r rows of a chunk.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ def row_losses(
             `encoder_loss_weight` / its count; numbers, or tensors [] on the device, which need no
             synchronization.
         any_self_conditioned: whether any rank has a self-conditioned canvas: then all ranks run
-            the self-conditioning
-            pass, since their collectives must match.
+            the self-conditioning pass, since their collectives must match.
 
     Returns:
         (loss [], canvas rows [M], pairs of `next_rows` [N - B]): the weighted sum, with gradient,
@@ -126,12 +124,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     """sum_r weight_r * CE(softcap(hidden_r . E^T), target_r), and each row's CE without gradient.
 
     The gradients are computed together with the logits in the forward pass, chunk by chunk, so that
-    no logit is computed
-    twice or kept. With t = tanh(logit / cap), the softmax's terms are e^(cap t): they are bounded,
-    so no maximum needs
-    to be subtracted. The gradient of a logit is weight * (softmax - onehot) * (1 - t^2); factors
-    that are constant over
-    a row are applied to the row's other operand.
+    no logit is computed twice or kept. With t = tanh(logit / cap), the softmax's terms are
+    e^(cap t): they are bounded, so no maximum needs to be subtracted. The gradient of a logit is
+    weight * (softmax - onehot) * (1 - t^2); factors that are constant over a row are applied to the
+    row's other operand.
     """
 
     @staticmethod
@@ -149,9 +145,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         table_grad = torch.empty_like(table, dtype=torch.float32) if need_table else None
         rows_at_once = min(len(hidden), chunk_rows(len(table), hidden.device.type))
-        kept = hidden.new_empty(
-            len(table) * rows_at_once, dtype=torch.float32
-        )  # gradients of a chunk's logits
+        # Gradients of a chunk's logits.
+        kept = hidden.new_empty(len(table) * rows_at_once, dtype=torch.float32)
         scratch = _scratch(len(hidden), rows_at_once, table)
         for start in range(0, len(hidden), rows_at_once):
             part = hidden[start : start + rows_at_once]

@@ -65,9 +65,8 @@ class PackedBatch:
     clean: torch.Tensor  # int64[N]
     clean_positions: torch.Tensor  # int64[N]: position in the example's own sequence
     canvas: torch.Tensor  # int64[M]: corrupted tokens of the chosen blocks
-    canvas_positions: (
-        torch.Tensor
-    )  # int64[M]: absolute, so that rotary embeddings agree with the encoder's
+    # int64[M]: absolute, so that rotary embeddings agree with the encoder's
+    canvas_positions: torch.Tensor
     canvas_targets: torch.Tensor  # int64[M]: clean tokens of the chosen blocks; every one is scored
     next_rows: torch.Tensor  # int64[N - B]: rows of `clean` that predict their successor
     next_targets: torch.Tensor  # int64[N - B]

@@ -97,8 +97,7 @@ class ParallelDims:
 def expert_shard_dim(name: str) -> int:
     """Return the dimension of an expert parameter that is sharded over efsdp; dimension 0 is ep's.
 
-    Weights [E, out, in] and factors B [E, out, r] are sharded along their output, factors A [E, r,
-    in]
-    along their input, so that efsdp need not divide the rank of the adapter.
+    Weights [E, out, in] and factors B [E, out, r] are sharded along their output, factors A
+    [E, r, in] along their input, so that efsdp need not divide the rank of the adapter.
     """
     return 2 if ".lora_A." in f".{name}" else 1

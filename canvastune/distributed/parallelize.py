@@ -35,14 +35,9 @@ def shard_model(model: WeightTiedDiffusionGemma, meshes: DeviceMeshes, config: R
     for layer in model.model.decoder.layers:
         if meshes.ep.size() > 1:
             _apply_expert_parallel(layer.experts, meshes.ep)
-            if (
-                meshes.efsdp.size() == 1
-            ):  # frozen experts then need neither a gather nor a reduction
-                ignored.update(
-                    parameter
-                    for parameter in layer.experts.parameters()
-                    if not parameter.requires_grad
-                )
+            # Frozen experts then need neither a gather nor a reduction.
+            if meshes.efsdp.size() == 1:
+                ignored.update(p for p in layer.experts.parameters() if not p.requires_grad)
             if not ignored.issuperset(layer.experts.parameters()):
                 fully_shard(
                     layer.experts,
@@ -75,9 +70,8 @@ def _skip_last_layer_reshard(layers: Any) -> None:
     """Keep the last layer gathered, and prefetch nothing before the first layer's backward pass.
 
     The last layer is used last in one pass and first in the next. Before the first layer's backward
-    pass FSDP would
-    prefetch what ran before it in the forward pass: the last layer of the self-conditioning pass,
-    which is not needed.
+    pass FSDP would prefetch what ran before it in the forward pass: the last layer of the
+    self-conditioning pass, which is not needed.
     """
     layers[-1].set_reshard_after_forward(False, recurse=True)
     for module in layers[0].modules():
@@ -90,8 +84,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
     scaling, [] float32.
 
     Every trained parameter is sharded over all ranks, on one mesh or another, so the squared global
-    norm is the sum of
-    the local squares over the world.
+    norm is the sum of the local squares over the world.
     """
     gradients = [
         local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None

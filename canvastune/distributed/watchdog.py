@@ -106,8 +106,7 @@ class Watchdog:
     """End this process when its main thread hangs, and name the rank that hangs.
 
     A collective waits for its last rank, so one rank that hangs stops all of them, and none can
-    tell
-    from inside a collective which one is missing. A thread on each rank can.
+    tell from inside a collective which one is missing. A thread on each rank can.
     """
 
     def __init__(self, rank_registry: RankRegistry, timeout: float) -> None:

@@ -179,12 +179,9 @@ class TileSums:
         rounds = want_soft and dtype != torch.float32
         self.soft_total = torch.zeros_like(self.peak) if rounds else self.total
         size = hidden.shape if want_soft else (tokens, 0)
-        self.soft = hidden.new_zeros(
-            size, dtype=torch.float32
-        )  # expected embedding, times the total
-        self.of_tile = self.peak.new_zeros(
-            tokens, len(tiles)
-        )  # the total, with the peak of the time
+        self.soft = hidden.new_zeros(size, dtype=torch.float32)  # expected embedding x total
+        # The total, with the peak of the time.
+        self.of_tile = self.peak.new_zeros(tokens, len(tiles))
         self.peaks = torch.empty_like(self.of_tile)
         self.likeliest, self.weights = torch.empty(0), torch.empty(0)  # of the last tile
         self._buffer = self.peak.new_empty(tokens * len(tiles[0]))

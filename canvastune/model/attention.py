@@ -37,9 +37,7 @@ class Packing:
     clean_lengths: tuple[int, ...]  # S of each example
     calls: dict[str, tuple[CanvasCall, ...]]  # layer type -> calls of the canvases, in their order
     window: int  # positions that a clean row of a sliding layer sees
-    row_keys: torch.Tensor | None = (
-        None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
-    )
+    row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: no dropout
     # What was masked so far, which all layers share: each call adds it to its scores.
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
@@ -112,15 +110,7 @@ class Packing:
             # The same few masks for any length: what a row sees depends on its distance from a key.
             shape = (own.stop - own.start, seen.stop - seen.start)
             mask = self._mask(query, shape, lambda: _sliding_causal(*shape, self.window))  # noqa: B023
-            parts.append(
-                _attention(
-                    rows,
-                    key[seen],
-                    value[seen],
-                    attn_mask=mask,
-                    **options,
-                )
-            )
+            parts.append(_attention(rows, key[seen], value[seen], attn_mask=mask, **options))
         return torch.cat(parts, dim=2)
 
     def _attend_canvases(
@@ -299,9 +289,7 @@ def takes_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     return half and mask is None and query.shape[-1] <= _FLASH_WIDTH
 
 
-PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {
-    "sdpa": Packing,
-    "flex": FlexPacking,
-}  # by `train.attention`
+# By `train.attention`.
+PACKINGS: dict[str, type[Packing] | type[FlexPacking]] = {"sdpa": Packing, "flex": FlexPacking}
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -42,8 +42,8 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
     and one rotary module.
 
     Every shared weight has one name, the decoder's. The vision tower is left out: text training
-    never calls it, and its
-    tensors are copied from checkpoint to checkpoint. Stock `generate()` works.
+    never calls it, and its tensors are copied from checkpoint to checkpoint. Stock `generate()`
+    works.
     """
 
     def __init__(
@@ -58,13 +58,11 @@ class WeightTiedDiffusionGemma(DiffusionGemmaForBlockDiffusion):
         super().__init__(config)
         self._packing = packing
         decoder, encoder = self.model.decoder, self.model.encoder
-        encoder.vision_tower = None
-        encoder.embed_vision = None
+        encoder.vision_tower = encoder.embed_vision = None
         for layer in decoder.layers:
             layer.__class__ = _SharedLayer
-            layer.self_attn.__class__ = (
-                _SharedAttention  # the decoder's own, and able to write the encoder's cache
-            )
+            # The decoder's own, and able to write the encoder's cache.
+            layer.self_attn.__class__ = _SharedAttention
         decoder.embed_tokens.__class__ = SharedEmbedding
         make_memory_efficient(decoder)
         text = encoder.language_model
@@ -149,15 +147,9 @@ def _run_layer(
     rotary: tuple[torch.Tensor, torch.Tensor],
     packing: Packing | FlexPacking,
 ) -> torch.Tensor:
-    with keyed_dropout(
-        packing.row_keys
-    ):  # inside, so that a recomputed layer drops the same inputs
-        return layer(
-            hidden,
-            position_embeddings=rotary,
-            attention_mask=None,
-            packing=packing,
-        )
+    # Inside, so that a recomputed layer drops the same inputs.
+    with keyed_dropout(packing.row_keys):
+        return layer(hidden, position_embeddings=rotary, attention_mask=None, packing=packing)
 
 
 class _SharedLayer(DiffusionGemmaDecoderTextLayer):

@@ -5,8 +5,7 @@ A row sees the same keys, as a mask: each row sees one range of the clean rows, 
 also sees its own canvas.
 
 Shape letters: N and M clean and canvas rows of a packed batch, L = N + M, T tiles of `TILE` rows, A
-query heads, G key and value
-heads, D head size.
+query heads, G key and value heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from canvastune.data.packing import PackedBatch
 TILE = 128  # rows and keys that the kernel computes or skips together
 _COUNTED = 8 * TILE  # rows whose visible tiles are counted at a time
 # Batches differ in length, so `dynamic` compiles once for all of them. Few things remain to
-# recompile for: two kinds of
-# layer, with and without gradients, more than a tile of rows or not. Past the limit it raises an
-# error; without
-# `fullgraph` it would silently fall back to the slow unfused path.
+# recompile for: two kinds of layer, with and without gradients, more than a tile of rows or not.
+# Past the limit it raises an error; without `fullgraph` it would silently fall back to the slow
+# unfused path.
 COMPILATION: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 32}
 # head size above which three stages of keys and values, the default, may exceed a GPU's shared
 # memory
@@ -40,9 +38,7 @@ class FlexPacking:
 
     clean_rows: int  # N
     masks: dict[str, BlockMask]  # layer type -> [1, 1, L, L]
-    row_keys: torch.Tensor | None = (
-        None  # int64[N+M]: keys of the adapters' dropout; None: no dropout
-    )
+    row_keys: torch.Tensor | None = None  # int64[N+M]: of the adapters' dropout; None: no dropout
 
     @classmethod
     def of(cls, batch: PackedBatch, sliding_window: int) -> FlexPacking:
@@ -54,9 +50,8 @@ class FlexPacking:
         own = (rows + canvas.cumsum(0) - canvas).repeat_interleave(canvas)
         none = torch.zeros(rows, dtype=torch.int64)
         # A clean row sees its example's rows up to and including itself, a canvas row those before
-        # its block. On sliding
-        # layers these are the last `window` rows and the last window - 1 rows: what block-by-block
-        # inference caches.
+        # its block. On sliding layers these are the last `window` rows and the last window - 1
+        # rows: what block-by-block inference caches.
         stop = torch.cat(
             [
                 torch.arange(rows) + 1,

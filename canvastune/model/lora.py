@@ -2,8 +2,7 @@
 rows alike.
 
 Linear layers carry PEFT's LoRA layers. Experts carry separate factors, which `model.moe` multiplies
-with: PEFT would add
-the update to every expert's weight in each forward pass.
+with: PEFT would add the update to every expert's weight in each forward pass.
 
 Shape letters: r rank, E experts.
 """

@@ -2,8 +2,7 @@
 every intermediate.
 
 A norm as transformers writes it keeps four tensors of its input's size, a gated activation three;
-both are cheap to
-recompute.
+both are cheap to recompute.
 
 Shape letters: T tokens, H hidden size, I size of a gated layer.
 """

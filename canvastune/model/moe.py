@@ -2,8 +2,7 @@
 parallelism.
 
 Shape letters: T tokens, K experts per token, E experts, L = E / ep experts of this rank, R rows
-that this rank's experts
-receive, H hidden size, I expert size, r rank of an adapter.
+that this rank's experts receive, H hidden size, I expert size, r rank of an adapter.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ class AllToAllPlan:
     receive: list[int]  # rows from each rank
     group: dist.ProcessGroup
     work: dist.Work | None = None
-    pending: tuple[torch.Tensor, torch.Tensor] | None = (
-        None  # gradients being sent, and their destination
-    )
+    # Gradients being sent, and their destination.
+    pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reverse(self) -> AllToAllPlan:
         """Return the plan of the opposite direction."""
@@ -91,15 +89,13 @@ def dispatch(
     `experts_forward`.
 
     Work done before `DispatchedTokens.wait` overlaps with the communication, and its backward pass
-    with that of the
-    gradients.
+    with that of the gradients.
     """
     order, inverse, counts = _sort_by_expert(module, top_k_index)
     group: dist.ProcessGroup = module.ep_group
     received = torch.empty_like(counts)
-    dist.all_to_all_single(
-        received, counts, group=group
-    )  # received[r * L + l]: rows from rank r for my expert l
+    # received[r * L + l]: rows from rank r for my expert l
+    dist.all_to_all_single(received, counts, group=group)
     sizes = _HostCopy(torch.stack([counts, received]))
     rows, weights = _sorted_rows(hidden, top_k_weights, order, inverse)  # while the sizes travel
     send, receive = sizes.wait().view(2, group.size(), -1).sum(2).tolist()
@@ -129,8 +125,7 @@ def experts_forward(
 
     Args:
         sent: the dispatch started earlier, with experts on several ranks; `hidden` and
-            `top_k_weights` are then what
-            was received.
+            `top_k_weights` are then what was received.
     """
     if is_expert_parallel(module):
         if sent is None:

@@ -9,10 +9,7 @@ from canvastune.errors import UserError
 ADAPTER = "default"  # PEFT's name for the only adapter
 # Full names: bare ones would also match the vision tower and the self-conditioning block.
 TARGETS = r"model\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-EXPERT_WEIGHTS = (
-    "gate_up_proj",
-    "down_proj",
-)  # [E, out, in] each, in the order of the stock module
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # [E, out, in] each, in stock's order
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _FROZEN = ("router.proj.weight", "router.scale", "router.per_expert_scale")
 # bytes: the grouped matmul needs strides that are multiples of it, and a row of B has r elements

@@ -1,9 +1,8 @@
 """The embedding table, which a step uses in three ways, with its gradient summed in one buffer.
 
 With plain autograd, each use (lookups, soft embedding, head) allocates a full [V, H] gradient, of
-which a lookup fills a
-few rows, and all of them are kept until they are added. Here each use adds to one buffer, and the
-last use returns it.
+which a lookup fills a few rows, and all of them are kept until they are added. Here each use adds
+to one buffer, and the last use returns it.
 
 Shape letters: V vocabulary, H hidden size, R rows.
 """

@@ -17,9 +17,8 @@ class CheckpointTimes:
     last: float  # seconds to write the last one, which has no optimizer state
     waited: float  # seconds in which training stands, over the run
     share: float  # of the run's time
-    hidden_from: (
-        int  # steps between checkpoints, at most all, with which only the last one is waited for
-    )
+    # Steps between checkpoints, at most all, with which only the last one is waited for.
+    hidden_from: int
     enough: int  # steps of a run in which only the last one takes `MOST_SHARE`
 
 

@@ -1,9 +1,8 @@
 """What one rank computes and sends in an optimizer step: FLOPs by part, bytes by collective.
 
 A matmul of [m, k] and [k, n] is 2 * m * k * n FLOPs; attention is counted over the full rectangle
-of queries and keys,
-as a masked kernel computes it. Elementwise work and the few bytes of counts, losses and norms are
-left out.
+of queries and keys, as a masked kernel computes it. Elementwise work and the few bytes of counts,
+losses and norms are left out.
 
 Letters: T tokens, S clean and C canvas tokens of an example, H hidden size, V vocabulary, E
 experts, K experts per token.

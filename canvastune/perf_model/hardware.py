@@ -1,25 +1,20 @@
 """The table of accelerators, from the vendors' public datasheets, and the time of a step on one.
 
 Dense bfloat16 and float32 TFLOP/s (no sparsity, no TF32), memory in GB, memory bandwidth and links
-in GB/s. `link` is
-what one GPU sends to others of its node, one way (half of the datasheets' bidirectional figure);
-`network` is its share
-of the node's adapters.
+in GB/s. `link` is what one GPU sends to others of its node, one way (half of the datasheets'
+bidirectional figure); `network` is its share of the node's adapters.
 
 - h100, h200: NVIDIA H100 and H200 Tensor Core GPU datasheets, SXM: 989 TFLOP/s (1,979 with
-  sparsity), 67 in float32, NVLink
-  900 GB/s both ways; 80 GB at 3.35 TB/s, 141 GB at 4.8 TB/s. One 400 Gb/s adapter per GPU (DGX H100
-  datasheet).
+  sparsity), 67 in float32, NVLink 900 GB/s both ways; 80 GB at 3.35 TB/s, 141 GB at 4.8 TB/s. One
+  400 Gb/s adapter per GPU (DGX H100 datasheet).
 - a100: NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 19.5 in float32, 2,039 GB/s, NVLink 600 GB/s;
   200 Gb/s adapters (DGX A100).
 - b200: NVIDIA HGX B200 and DGX B200 datasheets, per GPU: 2.25 PFLOP/s (4.5 with sparsity), 75
-  TFLOP/s in float32, 180 GB at
-  8 TB/s, NVLink 1.8 TB/s.
+  TFLOP/s in float32, 180 GB at 8 TB/s, NVLink 1.8 TB/s.
 - l40s: NVIDIA L40S datasheet: 362 TFLOP/s (733 with sparsity), 91.6 in float32, 48 GB at 864 GB/s,
   PCIe 4.0 x16 at 64 GB/s.
 - cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo
-  over loopback. Call
-  overhead dominates the time of small models; it is not counted.
+  over loopback. Call overhead dominates the time of small models; it is not counted.
 """
 
 from __future__ import annotations
@@ -44,14 +39,12 @@ from canvastune.perf_model.flops import (
 from canvastune.perf_model.launches import LAUNCH_SECONDS, count_launches
 from canvastune.perf_model.memory import StepShape, fsdp_units, local_numel
 
-MATMUL_SHARE = (
-    0.45  # of the peak, over a whole step: what well-tuned mixture-of-experts training reaches
-)
+# Of the peak, over a whole step: what well-tuned mixture-of-experts training reaches.
+MATMUL_SHARE = 0.45
 BANDWIDTH_SHARE = 0.8  # of memory bandwidth
 LINK_SHARE = 0.7  # of a link
-UPDATE_BYTES = (
-    40  # per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors
-)
+# Per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors.
+UPDATE_BYTES = 40
 LAUNCHES = "launches of kernels"  # name of a bound
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
@@ -70,9 +63,8 @@ class Accelerator:
     per_node: int
     outside: float  # GB outside the allocator: driver context, buffers of collectives
     launch: float = LAUNCH_SECONDS  # the host's seconds for one kernel
-    process: float = (
-        0.0  # GB of interpreter and libraries, if memory is measured as that of the process
-    )
+    # GB of interpreter and libraries, if memory is measured as that of the process.
+    process: float = 0.0
     loops_over_experts: bool = False  # no kernel of torch's multiplies all experts at once
 
 
@@ -186,8 +178,7 @@ def step_time(
     weights.
 
     The rank with the most self-conditioned examples determines the time of the self-conditioning
-    pass, since the others
-    wait in its collectives.
+    pass, since the others wait in its collectives.
     """
     rate = peak_rate(architecture, accelerator) * MATMUL_SHARE
     bandwidth = accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE
@@ -215,10 +206,8 @@ def step_time(
         expert_bytes if step.ep > 1 else 0
     )
     trained = sum(local_numel(weight, step) for weight in architecture.weights if weight.trained)
-    everywhere, across_nodes = (
-        _rate(accelerator, 1, step.world_size),
-        _rate(accelerator, step.ep, step.efsdp),
-    )
+    everywhere = _rate(accelerator, 1, step.world_size)
+    across_nodes = _rate(accelerator, step.ep, step.efsdp)
     gathered = [(name, size) for name, size in received.items() if name != EXCHANGE]
     return Seconds(
         experts=max(in_experts / rate, passes * expert_bytes / bandwidth),
@@ -245,8 +234,7 @@ def _rate(accelerator: Accelerator, stride: int, ranks: int) -> float:
     """Return the bytes/s that each rank receives in a ring whose members are `stride` ranks apart.
 
     Across nodes a ring uses the adapters of all its members on a node: a ring of all ranks uses
-    every adapter, a ring of
-    experts' shards, with one member per node, only that member's.
+    every adapter, a ring of experts' shards, with one member per node, only that member's.
     """
     rate = accelerator.link
     if stride * ranks > accelerator.per_node:

@@ -2,14 +2,11 @@
 add up to it.
 
 The timeline follows the engine: `objective.losses` (the embedding's gradient is summed in float32
-over chunks of rows),
-`model.moe` (of the rows, only those that other ranks sent are kept), `model.memory_efficient`
-(norms and gated MLPs keep
-only their inputs), and FSDP2 (a forward pass copies a gathered unit out of a flat buffer; a
-backward pass gathers the
-next unit while it computes, and keeps the last reduction's input). What each moment holds was
-measured tensor by tensor;
-tests hold these formulas to the engine.
+over chunks of rows), `model.moe` (of the rows, only those that other ranks sent are kept),
+`model.memory_efficient` (norms and gated MLPs keep only their inputs), and FSDP2 (a forward pass
+copies a gathered unit out of a flat buffer; a backward pass gathers the next unit while it
+computes, and keeps the last reduction's input). What each moment holds was measured tensor by
+tensor; tests hold these formulas to the engine.
 
 Letters: T tokens of a micro-batch, H hidden size, V vocabulary, K experts per token; c bytes of the
 compute dtype.
@@ -56,9 +53,8 @@ class StepShape:
     checkpointing: Checkpointing
     self_conditioning: float  # probability that an example is self-conditioned
     device: str = "cpu"  # or "cuda"; decides the size of a chunk of logits
-    chosen_start: int | None = (
-        None  # clean tokens before an example's one chosen block; None: its last blocks are chosen
-    )
+    # Clean tokens before an example's one chosen block; None: its last blocks are chosen.
+    chosen_start: int | None = None
     blocks: int = 1  # chosen blocks per example: canvases next to its clean tokens
     blocks_at_once: int | None = None  # of an example in one forward; the others take further ones
     is_last: bool = True  # False: only the clean tokens before the last canvas, none of them scored

@@ -98,16 +98,14 @@ class ChatEncoder:
                 f"{where}: the tokenizer has no chat template",
                 hint="Use a model whose directory has chat_template.jinja.",
             )
-        tokenizer(
-            [_SENTINEL], add_special_tokens=False
-        )  # resets the padding and truncation of tokenizer.json
+        # Resets the padding and truncation of tokenizer.json.
+        tokenizer([_SENTINEL], add_special_tokens=False)
         self._renderer = TemplateRenderer(
             tokenizer.get_chat_template(), tokenizer.special_tokens_map
         )
         added = tokenizer.added_tokens_decoder
-        probe = Conversation(
-            ({"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL})
-        )
+        asked = {"role": "user", "content": "x"}
+        probe = Conversation((asked, {"role": "assistant", "content": _SENTINEL}))
         try:
             rendered = self._renderer.render([probe])[0]
             prompt = self._renderer.render([probe], generation=True)[0]
@@ -128,15 +126,14 @@ class ChatEncoder:
         if not self.closing_ids or not set(self.closing_ids) <= set(added):
             raise UserError(
                 f"{where}: the chat template closes a turn with {self.closing!r}, which is not a "
-                "token of the tokenizer: "
-                "they belong to different models",
+                "token of the tokenizer: they belong to different models",
                 hint=_HINT,
             )
         self._check_boundary(prompt, where)
         # What opens a turn of the model, and what the template writes again after a tool's response
         # although its generation prompt does not.
-        asked = self._renderer.render([Conversation(probe.messages[:1])])[0]
-        self._header = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        question = self._renderer.render([Conversation((asked,))])[0]
+        self._header = prompt.removeprefix(question) if prompt.startswith(question) else ""
         if _OPEN_THOUGHT in self._header:
             self._header = self._header[: self._header.index(_OPEN_THOUGHT)]
         # Control tokens: all special ones, and those of the template even if they are not marked
@@ -186,30 +183,22 @@ class ChatEncoder:
             prompt + answer, add_special_tokens=False, return_offsets_mapping=True
         )
         starts = [start for start, _ in whole["offset_mapping"]]
-        if (
-            len(prompt) not in starts
-        ):  # a token straddles the boundary: inference only has the two separately
-            return
+        if len(prompt) not in starts:
+            return  # a token straddles the boundary: inference only has the two separately
         if whole["input_ids"] != [
             token for tokens in self._tokenize([prompt, answer]) for token in tokens
         ]:
             raise UserError(
                 f"{where}: the tokenizer encodes an answer differently after the prompt and "
-                "separately, perhaps with a "
-                "blank before every text; expected Gemma's tokenizer",
+                "separately, perhaps with a blank before every text; expected Gemma's tokenizer",
                 hint=_HINT,
             )
 
     def _probe_call(self) -> int | None:
         """Return the token that the template ends a turn with a tool call with."""
         call = {"type": "function", "id": "1", "function": {"name": _SENTINEL, "arguments": {}}}
-        talk = Conversation(
-            (
-                {"role": "user", "content": "x"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            )
-        )
-        rendered = self._render_one(talk)
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rendered = self._render_one(Conversation(({"role": "user", "content": "x"}, calling)))
         if isinstance(rendered, InvalidRow) or _SENTINEL not in rendered:
             return None
         last = self._tokenize([rendered.rstrip()])[0][-1]

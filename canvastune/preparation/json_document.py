@@ -65,9 +65,8 @@ class _JsonText:
         while True:
             try:
                 value, end = self._decode(self._window, self._at)
-                if (
-                    end < len(self._window) or self._at_end
-                ):  # else a number may continue after the window
+                # Else a number may continue after the window.
+                if end < len(self._window) or self._at_end:
                     self._at = end
                     return value
             except RecursionError:

@@ -42,9 +42,7 @@ logger = logging.getLogger(__name__)
 _SAMPLES = 3
 # Suggested where no row is held out: so many rows, but at most this share of all.
 _USEFUL_ROWS, _LARGEST_SHARE = 16, 0.3
-_to_json = json.JSONEncoder(
-    ensure_ascii=False
-).encode  # json.dumps would create an encoder for every row
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 
 
 @dataclass(frozen=True)

@@ -353,9 +353,7 @@ def _open_repository(config: SourceFields, location: str, path: Path | None, key
             f" denied ({one_line(error)})",
             hint="Check the name, the revision and HF_TOKEN, or use a local file.",
         ) from None
-    except (
-        ValueError
-    ) as error:  # a missing configuration or split: the message lists the existing ones
+    except ValueError as error:  # a missing configuration or split: the message lists those there
         split = "data.validation" if key == "data.validation" else sibling_key(key, "split")
         raise UserError(
             f"{what}: {one_line(error)}",

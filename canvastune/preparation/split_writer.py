@@ -149,19 +149,17 @@ def content_hash(splits: dict[str, datasets.Dataset]) -> str:
     machine.
     """
     digest = hashlib.sha256()
-    for name, dataset in splits.items():
-        columns = {
-            column: hashlib.sha256() for column in ("id", "length", "tokens", "prefix", "complete")
-        }  # separate, so that batches do not matter
+    for split, dataset in splits.items():
+        names = ("id", "length", "tokens", "prefix", "complete")
+        columns = {name: hashlib.sha256() for name in names}  # separate: batches do not matter
         for table in dataset.with_format("arrow").iter(batch_size=_HASHED_ROWS):
             columns["id"].update("".join(table["id"].to_pylist()).encode())
             columns["length"].update(pc.list_value_length(table["input_ids"]).to_numpy().tobytes())
             columns["tokens"].update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
             columns["prefix"].update(table["prefix_length"].to_numpy().tobytes())
             columns["complete"].update(bytes(table["complete"].to_pylist()))
-        digest.update(
-            f"{name} {len(dataset)} {' '.join(column.hexdigest() for column in columns.values())}\n".encode()
-        )
+        found = " ".join(column.hexdigest() for column in columns.values())
+        digest.update(f"{split} {len(dataset)} {found}\n".encode())
     return digest.hexdigest()
 
 

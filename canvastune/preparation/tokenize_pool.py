@@ -169,10 +169,8 @@ class EncoderProcess:
             process_group=0,
             pipesize=2**20,
         )
-        self._requests, self._answers = (
-            cast(IO[bytes], self._process.stdin),
-            cast(IO[bytes], self._process.stdout),
-        )
+        self._requests = cast(IO[bytes], self._process.stdin)
+        self._answers = cast(IO[bytes], self._process.stdout)
         self._sending, self._receiving = threading.Lock(), threading.Condition()
         self._sent = self._received = 0
 
@@ -210,9 +208,8 @@ class EncoderProcess:
         self._process.kill()
         self._process.wait()
         for pipe in (self._requests, self._answers):
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # part of a request, to a process that has exited
+            # Part of a request may be left, to a process that has exited.
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 

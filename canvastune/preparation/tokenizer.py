@@ -60,9 +60,7 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
         raise UserError(f"{model / 'config.json'}: canvas_length is missing", hint=_HINT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises plain Exception for a file that it cannot parse
+    except Exception as error:  # what the library raises for a file that it cannot parse
         raise UserError(
             f"{model}: the tokenizer cannot be loaded ({one_line(error)})",
             hint="Use the directory of an unchanged checkpoint, including tokenizer.json.",

@@ -53,13 +53,8 @@ _WORDS = (
     ),
     *("How", "many", "and", "the", "a", "of", "is", "in", "to", "are", "They", "together"),
 )
-_OPENERS = (
-    "user",
-    "model",
-    "system",
-    "thought",
-    *NAMES,
-)  # tokens that may occur without a leading space
+# Tokens that may occur without a leading space.
+_OPENERS = ("user", "model", "system", "thought", *NAMES)
 
 # Words of tool declarations, calls and responses; their merges are last, so that they change no
 # other text.

@@ -137,9 +137,8 @@ def train(
             "loss"
         )
     out = export_path(output, config)
-    if (
-        rank == 0 and out.exists()
-    ):  # by an attempt that was killed right after the export, from the same weights
+    # By an attempt that was killed right after the export, from the same weights.
+    if rank == 0 and out.exists():
         shutil.rmtree(out)
     export = export_adapter if config.train.method == "lora" else export_model
     export(model, config, base, out, data)
