@@ -15,7 +15,6 @@ import torch
 
 from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import (
-    DOWNLOAD_AGAIN,
     CheckpointReader,
     CheckpointWriter,
     copy_side_files,
@@ -30,6 +29,7 @@ from canvastune.checkpoint.peft_adapter import (
     read_adapter,
     read_data_figures,
 )
+from canvastune.checkpoint.truncation import DOWNLOAD_AGAIN
 from canvastune.config import RunConfig, load_config
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from canvastune.checkpoint.truncation import DOWNLOAD_AGAIN, find_truncation
 from canvastune.errors import UserError
 from canvastune.io.byte_size import format_bytes
 
@@ -25,10 +26,8 @@ Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DOWNLOAD_AGAIN = "Download the checkpoint again."
 
 _MAX_SHARD_BYTES = 5 * 10**9
-_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -84,7 +83,7 @@ class SafetensorsFile:
             raise UserError(f"{path}: cannot read the file: {error}", hint=DOWNLOAD_AGAIN) from None
         except SafetensorError as error:
             raise UserError(
-                f"{path}: {_find_truncation(path) or f'not a safetensors file: {error}'}",
+                f"{path}: {find_truncation(path) or f'not a safetensors file: {error}'}",
                 hint=DOWNLOAD_AGAIN,
             ) from None
 
@@ -136,38 +135,6 @@ class SafetensorsFile:
                 hint="Use an unquantized checkpoint.",
             )
         return _DTYPES[code]
-
-
-def _find_truncation(path: Path) -> str:
-    """Return where a file was cut off, which the library does not say.
-
-    Return "" if it is broken in another way.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MAX_HEADER_BYTES:
-            return f"not a safetensors file ({size} bytes)"
-        text = file.read(length)
-    if len(text) < length:
-        least = 8 + length
-        return f"the file is truncated: found {size} bytes, expected a header of {least} bytes"
-    try:
-        header: dict[str, Any] = json.loads(text)
-        ends = {
-            name: 8 + length + int(tree["data_offsets"][1])
-            for name, tree in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return ""
-    cut = [(end, name) for name, end in ends.items() if end > size]
-    if not cut:
-        return ""
-    end, name = min(cut)
-    return (
-        f"the file is truncated: found {size} bytes, expected tensor {name!r} to end at byte {end}"
-    )
 
 
 class SafetensorsWriter:

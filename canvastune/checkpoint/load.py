@@ -15,7 +15,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
     DiffusionGemmaTextRotaryEmbedding,
 )
 
-from canvastune.checkpoint.hf_format import DOWNLOAD_AGAIN, CheckpointReader
+from canvastune.checkpoint.hf_format import CheckpointReader
+from canvastune.checkpoint.truncation import DOWNLOAD_AGAIN
 from canvastune.config import RunConfig
 from canvastune.errors import UserError, one_line
 from canvastune.model import kernels

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.truncation import refuse_truncated
 from canvastune.config import RunConfig
 from canvastune.evaluation.preflight import (
     check_generation_config,
@@ -29,9 +30,10 @@ def prepare_data(config: RunConfig, dataset: Path, card: Path) -> dict[str, int 
 
     Raises:
         UserError: as `canvastune.preparation.prepare.prepare_data`; a generation config that stock
-            transformers cannot load.
+            transformers cannot load; weights in a folder that are truncated.
     """
     model = resolve_model(config.model, weights=False)
+    refuse_truncated(model)
     log_remarks(check_generation_config(model))
     counts = prepare(config, model, dataset)
     log_remarks(describe_scoring(config, dataset))

@@ -273,6 +273,21 @@ def test_what_a_generation_config_has_that_is_not_used_is_a_line_before_training
         assert remark in caplog.text
 
 
+def test_weights_that_are_cut_off_are_refused_before_training(
+    changed_model: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    from components.prepare_data.step import prepare_data as step
+
+    model = changed_model()
+    shard = min(model.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.unlink()  # it may be a link to the file of other tests
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=rf"{re.escape(str(shard))}: .*{len(content) // 2} bytes"):
+        step(recipe(rows, model), tmp_path / "data", tmp_path / "card.html")
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"confidence_threshold": 1}, {"t_min": 0, "t_max": 1}, {"max_denoising_steps": 16.0}],
