@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
+from benchmarks.measure import ROOT
+from canvastune.config.loading import load_config
+from canvastune.perf_model.hardware import LINK_SHARE, MATMUL_SHARE, find_accelerator
 from canvastune.perf_model.launches import MOST_LAUNCHES
+from canvastune.planner import make_plan
+from canvastune.planner.planner import SHIPPED_CONFIG
+
+# recipes, and the tokens of an example in the cases of tools/gpu_dry_run.py, and those of a full one
+EXCHANGING = ("gsm8k_lora", "gsm8k_sft", "gsm8k_lora_throughput", "gsm8k_sft_throughput")
+LENGTHS = (366, 1024)
 
 # host waits, launches and unfused attention calls at commit 80fd2ae, counted by tools/gpu_dry_run.py
 BEFORE = {"lora": (451, 19_634, 180), "full": (451, 17_775, 180)}
@@ -32,6 +42,40 @@ def dry_run_row(name: str, case: dict[str, Any]) -> str:
         f"| {name} | {waits} | {launches} | {case['planned_launches']:,} | {unfused} | {fused} | {case['peak'] / 1e9:.2f} |"
         f" {planned} |"
     )
+
+
+def way_back_section() -> str:
+    """Return the section on what it could save to overlap the return of the experts' results."""
+    recipes = ROOT / "pipelines" / "recipes"
+    rows = []
+    for name in EXCHANGING:
+        for tokens in LENGTHS:
+            config = load_config(recipes / f"{name}.yaml", [f"data.seq_length={tokens}"])
+            plan = make_plan(config, SHIPPED_CONFIG, config.world_size)
+            card = find_accelerator(config.hardware.accelerator)
+            seconds, way = plan.seconds, plan.seconds.exchange / 2
+            hidden = dataclasses.replace(seconds, exchange=way).total
+            dense = plan.flops_by_part["dense MLP"] / (card.bfloat16 * 1e12 * MATMUL_SHARE)
+            rows.append(
+                f"| {config.name} | {tokens:,} | {seconds.total * 1e3:,.1f} | {seconds.bound} |"
+                f" {way * card.link * LINK_SHARE:,.1f} | {way * 1e3:,.1f} | {dense * 1e3:,.1f} |"
+                f" {1 - hidden / seconds.total:.0%} |"
+            )
+    return f"""
+### Returning the experts' results
+
+By `canvastune plan`, on eight H100s at {LINK_SHARE:.0%} of NVLink's rate; not measured. The rows that a layer sends to the experts' ranks travel while its
+dense MLP computes, those that come back do not. *Each way* is one direction in all passes of a step, gradients included; *saved at most* is
+the difference if the way back cost nothing.
+
+| recipe | tokens of an example | step, ms | bound by | each way, GB | each way, ms | dense MLP, ms | saved at most |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+A layer has no other work for the way back to overlap with: the way out already takes longer than the dense MLP. It would have to come from
+another half of the batch, and a rank of `gsm8k-lora` and `gsm8k-sft` has a single example. Two halves double the launches; with the batches
+of the `throughput` recipes, they could still save time. This has not been tried.
+"""
 
 
 def gpu_section(result: dict[str, Any]) -> str:

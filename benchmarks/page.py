@@ -14,7 +14,7 @@ from benchmarks import evaluation as answers
 from benchmarks import peers as released_peers
 from benchmarks import pipeline_plan as whole_pipeline
 from benchmarks import planner, scaling
-from benchmarks.gpu_page import dry_run_row, gpu_section, most_launches
+from benchmarks.gpu_page import dry_run_row, gpu_section, most_launches, way_back_section
 from benchmarks.measure import RESULTS, ROOT, read_result, say
 from benchmarks.startup import GOALS as start_goals
 from benchmarks.startup import lines as startup_lines
@@ -128,8 +128,8 @@ Geometric means (goals: {goals}):
   the sorting of their rows. Without a C compiler or Triton, torch's fused norm and PyTorch operators are used instead. Adapters with the
   same input share their first product and are added inside a matmul. The norm of all gradients is computed by multi-tensor kernels.
 - **Dispatch overlaps with the dense MLP**: rows are sent to the ranks of their experts while the MLP computes, and their gradients during
-  its backward pass; FSDP gathers the next layer at the same time. Returning the results and their gradients is blocking. How much time the
-  overlap saves on CUDA has not been measured.
+  its backward pass; FSDP gathers the next layer at the same time. Returning the results and their gradients is
+  [blocking](#returning-the-experts-results). How much time the overlap saves on CUDA has not been measured.
 - **Pass 1 only computes the clean tokens before the chosen block**, which are all that its canvas sees ([below](#pass-1-three-ways)).
 - **The last layer stays gathered** between its uses, and a rank without self-conditioned examples joins pass 1 with two padding tokens.
 - **The host waits for the device once per step**, when the losses and the norm are logged, and, with expert parallelism, when it has to
@@ -158,7 +158,7 @@ The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes.
 kernels, which have not run on a GPU yet, and because activations are kept (`train.activation_checkpointing: false`), for which the batch of
 8 leaves enough memory; *checkpointed* recomputes each layer. `canvastune plan` counts {LAUNCH_SECONDS * 1e6:.0f} us per launch as a bound on a step's time, and
 reports which bound is the largest.
-
+{way_back_section()}
 ## Pass 1, three ways
 
 `python -m benchmarks.first_pass`{at(first_pass)} compares two ways to compute pass 1 with a pass 1 on all clean tokens, in a step whose examples

@@ -42,7 +42,7 @@ ARG TORCH=cpu
 RUN if [ "${TORCH}" = cuda ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=sbom /sbom.cdx.json /usr/share/sbom/canvastune.cdx.json
 # Any user ID works, and a read-only root with a writable /tmp. Weights from the Hub are stored on the workspace, where the
-# training pods look for them too.
+# training pods look for them too. PyTorch would replace some matrix products by Triton kernels that it compiles at first use.
 ENV HOME=/tmp \
     USER=canvastune \
     XDG_CACHE_HOME=/tmp/cache \
@@ -50,6 +50,7 @@ ENV HOME=/tmp \
     MPLCONFIGDIR=/tmp/cache/matplotlib \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
+    TORCH_DISABLE_NATIVE_JIT=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /workspace

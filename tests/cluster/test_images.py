@@ -95,6 +95,9 @@ def test_an_image_for_cuda_has_what_triton_builds_its_launcher_with(name: str) -
     final = _text(name).rpartition("\nFROM ")[2]
     (line,) = re.findall(r'RUN if \[ "\$\{TORCH\}" = cuda \]; then .*', final)
     assert {"gcc", "libc6-dev", "python3-dev"} <= set(line.split())
+    assert re.search(r"^ENV (?:.*\\\n)*.*\bTORCH_DISABLE_NATIVE_JIT=1\b", final, re.MULTILINE), (
+        "torch replaces matrix products by kernels that it compiles in the middle of a step"
+    )
 
 
 def test_training_pods_have_no_kubeflow() -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from canvastune.checkpoint.load import read_model_config
 from canvastune.checkpoint.resume import wait_for
 from canvastune.config import parse_config
+from canvastune.distributed import processes
 from canvastune.errors import UserError
+from canvastune.evaluation import model_run
+from canvastune.merge import device_with_memory
+from canvastune.model import moe
 from canvastune.planner.planner import SHIPPED_CONFIG
-from canvastune.training import devices
+from canvastune.training import devices, run, trainer
 from canvastune.training.devices import refuse_locked_memory, refuse_silent_cpu, select_device
 from tests.support.small import model_config
 
@@ -90,3 +98,95 @@ def test_a_large_model_is_refused_where_torch_finds_no_gpu_unless_the_recipe_say
     refuse_silent_cpu(config, torch.device("cuda"), released)
     refuse_silent_cpu(parse_config({**tree, "hardware": {"accelerator": "cpu"}}), cpu, released)
     refuse_silent_cpu(config, cpu, model_config().text_config)
+
+
+@pytest.mark.parametrize("found", ["cpu", "cuda"])
+def test_training_asks_before_it_builds_a_model(
+    found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released model without a GPU; two nodes with RDMA and little memory to lock."""
+
+    def here(call: Any) -> Any:
+        return call()
+
+    tree = {"name": "x", "model": {"id": "x"}, "data": {"source": "x"}, "train": {"steps": 1}}
+    stand_ins = {
+        "run_on_rank0": here,
+        "run_on_all_ranks": here,
+        "select_device": lambda: torch.device(found),
+        "resolve_model": lambda _: SHIPPED_CONFIG,
+        "build_model": lambda *_: pytest.fail("a model is built"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(run, name, stand_in)
+    monkeypatch.setattr(run.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(devices, "INFINIBAND", tmp_path)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**20, 2**20))
+    key = {"cpu": r"hardware\.accelerator", "cuda": "RLIMIT_MEMLOCK"}[found]
+    with pytest.raises(UserError, match=key):
+        run.train(parse_config(tree), tmp_path, tmp_path / "out")
+
+
+def test_a_waiting_checkpoint_is_a_heartbeat_of_the_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Read(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Read
+
+    beats: list[str] = []
+    checkpoints: Any = SimpleNamespace(waiting=None)
+    monkeypatch.setattr(trainer.dist, "get_rank", stop)  # the next thing that it does
+    made = object.__new__(trainer.Trainer)
+    with pytest.raises(Read):
+        made.__init__(*(None,) * 3, checkpoints, None, None)  # type: ignore[misc]
+    made.progress, made.heartbeat = SimpleNamespace(step=7), beats.append  # type: ignore[assignment]
+    checkpoints.waiting()
+    assert len(beats) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "leaves"), [((8, 0), False), ((9, 0), False), ((10, 0), True), ((12, 0), True)]
+)
+def test_the_grouped_matmul_of_blackwell_is_known(
+    capability: tuple[int, int], leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    moe.leaves_empty_groups.cache_clear()
+    assert moe.leaves_empty_groups(torch.device("cuda", 0)) == leaves
+    moe.leaves_empty_groups.cache_clear()
+    assert not moe.leaves_empty_groups(torch.device("cpu"))
+
+
+def test_evaluation_and_merging_take_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8, 80))
+    assert model_run.find_device() == torch.device("cuda", 3)
+    assert device_with_memory(7) == torch.device("cuda")
+    assert device_with_memory(8) == torch.device("cpu"), "the GPU has no more than that free"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model_run.find_device() == torch.device("cpu")
+    assert device_with_memory(7) == torch.device("cpu")
+
+
+def test_ranks_with_gpus_also_have_gloo_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes.dist, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(
+        processes.dist, "init_process_group", lambda backend, **_: given.append(backend)
+    )
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        processes.start_processes(functools.partial(torch.device, device))
+    assert given == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def test_peak_memory_is_the_allocators_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7)
+    assert trainer._peak_memory(torch.device("cuda")) == 7
+    assert trainer._peak_memory(torch.device("cpu")) > 2**20
