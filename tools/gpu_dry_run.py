@@ -136,7 +136,7 @@ def measure(case: Case, layers: int | None, scratch: Path) -> dict[str, Any]:
             model = sharded_model(config, model_config, WORLD, "cuda")
             model.to_empty(device=cuda)
             model.lm_head.weight = model.model.decoder.embed_tokens.weight
-            checkpoints = types.SimpleNamespace(failed=False)
+            checkpoints = types.SimpleNamespace(failed=False, wait_staged=lambda: None)
             trainer = make_trainer(config, model, model_config, scratch / "data", checkpoints)
             step = next(number for number in range(64) if _coins(trainer, number) == case.coin)
             weights = device.now

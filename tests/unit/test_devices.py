@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import resource
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from canvastune.checkpoint import resume
 from canvastune.checkpoint.load import read_model_config
-from canvastune.checkpoint.resume import wait_for
+from canvastune.checkpoint.resume import Checkpoints, wait_for
 from canvastune.config import parse_config
 from canvastune.distributed import processes
 from canvastune.errors import UserError
@@ -190,3 +191,29 @@ def test_peak_memory_is_the_allocators_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7)
     assert trainer._peak_memory(torch.device("cuda")) == 7
     assert trainer._peak_memory(torch.device("cpu")) > 2**20
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_checkpoint_is_copied_into_pinned_memory_once_the_last_update_is_done(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    class Stager:
+        def __init__(self, options: Any) -> None:
+            events.append((options.use_pinned_memory, options.use_non_blocking_copy))
+
+        def stage(self, _: Any) -> Future[Any]:
+            events.append("copied")
+            return Future()
+
+    stream = SimpleNamespace(synchronize=lambda: events.append("updated"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(resume, "DefaultStager", Stager)
+    checkpoints = object.__new__(Checkpoints)
+    checkpoints._stager = None
+    state: Any = {"a": SimpleNamespace(is_cuda=cuda)}
+    for _ in range(2):
+        checkpoints._stage(state)
+    copy = ["updated", "copied"] if cuda else ["copied"]
+    assert events == [(cuda, cuda), *copy, *copy], "pinned once, for all checkpoints"
