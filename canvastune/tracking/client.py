@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from canvastune.config import RunConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -293,9 +293,12 @@ def load_mlflow() -> Any:
 
 def _short(error: Exception) -> str:
     """Return an error's reason: for a failed connection its last cause, wrapped four times."""
-    text = _without_password(" ".join(str(error).split())) or type(error).__name__
+    text = _without_password(one_line(error, 2000))
+    text = re.split(r" \[SQL: | \(Background on this error", text)[
+        0
+    ]  # SQLAlchemy's, for programmers
     cause = re.search(r"\[Errno -?\d+\] ([\w ]+)", text) or re.search(r"Caused by (.*)", text)
-    return (cause.group(1) if cause and "Max retries exceeded" in text else text)[:300]
+    return one_line(cause.group(1) if cause and "Max retries exceeded" in text else text)
 
 
 def _without_password(text: str) -> str:

@@ -96,8 +96,8 @@ class Publisher:
         reasons: dict[str, str] = {}
         items, tree, sent, down = dict(self._items()), self._read_published(), 0, False
         try:
-            if self._step or any(tree["sent"].get(key) != items[key].digest for key in items):
-                self.server.request(self._find_runs)
+            # Also if nothing is to be sent: this MLflow may not be the one that has it.
+            self.server.request(self._find_runs)
             if self.ids.known.get("", tree["run"]) != tree["run"]:  # another server
                 run = self.ids.known[""]
                 info = self.server.request(lambda client: client.get_run(run).info)
@@ -195,6 +195,7 @@ class Publisher:
 
     def _find_runs(self, client: MlflowClient) -> None:
         started = {step: record.started for step, record in self._read_records().steps.items()}
+        self.ids.forget_missing(client)
         self.ids.find(client, "", min(started.values(), default=0))
         if self._step in started and self._step not in PIPELINE_STEPS:
             self.ids.find(client, self._step, started[self._step])

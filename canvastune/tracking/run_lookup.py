@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from canvastune.config import RunConfig
 from canvastune.tracking import descriptions
-from canvastune.tracking.client import TrackingClient, tracking_uri
+from canvastune.tracking.client import TrackingClient, load_mlflow, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,6 +61,19 @@ class RunIds:
                 self._nested(client, step, started) if step else self._parent(client, started)
             )
         return self.known[step]
+
+    def forget_missing(self, client: MlflowClient) -> None:
+        """Forget the pipeline run's id from run.json if this MLflow does not have that run: its
+        database may be another one since. `find` then looks for the run, or creates it.
+        """
+        if self.known.get("") != self.run.parent or not self.run.parent:
+            return
+        try:
+            client.get_run(self.run.parent)
+        except load_mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self.known.clear()
 
     def existing(self, client: MlflowClient, step: str) -> str | None:
         """Return the id of a step's run, if it has one."""

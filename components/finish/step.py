@@ -128,6 +128,6 @@ def sync(folder: Path) -> str:
     if reasons := tracking.sync(run):
         raise UserError(
             f"{folder}: not sent yet: {'; '.join(reasons)}",
-            hint="Fix the cause and run the command again.",
+            hint="Fix the cause, which `canvastune doctor` explains, and run the command again.",
         )
     return f"{folder}: MLflow at {connect(run.uri)} has everything"

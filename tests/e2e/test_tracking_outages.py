@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DatabaseError
 
 from canvastune import tracking
 from canvastune.tracking import FindRun
-from canvastune.tracking.client import TrackingError, connect, load_mlflow
+from canvastune.tracking.client import TrackingError, _short, connect, load_mlflow
 from canvastune.tracking.live_metrics import MetricsSender
+from canvastune.tracking.steps import tracking_directory
 from tests.fakes.tracking_server import (
     TrackingServer,
     no_outer_mlflow,
@@ -264,10 +269,23 @@ def test_a_server_without_the_run_gets_all_of_it(
 ) -> None:
     run = pipeline_run(tmp_path, server.uri, "moved")
     go_through(run, tmp_path)
+    tracking.finish(run, "FINISHED")
+    assert tracking.pending(run) == []
     with TrackingServer(tmp_path / "other") as other:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", other.uri)
-        tracking.finish(run, "FINISHED")
+        # As run.json has it, from the first server.
+        published = tracking_directory(run.folder) / "published.json"
+        known = replace(run, parent=json.loads(published.read_text())["run"])
+        assert tracking.sync(known) == []
         assert seen(other.uri, "moved") == healthy
+
+
+def test_a_reason_leaves_out_the_statement_that_a_database_refused() -> None:
+    cause = sqlite3.DatabaseError("file is not a database")
+    reason = _short(DatabaseError("SELECT name", {}, cause))
+    assert str(cause) in reason
+    assert "SELECT" not in reason
+    assert "http" not in reason
 
 
 def test_processes_that_publish_at_the_same_time_show_everything_once(
