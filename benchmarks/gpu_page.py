@@ -129,4 +129,16 @@ The trainer, with one example per step, including the optimizer:
 | method | layers | tokens per second | seconds | planned | peak memory, GB | planned | utilization |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(runs) or "| not finished | | | | | | | |"}
-"""
+{_saves(result.get("runs", {}).get("lora", {}).get("saves", []))}"""
+
+
+def _saves(saves: list[dict[str, float]]) -> str:
+    """Return a sentence on the checkpoints that were saved, the first with memory to be pinned."""
+    if not saves:
+        return ""
+    times = "; ".join(
+        f"{saved['copied_seconds']:.2f} s until it was copied, {saved['written_seconds']:.1f} s until"
+        " it was written"
+        for saved in saves
+    )
+    return f"\nTwo checkpoints of LoRA, {saves[0]['bytes'] / 1e9:.2f} GB each: {times}.\n"

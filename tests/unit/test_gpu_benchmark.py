@@ -25,6 +25,7 @@ from canvastune.model import attention
 from canvastune.model import moe as experts
 
 CPU, MEMORY = torch.device("cpu"), 12e9
+HEADERS = 200_000  # bytes of a small checkpoint's names
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,3 +199,8 @@ def test_the_trainers_steps_stand_beside_their_plan(
         assert run["planned_bytes"] > 0
         assert 0 < run["utilisation"] < 1
         assert run["measured_bytes"] > 0
+    files = (tmp_path / "lora").glob("**/step-*/*.safetensors")
+    written = sum(file.stat().st_size for file in files)
+    for saved in runs["lora"]["saves"]:
+        assert 0 < saved["copied_seconds"] < saved["written_seconds"]
+        assert saved["bytes"] <= written <= saved["bytes"] + HEADERS
