@@ -210,8 +210,9 @@ class TrackingClient:
 
     def _artifact_location(self) -> str | None:
         """Return a directory next to an embedded store's file; MLflow's default is the cwd."""
-        scheme, _, path = self.uri.partition(":///")
-        return (Path(path).parent / "mlartifacts").as_uri() if scheme == "sqlite" else None
+        if not self.uri.startswith("sqlite:///"):
+            return None
+        return (database_file(self.uri).parent / "mlartifacts").as_uri()
 
     def _connected(self) -> MlflowClient:
         if self._client is None:

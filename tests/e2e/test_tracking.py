@@ -79,8 +79,11 @@ def test_the_tracking_server_comes_from_environment_then_recipe_then_workspace(
     strange = tmp_path / "is it 100%20?"
     strange.mkdir()
     store = tracking.tracking_uri(config(), strange)
-    server.load_mlflow().MlflowClient(store).create_experiment("one")
+    number = connect(store).experiment("one")
     assert (strange / "mlflow.db").is_file(), "MLflow reads the workspace's path as another one"
+    client = server.load_mlflow().MlflowClient(store)
+    client.log_text(client.create_run(number).info.run_id, "here", "note.txt")
+    assert list((strange / "mlartifacts").rglob("note.txt"))
     assert (
         tracking.tracking_uri(config(tracking={"uri": "sqlite:///own/m.db"}), tmp_path)
         == f"sqlite:///{tmp_path}/own/m.db"
