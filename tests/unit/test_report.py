@@ -28,7 +28,7 @@ from canvastune.report.charts import (
     tick,
 )
 from canvastune.report.formatting import duration, hours, mark_differences, short
-from canvastune.report.summary import RunArtifacts
+from canvastune.report.summary import Cost, RunArtifacts
 from canvastune.tracking import read_metrics
 from tools.report_sample import (
     HOSTILE,
@@ -52,6 +52,7 @@ PNGS = {
     "memory.png",
     "utilisation.png",
 }
+MISCALCULATED = 8765  # in the working of an answer whose end is right
 
 
 class _Page(HTMLParser):
@@ -104,7 +105,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> Path:
             evaluation=write_evaluation(root / "other", config, before=6, after=40),
         ),
     ]
-    build_report(sample_run(root, config), root / "report", others)
+    run = sample_run(root, config)
+    answers = root / "evaluation" / "answers.jsonl"
+    first, *rest = answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    right = json.loads(first)
+    right["after"] = right["after"].replace(" = 9 ", f" = {MISCALCULATED} ")
+    answers.write_text(json.dumps(right) + "\n" + "".join(rest), encoding="utf-8")
+    build_report(run, root / "report", others)
     return root
 
 
@@ -254,6 +261,22 @@ def test_differing_words_of_similar_answers_are_marked() -> None:
     assert mark_differences("", "") == ("", "")
 
 
+def test_a_right_answer_with_wrong_working_is_marked(folder: Path) -> None:
+    html = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    (row,) = [row for row in html.split("<tr")[1:] if str(MISCALCULATED) in row]
+    assert row.startswith(' data-outcome="right"')
+    assert re.findall(r"<(ins|del)>([^<]*)</", row) == [("del", "9"), ("ins", str(MISCALCULATED))]
+
+
+def test_the_figures_in_a_charts_corner_have_its_unit(tmp_path: Path, config: RunConfig) -> None:
+    values = {"loss": 2.0, "tokens_per_second": 950.0, "tokens": 9, "seconds": 1.0}
+    records = [{"kind": "train", "step": step, "time": 0.0, **values} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    html = build_report(RunArtifacts("run", config, tmp_path), tmp_path / "out").read_text()
+    charts = re.findall(r'data-chart="(\w+)">.*?class="ends">.*?</span> (.*?)</p>', html, re.DOTALL)
+    assert charts == [("total_loss", "2 nats per token"), ("throughput", "950 tokens per second")]
+
+
 def test_changed_settings_are_shown_next_to_their_defaults(page: _Page) -> None:
     assert re.search(
         r" name \"tiny_lora\" none data\.source \"problems\.jsonl\" none train\.steps 300 \d+ ",
@@ -308,6 +331,18 @@ def test_compared_runs_are_overlaid_and_listed(folder: Path, page: _Page) -> Non
         "rank32, mean",
     ]
     assert "tiny_lora (this run) 300" in page.text
+
+
+def test_what_compared_runs_cost_is_the_end_of_their_rows(
+    folder: Path, config: RunConfig, page: _Page
+) -> None:
+    table = page.text[page.text.index("tiny_lora (this run) 300") :]
+    told = re.findall(r"([\d.]+) (CPU-hours)", table)[:3]
+    records = [
+        read_metrics(folder / name / "metrics.jsonl") for name in ("train", "rank8", "rank32")
+    ]
+    costs = [Cost.from_records(each, config) for each in records]
+    assert told == [(hours(cost.hours), cost.unit) for cost in costs]
 
 
 def test_the_loss_is_charted_by_block_where_validation_has_it(folder: Path, page: _Page) -> None:
