@@ -28,13 +28,14 @@ from canvastune.logging import event, json_requested
 from canvastune.report.formatting import loss
 from canvastune.report.summary import RunSummary
 from canvastune.tracking import pending, run_page, tracking_uri
-from canvastune.tracking.client import connect
+from canvastune.tracking.client import connect, database_file
 from canvastune.tracking.steps import FAILED, KILLED, format_reason
 from components.earlier_runs import MLFLOW_UI, find_compared
 from components.finish.step import close_own_run
 from components.run_directory import pipeline_run, read_record, run_directory
 from components.run_list import RunInfo, unfinished_runs
 from components.run_owner import Owner, own_run, owner_environment
+from pipelines.doctor.tracking import check_database
 from pipelines.local_output import LocalOutput
 from pipelines.warm_start import search_path, server_id, step_variables
 
@@ -86,6 +87,7 @@ def run_recipe(
     _refuse_missing_inputs(config)
     workspace = workspace.absolute()
     _make_workspace(workspace)
+    _warn_if_moved(config, workspace)
     start = [shell_command("canvastune"), *command]
     folder = _choose_folder(config, workspace, run_name, start, resume)
     again = _with_name(start, folder.name)
@@ -96,6 +98,15 @@ def run_recipe(
         _run_pipeline(config, workspace, folder, compare, again)
     _log_result(config, workspace, folder, time.monotonic() - started)
     return folder
+
+
+def _warn_if_moved(config: RunConfig, workspace: Path) -> None:
+    """Warn where MLflow would put the run's files: below the path that the workspace had before."""
+    uri = tracking_uri(config, workspace)
+    if uri.startswith("sqlite:///"):
+        finding = check_database(database_file(uri))
+        if finding.state == "warning":
+            logger.warning(f"canvastune: {finding.found}. To have them here, {finding.fix}")
 
 
 def _run_pipeline(

@@ -30,7 +30,7 @@ def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
         uri: None: no server was given, and runs on this machine keep mlflow.db in the workspace.
     """
     if uri is None:
-        yield _check_database(workspace / "mlflow.db")
+        yield check_database(workspace / "mlflow.db")
         return
     if not uri.startswith(("http://", "https://")):
         yield Finding("tracking", "skipped", f"{uri} is not a server over HTTP")
@@ -61,7 +61,7 @@ def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
         yield _check_version(uri)
 
 
-def _check_database(path: Path) -> Finding:
+def check_database(path: Path) -> Finding:
     """Check that the workspace's database, if there is one, is one of MLflow that can be read."""
     if not path.exists():
         found = f"no server was given: a run on this machine keeps {path}"

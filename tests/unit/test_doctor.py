@@ -26,7 +26,7 @@ from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.hf_api import DatasetInfo
 from inline_snapshot import snapshot
 
-from canvastune.config import parse_config
+from canvastune.config import load_config, parse_config
 from canvastune.planner.planner import SHIPPED_CONFIG
 from pipelines.cli import main
 from pipelines.doctor.doctor import print_findings, run_check
@@ -42,6 +42,7 @@ from pipelines.doctor.machine import (
 )
 from pipelines.doctor.sources import check_data, check_model
 from pipelines.doctor.tracking import check_tracking
+from pipelines.local_runner import _warn_if_moved
 from tests.support.findings import only
 
 ROOT = Path(__file__).parents[2]
@@ -240,7 +241,9 @@ def test_a_checkpoint_without_a_shard_is_a_problem(tiny_model: Path, tmp_path: P
     assert only(check_model(config)).state == "problem"
 
 
-def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None:
+def test_a_database_that_mlflow_cannot_read_is_a_problem(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert only(check_tracking(None, tmp_path)).state == "skipped"
     (tmp_path / "mlflow.db").write_bytes(os.urandom(4096))
     found = only(check_tracking(None, tmp_path))
@@ -259,6 +262,11 @@ def test_a_database_that_mlflow_cannot_read_is_a_problem(tmp_path: Path) -> None
     found = only(check_tracking(None, tmp_path / "copy"))
     assert found.state == "warning"
     assert f"{tmp_path}/mlartifacts/1" in found.found
+    config = load_config(RECIPE)
+    for workspace, warnings in ((tmp_path, 0), (tmp_path / "copy", 1)):
+        caplog.clear()
+        _warn_if_moved(config, workspace)
+        assert len(caplog.records) == warnings, "a run would write where the workspace was before"
 
 
 # --- what a run refers to
