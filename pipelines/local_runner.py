@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
 from canvastune.config.places import refuse_missing
 from canvastune.data.files import missing_files
@@ -295,10 +296,16 @@ def _wait_for(processes: list[psutil.Process], step: str, grace: float) -> None:
 
 
 def _refuse_missing_inputs(config: RunConfig) -> None:
-    """Raise: UserError, a local path of the recipe does not exist; a step would say so later."""
+    """Refuse a base model or a data set that is not there: a step would leave a run's folder.
+
+    Raises:
+        UserError: no such local path; or a model that may be one, and is not on the Hub.
+    """
     refuse_missing("model.id", config.model.id, "model")
     for key, source in config.data.source_keys.items():
         refuse_missing(key, source.source, "" if key == "data.validation" else "data set")
+    if Path(config.model.id).parent.is_dir():
+        resolve_model(config.model, weights=False)
 
 
 def _make_workspace(workspace: Path) -> None:

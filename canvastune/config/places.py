@@ -13,6 +13,7 @@ from canvastune.errors import UserError
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 _KINDS = (*TEXT_SUFFIXES, ".parquet")
 DATA_SUFFIXES = (*_KINDS, *(f"{kind}.gz" for kind in _KINDS), ".arrow")
+_WORKSPACE = "workspace/"  # where runs and the demo write by default; no name on the Hub
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HUB_PAGE = re.compile(
     r"datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<at>[^/]+))?"
@@ -29,10 +30,12 @@ _COPY = {
 def is_path(text: str) -> bool:
     """Return whether a text names a local file or folder by its form, whether it exists or not.
 
-    A text such as `org/name`, `gsm8k` or `validation` does not.
+    A text such as `org/name`, `gsm8k` or `validation` does not; `workspace/name` does.
     """
     return (
-        text.startswith((".", "/", "~")) or text.endswith(DATA_SUFFIXES) or text.count("/") > 1
+        text.startswith((".", "/", "~", _WORKSPACE))
+        or text.endswith(DATA_SUFFIXES)
+        or text.count("/") > 1
     ) and _ADDRESS.fullmatch(text) is None
 
 
@@ -80,6 +83,8 @@ def refuse_missing(key: str, text: str, kind: str) -> None:
     if not is_path(text) and not ("/" in text and near):
         return
     other = f"Check the path, or use a Hub {kind} id." if kind else "Check the path."
+    if text.startswith(_WORKSPACE):
+        other += " `canvastune demo` makes what tiny recipes need; see `canvastune run --help`."
     raise UserError(
         f"{key}: {text}: no such file or folder",
         hint=f"Did you mean {path.parent / near[0]}?" if near else other,

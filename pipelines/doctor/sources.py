@@ -35,7 +35,7 @@ def check_model(config: RunConfig, submitted: bool = False) -> Iterator[Finding]
         )
         return
     info = None
-    if not Path(place).is_dir():
+    if not Path(place).is_dir() and not is_path(place):
         try:
             info = HfApi().model_info(
                 place, revision=config.model.revision, timeout=_TIMEOUT, files_metadata=True

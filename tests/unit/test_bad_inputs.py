@@ -349,7 +349,7 @@ DATA: dict[str, Case] = {
 MODELS: dict[str, Case] = {
     "a model that is not there": (
         setting("model.id=./nowhere"),
-        ("model.id", "./nowhere", "make-tiny-model"),
+        ("model.id", "./nowhere", "no such"),
     ),
     "a model without its config": (
         without("config.json"),

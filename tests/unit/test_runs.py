@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,8 @@ from pipelines import local_runner
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "pipelines" / "recipes" / "gsm8k_lora.yaml")
+RECIPES = ROOT / "pipelines" / "recipes"
+RECIPE = str(RECIPES / "gsm8k_lora.yaml")
 HERE = socket.gethostname()
 MakeRun = Callable[..., Path]
 
@@ -260,8 +262,13 @@ def test_a_failed_step_is_recorded_but_never_in_a_run_of_somebody_else(
     assert run_list.read_run(stopped).where == "train"
 
 
-@pytest.mark.parametrize("key", ["data.source", "model.id"])
-@pytest.mark.parametrize("place", ["./nothere.jsonl", "work/tiny-bse"])
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        *itertools.product(("data.source", "model.id"), ("./nothere.jsonl", "work/tiny-bse")),
+        ("model.id", "work/other"),  # may be on the Hub: it is asked
+    ],
+)
 def test_a_path_that_is_not_there_is_refused_before_a_run_begins(
     place: str,
     key: str,
@@ -278,6 +285,21 @@ def test_a_path_that_is_not_there_is_refused_before_a_run_begins(
     assert f"{key}: {place}: " in error
     assert ("work/tiny-base" in error) == (place == "work/tiny-bse"), "the near name"
     assert not workspace.exists(), "something was left behind"
+
+
+@pytest.mark.parametrize("recipe", ["tiny_lora", "tiny_support"])
+def test_what_the_demo_makes_is_not_looked_for_on_the_hub(
+    recipe: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(RECIPES / f"{recipe}.yaml")]) == 1
+    error = capsys.readouterr().err
+    assert "model.id: workspace/" in error
+    assert "canvastune demo" in error
+    assert not list(tmp_path.iterdir())
 
 
 # --- removing
