@@ -17,10 +17,9 @@ from canvastune.checkpoint.generation_config import write_generation_file
 from canvastune.checkpoint.hf_format import (
     CheckpointReader,
     CheckpointWriter,
-    copy_side_files,
 )
 from canvastune.checkpoint.hf_inference import load_stock, load_stock_with_adapter
-from canvastune.checkpoint.hub import resolve_model
+from canvastune.checkpoint.hub import SIDE_FILES, copy_files, resolve_model
 from canvastune.checkpoint.model_card import write_model_card
 from canvastune.checkpoint.peft_adapter import (
     CONFIG,
@@ -76,7 +75,7 @@ def merge_lora(
     with atomic_directory(out) as folder:
         checkpoint = CheckpointReader(base)
         trained = read_adapter(adapter, checkpoint, config.model.id)
-        copy_side_files(base, folder)
+        copy_files(base, folder, SIDE_FILES)
         write_generation_file(base, folder)
         write_model_card(folder, "merged", config, base, read_data_figures(adapter))
         with CheckpointWriter(folder, checkpoint.specs()) as writer:

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from canvastune.checkpoint.generation_config import write_generation_file
-from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter
+from canvastune.checkpoint.hub import SIDE_FILES, copy_files
 from canvastune.checkpoint.model_card import data_figures, write_model_card
 from canvastune.checkpoint.peft_adapter import write_adapter
 from canvastune.config import RunConfig, write_config
@@ -55,7 +56,7 @@ def export_model(
         dist.barrier()
         return
     with atomic_directory(out) as partial:
-        copy_side_files(base, partial)
+        copy_files(base, partial, SIDE_FILES)
         write_generation_file(base, partial)
         write_config(config, partial / "config.yaml")
         write_model_card(partial, "full", config, base, data_figures(prepared))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from canvastune.checkpoint.truncation import DOWNLOAD_AGAIN, find_truncation
 from canvastune.errors import UserError
 from canvastune.io.byte_size import format_bytes
+from canvastune.io.json_text import write_json
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -44,19 +45,6 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*processor_config.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
 
 
 class SafetensorsFile:
@@ -73,12 +61,12 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         try:
             with safe_open(path, "pt") as file:
                 for name in file.offset_keys():
                     part = file.get_slice(name)
-                    self._specs[name] = tuple(part.get_shape()), self._dtype(name, part.get_dtype())
+                    self.specs[name] = tuple(part.get_shape()), self._dtype(name, part.get_dtype())
         except OSError as error:
             raise UserError(f"{path}: cannot read the file: {error}", hint=DOWNLOAD_AGAIN) from None
         except SafetensorError as error:
@@ -87,21 +75,9 @@ class SafetensorsFile:
                 hint=DOWNLOAD_AGAIN,
             ) from None
 
-    def names(self) -> list[str]:
-        """Return every tensor's name."""
-        return list(self._specs)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        return self._spec(name)[0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._spec(name)[1]
-
     def get(self, name: str) -> torch.Tensor:
         """Return a whole tensor on the CPU, in the stored dtype."""
-        self._spec(name)
+        self._check(name)
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
 
@@ -113,19 +89,18 @@ class SafetensorsFile:
         Args:
             slices: one per leading dimension, with step 1; dimensions without one are taken whole.
         """
-        shape = self.shape(name)
-        if not slices or 0 in shape:
+        self._check(name)
+        if not slices or 0 in self.specs[name][0]:
             return self.get(name)[slices]
         with safe_open(self.path, "pt") as file:
             return file.get_slice(name)[slices]
 
-    def _spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        if name not in self._specs:
+    def _check(self, name: str) -> None:
+        if name not in self.specs:
             raise UserError(
                 f"{self.path}: no tensor {name!r}",
                 hint="Check that the file belongs to this model.",
             )
-        return self._specs[name]
 
     def _dtype(self, name: str, code: str) -> torch.dtype:
         if code not in _DTYPES:
@@ -230,13 +205,13 @@ class CheckpointReader:
         if not index.is_file():
             self._refuse_no_weights()
             file = SafetensorsFile(folder / WEIGHTS)
-            self._places = dict.fromkeys(file.names(), file)
+            self._places = dict.fromkeys(file.specs, file)
             return
         weight_map = _read_index(index)
         files = {
             shard: SafetensorsFile(self._shard(shard)) for shard in sorted(set(weight_map.values()))
         }
-        held = {shard: set(file.names()) for shard, file in files.items()}
+        held = {shard: set(file.specs) for shard, file in files.items()}
         for name, shard in weight_map.items():
             if name not in held[shard]:
                 raise UserError(
@@ -268,11 +243,11 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self._file(name).shape(name)
+        return self._file(name).specs[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
-        return self._file(name).dtype(name)
+        return self._file(name).specs[name][1]
 
     def get(self, name: str) -> torch.Tensor:
         """Return a whole tensor on the CPU, in the stored dtype."""
@@ -284,7 +259,7 @@ class CheckpointReader:
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return every tensor's shape and dtype, as `CheckpointWriter` takes them."""
-        return {name: (self.shape(name), self.dtype(name)) for name in self._places}
+        return {name: file.specs[name] for name, file in self._places.items()}
 
     def fingerprint(self) -> str:
         """Hash every tensor's name, dtype, shape, first and last 4 KiB, in any sharding."""
@@ -369,11 +344,9 @@ class CheckpointWriter:
             )
             self._places |= dict.fromkeys(names, self._files[-1])
         if count > 1:
-            weight_map = {name: writer.path.name for name, writer in self._places.items()}
+            weight_map = {name: at.path.name for name, at in sorted(self._places.items())}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(
-                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
+            write_json(folder / INDEX, index)
 
     @property
     def shards(self) -> int:
@@ -414,25 +387,6 @@ class CheckpointWriter:
             return
         for file in self._files:
             file.close(complete=False)
-
-
-def copy_side_files(base: Path, out: Path) -> list[str]:
-    """Copy a checkpoint's other files, byte for byte: configuration, tokenizer, chat template.
-
-    Return their names.
-    """
-    names = sorted(
-        {
-            file.relative_to(base).as_posix()
-            for pattern in _SIDE_FILES
-            for file in base.glob(pattern)
-            if file.is_file()
-        }
-    )
-    for name in names:
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(base / name, out / name)
-    return names
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

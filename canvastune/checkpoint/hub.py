@@ -1,7 +1,9 @@
-"""Find a base model: a local folder in the Hub's layout, or a repository on the Hub."""
+"""Find a base model, a local folder in the Hub's layout or a repository on the Hub, and its files."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from canvastune.config.places import refuse_missing
@@ -9,10 +11,23 @@ from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError, one_line
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # The README.md names the license, which is carried on together with its files.
-_LEGAL = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-_TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*", *_LEGAL)
+_TEXT = ("*.json", "*.jinja", "*.model", "tokenizer*", "README.md", *LEGAL_FILES)
 PATTERNS = (*_TEXT, *_WEIGHTS)
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
 
 
 def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
@@ -57,6 +72,22 @@ def resolve_model(config: ModelConfig, *, weights: bool = True) -> Path:
             f"({hub_reason(error)})",
             hint="Use a checkpoint folder, or check the network.",
         ) from None
+
+
+def copy_files(base: Path, out: Path, patterns: Sequence[str]) -> list[str]:
+    """Copy a checkpoint's files other than weights, byte for byte; return their names."""
+    names = sorted(
+        {
+            file.relative_to(base).as_posix()
+            for pattern in patterns
+            for file in base.glob(pattern)
+            if file.is_file() and file.suffix != ".safetensors"
+        }
+    )
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / name, out / name)
+    return names
 
 
 def hub_reason(error: Exception) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +11,26 @@ from typing import Any, Literal
 import yaml
 
 from canvastune import __version__
+from canvastune.checkpoint.hub import LEGAL_FILES, copy_files
 from canvastune.config import RunConfig
 from canvastune.config.places import is_path
 from canvastune.errors import UserError, one_line
+from canvastune.io.atomic import replace_text
+from canvastune.io.markdown import code, table
 
 FILE_NAME = "README.md"
 Kind = Literal["adapter", "merged", "full"]
 
-_LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _CARRIED_KEYS = (*_LICENSE_KEYS, "pipeline_tag", "language")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(?P<yaml>.*?)\n---\s*(\n|\Z)", re.DOTALL)
 _DATA_KEYS = ("source", "format", "rows_read", "kept", "train", "validation", "fingerprint")
 _SOURCE_KEYS = ("source", "held_out", "share", "rows_read", "kept", "train", "validation")
+_TITLES = {
+    "adapter": "LoRA adapter of DiffusionGemma",
+    "merged": "DiffusionGemma, tuned with LoRA and merged",
+    "full": "DiffusionGemma, fully tuned",
+}
 _EVALUATION = "## Evaluation"
 _NOT_EVALUATED = "Not evaluated when this file was written."
 _FIRST_CARD = (
@@ -47,11 +52,11 @@ def write_model_card(
         base: the folder of the base, whose README.md may name a license.
         data: of the data card, as `data_figures` returns them; None: not known.
     """
-    legal = copy_legal_files(base, folder)
+    legal = copy_files(base, folder, LEGAL_FILES)
     given = read_front_matter(base)
     blocks = [
         _front_matter(kind, config, given, legal),
-        f"# {_title(kind)}",
+        f"# {_TITLES[kind]}",
         _what(kind, config),
         _facts(kind, config),
         "## Data",
@@ -83,9 +88,7 @@ def set_evaluation(folder: Path, text: str) -> bool:
     new, count = section.subn(lambda _: f"{_EVALUATION}\n\n{text}\n\n", card, count=1)
     if not count:  # a person removed the section
         return False
-    partial = folder / f".{FILE_NAME}-{os.getpid()}"
-    partial.write_text(new, encoding="utf-8")
-    partial.rename(file)
+    replace_text(file, new)
     return True
 
 
@@ -113,21 +116,6 @@ def data_figures(prepared: Path | None) -> dict[str, Any] | None:
     return figures
 
 
-def copy_legal_files(base: Path, out: Path) -> list[str]:
-    """Copy license, notice and use policy of a base, byte for byte; return their names."""
-    names = sorted(
-        {
-            file.name
-            for pattern in _LEGAL_FILES
-            for file in base.glob(pattern)
-            if file.is_file() and file.suffix != ".safetensors"
-        }
-    )
-    for name in names:
-        shutil.copyfile(base / name, out / name)
-    return names
-
-
 def read_front_matter(folder: Path) -> dict[str, Any]:
     """Return the metadata of a folder's README.md; nothing if it has none that can be read."""
     try:
@@ -146,9 +134,8 @@ def _front_matter(
     kind: Kind, config: RunConfig, given: Mapping[str, Any], legal: Sequence[str]
 ) -> str:
     tree: dict[str, Any] = {}
-    if (
-        not is_path(config.model.id) and not Path(config.model.id).exists()
-    ):  # only a Hub id is valid
+    # Only a Hub id is valid.
+    if not is_path(config.model.id) and not Path(config.model.id).exists():
         tree["base_model"] = config.model.id
         tree["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
     tree["library_name"] = "peft" if kind == "adapter" else "transformers"
@@ -167,30 +154,21 @@ def _front_matter(
     return f"---\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}---"
 
 
-def _title(kind: Kind) -> str:
-    titles = {
-        "adapter": "LoRA adapter of DiffusionGemma",
-        "merged": "DiffusionGemma, tuned with LoRA and merged",
-        "full": "DiffusionGemma, fully tuned",
-    }
-    return titles[kind]
-
-
 def _what(kind: Kind, config: RunConfig) -> str:
     made = {
         "adapter": "LoRA adapter for the base model {}, in PEFT's layout.",
         "merged": "Complete model: the base {} with a LoRA adapter merged into it, in the Hub's layout.",
         "full": "Complete model: the base {}, fully tuned, in the Hub's layout.",
     }[kind]
-    return f"{made.format(_code(config.model.id))} Made by Canvastune {__version__}."
+    return f"{made.format(code(config.model.id))} Made by Canvastune {__version__}."
 
 
 def _facts(kind: Kind, config: RunConfig) -> str:
     train, lora = config.train, config.lora
     rows = {
-        "base": _code(config.model.id),
-        "base's revision": _code(config.model.revision or "not named"),
-        "recipe": f"{_code(config.name)}, as a whole in `config.yaml`",
+        "base": code(config.model.id),
+        "base's revision": code(config.model.revision or "not named"),
+        "recipe": f"{code(config.name)}, as a whole in `config.yaml`",
         "training": f"{train.steps} steps of {train.global_batch_size} examples, {train.precision}",
         "learning rate": f"{config.optimizer.lr:g}",
         "seed": str(config.seed),
@@ -204,35 +182,35 @@ def _facts(kind: Kind, config: RunConfig) -> str:
         "full": "`provenance.json`",
     }
     rows["made from"] = files[kind]
-    return _table(("", ""), rows.items())
+    return table(rows.items())
 
 
 def _data(data: Mapping[str, Any] | None) -> str:
     if data is None:
         return "Unknown: the prepared data was not available when this file was written."
     rows = [
-        ("source", _code(data.get("source"))),
-        ("format", _code(data.get("format"))),
+        ("source", code(data.get("source"))),
+        ("format", code(data.get("format"))),
         ("rows read", _number(data.get("rows_read"))),
         ("examples kept", _number(data.get("kept"))),
         ("trained on", _number(data.get("train"))),
         ("held out", _number(data.get("validation"))),
-        ("fingerprint", _code(str(data.get("fingerprint"))[:16])),
+        ("fingerprint", code(str(data.get("fingerprint"))[:16])),
     ]
-    text = _table(("", ""), rows)
+    text = table(rows)
     sources = data.get("sources")
     if not sources:
         return text
     header = ("source", "share", "rows kept", "trained on", "held out")
     lines = [
         (
-            _code(each.get("source")),
+            code(each.get("source")),
             "held out" if each.get("held_out") else f"{each.get('share', 0):.1%}",
             *(_number(each.get(key)) for key in ("kept", "train", "validation")),
         )
         for each in sources
     ]
-    return f"{text}\n\n{_table(header, lines)}"
+    return f"{text}\n\n{table(lines, header)}"
 
 
 def _usage(kind: str) -> str:
@@ -243,7 +221,7 @@ def _usage(kind: str) -> str:
 def _license(given: Mapping[str, Any], legal: Sequence[str]) -> str:
     named = given.get("license_name") or given.get("license")
     text = (
-        f"The base's license, {_code(named)}, applies to this folder."
+        f"The base's license, {code(named)}, applies to this folder."
         if named
         else "The base's license applies to this folder."
     )
@@ -258,17 +236,5 @@ def _license(given: Mapping[str, Any], legal: Sequence[str]) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Any) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "not known"
-
-
-def _code(value: object) -> str:
-    """Return a person's text, which may hold Markdown, as code for a table's cell."""
-    text = " ".join(str(value).split())
-    quoted = repr(text) if "`" in text else f"`{text}`"
-    return quoted.replace("|", "\\|")

@@ -28,6 +28,7 @@ from canvastune.checkpoint.hf_format import CheckpointReader, SafetensorsFile, S
 from canvastune.config import RunConfig
 from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
+from canvastune.io.json_text import write_json
 from canvastune.model.parameter_names import EXPERT_WEIGHTS
 
 CONFIG = "adapter_config.json"
@@ -166,7 +167,7 @@ def write_adapter(
         "base_fingerprint": checkpoint.fingerprint(),
         "data": data,
     }
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ORIGIN, origin)
 
 
 def read_data_figures(folder: Path) -> dict[str, Any] | None:
@@ -197,7 +198,7 @@ def read_adapter(folder: Path, base: CheckpointReader, base_id: str) -> Adapter:
     rank = settings["r"]
     file = SafetensorsFile(folder / WEIGHTS)
     modules: dict[str, set[str]] = {}
-    for key in file.names():
+    for key in file.specs:
         match = _KEY.fullmatch(key)
         if match is None:
             raise UserError(

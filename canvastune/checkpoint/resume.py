@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 from canvastune.checkpoint.shard_writer import ShardWriter
 from canvastune.config import RunConfig, changed_settings
@@ -37,7 +37,7 @@ from canvastune.config.strict import flatten
 from canvastune.distributed.parallelize import local_tensor
 from canvastune.distributed.sync import gather_results, run_on_rank0
 from canvastune.errors import UserError
-from canvastune.io.atomic import fsync
+from canvastune.io.atomic import fsync, replace_text
 from canvastune.io.byte_size import format_bytes
 from canvastune.io.json_text import to_json_text
 
@@ -56,9 +56,8 @@ class Checkpoints:
         self._keep = config.train.keep_checkpoints
         self._asynchronous = config.train.async_checkpoints
         self._config, self._data_fingerprint = config, data_fingerprint
-        self._group = dist.new_group(
-            backend="gloo"
-        )  # for the writing thread: its collectives must not mix with the training's
+        # For the writing thread: its collectives must not mix with the training's.
+        self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._stager: DefaultStager | None = None
         self._staging: Future[State] | None = None
@@ -92,7 +91,7 @@ class Checkpoints:
             run_on_rank0(partial(self._quarantine, [later for later in steps if later > step]))
             kept = optimizer if marker.get("optimizer", True) else None
             if kept is not None:
-                _create_state(kept)
+                _init_optim_state(kept)  # loading overwrites it
             self._read(step, _state(parameters, kept))
             return marker["progress"], damages
         if damages:
@@ -278,12 +277,7 @@ class Checkpoints:
                     shutil.rmtree(self._path(old))
 
     def _mark(self, path: Path, marker: dict[str, Any]) -> None:
-        unfinished = path / f".{_MARKER}"
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.write(to_json_text(marker))
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.rename(path / _MARKER)
+        replace_text(path / _MARKER, to_json_text(marker), sync=True)
         fsync(path)
 
     def _prepare_directory(self, path: Path, total: int) -> None:
@@ -407,20 +401,6 @@ def _state(parameters: Parameters, optimizer: torch.optim.Optimizer | None) -> S
         for key, value in moments.items():
             state[f"optimizer.{key}.{name}"] = value
     return state
-
-
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    # A step with learning rate 0 on zero gradients creates AdamW's state and changes no weight;
-    # loading overwrites it.
-    for group in optimizer.param_groups:
-        group["lr"], before = 0.0, group["lr"]
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-        group["before"] = before
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("before")
 
 
 def _files(sizes: dict[str, int]) -> dict[str, int]:

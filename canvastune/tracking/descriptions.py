@@ -9,6 +9,7 @@ from pathlib import Path
 
 from canvastune.config import RunConfig
 from canvastune.evaluation.result import VERDICTS, EvaluationResult, ModelFigures
+from canvastune.io.markdown import code, table
 from canvastune.tracking.evaluation_traces import ROWS
 from canvastune.tracking.steps import FAILED, FINISHED, KILLED, RUNNING, Attempt
 
@@ -42,12 +43,12 @@ def describe_attempt(config: RunConfig, folder: Path, attempts: Sequence[Attempt
     state = "While it trains, the curves are in the nested run `train`."
     if last.status in (FAILED, KILLED):
         state = _describe_end(last)
-    parts = [_what(config), _table(_about(config, folder)), state]
+    parts = [_what(config), table(_about(config, folder).items()), state]
     if last.status != RUNNING:
         parts.insert(0, parts.pop())
     if len(attempts) > 1:
         rows = {str(number): each for number, each in number_attempts(attempts).items()}
-        parts += ["**Attempts**", _table(rows)]
+        parts += ["**Attempts**", table(rows.items())]
     return "\n\n".join((*parts, _AGAIN))
 
 
@@ -104,16 +105,16 @@ def describe_report(
     Args:
         figures: the run's summary, by MLflow's names.
     """
-    table = figures_table(figures, evaluation)
+    compared = figures_table(figures, evaluation)
     places = {"model": "train/model"}
     if config.train.method == "lora":
         places = {"adapter": "train/adapter", "merged model": "model"}
-    report = f"{_code(folder / 'report/report.html')}, also `report.html` of the run in MLflow"
-    where = {"report": report} | {name: _code(folder / path) for name, path in places.items()}
-    where |= {"checkpoints": _code(folder / "train/checkpoints")}
-    files = _table(_about(config, folder) | where)
+    report = f"{code(folder / 'report/report.html')}, also `report.html` of the run in MLflow"
+    where = {"report": report} | {name: code(folder / path) for name, path in places.items()}
+    where |= {"checkpoints": code(folder / "train/checkpoints")}
+    files = table((_about(config, folder) | where).items())
     verdict = describe_evaluation(evaluation)
-    return "\n\n".join((verdict, _what(config), table, "**Where**", files, _AGAIN))
+    return "\n\n".join((verdict, _what(config), compared, "**Where**", files, _AGAIN))
 
 
 def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) -> str:
@@ -132,7 +133,7 @@ def figures_table(figures: Mapping[str, float], evaluation: EvaluationResult) ->
             rows.append((label, *(_with_interval(model, name) for model in sides)))
         rows += [
             (
-                f"{each.by}: {_code(each.name)}, {each.scored} rows",
+                f"{each.by}: {code(each.name)}, {each.scored} rows",
                 *(
                     f"{score:.1%}"
                     for score in (each.score_before, each.score_after)
@@ -181,7 +182,7 @@ def _what(config: RunConfig) -> str:
     train = config.train
     method = f"LoRA of rank {config.lora.rank}" if train.method == "lora" else "Full fine-tuning"
     length = f"{train.steps} steps of {train.global_batch_size} examples"
-    return f"{method} of {_code(config.model.id)} on {_code(config.data.label)}, {length}."
+    return f"{method} of {code(config.model.id)} on {code(config.data.label)}, {length}."
 
 
 def _about(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -189,19 +190,7 @@ def _about(config: RunConfig, folder: Path) -> dict[str, str]:
     local = cluster.backend == "local"
     where = "this machine" if local else f"{cluster.backend}, {cluster.nodes} nodes"
     return {
-        "recipe": _code(config.name),
+        "recipe": code(config.name),
         "ranks": f"{config.world_size} (expert parallel {config.parallel.ep}), {where}",
-        "run folder": _code(folder),
+        "run folder": code(folder),
     }
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _code(value: object) -> str:
-    """Return a person's text, which may hold Markdown, as code for a table's cell."""
-    text = str(value)
-    quoted = repr(text) if "`" in text else f"`{' '.join(text.split())}`"
-    return quoted.replace("|", "\\|")

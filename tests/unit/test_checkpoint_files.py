@@ -17,8 +17,8 @@ from canvastune.checkpoint.hf_format import (
     CheckpointReader,
     CheckpointWriter,
     SafetensorsFile,
-    copy_side_files,
 )
+from canvastune.checkpoint.hub import SIDE_FILES, copy_files
 from canvastune.errors import UserError
 from tests.support.small import stock_model
 
@@ -111,7 +111,7 @@ def test_shards_and_index_load_in_transformers_with_every_value(
 ) -> None:
     limit = 120_000
     reader = CheckpointReader(checkpoint)
-    copy_side_files(checkpoint, tmp_path)
+    copy_files(checkpoint, tmp_path, SIDE_FILES)
     with CheckpointWriter(tmp_path, reader.specs(), limit) as writer:
         finished = [
             shard for name in reader.names() if (shard := writer.write(name, reader.get(name)))
@@ -187,7 +187,7 @@ def test_missing_shard_is_named(broken: Path) -> None:
 
 def test_truncated_file_is_named_with_its_tensor(broken: Path) -> None:
     shard = broken / "model-00003-of-00004.safetensors"
-    last = SafetensorsFile(shard).names()[-1]
+    last = list(SafetensorsFile(shard).specs)[-1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-10])
     refuse(broken, shard.name, "truncated", repr(last), f"{len(data) - 10} bytes")
@@ -249,7 +249,7 @@ def test_side_files_are_copied_byte_for_byte_and_weights_are_not(
         "provenance.json",
     ):
         (broken / name).write_text(name)
-    copied = copy_side_files(broken, out)
+    copied = copy_files(broken, out, SIDE_FILES)
     kept = {
         "config.json",
         "generation_config.json",

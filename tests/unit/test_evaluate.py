@@ -13,8 +13,9 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter, copy_side_files
+from canvastune.checkpoint.hf_format import CheckpointReader, CheckpointWriter
 from canvastune.checkpoint.hf_inference import load_stock
+from canvastune.checkpoint.hub import SIDE_FILES, copy_files
 from canvastune.errors import UserError
 from canvastune.evaluate import build_parser
 from canvastune.evaluation import model_run, ranks
@@ -375,7 +376,7 @@ def test_folder_that_is_no_prepared_data_set_is_refused(
 def test_checkpoint_that_lacks_a_value_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     lost = "model.decoder.layers.1.mlp.up_proj.weight"
     whole = CheckpointReader(tiny_model)
-    copy_side_files(tiny_model, tmp_path)
+    copy_files(tiny_model, tmp_path, SIDE_FILES)
     with CheckpointWriter(
         tmp_path, {name: spec for name, spec in whole.specs().items() if name != lost}
     ) as writer:
