@@ -21,7 +21,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from canvastune.config.schema import SamplerConfig
 from canvastune.errors import UserError, one_line
-from canvastune.io.json_text import to_json_text
+from canvastune.io.json_text import write_json
 
 FILE_NAME = "generation_config.json"
 SGLANG_FILE = "sglang.yaml"  # what SGLang's --dllm-algorithm-config reads: it has its own defaults
@@ -77,7 +77,6 @@ class GenerationFile:
 
     sampler: SamplerSettings
     stops: tuple[int, ...]  # eos_token_id; empty if the file has none
-    pad: int | None
     usable: Mapping[str, Any]  # the keys that stock transformers loads, as it expects them
     remarks: tuple[str, ...]  # what is not used, a line each
 
@@ -97,22 +96,18 @@ def read_generation_file(folder: Path) -> GenerationFile:
     """
     file = folder / FILE_NAME
     try:
-        text = file.read_text(encoding="utf-8")
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return GenerationFile(_defaults(), (), None, {}, ())
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, one_line(error)) from None
-    try:
-        found = json.loads(text)
-    except ValueError as error:
+        return GenerationFile(_defaults(), (), {}, ())
+    except (OSError, ValueError) as error:
         raise _unreadable(file, one_line(error)) from None
     if not isinstance(found, dict):
         raise _unreadable(file, "found no JSON object")
     reader = _Reader(file, found)
     sampler = reader.sampler(_defaults())
-    stops, pad = reader.tokens()
+    stops = reader.stops()
     reader.name_the_rest()
-    return GenerationFile(sampler, stops, pad, reader.usable, tuple(reader.remarks))
+    return GenerationFile(sampler, stops, reader.usable, tuple(reader.remarks))
 
 
 def sampler_settings(folder: Path, config: SamplerConfig) -> SamplerSettings:
@@ -150,8 +145,7 @@ def write_generation_file(base: Path, out: Path) -> None:
     if _same({key: value for key, value in given.items() if value is not None}, whole):
         (out / FILE_NAME).write_bytes(source.read_bytes())
     else:
-        text = to_json_text(dict(sorted(whole.items())), indent=2)
-        (out / FILE_NAME).write_text(text, encoding="utf-8")
+        write_json(out / FILE_NAME, dict(sorted(whole.items())))
     (out / SGLANG_FILE).write_text(sglang_text(found.sampler), encoding="utf-8")
 
 
@@ -209,7 +203,7 @@ class _Reader:
         )
         return SamplerSettings(steps, self._bound(defaults), low, high, stable, confident)
 
-    def tokens(self) -> tuple[tuple[int, ...], int | None]:
+    def stops(self) -> tuple[int, ...]:
         for key in _TOKENS:
             value = self.found.get(key)
             many = value if isinstance(value, list) and key == "eos_token_id" else [value]
@@ -220,9 +214,7 @@ class _Reader:
             else:
                 self._unused(key, "expected a token id; config.json's is used")
         stops = self.usable.get("eos_token_id", ())
-        return tuple(stops if isinstance(stops, list | tuple) else [stops]), self.usable.get(
-            "pad_token_id"
-        )
+        return tuple(stops if isinstance(stops, list | tuple) else [stops])
 
     def name_the_rest(self) -> None:
         for key, why in _UNUSED.items():
@@ -257,8 +249,7 @@ class _Reader:
         name = value.get(_CLASS, EntropyBoundSamplerConfig.__name__)
         if "EntropyBound" not in str(name):
             self._unused(_SAMPLER, f"the sampler is {name}; its entropy_bound is used")
-        cls = EntropyBoundSamplerConfig.__name__
-        self.usable[_SAMPLER] = {_BOUND: float(bound), _CLASS: cls}
+        self.usable[_SAMPLER] = {_BOUND: float(bound), _CLASS: EntropyBoundSamplerConfig.__name__}
         return float(bound)
 
     def _temperatures(self, defaults: SamplerSettings) -> tuple[float, float]:
