@@ -159,7 +159,6 @@ def batch_of(step: StepShape, vocabulary: int) -> PackedBatch:
         canvas_targets=tokens(canvases * canvas),
         next_rows=rows[:, :-1].flatten(),
         next_targets=tokens(examples * (clean - 1)),
-        self_condition=torch.full((canvases * canvas,), step.self_conditioning > 0),
         clean_lengths=(clean,) * examples,
         canvas_lengths=(canvas,) * canvases,
         canvas_examples=tuple(at for at in range(examples) for _ in range(blocks)),

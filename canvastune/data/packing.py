@@ -70,7 +70,6 @@ class PackedBatch:
     canvas_targets: torch.Tensor  # int64[M]: clean tokens of the chosen blocks; every one is scored
     next_rows: torch.Tensor  # int64[N - B]: rows of `clean` that predict their successor
     next_targets: torch.Tensor  # int64[N - B]
-    self_condition: torch.Tensor  # bool[M]: canvas rows that see the self-conditioning signal
     clean_lengths: tuple[int, ...]  # [B]
     canvas_lengths: tuple[int, ...]  # [K]
     canvas_examples: tuple[int, ...]  # [K]: the example of each canvas, ascending
@@ -113,7 +112,6 @@ class PackedBatch:
             canvas_targets=self.canvas_targets[canvas_rows],
             next_rows=self.next_rows[:0],
             next_targets=self.next_targets[:0],
-            self_condition=self.self_condition[canvas_rows],
             clean_lengths=tuple(self.clean_lengths[at] for at in examples),
             canvas_lengths=kept(self.canvas_lengths),
             canvas_examples=tuple(map(examples.index, kept(self.canvas_examples))),
@@ -163,7 +161,7 @@ def pack(
         scored: whether an example's clean tokens are scored, all of them by default; of the others
             only those before its last canvas are computed.
     """
-    canvases, targets, canvas_positions, flags, starts, owners = [], [], [], [], [], []
+    canvases, targets, canvas_positions, starts, owners = [], [], [], [], []
     of_examples = [(draw,) if isinstance(draw, NoiseSample) else tuple(draw) for draw in draws]
     for at, (example, own) in enumerate(zip(examples, of_examples, strict=True)):
         for draw in own:
@@ -173,7 +171,6 @@ def pack(
             canvases.append(torch.where(draw.corrupted[:length], draw.replacement[:length], target))
             targets.append(target)
             canvas_positions.append(torch.arange(start, start + length))
-            flags.append(torch.full((length,), draw.self_condition))
             starts.append(start)
             owners.append(at)
     lengths = [len(example.tokens) for example in examples]
@@ -192,7 +189,6 @@ def pack(
         canvas_targets=torch.cat(targets),
         next_rows=next_rows,
         next_targets=clean[next_rows + 1],
-        self_condition=torch.cat(flags),
         clean_lengths=tuple(lengths),
         canvas_lengths=tuple(len(target) for target in targets),
         canvas_examples=tuple(owners),
@@ -215,7 +211,6 @@ def padding_batch() -> PackedBatch:
         canvas_targets=one,
         next_rows=one[:0],
         next_targets=one[:0],
-        self_condition=torch.zeros(1, dtype=torch.bool),
         clean_lengths=(1,),
         canvas_lengths=(1,),
         canvas_examples=(0,),
