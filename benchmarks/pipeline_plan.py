@@ -102,9 +102,7 @@ def _cells(step: dict[str, float]) -> str:
 
 
 def _planned(config: RunConfig, gpus: int) -> Plan:
-    evaluate = config.evaluate.model_copy(update={"gpus": gpus})
-    changed = config.model_copy(update={"evaluate": evaluate})
-    return make_plan(changed, SHIPPED_CONFIG, config.world_size)
+    return make_plan(config.with_values("evaluate", gpus=gpus), SHIPPED_CONFIG, config.world_size)
 
 
 def _stock_seconds(config: RunConfig, plan: Plan) -> float:

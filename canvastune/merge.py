@@ -137,8 +137,7 @@ def merge_folder(adapter: Path, out: Path, base: str | None = None) -> dict[str,
     """
     config = load_config(_recipe_of(adapter))
     if base is not None:
-        model = config.model.model_copy(update={"id": base, "revision": None})
-        config = config.model_copy(update={"model": model})
+        config = config.with_values("model", id=base, revision=None)
     return merge_lora(config, resolve_model(config.model), adapter, out)
 
 

@@ -5,7 +5,7 @@ next to every output.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -503,6 +503,11 @@ class RunConfig(StrictModel):
             fields = {name: getattr(other, name) for name in SourceFields.model_fields}
             named["evaluate.forgetting"] = MixtureSource(**fields)
         return named
+
+    def with_values(self, section: str, **values: Any) -> Self:
+        """Return the recipe with other values in a section; they are not checked."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
 
     @property
     def world_size(self) -> int:

@@ -89,7 +89,7 @@ def block_costs(
     chosen = [blocks for blocks in _CHOICES if blocks == "all" or blocks < answers.most]
     costs = []
     for blocks in chosen:
-        changed = with_blocks(config, blocks)
+        changed = config.with_values("objective", blocks=blocks)
         needed = _needed(changed, architecture, accelerator, world_size)
         scored, seconds, share = _step(changed, architecture, accelerator, world_size, answers)
         costs.append(
@@ -115,19 +115,12 @@ def largest_blocks(
     limit: int,
 ) -> int | None:
     """Return the most blocks of the longest example that fit; None: not even one."""
-    return largest_fitting(
-        lambda blocks: (
-            _needed(with_blocks(config, blocks), architecture, accelerator, world_size) <= limit
-        ),
-        -(-config.data.seq_length // architecture.canvas),
-    )
 
+    def fits(blocks: int) -> bool:
+        changed = config.with_values("objective", blocks=blocks)
+        return _needed(changed, architecture, accelerator, world_size) <= limit
 
-def with_blocks(config: RunConfig, blocks: Blocks) -> RunConfig:
-    """Return the recipe with another `objective.blocks`."""
-    return config.model_copy(
-        update={"objective": config.objective.model_copy(update={"blocks": blocks})}
-    )
+    return largest_fitting(fits, -(-config.data.seq_length // architecture.canvas))
 
 
 def _needed(

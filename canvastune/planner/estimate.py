@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 
 from canvastune.config import RunConfig
+from canvastune.config.schema import block_count
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.errors import UserError
-from canvastune.perf_model.architecture import (
-    Architecture,
-)
-from canvastune.perf_model.hardware import (
-    FRAGMENTATION,
-    Accelerator,
-)
+from canvastune.perf_model.architecture import Architecture
+from canvastune.perf_model.hardware import FRAGMENTATION, Accelerator
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
 
 # Bytes that bfloat16 adds to a CPU process: reordered weights, kernels (measured).
@@ -42,7 +39,10 @@ def step_shape(
         checkpointing=train.activation_checkpointing,
         self_conditioning=config.objective.self_conditioning_probability,
         device="cpu" if config.hardware.accelerator == "cpu" else "cuda",
-        blocks=_most_blocks(config, config.data.seq_length, architecture.canvas),
+        # Of an example that is all response.
+        blocks=block_count(
+            config.objective.blocks, -(-config.data.seq_length // architecture.canvas)
+        ),
         blocks_at_once=train.micro_batch_blocks,
     )
     return with_longest_example(step, config.data.seq_length, config) if longest else step
@@ -53,14 +53,8 @@ def with_longest_example(step: StepShape, seq_length: int, config: RunConfig) ->
     return dataclasses.replace(
         step,
         clean=seq_length + step.canvas - 1,
-        blocks=_most_blocks(config, seq_length, step.canvas),
+        blocks=block_count(config.objective.blocks, -(-seq_length // step.canvas)),
     )
-
-
-def _most_blocks(config: RunConfig, seq_length: int, canvas: int) -> int:
-    """Return how many blocks a step denoises of an example that is all response."""
-    blocks = -(-seq_length // canvas)
-    return blocks if config.objective.blocks == "all" else min(config.objective.blocks, blocks)
 
 
 def device_memory_timeline(
@@ -70,9 +64,8 @@ def device_memory_timeline(
     process = round(accelerator.process * 1e9)
     if process and architecture.compute_bytes == 2:
         process += _BFLOAT16_KERNELS
-    if (
-        process and step.world_size > 1
-    ):  # gloo copies what it gathers, of which the embedding is the largest
+    if process and step.world_size > 1:
+        # gloo copies what it gathers, of which the embedding is the largest.
         process += architecture.vocabulary * architecture.hidden * architecture.compute_bytes
     return {
         moment: parts | ({"process": process} if process else {})
@@ -102,13 +95,7 @@ def largest_fitting(fits: Callable[[int], bool], most: int) -> int | None:
     """Return the largest number from 1 to `most` that fits, given that all smaller ones do; None if
     1 does not.
     """
-    if not fits(1):
-        return None
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect.bisect(range(1, most + 1), False, key=lambda number: not fits(number)) or None
 
 
 def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:

@@ -32,8 +32,7 @@ def evaluation_layout(config: RunConfig, model: Path, gpus: int | None = None) -
         UserError: it does not fit, or the model or the accelerator is unknown.
     """
     if gpus is not None:
-        settings = config.evaluate.model_copy(update={"gpus": gpus})
-        config = config.model_copy(update={"evaluate": settings})
+        config = config.with_values("evaluate", gpus=gpus)
     architecture = read_architecture(config, model)
     answers = Answers.assumed(config, architecture.canvas)
     accelerator = find_accelerator(config.hardware.accelerator)

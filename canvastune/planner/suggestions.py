@@ -6,24 +6,19 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError
-from canvastune.perf_model.architecture import (
-    Architecture,
-    read_architecture,
-)
-from canvastune.perf_model.hardware import (
-    Accelerator,
-)
-from canvastune.planner.blocks import with_blocks
+from canvastune.perf_model.architecture import Architecture, read_architecture
+from canvastune.perf_model.hardware import Accelerator
 from canvastune.planner.estimate import check_layout, needed_bytes, step_shape
 from canvastune.planner.plan import Change
 
 _MAX_RANKS = 4096
 # A changed recipe, its number of ranks, and the settings that changed.
-Candidates = Iterator[tuple[RunConfig, int, tuple[str, ...]]]
+Candidate = tuple[RunConfig, int, tuple[str, ...]]
+Candidates = Iterator[Candidate]
 
 
 def smallest_changes(
@@ -35,9 +30,8 @@ def smallest_changes(
 
     @functools.cache
     def architecture_with(method: Literal["lora", "full"], experts: bool) -> Architecture:
-        return read_architecture(
-            _with(_with(config, "train", method=method), "lora", experts=experts), model
-        )
+        changed = config.with_values("train", method=method).with_values("lora", experts=experts)
+        return read_architecture(changed, model)
 
     def needed(changed: RunConfig, ranks: int) -> int | None:
         try:
@@ -56,7 +50,7 @@ def smallest_changes(
     for levers in sorted(combinations, key=lambda levers: sum(_LEVERS[lever] for lever in levers)):
         if any(smaller <= set(levers) for smaller in found):
             continue
-        candidates: list[tuple[RunConfig, int, tuple[str, ...]]] = [(config, world_size, ())]
+        candidates: list[Candidate] = [(config, world_size, ())]
         for lever in levers:
             candidates = [
                 (changed, ranks, (*settings, *more))
@@ -73,21 +67,13 @@ def smallest_changes(
 
 def _checkpoint(config: RunConfig, ranks: int) -> Candidates:
     if config.train.activation_checkpointing is not True:
-        yield (
-            _with(config, "train", activation_checkpointing=True),
-            ranks,
-            ("train.activation_checkpointing=true",),
-        )
+        yield _setting(config, ranks, "train.activation_checkpointing", True)
 
 
 def _fewer_examples(config: RunConfig, ranks: int) -> Candidates:
     size = (config.train.micro_batch_size or config.train.global_batch_size // ranks) // 2
     while size >= 1:
-        yield (
-            _with(config, "train", micro_batch_size=size),
-            ranks,
-            (f"train.micro_batch_size={size}",),
-        )
+        yield _setting(config, ranks, "train.micro_batch_size", size)
         size //= 2
 
 
@@ -97,11 +83,7 @@ def _fewer_blocks_at_once(config: RunConfig, ranks: int) -> Candidates:
     at_once = config.train.micro_batch_blocks or most
     while at_once > 1:
         at_once = -(-at_once // 2)
-        yield (
-            _with(config, "train", micro_batch_blocks=at_once),
-            ranks,
-            (f"train.micro_batch_blocks={at_once}",),
-        )
+        yield _setting(config, ranks, "train.micro_batch_blocks", at_once)
 
 
 def _fewer_blocks(config: RunConfig, ranks: int) -> Candidates:
@@ -109,14 +91,14 @@ def _fewer_blocks(config: RunConfig, ranks: int) -> Candidates:
     most, blocks = config.data.seq_length, config.objective.blocks
     count = (most if blocks == "all" else min(blocks, most)) // 2
     while count >= 1:
-        yield with_blocks(config, count), ranks, (f"objective.blocks={count}",)
+        yield _setting(config, ranks, "objective.blocks", count)
         count //= 2
 
 
 def _shorten(config: RunConfig, ranks: int) -> Candidates:
     length = config.data.seq_length * 3 // 4 // 64 * 64
     while length >= 256:
-        yield _with(config, "data", seq_length=length), ranks, (f"data.seq_length={length}",)
+        yield _setting(config, ranks, "data.seq_length", length)
         length = length * 3 // 4 // 64 * 64
 
 
@@ -126,22 +108,19 @@ def _more_ranks(config: RunConfig, ranks: int) -> Candidates:
         batch = config.train.global_batch_size
         each = config.train.micro_batch_size or 1
         grown = -(-batch // (more * each)) * more * each
-        settings = (
-            f"{more} ranks",
-            *((f"train.global_batch_size={grown}",) if grown != batch else ()),
-        )
-        yield _with(config, "train", global_batch_size=grown), more, settings
+        changed, _, settings = _setting(config, more, "train.global_batch_size", grown)
+        yield changed, more, (f"{more} ranks", *(settings if grown != batch else ()))
         more *= 2
 
 
 def _adapters(config: RunConfig, ranks: int) -> Candidates:
     if config.train.method == "full":
-        yield _with(config, "train", method="lora"), ranks, ("train.method=lora",)
+        yield _setting(config, ranks, "train.method", "lora")
 
 
 def _fewer_adapters(config: RunConfig, ranks: int) -> Candidates:
     if config.train.method == "lora" and config.lora.experts:
-        yield _with(config, "lora", experts=False), ranks, ("lora.experts=false",)
+        yield _setting(config, ranks, "lora.experts", False)
 
 
 # What a change costs its user: time, then data, then a different kind of training or more machines.
@@ -157,5 +136,7 @@ _LEVERS: dict[Callable[[RunConfig, int], Candidates], int] = {
 }
 
 
-def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+def _setting(config: RunConfig, ranks: int, name: str, value: bool | int | str) -> Candidate:
+    section, key = name.split(".")
+    written = str(value).lower() if isinstance(value, bool) else value
+    return config.with_values(section, **{key: value}), ranks, (f"{name}={written}",)

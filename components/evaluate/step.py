@@ -66,12 +66,7 @@ def of_evaluation(config: RunConfig) -> RunConfig:
     nodes = max(1, gpus // config.parallel.nproc_per_node)
     cluster = {"nodes": nodes} | ({"rdma_resource": None} if nodes == 1 else {})
     processes = {"nproc_per_node": gpus // nodes, "ep": 1}
-    return config.model_copy(
-        update={
-            "cluster": config.cluster.model_copy(update=cluster),
-            "parallel": config.parallel.model_copy(update=processes),
-        }
-    )
+    return config.with_values("cluster", **cluster).with_values("parallel", **processes)
 
 
 def evaluate_here(

@@ -226,7 +226,7 @@ def _tracked(config: RunConfig) -> RunConfig:
     uri = config.cluster.env.get("MLFLOW_TRACKING_URI")
     if uri is None or config.tracking.uri is not None:
         return config
-    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    return config.with_values("tracking", uri=uri)
 
 
 def dataset_override(dataset: str) -> list[str]:
