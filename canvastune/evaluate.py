@@ -44,9 +44,9 @@ _EPILOG = """examples:
       -c pipelines/recipes/gsm8k_lora.yaml --data runs/gsm8k/data \\
       --tuned runs/merged --output runs/evaluation
 
-Under torchrun all processes take questions from one queue; where a GPU is too small for the model,
-its experts are divided over several. The same command again, with any number of processes, resumes
-an interrupted evaluation.
+Under torchrun, all processes take questions from a shared queue; if a GPU is too small for the
+model, the experts are divided over several GPUs. To resume an interrupted evaluation, repeat the
+command, with any number of processes.
 
 exit codes: 0 done, 1 refused or failed (the last lines give the reason), 2 invalid command line,
 130 interrupted (results are kept)."""
@@ -132,20 +132,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--base-results",
         type=Path,
         metavar="DIR",
-        help="folder where the base's answers and losses are kept, and used again by evaluations "
-        "that ask it the same",
+        help="folder for the base's answers and losses, which later evaluations with the same "
+        "questions reuse",
     )
     add(
         "--cache",
         type=Path,
         metavar="FILE",
-        help="file that saves partial results until all are there; default: one next to --output",
+        help="file for partial results until all results exist (default: one next to --output)",
     )
     add(
         "--sweep",
         action="store_true",
-        help="instead of both models' evaluation, have the tuned model answer with a few settings of "
-        "the sampler; --output gets sweep.json, sweep.svg and sweep.png",
+        help="instead of evaluating both models, let the tuned model answer with a few sampler "
+        "settings; writes sweep.json, sweep.svg and sweep.png to --output",
     )
     add("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)
     return parser

@@ -36,12 +36,12 @@ _EPILOG = """examples:
   python -m canvastune.train -c pipelines/recipes/tiny_lora.yaml --output runs/one \\
       --set parallel.ep=1 --log-format json > run.jsonl
 
-The same command again resumes from the newest checkpoint below --output, and does nothing once the
-run is finished.
+If you repeat the command, it resumes from the newest checkpoint in --output; if the run is
+finished, it does nothing.
 
-exit codes: 0 done, 1 refused or failed (the reason is the last message), 2 a wrong command line,
-3 stopped on request with the state saved, 4 a rank hangs, which is named. torchrun itself exits
-with 1 if a rank's code is not 0, and prints the rank's code."""
+exit codes: 0 success, 1 refused or failed (the last message gives the reason), 2 invalid command
+line, 3 stopped on request after saving the state, 4 a rank hung (the error names it). torchrun
+itself exits with 1 if a rank's exit code is not 0, and prints that code."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,21 +125,22 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         help=(
-            "folder written by `canvastune prepare`; default: prepared from the recipe's "
-            "data.source"
+            "folder written by `canvastune prepare` (default: the data is prepared from the "
+            "recipe's data.source)"
         ),
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of this run; holds its checkpoints too"
+        "--output", type=Path, required=True, help="folder of this run, including its checkpoints"
     )
     parser.add_argument(
         "--mlflow-run",
-        help="id of the MLflow run that also gets the metrics (server: MLFLOW_TRACKING_URI)",
+        help="ID of the MLflow run that also gets the metrics (server: MLFLOW_TRACKING_URI)",
     )
     parser.add_argument(
         "--mlflow-job",
         help=(
-            "id of the pipeline's job instead: its run is found or created once MLflow is reachable"
+            "instead of --mlflow-run, the ID of the pipeline's job, whose MLflow run is found or "
+            "created once MLflow is reachable"
         ),
     )
     parser.add_argument("--log-format", choices=FORMATS, default="text", help=FORMAT_HELP)

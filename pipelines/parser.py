@@ -50,21 +50,23 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--run-name",
         metavar="NAME",
-        help="a new run, or an unfinished one to resume (default: recipe and time)",
+        help="name of a new run, or of an unfinished one to resume (default: recipe and time)",
     )
     run.add_argument(
         "--resume",
         action="store_true",
-        help="resume the newest unfinished run of the recipe, or that of --run-name; start none",
+        help="resume the recipe's newest unfinished run, or that of --run-name; never start a new one",
     )
-    demo = add("demo", "the pipeline on a tiny model that comes with it; minutes, no GPU")
+    demo = add(
+        "demo", "run the pipeline on a tiny model that is included, in minutes, without a GPU"
+    )
     demo.add_argument(
         "data",
         nargs="?",
         choices=("problems", "support"),
         default="problems",
-        help="word problems with one right answer, or what a support desk answers, in prose; default:"
-        " problems",
+        help="word problems with one right answer, or a support desk's free-text answers (default:"
+        " %(default)s)",
     )
     plan = add("plan", "estimate a run's memory, FLOPs and time, without weights or a GPU", recipe)
     plan.add_argument(
@@ -83,12 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="DIR",
-        help="a prepared data set, whose answers decide what objective.blocks costs and gives",
+        help="a prepared dataset, for which to show the cost and benefit of objective.blocks",
     )
     prepare = add("prepare", "read, check, split and tokenize a recipe's data", recipe, logs)
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     add("fetch", "download a recipe's model and data to the Hub's cache", recipe, logs)
-    report = add("report", "write a run's report again, compared with other runs", compare)
+    report = add("report", "rebuild a run's report, optionally compared with other runs", compare)
     _add_run(report)
     report.add_argument(
         "--output",
@@ -104,12 +106,14 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--base",
         metavar="MODEL",
-        help="id or folder of the base (default: as in the adapter's config.yaml)",
+        help="Hub ID or folder of the base (default: the one in the adapter's config.yaml)",
     )
-    serving = add("serve", "check a model for an inference server, and print or run its command")
+    serving = add(
+        "serve", "check that an inference server can serve a model, and print or run its command"
+    )
     serving.add_argument("model", type=Path, metavar="MODEL", help="its folder, such as RUN/model")
     serving.add_argument(
-        "options", nargs="*", metavar="OPTION", help="after --: more options of the server"
+        "options", nargs="*", metavar="OPTION", help="additional options of the server, after --"
     )
     serving.add_argument(
         "--backend",
@@ -129,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("evaluate", "evaluate a finished run again, without training", logs),
     )
     _add_runs_options(add("runs", "list the runs of a workspace, or remove some"))
-    _add_run(add("sync", "upload what MLflow missed of a run while it was down"))
+    _add_run(add("sync", "upload what MLflow missed of a run while MLflow was down"))
     compiling = add("compile", "write the pipeline for Kubeflow")
     compiling.add_argument(
         "-o",
@@ -145,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pipeline-name",
         default="canvastune-finetune",
         metavar="NAME",
-        help="in Kubeflow (default: %(default)s)",
+        help="name in Kubeflow (default: %(default)s)",
     )
     upload.add_argument(
         "--steps-file",
@@ -153,11 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML or JSON with settings of the pods of the pipeline's steps",
     )
-    upload.add_argument("--pipeline-image", metavar="IMAGE", help="the default image of the steps")
+    upload.add_argument("--pipeline-image", metavar="IMAGE", help="default image of the steps")
     _add_doctor_options(
-        add("doctor", "check what this machine lacks for a run, in the order to fix it")
+        add("doctor", "list what is missing for a run on this machine, in the order to fix it")
     )
-    completion = add("completion", "shell completion, for bash or zsh")
+    completion = add("completion", "print a shell completion script for bash or zsh")
     completion.add_argument("shell", choices=("bash", "zsh"))
     tiny = add("make-tiny-model", "write a small random DiffusionGemma, in the Hub's format")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
@@ -255,16 +259,16 @@ def _add_kubeflow(parser: argparse.ArgumentParser) -> None:
         "--host",
         required=True,
         metavar="URL",
-        help="Kubeflow's address, as a browser shows it before /#/",
+        help="Kubeflow's address, as shown in a browser before /#/",
     )
     parser.add_argument(
-        "--namespace", metavar="NS", help="yours, if Kubeflow has one for each team"
+        "--namespace", metavar="NS", help="your namespace, if Kubeflow has one for each team"
     )
     parser.add_argument(
         "--token-file",
         type=Path,
         metavar="FILE",
-        help=f"file with a bearer token (default: that of {TOKEN}, if set)",
+        help=f"file with a bearer token (default: the token in {TOKEN}, if set)",
     )
     parser.add_argument(
         "--cluster-file",
@@ -281,12 +285,14 @@ def _add_evaluate_options(
         "--evaluation",
         type=Path,
         metavar="DIR",
-        help="what `canvastune evaluate` wrote (default: RUN/evaluation)",
+        help="a folder written by `canvastune evaluate` (default: RUN/evaluation)",
     )
     _add_run(evaluate)
     _add_set_option(evaluate)
     evaluate.add_argument(
-        "--sweep", action="store_true", help="quality against forward passes, by sampler setting"
+        "--sweep",
+        action="store_true",
+        help="compare sampler settings by quality and number of forward passes",
     )
     evaluate.add_argument(
         "--output",
@@ -306,30 +312,30 @@ def _add_runs_options(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="remove runs to free space",
     )
-    removing.add_argument("names", nargs="+", metavar="NAME", help="of a run")
+    removing.add_argument("names", nargs="+", metavar="NAME", help="name of a run")
     # Not set where it is not given: the option before `rm` holds as well.
     _add_workspace_option(removing, default=argparse.SUPPRESS)
     removing.add_argument(
         "--checkpoints",
         action="store_true",
-        help="only the training's checkpoints, which a finished run does not need",
+        help="delete only the checkpoints of training, which a finished run does not need",
     )
     removing.add_argument(
-        "--dry-run", action="store_true", help="say what would be deleted, and delete nothing"
+        "--dry-run", action="store_true", help="show what would be deleted, without deleting it"
     )
-    removing.add_argument("--yes", action="store_true", help="do not ask")
+    removing.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
 
 def _add_submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiment",
         metavar="NAME",
-        help="in Kubeflow (default: the recipe's tracking.experiment)",
+        help="experiment in Kubeflow (default: the recipe's tracking.experiment)",
     )
     parser.add_argument(
         "--run-name",
         metavar="NAME",
-        help="in Kubeflow and MLflow, and the name of the run's folder",
+        help="name of the run in Kubeflow and MLflow, and of its folder",
     )
     parser.add_argument(
         "--compare",
@@ -338,7 +344,7 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="names of runs to compare with in the report",
     )
-    parser.add_argument("--wait", action="store_true", help="follow the run to completion")
+    parser.add_argument("--wait", action="store_true", help="watch the run until it ends")
 
 
 def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
@@ -353,16 +359,16 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tracking-uri",
         metavar="URI",
-        help="MLflow's server (default: MLFLOW_TRACKING_URI, or the recipe's)",
+        help="address of MLflow (default: MLFLOW_TRACKING_URI, or the recipe's)",
     )
     parser.add_argument(
-        "--namespace", metavar="NS", help="in the cluster (default: the kubeconfig's)"
+        "--namespace", metavar="NS", help="namespace in the cluster (default: the kubeconfig's)"
     )
     parser.add_argument(
         "--host", metavar="URL", help="Kubeflow's address, to check that it responds"
     )
     parser.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with a bearer token for it"
+        "--token-file", type=Path, metavar="FILE", help="file with a bearer token for Kubeflow"
     )
 
 
