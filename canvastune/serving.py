@@ -59,7 +59,7 @@ class Server:
         if program is None:
             raise UserError(
                 f"{self.command[0]}: not found on the PATH",
-                hint=f"Install it in a separate environment and activate that: {self.install}.",
+                hint=f"Install it in a separate environment and activate it: {self.install}.",
             )
         os.execv(program, self.command)
 
@@ -113,12 +113,12 @@ def _read_model(folder: Path) -> _Model:
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder",
-            hint="Pass a model's folder, such as RUN/model; `hf download ID` prints that of a model "
-            "on the Hub.",
+            hint="Pass a model's folder, such as RUN/model; `hf download ID` prints the "
+            "folder of a model from the Hub.",
         )
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{folder}: found an adapter, expected a complete model: no server loads it, as encoder "
+            f"{folder}: found an adapter, expected a complete model: no server can load it, since encoder "
             "and decoder share the weights that it adapts",
             hint=f"Merge it: canvastune merge {shlex.quote(str(folder))} --output DIR, then serve "
             "DIR.",
@@ -186,8 +186,8 @@ def _check_sampler_file(model: _Model) -> None:
     if lacking:
         add = json.dumps(lacking)[1:-1]
         raise UserError(
-            f"{file}: no usable {', '.join(lacking)}, which the server looks up",
-            hint=f"Add to that file: {add}. These are the settings that apply without them.",
+            f"{file}: no usable {', '.join(lacking)}, which the server requires",
+            hint=f"Add to that file: {add}. These are the settings that would otherwise apply.",
         )
 
 
@@ -207,8 +207,8 @@ def _check_generation_file(model: _Model) -> None:
     if wrong:
         instead = json.dumps({key: usable[key] for key in wrong if key in usable})[1:-1]
         raise UserError(
-            f"{file}: {', '.join(wrong)}: stock transformers does not load such keys or values, or "
-            "answers otherwise with them",
+            f"{file}: {', '.join(wrong)}: stock transformers refuses these keys or values, or "
+            "they change its answers",
             hint=f"Remove them there{f', or write {instead}' if instead else ''}.",
         )
 
@@ -227,8 +227,8 @@ def _check_audio_tokens(model: _Model) -> None:
     named = settings | (extra if isinstance(extra, dict) else {})
     if missing := [name for name in _AUDIO_TOKENS if not named.get(name)]:
         raise UserError(
-            f"{file}: no {', '.join(missing)}, without which the server's processor refuses every "
-            "text, although none has audio",
+            f"{file}: no {', '.join(missing)}, without which the server's processor refuses all "
+            "text, even without audio",
             hint="Use --backend vllm, sglang or mlx.",
         )
 

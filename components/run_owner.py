@@ -182,7 +182,7 @@ def _lock(folder: Path) -> int:
 def _in_use(folder: Path) -> UserError:
     owner = _read(folder)
     return UserError(
-        f"{folder}: this run is in progress: {owner or 'its owner has not said who it is'}",
+        f"{folder}: this run is in progress: {owner or 'by an unknown process'}",
         hint="Wait for it to end, or choose another --run-name. `canvastune runs` lists all runs.",
     )
 

@@ -110,7 +110,7 @@ def _find(runs: Iterable[RunInfo], workspace: Path, name: str) -> RunInfo:
 def _only_checkpoints(run: RunInfo) -> Removal:
     if run.state != "finished":
         raise UserError(
-            f"{run.name}: {run.state}, and it would resume from its checkpoints",
+            f"{run.name}: {run.state}, and it needs its checkpoints to resume",
             hint="Resume it, or remove the whole run.",
         )
     folder = run.folder / "train" / "checkpoints"
@@ -180,7 +180,7 @@ def _unknown(run: RunInfo, config: RunConfig, reason: str, *, final: bool) -> li
     name = config.tracking.registered_model
     if name and not final:
         raise UserError(
-            f"{run.name}: whether its model is the champion of {name} is not known: {reason}",
+            f"{run.name}: cannot determine whether its model is the champion of {name}: {reason}",
             hint="Start MLflow, or set MLFLOW_TRACKING_URI, and try again.",
         )
     return [f"not known whether MLflow has registered its model: {reason}"]

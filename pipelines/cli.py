@@ -181,7 +181,7 @@ def _runs(options: argparse.Namespace) -> None:
         print(show_runs(options.workspace, as_json=options.json))
         return
     if options.json:
-        raise UserError("--json: only the list has it, not rm", hint="Leave it out.")
+        raise UserError("--json: not available for rm", hint="Leave it out.")
     print(
         remove_runs(
             options.workspace,

@@ -55,13 +55,13 @@ def demo() -> None:
         tiny_model.write_problems(
             Path(config.data.label), kind, rows, seed=0
         )  # the same bytes each time
-    logger.info(f"1. a tiny DiffusionGemma, trained on one kind of word problems: {tuned.model.id}")
+    logger.info(f"1. a tiny DiffusionGemma, trained on one kind of word problem: {tuned.model.id}")
     unpack_base(SHIPPED_BASE, Path(tuned.model.id))
-    logger.info(f"\n2. a second data set: conversations with a tool, {tools.data.label}")
+    logger.info(f"\n2. a second dataset, of conversations with a tool: {tools.data.label}")
     _prepare_tools()
     from pipelines.local_runner import run_recipe  # imported by now
 
-    logger.info(f"\n3. the pipeline: LoRA on another kind of problems, {tuned.data.label}")
+    logger.info(f"\n3. the pipeline, with LoRA on another kind of word problem: {tuned.data.label}")
     recipe = os.path.relpath(RECIPES / "tiny_lora.yaml")
     run_recipe(tuned, Path("workspace"), None, command=["run", recipe])
 
@@ -77,12 +77,12 @@ def demo_support() -> None:
     tuned = load_config(RECIPES / "tiny_support.yaml")
     data = Path(tuned.data.label)
     logger.info(
-        f"1. a tiny DiffusionGemma that has answered customers of other shops: {tuned.model.id}"
+        f"1. a tiny DiffusionGemma, trained on the answers of other shops: {tuned.model.id}"
     )
     unpack_base(SUPPORT_BASE, Path(tuned.model.id))
     write_support_rows(data)
     logger.info(
-        f"\n2. what one shop's support desk answers: {data}, {SUPPORT_ROWS} rows,"
+        f"\n2. the answers of one shop's support desk: {data}, {SUPPORT_ROWS} rows,"
         f" {SUPPORT_TOOL_ROWS} of them with a tool"
     )
     for message in _first_messages(data):
@@ -90,7 +90,7 @@ def demo_support() -> None:
     from canvastune.tracking import tracking_uri
     from pipelines.local_runner import run_recipe, shell_command
 
-    logger.info("\n3. the pipeline: LoRA on these answers")
+    logger.info("\n3. the pipeline, with LoRA on these answers")
     recipe = os.path.relpath(RECIPES / "tiny_support.yaml")
     workspace = Path("workspace")
     run_recipe(tuned, workspace, None, command=["run", recipe])
@@ -167,9 +167,9 @@ def _prepare_tools() -> None:
     card = json.loads((_TOOLS_DATA / "card.json").read_text(encoding="utf-8"))
     turns = card["turns"]
     logger.info(
-        f"    {card['rows_read']} rows, {turns['learned']} turns are learned, of them"
+        f"    {card['rows_read']} rows with {turns['learned']} turns to learn, including"
         f" {turns[CALLS]} tool calls: {_TOOLS_DATA / 'card.html'}\n"
-        f"    train on it: {shell_command('canvastune')} run pipelines/recipes/tiny_tools.yaml"
+        f"    to train on it: {shell_command('canvastune')} run pipelines/recipes/tiny_tools.yaml"
     )
 
 

@@ -193,7 +193,7 @@ def _adopt_cache(artifacts: Path) -> None:
             continue
         own = {name: artifacts.joinpath(*path.parts[-3:]) for name, path in paths.items()}
         if not all(path.exists() for path in own.values()):
-            logger.warning(f"{entry}: its artifacts are in another workspace: they are made again")
+            logger.warning(f"{entry}: its artifacts are in another workspace and are created again")
             entry.unlink()
             continue
         for name, path in own.items():

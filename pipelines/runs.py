@@ -95,8 +95,8 @@ def remove_runs(
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise UserError(
-            "nothing was deleted: standard input is not a terminal, so there is no one to ask",
-            hint="Look at the list above, and add --yes.",
+            "nothing was deleted: standard input is not a terminal, so confirmation is not possible",
+            hint="Check the list above, then add --yes.",
         )
     print(f"{question} There is no way back. [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -32,22 +32,22 @@ class StepsConfig(PodSettings):
     def _taken_by_kubeflow(self) -> StepsConfig:
         if self.priority_class is not None:
             raise InvalidSetting(
-                "steps.priority_class: Kubeflow Pipelines has no priority class for a step",
+                "steps.priority_class: Kubeflow Pipelines does not support priority classes for steps",
                 hint="Remove it. An administrator can set one for all pods of runs "
                 "(COMPILED_PIPELINE_SPEC_PATCH of the deployment ml-pipeline).",
             )
         if others := sorted(set(self.affinity) - {"nodeAffinity"}):
             raise InvalidSetting(
-                f"steps.affinity.{others[0]}: Kubeflow Pipelines takes only nodeAffinity",
+                f"steps.affinity.{others[0]}: Kubeflow Pipelines supports only nodeAffinity",
                 hint="Remove it.",
             )
         for number, volume in enumerate(self.extra_volumes):
             (source,) = set(volume) - {"name"}
             if source not in _SOURCES or set(volume[source] or {}) - _SOURCES[source]:
                 raise InvalidSetting(
-                    f"steps.extra_volumes[{number}]: Kubeflow Pipelines takes "
+                    f"steps.extra_volumes[{number}]: Kubeflow Pipelines supports "
                     f"{', '.join(_SOURCES)} by name, found {json.dumps(volume)}",
-                    hint="Remove what it does not take, or mount it for training only.",
+                    hint="Remove what it does not support, or mount it for training only.",
                 )
         for number, mount in enumerate(self.extra_volume_mounts):
             if extra := sorted(set(mount) - {"name", "mountPath", "subPath", "readOnly"}):
@@ -59,7 +59,7 @@ class StepsConfig(PodSettings):
         unknown = {*self.resources.requests, *self.resources.limits} - {"cpu", "memory"}
         if unknown:
             raise InvalidSetting(
-                f"steps.resources: Kubeflow Pipelines takes cpu and memory, found {min(unknown)}",
+                f"steps.resources: Kubeflow Pipelines supports cpu and memory, found {min(unknown)}",
                 hint="Remove it.",
             )
         return self

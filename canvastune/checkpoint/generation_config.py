@@ -120,8 +120,8 @@ def sampler_settings(folder: Path, config: SamplerConfig) -> SamplerSettings:
     settings = replace(read_generation_file(folder).sampler, **given)
     if settings.t_min > settings.t_max:
         raise UserError(
-            f"evaluate.sampler: t_min is {settings.t_min} and t_max {settings.t_max} with what "
-            f"{folder / FILE_NAME} has, expected t_min at most t_max",
+            f"evaluate.sampler: t_min is {settings.t_min} and t_max is {settings.t_max}, including "
+            f"values from {folder / FILE_NAME}; expected t_min at most t_max",
             hint="Set both evaluate.sampler.t_min and evaluate.sampler.t_max.",
         )
     return settings

@@ -45,8 +45,8 @@ def check_push(repository: str) -> bool:
     names += [each["name"] for each in user.get("orgs", ())]
     if owner not in names:
         raise UserError(
-            f"{KEY}: found the owner {owner!r}, but {_VARIABLE} is of {user['name']!r}, who may "
-            f"write for {', '.join(names)}",
+            f"{KEY}: found the owner {owner!r}, but {_VARIABLE} belongs to {user['name']!r}, "
+            f"who may write to {', '.join(names)}",
             hint="Name one of these, or use another token.",
         )
     return True

@@ -230,8 +230,7 @@ class DataConfig(SourceFields):
             raise InvalidSetting(
                 f"data.validation: found {validation!r}, expected a split of the source, or the "
                 "path of a file or folder",
-                hint=f"Write a path as ./{validation}; a data set of the Hub has to be "
-                "downloaded first.",
+                hint=f"Write a path as ./{validation}; a Hub dataset has to be downloaded first.",
             )
         for source in self.sources:
             if validation == (source.source if path else source.split):

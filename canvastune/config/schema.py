@@ -535,7 +535,7 @@ class RunConfig(StrictModel):
         for name in self.evaluate.judges:
             if name not in sources:
                 raise InvalidSetting(
-                    f"evaluate.judges: found {name!r}, which is no source of data.mixture",
+                    f"evaluate.judges: found {name!r}, which is not a source of data.mixture",
                     hint=f"The sources are {', '.join(sources)}.",
                 )
         if self.optimizer.min_lr > self.optimizer.lr:
@@ -546,7 +546,7 @@ class RunConfig(StrictModel):
             )
         if self.tracking.hub_content == "adapter" and self.train.method == "full":
             raise InvalidSetting(
-                "tracking.hub_content: found adapter, but train.method full makes none",
+                "tracking.hub_content: found adapter, but train.method=full produces none",
                 hint="Set tracking.hub_content=model.",
             )
         bad = [level for level in self.train.validation_levels if not 0 < level <= 1]

@@ -48,8 +48,8 @@ def changes_answers(old: RunConfig, new: RunConfig) -> bool:
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if other := [key for key in changed if not key.startswith(_SECTION)]:
         raise UserError(
-            f"{other[0]}: found another value than the run's, expected changes of evaluate.* only",
-            hint="Train another run with it, by `canvastune run`.",
+            f"{other[0]}: found a value that differs from the run's, expected only changes of evaluate.*",
+            hint="Train another run with it, using `canvastune run`.",
         )
     return any(not key.startswith((*_OF_JUDGES, *_OF_NOTHING)) for key in changed)
 
@@ -145,8 +145,8 @@ def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
         raise UserError(f"{file}: found a row without {error}", hint=hint) from None
     if config.evaluate.judges and any(row["source"] is None for row in rows):
         raise UserError(
-            f"{file}: does not say which source a row is from, which evaluate.judges needs",
-            hint="An earlier version wrote it. Set evaluate.rows as well: the rows are then "
+            f"{file}: does not record the source of each row, which evaluate.judges needs",
+            hint="It was written by an earlier version. Set evaluate.rows too, so that the rows are "
             "answered again.",
         )
     return rows

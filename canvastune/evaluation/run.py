@@ -296,8 +296,8 @@ def judging_of(
     named = bool(config.data.source) or any(question.source for question in questions)
     if config.evaluate.judges and not named:
         raise UserError(
-            "evaluate.judges: the prepared data does not say which source a row is from",
-            hint="Prepare the data again: an earlier version did not write it.",
+            "evaluate.judges: the prepared data does not record the source of each row",
+            hint="Prepare the data again: it was written by an earlier version.",
         )
     return Judging(
         config.evaluate,

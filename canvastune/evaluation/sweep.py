@@ -168,8 +168,8 @@ def _judge(
     judged = judge_rows(judging, rows)
     if not any(row.scored for row in judged):
         raise UserError(
-            f"evaluate.judge ({', '.join(judging.names)}) can judge none of the "
-            f"{len(questions)} rows, and a sweep compares scores",
+            f"evaluate.judge ({', '.join(judging.names)}) cannot judge any of the "
+            f"{len(questions)} rows, but a sweep compares scores",
             hint="Set evaluate.judge to one that fits the references, such as chrf.",
         )
     return judged

@@ -45,7 +45,7 @@ BANDWIDTH_SHARE = 0.8  # of memory bandwidth
 LINK_SHARE = 0.7  # of a link
 # Per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors.
 UPDATE_BYTES = 40
-LAUNCHES = "launches of kernels"  # name of a bound
+LAUNCHES = "kernel launches"  # name of a bound
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
 

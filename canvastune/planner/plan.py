@@ -135,10 +135,10 @@ def refuse_if_too_big(plan: Plan) -> None:
         refuse_evaluation(plan.name, plan.evaluation)
         return
     parts = ", ".join(
-        f"{part} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7
+        f"{part_name(part)} {size / 1e9:.1f}" for part, size in plan.memory.items() if size >= 5e7
     )
     message = (
-        f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, and has"
+        f"{plan.name}: each rank needs {plan.needed_bytes / 1e9:.1f} GB, but has"
         f" {plan.limit_bytes / 1e9:.1f} GB (peak in {plan.moment}: {parts}; reserved"
         f" {plan.reserved_bytes / 1e9:.1f})"
     )
@@ -146,8 +146,8 @@ def refuse_if_too_big(plan: Plan) -> None:
         raise UserError(
             message,
             hint=(
-                "No change of batch, sequence, method or number of ranks fits; use accelerators"
-                " with more memory."
+                "No change of batch, sequence, method or number of ranks would make it fit; use"
+                " accelerators with more memory."
             ),
         )
     changes = (
@@ -173,12 +173,17 @@ def refuse_evaluation(name: str, plan: EvaluationPlan) -> None:
     if plan.largest_batch_size:
         hint = f"Set evaluate.batch_size={plan.largest_batch_size}, or more evaluate.gpus."
     else:
-        hint = "Raise evaluate.gpus, over which the experts are divided, or use larger ones."
+        hint = "Raise evaluate.gpus, over which the experts are divided, or use larger GPUs."
     raise UserError(
-        f"{name}: evaluation on {where} needs {plan.needed_bytes / 1e9:.1f} GB on each, which has "
+        f"{name}: evaluation on {where} needs {plan.needed_bytes / 1e9:.1f} GB on each, but each has "
         f"{plan.limit_bytes / 1e9:.1f} GB ({parts}; reserved {plan.reserved_bytes / 1e9:.1f})",
         hint=hint,
     )
+
+
+def part_name(part: str) -> str:
+    """Return how a part of the memory is written; plan.json keeps an older spelling."""
+    return {"optimiser": "optimizer"}.get(part, part)  # prose: ok (a key of plan.json)
 
 
 def as_tree(plan: Plan) -> dict[str, Any]:

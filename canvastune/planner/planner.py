@@ -223,8 +223,8 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
 def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
     if model == SHIPPED_CONFIG:
         yield (
-            "config.json is not available from the Hub: planned from the copy of it that canvastune"
-            " ships."
+            "config.json is not available from the Hub, so the plan uses the copy that ships with"
+            " Canvastune."
         )
     if accelerator.process:
         yield (

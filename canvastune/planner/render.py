@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from canvastune.io.byte_size import format_bytes
 from canvastune.perf_model.checkpoints import DISK_RATE, MOST_SHARE
 from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
-from canvastune.planner.plan import EvaluationPlan, Plan
+from canvastune.planner.plan import EvaluationPlan, Plan, part_name
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
 
-_CHECKPOINTING = {True: "on", "selective": "of every second layer", False: "off"}
+_CHECKPOINTING = {True: "on", "selective": "on every second layer", False: "off"}
 
 
 def render(plan: Plan) -> str:
@@ -29,13 +29,13 @@ def render(plan: Plan) -> str:
         ),
         (
             f"  global batch {plan.global_batch_size} = {plan.world_size} ranks x"
-            f" {plan.micro_batch_size} examples x {plan.micro_steps} forwards; sequences of"
-            f" {plan.seq_length} tokens, canvas {plan.canvas_length}"
+            f" {plan.micro_batch_size} examples x {plan.micro_steps} forward passes"
         ),
+        f"  sequences of {plan.seq_length} tokens, canvas {plan.canvas_length}",
         *(
             [
-                f"  up to {plan.blocks} blocks of an example in a step, in"
-                f" {plan.forwards_per_example} forwards"
+                f"  up to {plan.blocks} blocks per example and step, in"
+                f" {plan.forwards_per_example} forward passes"
             ]
             if plan.blocks > 1
             else []
@@ -88,7 +88,7 @@ def _parameters(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     unit = _byte_unit(plan.needed_bytes)
-    rows = [(part, unit.format(size)) for part, size in plan.memory.items()]
+    rows = [(part_name(part), unit.format(size)) for part, size in plan.memory.items()]
     rows += [
         ("peak", unit.format(plan.memory_bytes)),
         (
@@ -101,7 +101,7 @@ def _memory(plan: Plan) -> list[str]:
     phases = [(phase, unit.format(size)) for phase, size in plan.phases.items()]
     longest = plan.seq_length + plan.canvas_length - 1
     return [
-        *_table((f"Memory per rank, at the peak: {plan.moment}", unit.name), rows),
+        *_table((f"Memory per rank at the peak ({plan.moment})", unit.name), rows),
         f"  Assumes examples of {longest} tokens, with the last block filled.",
         f"  Checkpoints: {format_bytes(plan.checkpoint_bytes)} each, up to {plan.checkpoints} on"
         " disk at once"
@@ -112,22 +112,22 @@ def _memory(plan: Plan) -> list[str]:
         ),
         *_checkpoint_times(plan),
         "",
-        *_table(("Memory per rank, peak of each phase of a step", unit.name), phases),
+        *_table(("Peak memory per rank in each phase of a step", unit.name), phases),
     ]
 
 
 def _checkpoint_times(plan: Plan) -> list[str]:
     times = plan.checkpoint_times
     lines = [
-        f"  At {format_bytes(int(DISK_RATE))}/s one is written in {_seconds(times.write)}, the last in"
-        f" {_seconds(times.last)}: it has no optimizer state.",
-        f"  Training waits {_seconds(times.waited)} for all, {times.share:.0%} of a run's time.",
+        f"  At {format_bytes(int(DISK_RATE))}/s, writing one takes {_seconds(times.write)}, and the last"
+        f" one, without optimizer state, {_seconds(times.last)}.",
+        f"  Training waits for them for {_seconds(times.waited)}, {times.share:.0%} of a run's time.",
     ]
     if times.share > MOST_SHARE:
         if times.waited > 1.01 * times.last:
             lines.append(
                 "  With --set train.checkpoint_every="
-                f"{times.hidden_from} training waits for only the last one."
+                f"{times.hidden_from}, training only waits for the last one."
             )
         lines.append(
             f"  The last one takes at most {MOST_SHARE:.0%} of a run of {times.enough:,} steps"
@@ -187,8 +187,7 @@ def _time(plan: Plan) -> list[str]:
         *_table(("Time, estimated", ""), rows),
         (
             f"  {plan.tokens_per_step:,} tokens per step, {rate:,.0f} tokens/s;"
-            f" {plan.model_flops_utilisation:.0%} of the peak rate, assuming {MATMUL_SHARE:.0%} of"
-            " it in matmuls"
+            f" {plan.model_flops_utilisation:.0%} of the peak rate, if matmuls reach {MATMUL_SHARE:.0%}"
         ),
         f"  A step is bound by {seconds.bound}.",
         *_advice(plan),
@@ -204,8 +203,8 @@ def _advice(plan: Plan) -> list[str]:
         return []
     busy = max(size for name, size in seconds.bounds.items() if name != LAUNCHES)
     return [
-        f"  GPUs wait {1 - busy / seconds.launches:.0%} of it for their host: a larger"
-        " train.global_batch_size takes hardly longer."
+        f"  GPUs wait for their host {1 - busy / seconds.launches:.0%} of the time, so a larger"
+        " train.global_batch_size hardly takes longer."
     ]
 
 
@@ -215,7 +214,7 @@ def _blocks(plan: Plan) -> list[str]:
         most = -(-plan.seq_length // canvas)
         assumed = (
             f"  Assumes answers of {most} blocks of {canvas} tokens, which fill data.seq_length;"
-            " --data PREPARED reads yours."
+            " pass --data for yours."
         )
     else:
         rows, most = sum(plan.answer_blocks.values()), max(plan.answer_blocks)
@@ -228,8 +227,8 @@ def _blocks(plan: Plan) -> list[str]:
     unit = _byte_unit(max(cost.memory_bytes for cost in plan.block_costs))
     table = _table(
         (
-            "Blocks of an answer in a step (objective.blocks)",
-            "of an epoch's",
+            "Blocks of an answer (objective.blocks)",
+            "per epoch",
             "step",
             "scored/s",
             "per GPU-hour",
@@ -262,9 +261,8 @@ def _evaluation(plan: EvaluationPlan) -> list[str]:
     return [
         *_table((f"Evaluation on {gpus}{divided}", unit.name), rows),
         (
-            f"  {plan.rows} questions, {plan.batch_size} at once on each; answers of"
-            f" {plan.blocks_per_answer:.1f} blocks of both models take at most"
-            f" {_seconds(plan.seconds)}."
+            f"  {plan.rows} questions, {plan.batch_size} at once per GPU; both models take at most"
+            f" {_seconds(plan.seconds)} for answers of {plan.blocks_per_answer:.1f} blocks."
         ),
         *([] if plan.fits else ["  Does not fit."]),
     ]
@@ -277,12 +275,12 @@ def _verdict(plan: Plan) -> list[str]:
         lines.append(f"  Largest micro-batch at {plan.seq_length} tokens: {batch}")
     if length:
         lines.append(
-            f"  Longest sequence at {plan.micro_batch_size} examples per forward: {length:,} tokens"
+            f"  Longest sequence with {plan.micro_batch_size} examples per forward pass: {length:,} tokens"
         )
         lines.append(f"    limited by {plan.sequence_limit}")
     if plan.largest_blocks:
         lines.append(
-            f"  Most blocks of an example in a step (objective.blocks): {plan.largest_blocks}"
+            f"  Most blocks per example and step (objective.blocks): {plan.largest_blocks}"
         )
     for change in plan.changes:
         lines.append(

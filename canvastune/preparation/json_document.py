@@ -176,7 +176,7 @@ def _describe(file: str, text: _JsonText) -> dict[str, _Member]:
             _take(file, text, ",")
         key = _key(file, text)
         if key in members:
-            raise UserError(f"{file}: the key {key!r} is there twice", hint="Write the file again.")
+            raise UserError(f"{file}: the key {key!r} appears twice", hint="Write the file again.")
         if text.peek() == "[":
             text.take()
             first, length, all_objects = None, 0, True
@@ -222,7 +222,7 @@ def _columns(file: str, members: dict[str, _Member]) -> list[str]:
         name = tables[0]
         raise UserError(
             f"{found}, expected an array of rows, or an object with only this array",
-            hint=f"Take the rows out: jq -c '.[\"{name}\"][]' {file} > {Path(file).stem}.jsonl.",
+            hint=f"Extract the rows: jq -c '.[\"{name}\"][]' {file} > {Path(file).stem}.jsonl.",
         )
     if names and all(member.is_object for member in members.values()):
         raise UserError(

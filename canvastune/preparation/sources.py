@@ -197,8 +197,8 @@ def _open_folder(folder: Path, key: str) -> Source:
     saved = [path.parent for path in every if path.name in (_SAVED, _SAVED_SPLITS)]
     if saved:
         raise UserError(
-            f"{key}: {folder}: holds a data set that `save_to_disk` wrote, in"
-            f" {saved[0].relative_to(folder)}",
+            f"{key}: {folder}: contains a dataset written by `save_to_disk`,"
+            f" in {saved[0].relative_to(folder)}",
             hint=f"Set {key}={saved[0]}.",
         )
     _refuse_index(folder, key)
@@ -257,8 +257,8 @@ def _refuse_index(folder: Path, key: str) -> None:
         ", ".join(f"{name}: {file}" for name, file in list(there.items())[:8]) or "none of them"
     )
     raise UserError(
-        f"{key}: {folder}: a folder with LLaMA-Factory's index {_INDEX}, which is not read; files of"
-        f" the index that are there: {listed}",
+        f"{key}: {folder}: a folder with LLaMA-Factory's index {_INDEX}, which is not read; existing"
+        f" files of the index: {listed}",
         hint=(
             f"Name one: {key}={folder / next(iter(there.values()))}; or several, in data.mixture."
             if there

@@ -285,7 +285,7 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             f"expected at most {config.max_duplicate_fraction:.1%} (data.max_duplicate_fraction). "
             f"The first ones:\n{rows}",
             hint=(
-                "Check whether a file was given twice. Remove the duplicates, or raise "
+                "Check whether a file was listed twice. Remove the duplicates, or raise "
                 "data.max_duplicate_fraction: each conversation is then kept once."
             ),
         )

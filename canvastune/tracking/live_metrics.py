@@ -80,7 +80,7 @@ def open_metrics(
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if run is None or not uri:
         if run is not None:
-            log.warning("MLflow gets no metrics of %s: MLFLOW_TRACKING_URI is not set", path)
+            log.warning("MLflow receives no metrics of %s: MLFLOW_TRACKING_URI is not set", path)
         return MetricsWriter(path)
     return MetricsWriter(path, MetricsThread(uri, run, path, period, longest_pause))
 
@@ -175,7 +175,9 @@ class MetricsThread:
                 sender.send()
                 if failing:
                     log.warning(
-                        "MLflow at %s is back: %d values sent so far", sender.server, sender.sent
+                        "MLflow at %s is reachable again: %d values sent so far",
+                        sender.server,
+                        sender.sent,
                     )
                 pause, failing = self._period, False
             except TrackingError as error:

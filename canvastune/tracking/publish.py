@@ -121,7 +121,9 @@ class Publisher:
         except TrackingError as error:
             reasons["run"], down = self._fail("the run", error), True
         if tree["late"] and sent:
-            log.warning("MLflow at %s is back: it got %d records late", self.server, sent)
+            log.warning(
+                "MLflow at %s is reachable again: %d records were sent late", self.server, sent
+            )
         tree["late"] = down
         write_json(self._path, tree, indent=1)
         return list(reasons.values())

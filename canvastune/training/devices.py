@@ -56,7 +56,7 @@ def refuse_silent_cpu(config: RunConfig, device: torch.device, text: PreTrainedC
             f"hardware.accelerator: found {wanted!r}, but torch {torch.__version__} (a build "
             f"{build}) finds no GPU on this node",
             hint=(
-                "`canvastune doctor` and nvidia-smi say what is missing, mostly a newer driver; "
+                "`canvastune doctor` and nvidia-smi show what is missing, usually a newer driver; "
                 "--set hardware.accelerator=cpu trains on the CPU."
             ),
         )

@@ -217,7 +217,7 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
     )
     if export.exists() and not started:
         raise UserError(
-            f"{export}: already exists, but {output} holds no run",
+            f"{export}: already exists, but {output} contains no run",
             hint="Choose another --output, or move it away.",
         )
     return lock

@@ -174,7 +174,7 @@ class _Launcher:
             name = other["metadata"]["name"]
             if name != self._name:
                 logger.info(
-                    f"{self._kind.kind} {name}: deleting, it is of this run with other settings"
+                    f"{self._kind.kind} {name}: deleting it: it belongs to this run, but has other settings"
                 )
                 self._delete(name)
         while True:
@@ -212,9 +212,9 @@ class _Launcher:
             resource = f"{self._kind.plural}.{self._kind.group}"
             raise UserError(
                 f"{self._kind.kind} {self._name}: exists in namespace {self._api.namespace}, but "
-                "is not of this run; it was not changed",
+                "does not belong to this run; it was not changed",
                 hint="If it is not needed, delete it "
-                f"(kubectl delete {resource} {self._name}); or run again.",
+                f"(kubectl delete {resource} {self._name}), or start a new run.",
             )
         if meta.get("deletionTimestamp"):
             self._log("being deleted; waiting for its pods to exit")
@@ -471,6 +471,6 @@ def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     kept = {key: value for key, value in environment.items() if "@" not in urlsplit(value).netloc}
     for name in set(environment) - set(kept):
         logger.warning(
-            f"{name}: holds a password; the training pods get it only from cluster.secret_env"
+            f"{name}: contains a password; the training pods only get it from cluster.secret_env"
         )
     return kept

@@ -198,7 +198,7 @@ def _refuse_twice(volumes: list[dict[str, Any]], mounts: list[dict[str, Any]]) -
             if entry[key] in seen:
                 raise UserError(
                     f"cluster.extra_{'volumes' if key == 'name' else 'volume_mounts'}: "
-                    f"{entry[key]} is taken",
+                    f"{entry[key]} is used twice",
                     hint="Use another one.",
                 )
             seen.add(entry[key])

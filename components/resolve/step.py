@@ -163,8 +163,8 @@ def _warn_of_old_server(uri: str, folder: Path) -> None:
     if MLFLOW.is_below(version):
         logger.warning(
             f"MLflow at {client}: found version {version}, expected {MLFLOW.version} or newer, for "
-            f"{MLFLOW.reason}. The run does not wait for it: upgrade the server, then canvastune "
-            f"sync {folder} sends what it refused"
+            f"{MLFLOW.reason}. The run continues without it: after you upgrade the server, "
+            f"canvastune sync {folder} sends what it refused"
         )
 
 

@@ -173,7 +173,7 @@ def test_blocks_that_do_not_fit_together_fit_in_several_forwards() -> None:
     parted = released("gsm8k_lora", *settings, change)
     assert parted.fits
     assert parted.forwards_per_example == -(-plan.blocks // int(change.split("=")[1]))
-    assert f"in {parted.forwards_per_example} forwards" in render(parted)
+    assert f"in {parted.forwards_per_example} forward passes" in render(parted)
     assert parted.model_flops == plan.model_flops
     assert sum(parted.flops_by_pass.values()) > sum(plan.flops_by_pass.values())
 
@@ -186,7 +186,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_number_by_part_and_the_smalle
         "hardware.gpu_memory=70",
     )
     assert "70.0 GB" in told
-    assert "optimiser 25.2" in told  # prose: ok (a key of plan.json)
+    assert "optimizer 25.2" in told
     assert "--set train.activation_checkpointing=true" in told
 
 
