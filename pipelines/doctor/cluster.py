@@ -52,7 +52,7 @@ def check_cluster(namespace: str | None, backend: str) -> Iterator[Finding]:
     ]
     if not inside and not any(file.is_file() for file in files):
         if backend != "local":
-            fix = "not needed for canvastune submit; else put a kubeconfig there, or set KUBECONFIG"
+            fix = "not needed for canvastune submit; otherwise, put a kubeconfig there or set KUBECONFIG"
             found = f"cluster.backend={backend}, but there is no kubeconfig ({files[0]})"
             yield Finding("cluster", "warning", found, fix)
         else:

@@ -49,7 +49,7 @@ def check_hardware(
     found = f"{plan.world_size} ranks on {plan.accelerator}, {needed} of {limit} each"
     yield Finding("plan", "ok", found)
     if submitted or config.cluster.backend != "local":
-        found = "the run is for a cluster: its nodes are not looked at from here"
+        found = "the run is for a cluster, whose nodes are not checked from here"
         yield Finding("accelerators", "skipped", found)
         return
     if config.hardware.accelerator.lower() == "cpu":

@@ -32,7 +32,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Finding]:
     sources = [source.source for source in config.data.source_keys.values()]
     places = [config.model.id, *sources]
     if missing := [place for place in places if not Path(place).expanduser().exists()]:
-        found = f"{missing[0]} is not on this machine; the step prepare_data looks at it"
+        found = f"{missing[0]} is not on this machine; the step prepare_data checks it"
         yield Finding("evaluation", "skipped", found)
         return
     model = resolve_model(config.model, weights=False)
@@ -73,7 +73,7 @@ def check_judge(config: RunConfig, submitted: bool) -> Iterator[Finding]:
         return
     settings = config.evaluate.judge_model
     if submitted:
-        found = f"{settings.address} is asked from the cluster when the run starts"
+        found = f"{settings.address} is called from the cluster when the run starts"
         yield Finding("judge", "skipped", found)
     elif remark := ask_judge(settings):
         yield Finding("judge", "warning", remark, "start the model, or correct what the line names")
@@ -91,7 +91,7 @@ def check_push(config: RunConfig, submitted: bool) -> Iterator[Finding]:
     if repository is None:
         return
     if submitted:
-        found = f"{repository}: the cluster's HF_TOKEN is looked at when the run starts"
+        found = f"{repository}: the cluster's HF_TOKEN is checked when the run starts"
         yield Finding("hub", "skipped", found)
     elif ask_hub(repository):
         yield Finding("hub", "ok", f"HF_TOKEN may push to {repository}")

@@ -141,9 +141,7 @@ def check_torch() -> Iterator[Finding]:
         fix = f"update the NVIDIA driver to one for CUDA {cuda}, or restart after an update"
         yield Finding("gpu", "problem", found, fix)
     elif not gpus:
-        found = (
-            "none found: enough for the tiny recipes and for submitting, not for the released model"
-        )
+        found = "none found; enough for the tiny recipes and for submitting, but not for the released model"
         yield Finding("gpu", "warning", found)
 
 

@@ -126,9 +126,7 @@ def _check_declared(
     """Compare configuration and splits with those that the card of a Hub data set declares."""
     place, declared = source.source, declared_splits(card)
     if not declared:
-        return Finding(
-            "data", "ok", f"{place} is on the Hub; its card does not say what splits it has"
-        )
+        return Finding("data", "ok", f"{place} is on the Hub; its card does not list its splits")
     name = source.config
     if name is None:
         name = next(iter(declared)) if len(declared) == 1 else _default_config(card, declared)

@@ -20,7 +20,7 @@ from components.versions import MLFLOW
 from pipelines.doctor.finding import Finding
 
 _TIMEOUT = 10.0  # seconds
-_CORRECT_ADDRESS = "correct the address: the one of MLflow, without a path below it"
+_CORRECT_ADDRESS = "correct the address: use MLflow's, without a path below it"
 
 
 def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def check_tracking(uri: str | None, workspace: Path) -> Iterator[Finding]:
 def check_database(path: Path) -> Finding:
     """Check that the workspace's database, if there is one, is one of MLflow that can be read."""
     if not path.exists():
-        found = f"no server was given: a run on this machine keeps {path}"
+        found = f"no server was set: a run on this machine uses {path}"
         return Finding("tracking", "skipped", found)
     move = shlex.join(["mv", str(path), f"{path}.old"])
     fix = f"move it away; canvastune sync RUN sends each run's record to a new one: {move}"
@@ -93,7 +93,7 @@ def check_database(path: Path) -> Finding:
     if elsewhere:
         found = f"{path}: MLflow's files are in {elsewhere[0]}: this workspace was moved or copied"
         return Finding("tracking", "warning", found, fix)
-    return Finding("tracking", "ok", f"no server was given: runs are recorded in {path}")
+    return Finding("tracking", "ok", f"no server was set: runs are recorded in {path}")
 
 
 def _check_version(uri: str) -> Finding:

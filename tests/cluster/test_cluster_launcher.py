@@ -213,8 +213,8 @@ def test_a_job_of_another_run_under_our_name_is_not_changed(pytorch: Cluster) ->
     pytorch.launch()
     pytorch.operator.job["metadata"]["labels"]["canvastune.io/run-id"] = "another"
     assert pytorch.fails() == snapshot("""\
-canvastune: error: KIND JOB: exists in namespace team-a, but is not of this run; it was not changed
-  hint: If it is not needed, delete it (kubectl delete pytorchjobs.kubeflow.org JOB); or run again.\
+canvastune: error: KIND JOB: exists in namespace team-a, but does not belong to this run; it was not changed
+  hint: If it is not needed, delete it (kubectl delete pytorchjobs.kubeflow.org JOB), or start a new run.\
 """)
     assert len(pytorch.jobs()) == 1
 
