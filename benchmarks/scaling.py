@@ -319,9 +319,9 @@ def page(
         f"{Case(**row['case'])} ({row['ratio']:.3f})" for row in several if row["ratio"] > BOUND
     ]
     verdict = (
-        f"above {BOUND} in {'; '.join(over)}, for the reasons below"
+        f"the goal of at most {BOUND} times is missed in {'; '.join(over)}, for the reasons below"
         if over
-        else f"within {BOUND} everywhere"
+        else f"the goal of at most {BOUND} times is met everywhere"
     )
     wide, loss = several[-1], max(row["losses_difference"] for row in rows)
     memory = max(row["off_plan"] for row in rows)
@@ -334,7 +334,7 @@ def page(
     return f"""# Scaling: communication and memory per rank
 
 One global batch of {BATCH} examples was trained on 1, 2, 4 and 8 ranks, in real processes, by the engine's trainer with FSDP2 and expert
-parallelism (EP), with gloo and float32. A rank receives at most {max(row["ratio"] for row in several):.3f} times the lower bound that this page derives:
+parallelism (EP), with gloo and float32. A rank receives at most {max(row["ratio"] for row in several):.3f} times the lower bound that this page derives;
 {verdict}. The loss equals that of a single rank to {loss:.0e}, and a rank's memory is within {memory:.0%} of the plan.
 `python -m benchmarks.scaling` measures this page again ({here["cores"]} cores, {here["device"]}, torch {here["torch"]}, {here["date"]}).
 
