@@ -168,7 +168,7 @@ def _facts(kind: Kind, config: RunConfig) -> str:
     rows = {
         "base": code(config.model.id),
         "base's revision": code(config.model.revision or "not named"),
-        "recipe": f"{code(config.name)}, as a whole in `config.yaml`",
+        "recipe": f"{code(config.name)}; the complete recipe is in `config.yaml`",
         "training": f"{train.steps} steps of {train.global_batch_size} examples, {train.precision}",
         "learning rate": f"{config.optimizer.lr:g}",
         "seed": str(config.seed),
@@ -231,8 +231,8 @@ def _license(given: Mapping[str, Any], legal: Sequence[str]) -> str:
         link = given.get("license_link")
         return f"{text} Its text: {link}." if link else text
     return (
-        f"{text} The base's folder neither names one nor has a license file: look it up before you "
-        "pass this on, and add it here."
+        f"{text} The base's folder neither names one nor has a license file: look it up and add "
+        "it here before you share this folder."
     )
 
 

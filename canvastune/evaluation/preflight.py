@@ -101,7 +101,7 @@ def _try_judge(judge: Judge, row: Mapping[str, Any]) -> None:
 def _judge_label(names: Sequence[str], settings: EvaluateConfig) -> str:
     if tuple(names) == ("pattern",):
         return f"evaluate.answer_pattern {settings.answer_pattern} matches"
-    return f"evaluate.judge {', '.join(names)} can judge by"
+    return f"evaluate.judge {', '.join(names)} can use"
 
 
 def _references(config: RunConfig, rows: Any, dataset: Path) -> list[tuple[str | None, str]]:
@@ -141,14 +141,14 @@ def describe_answers(config: RunConfig, dataset: Path, *, sample: bool = False) 
     if longer := sum(tokens > settings.max_new_tokens for tokens in responses):
         lines.append(
             f"{longer} of {len(rows)} references are longer than evaluate.max_new_tokens "
-            f"({settings.max_new_tokens}), the longest has {max(responses)} tokens: such an answer "
-            "is cut"
+            f"({settings.max_new_tokens}), the longest has {max(responses)} tokens: such answers "
+            "are cut"
         )
     tracking = config.tracking
     if tracking.registered_model and tracking.promote == "better" and not scored:
         lines.append(
-            f"tracking.promote: without a scored row no version of {tracking.registered_model} "
-            "becomes champion by itself"
+            f"tracking.promote: without a scored row, no version of {tracking.registered_model} "
+            "becomes champion automatically"
         )
     return lines
 

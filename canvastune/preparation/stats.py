@@ -205,16 +205,14 @@ class DatasetStats:
             names = ", ".join(
                 f"{name} ({rows:,} rows)" for name, rows in sorted(self.unused.items())
             )
-            said.append(
-                f"not used: {names}; data.ignore says that a column is known to be unneeded"
-            )
+            said.append(f"not used: {names}; list the ones that you do not need in data.ignore")
         if self.foreign:
             names = ", ".join(
                 f"{name} ({count:,} examples)" for name, count in sorted(self.foreign.items())
             )
             said.append(
                 f"control tokens of other models, which are text to this one and learned as such:"
-                f" {names}; remove them if a turn's text came with its template"
+                f" {names}; remove them if the texts were rendered with another model's template"
             )
         return said
 
@@ -312,7 +310,7 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
             "(data.max_too_long_fraction)",
             hint=(
                 f"The longest prefix has {stats.longest_prefix:,} tokens: raise data.seq_length (now "
-                f"{config.seq_length:,}), or data.max_too_long_fraction: they are then dropped."
+                f"{config.seq_length:,}), or raise data.max_too_long_fraction to drop such examples."
             ),
         )
 

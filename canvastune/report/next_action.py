@@ -46,7 +46,7 @@ def next_action(
         text = "Do not use the merged model, whose verification failed. Merge it again."
         return Action(text, command)
     if evaluation is None:
-        return Action("Finish the run: without an evaluation, nothing says what training changed.")
+        return Action("Finish the run: without an evaluation, it is unknown what training changed.")
     again, serve = f"canvastune evaluate {_quote(folder)}", f"canvastune serve {_quote(model)}"
     held_out = card.get("validation", 0)
     return next(_actions(config, evaluation, held_out, again, serve))
@@ -73,7 +73,7 @@ def _actions(
         )
     other = evaluation.forgetting
     if other is not None and other.verdict == "worse":
-        text = f"Decide whether what was forgotten of {other.name} matters. If not, use the model."
+        text = f"Decide whether the lower score on {other.name} matters. If not, use the model."
         yield Action(text, serve)
     weak = _weak_slices(evaluation)
     if evaluation.verdict == "better" and weak:

@@ -317,7 +317,7 @@ def find_warnings(
     if best and last is not None and last > _CLEARLY_WORSE * best[0]:
         found.append(
             f"Validation loss was lowest at step {best[1]} ({best[0]:.3f}) "
-            f"and ended at {last:.3f}: trained too long."
+            f"and ended at {last:.3f}: training was too long."
         )
     found += _interruptions(events)
     if config.train.method == "lora" and merge is None:
@@ -332,8 +332,8 @@ def find_warnings(
     near = card.get("near_duplicates", {})
     if near.get("found"):
         found.append(
-            f"{near['found']} of {near['checked']} held-out rows nearly repeat a training row: the "
-            "score says less about new rows. The data card has examples."
+            f"{near['found']} of {near['checked']} held-out rows are near duplicates of a training "
+            "row, so the score says less about new rows. The data card has examples."
         )
     return found
 
@@ -343,14 +343,14 @@ def _lengths_warnings(card: Mapping[str, Any]) -> list[str]:
     found = []
     if too_long := card.get("too_long", 0):
         found.append(
-            f"{_count(too_long, 'example', 'examples')} of the data had no room for a response in "
-            f"data.seq_length ({card['seq_length']:,}): nothing was learned of them."
+            f"{_count(too_long, 'example', 'examples')} of the data left no space for a response "
+            f"in data.seq_length ({card['seq_length']:,}): nothing was learned from them."
         )
     cut, kept = card.get("cut", 0), card.get("kept", 0)
     if cut > _MANY_CUT * kept:
         found.append(
-            f"{cut:,} of {kept:,} responses were cut at data.seq_length ({card['seq_length']:,}): how "
-            "they end was not learned."
+            f"{cut:,} of {kept:,} responses were cut at data.seq_length ({card['seq_length']:,}): "
+            "their ends were not learned."
         )
     return found
 

@@ -17,8 +17,8 @@ NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as a run's desc
 STEP_NOTES = {
     "prepare_data": "Rows to tokens: the train and validation split, with a data card.",
     "plan": "What the run needs of its hardware: memory by part, FLOPs, time, communication.",
-    "train": "Losses of every step, validation loss by corruption level, and what the machine did.",
-    "merge_lora": "The adapter merged into the base, shard by shard, with a proof.",
+    "train": "Losses of every step, validation loss by corruption level, and system metrics.",
+    "merge_lora": "The adapter, merged into the base shard by shard and verified.",
     "evaluate": "Held-out rows answered by the base and by the tuned model.",
     "evaluate_base": "Answers of the base, to compare with those of the run `evaluate`.",
     "report": "One page with the curves, the answers and the figures.",
@@ -27,9 +27,9 @@ FAILURE_TAGS = ("canvastune.failed_step", "canvastune.error")  # of a run whose 
 _STATES = {RUNNING: "running", FINISHED: "finished", FAILED: "failed", KILLED: "interrupted"}
 _SHOWN_ATTEMPTS = 20  # the newest, each a tag
 _LONGEST_REASON = 1000  # characters in a description
-_AGAIN = """**Again**
+_AGAIN = """**Repeat the run**
 
-`config.yaml`, a file of this run, is the whole recipe:
+`config.yaml`, an artifact of this run, is the complete recipe:
 
 ```sh
 canvastune run config.yaml      # on this machine
