@@ -64,17 +64,17 @@ def way_back_section() -> str:
     return f"""
 ### Returning the experts' results
 
-By `canvastune plan`, on eight H100s at {LINK_SHARE:.0%} of NVLink's rate; not measured. The rows that a layer sends to the experts' ranks travel while its
-dense MLP computes, those that come back do not. *Each way* is one direction in all passes of a step, gradients included; *saved at most* is
-the difference if the way back cost nothing.
+These figures are computed by `canvastune plan` for eight H100s at {LINK_SHARE:.0%} of NVLink's rate, not measured. The rows that a layer sends to the
+experts' ranks are transferred while its dense MLP computes, but the results that return are not. *Each way* is the transfer in one direction
+in all passes of a step, including gradients; *maximum saving* is the difference if returning the results took no time.
 
-| recipe | tokens of an example | step, ms | bound by | each way, GB | each way, ms | dense MLP, ms | saved at most |
+| recipe | tokens per example | step, ms | bound by | each way, GB | each way, ms | dense MLP, ms | maximum saving |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-A layer has no other work for the way back to overlap with: the way out already takes longer than the dense MLP. It would have to come from
-another half of the batch, and a rank of `gsm8k-lora` and `gsm8k-sft` has a single example. Two halves double the launches; with the batches
-of the `throughput` recipes, they could still save time. This has not been tried.
+A layer has no other work with which the return could overlap: sending the rows already takes longer than the dense MLP. That work would have
+to come from another half of the batch, but in `gsm8k-lora` and `gsm8k-sft`, a rank has a single example. Splitting the batch also doubles
+the launches. With the batches of the `throughput` recipes, it could still save time; this has not been tried.
 """
 
 

@@ -465,11 +465,11 @@ def _saving(saving: dict[str, Any], at: str) -> str:
     )
     return f"""## Training while a checkpoint is written
 
-`python -m benchmarks.saving`{at}: a state of {saving["bytes"] / 1e9:.1f} GB is saved in the background, with torch's writer of safetensors shards and with
-ours, while another thread of the process wakes up every 5 ms, as a training thread does to launch kernels. Torch's writer holds Python's
-interpreter lock while it serializes a file. Ours hashes every file as well.
+`python -m benchmarks.saving`{at} saves a state of {saving["bytes"] / 1e9:.1f} GB in the background, with torch's writer for safetensors shards and
+with ours, while another thread of the process wakes up every 5 ms, like a training thread that launches kernels. Torch's writer holds
+Python's interpreter lock while it serializes a file. Ours also hashes every file.
 
-| writer | until the call returns, s | longest pause of the other thread, s | all pauses above 10 ms, s | until all is written, s |
+| writer | time until the call returns, s | longest pause of the other thread, s | sum of pauses above 10 ms, s | time until everything is written, s |
 |---|---|---|---|---|
 {rows}
 
