@@ -30,6 +30,7 @@ from tests.support.cluster_rules import (
     trainjob_problems,
 )
 from tests.support.rendered_chart import (
+    ALL,
     CI,
     SERVERS,
     ci_values,
@@ -93,6 +94,20 @@ def test_no_container_needs_to_write_outside_its_volumes(ci: str) -> None:
                 assert mounted <= {volume["name"] for volume in pod.get("volumes", [])}, container[
                     "name"
                 ]
+
+
+def test_tmp_of_the_charts_own_pods_has_the_size_that_the_values_give() -> None:
+    for values, limit in ((ALL, {"sizeLimit": "20Gi"}), (ALL | {"tmpSizeLimit": ""}, {})):
+        folders = {
+            document["metadata"]["name"]: volume["emptyDir"]
+            for document in render(values)
+            if document["kind"] in ("Deployment", "Job")
+            for _, pod in pod_specs(document)
+            for volume in pod["volumes"]
+            if volume["name"] == "tmp"
+        }
+        assert len(folders) == 4, folders.keys()
+        assert list(folders.values()) == [limit] * 4
 
 
 @every_ci_file

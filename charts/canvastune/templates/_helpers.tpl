@@ -189,6 +189,11 @@ capabilities:
 {{- if not .Values.mlflow.existingUri -}}true{{- end -}}
 {{- end -}}
 
+{{/* The volume of /tmp of the chart's own pods. */}}
+{{- define "canvastune.tmp" -}}
+{{- with .Values.tmpSizeLimit }}{sizeLimit: {{ . }}}{{ else }}{}{{ end -}}
+{{- end -}}
+
 {{/* "true" if MLflow stores anything in files. */}}
 {{- define "canvastune.mlflow.usesSqlite" -}}
 {{- if not (include "canvastune.mlflow.installed" .) -}}
