@@ -315,6 +315,44 @@ def test_metrics_of_a_server_with_users_are_read_by_one_of_them() -> None:
     assert endpoint["basicAuth"]["username"] == {"name": "mlflow-reader", "key": "username"}
 
 
+def test_every_alert_is_about_objects_that_the_chart_installs() -> None:
+    documents = render(ci_values("oidc"))
+    alerts = _alerts(documents)
+    (backup,) = of_kind(documents, "CronJob")
+    claims = [one["metadata"]["name"] for one in of_kind(documents, "PersistentVolumeClaim")]
+    expected = {
+        "CanvastuneClaimNearlyFull": ("persistentvolumeclaim", claims),
+        "CanvastuneMlflowDown": ("deployment", ["canvastune-mlflow"]),
+        "CanvastuneBackupFailed": ("job_name", [f"{backup['metadata']['name']}-29397137"]),
+    }
+    assert alerts.keys() == expected.keys()
+    for alert, (label, names) in expected.items():
+        expression = alerts[alert]
+        matchers = dict(re.findall(r'(\w+)=~?"([^"]+)"', expression))
+        assert matchers["namespace"] == "team-a"
+        assert all(re.fullmatch(matchers[label], name) for name in names), expression
+    assert alerts["CanvastuneClaimNearlyFull"].endswith(" > 0.85")
+    assert of_kind(documents, "Deployment")[0]["metadata"]["name"] == "canvastune-mlflow"
+
+
+def test_alerts_are_off_by_default_and_none_is_about_what_is_not_installed() -> None:
+    assert not of_kind(render({}), "PrometheusRule"), "a cluster without that operator refuses it"
+    metrics = {"prometheusRule": {"enabled": True, "claimUsedPercent": 90}}
+    external = {"existingUri": "https://mlflow.example.com", "metrics": metrics}
+    alerts = _alerts(render({"mlflow": external, "workspace": {"existingClaim": "share"}}))
+    assert list(alerts) == ["CanvastuneClaimNearlyFull"]
+    assert 'persistentvolumeclaim=~"share"' in alerts["CanvastuneClaimNearlyFull"]
+    assert alerts["CanvastuneClaimNearlyFull"].endswith(" > 0.9")
+    assert "CanvastuneBackupFailed" not in _alerts(render({"mlflow": {"metrics": metrics}}))
+
+
+def _alerts(documents: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the expression of each alert."""
+    (rule,) = of_kind(documents, "PrometheusRule")
+    (group,) = rule["spec"]["groups"]
+    return {one["alert"]: one["expr"] for one in group["rules"]}
+
+
 def test_sign_in_by_a_proxy_is_asked_by_the_ingress_and_not_by_the_service() -> None:
     documents = render(ci_values("oidc"))
     (ingress,) = of_kind(documents, "Ingress")

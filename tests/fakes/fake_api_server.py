@@ -39,7 +39,7 @@ _KINDS = {  # by group and version
     "trainer.kubeflow.org/v1alpha1": ["TrainingRuntime"],
     "kubeflow.org/v1": ["PyTorchJob"],
     "argoproj.io/v1alpha1": ["Workflow"],
-    "monitoring.coreos.com/v1": ["ServiceMonitor"],
+    "monitoring.coreos.com/v1": ["ServiceMonitor", "PrometheusRule"],
     "networking.istio.io/v1beta1": ["VirtualService"],
     "security.istio.io/v1beta1": ["AuthorizationPolicy"],
 }

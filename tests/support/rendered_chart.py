@@ -116,6 +116,7 @@ ALL: dict[str, Any] = {  # every optional object and setting at once
                 "labels": {"release": "prometheus"},
                 "basicAuth": {"existingSecret": {"name": "mlflow-reader"}},
             },
+            "prometheusRule": {"enabled": True},
         },
         "priorityClassName": "high",
         "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],

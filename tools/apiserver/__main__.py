@@ -26,6 +26,7 @@ WANTED = {  # the name of a CRD, and what is checked with it
     "workloads.kueue.x-k8s.io": "places in Kueue's queue",
     "httproutes.gateway.networking.k8s.io": "the chart's HTTPRoute",
     "servicemonitors.monitoring.coreos.com": "the chart's ServiceMonitor",
+    "prometheusrules.monitoring.coreos.com": "the chart's PrometheusRule",
     "inferenceservices.serving.kserve.io": "the chart's InferenceService",
     "virtualservices.networking.istio.io": "a profile's VirtualService",
     "authorizationpolicies.security.istio.io": "a profile's AuthorizationPolicy",
