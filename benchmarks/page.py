@@ -19,7 +19,7 @@ from benchmarks.measure import RESULTS, ROOT, read_result, say
 from benchmarks.startup import GOALS as start_goals
 from benchmarks.startup import lines as startup_lines
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
-from canvastune.perf_model.launches import LAUNCH_SECONDS, MOST_LAUNCHES
+from canvastune.perf_model.launches import LAUNCH_SECONDS, MOST_LAUNCHES, WAIT_SECONDS
 
 FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
@@ -132,8 +132,9 @@ Geometric means (goals: {goals}):
   [blocking](#returning-the-experts-results). How much time the overlap saves on CUDA has not been measured.
 - **Pass 1 only computes the clean tokens before the chosen block**, which are all that its canvas sees ([below](#pass-1-three-ways)).
 - **The last layer stays gathered** between its uses, and a rank without self-conditioned examples joins pass 1 with two padding tokens.
-- **The host waits for the device once per step**, when the losses and the norm are logged, and, with expert parallelism, when it has to
-  know how many rows each rank receives.
+- **The host waits for the device once per step**, when the losses and the norm are logged, and, with expert parallelism, once in each layer
+  and pass, when it has to know how many rows each rank receives. Where PyTorch has no kernel for a grouped matmul (A100, L40S, float32), it
+  also waits once for each of them, and launches a matmul for each expert; `canvastune plan` says what this costs.
 - **Ranks finish together**: a step's examples are distributed by their tokens and self-conditioning draws
   ([below](#data-merge-pipeline)). The examples of a step, their noise and the gradient do not change.
 
@@ -156,8 +157,8 @@ and step, or eight. *Before* is commit 80fd2ae, counted in the same way. The num
 
 The goal is at most {MOST_LAUNCHES:,} launches in a step of the `gsm8k` recipes. {most_launches(gpu_dry_run["cases"])} The number is low because of Triton
 kernels, which have not run on a GPU yet, and because activations are kept (`train.activation_checkpointing: false`), for which the batch of
-8 leaves enough memory; *checkpointed* recomputes each layer. `canvastune plan` counts {LAUNCH_SECONDS * 1e6:.0f} us per launch as a bound on a step's time, and
-reports which bound is the largest.
+8 leaves enough memory; *checkpointed* recomputes each layer. `canvastune plan` counts {LAUNCH_SECONDS * 1e6:.0f} us per launch and {WAIT_SECONDS * 1e6:.0f} us per wait, and
+reports which of a step's bounds is the largest.
 {way_back_section()}
 ## Pass 1, three ways
 

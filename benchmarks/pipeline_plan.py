@@ -58,7 +58,7 @@ def planned_steps() -> dict[str, Any]:
         "plan": (fixed["plan"], 0),
         "prepare_data": (fixed["prepare_data"] + ROWS / data, 0),
         "train": (
-            fixed["train"] + checkpoint / READ_RATE + plan.run_seconds + _validation(config, plan),
+            fixed["train"] + checkpoint / READ_RATE + plan.run_seconds + plan.validation.total,
             plan.world_size,
         ),
         "merge_lora": (fixed["merge_lora"] + checkpoint / merge, 0),
@@ -123,15 +123,6 @@ def _stock_seconds(config: RunConfig, plan: Plan) -> float:
     batches = -(-config.evaluate.rows // STOCK_BATCH)
     most = config.evaluate.sampler.steps or STEPS
     return 2 * batches * blocks * most * step
-
-
-def _validation(config: RunConfig, plan: Plan) -> float:
-    """Return the seconds of training's validations, whose forward passes are a third of a step."""
-    held_out = round(ROWS * config.data.validation_fraction)
-    batches = -(-held_out // config.train.global_batch_size)
-    times = config.train.steps // config.train.validate_every + 1
-    levels = len(config.train.validation_levels)
-    return times * batches * levels * plan.step_seconds / 3
 
 
 def _weight_bytes(config: RunConfig) -> int:

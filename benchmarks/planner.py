@@ -5,12 +5,13 @@ Runs the forwards and backwards of one rank's step for each case, with every col
 no other rank, and counts
 the storages that are alive, the FLOPs of every operation, and the bytes that the collectives would
 bring from other ranks.
-Writes docs/planner.md and benchmarks/results/planner.json.
+Writes docs/planner.md and benchmarks/results/planner.json; with --page only the page.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import tempfile
 import time
@@ -24,11 +25,22 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from benchmarks.engine import bench_recipe
 from benchmarks.instruments.live_bytes import CPU_FORMULAS, measure
-from benchmarks.measure import ROOT, say, write_result
+from benchmarks.measure import RESULTS, ROOT, say, write_result
 from benchmarks.synthetic_checkpoint import described
+from canvastune.config import load_config
 from canvastune.perf_model import flops
 from canvastune.perf_model.architecture import read_architecture
+from canvastune.perf_model.checkpoints import DISK_RATE, PIN_RATE
+from canvastune.perf_model.hardware import (
+    ACCELERATORS,
+    BANDWIDTH_SHARE,
+    LINK_SHARE,
+    MATMUL_SHARE,
+)
+from canvastune.perf_model.launches import LAUNCH_SECONDS, WAIT_SECONDS
 from canvastune.perf_model.memory import StepShape, memory_timeline, peak
+from canvastune.planner.plan import Plan
+from canvastune.planner.planner import SHIPPED_CONFIG, make_plan
 
 PAGE = ROOT / "docs" / "planner.md"
 BOUND = 0.10
@@ -186,7 +198,11 @@ def ratio(values: dict[str, float]) -> float:
     )
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    if arguments == ["--page"]:
+        kept = json.loads((RESULTS / "planner.json").read_text(encoding="utf-8"))
+        PAGE.write_text(page(kept["cases"]), encoding="utf-8")
+        return 0
     torch.set_num_threads(1)  # a second thread of autograd would not be counted
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -245,7 +261,74 @@ is 1e9 FLOPs.
 | model, method, dtype | ranks / EP | step | memory, MB | | GFLOP | | received, MB | |
 |---|---|---|---|---|---|---|---|---|
 {table}
+
+## Time
+
+A step takes as long as the largest of these bounds, and the plan names it. None of them has been measured on a GPU. While the host waits for
+its GPU, or all-to-all and update run, nothing overlaps: their time is part of the others.
+
+| bound | what is counted | rate |
+|---|---|---|
+| computation | FLOPs, and reading the weights | {MATMUL_SHARE:.0%} of the datasheet's, {BANDWIDTH_SHARE:.0%} of the memory's |
+| all-gather and reduce-scatter | bytes received | {LINK_SHARE:.0%} of NVLink, or of the adapters between nodes |
+| launches of kernels | launches, of which a [run without a GPU](performance.md#on-a-gpu-counted-without-one) has as many | {LAUNCH_SECONDS * 1e6:.0f} us |
+| waits of the host for each grouped matmul | where PyTorch has no kernel for it (A100, L40S, float32), a wait, and then a matmul for each expert: launches and computation on the two sides of a wait do not overlap | {WAIT_SECONDS * 1e6:.0f} us a wait |
+
+A step of the recipes on other GPUs, each with 8 of them and examples of 256 tokens, of which GSM8K has few longer ones:
+
+| recipe | GPU | step, ms | bound by | launches | waits | loops over experts | their launches, ms | waits, ms |
+|---|---|---|---|---|---|---|---|---|
+{_steps()}
+
+A checkpoint is copied to pinned host memory while the next step runs up to its update; the memory is pinned once, at {PIN_RATE / 1e9:.0f} GB/s of a
+process. Files are written at {DISK_RATE / 1e9:.0f} GB/s in the background. Copies of `gsm8k_sft`, with `train.checkpoint_every=100`:
+
+| GPU | GB/s of a GPU | copy, s | pinning, s | in a node's memory, GB |
+|---|---|---|---|---|
+{_copies()}
 """
+
+
+def _steps() -> str:
+    rows = []
+    for name in ("gsm8k_lora", "gsm8k_sft"):
+        for key in ("h100", "a100", "l40s"):
+            plan = _plan(name, "data.seq_length=256", f"hardware.accelerator={key}")
+            seconds = plan.seconds
+            cells = (
+                f"`{name}`",
+                ACCELERATORS[key].title,
+                f"{plan.step_seconds * 1e3:.0f}",
+                seconds.bound,
+                f"{plan.launches:,}",
+                f"{plan.waits}",
+                f"{plan.expert_loops}",
+                f"{seconds.expert_launches * 1e3:.1f}",
+                f"{seconds.waits * 1e3:.1f}",
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _copies() -> str:
+    rows = []
+    for key in ("h100", "a100"):
+        settings = (f"hardware.accelerator={key}", "train.checkpoint_every=100")
+        plan = _plan("gsm8k_sft", *settings)
+        cells = (
+            ACCELERATORS[key].title,
+            f"{ACCELERATORS[key].host_link:g}",
+            f"{plan.checkpoint_times.staging:.2f}",
+            f"{plan.checkpoint_times.pinning:.1f}",
+            f"{plan.host_bytes / 1e9:.0f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _plan(recipe: str, *settings: str) -> Plan:
+    config = load_config(ROOT / "pipelines" / "recipes" / f"{recipe}.yaml", list(settings))
+    return make_plan(config, SHIPPED_CONFIG, config.world_size)
 
 
 def _cells(values: dict[str, float], unit: float) -> str:
@@ -256,4 +339,4 @@ def _cells(values: dict[str, float], unit: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

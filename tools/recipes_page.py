@@ -47,10 +47,12 @@ It runs LoRA on the released model, on eight GPUs. Canvastune ships with these r
 |---|---|
 {recipes}
 
-For the four recipes of the released model, `canvastune plan` predicts, with examples of 1,024 tokens:
+For the four recipes of the released model, `canvastune plan` predicts, with examples of 1,024 tokens.
+*Validation* is its share of the time of all steps; *copies, files* is how long training waits for
+the copies of checkpoints in host memory, and for their files:
 
-| recipe | steps | time per step | bound by | tokens/s | total time | memory per GPU, GB |
-|---|---|---|---|---|---|---|
+| recipe | steps | time per step | bound by | tokens/s | all steps | validation | copies, files | memory per GPU, GB |
+|---|---|---|---|---|---|---|---|---|
 {plans}
 
 - `--set key=value` changes a key for one run, for example `--set lora.rank=32 --set train.method=full`.
@@ -128,6 +130,8 @@ def _plan(name: str) -> str:
         plan.seconds.bound,
         f"{plan.tokens_per_step / plan.step_seconds:,.0f}",
         f"{plan.run_seconds / 60:.1f} min",
+        f"{plan.validation.share:.1%}",
+        f"{plan.checkpoint_times.staged:.1f} s, {plan.checkpoint_times.behind:.1f} s",
         f"{plan.memory_bytes / 1e9:.1f}",
     )
     return f"| {' | '.join(cells)} |"

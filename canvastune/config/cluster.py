@@ -365,6 +365,11 @@ class ClusterConfig(PodSettings):
         "USD", description="currency of gpu_hour_price"
     )
 
+    @property
+    def memory_limit(self) -> str | None:
+        """Memory limit of a training pod; None: its node's memory."""
+        return self.resources.limits.get("memory", self.memory)
+
     @model_validator(mode="after")
     def _consistent(self) -> ClusterConfig:
         if self.nodes > 1 and self.backend == "local":
@@ -390,7 +395,7 @@ class ClusterConfig(PodSettings):
                     f"cluster.resources.limits.{name} ({limit}) is below the request ({request})",
                     hint=f"Lower cluster.{name}, or raise the limit.",
                 )
-        memory = self.resources.limits.get("memory", self.memory)
+        memory = self.memory_limit
         if memory is not None and parse_quantity(self.shm) >= parse_quantity(memory):
             raise InvalidSetting(
                 f"cluster.shm ({self.shm}) is part of cluster.memory ({memory}), expected "

@@ -173,7 +173,7 @@ class TrainConfig(StrictModel):
         10, ge=1, description="steps between log lines; metrics.jsonl has every step"
     )
     validate_every: ChangeableOnResume[int] = Field(
-        100,
+        400,
         ge=1,
         description="steps between validations; the base and the last step are always validated",
     )
@@ -231,6 +231,12 @@ class TrainConfig(StrictModel):
         description="seconds without progress after which a run ends and names the rank that hangs",
     )
     _check_blocks = field_validator("validation_blocks", mode="before")(_check_blocks)
+
+    def validated_rows(self, rows: int) -> int:
+        """Return how many of the held-out rows a validation takes; it takes the first ones."""
+        if self.validation_batches is None:
+            return rows
+        return min(rows, self.validation_batches * self.global_batch_size)
 
 
 class ParallelConfig(StrictModel):

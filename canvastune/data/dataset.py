@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from canvastune.config.schema import Blocks, ObjectiveConfig, TrainConfig, block_count
+from canvastune.config.schema import Blocks, ObjectiveConfig, block_count
 from canvastune.data.mixture import Interleaving, Mixture
 from canvastune.data.packing import Example, Part, balance_microbatches, make_example
 from canvastune.errors import UserError
@@ -189,15 +189,6 @@ class TrainingDataset:
 
     def _example(self, row: dict[str, Any]) -> Example:
         return make_example(row, self._canvas_length, self._eos_token_id)
-
-
-def validation_rows(rows: int, train: TrainConfig) -> int:
-    """Return how many of the held-out rows a validation takes; it takes the first ones."""
-    return (
-        rows
-        if train.validation_batches is None
-        else min(rows, train.validation_batches * train.global_batch_size)
-    )
 
 
 def _open(folder: Path) -> Dataset:

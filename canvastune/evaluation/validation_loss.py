@@ -16,7 +16,6 @@ from datasets import load_from_disk
 from transformers import DiffusionGemmaConfig
 
 from canvastune.config.schema import Blocks, TrainConfig, block_count
-from canvastune.data.dataset import validation_rows
 from canvastune.data.packing import Example, make_example, pack, pad_token
 from canvastune.model.diffusion_gemma import CACHE
 from canvastune.noise import validation_block_draws
@@ -28,7 +27,7 @@ def held_out_examples(
     """Return the examples that training validates on, in its order."""
     rows: Any = load_from_disk(str(dataset / "validation"))
     eos = pad_token(model.text_config.eos_token_id)
-    chosen = rows.select(range(validation_rows(len(rows), train)))
+    chosen = rows.select(range(train.validated_rows(len(rows))))
     return [make_example(row, model.canvas_length, eos) for row in chosen]
 
 

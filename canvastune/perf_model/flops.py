@@ -139,6 +139,22 @@ def _count(architecture: Architecture, step: StepShape, canvases: list[_Canvas])
     return Flops(by_pass, by_part, sum(by_pass[name] for name in (PASS_1, FORWARD, BACKWARD)))
 
 
+def count_forward_flops(architecture: Architecture, step: StepShape) -> float:
+    """Count the FLOPs of a rank's forward pass, without gradients and self-conditioning, over
+    `step.blocks` canvases of each example that all see its clean tokens before the last block.
+    """
+    past = max(0, step.clean - step.canvas)
+    canvases = [_Canvas(past, step.canvas, 0.0)] * step.blocks
+    return _count(architecture, replace(step, self_conditioning=0.0), canvases).by_pass[FORWARD]
+
+
+def count_forward_bytes(architecture: Architecture, step: StepShape) -> tuple[float, float]:
+    """Count the bytes that a rank receives in such a pass: of weights, and of expert rows."""
+    groups = fsdp_units(architecture, step)
+    units = (groups.root, *groups.layers, *groups.experts)
+    return float(sum(unit.received for unit in units)), _exchanged(architecture, step)
+
+
 def needed_flops(architecture: Architecture, batch: PackedBatch) -> float:
     """Count the FLOPs that a batch's loss and gradients need, without recomputation and padding
     passes.

@@ -15,6 +15,15 @@ bidirectional figure); `network` is its share of the node's adapters.
   PCIe 4.0 x16 at 64 GB/s.
 - cpu: one core per rank of a server with AVX-512, measured: a 1,024-wide matmul, a large copy, gloo
   over loopback. Call overhead dominates the time of small models; it is not counted.
+
+`host_link` is what a GPU writes to pinned host memory, in GB/s, over 16 lanes of PCIe:
+- Gen 4 (a100, l40s): 25, as nvbandwidth measures on an A100 (NVIDIA/nvbandwidth#53, #42); Azure
+  accepts its A100 nodes from 24 on (azurehpc-health-checks, nd96amsr_a100_v4.conf). Two GPUs behind
+  one switch of PCIe, as in an HGX A100, copy at half of it when both do.
+- Gen 5 (h100, h200, b200): 45, measured on eight H800 that copy at once; one copies at 55 (53 on an H100,
+  NVIDIA/nvbandwidth#24). Azure accepts its H100 and H200 nodes from 48 on.
+- cpu: half of `bandwidth`: a copy reads and writes.
+Into pageable memory, PyTorch copies at a ninth of it (1.4 instead of 12.6, pytorch#138018).
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ import re
 from dataclasses import dataclass
 
 from canvastune.errors import UserError
-from canvastune.perf_model.architecture import EXPERT_KINDS, Architecture
+from canvastune.perf_model.architecture import EXPERT_KINDS, FLOAT, Architecture
 from canvastune.perf_model.flops import (
     EXCHANGE,
     EXPERTS_GATHER,
@@ -33,10 +42,20 @@ from canvastune.perf_model.flops import (
     PASS_1,
     Flops,
     any_self_conditioning_share,
+    count_forward_bytes,
+    count_forward_flops,
     recomputed_share,
     slowest_self_conditioning,
 )
-from canvastune.perf_model.launches import LAUNCH_SECONDS, count_launches
+from canvastune.perf_model.launches import (
+    LAUNCH_SECONDS,
+    WAIT_SECONDS,
+    count_expert_launches,
+    count_forward_launches,
+    count_forward_waits,
+    count_launches,
+    count_waits,
+)
 from canvastune.perf_model.memory import StepShape, fsdp_units, local_numel
 
 # Of the peak, over a whole step: what well-tuned mixture-of-experts training reaches.
@@ -45,7 +64,8 @@ BANDWIDTH_SHARE = 0.8  # of memory bandwidth
 LINK_SHARE = 0.7  # of a link
 # Per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors.
 UPDATE_BYTES = 40
-LAUNCHES = "kernel launches"  # name of a bound
+LAUNCHES = "kernel launches"  # names of bounds
+WAITS = "waits of the host for each grouped matmul"
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
 
@@ -60,6 +80,7 @@ class Accelerator:
     bandwidth: float  # GB/s
     link: float  # GB/s
     network: float  # GB/s
+    host_link: float  # GB/s
     per_node: int
     outside: float  # GB outside the allocator: driver context, buffers of collectives
     launch: float = LAUNCH_SECONDS  # the host's seconds for one kernel
@@ -67,16 +88,30 @@ class Accelerator:
     process: float = 0.0
     loops_over_experts: bool = False  # no kernel of torch's multiplies all experts at once
 
+    def loops(self, architecture: Architecture) -> bool:
+        """Return whether a grouped matmul is a loop over experts: in float32 it is on every GPU."""
+        return self.launch > 0 and (self.loops_over_experts or architecture.compute_bytes == FLOAT)
+
 
 ACCELERATORS = {
-    "h100": Accelerator("NVIDIA H100 SXM", 989, 67, 80, 3350, 450, 50, 8, 1.5),
-    "h200": Accelerator("NVIDIA H200 SXM", 989, 67, 141, 4800, 450, 50, 8, 1.5),
+    "h100": Accelerator("NVIDIA H100 SXM", 989, 67, 80, 3350, 450, 50, 45, 8, 1.5),
+    "h200": Accelerator("NVIDIA H200 SXM", 989, 67, 141, 4800, 450, 50, 45, 8, 1.5),
     "a100": Accelerator(
-        "NVIDIA A100 80GB SXM", 312, 19.5, 80, 2039, 300, 25, 8, 1.5, loops_over_experts=True
+        "NVIDIA A100 80GB SXM",
+        312,
+        19.5,
+        80,
+        2039,
+        300,
+        25,
+        25,
+        8,
+        1.5,
+        loops_over_experts=True,
     ),
-    "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 8, 1.5),
+    "b200": Accelerator("NVIDIA B200", 2250, 75, 180, 8000, 900, 50, 45, 8, 1.5),
     "l40s": Accelerator(
-        "NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 1.0, loops_over_experts=True
+        "NVIDIA L40S", 362, 91.6, 48, 864, 32, 12.5, 25, 8, 1.0, loops_over_experts=True
     ),
     "cpu": Accelerator(
         "CPU, one core per rank",
@@ -86,6 +121,7 @@ ACCELERATORS = {
         20,
         1,
         1,
+        10,
         1024,
         outside=0.0,
         launch=0.0,
@@ -104,6 +140,8 @@ class Seconds:
     exchange: float  # all-to-all of expert rows, not overlapped
     update: float
     launches: float  # the host's, of kernels; the device computes meanwhile
+    expert_launches: float  # of them, of matmuls of single experts, each group after a wait
+    waits: float  # of the host for the device, in which neither does anything else
 
     @property
     def computation(self) -> float:
@@ -111,18 +149,30 @@ class Seconds:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Return what a step cannot be faster than, by name."""
+        """Return what a step cannot be faster than, by name.
+
+        A GPU computes while its host launches what follows, unless the host waits: where a loop over
+        experts begins with a wait, one of the loop and what is between two loops overlap with
+        themselves only.
+        """
         others = self.exchange + self.update
-        return {
-            "computation": self.computation + others,
-            "all-gather and reduce-scatter": self.gathering + others,
-            LAUNCHES: self.launches,
+        found = {
+            "computation": self.computation + others + self.waits,
+            "all-gather and reduce-scatter": self.gathering + others + self.waits,
+            LAUNCHES: self.launches + self.waits,
         }
+        if self.expert_launches:
+            between = max(self.everything_else + others, self.launches - self.expert_launches)
+            loops = max(self.experts, self.expert_launches)
+            found[WAITS] = between + loops + self.waits
+        return found
 
     @property
     def bound(self) -> str:
-        """Name the largest bound."""
-        return max(self.bounds, key=self.bounds.__getitem__)
+        """Name the largest bound; of equal ones the first."""
+        found = self.bounds
+        most = max(found.values())
+        return next(name for name, size in found.items() if size >= (1 - 1e-9) * most)
 
     @property
     def total(self) -> float:
@@ -209,6 +259,7 @@ def step_time(
     everywhere = _rate(accelerator, 1, step.world_size)
     across_nodes = _rate(accelerator, step.ep, step.efsdp)
     gathered = [(name, size) for name, size in received.items() if name != EXCHANGE]
+    loops = accelerator.loops(architecture)
     return Seconds(
         experts=max(in_experts / rate, passes * expert_bytes / bandwidth),
         everything_else=max(
@@ -218,16 +269,49 @@ def step_time(
             size / (across_nodes if name in (EXPERTS_GATHER, EXPERTS_REDUCE) else everywhere)
             for name, size in gathered
         ),
-        exchange=received[EXCHANGE]
-        / (
-            _rate(accelerator, 1, step.ep)
-            if step.ep <= accelerator.per_node
-            else accelerator.network * LINK_SHARE * 1e9
-        ),
+        exchange=received[EXCHANGE] / _exchange_rate(accelerator, step),
         update=trained * UPDATE_BYTES / bandwidth,
-        launches=accelerator.launch
-        * count_launches(architecture, step, loops_over_experts=accelerator.loops_over_experts),
+        launches=accelerator.launch * count_launches(architecture, step, loops_over_experts=loops),
+        expert_launches=accelerator.launch * count_expert_launches(architecture, step)
+        if loops
+        else 0.0,
+        waits=WAIT_SECONDS * count_waits(architecture, step, loops_over_experts=loops)
+        if accelerator.launch
+        else 0.0,
     )
+
+
+def forward_time(architecture: Architecture, step: StepShape, accelerator: Accelerator) -> float:
+    """Estimate the seconds of a forward pass of a validation, of `step.blocks` canvases of each
+    example: the largest of its bounds, which are those of a step.
+    """
+    flops = count_forward_flops(architecture, step)
+    gathered, exchanged = count_forward_bytes(architecture, step)
+    groups = fsdp_units(architecture, step)
+    read = sum(unit.gathered for unit in (groups.root, *groups.layers))
+    if step.ep > 1:
+        experts = sum(weight.numel for weight in architecture.weights if weight.expert)
+        read += experts // step.ep * architecture.compute_bytes
+    others = exchanged / _exchange_rate(accelerator, step)
+    loops = accelerator.loops(architecture)
+    launches = accelerator.launch * count_forward_launches(
+        architecture, step, loops_over_experts=loops
+    )
+    waits = count_forward_waits(architecture, step, loops_over_experts=loops)
+    bounds = (
+        others + flops / (peak_rate(architecture, accelerator) * MATMUL_SHARE),
+        others + read / (accelerator.bandwidth * 1e9 * BANDWIDTH_SHARE),
+        others + gathered / _rate(accelerator, 1, step.world_size),
+        launches,
+    )
+    return max(bounds) + (waits * WAIT_SECONDS if accelerator.launch else 0.0)
+
+
+def _exchange_rate(accelerator: Accelerator, step: StepShape) -> float:
+    """Return the bytes/s of an all-to-all of expert rows."""
+    if step.ep <= accelerator.per_node:
+        return _rate(accelerator, 1, step.ep)
+    return accelerator.network * LINK_SHARE * 1e9
 
 
 def _rate(accelerator: Accelerator, stride: int, ranks: int) -> float:

@@ -26,6 +26,7 @@ class Answers:
 
     rows: Mapping[int, int]  # by the number of blocks
     prefix: int  # mean tokens before an answer
+    held_out: int  # rows of the validation split
     measured: bool  # False: assumed, each fills `data.seq_length`
 
     @property
@@ -36,7 +37,8 @@ class Answers:
     @classmethod
     def assumed(cls, config: RunConfig, canvas: int) -> Answers:
         """Assume what a plan without data has to: examples that are all answer."""
-        return cls({-(-config.data.seq_length // canvas): 1}, 0, measured=False)
+        blocks = -(-config.data.seq_length // canvas)
+        return cls({blocks: 1}, 0, _held_out(config), measured=False)
 
     @classmethod
     def read(cls, prepared: Path, canvas: int) -> Answers:
@@ -50,6 +52,7 @@ class Answers:
             card = json.loads(path.read_text(encoding="utf-8"))
             rows = {int(blocks): count for blocks, count in card["block_histogram"].items()}
             found, prefix = card["canvas_length"], round(card["prefix_tokens"]["mean"])
+            held_out = int(card["validation"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{path}: found no data card ({error}), expected the folder of a prepared data set",
@@ -60,7 +63,15 @@ class Answers:
                 f"{path}: canvas_length is {found}, expected the model's {canvas}",
                 hint="Prepare the data with this recipe's model.",
             )
-        return cls(rows, prefix, measured=True)
+        return cls(rows, prefix, held_out, measured=True)
+
+
+def _held_out(config: RunConfig) -> int:
+    """Assume the held-out rows of data that the run trains on once."""
+    fraction, limit = config.data.validation_fraction, config.data.validation_rows
+    trained = config.train.steps * config.train.global_batch_size
+    rows = max(1, round(trained * fraction / (1 - fraction)))
+    return rows if limit is None else min(rows, limit)
 
 
 @dataclass(frozen=True)

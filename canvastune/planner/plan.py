@@ -15,6 +15,7 @@ from canvastune.perf_model.checkpoints import CheckpointTimes
 from canvastune.perf_model.hardware import (
     Seconds,
 )
+from canvastune.perf_model.validation import ValidationTimes
 from canvastune.planner.blocks import BlocksCost
 
 
@@ -87,14 +88,20 @@ class Plan:
         int  # on disk at the same time: the newest ones, the best and the one being written
     )
     checkpoint_times: CheckpointTimes
-    host_copy_bytes: int  # in host memory, while a checkpoint is written in the background
+    host_copy_bytes: int  # of a rank's part of a checkpoint in host memory; 0: it is not copied
+    host_bytes: int  # the copies of all ranks of a node
+    host_limit_bytes: int | None  # memory of a pod; None: the recipe does not say
     flops_by_pass: dict[str, float]  # of a rank's step
     flops_by_part: dict[str, float]
     model_flops: float  # of a step over all ranks, without recomputation
     bytes_received: dict[str, float]  # by collective, of a rank's step
     seconds: Seconds
+    launches: int  # of kernels, in a rank's step; 0 on a CPU
+    waits: int  # of the host for the GPU, in a rank's step
+    expert_loops: int  # grouped matmuls of a rank's step that wait and loop over its experts
     step_seconds: float
     run_seconds: float  # of all steps, without validation and checkpoints
+    validation: ValidationTimes
     model_flops_utilisation: float  # prose: ok (a key of plan.json)
     tokens_per_step: int
     largest_micro_batch: int | None  # None: not even one example fits
@@ -124,14 +131,20 @@ class Plan:
     def fits(self) -> bool:
         return self.needed_bytes <= self.limit_bytes
 
+    @property
+    def copies_fit(self) -> bool:
+        """Whether the copies of a checkpoint fit a pod's memory, where the recipe limits it."""
+        return self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes
+
 
 def refuse_if_too_big(plan: Plan) -> None:
-    """Refuse a plan whose training or evaluation does not fit.
+    """Refuse a plan whose training, checkpoints or evaluation do not fit.
 
     Raises:
         UserError: names what does not fit, by part; the hint, the smallest change that would.
     """
     if plan.fits:
+        _refuse_copies(plan)
         refuse_evaluation(plan.name, plan.evaluation)
         return
     parts = ", ".join(
@@ -156,6 +169,20 @@ def refuse_if_too_big(plan: Plan) -> None:
         for change in plan.changes
     )
     raise UserError(message, hint=f"The smallest change that fits: {'; or '.join(changes)}.")
+
+
+def _refuse_copies(plan: Plan) -> None:
+    if plan.copies_fit or plan.host_limit_bytes is None:
+        return
+    ranks = plan.host_bytes // plan.host_copy_bytes
+    gibibytes = -(-plan.host_bytes // 2**30)
+    raise UserError(
+        f"{plan.name}: a checkpoint's copies in host memory take {plan.host_bytes / 1e9:.1f} GB in"
+        f" each pod ({ranks} ranks of {plan.host_copy_bytes / 1e9:.1f} GB), and cluster.memory is"
+        f" {plan.host_limit_bytes / 1e9:.1f} GB",
+        hint=f"Raise cluster.memory well above {gibibytes}Gi, or set"
+        " train.async_checkpoints=false, with which training waits for the files of each checkpoint.",
+    )
 
 
 def refuse_evaluation(name: str, plan: EvaluationPlan) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig
+from canvastune.config.cluster import parse_quantity
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
@@ -29,7 +30,9 @@ from canvastune.perf_model.hardware import (
     peak_rate,
     step_time,
 )
+from canvastune.perf_model.launches import count_grouped_products, count_launches, count_waits
 from canvastune.perf_model.memory import StepShape, peak, peak_by_phase
+from canvastune.perf_model.validation import validation_times
 from canvastune.planner.blocks import Answers, block_costs, largest_blocks
 from canvastune.planner.estimate import (
     available_bytes,
@@ -111,6 +114,7 @@ def make_plan(
     parameters = count_parameters(architecture)
     trained = parameters["total"].trained
     checkpoint = trained * _CHECKPOINT_BYTES
+    host_copy = checkpoint // world_size if config.train.async_checkpoints else 0
     plan = Plan(
         name=config.name,
         model=config.model.id,
@@ -143,15 +147,30 @@ def make_plan(
             config.train.checkpoint_every,
             seconds.total,
             asynchronous=config.train.async_checkpoints,
+            ranks=world_size,
+            host_rate=accelerator.host_link * 1e9,
+            pinned=step.device == "cuda",
+            until_update=seconds.total - seconds.update,
         ),
-        host_copy_bytes=checkpoint // world_size if config.train.async_checkpoints else 0,
+        host_copy_bytes=host_copy,
+        host_bytes=min(world_size, config.parallel.nproc_per_node) * host_copy,
+        host_limit_bytes=_pod_memory(config),
         flops_by_pass=flops.by_pass,
         flops_by_part=flops.by_part,
         model_flops=flops.model * world_size,
         bytes_received=received,
         seconds=seconds,
+        **_host_counts(architecture, step, accelerator),
         step_seconds=seconds.total,
         run_seconds=seconds.total * config.train.steps,
+        validation=validation_times(
+            architecture,
+            step,
+            accelerator,
+            config.train,
+            config.train.validated_rows(answers.held_out),
+            seconds.total,
+        ),
         model_flops_utilisation=flops.model
         / (seconds.total * peak_rate(architecture, accelerator)),
         tokens_per_step=config.train.global_batch_size * (step.clean + step.canvas_rows),
@@ -182,6 +201,29 @@ def make_plan(
         return plan
     changes = smallest_changes(config, model, world_size, accelerator, limit)
     return dataclasses.replace(plan, changes=tuple(itertools.islice(changes, _CHANGES_SHOWN)))
+
+
+def _host_counts(
+    architecture: Architecture, step: StepShape, accelerator: Accelerator
+) -> dict[str, int]:
+    """Return how often the host of a GPU launches, waits and loops over experts in a step."""
+    if not accelerator.launch:
+        return {"launches": 0, "waits": 0, "expert_loops": 0}
+    loops = accelerator.loops(architecture)
+    products = count_grouped_products(architecture, step)
+    return {
+        "launches": count_launches(architecture, step, loops_over_experts=loops),
+        "waits": count_waits(architecture, step, loops_over_experts=loops),
+        "expert_loops": round(products) if loops else 0,
+    }
+
+
+def _pod_memory(config: RunConfig) -> int | None:
+    """Return the bytes of a training pod's memory limit; None: the run is local, or has no limit."""
+    limit = config.cluster.memory_limit
+    if config.cluster.backend == "local" or limit is None:
+        return None
+    return int(parse_quantity(limit))
 
 
 def _sequence_limit(

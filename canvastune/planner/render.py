@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from canvastune.io.byte_size import format_bytes
 from canvastune.perf_model.checkpoints import DISK_RATE, MOST_SHARE
-from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE
+from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE, WAITS
+from canvastune.perf_model.validation import MOST_SHARE as VALIDATION_SHARE
 from canvastune.planner.plan import EvaluationPlan, Plan, part_name
 
 _METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -104,27 +105,39 @@ def _memory(plan: Plan) -> list[str]:
         *_table((f"Memory per rank at the peak ({plan.moment})", unit.name), rows),
         f"  Assumes examples of {longest} tokens, with the last block filled.",
         f"  Checkpoints: {format_bytes(plan.checkpoint_bytes)} each, up to {plan.checkpoints} on"
-        " disk at once"
-        + (
-            f"; each rank copies {format_bytes(plan.host_copy_bytes)} to host memory."
-            if plan.host_copy_bytes
-            else "."
-        ),
+        " disk at once.",
         *_checkpoint_times(plan),
         "",
         *_table(("Peak memory per rank in each phase of a step", unit.name), phases),
     ]
 
 
+def _pod_memory(plan: Plan) -> str:
+    if plan.host_limit_bytes is None:
+        return ""
+    return f", of {format_bytes(plan.host_limit_bytes)} that a pod has"
+
+
 def _checkpoint_times(plan: Plan) -> list[str]:
     times = plan.checkpoint_times
     lines = [
         f"  At {format_bytes(int(DISK_RATE))}/s, writing one takes {_seconds(times.write)}, and the last"
-        f" one, without optimizer state, {_seconds(times.last)}.",
-        f"  Training waits for them for {_seconds(times.waited)}, {times.share:.0%} of a run's time.",
+        f" one, without optimizer state, {_seconds(times.last)}."
+    ]
+    if plan.host_bytes:
+        pinned = f", after {_seconds(times.pinning)} to pin that memory, once" * bool(times.pinning)
+        lines += [
+            f"  Copied first to host memory, {format_bytes(plan.host_copy_bytes)} a rank and"
+            f" {format_bytes(plan.host_bytes)} a node{_pod_memory(plan)},",
+            f"  which takes {_seconds(times.staging)}{pinned}.",
+        ]
+    lines += [
+        f"  Training waits for them for {_seconds(times.waited)}, {times.share:.0%} of a run's time:"
+        f" {_seconds(times.staged)} for copies, {_seconds(times.behind)} for files;",
+        f"  {_seconds(times.overlapped)} of writing take place while it runs.",
     ]
     if times.share > MOST_SHARE:
-        if times.waited > 1.01 * times.last:
+        if times.behind > 1.01 * times.last:
             lines.append(
                 "  With --set train.checkpoint_every="
                 f"{times.hidden_from}, training only waits for the last one."
@@ -173,7 +186,10 @@ def _time(plan: Plan) -> list[str]:
         ("all-to-all of expert rows", _seconds(seconds.exchange)),
         ("optimizer", _seconds(seconds.update)),
         *(
-            [(f"{LAUNCHES} by the host (overlapped)", _seconds(seconds.launches))]
+            [
+                (f"{LAUNCHES} by the host (overlapped)", _seconds(seconds.launches)),
+                ("waits of the host for the GPU", _seconds(seconds.waits)),
+            ]
             if seconds.launches
             else []
         ),
@@ -190,9 +206,46 @@ def _time(plan: Plan) -> list[str]:
             f" {plan.model_flops_utilisation:.0%} of the peak rate, if matmuls reach {MATMUL_SHARE:.0%}"
         ),
         f"  A step is bound by {seconds.bound}.",
+        *_host(plan),
         *_advice(plan),
+        *_validation(plan),
         "  Assumes examples of full length; shorter ones take less time.",
     ]
+
+
+def _host(plan: Plan) -> list[str]:
+    """Say what the host does in a step, and what loops over experts cost."""
+    if not plan.launches:
+        return []
+    lines = [
+        f"  The host launches {plan.launches:,} kernels and waits {plan.waits} times for its GPU."
+    ]
+    if plan.expert_loops:
+        loops = plan.seconds.expert_launches
+        wait = plan.seconds.waits * plan.expert_loops / plan.waits
+        lines += [
+            f"  PyTorch loops over the experts of {plan.expert_loops} grouped matmuls here, each"
+            " after a wait:",
+            f"  {_seconds(loops)} of these launches, {_seconds(wait)} of these waits.",
+        ]
+    return lines
+
+
+def _validation(plan: Plan) -> list[str]:
+    times = plan.validation
+    assumed = "" if plan.answer_blocks else ", assumed for data that it trains on once"
+    lines = [
+        f"  {times.count} validations of {times.rows:,} rows{assumed}: {times.forwards} forwards a"
+        f" rank, {_seconds(times.seconds)} each,",
+        f"  {times.share:.1%} of the time of all steps.",
+    ]
+    if times.share > VALIDATION_SHARE:
+        lines.append(
+            f"  At most {VALIDATION_SHARE:.0%} with --set train.validate_every={times.every_from}."
+            if times.every_from
+            else "  Fewer rows take less: data.validation_rows, train.validation_batches."
+        )
+    return lines
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -201,9 +254,10 @@ def _advice(plan: Plan) -> list[str]:
     larger = plan.largest_micro_batch or 0
     if seconds.bound != LAUNCHES or larger <= plan.micro_batch_size:
         return []
-    busy = max(size for name, size in seconds.bounds.items() if name != LAUNCHES)
+    bounds = seconds.bounds
+    busy = max(size for name, size in bounds.items() if name not in (LAUNCHES, WAITS))
     return [
-        f"  GPUs wait for their host {1 - busy / seconds.launches:.0%} of the time, so a larger"
+        f"  GPUs wait for their host {1 - busy / bounds[LAUNCHES]:.0%} of the time, so a larger"
         " train.global_batch_size hardly takes longer."
     ]
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig
 from canvastune.config.schema import Blocks
-from canvastune.data.dataset import TrainingDataset, validation_rows
+from canvastune.data.dataset import TrainingDataset
 from canvastune.data.packing import PackedBatch, Part, pack, padding_batch
 from canvastune.distributed.parallelize import clip_gradients
 from canvastune.distributed.sync import gather_results
@@ -224,7 +224,7 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         levels, setting = train.validation_levels, train.validation_blocks
-        rows = validation_rows(self.data.validation_rows, train)
+        rows = train.validated_rows(self.data.validation_rows)
         blocks = 0 if setting == 1 else self.data.most_validation_blocks(rows)
         # Of each level, of the clean tokens, and of each level's blocks.
         sums = torch.zeros(len(levels) + 1 + len(levels) * blocks, 2, device=self.device)

@@ -102,11 +102,10 @@ def _check_gpus(config: RunConfig, plan: Plan, gpus: Sequence[Gpu]) -> Iterator[
 
 
 def _check_host_copies(plan: Plan, memory: float) -> Iterator[Finding]:
-    copies = plan.world_size * plan.host_copy_bytes
-    if copies > memory:
+    if plan.host_bytes > memory:
         found = (
-            f"a checkpoint is copied to host memory while it is written: {format_bytes(copies)}, "
-            f"and this machine has {format_bytes(memory)}"
+            f"a checkpoint is copied to host memory before it is written: "
+            f"{format_bytes(plan.host_bytes)}, and this machine has {format_bytes(memory)}"
         )
         yield Finding("memory", "problem", found, "--set train.async_checkpoints=false")
 
