@@ -173,7 +173,7 @@ class TrainConfig(StrictModel):
         10, ge=1, description="steps between log lines; metrics.jsonl has every step"
     )
     validate_every: ChangeableOnResume[int] = Field(
-        400,
+        100,
         ge=1,
         description="steps between validations; the base and the last step are always validated",
     )
