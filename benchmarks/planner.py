@@ -271,7 +271,7 @@ its GPU, or all-to-all and update run, nothing overlaps: their time is part of t
 |---|---|---|
 | computation | FLOPs, and reading the weights | {MATMUL_SHARE:.0%} of the datasheet's, {BANDWIDTH_SHARE:.0%} of the memory's |
 | all-gather and reduce-scatter | bytes received | {LINK_SHARE:.0%} of NVLink, or of the adapters between nodes |
-| launches of kernels | launches, of which a [run without a GPU](performance.md#on-a-gpu-counted-without-one) has as many | {LAUNCH_SECONDS * 1e6:.0f} us |
+| launches of kernels | launches, of which a [run without a GPU](performance.md#simulated-gpus-waits-launches-and-memory) has as many | {LAUNCH_SECONDS * 1e6:.0f} us |
 | waits of the host for each grouped matmul | where PyTorch has no kernel for it (A100, L40S, float32), a wait, and then a matmul for each expert: launches and computation on the two sides of a wait do not overlap | {WAIT_SECONDS * 1e6:.0f} us a wait |
 
 A step of the recipes on other GPUs, each with 8 of them and examples of 256 tokens, of which GSM8K has few longer ones:
