@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import helm_python
 import kubernetes_validate
@@ -408,6 +408,45 @@ def test_what_a_trainjob_cannot_set_is_in_its_runtime() -> None:
         spec["failurePolicy"]["maxRestarts"],
     ) == ("gang", "low", 7)
     assert (cluster(documents)["scheduler"], cluster(documents)["priority_class"]) == (None, None)
+
+
+@pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
+def test_the_policy_of_training_selects_its_pods_and_lets_in_no_other(backend: str) -> None:
+    from components.jobs.manifests import JobContext, manifest
+
+    documents = render({**ci_values("airgapped"), "training": {"backend": backend}})
+    policy = named(documents, "NetworkPolicy", "canvastune-training")["spec"]
+    (selected,) = policy["podSelector"]["matchExpressions"]
+    assert selected["operator"] == "Exists"
+    config = parse_config({"name": "a", "data": {"source": "b"}, "cluster": cluster(documents)})
+    roles: tuple[Literal["train", "evaluate"], ...] = ("train", "evaluate")
+    for role in roles:
+        job = manifest(config, JobContext("id", PurePath("/workspace/runs/a"), ("m",), role=role))
+        found = _pod_labels(job)
+        assert found
+        assert all(selected["key"] in labels for labels in found), f"pods of {role} are left out"
+    others = [labels for each in documents for labels in _pod_labels(each)]
+    assert others
+    assert not any(selected["key"] in labels for labels in others), "a pod of the chart"
+    own = {"podSelector": policy["podSelector"]}
+    assert policy["ingress"] == [{"from": [own]}]
+    assert policy["egress"][0] == {"to": [own]}, "its processes do not reach one another"
+    ports = {each["port"] for rule in policy["egress"][1:] for each in rule["ports"]}
+    assert ports == {53, 5000}
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+
+
+def _pod_labels(node: Any) -> list[dict[str, str]]:
+    """Return the labels of every pod template in an object that has some."""
+    if isinstance(node, list):
+        return [found for child in node for found in _pod_labels(child)]
+    if not isinstance(node, dict):
+        return []
+    template = node.get("template")
+    labels = template.get("metadata", {}).get("labels") if isinstance(template, dict) else None
+    return ([labels] if labels else []) + [
+        found for child in node.values() for found in _pod_labels(child)
+    ]
 
 
 def test_with_a_queue_the_priority_is_kueue_s() -> None:

@@ -133,7 +133,7 @@ ALL: dict[str, Any] = {  # every optional object and setting at once
         "hostnames": ["gateway.example.com"],
         "parentRefs": [{"name": "shared", "namespace": "gateways"}],
     },
-    "networkPolicy": {"from": FROM},
+    "networkPolicy": {"from": FROM, "training": {"enabled": True}},
     "steps": {
         "env": PROXY,
         "caBundle": {"configMap": "company-ca"},
