@@ -195,8 +195,8 @@ class Checkpoints:
             if self._stager is not None:
                 self._stager.close()
 
-    def best(self) -> int | None:
-        """Return the step of the checkpoint with the lowest validation loss, or None."""
+    def best(self) -> tuple[float, int] | None:
+        """Return the lowest validation loss of a checkpoint, and its step; or None."""
         return run_on_rank0(self._best)
 
     def load_weights(self, step: int, parameters: Parameters) -> None:
@@ -273,7 +273,7 @@ class Checkpoints:
             self._mark(path, {**marker, "time": time.time(), "files": written})
             best = self._best()
             for old in self._complete_steps()[: -self._keep]:
-                if old != best:
+                if best is None or old != best[1]:
                     shutil.rmtree(self._path(old))
 
     def _mark(self, path: Path, marker: dict[str, Any]) -> None:
@@ -329,11 +329,11 @@ class Checkpoints:
     def _marker(self, step: int) -> dict[str, Any] | None:
         return _read_marker(self._path(step) / _MARKER)
 
-    def _best(self) -> int | None:
+    def _best(self) -> tuple[float, int] | None:
         markers = ((step, self._marker(step)) for step in self._complete_steps())
         losses = [(m["progress"]["validation"], step) for step, m in markers if m is not None]
         scored = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
-        return min(scored)[1] if scored else None
+        return min(scored, default=None)
 
 
 def wait_for(pending: Future[Any], waiting: Callable[[], object], every: float = 1.0) -> None:

@@ -192,7 +192,10 @@ class TrainConfig(StrictModel):
         None, ge=1, description="maximum number of global batches per validation"
     )
     checkpoint_every: ChangeableOnResume[int] = Field(
-        100, ge=1, description="steps between checkpoints; one is also written after the last step"
+        100,
+        ge=1,
+        description="steps between checkpoints; one is also written after the last step, except by "
+        "full fine-tuning that exports the last step's weights",
     )
     keep_checkpoints: ChangeableOnResume[int] = Field(
         2,

@@ -3,7 +3,8 @@ runs meanwhile.
 
 A checkpoint is first copied to pinned host memory, while the next step runs up to its update, and
 written from there while further steps run. The next checkpoint waits for those files, and so does
-the end of the run for the last one. Without `train.async_checkpoints` nothing is copied first, and
+the end of the run for the last one. Full fine-tuning has no last one: its model is written instead.
+Without `train.async_checkpoints` nothing is copied first, and
 training waits for all files.
 """
 
@@ -24,7 +25,7 @@ class CheckpointTimes:
     """What the checkpoints of a run cost, in seconds, at `DISK_RATE`."""
 
     write: float  # to write one, while training runs
-    last: float  # to write the last one, which has no optimizer state
+    last: float  # to write the last one, which has no optimizer state; 0: there is none
     staging: float  # to copy one to host memory
     pinning: float  # to allocate and pin that memory, before the first copy
     staged: float  # that training waits for copies and pinning, over the run
@@ -51,6 +52,8 @@ def checkpoint_times(
     until_update: float = 0.0,
 ) -> CheckpointTimes:
     """Return the times of a run whose checkpoints have `size` bytes, and the last one `last_size`.
+
+    A run without a last one has a `last_size` of 0.
 
     Args:
         ranks: that copy equal parts at the same time.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,9 @@ def make_plan(
     parameters = count_parameters(architecture)
     trained = parameters["total"].trained
     checkpoint = trained * _CHECKPOINT_BYTES
+    # The complete model is written instead of the last checkpoint; a run that is stopped writes one.
+    last_bytes = 0 if config.train.method == "full" else trained * _LAST_BYTES
+    saves = math.ceil(config.train.steps / config.train.checkpoint_every) - (not last_bytes)
     host_copy = checkpoint // world_size if config.train.async_checkpoints else 0
     plan = Plan(
         name=config.name,
@@ -139,10 +143,10 @@ def make_plan(
         reserved_bytes=reserved_bytes(memory_bytes, accelerator),
         limit_bytes=limit,
         checkpoint_bytes=checkpoint,
-        checkpoints=config.train.keep_checkpoints + 2,
+        checkpoints=max(1, min(config.train.keep_checkpoints + 2, saves)),
         checkpoint_times=checkpoint_times(
             checkpoint,
-            trained * _LAST_BYTES,
+            last_bytes,
             config.train.steps,
             config.train.checkpoint_every,
             seconds.total,

@@ -123,6 +123,9 @@ def _checkpoint_times(plan: Plan) -> list[str]:
     lines = [
         f"  At {format_bytes(int(DISK_RATE))}/s, writing one takes {_seconds(times.write)}, and the last"
         f" one, without optimizer state, {_seconds(times.last)}."
+        if times.last
+        else f"  At {format_bytes(int(DISK_RATE))}/s, writing one takes {_seconds(times.write)}. After the last"
+        " step, the complete model is written instead."
     ]
     if plan.host_bytes:
         pinned = f", after {_seconds(times.pinning)} to pin that memory, once" * bool(times.pinning)
@@ -131,6 +134,8 @@ def _checkpoint_times(plan: Plan) -> list[str]:
             f" {format_bytes(plan.host_bytes)} a node{_pod_memory(plan)},",
             f"  which takes {_seconds(times.staging)}{pinned}.",
         ]
+    if not times.waited + times.overlapped:
+        return [*lines, "  Only a run that is stopped writes one."]
     lines += [
         f"  Training waits for them for {_seconds(times.waited)}, {times.share:.0%} of a run's time:"
         f" {_seconds(times.staged)} for copies, {_seconds(times.behind)} for files;",
@@ -140,12 +145,14 @@ def _checkpoint_times(plan: Plan) -> list[str]:
         if times.behind > 1.01 * times.last:
             lines.append(
                 "  With --set train.checkpoint_every="
-                f"{times.hidden_from}, training only waits for the last one."
+                f"{times.hidden_from}, training "
+                + ("only waits for the last one." if times.last else "waits for none of them.")
             )
-        lines.append(
-            f"  The last one takes at most {MOST_SHARE:.0%} of a run of {times.enough:,} steps"
-            " or more."
-        )
+        if times.last:
+            lines.append(
+                f"  The last one takes at most {MOST_SHARE:.0%} of a run of {times.enough:,} steps"
+                " or more."
+            )
     return lines
 
 

@@ -6,10 +6,12 @@ import argparse
 import fcntl
 import json
 import logging
+import math
 import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,7 @@ from canvastune.distributed.parallelize import shard_model
 from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
 from canvastune.errors import UserError
+from canvastune.io.byte_size import format_bytes
 from canvastune.io.hashing import hash_path
 from canvastune.io.json_text import write_json
 from canvastune.io.provenance import local_inputs, write_provenance
@@ -117,6 +120,7 @@ def train(
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
     checkpoints = Checkpoints(output / "checkpoints", config, fingerprint)
     trainer = Trainer(config, model, prepared, checkpoints, metrics, display)
+    trainer.can_export = partial(can_export, base, output)
     started = time.monotonic()
     try:
         finished = _run(trainer, rank_registry)
@@ -128,9 +132,7 @@ def train(
     checkpoints.close()
     if not finished:
         return None
-    step = (
-        trainer.load_best_checkpoint() if config.train.export == "best" else trainer.progress.step
-    )
+    step = trainer.load_best_checkpoint()
     if step != trainer.progress.step:
         logger.info(
             f"canvastune: exporting the weights of step {step}, which have the lowest validation "
@@ -158,6 +160,23 @@ def train(
         write_json(output / "result.json", result)
     dist.barrier()
     return result
+
+
+def can_export(base: Path, output: Path) -> bool:
+    """Return whether a whole model can be written: its base is there, and so is the space."""
+
+    def check() -> None:
+        reader = CheckpointReader(base)
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in reader.specs().values())
+        free = shutil.disk_usage(output).free
+        if size > free:
+            raise UserError(f"{output}: {format_bytes(free)} free", hint="Free some disk space.")
+
+    try:
+        run_on_all_ranks(check)
+    except UserError:  # the checkpoint is written, and the export then says what is wrong
+        return False
+    return True
 
 
 def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
@@ -212,9 +231,7 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
         ) from None
     for stale in output.glob(".*.partial-*"):  # the lock is ours: no one writes them
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    started = (output / "result.json").is_file() or any(
-        output.glob("checkpoints/step-*/complete.json")
-    )
+    started = any((output / name).is_file() for name in ("result.json", "metrics.jsonl"))
     if export.exists() and not started:
         raise UserError(
             f"{export}: already exists, but {output} contains no run",

@@ -76,6 +76,8 @@ class Trainer:
         self.checkpoints, self.metrics, self.display = checkpoints, metrics, display
         # called before each piece of work, with its name
         self.heartbeat: Callable[[str], object] = str
+        # called after the last step: whether its weights can be exported, on every rank
+        self.can_export: Callable[[], bool] = lambda: False
         self.checkpoints.waiting = lambda: self.heartbeat(
             f"waiting at step {self.progress.step} until a checkpoint is written"
         )
@@ -127,7 +129,8 @@ class Trainer:
             if progress.step > saved and (
                 progress.step % train.checkpoint_every == 0 or done or stop
             ):
-                self._save()
+                if not (done and self._last_is_exported()):
+                    self._save()
                 saved = progress.step
             elif validated and progress.step == saved > 0:
                 # The last attempt was stopped during this validation.
@@ -203,15 +206,35 @@ class Trainer:
         }
 
     def load_best_checkpoint(self) -> int:
-        """Load the weights of the best checkpoint (lowest validation loss) unless it is the last.
+        """Load the weights of the best checkpoint (lowest validation loss) unless these are it.
 
         Return their step.
         """
-        best = self.checkpoints.best()
-        if best is None or best == self.progress.step:
+        best = self._better_checkpoint()
+        if best is None:
             return self.progress.step
         self.checkpoints.load_weights(best, self.trained)
         return best
+
+    def _better_checkpoint(self) -> int | None:
+        """Return the step of the checkpoint to export instead of the last step's weights."""
+        best, loss = self.checkpoints.best(), self.progress.validation
+        if self.config.train.export == "last" or best is None:
+            return None
+        last_is_best = loss is not None and math.isfinite(loss) and loss < best[0]
+        return None if last_is_best or best[1] == self.progress.step else best[1]
+
+    def _last_is_exported(self) -> bool:
+        """Return whether the last step's weights go into the model that is written next.
+
+        A checkpoint with all weights of a model takes as long to write as the model, or longer: it
+        is only written where the model cannot be.
+        """
+        return (
+            self.config.train.method == "full"
+            and self._better_checkpoint() is None
+            and self.can_export()
+        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any] | None:

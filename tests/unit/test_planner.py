@@ -14,12 +14,19 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from canvastune.config import RunConfig, load_config
+from canvastune.config.cluster import parse_quantity
 from canvastune.config.schema import ModelConfig
 from canvastune.errors import UserError
 from canvastune.perf_model import flops as work
-from canvastune.perf_model.checkpoints import DISK_RATE, CheckpointTimes, checkpoint_times
+from canvastune.perf_model.checkpoints import (
+    DISK_RATE,
+    MOST_SHARE,
+    CheckpointTimes,
+    checkpoint_times,
+)
 from canvastune.perf_model.hardware import LAUNCHES, WAITS, Seconds
 from canvastune.perf_model.launches import LAUNCH_SECONDS
 from canvastune.perf_model.memory import StepShape
@@ -27,7 +34,9 @@ from canvastune.planner import planner
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
 from canvastune.planner.planner import SHIPPED_CONFIG, find_architecture, make_plan, write_plan
 from canvastune.planner.render import render, summarize
+from components.plan.step import describe_shortage
 from tests.support.small import CANVAS
+from tools.chart_table import CHART
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 DRY_RUN = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_dry_run.json"
@@ -682,9 +691,9 @@ def test_a_plan_copies_a_checkpoint_at_the_rate_of_its_accelerators_pcie() -> No
         times, hidden = plan.checkpoint_times, plan.step_seconds - plan.seconds.update
         assert times.staging == pytest.approx(part / rate)
         assert times.pinning == pytest.approx(part / 2e9)
-        six = 6 * max(0.0, part / rate - hidden)
-        first, last = part / rate + part / 2e9 - hidden, part / 3 / rate
-        assert times.staged == pytest.approx(first + six + last)
+        six = 6 * max(0.0, part / rate - hidden)  # the model is written instead of an eighth
+        first = part / rate + part / 2e9 - hidden
+        assert times.staged == pytest.approx(first + six)
         assert plan.host_copy_bytes == int(part)
 
 
@@ -709,9 +718,26 @@ def test_copies_of_a_checkpoint_in_host_memory_are_compared_with_a_pods() -> Non
     assert limited.host_limit_bytes == 400 * 2**30
 
 
-def test_the_last_checkpoint_of_full_fine_tuning_has_only_weights() -> None:
-    plan = released("gsm8k_sft")
+def test_the_last_checkpoint_has_only_weights_and_full_fine_tuning_none() -> None:
+    plan = released("gsm8k_lora")
     times, trained = plan.checkpoint_times, plan.parameters["total"].trained
-    assert times.last == pytest.approx(times.write / 3)
-    assert times.behind == times.last
-    assert times.staged == pytest.approx(4 * trained / 8 * (1 / 45e9 + 1 / 2e9))
+    assert times.last == pytest.approx(4 * trained / DISK_RATE) == pytest.approx(times.write / 3)
+    full = released("gsm8k_sft", "train.steps=800", "train.checkpoint_every=400").checkpoint_times
+    assert full.last == 0
+    assert full.overlapped > 0, "the one at step 400"
+    assert full.overlapped + full.behind == pytest.approx(full.write)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("gsm8k*.yaml")))
+def test_the_shipped_recipes_fit_the_claim_and_checkpoints_take_less_than_a_tenth(
+    name: str,
+) -> None:
+    """On the chart's default claim, next to the base model of 52 GB that is downloaded into it."""
+    plan = released(name)
+    assert plan.checkpoint_times.share < MOST_SHARE
+    chart = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    base = 2 * plan.parameters["total"].total
+    free = int(parse_quantity(chart["workspace"]["size"])) - base
+    assert describe_shortage(plan, free) is None
+    kept = released(name, "train.checkpoint_every=1", "train.keep_checkpoints=2")
+    assert kept.checkpoints == 4, "the newest two, the best, and the one that is being written"

@@ -35,6 +35,7 @@ from canvastune.objective import LossWeights
 from canvastune.planner.planner import make_plan
 from canvastune.tracking import MetricsWriter
 from canvastune.training.optimizer import build_optimizer, learning_rate
+from canvastune.training.run import can_export
 from canvastune.training.trainer import Trainer
 from tests.support.small import CANVAS, EOS, VOCABULARY
 from tests.support.training import make_ground, records
@@ -382,6 +383,38 @@ def test_training_changes_nothing_that_is_being_copied_and_a_copy_that_fails_end
     ground: Path, tmp_path: Path
 ) -> None:
     run_ranks(copied_runs, 2, tmp_path, ground)
+
+
+def last_checkpoints(folder: Path, ground: Path) -> None:
+    def saved(name: str, *settings: str, exportable: bool = True) -> set[str]:
+        trainer = make_trainer(ground, folder / name, *settings)
+        trainer.can_export = lambda: exportable
+        assert trainer.run()
+        assert trainer.load_best_checkpoint() == 4
+        markers = (folder / name / "checkpoints").glob("*/complete.json")
+        return {marker.parent.name for marker in markers}
+
+    full = ("train.method=full", "train.steps=4", "train.checkpoint_every=2", "parallel.ep=1")
+    assert saved("best", *full) == {"step-000002"}, "the model that follows has these weights"
+    assert saved("last", *full, "train.export=last") == {"step-000002"}
+    assert saved("full disk", *full, exportable=False) == {"step-000002", "step-000004"}
+    lora = ("train.method=lora", *full[1:])
+    assert saved("lora", *lora) == {"step-000002", "step-000004"}
+
+    worse = make_trainer(ground, folder / "worse", *full, "train.validate_every=2")
+    worse = validated(worse, {0: 9.0, 2: 3.0, 4: 5.0})
+    worse.can_export = lambda: True
+    assert worse.run()
+    assert worse.load_best_checkpoint() == 2
+    assert (folder / "worse" / "checkpoints" / "step-000004" / "complete.json").exists()
+    assert can_export(ground / "base", folder)
+    assert not can_export(ground / "nothing", folder)
+
+
+def test_a_full_run_ends_with_its_model_and_no_checkpoint_of_the_same_weights(
+    ground: Path, tmp_path: Path
+) -> None:
+    run_ranks(last_checkpoints, 1, tmp_path, ground)
 
 
 RESHARD = (
