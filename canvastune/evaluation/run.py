@@ -16,6 +16,7 @@ from canvastune.data.files import FORGETTING
 from canvastune.data.packing import Example
 from canvastune.errors import UserError
 from canvastune.evaluation.base_results import BaseResults
+from canvastune.evaluation.degenerate import describe_degenerate
 from canvastune.evaluation.denoising_trace import longest_trace
 from canvastune.evaluation.figures import (
     JudgedRow,
@@ -233,6 +234,8 @@ def _write_result(
         logger.info(f"evaluate: asked {prompt}, before {before}, after {after}")
     for line in [*describe_slices(result), f"{summarize(result)}: {out}"]:
         logger.info(f"evaluate: {line}")
+    for line in describe_degenerate(rows):
+        logger.warning(f"evaluate: {line}")
     return result
 
 

@@ -177,7 +177,12 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "event_count": len(events),
         "checkpoints": count_checkpoints(records),
         "warnings": find_warnings(
-            config, records, evaluation=evaluation, merge=proof, card=card or {}
+            config,
+            records,
+            evaluation=evaluation,
+            merge=proof,
+            card=card or {},
+            answers=answers,
         ),
         "compared": [],
         "differing": [],

@@ -15,6 +15,7 @@ from typing import Any
 from canvastune.config import RunConfig
 from canvastune.config.strict import flatten
 from canvastune.errors import UserError
+from canvastune.evaluation.degenerate import describe_degenerate
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import too_few
 from canvastune.io.json_text import finite, write_json
@@ -287,8 +288,13 @@ def find_warnings(
     evaluation: EvaluationResult | None,
     merge: Mapping[str, Any] | None,
     card: Mapping[str, Any],
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
-    """Return what a reader must not overlook, most serious first."""
+    """Return what a reader must not overlook, most serious first.
+
+    Args:
+        answers: lines of answers.jsonl.
+    """
     summary = RunSummary.from_records(records, evaluation)
     stats = TrainingStats.from_records(records, config)
     found = []
@@ -312,7 +318,7 @@ def find_warnings(
         )
     if 0 < stats.steps < stats.planned_steps:
         found.append(f"Training reached step {stats.steps} of {stats.planned_steps}.")
-    found += _evaluation_warnings(evaluation)
+    found += [*_evaluation_warnings(evaluation), *describe_degenerate(answers)]
     best, last = stats.best_validation, summary.validation_loss_last
     if best and last is not None and last > _CLEARLY_WORSE * best[0]:
         found.append(

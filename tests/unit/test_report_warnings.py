@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from canvastune.config import RunConfig
+from canvastune.evaluation.degenerate import find_degeneration
 from canvastune.report.summary import Cost, find_warnings
 from tools.report_sample import (
     sample_config,
@@ -108,6 +109,36 @@ def test_rows_that_are_too_long_are_never_hidden(
     card = {"kept": 200, "seq_length": 96, "cut": cut, "too_long": dropped}
     lines = _warnings(config, [], card=card)
     assert [line.split(" ")[0] for line in lines if "seq_length" in line] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "empty"),
+        ("<|channel>thought\nWhat now<channel|>\n", "empty"),
+        ("of of of of", "repeated"),
+        ("She has 4 apples. " * 5 + "She has", "repeated"),
+        ("no no no", None),
+        ("The answer is 4. The answer is 5. The answer is 6. The answer is 7.", None),
+        ("#### 4", None),
+    ],
+)
+def test_an_answer_that_says_nothing_is_one(text: str, found: str | None) -> None:
+    assert find_degeneration(text) == found
+
+
+@pytest.mark.parametrize(("empty", "repeated", "told"), [(0, 3, []), (3, 1, ["100", "3", "1"])])
+def test_many_answers_that_say_nothing_are_a_warning(
+    empty: int, repeated: int, told: list[str], config: RunConfig
+) -> None:
+    texts = [""] * empty + ["of " * 9] * repeated
+    texts += ["yes yes yes yes"] * 30 + ["4"] * (70 - len(texts))
+    answers = [
+        {"reference": "yes yes yes yes" if text.startswith("yes") else "5", "after": text}
+        for text in texts
+    ]
+    warnings = _warnings(config, [], evaluation=sample_result(64, 6, 52), answers=answers)
+    assert [re.findall(r"\d+", line) for line in warnings] == ([told] if told else [])
 
 
 def _warnings(config: RunConfig, records: list[dict[str, Any]], **given: Any) -> list[str]:
