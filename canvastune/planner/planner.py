@@ -54,6 +54,7 @@ RELEASED = "google/diffusiongemma-26B-A4B-it"
 SHIPPED_CONFIG = Path(__file__).parents[1] / "perf_model" / "diffusiongemma-26b-a4b.json"
 # Per trained parameter: weight and two moments in float32; the last checkpoint has only the weights.
 _CHECKPOINT_BYTES, _LAST_BYTES = 12, 4
+_COUNTED_BYTES = 10**9  # of a file whose rows are counted, which takes a second
 _MAX_EXAMPLES = 4096  # of a micro-batch
 _CHANGES_SHOWN = 3
 
@@ -287,3 +288,10 @@ def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator
             f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has"
             f" {accelerator.memory:g} GB."
         )
+    file = Path(config.data.source or "").expanduser()
+    if file.suffix == ".jsonl" and file.is_file() and file.stat().st_size <= _COUNTED_BYTES:
+        with file.open("rb") as lines:
+            rows = sum(not line.isspace() for line in lines)
+        seen = config.train.steps * config.train.global_batch_size
+        if rows:
+            yield f"All steps see {seen:,} examples: {seen / rows:.3g} x the {rows:,} rows of data.source."

@@ -375,6 +375,15 @@ def test_the_most_blocks_fit_and_one_more_does_not() -> None:
     assert re.search(rf"\(objective\.blocks\): {most}\b", render(plan))
 
 
+def test_a_plan_says_how_often_the_steps_see_each_row_of_a_local_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}')
+    settings = ("train.steps=6", "train.global_batch_size=8")
+    plan = released("gsm8k_lora", f"data.source={tmp_path / 'rows.jsonl'}", *settings)
+    (note,) = [each for each in plan.notes if "data.source" in each]
+    assert re.findall(r" ([\d.]+) ", note) == ["48", "16", "3"]
+    assert not any("data.source" in each for each in released("gsm8k_lora", *settings).notes)
+
+
 def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None:
     card = {
         "canvas_length": 256,
