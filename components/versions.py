@@ -60,7 +60,7 @@ KUBERNETES = Floor(
     "PodSecurity admission",
     "the chart (`kubeVersion`), the launcher and `doctor`",
 )
-HELM = Floor("Helm", "3.8", "the chart's templates and schema", "the chart, at rendering")
+HELM = Floor("Helm", "3.8", "the chart's templates and schema", "the chart, when it is rendered")
 MLFLOW = Floor(
     "MLflow server",
     "3.5",

@@ -125,7 +125,7 @@ FORMS = (
                 {"from": "gpt", "value": "4"},
             ]
         },
-        "As with messages: the last turn from `gpt`.",
+        "The last turn from `gpt`, as with messages.",
     ),
     Form(
         "text_parts",
