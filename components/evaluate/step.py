@@ -15,8 +15,8 @@ from canvastune.planner.evaluation import evaluation_layout
 from canvastune.planner.planner import find_architecture
 from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import describe_evaluation, describe_traces
+from components.jobs.backends import JobContext
 from components.jobs.launcher import copy_to_workspace, run_job
-from components.jobs.manifests import JobContext
 from components.jobs.torchrun import run_torchrun
 from components.run_directory import BASE_RESULTS, read_run_id
 

@@ -17,9 +17,9 @@ from canvastune.config import RunConfig
 from canvastune.errors import UserError
 from canvastune.io.atomic import atomic_directory
 from components.jobs import job_diagnostics, pod_diagnostics
+from components.jobs.backends import SPEC_HASH, JobContext, manifest
 from components.jobs.client import Conflict, KubernetesClient
 from components.jobs.log_stream import LogStream
-from components.jobs.manifests import SPEC_HASH, JobContext, manifest
 from components.jobs.pod_diagnostics import POD_EVICTED, TAIL_LINES, PodBlocker
 from components.jobs.pod_spec import ROLE, RUN_ID, run_label
 from components.jobs.preflight import check_prerequisites

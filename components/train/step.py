@@ -11,8 +11,8 @@ from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import RunConfig, write_config
 from canvastune.evaluation.preflight import describe_answers, log_remarks
 from canvastune.tracking import StepRun, log_data
+from components.jobs.backends import JobContext
 from components.jobs.launcher import copy_to_workspace, run_job
-from components.jobs.manifests import JobContext
 from components.jobs.torchrun import run_torchrun
 from components.run_directory import read_run_id
 

@@ -355,7 +355,7 @@ def test_training_defaults_are_a_valid_section_of_a_recipe(ci: str) -> None:
 
 @every_ci_file
 def test_jobs_with_the_training_defaults_are_accepted(ci: str) -> None:
-    from components.jobs.manifests import JobContext, manifest
+    from components.jobs.backends import JobContext, manifest
 
     documents = installed(ci)
     config = parse_config(
@@ -412,7 +412,7 @@ def test_what_a_trainjob_cannot_set_is_in_its_runtime() -> None:
 
 @pytest.mark.parametrize("backend", ["pytorchjob", "trainjob"])
 def test_the_policy_of_training_selects_its_pods_and_lets_in_no_other(backend: str) -> None:
-    from components.jobs.manifests import JobContext, manifest
+    from components.jobs.backends import JobContext, manifest
 
     documents = render({**ci_values("airgapped"), "training": {"backend": backend}})
     policy = named(documents, "NetworkPolicy", "canvastune-training")["spec"]

@@ -16,7 +16,7 @@ import yaml
 
 from canvastune.config import parse_config
 from canvastune.config.cluster import ClusterConfig
-from components.jobs.manifests import JobContext, manifest
+from components.jobs.backends import JobContext, manifest
 from pipelines.submit import compile_pipeline
 from tests.support.cluster_rules import pod_specs
 from tests.support.every_pod import every_pod

@@ -15,9 +15,9 @@ from inline_snapshot import snapshot
 
 from canvastune.config import parse_config
 from components.finish import step as closing
+from components.jobs.backends import JobContext
 from components.jobs.client import KubernetesClient
 from components.jobs.launcher import copy_to_workspace, run_job
-from components.jobs.manifests import JobContext
 from components.run_directory import RunRecord, read_record, write_record
 from tests.support.cluster_stage import CONTEXT, HOUR, WORKFLOW, Cluster, config_of
 

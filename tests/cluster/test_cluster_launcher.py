@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from inline_snapshot import snapshot
 
-from components.jobs.manifests import JobContext
+from components.jobs.backends import JobContext
 from tests.support.cluster_stage import CONTEXT, Cluster, config_of
 
 # --- the states of a job --------------------------------------------------------------------------------------------------

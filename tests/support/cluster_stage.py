@@ -12,9 +12,9 @@ from kubernetes import client as kubernetes
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError, format_error
+from components.jobs.backends import JobContext
 from components.jobs.client import KubernetesClient
 from components.jobs.launcher import launch
-from components.jobs.manifests import JobContext
 from components.jobs.states import KINDS
 from tests.fakes.fake_kubernetes import Clock, FakeKubernetes, Operator
 

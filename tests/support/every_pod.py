@@ -16,7 +16,7 @@ import yaml
 
 from canvastune.config import RunConfig, parse_config
 from components.evaluate.step import of_evaluation
-from components.jobs.manifests import JobContext, manifest
+from components.jobs.backends import JobContext, manifest
 from pipelines.submit import compile_pipeline
 from tests.support.cluster_rules import pod_specs
 from tests.support.object_merging import merge

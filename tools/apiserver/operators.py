@@ -13,9 +13,9 @@ from typing import Any
 
 from canvastune.config import RunConfig, parse_config
 from canvastune.errors import UserError, format_error
+from components.jobs.backends import JobContext
 from components.jobs.client import KubernetesClient
 from components.jobs.launcher import launch
-from components.jobs.manifests import JobContext
 from components.jobs.states import KINDS, PYTORCHJOB
 from tests.support.api_server import ApiServer
 from tests.support.every_pod import trainjob_template

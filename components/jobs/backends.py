@@ -1,4 +1,4 @@
-"""Render a config and a run's context as a PyTorchJob or a TrainJob: pure functions, no calls."""
+"""The job backends: a config and a run's context as a PyTorchJob or a TrainJob, without any call."""
 
 from __future__ import annotations
 

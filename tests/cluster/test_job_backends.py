@@ -14,7 +14,7 @@ from inline_snapshot import snapshot
 
 from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError, format_error
-from components.jobs.manifests import SPEC_HASH, JobContext, manifest
+from components.jobs.backends import SPEC_HASH, JobContext, manifest
 from components.jobs.pod_spec import RUN_ID, STEP_ONLY
 from tests.support import cluster_rules
 
