@@ -73,7 +73,7 @@ def page(
     at = functools.partial(_at, usual=here["device"])
     worst = max(row["gradient_difference"] for row in step["shapes"].values())
     goals = "; ".join(
-        f"against {plain}, {faster}x faster and {leaner}x less memory"
+        f"against *{plain}*, {faster}x faster and {leaner}x less memory"
         for plain, (faster, leaner) in GOALS.items()
     )
     return f"""# Speed and memory
@@ -254,7 +254,7 @@ def _starting(startup: dict[str, Any], at: str) -> str:
 ## Starting
 
 `python -m benchmarks.startup`{at} measures commands that compute next to nothing, and the
-overhead of each step of a small local run, that is, its time without the work, which is measured with everything imported{against}.
+overhead of each step in a small local run: the step's time minus that of its work, which is measured with everything imported{against}.
 Goals: `plan` in {start_goals["plan_seconds"]:.0f} s and {start_goals["plan_megabytes"]:.0f} MB; a tenth of each step's overhead; `canvastune demo` {start_goals["demo"]}x as fast. `plan` lists the weights
 from config.json and does not import PyTorch. The steps of a local run are forked from one process that imports the libraries while the
 first steps run; on a cluster, or on a machine with a GPU, each process imports its own libraries.
@@ -272,7 +272,7 @@ def _since(commits: dict[str, Any], at: str) -> str:
     apart = max(row["loss_difference"] for row in commits["shapes"].values())
     return f"""
 `python -m benchmarks.step_commits`{at} alternates between this step and that of commit {commits["baseline"]}, where
-an example had one block, on the same shapes. The geometric means of the speedup since then are: {means}. For individual shapes, it
+each example had one block, on the same shapes. The geometric means of the speedup since then are: {means}. For individual shapes, it
 is {min(each):.2f}x to {max(each):.2f}x. Losses differ by at most {apart:.0e}.
 """
 
@@ -300,7 +300,7 @@ faster and how many times smaller our step is. *Kept* keeps what the backward pa
 
 The loss and gradient of NeMo and Unsloth equal ours. TRL's differ if a sequence is at least as long as the sliding window, because its cache
 holds the last keys of the whole sequence, not those before the block; its times are shown nevertheless. NeMo computes every block of an
-answer and scores one. All three compute a self-conditioning pass for every example, and pad. FLOPs are counted as in `benchmarks.step`. The
+answer and scores one. All three pad, and compute a self-conditioning pass for every example. FLOPs are counted as in `benchmarks.step`. The
 last column is the maximum speedup over a library that any step could reach: the library's seconds, divided by the time that the FLOPs
 needed by the loss take at {peers["matmul_flops_per_second"] / 1e9:.0f} GFLOP/s, this machine's rate in a large matmul.
 """
@@ -498,7 +498,7 @@ def _slower(evaluation: dict[str, Any]) -> str:
         if row["faster"] < row["goal"]
     ]
     missed += [
-        f"the memory of {name}, {_least(row)}"
+        f"the memory of *{name}*, {_least(row)}"
         for name, row in evaluation["shapes"].items()
         if name in answers.WITH_BASE and row["memory_share"] > row["memory_goal"]
     ]
@@ -520,9 +520,15 @@ def _longest(found: dict[str, Any]) -> str:
     """Say which step is the longest, by how the evaluation answers."""
     steps = {name: way["steps"] for name, way in found["ways"].items()}
     most = {name: max(way, key=lambda step: way[step]["seconds"]) for name, way in steps.items()}
+    stock, ours = most["stock"], most["ours_on_all"]
+    if stock == ours:
+        return (
+            f"The longest step is *{stock}*, both with stock `generate()` and with our sampler on all"
+            " training GPUs."
+        )
     return (
-        f"The longest step is *{most['stock']}* with stock `generate()`, and"
-        f" *{most['ours_on_all']}* with our sampler on all training GPUs."
+        f"The longest step is *{stock}* with stock `generate()`, and *{ours}* with our sampler on all"
+        " training GPUs."
     )
 
 

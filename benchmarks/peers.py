@@ -317,8 +317,8 @@ def verdict(result: dict[str, Any]) -> str:
         for peer, ratio in found.items()
     )
     return (
-        f"Goals missed on short answers: {named}. The percentage is the share of the rate of a large"
-        " matmul at which the needed FLOPs would have to run to reach the goal; our step runs them"
+        f"Goals missed on short answers: {named}. The percentage is the fraction of a large matmul's"
+        " rate at which the needed FLOPs would have to run to reach the goal; our step runs them"
         f" at {1 / floor(result, row, 'ours'):.0%}. Matrix products and attention, without norms,"
         f" softmax and moving rows, take {row['checks']['ours']['products_seconds']:.2f} s of its"
         f" {row['kept']['seconds']['ours']:.2f} s."

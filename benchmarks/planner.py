@@ -238,9 +238,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     )
     return f"""# The planner's accuracy
 
-`canvastune plan` computes what a run needs from `config.json` only. The table on this page compares its formulas with the engine, as
+`canvastune plan` computes what a run needs from `config.json` alone. The first table on this page compares its formulas with the engine, as
 predicted / measured and their ratio, for {len(rows)} steps. The largest errors are {worst["memory"]:.1%} for memory, {worst["flops"]:.1%} for FLOPs and {worst["bytes"]:.1%} for bytes.
-`python -m benchmarks.planner` measures the table again.
+`python -m benchmarks.planner` measures that table again.
 
 **How it was measured.** One rank's step runs on a CPU, with all its forward and backward passes and with the optimizer state in memory.
 The other ranks are simulated: collectives allocate the memory that they would need but transfer nothing, and the experts receive as
@@ -264,26 +264,27 @@ is 1e9 FLOPs.
 
 ## Time
 
-A step takes as long as the largest of these bounds, and the plan names it. None of them has been measured on a GPU. While the host waits for
-its GPU, or all-to-all and update run, nothing overlaps: their time is part of the others.
+A step takes as long as the largest of these bounds, and the plan names it. None of them has been measured on a GPU. Nothing is assumed
+to overlap with all-to-alls, the update, or the host's waits for the GPU: the time of these waits is included in every bound, and that of
+all-to-alls and the update in every bound except kernel launches.
 
 | bound | what is counted | rate |
 |---|---|---|
 | computation | FLOPs, and reading the weights | {MATMUL_SHARE:.0%} of the datasheet's, {BANDWIDTH_SHARE:.0%} of the memory's |
 | all-gather and reduce-scatter | bytes received | {LINK_SHARE:.0%} of NVLink, or of the adapters between nodes |
-| launches of kernels | launches, of which a [run without a GPU](performance.md#simulated-gpus-waits-launches-and-memory) has as many | {LAUNCH_SECONDS * 1e6:.0f} us |
-| waits of the host for each grouped matmul | where PyTorch has no kernel for it (A100, L40S, float32), a wait, and then a matmul for each expert: launches and computation on the two sides of a wait do not overlap | {WAIT_SECONDS * 1e6:.0f} us a wait |
+| kernel launches | launches, about as many as a [run without a GPU](performance.md#simulated-gpus-waits-launches-and-memory) counts | {LAUNCH_SECONDS * 1e6:.0f} us |
+| host waits for each grouped matmul | where PyTorch has no kernel for it (A100, L40S, float32), a wait, and then a matmul for each expert: launches and computation on the two sides of a wait do not overlap | {WAIT_SECONDS * 1e6:.0f} us per wait |
 
-A step of the recipes on other GPUs, each with 8 of them and examples of 256 tokens, of which GSM8K has few longer ones:
+A step of two recipes on 8 GPUs of each type, with examples of 256 tokens (few of GSM8K's are longer):
 
 | recipe | GPU | step, ms | bound by | launches | waits | loops over experts | their launches, ms | waits, ms |
 |---|---|---|---|---|---|---|---|---|
 {_steps()}
 
-A checkpoint is copied to pinned host memory while the next step runs up to its update; the memory is pinned once, at {PIN_RATE / 1e9:.0f} GB/s of a
+A checkpoint is copied to pinned host memory while the next step runs up to its update; the memory is pinned once, at {PIN_RATE / 1e9:.0f} GB/s per
 process. Files are written at {DISK_RATE / 1e9:.0f} GB/s in the background. Copies of `gsm8k_sft`, with `train.checkpoint_every=100`:
 
-| GPU | GB/s of a GPU | copy, s | pinning, s | in a node's memory, GB |
+| GPU | GB/s per GPU | copy, s | pinning, s | in a node's memory, GB |
 |---|---|---|---|---|
 {_copies()}
 """

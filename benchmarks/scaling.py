@@ -384,7 +384,7 @@ Received / bound by collective, in MB:
   FSDP would prefetch the layer that ran before it, which is the last layer of pass 1 and is not needed; the engine turns that off.
 - **A rank without a self-conditioned example joins pass 1 with two padding tokens**: {idle / 1e6:.2f} MB more than the bound in
   {Case(**wide["case"])}.
-- **A row is sent with its routing weight**, {FLOAT} bytes, so that it is weighted where it is narrowest: {along / 1e6:.2f} MB there.
+- **A row is sent with its routing weight**, {FLOAT} bytes, so that it is weighted where it is narrowest (before the last projection): {along / 1e6:.2f} MB there.
 - **With checkpointing, the rows are transferred once more**, which is included in the bound. Keeping the results, c L K H bytes per token,
   would avoid it.
 
@@ -400,8 +400,8 @@ Received / bound by collective, in MB:
 ## The released model, by the same formulas
 
 The table shows the GB that a rank receives in a step in bfloat16, for one example of 1,024 + 256 tokens with its last block chosen, half of
-the examples self-conditioned, and activation checkpointing. *Once per rank* is the rows' bound if a token were sent only once to each rank
-that has experts of its choice, drawn evenly.
+the examples self-conditioned, and activation checkpointing. *Once per rank* is what the bound for the rows would be if a token were sent
+only once to each rank that holds any of its experts, with experts drawn uniformly.
 
 | method, ranks / EP | plan | bound | ratio | rows: plan | bound | once per rank |
 |---|---|---|---|---|---|---|

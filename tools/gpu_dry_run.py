@@ -74,7 +74,7 @@ class Case:
 
 CASES = {
     "lora": Case("lora", most_launches=MOST_LAUNCHES),
-    "lora, no coin": Case("lora", coin=False, most_launches=MOST_LAUNCHES),
+    "lora, not self-conditioned": Case("lora", coin=False, most_launches=MOST_LAUNCHES),
     "lora, checkpointed": Case("lora", recomputes=True),
     "lora, experts": Case("lora", experts=True),
     # A multiple of 16 rows, for which Triton compiles other kernels.

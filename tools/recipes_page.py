@@ -47,7 +47,8 @@ It runs LoRA on the released model, on eight GPUs. Canvastune ships with these r
 |---|---|
 {recipes}
 
-For the four recipes of the released model, `canvastune plan` predicts, with examples of 1,024 tokens.
+The next table shows what `canvastune plan` predicts for the four recipes of the released model, with
+examples of 1,024 tokens.
 *Validation* is its share of the time of all steps; *copies, files* is how long training waits for
 the copies of checkpoints in host memory, and for their files:
 

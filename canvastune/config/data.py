@@ -115,7 +115,7 @@ class DataConfig(SourceFields):
     validation_rows: int | None = Field(
         None,
         ge=1,
-        description="maximum number of held-out examples; examples above it are not trained on either",
+        description="maximum number of held-out examples; examples beyond this number are not trained on either",
     )
     # The old names of the next two sound like counts. Files keep them, so that a run that was
     # started before the change still compares equal.

@@ -330,7 +330,7 @@ class EvaluateConfig(StrictModel):
         None,
         ge=1,
         description="number of GPUs that take questions from a shared queue; does not affect the answers; "
-        "above `parallel.nproc_per_node`, a multiple of it; experts are divided over as few "
+        "above `parallel.nproc_per_node`, it must be a multiple of it; experts are split across as few "
         "GPUs as can hold the model; default: the smallest number that can hold it, usually "
         "one",
     )

@@ -65,7 +65,7 @@ LINK_SHARE = 0.7  # of a link
 # Per trained weight and step: its norm, the clipping, and AdamW over four float32 tensors.
 UPDATE_BYTES = 40
 LAUNCHES = "kernel launches"  # names of bounds
-WAITS = "waits of the host for each grouped matmul"
+WAITS = "host waits for each grouped matmul"
 FRAGMENTATION = 0.04  # of the peak: what the allocator cannot reuse
 
 

@@ -195,7 +195,7 @@ def _time(plan: Plan) -> list[str]:
         *(
             [
                 (f"{LAUNCHES} by the host (overlapped)", _seconds(seconds.launches)),
-                ("waits of the host for the GPU", _seconds(seconds.waits)),
+                ("host waits for the GPU", _seconds(seconds.waits)),
             ]
             if seconds.launches
             else []

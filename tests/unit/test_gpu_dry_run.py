@@ -18,7 +18,7 @@ from tools import attention_backends, fake_cuda
 
 ROOT = Path(__file__).parents[2]
 LAUNCHES = {  # ceilings, 2 to 5% above the count
-    "lora, no coin": 605,
+    "lora, not self-conditioned": 605,
     "lora, experts": 770,
     "lora, 4 blocks": 900,
     "lora, no kernels": 935,
