@@ -219,7 +219,7 @@ FORMS = (
             "tools": [{"type": "function", "function": _WEATHER}],
             "messages": [_user("Rain in Bonn?"), _says("", tool_calls=[_call(1, "Bonn")])],
         },
-        "The call, and the token that hands over to the tool, where generation stops. The"
+        "The call, and the token that hands control to the tool, where generation stops. The"
         " declaration is context.",
     ),
     Form(
