@@ -148,7 +148,7 @@ its plan.
 ## Simulated GPUs: waits, launches and memory
 
 `make test-gpu-dry`{at(gpu_dry_run)} runs training steps of the released model on eight simulated H100s
-([how](verification.md#cuda-without-a-gpu)), with the batches of the `gsm8k` recipes: one example of 240 tokens (*longest*: 1,024) per rank
+([how](verification.md#cuda-without-a-gpu)), with the batches of the `gsm8k` recipes: one example of 366 tokens (*longest*: 1,279) per rank
 and step, or eight. *Before* is commit 80fd2ae, counted in the same way. The numbers of launches are estimates; times are unknown.
 
 | case | host waits (before) | launches (before) | planned launches | attention calls that are unfused or compile a plan per shape (before) | fused attention calls | peak memory, GB | planned, GB |
