@@ -126,7 +126,7 @@ def trained_step(ground: Path, config: RunConfig) -> dict[str, Any]:
     )
     load_weights(model, CheckpointReader(ground / "base"), torch.device("cpu"), config.seed)
     adapters_that_act(model)
-    unused: Any = SimpleNamespace()
+    unused: Any = SimpleNamespace(wait_staged=lambda: None)
     trainer = Trainer(config, model, prepared(ground, config.objective.blocks), unused, None, None)
     gradients: dict[str, torch.Tensor] = {}
 

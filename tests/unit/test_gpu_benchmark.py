@@ -57,7 +57,9 @@ def test_every_length_has_every_figure_of_every_side(steps: dict[str, Any]) -> N
     for row in steps["lengths"]:
         assert {"ours", DEFAULT, *PLAIN} == row["sides"].keys(), "flex is only for a GPU"
         for name, side in row["sides"].items():
-            assert 0 < side["utilisation"] < 1, name
+            assert side["utilisation"] > 0, name
+            # A CPU without bfloat16 instructions multiplies large matrices slower than small ones.
+            assert side["utilisation"] < 1 or steps["dtype"] == torch.bfloat16, name
             assert side["memory_bytes"] > 0, name
             assert side["seconds"] * side["tokens_per_second"] == pytest.approx(row["tokens"]), name
         assert "tokens/s" in described_row(row)
