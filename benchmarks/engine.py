@@ -15,7 +15,7 @@ from canvastune.checkpoint.load import build_model, load_weights
 from canvastune.checkpoint.resume import Checkpoints
 from canvastune.config import RunConfig, parse_config
 from canvastune.data.dataset import TrainingDataset
-from canvastune.data.packing import Example, pad_token
+from canvastune.data.packing import Example
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
 from canvastune.model.diffusion_gemma import WeightTiedDiffusionGemma
@@ -118,14 +118,6 @@ def make_trainer(
     Args:
         checkpoints: None: those of a folder next to the data, which is not written.
     """
-    text = model_config.text_config
-    dataset = TrainingDataset(
-        data,
-        canvas_length=model_config.canvas_length,
-        vocab_size=text.vocab_size,
-        eos_token_id=pad_token(text.eos_token_id),
-        seed=config.seed,
-        objective=config.objective,
-    )
+    dataset = TrainingDataset.of_run(data, config, model_config)
     checkpoints = checkpoints or Checkpoints(data.with_name("checkpoints"), config, "")
     return Trainer(config, model, dataset, checkpoints, None, None)

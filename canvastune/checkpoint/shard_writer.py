@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 
@@ -31,21 +32,21 @@ class ShardWriter(HuggingFaceStorageWriter):
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
         """Write this rank's tensors; those on a device are copied to the host file by file."""
+        files: dict[int, list[WriteItem]] = {}
+        for item in plan.items:
+            files.setdefault(self._files[item.index.fqn], []).append(item)
+        shard, last = plan.storage_data["shard_index"], max(self._files.values())
         results = []
-        for number in sorted({self._files[item.index.fqn] for item in plan.items}):
+        for number, items in files.items():
             tensors, offsets = {}, {}
-            for item in plan.items:
-                name = item.index.fqn
-                if self._files[name] != number:
-                    continue
+            for item in items:
                 assert item.tensor_data is not None  # only tensors are saved
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor)
+                name = item.index.fqn
                 tensors[name] = tensor.detach().cpu().contiguous()
                 offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
                 results.append(WriteResult(item.index, tensor.nbytes, storage_data=None))
-            shard = plan.storage_data["shard_index"]
-            last = max(self._files.values())
             file = f"shard-{shard:05d}-model-{number:05d}-of-{last:05d}.safetensors"
             # The reader's key for which part of a tensor the shard holds. It is the only
             # one: safetensors writes several in random order, and equal states would differ.

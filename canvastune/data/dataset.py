@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
+from canvastune.config import RunConfig
 from canvastune.config.schema import Blocks, ObjectiveConfig, block_count
 from canvastune.data.mixture import Interleaving, Mixture
-from canvastune.data.packing import Example, Part, balance_microbatches, make_example
+from canvastune.data.packing import Example, Part, balance_microbatches, make_example, pad_token
 from canvastune.errors import UserError
 from canvastune.noise import (
     NoiseSample,
@@ -22,6 +23,9 @@ from canvastune.noise import (
     training_block_draws,
     validation_block_draws,
 )
+
+if TYPE_CHECKING:
+    from transformers import DiffusionGemmaConfig
 
 
 class TrainingDataset:
@@ -65,6 +69,25 @@ class TrainingDataset:
         self._interleaving = Interleaving([share.weight for share in shares])
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source: epoch and its order
         self._tokens, self._prefixes, self._blocks = _lengths(self._train, canvas_length)
+
+    @classmethod
+    def of_run(
+        cls, folder: Path, config: RunConfig, model_config: DiffusionGemmaConfig
+    ) -> TrainingDataset:
+        """Open what a recipe trains on, for a model of this configuration.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        text = model_config.text_config
+        return cls(
+            folder,
+            canvas_length=model_config.canvas_length,
+            vocab_size=text.vocab_size,
+            eos_token_id=pad_token(text.eos_token_id),
+            seed=config.seed,
+            objective=config.objective,
+        )
 
     def __len__(self) -> int:
         return len(self._train)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from canvastune.config.schema import Blocks, TrainConfig, block_count
 from canvastune.perf_model.architecture import Architecture
-from canvastune.perf_model.hardware import Accelerator, forward_time
+from canvastune.perf_model.hardware import Accelerator
 from canvastune.perf_model.memory import StepShape
+from canvastune.perf_model.step_time import forward_time
 
 MOST_SHARE = 0.05  # goal: of the time of all steps
 
@@ -60,8 +61,8 @@ def validation_times(
     forwards = strides * (1 if together else levels)
     seconds = forwards * forward_time(architecture, shape, accelerator)
     training = train.steps * step_seconds
-    count = _count(train.steps, train.validate_every)
-    most = MOST_SHARE * training / seconds
+    count = 1 + math.ceil(train.steps / train.validate_every)
+    most = math.floor(MOST_SHARE * training / seconds)  # validations
     return ValidationTimes(
         rows=rows,
         forwards=forwards,
@@ -69,17 +70,10 @@ def validation_times(
         count=count,
         total=count * seconds,
         share=count * seconds / training,
-        every_from=next(
-            (every for every in range(1, train.steps + 1) if _count(train.steps, every) <= most),
-            None,
-        ),
+        every_from=math.ceil(train.steps / (most - 1)) if most > 1 else None,
     )
 
 
 def validated_blocks(setting: Blocks, step: StepShape) -> int:
     """Return how many blocks of an example a validation scores, if all of it is response."""
     return block_count(setting, -(-step.clean // step.canvas))
-
-
-def _count(steps: int, every: int) -> int:
-    return 1 + math.ceil(steps / every)

@@ -13,8 +13,9 @@ from canvastune.config.schema import Blocks, block_count
 from canvastune.errors import UserError
 from canvastune.perf_model.architecture import Architecture
 from canvastune.perf_model.flops import count_bytes, count_flops
-from canvastune.perf_model.hardware import Accelerator, step_time
+from canvastune.perf_model.hardware import Accelerator
 from canvastune.perf_model.memory import StepShape
+from canvastune.perf_model.step_time import step_time
 from canvastune.planner.estimate import largest_fitting, needed_bytes, step_shape
 
 _CHOICES: tuple[Blocks, ...] = (1, 2, 4, 8, "all")

@@ -12,9 +12,7 @@ from canvastune.perf_model.architecture import (
     ParameterCount,
 )
 from canvastune.perf_model.checkpoints import CheckpointTimes
-from canvastune.perf_model.hardware import (
-    Seconds,
-)
+from canvastune.perf_model.step_time import Seconds
 from canvastune.perf_model.validation import ValidationTimes
 from canvastune.planner.blocks import BlocksCost
 

@@ -25,14 +25,10 @@ from canvastune.perf_model.architecture import (
 )
 from canvastune.perf_model.checkpoints import checkpoint_times
 from canvastune.perf_model.flops import count_bytes, count_flops
-from canvastune.perf_model.hardware import (
-    Accelerator,
-    find_accelerator,
-    peak_rate,
-    step_time,
-)
+from canvastune.perf_model.hardware import Accelerator, find_accelerator, peak_rate
 from canvastune.perf_model.launches import count_grouped_products, count_launches, count_waits
 from canvastune.perf_model.memory import StepShape, peak, peak_by_phase
+from canvastune.perf_model.step_time import step_time
 from canvastune.perf_model.validation import validation_times
 from canvastune.planner.blocks import Answers, block_costs, largest_blocks
 from canvastune.planner.estimate import (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from canvastune.io.byte_size import format_bytes
 from canvastune.perf_model.checkpoints import DISK_RATE, MOST_SHARE
-from canvastune.perf_model.hardware import FRAGMENTATION, LAUNCHES, MATMUL_SHARE, WAITS
+from canvastune.perf_model.hardware import FRAGMENTATION, MATMUL_SHARE
+from canvastune.perf_model.step_time import LAUNCHES, WAITS
 from canvastune.perf_model.validation import MOST_SHARE as VALIDATION_SHARE
 from canvastune.planner.plan import EvaluationPlan, Plan, part_name
 

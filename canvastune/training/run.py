@@ -27,13 +27,11 @@ from canvastune.config import RunConfig, changed_settings
 from canvastune.config.loading import load_yaml_file
 from canvastune.config.strict import flatten
 from canvastune.data.dataset import TrainingDataset
-from canvastune.data.packing import pad_token
 from canvastune.distributed.parallel_dims import ParallelDims
 from canvastune.distributed.parallelize import shard_model
-from canvastune.distributed.sync import run_on_all_ranks, run_on_rank0
+from canvastune.distributed.sync import gather_results, run_on_all_ranks, run_on_rank0
 from canvastune.distributed.watchdog import RankLostError, RankRegistry, Watchdog
 from canvastune.errors import UserError
-from canvastune.io.byte_size import format_bytes
 from canvastune.io.hashing import hash_path
 from canvastune.io.json_text import write_json
 from canvastune.io.provenance import local_inputs, write_provenance
@@ -106,16 +104,7 @@ def train(
     shard_model(model, dims.build_meshes(device.type), config)
     run_on_all_ranks(lambda: load_weights(model, CheckpointReader(base), device, config.seed))
 
-    prepared = run_on_all_ranks(
-        lambda: TrainingDataset(
-            data,
-            canvas_length=model_config.canvas_length,
-            vocab_size=text.vocab_size,
-            eos_token_id=pad_token(text.eos_token_id),
-            seed=config.seed,
-            objective=config.objective,
-        )
-    )
+    prepared = run_on_all_ranks(lambda: TrainingDataset.of_run(data, config, model_config))
     metrics = open_metrics(output / "metrics.jsonl", run=metrics_run) if rank == 0 else None
     display = TrainingProgress(config.train.steps, config.train.log_every) if rank == 0 else None
     checkpoints = Checkpoints(output / "checkpoints", config, fingerprint)
@@ -165,18 +154,15 @@ def train(
 def can_export(base: Path, output: Path) -> bool:
     """Return whether a whole model can be written: its base is there, and so is the space."""
 
-    def check() -> None:
-        reader = CheckpointReader(base)
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in reader.specs().values())
-        free = shutil.disk_usage(output).free
-        if size > free:
-            raise UserError(f"{output}: {format_bytes(free)} free", hint="Free some disk space.")
+    def fits() -> bool:
+        specs = CheckpointReader(base).specs()
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        return size <= shutil.disk_usage(output).free
 
     try:
-        run_on_all_ranks(check)
+        return all(gather_results(fits))
     except UserError:  # the checkpoint is written, and the export then says what is wrong
         return False
-    return True
 
 
 def _run(trainer: Trainer, rank_registry: RankRegistry | None) -> bool:
@@ -231,7 +217,8 @@ def acquire_output_lock(output: Path, export: Path) -> IO[str]:
         ) from None
     for stale in output.glob(".*.partial-*"):  # the lock is ours: no one writes them
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    started = any((output / name).is_file() for name in ("result.json", "metrics.jsonl"))
+    signs = ("result.json", "metrics.jsonl", "checkpoints/step-*/complete.json")
+    started = any(path.is_file() for sign in signs for path in output.glob(sign))
     if export.exists() and not started:
         raise UserError(
             f"{export}: already exists, but {output} contains no run",

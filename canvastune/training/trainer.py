@@ -139,7 +139,7 @@ class Trainer:
                 break
             self._train_one_step()
         self.checkpoints.wait()
-        if self.stop_requested is not None:
+        if stop and self.stop_requested is not None:
             took = time.monotonic() - self.stop_requested
             grace = f"state saved {took:.1f} s after the request, of {train.stop_grace} s"
             self._report_event("stopped", grace)

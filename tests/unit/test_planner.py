@@ -27,9 +27,9 @@ from canvastune.perf_model.checkpoints import (
     CheckpointTimes,
     checkpoint_times,
 )
-from canvastune.perf_model.hardware import LAUNCHES, WAITS, Seconds
 from canvastune.perf_model.launches import LAUNCH_SECONDS
 from canvastune.perf_model.memory import StepShape
+from canvastune.perf_model.step_time import LAUNCHES, WAITS, Seconds
 from canvastune.planner import planner
 from canvastune.planner.plan import Plan, as_tree, refuse_if_too_big
 from canvastune.planner.planner import SHIPPED_CONFIG, find_architecture, make_plan, write_plan
