@@ -4,9 +4,10 @@ config.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +17,11 @@ from canvastune.config import RunConfig, load_config, parse_config
 from canvastune.errors import UserError, format_error
 from components.jobs.backends import SPEC_HASH, JobContext, manifest
 from components.jobs.pod_spec import RUN_ID, STEP_ONLY
-from tests.support import cluster_rules
+from tests.support import cluster_rules, cluster_stage
 
-CONTEXT = JobContext(
+CONTEXT = dataclasses.replace(
+    cluster_stage.CONTEXT,
     run_id="6c9d5e1e-7a0e-4a3e-9f4e-0a3b7a1f9c11",
-    output=PurePosixPath("/workspace/runs/a/train"),
-    module=(
-        "canvastune.train",
-        "-c",
-        "/workspace/runs/a/train/recipe.yaml",
-        "--output",
-        "/workspace/runs/a/train",
-    ),
     mlflow=("--mlflow-run", "abc"),
     environment={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
     owner={"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "flow", "uid": "u"},
