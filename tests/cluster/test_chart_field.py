@@ -117,9 +117,38 @@ def test_an_mlflow_that_exists_takes_the_place_of_the_charts() -> None:
     tested = named(documents, "Pod", "canvastune-test-mlflow")["spec"]["containers"][0]
     assert tested["args"] == [uri]
     assert uri in texts(values)["canvastune/templates/NOTES.txt"]
-    own = {"mlflow": {"existingUri": uri, "auth": {"enabled": True}}}
-    assert "mlflow.auth.enabled" in refusal(own), "a setting of a server that is not installed"
     assert "existingUri" in refusal({"mlflow": {"existingUri": "https://user:word@example.com"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("workers", 3),
+        ("resources", {"limits": {"memory": "9Gi"}}),
+        ("pathPrefix", "/mlflow"),
+        ("env", {"A": "word"}),
+        ("podLabels", {"team": "a"}),
+        ("extraArgs", ["--x"]),
+        ("service", {"port": 80}),
+        ("database", {"existingSecret": {"name": "database"}}),
+        ("artifacts", {"destination": "s3://bucket/mlflow"}),
+        ("persistence", {"size": "9Gi"}),
+        ("metrics", {"enabled": True}),
+        ("auth", {"enabled": True, "existingSecret": {"name": "mlflow-auth"}}),
+    ],
+)
+def test_settings_of_a_server_that_is_not_installed_are_refused(key: str, value: Any) -> None:
+    told = refusal({"mlflow": {"existingUri": "https://mlflow.example.com", key: value}})
+    assert f"mlflow.{key}:" in told
+    assert "word" not in told, "a value may be a secret"
+
+
+def test_the_defaults_of_the_servers_settings_are_those_of_the_values() -> None:
+    """Templates cannot read values.yaml."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["mlflow"]
+    del values["existingUri"], values["serviceAccount"], values["metrics"]["prometheusRule"]
+    del values["service"]["nodePort"]  # null, which is no value to Helm
+    assert json.loads((CHART / "files" / "mlflow_defaults.json").read_text()) == values
 
 
 def test_a_variable_can_come_from_a_secret() -> None:
