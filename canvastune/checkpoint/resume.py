@@ -28,10 +28,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 from canvastune.checkpoint.shard_writer import ShardWriter
+from canvastune.checkpoint.staging import HostStager, State
 from canvastune.config import RunConfig, changed_settings
 from canvastune.config.strict import flatten
 from canvastune.distributed.parallelize import local_tensor
@@ -45,7 +45,6 @@ _MARKER, _CORRUPT = "complete.json", "damaged.json"
 _FILE_BYTES = 2**30  # of a rank's shard per file; what is on a device is copied file by file
 
 Parameters = dict[str, nn.Parameter]
-State = dict[str, torch.Tensor]
 
 
 class Checkpoints:
@@ -59,7 +58,7 @@ class Checkpoints:
         # For the writing thread: its collectives must not mix with the training's.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._stager: DefaultStager | None = None
+        self._stager = HostStager()
         self._staging: Future[State] | None = None
         self._pending: Future[None] | None = None
         self.waiting: Callable[[], object] = str
@@ -134,7 +133,7 @@ class Checkpoints:
         marker = {"step": step, "identity": identity, "progress": progress}
         marker["optimizer"] = optimizer is not None  # older ones, without the key, have its state
         if self._asynchronous:
-            self._staging = self._stage(state)
+            self._staging = self._stager.start(state)
         self._pending = self._thread.submit(
             self._complete, state, self._staging, _files(sizes), path, marker
         )
@@ -192,8 +191,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._stager is not None:
-                self._stager.close()
+            self._stager.close()
 
     def best(self) -> tuple[float, int] | None:
         """Return the lowest validation loss of a checkpoint, and its step; or None."""
@@ -204,27 +202,6 @@ class Checkpoints:
         self._read(
             step, {f"model.{name}": parameter.data for name, parameter in parameters.items()}
         )
-
-    def _stage(self, state: State) -> Future[State]:
-        """Copy the state to host memory in a separate thread, on CUDA on a separate stream.
-
-        The memory is kept for the next checkpoint: pinning it takes longer than the copy.
-        """
-        cuda = any(local_tensor(tensor).is_cuda for tensor in state.values())
-        if self._stager is None:
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=cuda,
-                    use_shared_memory=False,
-                    use_async_staging=True,
-                    use_non_blocking_copy=cuda,
-                )
-            )
-        if cuda:  # the copying stream does not wait for the last update
-            torch.cuda.current_stream().synchronize()
-        staging = self._stager.stage(state)
-        assert isinstance(staging, Future)
-        return staging
 
     def _complete(
         self,

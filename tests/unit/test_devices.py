@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from canvastune.checkpoint import resume
 from canvastune.checkpoint.load import read_model_config
-from canvastune.checkpoint.resume import Checkpoints, wait_for
+from canvastune.checkpoint.resume import wait_for
+from canvastune.checkpoint.staging import HostStager
 from canvastune.config import parse_config
 from canvastune.distributed import processes
 from canvastune.errors import UserError
@@ -209,11 +209,9 @@ def test_a_checkpoint_is_copied_into_pinned_memory_once_the_last_update_is_done(
 
     stream = SimpleNamespace(synchronize=lambda: events.append("updated"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(resume, "DefaultStager", Stager)
-    checkpoints = object.__new__(Checkpoints)
-    checkpoints._stager = None
+    stager = HostStager(Stager)
     state: Any = {"a": SimpleNamespace(is_cuda=cuda)}
     for _ in range(2):
-        checkpoints._stage(state)
+        stager.start(state)
     copy = ["updated", "copied"] if cuda else ["copied"]
     assert events == [(cuda, cuda), *copy, *copy], "pinned once, for all checkpoints"
