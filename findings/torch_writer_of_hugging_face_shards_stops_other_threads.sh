@@ -1,6 +1,6 @@
 # torch 2.13.0 and safetensors 0.8.0: `torch.distributed.checkpoint.async_save` with `HuggingFaceStorageWriter`, which takes a thread.
 # Expected: other threads run while it writes, as with `FileSystemWriter`; that is what an asynchronous save is for.
-# Seen: the thread holds the interpreter lock while it serializes a file in memory; another thread does not run for most of that file's time.
+# Seen: the thread holds the interpreter lock while it serializes a file in memory; no other thread runs meanwhile, a second or more for a GB.
 #   `safetensors.torch.save_file` releases the lock and makes no copy.
 # canvastune/checkpoint/shard_writer.py calls save_file instead.
 set -eu
@@ -45,7 +45,7 @@ for name, writer in (
     pause, seconds = longest_pause(writer)
     print(f"torch {torch.__version__}: {name} took {seconds:.2f} s; the other thread stood still for {pause:.2f} s at a time")
     shares[name] = pause / seconds
-if not (shares["HuggingFaceStorageWriter"] > 0.25 and shares["FileSystemWriter"] < 0.1):
+if not (shares["HuggingFaceStorageWriter"] > 0.1 and shares["FileSystemWriter"] < 0.05):
     raise SystemExit("changed: canvastune/checkpoint/shard_writer.py may go")
 PYTHON
 "$folder/venv/bin/python" "$folder/pauses.py" "$folder"
