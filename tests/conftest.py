@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,6 +41,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def text_logs() -> None:
     """Log to the standard streams, as programs do, so that `capsys` sees what a person would."""
     configure_logging()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _names_of_callers_alone() -> Iterator[None]:
+    """Kubeflow's compiler asks for the stack at every setting of a task, to name its caller in an
+    error. With the modules of all tests, `inspect.stack` takes seconds for each pipeline.
+    """
+
+    def stack() -> list[tuple[Any, ...]]:
+        frame = sys._getframe(1)
+        callers = [frame, frame.f_back]
+        return [(each, "", 0, each and each.f_code.co_name) for each in callers]
+
+    from kfp.dsl import pipeline_task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_task, "inspect", SimpleNamespace(stack=stack))
+        yield
 
 
 @pytest.fixture(scope="session")
