@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,6 +20,12 @@ _HUB_PAGE = re.compile(
     r"datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<at>[^/]+))?"
     r"(?:/(?:resolve|blob|raw|tree|viewer)/(?P<revision>[^/]+))?(?:/(?P<file>.+))?"
 )
+_NO_FILES = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _COPY = {
     "s3": "aws s3 cp {address} {name}",
     "gs": "gcloud storage cp {address} {name}",
@@ -60,8 +67,9 @@ def refuse_address(key: str, text: str) -> None:
 
 
 def refuse_missing(key: str, text: str, kind: str) -> None:
-    """Refuse the path of a local file or folder that does not exist, and a text that may be an id on
-    the Hub, where a local path differs by a slip: `workspace/tiny-bse` next to `workspace/tiny-base`.
+    """Refuse the path of a local file or folder that does not exist, or is a pipe, a socket or a
+    device; and a text that may be an id on the Hub, where a local path differs by a slip:
+    `workspace/tiny-bse` next to `workspace/tiny-base`.
 
     Args:
         key: of the recipe, for the message.
@@ -71,7 +79,16 @@ def refuse_missing(key: str, text: str, kind: str) -> None:
         UserError: with the nearest name that exists.
     """
     path = Path(text).expanduser()
-    if path.exists() or _ADDRESS.fullmatch(text):
+    if _ADDRESS.fullmatch(text):
+        return
+    if path.exists():
+        found = _NO_FILES.get(stat.S_IFMT(path.stat().st_mode))
+        if found is not None:
+            raise UserError(
+                f"{key}: {text}: found {found}, expected a file or folder, which is read more than"
+                " once",
+                hint="Write its content to a file first, such as rows.jsonl, and name that file.",
+            )
         return
     if path.is_symlink():
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,24 @@ def to_json_text(tree: Any, *, indent: int | None = None, ensure_ascii: bool = T
 def write_json(path: Path, tree: Any, *, indent: int | None = 2, ensure_ascii: bool = True) -> None:
     """Write a tree as JSON, completely or not at all. Raises: OSError."""
     replace_text(path, to_json_text(tree, indent=indent, ensure_ascii=ensure_ascii))
+
+
+class RepeatedKeyError(ValueError):
+    """An object in JSON text has a key twice, of which Python would keep the last value."""
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object with these keys and values, for `object_pairs_hook` of a JSON decoder.
+
+    Raises:
+        RepeatedKeyError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"key {repeated!r} appears twice in one object")
+    return found
 
 
 def read_json_lines(path: Path) -> list[Any]:

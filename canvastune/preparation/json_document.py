@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from canvastune.errors import UserError, one_line
+from canvastune.io.json_text import RepeatedKeyError, unique_keys
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _TURN_KEYS = frozenset({"role", "from"})  # an object with one of them is a turn, not a row
+
+_PLAIN, _STRICT = json.JSONDecoder(), json.JSONDecoder(object_pairs_hook=unique_keys)
 
 Streams = Callable[[], AbstractContextManager[BinaryIO]]
 
@@ -30,13 +33,18 @@ class ReadLimits:
     window: int = 2**18  # characters of a JSON document read at a time
 
 
+class _InvalidValue(dict[str, Any]):
+    """Stands for a value that is JSON, but has an object in which a key appears twice."""
+
+    problem = ""
+
+
 class _JsonText:
     """A JSON text decoded incrementally from a window that moves over it."""
 
     def __init__(self, stream: BinaryIO, limits: ReadLimits) -> None:
         self._limits = limits
         self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        self._decode = json.JSONDecoder().raw_decode
         self._window = ""
         self._at = 0
         self._at_end = False  # the window reaches the end of the text
@@ -58,13 +66,15 @@ class _JsonText:
     def value(self) -> Any:
         """Consume the next JSON value.
 
+        An object with a repeated key, or a list with one, is an `_InvalidValue`.
+
         Raises:
             ValueError: it is not JSON, or longer than a row may be.
         """
         self.peek()
         while True:
             try:
-                value, end = self._decode(self._window, self._at)
+                value, end = self._decode()
                 # Else a number may continue after the window.
                 if end < len(self._window) or self._at_end:
                     self._at = end
@@ -79,6 +89,15 @@ class _JsonText:
                         f"longer than {self._limits.row // 2**20} MiB, or an open string or bracket"
                     ) from None
             self._grow(max(self._limits.window, len(self._window) - self._at))
+
+    def _decode(self) -> tuple[Any, int]:
+        """Return the value at the current place of the window, and where it ends."""
+        try:
+            return _STRICT.raw_decode(self._window, self._at)
+        except RepeatedKeyError as error:
+            value = _InvalidValue()
+            value.problem = str(error)
+            return value, _PLAIN.raw_decode(self._window, self._at)[1]
 
     def _grow(self, characters: int) -> None:
         more = self._text.read(characters)
@@ -100,8 +119,8 @@ class _Member:
 
 def read_document(
     file: str, streams: Streams, limits: ReadLimits
-) -> Iterator[tuple[int, Any, None]]:
-    """Read the rows of a JSON document, numbered from 1.
+) -> Iterator[tuple[int, Any, str | None]]:
+    """Read the rows of a JSON document, numbered from 1, each with why it cannot be used or None.
 
     Args:
         file: its name, for messages.
@@ -130,13 +149,20 @@ def read_document(
         if members[columns[0]].all_objects and len(columns) == 1:
             yield from _numbered(read[0])
             return
-        yield from _numbered(
-            dict(zip(columns, row, strict=True)) for row in zip(*read, strict=True)
-        )
+        yield from _numbered(_row(columns, cells) for cells in zip(*read, strict=True))
 
 
-def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any, None]]:
-    return ((number, value, None) for number, value in enumerate(values, 1))
+def _numbered(values: Iterator[Any]) -> Iterator[tuple[int, Any, str | None]]:
+    for number, value in enumerate(values, 1):
+        if isinstance(value, _InvalidValue):
+            yield number, None, value.problem
+        else:
+            yield number, value, None
+
+
+def _row(columns: list[str], cells: tuple[Any, ...]) -> dict[str, Any]:
+    invalid = [cell for cell in cells if isinstance(cell, _InvalidValue)]
+    return invalid[0] if invalid else dict(zip(columns, cells, strict=True))
 
 
 def _elements(file: str, text: _JsonText) -> Iterator[Any]:

@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from canvastune.errors import UserError, one_line
+from canvastune.io.json_text import RepeatedKeyError, unique_keys
 from canvastune.preparation.json_document import ReadLimits, read_document
 from canvastune.preparation.tables import read_delimited, read_ipc, read_parquet
 
 # A row's number, its value, and why it cannot be read (then the value is None) or None.
 Found = tuple[int, Any, str | None]
 
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -159,11 +161,13 @@ def _read_lines(file: str, stream: BinaryIO, max_row: int) -> Iterator[Found]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8")), None
+            yield number, _decode(line.decode("utf-8")), None
         except UnicodeDecodeError as error:
             byte, at = line[error.start], error.start + 1
             yield number, None, f"not UTF-8: byte 0x{byte:02x} at position {at} of the line"
         except RecursionError:
             yield number, None, "not JSON: nested too deeply"
+        except RepeatedKeyError as error:
+            yield number, None, str(error)
         except ValueError as error:
             yield number, None, f"not JSON: {one_line(error)}"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from canvastune.io.json_text import RepeatedKeyError, unique_keys
 from canvastune.preparation.conversation import InvalidRow
 
 _DEEPEST = 64  # levels of arguments: a template renders them recursively
@@ -59,7 +60,9 @@ def check_value(value: Any, where: str, depth: int = 0) -> None:
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON text in a row. Raises: InvalidRow."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise InvalidRow(f"{where}: {error}") from None
     except (ValueError, RecursionError):
         raise InvalidRow(f"{where}: not JSON: {text[:40]!r}") from None
 

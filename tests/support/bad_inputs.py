@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ def data_folder(*names: str) -> Break:
         ground.write(data_source=str(ground.folder / "rows"))
 
     return write
+
+
+def pipe(ground: Ground) -> None:
+    """The data are a named pipe, as `mkfifo` makes it; nothing writes to it."""
+    os.mkfifo(ground.folder / "rows.jsonl")
+    ground.write(data_source=str(ground.folder / "rows.jsonl"))
 
 
 def unreadable(ground: Ground) -> None:

@@ -26,6 +26,7 @@ from tests.support.bad_inputs import (
     model,
     other_tokenizer,
     output,
+    pipe,
     recipe,
     said,
     setting,
@@ -323,6 +324,28 @@ DATA: dict[str, Case] = {
         lines({"messages": "user: x"}),
         ("row 1", "'messages'", "a str", "or remove"),
     ),
+    "a key that one object has twice": (
+        data("rows.jsonl", b'{"question": "q", "answer": "a", "answer": "b"}\n' + LINES),
+        ("rows.jsonl: row 1", "key 'answer' appears twice", "data.max_bad_row_fraction"),
+    ),
+    "such a key inside of a turn": (
+        data("rows.jsonl", b'{"messages": [{"role": "user", "role": "system"}]}'),
+        ("row 1", "key 'role' appears twice", "or remove"),
+    ),
+    "such a key in an array": (
+        data("rows.json", b'[{"question": "q", "question": "r", "answer": "a"}]'),
+        ("rows.json: row 1", "key 'question' appears twice", "or remove"),
+    ),
+    "such a key in the JSON text of a call": (
+        talk(
+            said("user", "x"),
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "f", "arguments": '{"city": "A", "city": "B"}'}],
+            },
+        ),
+        ("row 1", "key 'city' appears twice", "or remove"),
+    ),
     "repeats above the threshold": (
         lines(*GOOD[:4] * 5),
         ("16 of 20 rows", "row 5", "data.max_duplicate_fraction"),
@@ -332,6 +355,11 @@ DATA: dict[str, Case] = {
         ("the 1 rows", "raise data.seq_length"),
     ),
     "a single row": (lines(PAIR), ("rows.jsonl", "validation", "more rows")),
+    "a named pipe": (pipe, ("data.source", "rows.jsonl: found a pipe", "to a file")),
+    "a device": (
+        setting("data.source=/dev/null"),
+        ("data.source", "/dev/null: found a device", "to a file"),
+    ),
     "a folder that mixes splits": (
         data_folder("train.jsonl", "test.jsonl"),
         ("train.jsonl", "mixes splits", "one file"),
@@ -350,6 +378,10 @@ MODELS: dict[str, Case] = {
     "a model that is not there": (
         setting("model.id=./nowhere"),
         ("model.id", "./nowhere", "no such"),
+    ),
+    "a device as the model": (
+        setting("model.id=/dev/null"),
+        ("model.id", "/dev/null: found a device"),
     ),
     "a model without its config": (
         without("config.json"),

@@ -287,6 +287,16 @@ def test_a_path_that_is_not_there_is_refused_before_a_run_begins(
     assert not workspace.exists(), "something was left behind"
 
 
+def test_a_pipe_is_refused_before_a_run_begins(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    command = ["run", RECIPE, "--workspace", str(workspace)]
+    assert main([*command, "--set", f"data.source={tmp_path / 'rows.jsonl'}"]) == 1
+    assert "rows.jsonl: found a pipe" in capsys.readouterr().err
+    assert not workspace.exists()
+
+
 @pytest.mark.parametrize("recipe", ["tiny_lora", "tiny_support"])
 def test_what_the_demo_makes_is_not_looked_for_on_the_hub(
     recipe: str,
