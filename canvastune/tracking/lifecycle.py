@@ -93,14 +93,15 @@ class StepRun:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Log the finite numbers of a mapping, as `group/name`."""
-        self.show("metrics", _timed(values))
+        self.show("metrics", _timed(values, self._shown("metrics")))
 
     def summary(self, values: Mapping[str, Any], dataset: Path) -> None:
         """Log the figures that pipeline runs and models are compared by, with the prepared data."""
         if self.pipeline_run:
             about = _dataset_fields(self.pipeline_run.config, dataset, "training")
             of = {f"dataset_{name}": about[name] for name in ("name", "digest")}
-            self.show("run/summary", {"values": _timed(values), "dataset": of})
+            known = self._shown("run/summary").get("values", {})
+            self.show("run/summary", {"values": _timed(values, known), "dataset": of})
 
     def curves(self, metrics_file: Path) -> None:
         """Send what the run lacks of metrics.jsonl; the pipeline run gets the curves as well."""
@@ -205,6 +206,13 @@ class StepRun:
             record.shows[name] = {**record.shows.get(name, {}), **value}
 
         self._update(name.rpartition("/")[2], change)
+
+    def _shown(self, name: str) -> dict[str, Any]:
+        """Return what an earlier call or attempt has recorded to be shown."""
+        if self.pipeline_run is None:
+            return {}
+        records = steps.read_records(self.pipeline_run.folder, self.pipeline_run.job)
+        return records.steps[self._step].shows.get(name, {}) if self._step in records.steps else {}
 
     def _update(self, what: str, change: Callable[[StepRecord], None]) -> None:
         if self.pipeline_run:
@@ -335,9 +343,19 @@ def training_run(run: PipelineRun) -> FindRun:
     return lambda client: ids.find(client, "train", started)
 
 
-def _timed(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Return the finite numbers with the time at which they were logged, in Unix seconds."""
-    return {name: (value, time.time()) for name, value in numbers(values).items()}
+def _timed(
+    values: Mapping[str, Any], known: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, float]]:
+    """Return the finite numbers with the time at which they were logged, in Unix seconds.
+
+    MLflow shows the value with the latest time: a value is later than the known one that it replaces,
+    even if the clock has gone back.
+    """
+    now = time.time()
+    return {
+        name: (value, max(now, known[name][1] + 0.01) if name in known else now)
+        for name, value in numbers(values).items()
+    }
 
 
 def _copy_files(source: Path, target: Path) -> Path:
