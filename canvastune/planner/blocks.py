@@ -29,6 +29,7 @@ class Answers:
     prefix: int  # mean tokens before an answer
     held_out: int  # rows of the validation split
     measured: bool  # False: assumed, each fills `data.seq_length`
+    trained: int = 0  # rows of the training split; 0: unknown
 
     @property
     def most(self) -> int:
@@ -53,7 +54,7 @@ class Answers:
             card = json.loads(path.read_text(encoding="utf-8"))
             rows = {int(blocks): count for blocks, count in card["block_histogram"].items()}
             found, prefix = card["canvas_length"], round(card["prefix_tokens"]["mean"])
-            held_out = int(card["validation"])
+            held_out, trained = int(card["validation"]), int(card["train"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{path}: found no data card ({error}), expected the folder of a prepared data set",
@@ -64,7 +65,7 @@ class Answers:
                 f"{path}: canvas_length is {found}, expected the model's {canvas}",
                 hint="Prepare the data with this recipe's model.",
             )
-        return cls(rows, prefix, held_out, measured=True)
+        return cls(rows, prefix, held_out, measured=True, trained=trained)
 
 
 def _held_out(config: RunConfig) -> int:

@@ -119,7 +119,7 @@ def make_plan(
     plan = Plan(
         name=config.name,
         model=config.model.id,
-        notes=tuple(_notes(config, model, accelerator)),
+        notes=tuple(_notes(config, model, accelerator, answers)),
         method=config.train.method,
         precision=config.train.precision,
         accelerator=accelerator.title,
@@ -263,7 +263,9 @@ def write_plan(plan: Plan, config: RunConfig, out: Path) -> None:
         write_provenance(partial, "plan", config, {})
 
 
-def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator[str]:
+def _notes(
+    config: RunConfig, model: Path, accelerator: Accelerator, answers: Answers
+) -> Iterator[str]:
     if model == SHIPPED_CONFIG:
         yield (
             "config.json is not available from the Hub, so the plan uses the copy that ships with"
@@ -284,10 +286,24 @@ def _notes(config: RunConfig, model: Path, accelerator: Accelerator) -> Iterator
             f"hardware.gpu_memory is {memory:g} GB; an {accelerator.title} has"
             f" {accelerator.memory:g} GB."
         )
+    yield _epochs(config, answers)
+
+
+def _epochs(config: RunConfig, answers: Answers) -> str:
+    """Say how often the steps see each row of the data, or how to know it."""
+    seen = config.train.steps * config.train.global_batch_size
+    said = f"All steps see {seen:,} examples"
+    rows, of = answers.trained, "prepared examples"
     file = Path(config.data.source or "").expanduser()
-    if file.suffix == ".jsonl" and file.is_file() and file.stat().st_size <= _COUNTED_BYTES:
+    if (
+        not rows
+        and file.suffix == ".jsonl"
+        and file.is_file()
+        and file.stat().st_size <= _COUNTED_BYTES
+    ):
+        of = "rows of data.source"
         with file.open("rb") as lines:
             rows = sum(not line.isspace() for line in lines)
-        seen = config.train.steps * config.train.global_batch_size
-        if rows:
-            yield f"All steps see {seen:,} examples: {seen / rows:.3g} x the {rows:,} rows of data.source."
+    if not rows:
+        return f"{said}. For epochs, pass the folder of prepared data: --data DIR."
+    return f"{said}: {seen / rows:.3g} x the {rows:,} {of}."

@@ -206,6 +206,7 @@ def write_card(folder: Path, held_out: int) -> None:
     card = {
         "canvas_length": 256,
         "validation": held_out,
+        "train": 6_000,
         "block_histogram": {"1": 7_000},
         "prefix_tokens": {"mean": 110.0},
     }

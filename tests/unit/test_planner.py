@@ -342,19 +342,22 @@ def test_the_most_blocks_fit_and_one_more_does_not() -> None:
     assert re.search(rf"\(objective\.blocks\): {most}\b", render(plan))
 
 
-def test_a_plan_says_how_often_the_steps_see_each_row_of_a_local_file(tmp_path: Path) -> None:
+def test_a_plan_says_how_often_the_steps_see_each_row_or_how_to_know_it(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}')
     settings = ("train.steps=6", "train.global_batch_size=8")
     plan = released("gsm8k_lora", f"data.source={tmp_path / 'rows.jsonl'}", *settings)
     (note,) = [each for each in plan.notes if "data.source" in each]
     assert re.findall(r" ([\d.]+) ", note) == ["48", "16", "3"]
-    assert not any("data.source" in each for each in released("gsm8k_lora", *settings).notes)
+    on_the_hub = released("gsm8k_lora", *settings).notes
+    assert not any("data.source" in each for each in on_the_hub)
+    assert any("48 examples" in each and "--data DIR" in each for each in on_the_hub)
 
 
 def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None:
     card = {
         "canvas_length": 256,
         "validation": 149,
+        "train": 4800,
         "block_histogram": {"1": 30, "3": 10},
         "prefix_tokens": {"mean": 128.4},
     }
@@ -365,6 +368,8 @@ def test_the_data_card_decides_what_blocks_cost_and_give(tmp_path: Path) -> None
     assert [cost.scored_tokens for cost in plan.block_costs] == [
         8 * 256 * mean for mean in (1, 1.25, 1.5)
     ]
+    seen = recipe("gsm8k_lora").train.steps * plan.global_batch_size
+    assert f"{seen / 4800:.3g} x the 4,800 prepared examples" in render(plan)
     assert re.search(r"\b1\.5 blocks of 256 tokens\D+\b3\b\D+\b25% ", render(plan))
     (tmp_path / "card.json").write_text(json.dumps(card | {"canvas_length": 16}), encoding="utf-8")
     with pytest.raises(UserError, match=r"canvas_length is 16\b.* 256"):
