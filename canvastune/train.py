@@ -28,6 +28,10 @@ from canvastune.training.trainer import export_path
 
 logger = logging.getLogger("canvastune")  # not __name__, which is __main__ here
 
+_RANK_LOST = (
+    "Repeat the command to resume from the newest checkpoint; if memory was short, with a lower "
+    "train.micro_batch_size."
+)
 _EPILOG = """examples:
   torchrun --standalone --nproc-per-node=8 -m canvastune.train \\
       -c pipelines/recipes/gsm8k_lora.yaml --output runs/gsm8k
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except RankLostError as error:
         if error.args[0] is not None:  # only on the lowest surviving rank
-            log_error(UserError(str(error)))
+            log_error(UserError(str(error), hint=_RANK_LOST))
         exit_without_cleanup(1)
     except OSError as error:
         full = disk_full(error, options.output)

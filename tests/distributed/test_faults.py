@@ -120,6 +120,7 @@ def test_a_dead_rank_ends_the_run_and_is_named(ground: Path, tmp_path: Path) -> 
     assert len(errors) == 1, said
     assert "rank 1 died" in errors[0]
     assert "killed" in errors[0]
+    assert "train.micro_batch_size" in said.splitlines()[said.splitlines().index(errors[0]) + 1]
 
 
 def test_the_last_error_of_a_rank_is_told_by_the_others(ground: Path, tmp_path: Path) -> None:
