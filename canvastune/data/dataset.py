@@ -102,6 +102,10 @@ class TrainingDataset:
         """
         return [self._example(self._train[self._row(position)]) for position in positions]
 
+    def train_origins(self, positions: Iterable[int]) -> list[str]:
+        """Return file and row from which each example at these positions was read: `rows.jsonl:12`."""
+        return [str(self._train[self._row(position)]["origin"]) for position in positions]
+
     def train_draws(self, example: Example, position: int) -> tuple[NoiseSample, ...]:
         """Draw blocks, and the noise of each, of an example at a position of the stream."""
         return training_block_draws(

@@ -131,7 +131,8 @@ def _read_rows(file: Path, config: RunConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or does not say which source a row is from.
     """
-    kept = ("id", "source", "columns", "prompt", "reference", "reference_tokens", *SIDES, "repeats")
+    about = ("id", "source", "origin", "columns", "prompt", "reference", "reference_tokens")
+    kept = (*about, *SIDES, "repeats")
     hint = "Use the folder of a run whose evaluation has finished."
     try:
         lines = read_json_lines(file)

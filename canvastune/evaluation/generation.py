@@ -48,6 +48,7 @@ class Question:
     reference_tokens: int = 0  # of the prepared response, which `data.seq_length` may have cut
     source: str | None = None  # of a mixture, as the recipe names it; None: there is one source
     columns: Mapping[str, str] = field(default_factory=dict)  # values of evaluate.slices
+    origin: str = ""  # file and row that it was read from: `rows.jsonl:12`
 
 
 def select_questions(
@@ -78,6 +79,7 @@ def select_questions(
             reference_tokens=len(row["input_ids"]) - row["prefix_length"],
             source=sources.get(row["id"]),
             columns=values.get(row["id"], {}),
+            origin=row["origin"],
         )
         for row in rows
     ]

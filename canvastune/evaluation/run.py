@@ -320,6 +320,7 @@ def _answer_row(
     return {
         "id": question.id,
         "source": question.source or config.data.source,
+        "origin": question.origin,
         **({"columns": dict(question.columns)} if question.columns else {}),
         "prompt": question.text,
         "reference": question.reference,

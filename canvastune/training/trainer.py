@@ -54,6 +54,7 @@ class TrainState:
     not_better: int = 0  # validations in a row that were not below `best`
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
+    tokens: int = 0  # of all steps
 
 
 class Trainer:
@@ -148,8 +149,8 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Train one step on the next global batch; return its record for metrics.jsonl.
 
-        If the loss or its gradient is not finite, no weight changes, and the record holds the
-        offending `examples`.
+        If the loss or its gradient is not finite, no weight changes, and `examples` of the record
+        has file and row of each of the offending ones.
         """
         started = time.perf_counter()
         batch_size = self.config.train.global_batch_size
@@ -178,6 +179,7 @@ class Trainer:
             [totals / counts[:2], counts[2:], gradient_norm[None]]
         ).tolist()
         self.progress.step += 1
+        self.progress.tokens += int(tokens)
         rate = learning_rate(self.config.optimizer, self.progress.step, self.config.train.steps)
         record: dict[str, Any] = {
             "loss": diffusion_loss + encoder_weight * autoregressive_loss,
@@ -199,6 +201,8 @@ class Trainer:
         return record | {
             "seconds": seconds,
             "tokens": int(tokens),
+            "tokens_seen": self.progress.tokens,  # axes for runs whose steps differ in size
+            "epoch": self.progress.step * batch_size / len(self.data),
             "tokens_per_second": tokens / seconds,
             "tflops": of_a_rank / 1e12,  # only work that the losses need, per rank
             **({"mfu": of_a_rank / self.peak_flops} if self.peak_flops else {}),
@@ -391,7 +395,7 @@ class Trainer:
         self.progress.skipped_in_a_row += 1
         found = (
             f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, "
-            f"on examples {', '.join(record['examples'])}"
+            f"on rows {', '.join(record['examples'])}"
         )
         self._report_event("skipped_step", found)
         allowed, in_a_row = self.config.train.max_skipped_steps, self.progress.skipped_in_a_row
@@ -400,7 +404,7 @@ class Trainer:
                 f"step {self.progress.step}: loss or gradient is not finite, as in "
                 f"{in_a_row - 1} steps before it (train.max_skipped_steps: {allowed}): {found}",
                 hint=(
-                    "Inspect these examples, or lower optimizer.lr; the last checkpoint is intact."
+                    "Inspect these rows, or lower optimizer.lr; the last checkpoint is intact."
                     if self.progress.skipped < self.progress.step
                     else "No step was finite, and none changed a weight: check the base model's "
                     "own weights, and whether they need train.precision=float32."
@@ -408,7 +412,7 @@ class Trainer:
             )
 
     def _offending(self, first: int, sums: torch.Tensor) -> list[str]:
-        """Return the ids of the examples in the micro-batches whose loss is not finite.
+        """Return file and row of the examples in the micro-batches whose loss is not finite.
 
         All, if only the gradient is not.
         """
@@ -419,7 +423,7 @@ class Trainer:
             {position for found in gather_results(lambda: own) for position in found}
         )
         everyone = list(range(first, first + self.config.train.global_batch_size))
-        return [example.id for example in self.data.train_examples(positions or everyone)]
+        return self.data.train_origins(positions or everyone)
 
     def _validate(self) -> bool:
         record = self.validate()

@@ -1,5 +1,5 @@
-"""A small training run as its user starts it: torchrun, a recipe, a prepared data set, and what it
-leaves behind.
+"""A small training run as its user starts it: torchrun, a recipe, a prepared data set, and the
+files that it writes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def make_ground(folder: Path) -> Path:
                     "prefix_length": prefix,
                     "complete": True,
                     "id": f"{offset + index}",
+                    "origin": f"rows.jsonl:{offset + index + 1}",
                 }
             )
         return Dataset.from_list(made)

@@ -103,9 +103,11 @@ def test_every_answer_is_listed_with_its_question_and_reference(
         row = held_out[answer["id"]]
         assert answer["prompt"] == json.loads(row["prompt"])[-1]["content"]
         assert answer["reference"] == row["answer"]
+        assert answer["origin"] == row["origin"]
         assert answer.keys() == {
             "id",
             "source",
+            "origin",
             "prompt",
             "reference",
             "reference_tokens",

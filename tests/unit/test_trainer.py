@@ -169,10 +169,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
     data = TrainingDataset(ground / "data", **sizes, seed=recipe.seed, objective=recipe.objective)
     # Step 2 is positions 8 to 15, in micro-batches of two: rank 1's second one.
     shares = data.balance_microbatches(range(8, 16), 2, 2)
-    culprits = [
-        example.id for example in data.train_examples(part.position for part in shares[1][1])
-    ]
-    assert f"on examples {', '.join(culprits)}" in told[0]["detail"]
+    culprits = data.train_origins(part.position for part in shares[1][1])
+    assert f"on rows {', '.join(culprits)}" in told[0]["detail"]
+    assert all(re.fullmatch(r"\S+:\d+", row) for row in culprits), "not a file's rows"
 
 
 def validated(trainer: Trainer, by_step: dict[int, float]) -> Trainer:
