@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,10 +17,43 @@ from canvastune.tracking import read_metrics, run_page, tracking_uri
 from canvastune.tracking.client import connect
 from canvastune.tracking.steps import PIPELINE_STEPS, read_records
 from components.run_directory import pipeline_run, read_record, workspace_of
+from components.run_list import read_run
 
 MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 PIPELINE_URL = "canvastune.pipeline_url"  # the tag with the run's address in Kubeflow
 MAX_COMPARED = 5  # runs whose lines are distinguishable, in addition to the run itself
+
+
+def find_run_folder(run: str, workspace: Path) -> Path:
+    """Return the folder of a run that is named by its folder, or by its name in a workspace.
+
+    Raises:
+        UserError: no such run, with the nearest name.
+    """
+    runs = workspace / "runs"
+    for folder in (Path(run), runs / run):
+        if folder.is_dir():
+            return folder
+    names = [folder.name for folder in runs.iterdir()] if runs.is_dir() else []
+    near = difflib.get_close_matches(Path(run).name, names, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "List the runs: canvastune runs."
+    raise UserError(f"{run}: found no such folder, and no run of this name in {runs}", hint=hint)
+
+
+def tuned_model(folder: Path) -> Path:
+    """Return the folder of a run's tuned model.
+
+    Raises:
+        UserError: no run, or one without its model, with its state and what to do.
+    """
+    model = find_run(folder).model
+    if model is not None and (model / "config.json").is_file():
+        return model
+    run = read_run(folder, sizes=False)
+    hint = "Use the folder of a finished pipeline run whose model is still there."
+    if run.state != "finished" and run.command:
+        hint = f"Resume it: {run.command}."
+    raise UserError(f"{folder}: found no tuned model: the run is {run.progress}", hint=hint)
 
 
 def find_run(folder: Path) -> RunArtifacts:

@@ -51,6 +51,13 @@ class RunInfo:
     directory: str = ""  # in which that was typed
     open_in_mlflow: bool = False  # it ended without a word, and counts as running there
 
+    @property
+    def progress(self) -> str:
+        """Its state and how far it is: `interrupted in train, step 3 of 10`."""
+        where = f" in {self.where}" if self.where else ""
+        steps = f", step {self.step} of {self.steps}" if self.step is not None else ""
+        return f"{self.state}{where}{steps}"
+
 
 def list_runs(workspace: Path, *, sizes: bool = True) -> list[RunInfo]:
     """Return the runs of a workspace, the newest last.

@@ -174,6 +174,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(again(options.run, options.set, options.output))
 
 
+def _ask(options: argparse.Namespace) -> None:
+    from pipelines.ask import ask
+
+    ask(
+        options.run,
+        options.questions,
+        options.workspace,
+        settings=options.set,
+        system=options.system,
+        base=options.base,
+    )
+
+
 def _runs(options: argparse.Namespace) -> None:
     from pipelines.runs import remove_runs, show_runs
 
@@ -310,6 +323,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "merge": _merge,
     "serve": _serve,
     "evaluate": _evaluate,
+    "ask": _ask,
     "runs": _runs,
     "sync": _sync,
     "compile": _compile,

@@ -27,6 +27,7 @@ from canvastune.errors import UserError
 from canvastune.evaluation.result import VERDICTS, EvaluationResult
 from canvastune.logging import event, json_requested
 from canvastune.report.formatting import loss
+from canvastune.report.next_action import ask_command
 from canvastune.report.summary import RunSummary
 from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect, database_file
@@ -372,9 +373,7 @@ def _choose_folder(
 
 
 def _describe(run: RunInfo) -> str:
-    where = f" in {run.where}" if run.where else ""
-    steps = f", step {run.step} of {run.steps}" if run.step is not None else ""
-    return f"{run.name}, {run.state}{where}{steps}"
+    return f"{run.name}, {run.progress}"
 
 
 def _with_name(start: Sequence[str], name: str) -> str:
@@ -407,6 +406,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         "verdict": "none: no row was scored",
         "report": _relative(folder / "report" / "report.html"),
         "tuned model": _relative(model),
+        "try it": ask_command(_relative(folder)),
         "MLflow": str(connect(uri)),
     }
     run = pipeline_run(config, folder, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from canvastune import __version__
@@ -17,9 +17,21 @@ as one pipeline."""
 _HELP = Path(__file__).with_name("help")  # notes, examples and exit codes, a file per command
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes the questions of `ask` anywhere: argparse only takes those directly after the run."""
+
+    def parse_known_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        options, rest = super().parse_known_args(args, namespace)
+        if hasattr(options, "questions") and not any(word.startswith("-") for word in rest):
+            options.questions, rest = [*options.questions, *rest], []
+        return options, rest
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `canvastune`; the parsed `command` is the name of the command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "canvastune",
         description=_DESCRIPTION,
         epilog=_epilog("canvastune"),
@@ -132,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         add("evaluate", "evaluate a finished run again, without training", logs),
     )
+    _add_ask_options(add("ask", "ask the tuned model of a run questions, on this machine"))
     _add_runs_options(add("runs", "list the runs of a workspace, or remove some"))
     _add_run(add("sync", "upload what MLflow missed of a run while MLflow was down"))
     compiling = add("compile", "write the pipeline for Kubeflow")
@@ -161,8 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor_options(
         add("doctor", "list what is missing for a run on this machine, in the order to fix it")
     )
-    completion = add("completion", "print a shell completion script for bash or zsh")
-    completion.add_argument("shell", choices=("bash", "zsh"))
+    add("completion", "print a shell completion script for bash or zsh").add_argument(
+        "shell", choices=("bash", "zsh")
+    )
     tiny = add("make-tiny-model", "write a small random DiffusionGemma, in the Hub's format")
     tiny.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     return parser
@@ -300,6 +314,23 @@ def _add_evaluate_options(
         metavar="DIR",
         help="a new folder (default: RUN/evaluation-2, or the next number; RUN/sweep)",
     )
+
+
+def _add_ask_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", metavar="RUN", help="its name, or its folder, such as workspace/runs/rank16"
+    )
+    parser.add_argument(
+        "questions", nargs="*", metavar="QUESTION", help="(default: the lines of standard input)"
+    )
+    parser.add_argument(
+        "--base", action="store_true", help="print the base model's answers too, for comparison"
+    )
+    parser.add_argument(
+        "--system", default="", metavar="TEXT", help="a system message before each question"
+    )
+    _add_set_option(parser)
+    _add_workspace_option(parser)
 
 
 def _add_runs_options(parser: argparse.ArgumentParser) -> None:

@@ -175,7 +175,7 @@ PHRASES = (
     Rule(r"(?:is|are|was|were|while|stays?) away", "is unreachable", "of a server"),
     Rule(r"what for", "why / the purpose", ""),
     Rule(r"at night", "troubleshooting / for on-call engineers", "name the task"),
-    Rule(r"what (?:it|they) left behind", "what is in the folder", "name the place"),
+    Rule(r"what (?:it|they) (?:left|leaves?) behind", "what is in the folder", "name the place"),
     Rule(r"can do something", "was trained / works", "say what it does"),
     Rule(rf"{_BE} (?:not )?at hand", "was found / is available", "of a file"),
     Rule(r"what made it", "provenance", "the field's word"),

@@ -247,6 +247,7 @@ def write_evaluation(
                 ),
                 "after": truth if right_after else wrong,
                 "source": "problems.jsonl",
+                "origin": f"problems.jsonl:{row + 1}",
                 "reference_tokens": 24,
                 **(judged if scored else dict.fromkeys(judged)),
             }

@@ -50,7 +50,14 @@ class ChatModel:
     def answer(
         self, chats: Sequence[Sequence[Mapping[str, Any]]], *, seed: int, max_new_tokens: int
     ) -> list[str]:
-        """Answer the last message of each chat.
+        """Return the texts of `generate`."""
+        answers = self.generate(chats, seed=seed, max_new_tokens=max_new_tokens)
+        return [answer["text"] for answer in answers]
+
+    def generate(
+        self, chats: Sequence[Sequence[Mapping[str, Any]]], *, seed: int, max_new_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Answer the last message of each chat; return the answers as `generate_answers` has them.
 
         An answer depends on its chat and the seed, not on what is asked with it.
 
@@ -63,7 +70,7 @@ class ChatModel:
         questions = {question.id: question for question in map(self._question, chats)}
         how = replace(self._how, max_new_tokens=max_new_tokens)
         given = (list(questions.values()), self._tokenizer, how, seed, self._rows, ())
-        answers = {name: answer["text"] for name, answer in generate_answers(self._model, *given)}
+        answers = dict(generate_answers(self._model, *given))
         return [answers[self._question(chat).id] for chat in chats]
 
     def _question(self, chat: Sequence[Mapping[str, Any]]) -> Question:

@@ -38,7 +38,7 @@ from canvastune.report.comparison import (
 )
 from canvastune.report.denoising_trace import read_denoising_trace
 from canvastune.report.formatting import mark_differences
-from canvastune.report.next_action import Action, next_action
+from canvastune.report.next_action import Action, ask_command, next_action
 from canvastune.report.summary import (
     LAST_STEPS,
     Cost,
@@ -158,6 +158,7 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "pages": [page for page in run.pages if page[1].startswith(("http://", "https://"))],
         "folder": run.folder,
         "model": run.model,
+        "try_it": ask_command(run.folder) if run.folder and evaluation else "",
         "action": _next_action(run, evaluation, proof, card or {}),
         "evaluation": evaluation,
         "direction": direction(evaluation) if evaluation else None,

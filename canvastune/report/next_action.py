@@ -24,6 +24,11 @@ class Action:
     command: str = ""
 
 
+def ask_command(folder: Path | str) -> str:
+    """Return the command that asks the tuned model of a run a question."""
+    return f'canvastune ask {_quote(folder)} "your question"'
+
+
 def next_action(
     config: RunConfig,
     evaluation: EvaluationResult | None,
@@ -119,5 +124,5 @@ def _part(part: Slice) -> str:
     return f"answers of {part.name}" if part.by == "length" else part.name
 
 
-def _quote(path: Path) -> str:
+def _quote(path: Path | str) -> str:
     return shlex.quote(str(path))

@@ -17,7 +17,7 @@ from canvastune.errors import UserError
 from canvastune.evaluation.again import changes_answers, judge_again
 from canvastune.evaluation.figures import describe_slices, summarize
 from canvastune.report.summary import RunArtifacts, read_json
-from components.earlier_runs import find_run
+from components.earlier_runs import find_run, tuned_model
 from components.run_directory import BASE_RESULTS
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def evaluate_again(folder: Path, settings: Sequence[str], out: Path | None = Non
     # Here, as these take seconds to import.
     from components.evaluate.step import evaluate_here
 
-    tuned = _tuned(folder, config)
+    tuned = tuned_model(folder)
     with _prepared(run, config) as dataset:
         evaluate_here(config, dataset, tuned, out, kept)
     return out
@@ -68,7 +68,7 @@ def sweep_again(folder: Path, settings: Sequence[str], out: Path | None = None) 
 
     run, config = _read(folder, settings)
     changes_answers(run.config, config)  # refuses other settings than evaluate.*
-    out, tuned = out or folder / "sweep", _tuned(folder, config)
+    out, tuned = out or folder / "sweep", tuned_model(folder)
     with _prepared(run, config) as dataset:
         sweep_here(config, dataset, tuned, out)
     label, points = read_sweep(out)
@@ -97,16 +97,6 @@ def _card(run: RunArtifacts) -> dict[str, Any]:
             hint="Use the folder of a pipeline run that has finished.",
         )
     return read_json(run.data / "card.json")
-
-
-def _tuned(folder: Path, config: RunConfig) -> Path:
-    path = folder / ("model" if config.train.method == "lora" else "train/model")
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path}: no model found, which has to answer again",
-            hint="Use the folder of a finished pipeline run whose model is still there.",
-        )
-    return path
 
 
 @contextlib.contextmanager

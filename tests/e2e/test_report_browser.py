@@ -8,15 +8,17 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright import sync_api
 
+from canvastune.evaluation.result import EvaluationResult, Slice
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts
-from tools.report_sample import sample_config, sample_run, write_metrics
+from tools.report_sample import sample_config, sample_run, write_evaluation, write_metrics
 
 _CHROMIUM = shutil.which("chromium")
 _FLAGS = (
@@ -95,14 +97,23 @@ class _Tab:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the report of a run of 300 steps and four others, one of them with a hostile name."""
+    """Write the report of a run of 300 steps and four others: one has answered the same rows, and
+    one has a hostile name.
+    """
     root = tmp_path_factory.mktemp("run")
     config = sample_config(parallel={"nproc_per_node": 2}, cluster={"gpu_hour_price": 2.5})
     others = []
     for seed, name in enumerate(("rank8", "rank32", "<b>x", "sft"), 1):
         settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
         others.append(RunArtifacts(name, settings, write_metrics(root / name, seed=seed, steps=60)))
-    return build_report(sample_run(root, config), root / "report", others)
+    answered = write_evaluation(root / "rank8" / "evaluation", others[0].config, after=30)
+    others[0] = replace(others[0], evaluation=answered)
+    run = sample_run(root, config)
+    assert run.evaluation is not None
+    counts = (1, 63, 0.5, 0.4, 0.6, 0.9, 0.8, 0.95, 29, 3, 0.001, "better")
+    part = Slice("column", "shop: books", 64, counts[1], ("pattern",), *counts[2:])
+    replace(EvaluationResult.read(run.evaluation), slices=(part,)).write(run.evaluation)
+    return build_report(run, root / "report", others)
 
 
 @pytest.fixture(scope="module")
@@ -254,11 +265,60 @@ def test_what_to_do_next_and_where_the_run_is_are_on_the_first_screen(tab: _Tab)
     assert box is not None
     assert box["y"] < 900
     assert section.locator("pre").inner_text().startswith("canvastune serve ")
+    assert re.search(r"Try it: canvastune ask \S+ \"your question\"", section.inner_text())
+    assert section.locator("a").first.get_attribute("rel") == "noopener"
+    assert section.locator("a").first.get_attribute("target") == "_blank"
     links = {link.inner_text(): link.get_attribute("href") for link in section.locator("a").all()}
     assert list(links) == ["MLflow", "<b>Kubeflow"], "an address that is no page became a link"
     assert links["MLflow"] == (
         "http://127.0.0.1:5000/#/experiments/1/runs/2?workflowType=machine_learning"
     )
+
+
+def test_the_verdict_and_the_warnings_come_first(tab: _Tab) -> None:
+    sentence = tab.page.locator(".verdict .sentence")
+    assert re.search(r"9\.4% to 81\.\d% on 64 .* 47 gained, 1 lost", sentence.inner_text())
+    warnings = tab.page.get_by_role("region", name="Warnings")
+    places = [each.bounding_box() for each in (sentence, warnings, tab.chart("total_loss"))]
+    heights = [place["y"] for place in places if place is not None]
+    assert heights == sorted(heights)
+    assert len(heights) == 3
+    assert "could not be read" in warnings.inner_text()
+
+
+def test_figures_by_part_and_by_level_open_and_close(tab: _Tab) -> None:
+    parts, levels = tab.page.locator("#slices"), tab.page.locator("#validation-losses")
+    cells = parts.locator("tbody tr").inner_text().split("\t")
+    assert [cells[0], cells[2], *cells[5:]] == ["shop: books", "63 of 64", "29", "3", "p = 0.001"]
+    parts.locator("summary").click()
+    assert not parts.locator("table").is_visible()
+    assert not levels.locator("table").is_visible(), "open, though the answers are scored"
+    levels.locator("summary").click()
+    assert levels.locator("tbody tr").last.inner_text().split("\t") == ["Mean", "5.600", "0.600"]
+
+
+def test_an_answer_is_found_by_its_row_in_the_data(tab: _Tab) -> None:
+    tab.page.get_by_label("containing").fill("problems.jsonl:64")
+    (row,) = tab.page.locator(".answers tbody tr:visible").all()
+    assert row.locator(".origin").inner_text() == "problems.jsonl:64"
+    tab.page.get_by_label("containing").fill("")
+    assert not tab.page.locator("#more-answers table").is_visible()
+    tab.page.locator("#more-answers summary").click()
+    assert tab.page.locator(".answers tbody tr:visible").count() == 64
+
+
+def test_answers_of_another_run_are_below_those_that_differ(tab: _Tab) -> None:
+    tab.page.locator("#filter select").select_option("gained")
+    others = tab.page.locator(".answers tbody tr:visible .other")
+    assert others.count() == 22, "each that the other run did not gain"
+    assert others.first.inner_text().startswith("rank8")
+    tab.page.locator("#filter select").select_option("right")
+    assert tab.page.locator(".answers tbody tr:visible .other").count() == 0
+    table = tab.page.get_by_role("table").filter(has_text="This run, row by row")
+    row = table.get_by_role("row").filter(has=tab.page.get_by_role("rowheader", name="rank8"))
+    assert re.search(r"22 gained, 0 lost of 64 rows", row.inner_text())
+    row = table.get_by_role("row").filter(has_text="rank32")
+    assert "not evaluated" in row.inner_text()
 
 
 def test_a_wrong_answer_shows_how_it_differs_from_the_reference(tab: _Tab) -> None:

@@ -31,6 +31,7 @@ COMMANDS = (
     "merge",
     "serve",
     "evaluate",
+    "ask",
     "runs",
     "sync",
     "compile",

@@ -1,0 +1,115 @@
+"""`canvastune ask`: questions to the tuned model of a run, and to its base."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from canvastune.config import RunConfig, parse_config
+from canvastune.evaluation.chat_model import ChatModel
+from canvastune.tiny_model import make_tiny_model
+from canvastune.tracking import steps
+from canvastune.tracking.steps import FINISHED, KILLED, Attempt
+from components.run_directory import RunRecord, write_record
+from pipelines.cli import main
+
+QUESTIONS = ["Tom has 3 apples. How many?", "Who are you?", "Tom has 3 apples. How many?"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> RunConfig:
+    return parse_config(
+        {
+            "name": "tiny_lora",
+            "model": {"id": str(tiny_model)},
+            "data": {"source": "rows.jsonl"},
+            "evaluate": {"max_new_tokens": 8, "batch_size": 2, "sampler": {"steps": 2}},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def workspace(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the run `rank16`, whose model is another one than its base, and an unfinished one."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name, status in (("rank16", FINISHED), ("stopped", KILLED)):
+        run = folder / "runs" / name
+        record = RunRecord("1", config.model_dump_json(), "f", finished=status == FINISHED)
+        write_record(run, record)
+        resume = f"canvastune run tiny.yaml --run-name {name}"
+        steps.begin_attempt(run, "1", Attempt("1", 0.0, socket.gethostname(), 7, resume))
+        steps.end_attempt(run, "1", status, "" if status == FINISHED else "train")
+        (run / "train").mkdir()
+        (run / "train" / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "loss": 1}\n')
+    make_tiny_model(folder / "runs" / "rank16" / "model", seed=7)
+    return folder
+
+
+def expected(folder: Path, config: RunConfig, system: str = "", tokens: int = 8) -> list[str]:
+    before = [{"role": "system", "content": system}] if system else []
+    chats = [[*before, {"role": "user", "content": question}] for question in QUESTIONS]
+    return ChatModel(folder, config.evaluate).answer(chats, seed=config.seed, max_new_tokens=tokens)
+
+
+def test_one_answer_is_all_of_the_output(
+    workspace: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = workspace / "runs" / "rank16"
+    answers = expected(folder / "model", config)
+    assert main(["ask", str(folder), QUESTIONS[0]]) == 0
+    assert capsys.readouterr().out == f"{answers[0]}\n"
+    more = ["--set", "evaluate.max_new_tokens=4", "--system", "Answer in Latin."]
+    assert main(["ask", "rank16", QUESTIONS[1], *more, "--workspace", str(workspace)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{expected(folder / 'model', config, more[-1], 4)[1]}\n"
+    assert captured.out != f"{answers[1]}\n"
+    assert "--set evaluate.max_new_tokens=8" in captured.err, "a cut answer without a word"
+
+
+def test_the_lines_of_standard_input_are_asked_of_both_models(
+    workspace: Path,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = workspace / "runs" / "rank16"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*QUESTIONS, "", ""])))
+    assert main(["ask", str(folder), "--base"]) == 0
+    sides = (expected(Path(config.model.id), config), expected(folder / "model", config))
+    assert sides[0] != sides[1], "two models that answer alike prove nothing"
+    blocks = [
+        f"> {question}\nbase:\n    {before}\ntuned:\n    {after}\n"
+        for question, before, after in zip(QUESTIONS, *sides, strict=True)
+    ]
+    assert capsys.readouterr().out == "\n".join(blocks)
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main(["ask", str(folder)]) == 1
+    assert "no question" in capsys.readouterr().err
+
+
+def test_what_cannot_be_asked_is_refused_with_what_to_do(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*words: str) -> str:
+        assert main(["ask", *words, "Who?", "--workspace", str(workspace)]) == 1
+        captured = capsys.readouterr()
+        assert not captured.out
+        return captured.err
+
+    assert "Did you mean rank16?" in refusal("rank61")
+    unfinished = refusal("stopped")
+    assert "interrupted in train, step 3 of " in unfinished
+    assert "canvastune run tiny.yaml --run-name stopped" in unfinished
+    assert "run.json" in refusal(str(tmp_path))
+    assert "evaluate" in refusal("rank16", "--set", "train.steps=9")
+    copied = tmp_path / "runs" / "rank16"
+    shutil.copytree(workspace / "runs" / "rank16", copied)
+    (copied / "model" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert "'bert'" in refusal(str(copied))
+    shutil.rmtree(copied / "model")
+    assert "no tuned model" in refusal(str(copied))
