@@ -39,7 +39,7 @@ from components.run_list import RunInfo, unfinished_runs
 from components.run_owner import Owner, own_run, owner_environment
 from pipelines.doctor.tracking import check_database
 from pipelines.local_output import LocalOutput
-from pipelines.warm_start import search_path, server_id, step_variables
+from pipelines.warm_start import search_path, server_ids, step_variables
 
 logger = logging.getLogger(__name__)
 
@@ -246,11 +246,11 @@ def _end_children(step: str, grace: float) -> None:
     ranks.
     """
     children = psutil.Process().children(recursive=True)
-    children = [process for process in children if process.pid != server_id()]
+    children = [process for process in children if process.pid not in server_ids()]
     for process in filter(_is_step, children):
         with contextlib.suppress(psutil.NoSuchProcess):
             # What a stand-in gets, it passes on to the server's fork.
-            if process.ppid() != server_id():
+            if process.ppid() not in server_ids():
                 process.send_signal(signal.SIGTERM)
     if not json_requested():
         print(file=sys.stderr)  # below the terminal's ^C

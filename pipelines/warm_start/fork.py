@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import runpy
 import signal
@@ -33,6 +34,8 @@ def become(
         added: variables that imports set.
     """
     code = 1
+    gc.freeze()  # what the server has stays: to look at it would copy it
+    gc.enable()
     try:
         _prepare(job, streams, wait)
         os.environ.clear()

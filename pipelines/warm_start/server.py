@@ -1,8 +1,9 @@
-"""The process that the steps are forked from: `python -m pipelines.warm_start.server`.
+"""A process that steps are forked from: `python -m pipelines.warm_start.server JOBS [ADDRESS]`.
 
 Its standard input is the socket that clients connect to, its standard output a pipe that the
-command which started it holds. It imports what the steps import, in the order in which a run needs
-it, and forks for each job as soon as the libraries of that job are there. It ends with the command.
+command which started it holds. It imports what its JOBS import, in the order in which a run needs
+it, and forks for each job as soon as the libraries of that job are there. Other jobs it hands to
+the server at ADDRESS. It ends with the command.
 """
 
 from __future__ import annotations
@@ -28,24 +29,35 @@ import psutil
 from pipelines.warm_start.fork import become
 
 KFP = "kfp.dsl.executor_main"
-_STEP = (KFP, "components.runtime", "mlflow")
-_TRAIN = ("torch.distributed.run", "canvastune.train")
-_MODEL = ("canvastune.merge", "canvastune.evaluation.run")
-_PREPARE = ("canvastune.preparation.prepare", "canvastune.evaluation.preflight")
-# By the step, or else the module, that a job runs; in the order in which a run comes to them.
-NEEDED = {
-    "resolve": (*_STEP, "components.resolve.step"),
-    "plan": (*_STEP, "components.plan.step"),
-    "prepare_data": (KFP, "components.prepare_data.step", *_PREPARE),
-    "train": (*_STEP, "components.train.step"),
-    "torch.distributed.run": _TRAIN,
-    "canvastune.train": _TRAIN,
-    "merge_lora": (*_STEP, "components.merge_lora.step", *_MODEL),
-    "evaluate": (*_STEP, "components.evaluate.step", *_MODEL),
-    "report": (*_STEP, "components.report.step"),
-    "finish": (*_STEP, "components.finish.step"),
-    "pipelines.cli": ("pipelines.cli", *_PREPARE),  # `canvastune prepare` of the demo
+# A job waits for the import that runs when it comes: large ones are in parts.
+_MLFLOW = ("sqlalchemy.orm", "mlflow", "mlflow.store.tracking.sqlalchemy_store")
+_STEP = (KFP, "components.runtime", *_MLFLOW)
+_TORCH = ("torch", "torch._dynamo")
+_TRAIN = (*_TORCH, "torch.distributed.run", "accelerate", "peft", "canvastune.train")
+_MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
+_PREPARE = (
+    *("datasets", "torch", "canvastune.preparation.prepare", "canvastune.evaluation.preflight"),
+)
+# Two servers import at the same time: most jobs of the first seconds need no PyTorch. By the step,
+# or else the module, that a job runs; in the order in which a run comes to them.
+JOBS: dict[str, dict[str, tuple[str, ...]]] = {
+    "without-torch": {
+        "resolve": (*_STEP, "components.resolve.step"),
+        "plan": (*_STEP, "components.plan.step"),
+        "train": (*_STEP, "components.train.step"),
+        "finish": (*_STEP, "components.finish.step"),
+    },
+    "with-torch": {
+        "prepare_data": (KFP, *_PREPARE, "components.prepare_data.step"),
+        "torch.distributed.run": _TRAIN,
+        "canvastune.train": (*_TRAIN, *_MLFLOW),
+        "merge_lora": ("components.merge_lora.step", *_MODEL),
+        "evaluate": ("components.evaluate.step", *_MODEL),
+        "report": (*_STEP, "components.report.step"),
+        "pipelines.cli": (*_PREPARE, "pipelines.cli"),  # `canvastune prepare` of the demo
+    },
 }
+_RANKS = ("torch.distributed.run", "canvastune.train")
 # Read while libraries are imported: a job where one differs needs a separate interpreter.
 _READ_AT_IMPORT = (
     *("PYTHON", "LD_", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_"),
@@ -69,49 +81,58 @@ class _Job:
 class Server:
     """Imports libraries and forks jobs, both in one thread: a fork keeps no other."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(
+        self, listener: socket.socket, needed: Mapping[str, tuple[str, ...]], other: str = ""
+    ) -> None:
+        """
+        Args:
+            needed: the modules that each job imports.
+            other: address of the server that takes other jobs; "": there is none.
+        """
+        self._listener, self._needed, self._other = listener, needed, other
         self._jobs: list[_Job] = []
         self._imported: set[str] = set()
         self._started_with = dict(os.environ)  # an import may set a variable
         self._closed = self._stopping = False  # no more jobs; the command has ended
+        self._importing = False
         self._ended, wake = os.pipe()
         for pipe in (self._ended, wake):
             os.set_blocking(pipe, False)
         signal.set_wakeup_fd(wake)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, self._child_ended)
 
     def serve(self) -> None:
         """Serve until the command that started this process has ended, and all its jobs."""
         while self._jobs or not self._closed:
-            module = self._next_import()
-            self._answer(timeout=None if module is None else 0)
-            if module is not None and module == self._next_import():
+            self._answer(timeout=None if self._next_import() is None else 0)
+            self._fork_what_is_ready()
+            if module := self._next_import():
                 self._import(module)
-            for job in [each for each in self._jobs if not each.process]:
-                if self._closed:
-                    self._refuse(job)
-                elif self._imported.issuperset(job.needs):
-                    self._fork(job)
+                self._fork_what_is_ready()
 
     def _import(self, module: str) -> None:
+        self._importing = True
+        self._report()
         try:
             _import(module)
         except Exception as error:  # a step that imports it by itself says what is wrong
             print(f"canvastune: steps start without a warm process: {error}", file=sys.stderr)
             self._close()
             return
+        finally:
+            self._importing = False
         self._imported.add(module)
-        if self._next_import() is None:
-            gc.collect()
-            gc.freeze()  # what is here stays as it is in every fork
+
+    def _child_ended(self, *_: object) -> None:
+        if self._importing:  # which may take a second; else the loop does it
+            self._report()
 
     def _next_import(self) -> str | None:
         """Return what a waiting job still needs, else what the next one will; None: all is there."""
         if self._closed:
             return None
         waiting = [job.needs for job in self._jobs if not job.process]
-        needed = (module for needs in (*waiting, *NEEDED.values()) for module in needs)
+        needed = (module for needs in (*waiting, *self._needed.values()) for module in needs)
         return next((module for module in needed if module not in self._imported), None)
 
     def _answer(self, timeout: float | None) -> None:
@@ -137,18 +158,37 @@ class Server:
         client.settimeout(_HANDSHAKE)
         streams: list[int] = []
         try:
-            size, streams, _, _ = socket.recv_fds(client, 4, 3)
+            size, streams, _, _ = socket.recv_fds(client, 4, 4)
             text = b"".join(_read(client, struct.unpack("I", size)[0]))
             job = _Job(client, list(streams), json.loads(text))
         except (OSError, ValueError, struct.error):
             _close(client, streams)
             return
+        if len(job.streams) > 3:  # another server handed it on, with its client
+            client.close()
+            job.client = socket.socket(fileno=job.streams.pop())
+            job.client.settimeout(_HANDSHAKE)
         asked = job_name(job.what["arguments"])
-        if asked not in NEEDED or not self._has_environment(job.what["environment"]):
-            _close(client, streams)  # which then starts an interpreter
-            return
-        job.needs = NEEDED[asked]
-        self._jobs.append(job)
+        if not self._has_environment(job.what["environment"]):
+            _close(job.client, job.streams)  # which then starts an interpreter
+        elif asked in self._needed:
+            job.needs = self._needed[asked]
+            self._jobs.append(job)
+        else:
+            self._hand_on(job, text)
+            _close(job.client, job.streams)
+
+    def _hand_on(self, job: _Job, text: bytes) -> None:
+        with socket.socket(socket.AF_UNIX) as other, contextlib.suppress(OSError):
+            other.connect(self._other)
+            files = [*job.streams, job.client.fileno()]
+            socket.send_fds(other, [struct.pack("I", len(text))], files)
+            other.sendall(text)
+
+    def _fork_what_is_ready(self) -> None:
+        for job in self._jobs:
+            if not job.process and self._imported.issuperset(job.needs):
+                self._fork(job)
 
     def _fork(self, job: _Job) -> None:
         go, started = os.pipe()
@@ -179,14 +219,12 @@ class Server:
         }
 
     def _report(self) -> None:
-        while True:
+        for job in [each for each in self._jobs if each.process]:
             try:
-                process, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not process:
-                return
-            for job in [each for each in self._jobs if each.process == process]:
+                process, status = os.waitpid(job.process, os.WNOHANG)
+            except ChildProcessError:  # reported meanwhile, by the handler of a signal
+                continue
+            if process:
                 self._jobs.remove(job)
                 with contextlib.suppress(OSError):
                     job.client.sendall(struct.pack("i", status))
@@ -209,7 +247,7 @@ class Server:
         self._close()
         for job in self._jobs:
             # A step ends what it started, and torchrun its ranks.
-            if job.process and job_name(job.what["arguments"]) not in _TRAIN:
+            if job.process and job_name(job.what["arguments"]) not in _RANKS:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(job.process, signal.SIGTERM)
 
@@ -217,6 +255,8 @@ class Server:
         """Let who asks from here on, or waits, start an interpreter."""
         self._closed = True
         self._listener.close()
+        for job in [each for each in self._jobs if not each.process]:
+            self._refuse(job)
 
 
 def job_name(arguments: list[str]) -> str:
@@ -244,7 +284,6 @@ def _import(module: str) -> None:
         from canvastune.tracking.client import load_mlflow
 
         load_mlflow()
-        module = "mlflow.store.tracking.sqlalchemy_store"
     importlib.import_module(module)
     if threading.active_count() > 1:
         raise RuntimeError(f"a fork would lose {threading.enumerate()}: {module} started them")
@@ -280,15 +319,16 @@ def _kill(process: int) -> None:
                 each.kill()
 
 
-def main() -> None:
+def main(needed: Mapping[str, tuple[str, ...]], other: str = "") -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the terminal's are for the steps
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     os.environ["_KFP_RUNTIME"] = "true"  # as a step does: without Kubeflow's compiler
     sys.stdout = sys.stderr  # until a fork has its own
+    gc.disable()  # nothing here is garbage: it would only be searched for while imports create it
     with socket.socket(fileno=0) as listener:
-        Server(listener).serve()
+        Server(listener, needed, other).serve()
 
 
 if __name__ == "__main__":
-    main()
+    main(JOBS[sys.argv[1]], *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Start the server, and put its client where the steps look for Python."""
+"""Start the servers, and put their client where the steps look for Python."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from pathlib import Path
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # a fork cannot use what its parent asked them for
 _LONGEST_ADDRESS = 100  # bytes of a socket's path; the kernel takes 107
 _SERVER = (sys.executable, "-m", "pipelines.warm_start.server")
+_SERVERS = ((*_SERVER, "without-torch"), (*_SERVER, "with-torch"))
 _CLIENT = Path(__file__).with_name("client.py")
 PYTHON_EXEC = "PYTHON_EXEC"  # torchrun's: the interpreter that it starts the ranks with
 
-_served: list[tuple[int, Path]] = []  # process id of the server, and the folder of its `python3`
+# Process ids of the servers, and the folder of their `python3`.
+_served: list[tuple[tuple[int, ...], Path]] = []
 
 
 def step_variables() -> dict[str, str]:
@@ -33,9 +35,9 @@ def step_variables() -> dict[str, str]:
     }
 
 
-def server_id() -> int | None:
-    """Return the process id of the server inside `warm_processes`; None: there is none."""
-    return _served[-1][0] if _served else None
+def server_ids() -> tuple[int, ...]:
+    """Return the process ids of the servers inside `warm_processes`; outside there are none."""
+    return _served[-1][0] if _served else ()
 
 
 def search_path() -> str:
@@ -46,11 +48,14 @@ def search_path() -> str:
 
 
 @contextlib.contextmanager
-def warm_processes(server_command: Sequence[str] = _SERVER) -> Iterator[None]:
+def warm_processes(server_commands: Sequence[Sequence[str]] = _SERVERS) -> Iterator[None]:
     """Serve forks to what the block starts with PYTHON_EXEC, or with `python3` of `search_path`.
 
     Where a fork is not safe or not possible, every process starts by itself, as it does if the
-    server ends early.
+    servers end early.
+
+    Args:
+        server_commands: clients ask the first one; each gets the next one's address as an argument.
     """
     if sys.platform != "linux" or any(map(os.path.exists, _GPU_DRIVERS)):
         yield
@@ -58,43 +63,53 @@ def warm_processes(server_command: Sequence[str] = _SERVER) -> Iterator[None]:
     # Removed here and nowhere else: a TemporaryDirectory would be removed by forks of this process.
     folder = Path(tempfile.mkdtemp(prefix="canvastune-warm-"))
     try:
-        with _serve(folder, server_command):
+        with _serve(folder, server_commands):
             yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _serve(folder: Path, server_command: Sequence[str]) -> Iterator[None]:
-    address, python = folder / "socket", folder / "bin" / "python3"
-    command = [sys.executable, "-I", "-S", str(_CLIENT), str(address), sys.executable]
+def _serve(folder: Path, server_commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    addresses = [str(folder / f"socket{number}") for number in range(len(server_commands))]
+    python = folder / "bin" / "python3"
+    command = [sys.executable, "-I", "-S", str(_CLIENT), addresses[0], sys.executable]
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     python.chmod(0o700)
     # A disk may be mounted such that no program on it can be run.
-    if len(os.fsencode(address)) > _LONGEST_ADDRESS or not os.access(python, os.X_OK):
+    if len(os.fsencode(addresses[-1])) > _LONGEST_ADDRESS or not os.access(python, os.X_OK):
         yield
         return
     before = os.environ.get(PYTHON_EXEC)
     os.environ[PYTHON_EXEC] = str(python)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fsencode(address))
-        listener.listen(64)  # who asks before the server runs waits
-        server = subprocess.Popen(
-            server_command,
-            env={**os.environ, **step_variables()},
-            stdin=listener.fileno(),
-            stdout=subprocess.PIPE,  # its end here is closed with this process
-        )
-    _served.append((server.pid, python.parent))
+    others = [[other] for other in addresses[1:]] + [[]]
+    servers = [
+        _start([*command, *other], address)
+        for command, address, other in zip(server_commands, addresses, others, strict=True)
+    ]
+    _served.append((tuple(server.pid for server in servers), python.parent))
     try:
         yield
     finally:
         _served.pop()
-        server.kill()
-        server.wait()
-        assert server.stdout is not None
-        server.stdout.close()
+        for server in servers:
+            server.kill()
+            server.wait()
+            assert server.stdout is not None
+            server.stdout.close()
         os.environ.pop(PYTHON_EXEC)
         if before is not None:
             os.environ[PYTHON_EXEC] = before
+
+
+def _start(command: Sequence[str], address: str) -> subprocess.Popen[bytes]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fsencode(address))
+        listener.listen(64)  # who asks before the server runs waits
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **step_variables()},
+            stdin=listener.fileno(),
+            stdout=subprocess.PIPE,  # its end here is closed with this process
+        )

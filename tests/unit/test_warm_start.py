@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from canvastune.errors import parse_error
-from pipelines.warm_start import search_path, server_id, step_variables, warm_processes
+from pipelines.warm_start import search_path, server_ids, step_variables, warm_processes
 from pipelines.warm_start.server import KFP, job_name
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -28,20 +28,20 @@ PROGRAM = "tests.support.forked"
 SERVER = """
 import sys
 from pipelines.warm_start import server
-server.NEEDED = {needed!r}
-server.main()
+server.main({needed!r}, *sys.argv[1:])
 """
 SECONDS = 20.0
 
 
 @contextlib.contextmanager
 def warm(*needed: str) -> Iterator[None]:
-    code = SERVER.format(needed={PROGRAM: (PROGRAM, *needed)})
+    """Start a server of other jobs, and the one of the program that it hands them on to."""
+    codes = SERVER.format(needed={}), SERVER.format(needed={PROGRAM: (PROGRAM, *needed)})
     with pytest.MonkeyPatch.context() as patch:
         for name, value in step_variables().items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))
-        with warm_processes((sys.executable, "-c", code)):
+        with warm_processes([(sys.executable, "-c", code) for code in codes]):
             patch.setenv("PATH", search_path())
             yield
 
@@ -84,8 +84,8 @@ def parent(**options: Any) -> int:
 
 
 def test_a_step_is_a_child_of_the_process_that_has_its_libraries() -> None:
-    assert parent() == server_id()
-    assert parent(python=[os.environ["PYTHON_EXEC"], "-u"]) == server_id()
+    assert parent() == server_ids()[-1]
+    assert parent(python=[os.environ["PYTHON_EXEC"], "-u"]) == server_ids()[-1]
 
 
 def test_a_fork_has_the_streams_folder_and_environment_of_its_caller(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_traceback_of_a_fork_is_its_own() -> None:
     assert code == 1
     assert err.rstrip().endswith("ValueError: the reason")
     assert "client.py" not in err
-    assert parent() == server_id(), "a failed step took the server with it"
+    assert parent() == server_ids()[-1], "a failed step took the server with it"
 
 
 def test_a_full_disk_ends_a_fork_without_a_traceback() -> None:
@@ -185,8 +185,8 @@ def test_a_fork_ends_with_the_process_that_stands_for_it(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["HF_HOME", "PYTHONHASHSEED", "OMP_PROC_BIND"])
 def test_what_libraries_read_while_imported_makes_a_new_interpreter(name: str) -> None:
     found = parent(env={**os.environ, name: "0"})
-    assert found != server_id()
-    assert parent(env={**os.environ, "OMP_NUM_THREADS": "1"}) == server_id()
+    assert found not in server_ids()
+    assert parent(env={**os.environ, "OMP_NUM_THREADS": "1"}) == server_ids()[-1]
 
 
 def test_another_module_is_run_by_a_new_interpreter() -> None:
@@ -197,13 +197,13 @@ def test_another_module_is_run_by_a_new_interpreter() -> None:
     assert int(done.stdout) == os.getpid()
 
 
-def test_without_a_server_every_step_starts_by_itself() -> None:
+@pytest.mark.parametrize("ended_server", [0, 1])
+def test_without_a_server_every_step_starts_by_itself(ended_server: int) -> None:
     with warm():
-        server = server_id()
-        assert server is not None
-        assert parent() == server
-        os.kill(server, signal.SIGKILL)
-        assert parent() != server
+        first, second = server_ids()
+        assert parent() == second
+        os.kill(server_ids()[ended_server], signal.SIGKILL)
+        assert parent() not in (first, second)
 
 
 @pytest.mark.parametrize("obstacle", ["a long path", "a disk without programs"])
@@ -216,14 +216,14 @@ def test_where_no_server_can_be_asked_there_is_none(
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
     else:
         monkeypatch.setattr(os, "access", lambda *_: False)
-    outside = server_id()
+    outside = server_ids()
     with warm():
-        assert server_id() == outside, "a second server was started"
+        assert server_ids() == outside, "a second server was started"
 
 
 def test_an_import_that_fails_is_left_to_the_step(capfd: pytest.CaptureFixture[str]) -> None:
     with warm("no_such_module"):
-        assert parent() != server_id()
+        assert parent() not in server_ids()
         assert "no_such_module" in capfd.readouterr().err
 
 
@@ -232,8 +232,8 @@ def test_a_step_is_asked_to_stop_when_its_command_is_killed(tmp_path: Path) -> N
     needed = SERVER.format(needed={PROGRAM: (PROGRAM,)})
     code = (
         "import os, subprocess, sys\n"
-        "from pipelines.warm_start import server_id, warm_processes\n"
-        f"with warm_processes((sys.executable, '-c', {needed!r})):\n"
+        "from pipelines.warm_start import warm_processes\n"
+        f"with warm_processes([(sys.executable, '-c', {needed!r})]):\n"
         f"    subprocess.run([os.environ['PYTHON_EXEC'], '-m', {PROGRAM!r}, 'wait', {str(record)!r}])"
     )
     environment = {**os.environ, **step_variables()}
