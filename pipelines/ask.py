@@ -76,18 +76,19 @@ def _answers(
     """Yield the answers of one model, a batch at a time."""
     from canvastune.evaluation.chat_model import ChatModel
 
-    model, settings = ChatModel(folder, config.evaluate), config.evaluate
+    model, settings, cut = ChatModel(folder, config.evaluate), config.evaluate, 0
     for start in range(0, len(chats), settings.batch_size):
         batch = chats[start : start + settings.batch_size]
         for answer in model.generate(
             batch, seed=config.seed, max_new_tokens=settings.max_new_tokens
         ):
-            if answer["cut"]:
-                logger.warning(
-                    f"ask: the {side} model's answer is cut at evaluate.max_new_tokens; for more: "
-                    f"--set evaluate.max_new_tokens={2 * settings.max_new_tokens}"
-                )
+            cut += answer["cut"]
             yield answer["text"]
+    if cut:
+        logger.warning(
+            f"ask: {cut} of {len(chats)} answers of the {side} model were cut; for longer ones: "
+            f"--set evaluate.max_new_tokens={2 * settings.max_new_tokens}"
+        )
 
 
 def _read_questions() -> list[str]:

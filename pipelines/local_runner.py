@@ -406,7 +406,7 @@ def describe_result(config: RunConfig, workspace: Path, folder: Path) -> dict[st
         "verdict": "none: no row was scored",
         "report": _relative(folder / "report" / "report.html"),
         "tuned model": _relative(model),
-        "try it": ask_command(_relative(folder)),
+        "try it": ask_command(_relative(folder), shell_command("canvastune")),
         "MLflow": str(connect(uri)),
     }
     run = pipeline_run(config, folder, "")

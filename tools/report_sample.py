@@ -17,6 +17,7 @@ from canvastune.report.summary import RunArtifacts
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NOISE = (" the", "7", " of", "<eos>", " apples", "</", "<b>", "ing", " left", "=")
+PLAN_NOTE = "On CPU, the estimated time is a lower bound."
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="alert(1)">'
 
 
@@ -302,7 +303,8 @@ def write_plan(folder: Path) -> Path:
     """Write a plan; return its folder."""
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(
-        json.dumps({"step_seconds": 0.4, "memory_bytes": 1.5e9}), encoding="utf-8"
+        json.dumps({"step_seconds": 0.4, "memory_bytes": 1.5e9, "notes": [PLAN_NOTE]}),
+        encoding="utf-8",
     )
     (folder / "plan.txt").write_text(
         "parameters   1.5 M in all, 0.1 M trained\nmemory       1.50 GB a rank\n", encoding="utf-8"

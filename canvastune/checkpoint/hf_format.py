@@ -294,6 +294,11 @@ class CheckpointReader:
     def _refuse_no_weights(self) -> None:
         if (self.folder / WEIGHTS).is_file():
             return
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: no such folder, expected a checkpoint",
+                hint="Restore it, then repeat the command: what was trained is kept.",
+            )
         pickled = sorted(file.name for pattern in _PICKLED for file in self.folder.glob(pattern))
         if pickled:
             raise UserError(

@@ -24,9 +24,9 @@ class Action:
     command: str = ""
 
 
-def ask_command(folder: Path | str) -> str:
+def ask_command(folder: Path | str, program: str = "canvastune") -> str:
     """Return the command that asks the tuned model of a run a question."""
-    return f'canvastune ask {_quote(folder)} "your question"'
+    return f'{_quote(program)} ask {_quote(folder)} "your question"'
 
 
 def next_action(

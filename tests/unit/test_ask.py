@@ -68,7 +68,8 @@ def test_one_answer_is_all_of_the_output(
     captured = capsys.readouterr()
     assert captured.out == f"{expected(folder / 'model', config, more[-1], 4)[1]}\n"
     assert captured.out != f"{answers[1]}\n"
-    assert "--set evaluate.max_new_tokens=8" in captured.err, "a cut answer without a word"
+    assert "1 of 1 answers" in captured.err, "a cut answer without a word"
+    assert "--set evaluate.max_new_tokens=8" in captured.err
 
 
 def test_the_lines_of_standard_input_are_asked_of_both_models(

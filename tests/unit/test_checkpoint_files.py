@@ -173,6 +173,20 @@ def test_checkpoint_larger_than_the_disk_is_refused_before_a_byte_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_small_disk_and_a_small_checkpoint_are_not_called_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1_200_000})
+    monkeypatch.setattr("canvastune.checkpoint.hf_format.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"needs 14\.2 MB\b.* 1\.20 MB free"):
+        CheckpointWriter(tmp_path, {"a": ((3_550_000,), torch.float32)})
+
+
+def test_a_folder_that_was_removed_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone: no such folder\b"):
+        CheckpointReader(tmp_path / "gone")
+
+
 def refuse(folder: Path, *said: str) -> None:
     with pytest.raises(UserError) as error:
         CheckpointReader(folder)

@@ -279,6 +279,19 @@ def test_commands_are_accepted_by_their_programs(
                 assert program in _OTHERS, f"{block}: nothing here checks `{program}`"
 
 
+def test_runs_that_the_quick_start_compares_have_the_same_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page, scales = ROOT / "docs" / "quick-start.md", set()
+    for block in blocks(page, "sh"):
+        for words in commands(block.text):
+            if words[1:2] == ["run"] and any("lora.rank" in word for word in words):
+                options = parsed(cli.main, words[1:], monkeypatch)
+                lora = load_config(ROOT / options.recipe, options.set).lora
+                scales.add(lora.alpha / lora.rank)
+    assert len(scales) == 1, "the curves differ by the learning rate"
+
+
 def _check_module(
     name: str, arguments: list[str], block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:

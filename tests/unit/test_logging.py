@@ -142,6 +142,14 @@ def test_the_time_left_does_not_count_the_first_step_which_takes_longer(
     assert left == ["", "  0:08 left", "  0:06 left"]
 
 
+def test_events_are_shown_without_underscores(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "canvastune.logging"):
+        TrainingProgress(steps=9, log_every=1).show(
+            {"kind": "event", "step": 5, "event": "damaged_checkpoint", "detail": "shard 1"}
+        )
+    assert caplog.messages == ["step 5: damaged checkpoint shard 1"]
+
+
 def test_a_failed_step_names_its_error_once_and_its_event_keeps_its_time() -> None:
     out = io.StringIO()
     output = LocalOutput(out, json=True)

@@ -86,6 +86,46 @@ def found(text: str, path: str = "page.md") -> list[str]:
     return [hit.found for hit in check(path, text)]
 
 
+# As users read them in an earlier version, and could not follow.
+UNCLEAR = (
+    "Whoever is called when it breaks.",
+    "At night, by symptom.",
+    "What it leaves behind.",
+    "A base that can do something.",
+    "It goes on with the same command.",
+    "The check goes on with the same bits.",
+    "All is well: nothing stands in the way.",
+    "There are 2 problems. Mend model first.",
+    "Choose such.",
+    "Correct it: optimiser steps.",
+    "Give the folder of a checkpoint, or a network.",
+    "The file cannot be had from the Hub.",
+    "The data card is not at hand.",
+    "What made it.",
+    "What the recipe sets otherwise than the defaults.",
+    "Nothing but 3 checkpoints: no restart.",
+    "Means of the first and last thirtieth.",
+    "Total loss in figures.",
+    "To know before you use this.",
+    "It sends what it missed of a run while it was away.",
+    "What the shell reads to complete commands and files.",
+    "The report of a run again, beside others.",
+    "It closes the run's books.",
+    "A key that does not stand here is refused.",
+    "Where everything lies.",
+    "Read on.",
+    "It is for who knows transformers.",
+    "Every trick is believed.",
+    "What no rung proves.",
+    "It is not the real thing there.",
+)
+
+
+@pytest.mark.parametrize("text", UNCLEAR)
+def test_what_users_could_not_follow_is_found(text: str) -> None:
+    assert found(text)
+
+
 def test_every_phrase_has_a_sample() -> None:
     assert len(SAMPLES) == len(PHRASES)
 

@@ -32,6 +32,7 @@ from canvastune.report.summary import Cost, RunArtifacts
 from canvastune.tracking import read_metrics
 from tools.report_sample import (
     HOSTILE,
+    PLAN_NOTE,
     sample_config,
     sample_result,
     sample_run,
@@ -297,6 +298,8 @@ def test_restarts_and_invalid_rows_are_warned_of_at_the_top(folder: Path, page: 
 def test_planned_values_are_shown_next_to_measured_ones(page: _Page) -> None:
     assert re.search(r"Step time 0\.4 s 0\.4\d s 1\.\d\d", page.text)
     assert re.search(r"Memory per accelerator\b\D+1\.50 GB 1\.46 GB 0\.97", page.text)
+    told = page.text.partition("0.97 ")[2]
+    assert told.startswith(PLAN_NOTE), "a ratio far from 1 without a word"
 
 
 def test_config_seed_and_versions_are_shown(page: _Page) -> None:

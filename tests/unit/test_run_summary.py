@@ -181,6 +181,8 @@ def test_the_command_line_shows_these_figures(
         f"; normalized {summary.exact_match_normalized_before:.1%} -> "
         f"{summary.exact_match_normalized_after:.1%}"
     )
+    assert lines["MLflow page"].startswith("http://127.0.0.1:5000")
+    assert f"ask {run_folder}" in lines["try it"]
     assert re.search(r"^better: \d+ gained, \d+ lost of 64 rows, p = [\d.e-]+$", lines["verdict"])
 
 
