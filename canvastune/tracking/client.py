@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from canvastune.config import RunConfig
 from canvastune.errors import UserError, one_line
+from canvastune.tracking.new_store import create_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -217,7 +218,10 @@ class TrackingClient:
     def _connected(self) -> MlflowClient:
         if self._client is None:
             with _exclusive_opener(self.uri):
-                self._client = load_mlflow().MlflowClient(self.uri, registry_uri=self.uri)
+                mlflow = load_mlflow()
+                if _is_plain_file(self.uri):
+                    create_store(database_file(self.uri), mlflow.__version__)
+                self._client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
         if time.monotonic() >= self._trusted_until:
             self._probe()
         return self._client
@@ -250,6 +254,11 @@ class TrackingClient:
         # From 500 on, a gateway without its server; the next call explains 401 to 404.
         if response.status_code >= 500:
             raise TrackingError(f"is out of order (/health answers {response.status_code})")
+
+
+def _is_plain_file(uri: str) -> bool:
+    """Return whether an address is that of an embedded store, without options."""
+    return uri.startswith("sqlite:////") and "?" not in uri
 
 
 @contextlib.contextmanager

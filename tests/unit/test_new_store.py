@@ -1,0 +1,67 @@
+"""A new embedded store is the one that MLflow would have created."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from canvastune.tracking import new_store
+from canvastune.tracking.client import TrackingClient, load_mlflow
+from tools import mlflow_store
+
+
+def contents(database: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("DELETE FROM experiments")  # the default one has a time and a path
+        return list(connection.iterdump())
+
+
+def open_store(database: Path) -> TrackingClient:
+    client = TrackingClient(f"sqlite:///{database}")
+    assert client.request(lambda mlflow: mlflow.get_experiment("0")).name == "Default"
+    return client
+
+
+def test_the_script_creates_what_the_installed_mlflow_creates() -> None:
+    made, kept = mlflow_store.script(), new_store.SCRIPT.read_text(encoding="utf-8")
+    assert in_any_order(made) == in_any_order(kept), "run python -m tools.mlflow_store"
+
+
+def in_any_order(script: str) -> list[list[str]]:
+    """Return the lines of each statement: MLflow's order of constraints and indices is by chance."""
+    statements = script.split(";\n")
+    return sorted(
+        sorted(line.strip().rstrip(",") for line in statement.split("\n"))
+        for statement in statements
+    )
+
+
+def test_mlflow_opens_a_store_from_the_script(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    new_store.create_store(database, load_mlflow().__version__)
+    made = contents(database)
+    client = open_store(database)
+    assert contents(database) == made, "MLflow changed what it found"
+    assert client.experiment("one") == "1"
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_store_that_exists_is_kept(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(b"kept")
+    new_store.create_store(database, load_mlflow().__version__)
+    assert database.read_bytes() == b"kept"
+
+
+def test_another_version_of_mlflow_creates_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.sql"
+    other.write_text("-- MLflow 1.0.0: python -m tools.mlflow_store\nnot SQL", encoding="utf-8")
+    monkeypatch.setattr(new_store, "SCRIPT", other)
+    new_store.create_store(tmp_path / "mlflow.db", load_mlflow().__version__)
+    assert not (tmp_path / "mlflow.db").exists()
+    open_store(tmp_path / "mlflow.db")
