@@ -449,16 +449,17 @@ def test_what_cannot_be_right_is_refused_with_the_form_that_is(
 
 
 def test_a_load_balancer_is_taken_with_what_it_needs() -> None:
-    documents = render(
-        {
-            "mlflow": {
-                "service": {"type": "LoadBalancer", "port": 80},
-                "extraAllowedHosts": ["mlflow.corp.example"],
-            },
-            "networkPolicy": {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
-        }
-    )
-    assert of_kind(documents, "Service")[0]["spec"]["type"] == "LoadBalancer"
+    values = {
+        "mlflow": {
+            "service": {"type": "LoadBalancer", "port": 80},
+            "extraAllowedHosts": ["mlflow.corp.example"],
+        },
+        "networkPolicy": {"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
+    }
+    assert of_kind(render(values), "Service")[0]["spec"]["type"] == "LoadBalancer"
+    notes = texts(values)["canvastune/templates/NOTES.txt"]
+    assert "   http://mlflow.corp.example\n" in notes
+    assert "service/canvastune-mlflow" not in notes, "a port-forward to what has an address"
 
 
 def test_the_fetch_job_has_a_recipe_and_another_name_for_another_model() -> None:

@@ -87,6 +87,10 @@ def test_a_finished_run_is_not_trained_again_and_a_checkpoint_is_only_for_its_ow
     assert other.returncode != 0
     assert re.search(r"optimizer\.lr\b.* 0\.01 .* 0\.02\b", other.stderr)
     assert (output / ADAPTER).exists(), "a refused run took away what was there"
+    shutil.rmtree(output / "adapter")  # as if the export had failed, for want of its base
+    again = train(ground, output, RANKS, *RUN)
+    assert again.returncode == 0, again.stderr
+    same(output, whole)
 
 
 def test_an_adapter_that_is_of_no_run_here_is_refused_before_training_and_kept(

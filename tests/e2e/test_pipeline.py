@@ -414,6 +414,8 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     )
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"config.yaml", "report.html", "answers.json"}
+    table = json.loads((_folder(runs.lora) / ".tracking/evaluate/answers.json").read_text())
+    assert table["columns"][:4] == ["prompt", "reference", "before", "after"], "not read first"
     assert parent.inputs is not None
     data = {entry.tags[0].value: entry.dataset.name for entry in parent.inputs.dataset_inputs}
     assert sorted(data) == ["evaluation", "training"]

@@ -266,6 +266,7 @@ def test_what_to_do_next_and_where_the_run_is_are_on_the_first_screen(tab: _Tab)
     assert box["y"] < 900
     assert section.locator("pre").inner_text().startswith("canvastune serve ")
     assert re.search(r"Try it: canvastune ask \S+ \"your question\"", section.inner_text())
+    assert re.search(r"Model: /\S+/model\b", section.inner_text())
     assert section.locator("a").first.get_attribute("rel") == "noopener"
     assert section.locator("a").first.get_attribute("target") == "_blank"
     links = {link.inner_text(): link.get_attribute("href") for link in section.locator("a").all()}

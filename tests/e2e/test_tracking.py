@@ -114,10 +114,9 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     tags = {"canvastune.pipeline_url": "https://kubeflow.example/#/runs/details/1"}
     parent = tracking.start(run, tags)
     assert parent
-    assert (
-        client_of(workspace).get_experiment("1").tags["mlflow.experimentKind"]
-        == "custom_model_development"
-    )
+    about = client_of(workspace).get_experiment("1").tags
+    assert about["mlflow.experimentKind"] == "custom_model_development"
+    assert "*Model training*" in about["mlflow.note.content"], "the switch that shows the runs"
     assert tracking.start(run) == parent
     assert tracking.start(replace(run, job="another")) != parent
     found = client_of(workspace).get_run(parent)

@@ -164,6 +164,11 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
         4,
         8,
     ]
+    trained = records(tmp_path / "some", "train")
+    assert [record["epoch"] for record in trained] == [step * 8 / 40 for step in (1, 3, 4, 8)]
+    seen = [record["tokens_seen"] for record in trained]
+    assert seen[0] == trained[0]["tokens"]
+    assert seen[1] - seen[0] > trained[1]["tokens"], "a skipped step has read its tokens too"
     recipe = load_config(ground / "recipe.yaml")
     sizes = {"canvas_length": CANVAS, "vocab_size": VOCABULARY, "eos_token_id": EOS}
     data = TrainingDataset(ground / "data", **sizes, seed=recipe.seed, objective=recipe.objective)
