@@ -124,7 +124,7 @@ def measured_steps(
     Args:
         keep: is given the result after each length: the time may be up before the next one.
     """
-    rate = matmul_rate(1024 if small else 8192, device=device, dtype=dtype)
+    rate = matmul_rate(256 if small else 8192, device=device, dtype=dtype)
     models = Models(folder, device, memory, dtype, small)
     layers = models.config.text_config.num_hidden_layers
     say(

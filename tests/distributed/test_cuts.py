@@ -81,7 +81,7 @@ CASES = [
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and a prepared data set of eight ragged examples."""
     folder = tmp_path_factory.mktemp("cuts")
-    write_checkpoint(folder / "base")
+    write_checkpoint(folder / "base", sliding=1)
     rows = []
     for example, (prefix, response) in zip(
         examples_and_draws()[0],

@@ -276,16 +276,22 @@ def test_memory_is_linear_in_the_length(middling: Path) -> None:
     """Many windows long, checkpointed: the masks of sliding layers do not grow, and a layer keeps its
     input only.
     """
-    config = configured("lora", precision="bfloat16")
-    steps = [
-        StepShape(*(1, 1, 1, 1, clean, CANVAS), checkpointing=True, self_conditioning=1, blocks=4)
-        for clean in (1024, 1536, 2048)
-    ]
-    held = [measure(config, described(middling), step).peak for step in steps]
-    assert held[2] - held[1] <= 1.01 * (held[1] - held[0]), held
-    found = memory_timeline(read_architecture(config, middling), steps[-1])
-    found.pop("update")
-    assert sum(peak(found)[1].values()) == pytest.approx(held[-1], rel=0.04)
+
+    def held(clean: int, precision: str) -> tuple[int, float]:
+        """Return the peak, measured and planned."""
+        config = configured("lora", precision=precision)
+        step = StepShape(
+            *(1, 1, 1, 1, clean, CANVAS), checkpointing=True, self_conditioning=1, blocks=4
+        )
+        found = memory_timeline(read_architecture(config, middling), step)
+        found.pop("update")
+        return measure(config, described(middling), step).peak, sum(peak(found)[1].values())
+
+    # In bfloat16, three times as slow on a CPU without its instructions, one length is enough.
+    peaks = [held(clean, "float32")[0] for clean in (768, 1024, 1280)]
+    assert peaks[2] - peaks[1] <= 1.01 * (peaks[1] - peaks[0]), peaks
+    measured, planned = held(1024, "bfloat16")
+    assert planned == pytest.approx(measured, rel=0.04)
 
 
 def test_recomputation_and_idle_passes_are_not_model_flops(middling: Path) -> None:

@@ -36,6 +36,7 @@ from canvastune.planner.planner import SHIPPED_CONFIG
 from components.evaluate.step import evaluate_here
 from tests.support.evaluation import recipe
 from tests.support.small import CANVAS, VOCABULARY, examples_and_draws
+from tests.support.warm import Popen
 from tests.unit.test_evaluate_resume import TIMES
 from tests.unit.test_sampler import NEVER, QUESTIONS, SETTINGS
 
@@ -175,8 +176,13 @@ def test_an_evaluation_on_ranks_writes_what_one_process_does(
 
 
 def test_without_a_cluster_as_many_processes_evaluate(
-    problems: Path, prepared: Path, tiny_model: Path, tmp_path: Path
+    problems: Path,
+    prepared: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("subprocess.Popen", Popen)
     tree = recipe(problems, rows=3, gpus=2).model_dump(mode="json")
     config = parse_config(tree | {"model": {"id": str(tiny_model)}})
     found = evaluate_here(config, prepared, tiny_model, tmp_path / "out", tmp_path / "kept")
