@@ -56,6 +56,13 @@ def models(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
+def without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose charts are not drawn, which takes seconds: test_report has them drawn."""
+    for draw in ("draw_chart_file", "draw_chart_image"):
+        monkeypatch.setattr(f"canvastune.report.build.{draw}", lambda *_: "")
+
+
+@pytest.fixture
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the accounts, servers and caches of the machine that runs the tests."""
     for name in (

@@ -89,6 +89,7 @@ def test_the_same_judges_give_the_same_figures(
         assert (again / name).read_bytes() == (finished / "evaluation" / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("without_images")
 def test_other_judges_judge_the_same_answers_without_a_model(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -269,6 +269,7 @@ def test_a_right_answer_with_wrong_working_is_marked(folder: Path) -> None:
     assert re.findall(r"<(ins|del)>([^<]*)</", row) == [("del", "9"), ("ins", str(MISCALCULATED))]
 
 
+@pytest.mark.usefixtures("without_images")
 def test_the_figures_in_a_charts_corner_have_its_unit(tmp_path: Path, config: RunConfig) -> None:
     values = {"loss": 2.0, "tokens_per_second": 950.0, "tokens": 9, "seconds": 1.0}
     records = [{"kind": "train", "step": step, "time": 0.0, **values} for step in (1, 2)]
@@ -370,6 +371,7 @@ def test_the_loss_is_charted_by_block_where_validation_has_it(folder: Path, page
     assert all(chart.across == "step" for chart in build_charts([("own", bare)]))
 
 
+@pytest.mark.usefixtures("without_images")
 def test_missing_steps_are_named_and_nothing_is_invented(tmp_path: Path) -> None:
     config = sample_config(train={"method": "full", "steps": 40})
     data = write_data(tmp_path / "data", config)
@@ -438,6 +440,7 @@ def test_a_report_never_overwrites_another(folder: Path, config: RunConfig) -> N
     assert (folder / "report" / "report.html").read_bytes() == before
 
 
+@pytest.mark.usefixtures("without_images")
 def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"kind": "event", "step": 0, "time": 0.0, "event": "checkpoint"}) + "\n"
@@ -456,6 +459,7 @@ def test_invalid_inputs_are_refused_by_name(tmp_path: Path, config: RunConfig) -
     assert not (tmp_path / "out").exists(), "a report that failed leaves nothing behind"
 
 
+@pytest.mark.usefixtures("without_images")
 @pytest.mark.parametrize("reused", [None, 0, 5, 64])
 def test_base_answers_of_an_earlier_run_are_said(
     config: RunConfig, tmp_path: Path, reused: int | None
@@ -468,6 +472,7 @@ def test_base_answers_of_an_earlier_run_are_said(
     assert found == ([str(reused)] if reused else [])
 
 
+@pytest.mark.usefixtures("without_images")
 def test_no_scored_row_is_no_percentage(config: RunConfig, tmp_path: Path) -> None:
     sample_result(0, 0, 0, 0).write(tmp_path)
     metrics = write_metrics(tmp_path / "train", steps=20, events=False)

@@ -25,6 +25,8 @@ from tools.report_sample import (
     write_plan,
 )
 
+pytestmark = pytest.mark.usefixtures("without_images")
+
 
 @pytest.fixture(scope="module")
 def config() -> RunConfig:

@@ -81,6 +81,7 @@ def test_other_rows_of_the_same_name_are_named(tmp_path: Path) -> None:
     assert first == again != changed
 
 
+@pytest.mark.usefixtures("without_images")
 def test_the_page_compares_row_by_row(tmp_path: Path) -> None:
     config, seeded = sample_config(), sample_config(seed=7)
     others = [

@@ -32,6 +32,8 @@ from tools.report_sample import (
     write_plan,
 )
 
+pytestmark = pytest.mark.usefixtures("without_images")
+
 
 class Recorder:
     """Stands for a step's run in MLflow: keeps the summary, and ignores everything else."""
