@@ -47,7 +47,12 @@ def tuned_model(folder: Path) -> Path:
         UserError: no run, or one without its model, with its state and what to do.
     """
     model = find_run(folder).model
-    if model is not None and (model / "config.json").is_file():
+    if model is None:
+        raise UserError(
+            f"{folder}: found the output of only a training, expected a run of the pipeline",
+            hint="Use a folder such as WORKSPACE/runs/RUN.",
+        )
+    if (model / "config.json").is_file():
         return model
     run = read_run(folder, sizes=False)
     hint = "Use the folder of a finished pipeline run whose model is still there."

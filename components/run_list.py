@@ -24,6 +24,7 @@ FIGURES = {  # of summary.json, by what they are called: before and after traini
     "validation loss": ("validation_loss_first", "validation_loss_last"),
     "training loss": ("train_loss_first", "train_loss_last"),
 }
+_BEFORE = "before its first step"
 _TAIL = 65536  # bytes of metrics.jsonl in which the newest training step is
 _ELSEWHERE = 900.0  # seconds in which a run on another machine has to write something
 
@@ -54,9 +55,17 @@ class RunInfo:
     @property
     def progress(self) -> str:
         """Its state and how far it is: `interrupted in train, step 3 of 10`."""
-        where = f" in {self.where}" if self.where else ""
         steps = f", step {self.step} of {self.steps}" if self.step is not None else ""
-        return f"{self.state}{where}{steps}"
+        return f"{self.status}{steps}"
+
+    @property
+    def status(self) -> str:
+        """Its state and where: `interrupted in train`, `running: train: process 7 on host`."""
+        if not self.where or self.state == "finished":
+            return self.state
+        if self.state == "running":
+            return f"running: {self.where}"
+        return f"{self.state} {'' if self.where == _BEFORE else 'in '}{self.where}"
 
 
 def list_runs(workspace: Path, *, sizes: bool = True) -> list[RunInfo]:
@@ -101,7 +110,7 @@ def read_run(folder: Path, *, sizes: bool = True) -> RunInfo:
     owner = find_owner(folder)
     if record is None:  # its first step has not claimed the folder yet, or never will
         state: State = "running" if owner else "interrupted"
-        where = str(owner) if owner else "before its first step"
+        where = str(owner) if owner else _BEFORE
         return RunInfo(folder.name, folder, state, where, bytes=size, changed=newest)
     records = read_records(folder, record.known_as)
     last = records.attempts[-1] if records.attempts else None

@@ -105,7 +105,7 @@ def _agreed(question: str) -> bool:
 def _describe(removal: Removal) -> str:
     run = removal.run
     figures = f", {text}" if (text := _figures(run)) else ""
-    lines = [f"{run.name}: {_state(run)}{figures}, {format_bytes(removal.bytes)}"]
+    lines = [f"{run.name}: {run.status}{figures}, {format_bytes(removal.bytes)}"]
     lines += [f"    {folder}" for folder in removal.folders]
     lines += [f"    {note}" for note in removal.notes]
     return "\n".join(lines)
@@ -113,7 +113,7 @@ def _describe(removal: Removal) -> str:
 
 def _row(run: RunInfo, now: float) -> tuple[str, ...]:
     age = "" if run.changed is None else f"{_age(now - run.changed)} ago"
-    return run.name, _state(run), _figures(run), format_bytes(run.bytes), age
+    return run.name, run.status, _figures(run), format_bytes(run.bytes), age
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -122,12 +122,6 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
         for column, (text, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
-
-
-def _state(run: RunInfo) -> str:
-    if run.state == "running":
-        return f"running: {run.where}"
-    return f"{run.state} in {run.where}" if run.where and run.state != "finished" else run.state
 
 
 def _figures(run: RunInfo) -> str:

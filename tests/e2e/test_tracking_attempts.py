@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -150,6 +151,44 @@ def test_a_report_of_an_earlier_attempt_does_not_describe_a_run_that_goes_on(
         assert note() == "**Better**"
         tracking.start(run, attempt=Attempt(attempt, time.time()))
         assert note().startswith("LoRA ")
+
+
+def test_a_clock_that_is_set_back_or_forward_changes_no_figure_and_no_order(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, run = client_of(workspace), pipeline_run(workspace, "clock")
+    now = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    parent = tracking.start(run, attempt=Attempt("1", time.time()))
+    file = run.folder / "train" / "metrics.jsonl"
+    file.parent.mkdir(parents=True)
+    for attempt, score in (("2", 0.5), ("3", 0.25)):
+        with tracking.step_run(run, "train") as record:
+            with file.open("a") as lines:
+                for _ in range(2):
+                    step = sum(1 for _ in file.open()) + 1
+                    line = {"kind": "train", "step": step, "time": time.time(), "loss": 1 / step}
+                    lines.write(json.dumps(line) + "\n")
+                    lines.flush()
+                    now[0] += 1
+            record.curves(file)
+        with tracking.step_run(run, "evaluate") as record:
+            record.metrics({"eval/exact_match_after": score})
+        now[0] -= 3600
+        if attempt == "2":
+            tracking.start(run, attempt=Attempt(attempt, time.time()))
+    now[0] += 7200
+    tracking.finish(run, "FINISHED")
+    found = client.get_run(parent)
+    history = client.get_metric_history(parent, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [
+        (step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)
+    ]
+    assert found.data.metrics["train/loss"] == pytest.approx(1 / 4), "the latest is not the last"
+    steps = {each.data.tags["canvastune.step"]: each for each in nested_runs(client, parent)}
+    assert steps["evaluate"].data.metrics["eval/exact_match_after"] == 0.25, "an earlier attempt's"
+    for each in (found, *steps.values()):
+        assert each.info.end_time >= each.info.start_time, f"{each.info.run_name} ended before"
 
 
 def test_sync_ends_a_local_run_whose_process_was_killed(

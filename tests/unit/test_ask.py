@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from canvastune.config import RunConfig, parse_config
+from canvastune.config import RunConfig, parse_config, write_config
 from canvastune.evaluation.chat_model import ChatModel
 from canvastune.tiny_model import make_tiny_model
 from canvastune.tracking import steps
@@ -94,7 +94,7 @@ def test_the_lines_of_standard_input_are_asked_of_both_models(
 
 
 def test_what_cannot_be_asked_is_refused_with_what_to_do(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refusal(*words: str) -> str:
         assert main(["ask", *words, "Who?", "--workspace", str(workspace)]) == 1
@@ -108,6 +108,10 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(
     assert "canvastune run tiny.yaml --run-name stopped" in unfinished
     assert "run.json" in refusal(str(tmp_path))
     assert "evaluate" in refusal("rank16", "--set", "train.steps=9")
+    trained = tmp_path / "trained"
+    shutil.copytree(workspace / "runs" / "rank16" / "train", trained)
+    write_config(config, trained / "config.yaml")
+    assert "of only a training" in refusal(str(trained))
     copied = tmp_path / "runs" / "rank16"
     shutil.copytree(workspace / "runs" / "rank16", copied)
     (copied / "model" / "config.json").write_text(json.dumps({"model_type": "bert"}))

@@ -88,6 +88,7 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     (workspace / "runs" / "damaged").mkdir()
     (workspace / "runs" / "damaged" / "run.json").write_text("{")
     (workspace / "runs" / ".base-results").mkdir()
+    (workspace / "runs" / "empty").mkdir()
     running = make_run("running", None)
     with own_run(running):
         assert main(["runs", "--workspace", str(workspace)]) == 0
@@ -112,7 +113,8 @@ def test_every_run_is_listed_with_state_figures_size_and_what_to_do(
     assert out.count("\n  canvastune run ") == 3
     assert f"canvastune sync {workspace / 'runs' / 'killed'}" in out
     assert out.count("canvastune sync") == 1
-    assert re.search(r"\b8 runs\b.* [\d.]+ kB\b.* [\d.,]+ [GT]B\b", out)
+    assert "interrupted before its first step" in rows["empty"]
+    assert re.search(r"\b9 runs\b.* [\d.]+ kB\b.* [\d.,]+ [GT]B\b", out)
 
 
 def test_the_list_is_json_for_scripts(
