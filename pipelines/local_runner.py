@@ -13,8 +13,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import yaml
@@ -31,6 +32,7 @@ from canvastune.report.next_action import ask_command
 from canvastune.report.summary import RunSummary
 from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect, database_file
+from canvastune.tracking.shared_store import STORE
 from canvastune.tracking.steps import FAILED, KILLED, format_reason
 from components.earlier_runs import MLFLOW_UI, find_compared
 from components.finish.step import close_own_run
@@ -125,7 +127,13 @@ def _run_pipeline(
         "pipeline_image": "",
     }
     try:
-        run_locally(finetune, parameters, workspace, config.train.stop_grace)
+        run_locally(
+            finetune,
+            parameters,
+            workspace,
+            config.train.stop_grace,
+            {STORE: tracking_uri(config, workspace)},
+        )
     except StepFailed as failure:
         close_own_run(folder, FAILED, failure.step, format_reason(failure.error))
         if failure.step == "resolve":  # it refused the command itself
@@ -142,7 +150,11 @@ def _run_pipeline(
 
 
 def run_locally(
-    pipeline: Callable[..., object], arguments: dict[str, str], workspace: Path, grace: float = 0
+    pipeline: Callable[..., object],
+    arguments: dict[str, str],
+    workspace: Path,
+    grace: float = 0,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run a Kubeflow pipeline to completion.
 
@@ -151,6 +163,7 @@ def run_locally(
 
     Args:
         grace: seconds that the ranks of a training have to save their state.
+        environment: variables of the steps in addition to this process's.
 
     Raises:
         UserError: a step failed, with the message of the step.
@@ -161,7 +174,7 @@ def run_locally(
     _adopt_cache(workspace / "kfp")
     _drop_incomplete_data(workspace / "kfp")
     output = LocalOutput(sys.stdout, json=json_requested())
-    with _step_environment() as scratch, output.listening():
+    with _step_environment(environment) as scratch, output.listening():
         local.init(
             local.SubprocessRunner(use_venv=False),
             pipeline_root=str(workspace / "kfp"),
@@ -218,7 +231,7 @@ def _drop_incomplete_data(artifacts: Path) -> None:
 
 
 @contextlib.contextmanager
-def _step_environment() -> Iterator[Path]:
+def _step_environment(variables: Mapping[str, str]) -> Iterator[Path]:
     """Set the environment that the steps' processes inherit; yield a temporary folder."""
     environment, executable = dict(os.environ), sys.executable
     with tempfile.TemporaryDirectory(prefix="canvastune-") as scratch:
@@ -227,6 +240,7 @@ def _step_environment() -> Iterator[Path]:
             "TMPDIR": scratch,  # the runner leaves a folder per task
             "PATH": search_path(),
             **owner_environment(),
+            **variables,
         }
         # The runner replaces every `python3` in a task's command line, also in paths, by
         # sys.executable.

@@ -219,7 +219,7 @@ class TrackingClient:
         if self._client is None:
             with _exclusive_opener(self.uri):
                 mlflow = load_mlflow()
-                if _is_plain_file(self.uri):
+                if is_plain_file(self.uri):
                     create_store(database_file(self.uri), mlflow.__version__)
                 self._client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
         if time.monotonic() >= self._trusted_until:
@@ -256,7 +256,7 @@ class TrackingClient:
             raise TrackingError(f"is out of order (/health answers {response.status_code})")
 
 
-def _is_plain_file(uri: str) -> bool:
+def is_plain_file(uri: str) -> bool:
     """Return whether an address is that of an embedded store, without options."""
     return uri.startswith("sqlite:////") and "?" not in uri
 

@@ -17,7 +17,7 @@ from canvastune.tracking import StepRun
 from canvastune.tracking.descriptions import describe_evaluation, describe_traces
 from components.jobs.backends import JobContext
 from components.jobs.launcher import copy_to_workspace, run_job
-from components.jobs.torchrun import run_torchrun
+from components.jobs.torchrun import run_ranks
 from components.run_directory import BASE_RESULTS, read_run_id
 
 _FIRST_COLUMNS = ("prompt", "reference", "before", "after", "score_before", "score_after")
@@ -137,7 +137,7 @@ def _evaluate_in(
         write_config(config, recipe)
         module = (*_module(recipe, dataset, tuned, out), *more)
         logs.mkdir(parents=True, exist_ok=True)
-        run_torchrun(module, processes, logs, config.train.stop_grace, {})
+        run_ranks(module, processes, logs, config.train.stop_grace, {})
 
 
 def _module(recipe: Path, data: Path, tuned: Path, out: Path) -> tuple[str, ...]:

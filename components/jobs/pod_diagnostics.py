@@ -223,14 +223,20 @@ def failure_reason(exit_code: int, torchrun: str, ranks: Mapping[int, str]) -> U
     if cause is None:
         output = torchrun or "\n".join(ranks.values())
         return UserError(f"torchrun exited with code {exit_code}; its last lines:\n{tail(output)}")
-    rank, rank_code = int(cause[1]), int(cause[2])
-    if rank_code == _STOPPED:
+    rank = int(cause[1])
+    return rank_failure(rank, int(cause[2]), ranks.get(rank, ""))
+
+
+def rank_failure(rank: int, exit_code: int, output: str) -> UserError:
+    """Return the error that a rank printed, else its exit code and last lines."""
+    if error := parse_error(output):
+        return error
+    if exit_code == _STOPPED:
         return UserError(
             "training was asked to stop and saved its state",
             hint="Start the same run again: it resumes from there.",
         )
-    output = tail(ranks.get(rank, ""))
-    return UserError(f"rank {rank} exited with code {rank_code}; its last lines:\n{output}")
+    return UserError(f"rank {rank} exited with code {exit_code}; its last lines:\n{tail(output)}")
 
 
 def tail(text: str) -> str:

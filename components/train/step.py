@@ -13,7 +13,7 @@ from canvastune.evaluation.preflight import describe_answers, log_remarks
 from canvastune.tracking import StepRun, log_data
 from components.jobs.backends import JobContext
 from components.jobs.launcher import copy_to_workspace, run_job
-from components.jobs.torchrun import run_torchrun
+from components.jobs.torchrun import run_ranks
 from components.run_directory import read_run_id
 
 
@@ -49,7 +49,7 @@ def train(
     try:
         if config.cluster.backend == "local":
             data = ("--data", str(dataset)) if dataset else ()
-            run_torchrun(
+            run_ranks(
                 (*_module(output), *data, *record.arguments()),
                 config.parallel.nproc_per_node,
                 output,

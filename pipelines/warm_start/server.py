@@ -26,34 +26,45 @@ from typing import Any
 
 import psutil
 
+from canvastune.tracking.shared_store import STORE, open_for_forks
 from pipelines.warm_start.fork import become
 
 KFP = "kfp.dsl.executor_main"
-# A job waits for the import that runs when it comes: large ones are in parts.
-_MLFLOW = ("sqlalchemy.orm", "mlflow", "mlflow.store.tracking.sqlalchemy_store")
-_STEP = (KFP, "components.runtime", *_MLFLOW)
-_TORCH = ("torch", "torch._dynamo")
-_TRAIN = (*_TORCH, "torch.distributed.run", "accelerate", "peft", "canvastune.train")
-_MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
-_PREPARE = (
-    *("datasets", "torch", "canvastune.preparation.prepare", "canvastune.evaluation.preflight"),
+# Large imports are in parts: a job waits for the one that runs when it comes.
+_MLFLOW = (
+    *("sqlalchemy.orm", "mlflow", "mlflow.store.tracking.sqlalchemy_store"),
+    *("mlflow.store.tracking.sqlalchemy_workspace_store", "alembic.command"),
+    "sqlalchemy.dialects.sqlite",
 )
+_STEP = (KFP, "components.runtime", *_MLFLOW)
+_MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils")
+_ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
+_TORCH = ("torch", "torch._dynamo", "tabulate")  # the last at the end of a process with the second
+_PREPARE = (
+    *("datasets", *_TORCH, "canvastune.preparation.prepare", "canvastune.evaluation.preflight"),
+    *("accelerate", "transformers.models.gemma4.configuration_gemma4"),
+)
+_TRAIN = (
+    *(*_TORCH, "torch.distributed.run", "peft", "canvastune.train"),
+    *("transformers.models.gemma4.modeling_gemma4", "peft.utils.transformers_weight_conversion"),
+)
+_MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
 # Two servers import at the same time: most jobs of the first seconds need no PyTorch. By the step,
 # or else the module, that a job runs; in the order in which a run comes to them.
 JOBS: dict[str, dict[str, tuple[str, ...]]] = {
     "without-torch": {
         "resolve": (*_STEP, "components.resolve.step"),
         "plan": (*_STEP, "components.plan.step"),
-        "train": (*_STEP, "components.train.step"),
+        "train": (*_STEP, "components.train.step", *_MODELS_IN_MLFLOW),
         "finish": (*_STEP, "components.finish.step"),
     },
     "with-torch": {
         "prepare_data": (KFP, *_PREPARE, "components.prepare_data.step"),
         "torch.distributed.run": _TRAIN,
         "canvastune.train": (*_TRAIN, *_MLFLOW),
-        "merge_lora": ("components.merge_lora.step", *_MODEL),
-        "evaluate": ("components.evaluate.step", *_MODEL),
-        "report": (*_STEP, "components.report.step"),
+        "merge_lora": ("components.merge_lora.step", *_MODEL, *_MODELS_IN_MLFLOW),
+        "evaluate": ("components.evaluate.step", *_MODEL, *_ANSWERS_IN_MLFLOW),
+        "report": (*_STEP, "components.report.step", "matplotlib.backends.backend_agg"),
         "pipelines.cli": (*_PREPARE, "pipelines.cli"),  # `canvastune prepare` of the demo
     },
 }
@@ -95,6 +106,7 @@ class Server:
         self._started_with = dict(os.environ)  # an import may set a variable
         self._closed = self._stopping = False  # no more jobs; the command has ended
         self._importing = False
+        self._stores: dict[str, bool] = {}  # by address, of runs: whether it was opened
         self._ended, wake = os.pipe()
         for pipe in (self._ended, wake):
             os.set_blocking(pipe, False)
@@ -109,6 +121,8 @@ class Server:
             if module := self._next_import():
                 self._import(module)
                 self._fork_what_is_ready()
+            else:
+                self._open_stores()
 
     def _import(self, module: str) -> None:
         self._importing = True
@@ -122,6 +136,10 @@ class Server:
         finally:
             self._importing = False
         self._imported.add(module)
+
+    def _open_stores(self) -> None:
+        for store in [each for each, opened in self._stores.items() if not opened]:
+            self._stores[store] = open_for_forks(store)
 
     def _child_ended(self, *_: object) -> None:
         if self._importing:  # which may take a second; else the loop does it
@@ -174,6 +192,8 @@ class Server:
         elif asked in self._needed:
             job.needs = self._needed[asked]
             self._jobs.append(job)
+            if store := job.what["environment"].get(STORE):
+                self._stores.setdefault(store, False)
         else:
             self._hand_on(job, text)
             _close(job.client, job.streams)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 
-from components.jobs.torchrun import read_failure, terminating_process
+from canvastune.errors import UserError
+from components.jobs.torchrun import read_failure, run_ranks, terminating_process
 
 TORCHRUN = """
 Failures:
@@ -80,3 +81,42 @@ def test_failed_training_shows_the_last_lines_of_the_rank_that_failed_first(tmp_
     assert first == snapshot("rank 1 exited with code -9; its last lines:")
     assert lines == [*(f"line {number}" for number in range(51, 100)), "ValueError: here"]
     assert str(tmp_path) in error.hint, "the other ranks' output cannot be found"
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module `program` that a test writes, and an interpreter that finds it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "output").mkdir()
+    return tmp_path / "program.py"
+
+
+def test_a_single_rank_knows_that_it_is_alone(
+    program: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program.write_text(
+        "import os, sys; print(os.environ['WORLD_SIZE'], os.environ['RANK'], *sys.argv[1:])"
+    )
+    output = program.with_name("output")
+    run_ranks(("program", "a", "b c"), 1, output, 1, {})
+    assert capfd.readouterr().out == "1 0 a b c\n"
+    assert not list(output.iterdir()), "logs of a rank that succeeded were kept"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print('said'); raise SystemExit(4)", "rank 0 exited with code 4; its last lines:\nsaid"),
+        ("import os; os.kill(os.getpid(), 9)", "rank 0 exited with code -9; its last lines:\n"),
+        ("raise SystemExit(3)", "training was asked to stop and saved its state"),
+        ("print('canvastune: error: no rows'); exit(1)", "no rows"),
+    ],
+)
+def test_the_failure_of_a_single_rank_is_told_as_torchrun_tells_it(
+    program: Path, code: str, message: str
+) -> None:
+    program.write_text(code)
+    with pytest.raises(UserError) as failure:
+        run_ranks(("program",), 1, program.with_name("output"), 1, {})
+    assert str(failure.value) == message
+    assert len(list(program.with_name("output").glob("logs-*/rank0.log"))) == 1

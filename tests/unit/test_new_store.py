@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from canvastune.tracking import new_store
 from canvastune.tracking.client import TrackingClient, load_mlflow
+from canvastune.tracking.shared_store import open_for_forks
 from tools import mlflow_store
 
 
@@ -65,3 +68,44 @@ def test_another_version_of_mlflow_creates_its_own(
     new_store.create_store(tmp_path / "mlflow.db", load_mlflow().__version__)
     assert not (tmp_path / "mlflow.db").exists()
     open_store(tmp_path / "mlflow.db")
+
+
+SHARED = """
+import os, sys, threading
+from pathlib import Path
+from canvastune.tracking.client import connect
+from canvastune.tracking.shared_store import open_for_forks
+
+uri = sys.argv[1]
+assert not open_for_forks(uri), "a store that no one has created was opened"
+creating = os.fork()
+if creating == 0:
+    connect(uri).experiment("one")
+    os._exit(0)
+os.waitpid(creating, 0)
+assert open_for_forks(uri)
+files = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.exists()]
+assert not [file for file in files if file.endswith(".db")], files
+assert threading.active_count() == 1
+for number in range(2):
+    if (fork := os.fork()) == 0:
+        client = connect(uri)._client
+        assert client is not None, "the fork opens the store again"
+        client.create_run("1")
+        os._exit(0)
+    assert os.waitpid(fork, 0)[1] == 0
+found = connect(uri).request(lambda client: client.search_runs(["1"]))
+print(len(found), "runs")
+"""
+
+
+def test_forks_use_the_store_that_was_opened_for_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARED, f"sqlite:///{tmp_path}/mlflow.db"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "2 runs\n", done.stderr
+
+
+def test_a_store_that_cannot_be_opened_is_left_to_the_forks(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database")
+    assert not open_for_forks(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not open_for_forks("http://127.0.0.1:9")

@@ -202,7 +202,7 @@ def test_the_step_train_says_it_before_it_trains(
     def begin(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "run_torchrun", begin)
+    monkeypatch.setattr(training, "run_ranks", begin)
     with pytest.raises(KeyboardInterrupt):
         training.train(recipe(rows, tiny_model), prepared, tmp_path / "train", training.StepRun())
     assert "evaluate.rows is 64" in capsys.readouterr().err
