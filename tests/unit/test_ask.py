@@ -18,6 +18,7 @@ from canvastune.tracking.steps import FINISHED, KILLED, Attempt
 from components.run_directory import RunRecord, write_record
 from pipelines.cli import main
 
+SYSTEM = "Answer in Latin."
 QUESTIONS = ["Tom has 3 apples. How many?", "Who are you?", "Tom has 3 apples. How many?"]
 
 
@@ -50,38 +51,45 @@ def workspace(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def expected(folder: Path, config: RunConfig, system: str = "", tokens: int = 8) -> list[str]:
-    before = [{"role": "system", "content": system}] if system else []
-    chats = [[*before, {"role": "user", "content": question}] for question in QUESTIONS]
-    return ChatModel(folder, config.evaluate).answer(chats, seed=config.seed, max_new_tokens=tokens)
+@pytest.fixture(scope="module")
+def expected(workspace: Path, config: RunConfig) -> dict[str, list[str]]:
+    """Return what each model answers to the questions, and the tuned one with a system message."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    folders = {"base": Path(config.model.id), "tuned": workspace / "runs" / "rank16" / "model"}
+    models = {side: ChatModel(folder, config.evaluate) for side, folder in folders.items()}
+    found = {
+        side: model.answer(chats, seed=config.seed, max_new_tokens=8)
+        for side, model in models.items()
+    }
+    system = [[{"role": "system", "content": SYSTEM}, *chat] for chat in chats]
+    short = models["tuned"].answer(system, seed=config.seed, max_new_tokens=4)
+    return found | {"system": short}
 
 
 def test_one_answer_is_all_of_the_output(
-    workspace: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
+    workspace: Path, expected: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = workspace / "runs" / "rank16"
-    answers = expected(folder / "model", config)
     assert main(["ask", str(folder), QUESTIONS[0]]) == 0
-    assert capsys.readouterr().out == f"{answers[0]}\n"
-    more = ["--set", "evaluate.max_new_tokens=4", "--system", "Answer in Latin."]
+    assert capsys.readouterr().out == f"{expected['tuned'][0]}\n"
+    more = ["--set", "evaluate.max_new_tokens=4", "--system", SYSTEM]
     assert main(["ask", "rank16", QUESTIONS[1], *more, "--workspace", str(workspace)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{expected(folder / 'model', config, more[-1], 4)[1]}\n"
-    assert captured.out != f"{answers[1]}\n"
+    assert captured.out == f"{expected['system'][1]}\n"
     assert "1 of 1 answers" in captured.err, "a cut answer without a word"
     assert "--set evaluate.max_new_tokens=8" in captured.err
 
 
 def test_the_lines_of_standard_input_are_asked_of_both_models(
     workspace: Path,
-    config: RunConfig,
+    expected: dict[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = workspace / "runs" / "rank16"
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*QUESTIONS, "", ""])))
     assert main(["ask", str(folder), "--base"]) == 0
-    sides = (expected(Path(config.model.id), config), expected(folder / "model", config))
+    sides = (expected["base"], expected["tuned"])
     assert sides[0] != sides[1], "two models that answer alike prove nothing"
     blocks = [
         f"> {question}\nbase:\n    {before}\ntuned:\n    {after}\n"
