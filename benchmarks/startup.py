@@ -24,6 +24,7 @@ from benchmarks.measure import ROOT, command_parser, commit_of, say, write_resul
 from benchmarks.pipeline import STEPS, run_once, write_recipe
 from canvastune.checkpoint.hub import resolve_model
 from canvastune.config import parse_config
+from canvastune.distributed.processes import start_processes
 from canvastune.evaluation.run import evaluate
 from canvastune.io.provenance import local_inputs
 from canvastune.merge import merge_lora
@@ -31,9 +32,11 @@ from canvastune.planner.planner import SHIPPED_CONFIG, make_plan, write_plan
 from canvastune.preparation.prepare import prepare_data
 from canvastune.report.build import build_report
 from canvastune.tiny_model import make_tiny_model, write_problems
-from canvastune.tracking import read_metrics
+from canvastune.training.devices import select_device
+from canvastune.training.run import train
 from components.earlier_runs import find_run
 from components.run_directory import read_record
+from pipelines.warm_start.server import JOBS
 
 GOALS = {"plan_seconds": 1.0, "plan_megabytes": 100.0, "step_overhead": 10.0, "demo": 2.5}
 RECIPE = "pipelines/recipes/gsm8k_lora.yaml"  # of a checkout
@@ -54,6 +57,7 @@ def main() -> int:
             "rounds": options.rounds,
             "baseline": commit_of(options.baseline) if options.baseline else None,
             "commands": _commands(checkouts, work, options.rounds),
+            "imports": _imports(),
             "pipeline": _pipeline(checkouts, work, options.rounds),
         }
         if options.demo:
@@ -153,6 +157,33 @@ print(json.dumps({"code": code, "seconds": seconds, "megabytes": usage.ru_maxrss
 """
 
 
+def _imports() -> dict[str, float]:
+    """Return by step the processor seconds after which its server has its libraries."""
+    found: dict[str, float] = {}
+    for jobs in JOBS:
+        ended = subprocess.run(
+            [sys.executable, "-c", _IMPORT, jobs],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "_KFP_RUNTIME": "true"},
+            check=True,
+        )
+        found |= json.loads(ended.stdout)
+    return found
+
+
+_IMPORT = """
+import gc, json, sys, time
+from pipelines.warm_start import server
+gc.disable()
+ready = {}
+for job, modules in server.JOBS[sys.argv[1]].items():
+    for module in modules:
+        server.import_module(module)
+    ready[job] = time.process_time()
+print(json.dumps(ready))
+"""
+
+
 def _pipeline(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:
     """Run a small pipeline on each side, and compare each step with its work."""
     make_tiny_model(work / "base")
@@ -189,16 +220,17 @@ def _work(run: Path, work: Path) -> dict[str, float]:
     config, tuned = parse_config(record.config), run / "model"
     base, data = resolve_model(config.model), work / "work-data"
     assert local_inputs(config.source_keys)
-    records = [each for each in read_metrics(run / "train" / "metrics.jsonl")]
     steps: dict[str, Callable[[Path], object]] = {
         "prepare_data": lambda out: prepare_data(config, base, out),
         "plan": lambda out: write_plan(make_plan(config, base, config.world_size), config, out),
+        "train": lambda out: train(config, data, out),
         "merge_lora": lambda out: merge_lora(config, base, run / "train" / "adapter", out),
         "evaluate": lambda out: evaluate(config, data, base, tuned, out),
         "report": lambda out: build_report(find_run(run), out, []),
     }
     prepare_data(config, base, data)
-    found = {"train": sum(each["seconds"] for each in records if each["kind"] == "train")}
+    found: dict[str, float] = {}
+    start_processes(select_device)  # the trainer's, of which this one is the only one
     for name, do in steps.items():
         do(work / f"work-{name}-1")
         started = time.perf_counter()

@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     from pipelines.warm_start import warm_processes
 
-    config = _load_config(options)
     with warm_processes():  # imports what the steps need while this process imports its own
+        config = _load_config(options)
         from pipelines.local_runner import run_recipe
 
         run_recipe(

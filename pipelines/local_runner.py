@@ -132,7 +132,7 @@ def _run_pipeline(
             parameters,
             workspace,
             config.train.stop_grace,
-            {STORE: tracking_uri(config, workspace)},
+            _store_variable(tracking_uri(config, workspace)),
         )
     except StepFailed as failure:
         close_own_run(folder, FAILED, failure.step, format_reason(failure.error))
@@ -147,6 +147,10 @@ def _run_pipeline(
         logger.info("recording the interruption in the run's folder and in MLflow")
         close_own_run(folder, KILLED, "", "interrupted (Ctrl-C, or SIGTERM)")
         raise KeyboardInterrupt(again) from None
+
+
+def _store_variable(uri: str) -> dict[str, str]:
+    return {STORE: uri} if uri.startswith("sqlite:") else {}
 
 
 def run_locally(

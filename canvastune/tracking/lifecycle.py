@@ -26,6 +26,7 @@ from canvastune.tracking.live_metrics import FindRun, numbers
 from canvastune.tracking.model_registry import Score
 from canvastune.tracking.publish import Publisher, content_hash
 from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds, origin
+from canvastune.tracking.shared_store import STORE
 from canvastune.tracking.steps import (
     FAILED,
     FINISHED,
@@ -39,6 +40,7 @@ from canvastune.tracking.steps import (
 
 # Where a step's outputs are kept that are otherwise only in its own container.
 _KEPT = {"prepare_data": "data", "plan": "plan", "evaluate": "evaluation"}
+_SENT_LATER = ("resolve", "plan")
 _TOKENS = {"input_ids": "list<int32>", "prefix_length": "int32", "complete": "bool"}
 _COLUMNS = _TOKENS | dict.fromkeys(("id", "prompt", "answer"), "string")
 
@@ -184,8 +186,12 @@ class StepRun:
         self.show("run/promotion", {"score": asdict(score) if score else None, "note": note})
 
     def publish(self) -> None:
-        """Send what MLflow lacks of the run."""
-        if self._publisher:
+        """Send what MLflow lacks of the run.
+
+        In a run on this machine, the first steps leave it to the step `train`, seconds later: they
+        would wait for MLflow's import longer than they take.
+        """
+        if self._publisher and not (STORE in os.environ and self._step in _SENT_LATER):
             self._publisher.publish()
 
     def set_status(self, status: str, error: str = "") -> None:
@@ -246,7 +252,7 @@ def start(
 
     Returns:
         Id of its run in MLflow, which Kubeflow's plugin or an earlier step may have created; "" if
-        MLflow is down, after a warning that says why.
+        MLflow is down, after a warning that says why, or a later step creates it.
     """
     record, tree = StepRun("resolve", run), run.config.model_dump(mode="json")
     key = f"{run.folder.name}/{run.job}"
@@ -302,6 +308,11 @@ def finish(run: PipelineRun, status: str, step: str = "", reason: str = "") -> l
 def pending(run: PipelineRun) -> list[str]:
     """Return what MLflow lacks of a run, without asking it."""
     return Publisher(run).pending()
+
+
+def run_id(run: PipelineRun) -> str:
+    """Return the id of a run in MLflow, without asking it; "": MLflow does not have it yet."""
+    return Publisher(run).run_id()
 
 
 def run_page(run: PipelineRun) -> str | None:

@@ -81,6 +81,10 @@ class Publisher:
         sent = self._read_published()["sent"]
         return [str(item) for key, item in self._items() if sent.get(key) != item.digest]
 
+    def run_id(self) -> str:
+        """Return the id of the pipeline run, without asking MLflow; "": it has none yet."""
+        return str(self._read_published()["run"])
+
     def page(self) -> str | None:
         """Return the page of the pipeline run below MLflow's address; None: it has none yet.
 

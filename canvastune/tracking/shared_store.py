@@ -10,7 +10,7 @@ from canvastune.tracking.mlmodel import requirements
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-STORE = "CANVASTUNE_STORE"  # the variable by which that process knows a run's store
+STORE = "CANVASTUNE_STORE"  # in the steps of a run on this machine: its embedded store
 
 
 def open_for_forks(uri: str) -> bool:

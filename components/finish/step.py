@@ -74,7 +74,8 @@ def close_run(folder: Path, status: str, step: str = "", reason: str = "") -> li
         return []
     run = pipeline_run(parse_config(record.config), folder, record.mlflow_run_id)
     pending = tracking.finish(run, status, step, reason)
-    write_record(folder, replace(record, finished=record.finished or status == FINISHED))
+    finished, mlflow_run_id = record.finished or status == FINISHED, tracking.run_id(run)
+    write_record(folder, replace(record, finished=finished, mlflow_run_id=mlflow_run_id))
     return pending
 
 

@@ -36,7 +36,8 @@ _MLFLOW = (
     *("mlflow.store.tracking.sqlalchemy_workspace_store", "alembic.command"),
     "sqlalchemy.dialects.sqlite",
 )
-_STEP = (KFP, "components.runtime", *_MLFLOW)
+_RECORDED = (KFP, "components.runtime")  # a step that a later one tells MLflow of
+_STEP = (*_RECORDED, *_MLFLOW)
 _MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils")
 _ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
 _TORCH = ("torch", "torch._dynamo", "tabulate")  # the last at the end of a process with the second
@@ -53,8 +54,8 @@ _MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
 # or else the module, that a job runs; in the order in which a run comes to them.
 JOBS: dict[str, dict[str, tuple[str, ...]]] = {
     "without-torch": {
-        "resolve": (*_STEP, "components.resolve.step"),
-        "plan": (*_STEP, "components.plan.step"),
+        "resolve": (*_RECORDED, "components.resolve.step"),
+        "plan": (*_RECORDED, "components.plan.step"),
         "train": (*_STEP, "components.train.step", *_MODELS_IN_MLFLOW),
         "finish": (*_STEP, "components.finish.step"),
     },
@@ -106,6 +107,7 @@ class Server:
         self._started_with = dict(os.environ)  # an import may set a variable
         self._closed = self._stopping = False  # no more jobs; the command has ended
         self._importing = False
+        self._asked = False  # for a job
         self._stores: dict[str, bool] = {}  # by address, of runs: whether it was opened
         self._ended, wake = os.pipe()
         for pipe in (self._ended, wake):
@@ -128,7 +130,7 @@ class Server:
         self._importing = True
         self._report()
         try:
-            _import(module)
+            import_module(module)
         except Exception as error:  # a step that imports it by itself says what is wrong
             print(f"canvastune: steps start without a warm process: {error}", file=sys.stderr)
             self._close()
@@ -150,7 +152,10 @@ class Server:
         if self._closed:
             return None
         waiting = [job.needs for job in self._jobs if not job.process]
-        needed = (module for needs in (*waiting, *self._needed.values()) for module in needs)
+        later = list(self._needed.values())
+        if self._other and not self._asked:  # the command and the other server are busy until then
+            later = later[:1]
+        needed = (module for needs in (*waiting, *later) for module in needs)
         return next((module for module in needed if module not in self._imported), None)
 
     def _answer(self, timeout: float | None) -> None:
@@ -186,7 +191,7 @@ class Server:
             client.close()
             job.client = socket.socket(fileno=job.streams.pop())
             job.client.settimeout(_HANDSHAKE)
-        asked = job_name(job.what["arguments"])
+        asked, self._asked = job_name(job.what["arguments"]), True
         if not self._has_environment(job.what["environment"]):
             _close(job.client, job.streams)  # which then starts an interpreter
         elif asked in self._needed:
@@ -299,7 +304,8 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _import(module: str) -> None:
+def import_module(module: str) -> None:
+    """Import a module as a step does. Raises: RuntimeError, it starts a thread."""
     if module == "mlflow":
         from canvastune.tracking.client import load_mlflow
 

@@ -165,7 +165,7 @@ def _fake_pipeline(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> lis
     """A pipeline whose run begins and then ends with an error; returns the names of its runs."""
     names: list[str] = []
 
-    def begin(_: object, arguments: dict[str, str], workspace: Path, __: float) -> None:
+    def begin(_: object, arguments: dict[str, str], workspace: Path, *__: object) -> None:
         names.append(arguments["run_name"])
         folder = workspace / "runs" / names[-1]
         config = load_config(RECIPE).model_dump_json()
