@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.support.bad_inputs import LINES, Ground, ends_well
+from tests.support.warm import Popen
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a workspace that is a file": (
@@ -116,15 +117,13 @@ def test_every_command_refuses_in_one_message(
 
 def test_a_user_sees_the_same_from_a_shell(ground: Ground) -> None:
     (ground.folder / "data.jsonl").write_bytes(LINES[:-20])
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *ground.command()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "data.max_bad_row_fraction" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr + done.stdout
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "pipelines.cli", *ground.command()]
+    with Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        said, errors = process.communicate()
+    assert process.returncode == 1
+    assert "data.max_bad_row_fraction" in errors.splitlines()[-1]
+    assert "Traceback" not in errors + said
     assert not (ground.folder / "out").exists()
 
 

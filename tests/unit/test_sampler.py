@@ -217,12 +217,21 @@ def test_an_answer_is_cut_at_exactly_the_limit(model: Any, limit: int) -> None:
     assert not ended.cut, "the last token that fits ends the answer"
 
 
+@pytest.fixture(scope="module")
+def alone(model: Any) -> tuple[set[int], dict[str, Answer]]:
+    """Some stops, and each question's answer with them when it is asked alone."""
+    whole = [sample(model, [one], rows=1)[one.id] for one in QUESTIONS]
+    stops = {answer.tokens[5 * index % CANVAS] for index, answer in enumerate(whole)}
+    answers = {one.id: sample(model, [one], rows=1, stops=stops)[one.id] for one in QUESTIONS}
+    assert len({len(answer.tokens) for answer in answers.values()}) > 2, "all end together"
+    return stops, answers
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_an_answer_is_the_same_alone_in_any_batch_and_in_any_order(model: Any, rows: int) -> None:
-    alone = {one.id: sample(model, [one], rows=1)[one.id] for one in QUESTIONS}
-    stops = {answer.tokens[5 * index % CANVAS] for index, answer in enumerate(alone.values())}
-    expected = {one.id: sample(model, [one], rows=1, stops=stops)[one.id] for one in QUESTIONS}
-    assert len({len(answer.tokens) for answer in expected.values()}) > 2, "all end together"
+def test_an_answer_is_the_same_alone_in_any_batch_and_in_any_order(
+    model: Any, alone: tuple[set[int], dict[str, Answer]], rows: int
+) -> None:
+    stops, expected = alone
     for order in (QUESTIONS, QUESTIONS[3:] + QUESTIONS[2::-1]):
         assert sample(model, order, rows=rows, stops=stops) == expected
     assert sample(model, QUESTIONS[5:], rows=rows, stops=stops) == {
@@ -297,8 +306,8 @@ def test_encoder_and_decoder_may_scale_their_layers_differently(
         for index, layer in enumerate(layers):
             layer.layer_scalar = torch.tensor([0.5 + 0.2 * index])
         found = sample(model, QUESTIONS)
-        for question in QUESTIONS:
-            ((tokens, _),) = stock_answers(model, [question], monkeypatch)
+        stock = stock_answers(model, QUESTIONS, monkeypatch)
+        for question, (tokens, _) in zip(QUESTIONS, stock, strict=True):
             assert found[question.id].tokens == tokens, question.id
     finally:
         for layer, scalar in zip(layers, own, strict=True):

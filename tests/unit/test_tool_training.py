@@ -20,8 +20,8 @@ from canvastune.preparation.stats import BEYOND, CALLS
 from canvastune.tiny_model import make_tiny_model, write_problems
 from tests.support.training import train
 
-ROWS, ASKED = 500, 40
-STEPS = 100
+ROWS, ASKED = 500, 20
+STEPS = 80
 CALL = re.compile(
     r'<\|tool_call>call:count\{who:<\|"\|>[^<]+<\|"\|>\}<tool_call\|><\|tool_response>.*', re.DOTALL
 )
