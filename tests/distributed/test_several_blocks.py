@@ -19,7 +19,7 @@ from canvastune.distributed.parallelize import shard_model
 from tests.distributed.test_parallel import whole
 from tests.distributed.test_precision import adapters_that_act
 from tests.support.small import examples_and_blocks, run_config, worst_difference
-from tests.unit.test_blocks import ALL, METHODS, built, one_by_one, summed, together
+from tests.unit.test_blocks import ALL, METHODS, Found, built, one_by_one, summed, together
 
 CUTS = ((ALL, 1), (2, 2))  # blocks, forwards of a step
 DEGREES = {2: (1, 2), 4: (1, 2, 4)}  # ranks -> expert-parallel degrees
@@ -53,15 +53,25 @@ def blocks_on_ranks(folder: Path, checkpoint: Path) -> None:
                     torch.save(found, folder / f"{name}-{ep}-{count}.pt")
 
 
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> dict[tuple[str, int], Found]:
+    """The sums of single-block passes in one process, by method and blocks."""
+    found = {}
+    for name in METHODS:
+        model = built(checkpoint, name)
+        for count, _ in CUTS:
+            found[name, count] = summed(model, one_by_one(*examples_and_blocks(count)))
+    return found
+
+
 @pytest.mark.parametrize("world_size", DEGREES)
 def test_loss_and_every_gradient_are_the_sum_of_single_block_passes_on_ranks(
-    world_size: int, checkpoint: Path, tmp_path: Path
+    world_size: int, checkpoint: Path, expected: dict[tuple[str, int], Found], tmp_path: Path
 ) -> None:
     run_ranks(blocks_on_ranks, world_size, tmp_path, checkpoint)
     for name in METHODS:
-        model = built(checkpoint, name)
         for count, forwards in CUTS:
-            *losses, gradients = summed(model, one_by_one(*examples_and_blocks(count)))
+            *losses, gradients = expected[name, count]
             for ep in DEGREES[world_size]:
                 case = f"{name}, EP {ep}, {count} blocks, {forwards} forwards"
                 sums, found = torch.load(tmp_path / f"{name}-{ep}-{count}.pt", weights_only=True)
