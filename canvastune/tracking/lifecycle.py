@@ -22,7 +22,7 @@ from canvastune.io.json_text import write_json
 from canvastune.tracking import steps
 from canvastune.tracking.client import connect, log
 from canvastune.tracking.descriptions import NOTE
-from canvastune.tracking.live_metrics import FindRun, numbers
+from canvastune.tracking.live_metrics import FindRun, follow_metrics, numbers
 from canvastune.tracking.model_registry import Score
 from canvastune.tracking.publish import Publisher, content_hash
 from canvastune.tracking.run_lookup import PIPELINE_RUN, PipelineRun, RunIds, origin
@@ -104,6 +104,17 @@ class StepRun:
             of = {f"dataset_{name}": about[name] for name in ("name", "digest")}
             known = self._shown("run/summary").get("values", {})
             self.show("run/summary", {"values": _timed(values, known), "dataset": of})
+
+    @contextlib.contextmanager
+    def live_curves(self, metrics_file: Path) -> Iterator[None]:
+        """Send metrics.jsonl to the run while the block's processes write it, and system metrics."""
+        if self.pipeline_run is None:
+            yield
+            return
+        known, run = self.run_id, self.pipeline_run
+        find: FindRun = training_run(run) if known is None else (lambda _: known)
+        with follow_metrics(metrics_file, run.uri, find):
+            yield
 
     def curves(self, metrics_file: Path) -> None:
         """Send what the run lacks of metrics.jsonl; the pipeline run gets the curves as well."""

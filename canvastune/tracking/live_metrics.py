@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,6 +86,21 @@ def open_metrics(
     return MetricsWriter(path, MetricsThread(uri, run, path, period, longest_pause))
 
 
+@contextlib.contextmanager
+def follow_metrics(path: Path, uri: str, run: FindRun, period: float = 1.0) -> Iterator[None]:
+    """Send a metrics.jsonl that other processes write while the block runs, and measure the machine.
+
+    Args:
+        period: seconds between two looks at the file.
+    """
+    thread = MetricsThread(uri, run, path, period, longest_pause=60.0, looks=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.close(timeout=15.0)
+
+
 class MetricsSender:
     """Send the points of a metrics.jsonl, and of the system.jsonl next to it, that a run lacks."""
 
@@ -94,7 +110,7 @@ class MetricsSender:
         self.pending: list[Point] = []
         self._find_run = find_run
         self._files = [Tail(path), Tail(path.with_name(SYSTEM))]
-        # metric -> steps that the server had at first
+        # metric -> steps that the server has
         self._known: dict[str, set[int]] | None = None
 
     def send(self) -> int:
@@ -114,6 +130,8 @@ class MetricsSender:
             batch = self.pending[:_BATCH]
             metrics = [metric(p.key, p.value, int(p.time * 1000), p.step) for p in batch]
             self.server.request(partial(self._log, metrics))
+            for point in batch:
+                self._known.setdefault(point.key, set()).add(point.step)
             del self.pending[: len(batch)]
             self.sent += len(batch)
         return self.sent
@@ -134,11 +152,22 @@ class MetricsThread:
     """
 
     def __init__(
-        self, uri: str, find_run: FindRun, path: Path, period: float, longest_pause: float
+        self,
+        uri: str,
+        find_run: FindRun,
+        path: Path,
+        period: float,
+        longest_pause: float,
+        *,
+        looks: bool = False,
     ) -> None:
+        """
+        Args:
+            looks: at the file in each period, as nothing calls `wake`.
+        """
         load_mlflow()  # here: two threads that import it at once can meet half-initialized modules
         self._sender = MetricsSender(uri, find_run, path)
-        self._period, self._longest_pause = period, longest_pause
+        self._period, self._longest_pause, self._looks = period, longest_pause, looks
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics-sender", daemon=True)
         self._sampler = SystemSampler(path.with_name(SYSTEM), self.wake)
@@ -169,7 +198,8 @@ class MetricsThread:
     def _loop(self) -> None:
         sender, pause, failing = self._sender, self._period, False
         while True:
-            self._news.wait()
+            if not self._looks:
+                self._news.wait()
             self._news.clear()
             try:
                 sender.send()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,17 +72,22 @@ class MetricsWriter:
 
 
 class Tail:
-    """Read the new complete lines of a growing file of records, which may not exist yet."""
+    """Read the new complete lines of a growing file of records, which may not exist yet.
+
+    A file that replaced it, as an attempt that resumes writes, is read from its start.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset = self._lines = 0
+        self._file = self._offset = self._lines = 0
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records since the last call. Raises: UserError, a line that is no record."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as stream:
+            if self._file != (file := os.fstat(stream.fileno()).st_ino):
+                self._file, self._offset, self._lines = file, 0, 0
             stream.seek(self._offset)
             data = stream.read()
         data = data[: data.rfind(b"\n") + 1]

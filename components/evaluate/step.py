@@ -137,7 +137,7 @@ def _evaluate_in(
         write_config(config, recipe)
         module = (*_module(recipe, dataset, tuned, out), *more)
         logs.mkdir(parents=True, exist_ok=True)
-        run_ranks(module, processes, logs, config.train.stop_grace, {})
+        run_ranks(module, processes, logs, config.train.stop_grace)
 
 
 def _module(recipe: Path, data: Path, tuned: Path, out: Path) -> tuple[str, ...]:

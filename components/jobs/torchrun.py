@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +27,7 @@ _ONLY_RANK = {  # as torchrun would set them; the port is any that is free
 }
 
 
-def run_ranks(
-    module: Sequence[str], processes: int, output: Path, grace: int, environment: Mapping[str, str]
-) -> None:
+def run_ranks(module: Sequence[str], processes: int, output: Path, grace: int) -> None:
     """Run a module in processes on this machine; relay the first one's output.
 
     Args:
@@ -37,7 +35,6 @@ def run_ranks(
         processes: one runs by itself: torchrun's agent would take a second to start and to end.
         output: a folder, which keeps every rank's output if one fails.
         grace: seconds that the ranks get to save their state when they are stopped.
-        environment: variables in addition to this process's.
 
     Raises:
         UserError: a rank failed; the message ends with its last lines.
@@ -45,7 +42,7 @@ def run_ranks(
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=output))
     # torchrun would set one thread, whatever the machine has
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    variables = {"OMP_NUM_THREADS": threads, **os.environ, **environment}
+    variables = {"OMP_NUM_THREADS": threads, **os.environ}
     run = _run_one if processes == 1 else partial(_run_torchrun, processes)
     run(module, variables, logs, grace)
     shutil.rmtree(logs)

@@ -49,13 +49,13 @@ def train(
     try:
         if config.cluster.backend == "local":
             data = ("--data", str(dataset)) if dataset else ()
-            run_ranks(
-                (*_module(output), *data, *record.arguments()),
-                config.parallel.nproc_per_node,
-                output,
-                config.train.stop_grace,
-                record.environment(),
-            )
+            with record.live_curves(output / "metrics.jsonl"):  # the ranks need no MLflow
+                run_ranks(
+                    (*_module(output), *data),
+                    config.parallel.nproc_per_node,
+                    output,
+                    config.train.stop_grace,
+                )
         else:
             # The pods share its cache: their accelerators do not wait for a download.
             resolve_model(config.model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import select
@@ -36,7 +37,7 @@ _MLFLOW = (
     *("mlflow.store.tracking.sqlalchemy_workspace_store", "alembic.command"),
     "sqlalchemy.dialects.sqlite",
 )
-_RECORDED = (KFP, "components.runtime")  # a step that a later one tells MLflow of
+_RECORDED = (KFP, "components.runtime")  # a step whose records a later one sends to MLflow
 _STEP = (*_RECORDED, *_MLFLOW)
 _MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils")
 _ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
@@ -62,13 +63,16 @@ JOBS: dict[str, dict[str, tuple[str, ...]]] = {
     "with-torch": {
         "prepare_data": (KFP, *_PREPARE, "components.prepare_data.step"),
         "torch.distributed.run": _TRAIN,
-        "canvastune.train": (*_TRAIN, *_MLFLOW),
+        "canvastune.train": _TRAIN,
         "merge_lora": ("components.merge_lora.step", *_MODEL, *_MODELS_IN_MLFLOW),
         "evaluate": ("components.evaluate.step", *_MODEL, *_ANSWERS_IN_MLFLOW),
         "report": (*_STEP, "components.report.step", "matplotlib.backends.backend_agg"),
         "pipelines.cli": (*_PREPARE, "pipelines.cli"),  # `canvastune prepare` of the demo
     },
 }
+# What these need is imported once one of the jobs before has come: it would hold those up, or the
+# command itself, whose imports take one of maybe two processors.
+_AFTER = {"train": {"plan", "prepare_data"}, "merge_lora": {"canvastune.train"}}
 _RANKS = ("torch.distributed.run", "canvastune.train")
 # Read while libraries are imported: a job where one differs needs a separate interpreter.
 _READ_AT_IMPORT = (
@@ -107,7 +111,7 @@ class Server:
         self._started_with = dict(os.environ)  # an import may set a variable
         self._closed = self._stopping = False  # no more jobs; the command has ended
         self._importing = False
-        self._asked = False  # for a job
+        self._asked: set[str] = set()  # names of the jobs that have come
         self._stores: dict[str, bool] = {}  # by address, of runs: whether it was opened
         self._ended, wake = os.pipe()
         for pipe in (self._ended, wake):
@@ -123,7 +127,7 @@ class Server:
             if module := self._next_import():
                 self._import(module)
                 self._fork_what_is_ready()
-            else:
+            elif self._imported.issuperset(itertools.chain(*self._needed.values())):
                 self._open_stores()
 
     def _import(self, module: str) -> None:
@@ -152,9 +156,10 @@ class Server:
         if self._closed:
             return None
         waiting = [job.needs for job in self._jobs if not job.process]
-        later = list(self._needed.values())
-        if self._other and not self._asked:  # the command and the other server are busy until then
-            later = later[:1]
+        next_jobs = itertools.takewhile(
+            lambda name: name not in _AFTER or _AFTER[name] & self._asked, self._needed
+        )
+        later = (self._needed[name] for name in next_jobs)
         needed = (module for needs in (*waiting, *later) for module in needs)
         return next((module for module in needed if module not in self._imported), None)
 
@@ -191,7 +196,8 @@ class Server:
             client.close()
             job.client = socket.socket(fileno=job.streams.pop())
             job.client.settimeout(_HANDSHAKE)
-        asked, self._asked = job_name(job.what["arguments"]), True
+        asked = job_name(job.what["arguments"])
+        self._asked.add(asked)
         if not self._has_environment(job.what["environment"]):
             _close(job.client, job.streams)  # which then starts an interpreter
         elif asked in self._needed:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,6 +257,39 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(
         model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")
     ] == ["steps-adapter"]
     assert tracking.pending(started) == [], "something was not sent although MLflow was there"
+
+
+def test_curves_arrive_while_another_process_trains_and_resumes(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    run, path = pipeline_run(workspace, "live"), tmp_path / "metrics.jsonl"
+    tracking.start(run)
+    client = client_of(workspace)
+
+    def sent(record: tracking.StepRun, metric: str) -> list[int]:
+        return sorted(m.step for m in client.get_metric_history(record.run_id, metric))
+
+    def wait_for(record: tracking.StepRun, steps: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while (found := sent(record, "train/loss")) != steps:
+            assert time.monotonic() < deadline, f"{found} arrived of {steps}"
+            time.sleep(0.1)
+
+    with tracking.step_run(run, "train") as record, record.live_curves(path):
+        first = tracking.MetricsWriter(path)
+        for step in (1, 2, 3, 4):
+            first.write(train_record(step))
+        wait_for(record, [1, 2, 3, 4])
+        first.close()
+        second = tracking.MetricsWriter(path)
+        assert second.resume(2) == 2
+        for step in (3, 4, 5):
+            second.write(train_record(step))
+        wait_for(record, [1, 2, 3, 4, 5])
+        second.close()
+    assert sent(record, "train/loss") == [1, 2, 3, 4, 5], "a step was sent twice"
+    assert sent(record, "system/cpu_utilization_percentage"), "nothing of the machine was measured"
 
 
 def test_models_have_the_figures_of_their_run_and_the_data_set_that_they_are_of(

@@ -98,7 +98,7 @@ def test_a_single_rank_knows_that_it_is_alone(
         "import os, sys; print(os.environ['WORLD_SIZE'], os.environ['RANK'], *sys.argv[1:])"
     )
     output = program.with_name("output")
-    run_ranks(("program", "a", "b c"), 1, output, 1, {})
+    run_ranks(("program", "a", "b c"), 1, output, 1)
     assert capfd.readouterr().out == "1 0 a b c\n"
     assert not list(output.iterdir()), "logs of a rank that succeeded were kept"
 
@@ -117,6 +117,6 @@ def test_the_failure_of_a_single_rank_is_told_as_torchrun_tells_it(
 ) -> None:
     program.write_text(code)
     with pytest.raises(UserError) as failure:
-        run_ranks(("program",), 1, program.with_name("output"), 1, {})
+        run_ranks(("program",), 1, program.with_name("output"), 1)
     assert str(failure.value) == message
     assert len(list(program.with_name("output").glob("logs-*/rank0.log"))) == 1
