@@ -256,13 +256,26 @@ def _starting(startup: dict[str, Any], at: str) -> str:
 `python -m benchmarks.startup`{at} measures commands that compute next to nothing, and the
 overhead of each step in a small local run: the step's time minus that of its work, which is measured with everything imported{against}.
 Goals: `plan` in {start_goals["plan_seconds"]:.0f} s and {start_goals["plan_megabytes"]:.0f} MB; a tenth of each step's overhead; `canvastune demo` {start_goals["demo"]}x as fast. `plan` lists the weights
-from config.json and does not import PyTorch. The steps of a local run are forked from one process that imports the libraries while the
-first steps run; on a cluster, or on a machine with a GPU, each process imports its own libraries.
+from config.json and does not import PyTorch. The steps of a local run are forked from two processes that import the libraries while the
+first steps run; on a cluster, or on a machine with a GPU, each process imports its own libraries.{_waits(startup)}
 
 | what | now | before | improvement |
 |---|---|---|---|
 {chr(10).join(startup_lines(startup))}
 """
+
+
+def _waits(startup: dict[str, Any]) -> str:
+    """Say which steps wait for imports that no other process can do for them."""
+    ready = startup.get("imports")  # results of earlier versions lack it
+    if ready is None:
+        return ""
+    return f"""
+
+What is left is mostly waiting for imports, which take one processor: the tokenizer of `prepare_data` is there after {ready["prepare_data"]:.1f} s of them
+(datasets, PyTorch, and transformers, whose configuration of Gemma imports the code of models and `torch._dynamo`), a rank of `train` after
+{ready["canvastune.train"]:.1f} s, and MLflow, which `train` is the first to use, after {ready["train"]:.1f} s in the other process. In `merge_lora`, `evaluate` and `report`, it is MLflow's
+calls, each a transaction of its database: a trace is two of them, and an evaluation has two traces for each row."""
 
 
 def _since(commits: dict[str, Any], at: str) -> str:
