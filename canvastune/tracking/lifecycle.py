@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -38,9 +39,14 @@ from canvastune.tracking.steps import (
     format_reason,
 )
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 # Where a step's outputs are kept that are otherwise only in its own container.
 _KEPT = {"prepare_data": "data", "plan": "plan", "evaluate": "evaluation"}
-_SENT_LATER = ("resolve", "plan")
+# In a run on this machine, by the step `train` while its ranks start.
+_SENT_LATER = ("resolve", "plan", "prepare_data")
+_BEGIN_UNSENT = ("train", "report")  # the former sends it then, too; the latter ends in seconds
 _TOKENS = {"input_ids": "list<int32>", "prefix_length": "int32", "complete": "bool"}
 _COLUMNS = _TOKENS | dict.fromkeys(("id", "prompt", "answer"), "string")
 
@@ -111,8 +117,13 @@ class StepRun:
         if self.pipeline_run is None:
             yield
             return
-        known, run = self.run_id, self.pipeline_run
-        find: FindRun = training_run(run) if known is None else (lambda _: known)
+        run, find_later = self.pipeline_run, training_run(self.pipeline_run)
+
+        @functools.cache
+        def find(client: MlflowClient) -> str:
+            self.publish()  # what the steps before left to this one
+            return self.run_id or find_later(client)
+
         with follow_metrics(metrics_file, run.uri, find):
             yield
 
@@ -289,7 +300,7 @@ def step_run(run: PipelineRun | None, step: Step, *, own: bool = True) -> Iterat
     """
     record = StepRun(step, run, own)
     record.set_status(RUNNING)
-    if not (STORE in os.environ and step == "report"):  # which ends in seconds, too
+    if not (STORE in os.environ and step in _BEGIN_UNSENT):
         record.publish()
     try:
         yield record

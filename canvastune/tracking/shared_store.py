@@ -16,8 +16,8 @@ STORE = "CANVASTUNE_STORE"  # in the steps of a run on this machine: its embedde
 def open_for_forks(uri: str) -> bool:
     """Do what MLflow does once in a process that uses a store; return whether the store is there.
 
-    A fork gets the client, the schema that was checked, the queries that were compiled and the list
-    of installed packages. No connection is left open: a fork cannot use its parent's.
+    A fork gets the client, the schema that was checked and the queries that were compiled. No
+    connection is left open: a fork cannot use its parent's.
     """
     if not is_plain_file(uri) or not database_file(uri).is_file():
         return False
@@ -28,10 +28,14 @@ def open_for_forks(uri: str) -> bool:
         return False
     finally:
         _close_connections()
+    return True
+
+
+def list_packages_for_forks() -> None:
+    """List the installed packages, as MLflow does when a process describes its first model."""
     from mlflow.utils.requirements_utils import warn_dependency_requirement_mismatches
 
     warn_dependency_requirement_mismatches(requirements())
-    return True
 
 
 def _ask(client: MlflowClient) -> None:

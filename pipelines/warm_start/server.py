@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from canvastune.tracking.shared_store import STORE, open_for_forks
+from canvastune.tracking.shared_store import STORE, list_packages_for_forks, open_for_forks
 from pipelines.warm_start.fork import become
 
 KFP = "kfp.dsl.executor_main"
@@ -39,7 +39,8 @@ _MLFLOW = (
 )
 _RECORDED = (KFP, "components.runtime")  # a step whose records a later one sends to MLflow
 _STEP = (*_RECORDED, *_MLFLOW)
-_MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils")
+_PACKAGES = "mlflow.utils.requirements_utils"
+_MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils", _PACKAGES)
 _ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
 _TORCH = ("torch", "torch._dynamo", "tabulate")  # the last at the end of a process with the second
 _PREPARE = (
@@ -127,7 +128,7 @@ class Server:
             if module := self._next_import():
                 self._import(module)
                 self._fork_what_is_ready()
-            elif self._imported.issuperset(itertools.chain(*self._needed.values())):
+            if self._imported.issuperset(itertools.chain(*self._needed.values())):
                 self._open_stores()
 
     def _import(self, module: str) -> None:
@@ -317,6 +318,8 @@ def import_module(module: str) -> None:
 
         load_mlflow()
     importlib.import_module(module)
+    if module == _PACKAGES:
+        list_packages_for_forks()
     if threading.active_count() > 1:
         raise RuntimeError(f"a fork would lose {threading.enumerate()}: {module} started them")
 
