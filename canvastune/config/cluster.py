@@ -268,7 +268,7 @@ class ClusterConfig(PodSettings):
 
     backend: Literal["local", "pytorchjob", "trainjob"] = Field(
         "local",
-        description="local: torchrun in the step's own container; pytorchjob: a PyTorchJob (training "
+        description="local: processes in the step's own container; pytorchjob: a PyTorchJob (training "
         "operator 1.9); trainjob: a TrainJob (Trainer 2.3)",
     )
     nodes: int = Field(
