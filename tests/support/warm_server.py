@@ -46,6 +46,8 @@ WARM = (
         for step in ("resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report")
     ),
     "mlflow.tracking",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
 )
 PLAIN: Any = subprocess.Popen  # whose own methods, which are not public, are needed
 START_CHILD = PLAIN._execute_child

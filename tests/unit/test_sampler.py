@@ -219,7 +219,7 @@ def test_an_answer_is_cut_at_exactly_the_limit(model: Any, limit: int) -> None:
 
 @pytest.fixture(scope="module")
 def alone(model: Any) -> tuple[set[int], dict[str, Answer]]:
-    """Some stops, and each question's answer with them when it is asked alone."""
+    """Some stops, and each question's answer with them when it is asked by itself."""
     whole = [sample(model, [one], rows=1)[one.id] for one in QUESTIONS]
     stops = {answer.tokens[5 * index % CANVAS] for index, answer in enumerate(whole)}
     answers = {one.id: sample(model, [one], rows=1, stops=stops)[one.id] for one in QUESTIONS}
