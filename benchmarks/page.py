@@ -25,7 +25,10 @@ FILES = (
     *("step", "first_pass", "growth", "lengths", "blocks", "blocks_learning"),
     *("data", "merge", "pipeline", "gpu_dry_run"),
 )
-MAY_LACK = ("evaluation", "pipeline_plan", "saving", "gpu", "startup", "peers", "step_commits")
+MAY_LACK = (
+    *("evaluation", "pipeline_plan", "saving", "gpu", "startup", "peers", "step_commits"),
+    "long_example",
+)
 PAGE = ROOT / "docs" / "performance.md"
 
 
@@ -67,6 +70,7 @@ def page(
     startup: dict[str, Any] | None,
     peers: dict[str, Any] | None,
     step_commits: dict[str, Any] | None,
+    long_example: dict[str, Any] | None,
 ) -> str:
     """Return docs/performance.md."""
     here, rate = step["machine"], step["matmul_flops_per_second"]
@@ -193,7 +197,7 @@ computes them no slower in long examples than in short ones. Times vary by up to
 | tokens | blocks of the answer per step | kB per token in addition to weights and gradients | seconds | GFLOP counted | GFLOP per second | attention in a sliding-window layer, us per token | in a full-attention layer |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(map(_length, lengths["rows"]))}
-
+{_long_example(long_example, at(long_example) if long_example else "")}
 ## Every block of an answer in one step
 
 `python -m benchmarks.blocks`{at(blocks)} compares `objective.blocks: all` with one block per answer, and with a separate row for each
@@ -427,6 +431,19 @@ def _blocks(blocks: str, row: dict[str, Any]) -> str:
         f"| {blocks} | {both('rate')} | {both('slower')} | {by_row['plain']:.2f} |"
         f" {by_row['packed']:.2f} | {by_row['sent']:.2f} | {ratios['memory']:.2f} |"
     )
+
+
+def _long_example(found: dict[str, Any] | None, at: str) -> str:
+    if found is None:
+        return ""
+    sides = {name: side["extra_memory_bytes"] / 1e6 for name, side in found["sides"].items()}
+    seconds = {name: side["cpu_seconds"] for name, side in found["sides"].items()}
+    return f"""
+What a process needs for such a step, and not only its tensors, is compared with an earlier commit by
+`python -m benchmarks.long_example`{at}: for 16,384 tokens, checkpointed, {sides["ours"]:,.0f} MB in addition to weights and
+gradients instead of {sides["baseline"]:,.0f} MB at {found["baseline"]} ({found["leaner"]:.1f}x less), in {seconds["ours"] / seconds["baseline"]:.2f}x its CPU time. On a CPU, experts and gated
+layers are computed a stretch of rows at a time, and the C library returns a large tensor's memory as soon as the tensor is freed.
+"""
 
 
 def _growth(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ The public API is these four names and one function per step; docs/api.md has an
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "UserError", "__version__", "load_config"]
+
+# PyTorch reads it at its first allocation: large tensors in the host's memory are in pages of 2 MiB,
+# of which one is mapped at a time. `training.devices` says what for.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def lazy_attributes(package: str, **modules: str) -> Callable[[str], Any]:

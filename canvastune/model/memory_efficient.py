@@ -9,7 +9,7 @@ Shape letters: T tokens, H hidden size, I size of a gated layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 from canvastune.model import fused, kernels
+
+_ELEMENTS_AT_ONCE = 2**17  # of an input on a CPU, so that a few of its size fit in a core's cache
 
 
 def make_memory_efficient(model: nn.Module) -> None:
@@ -41,10 +43,24 @@ def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
     """Return `function(*inputs)`, recomputing its cheap elementwise operations in the backward
     pass.
 
-    The function may call the `forward` of a module but not the module: hooks would see tensors
-    outside the graph.
+    On a CPU it is called on some rows [n, size] of inputs [..., size] at a time. It may call the
+    `forward` of a module but not the module: hooks would see tensors outside the graph.
     """
     return _Recomputed.apply(function, *inputs)
+
+
+def joined(
+    whole: torch.Tensor | None, where: slice, part: torch.Tensor, total: int
+) -> torch.Tensor:
+    """Write a part [n, ...] into the whole [total, ...], which the first part allocates; a part that
+    is the whole is returned as it is.
+    """
+    if len(part) == total:
+        return part
+    if whole is None:
+        whole = part.new_empty(total, *part.shape[1:])
+    whole[where] = part
+    return whole
 
 
 def takes_gate_kernel(activation: nn.Module, gates: torch.Tensor) -> bool:
@@ -91,23 +107,54 @@ class _Recomputed(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(*inputs)
         ctx.function = function
-        return function(*inputs)
+        leading, out = inputs[0].shape[:-1], None
+        for rows, parts in _stretches(inputs):
+            out = joined(out, rows, function(*parts), leading.numel())
+        assert out is not None
+        return out.view(*leading, -1)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad():
-            out = ctx.function(*inputs)
-        found = iter(
-            torch.autograd.grad(
-                out, [tensor for tensor in inputs if tensor.requires_grad], upstream
-            )
-        )
-        return None, *(next(found) if need else None for need in needed)
+        inputs = ctx.saved_tensors
+        found: list[torch.Tensor | None] = [None] * len(inputs)
+        for rows, (given, *parts) in _stretches([upstream, *inputs]):
+            gradients = _gradients(ctx.function, parts, ctx.needs_input_grad[1:], given)
+            for index, gradient in enumerate(gradients):
+                if gradient is not None:
+                    total = inputs[index].shape[:-1].numel()
+                    found[index] = joined(found[index], rows, gradient, total)
+        shaped = zip(found, inputs, strict=True)
+        return None, *(each if each is None else each.view_as(like) for each, like in shaped)
+
+
+def _stretches(
+    tensors: Sequence[torch.Tensor],
+) -> Iterator[tuple[slice, Sequence[torch.Tensor]]]:
+    """Yield rows of tensors [..., size], and the tensors there, [n, size]."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    rows, device = len(flat[0]), flat[0].device.type
+    at_once = max(1, _ELEMENTS_AT_ONCE // flat[0].shape[-1] if device == "cpu" else rows)
+    for start in range(0, max(1, rows), at_once):
+        part = slice(start, start + at_once)
+        yield part, [tensor[part] for tensor in flat]
+
+
+def _gradients(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    upstream: torch.Tensor,
+) -> Iterator[torch.Tensor | None]:
+    """Compute the function again, and yield the gradient of each input that needs one."""
+    leaves = [
+        tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)
+    ]
+    with torch.enable_grad():
+        out = function(*leaves)
+    found = iter(
+        torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], upstream)
+    )
+    return (next(found) if need else None for need in needed)
 
 
 class _Norm(torch.autograd.Function):

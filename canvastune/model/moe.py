@@ -8,6 +8,7 @@ that this rank's experts receive, H hidden size, I expert size, r rank of an ada
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from canvastune.model import kernels
-from canvastune.model.memory_efficient import recomputed, takes_gate_kernel
+from canvastune.model.memory_efficient import joined, recomputed, takes_gate_kernel
 from canvastune.model.parameter_names import ADAPTER
 
 NAME = "canvastune"  # the experts implementation in transformers' registry
+# On a CPU, bytes that exist at once: of rows gathered for their experts, which stay in a core's
+# cache until they are multiplied, and of experts' results before they are summed.
+_ROWS_AT_ONCE, _RESULTS_AT_ONCE = 2**21, 2**25
 
 
 @dataclass
@@ -144,7 +148,9 @@ def experts_forward(
         gate_up = _DispatchedProduct.apply(
             hidden, local_tensor(module.gate_up_proj), order, inverse, ends
         )
-        out = _gated_product(module, gate_up, weights, ends)
+        weight = local_tensor(module.down_proj)
+        active = _gated(module, gate_up, weights).to(weight.dtype)
+        return _CombinedProduct.apply(active, weight, order, inverse, ends)
     return _CombinedRows.apply(out, order, inverse)
 
 
@@ -181,13 +187,12 @@ def _apply_experts(
     """Apply the experts to rows [R, H] sorted by expert up to ends [L], with routing weights [R, 1]
     -> [R, H].
     """
-    return _gated_product(module, _multiply(module, "gate_up_proj", rows, ends), weights, ends)
+    active = _gated(module, _multiply(module, "gate_up_proj", rows, ends), weights)
+    return _multiply(module, "down_proj", active, ends)
 
 
-def _gated_product(
-    module: Any, gate_up: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
-    """Gate, weight and project down: gate and up [R, 2I], routing weights [R, 1] -> [R, H].
+def _gated(module: Any, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Gate and weight: gate and up [R, 2I], routing weights [R, 1] -> [R, I].
 
     A row is weighted before the last projection, where it is narrowest.
     """
@@ -197,10 +202,8 @@ def _gated_product(
         return (module.act_fn.forward(gate) * up * weights).to(gate_up.dtype)
 
     if takes_gate_kernel(module.act_fn, gate_up):
-        active = kernels.gate(gate_up, None, weights)
-    else:
-        active = recomputed(gated, gate_up, weights)
-    return _multiply(module, "down_proj", active, ends)
+        return kernels.gate(gate_up, None, weights)
+    return recomputed(gated, gate_up, weights)
 
 
 def _ends(counts: torch.Tensor) -> torch.Tensor:
@@ -315,19 +318,103 @@ class _DispatchedProduct(torch.autograd.Function):
         ctx.save_for_backward(
             hidden if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
         )
-        rows = _dispatch(hidden, order, inverse).to(weight.dtype)
-        return grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+        out = None
+        for experts, rows, own_ends in _stretches(ends, hidden):
+            given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
+            part = grouped_mm(given, weight[experts].transpose(-2, -1), offs=own_ends)
+            out = joined(out, rows, part, len(order))
+        assert out is not None
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, order, inverse, ends = ctx.saved_tensors
         hidden_gradient = weight_gradient = None
         if ctx.needs_input_grad[1]:
-            rows = _dispatch(hidden, order, inverse).to(weight.dtype)
-            weight_gradient = _weight_gradient(gradient, rows, ends)
+            for experts, rows, own_ends in _stretches(ends, hidden):
+                given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
+                part = _weight_gradient(gradient[rows], given, own_ends)
+                weight_gradient = joined(weight_gradient, experts, part, len(weight))
         if ctx.needs_input_grad[0]:
-            hidden_gradient = _combine(grouped_mm(gradient, weight, offs=ends), inverse)
+            hidden_gradient = _combined_product(gradient, weight, inverse, ends)
         return hidden_gradient, weight_gradient, None, None, None
+
+
+class _CombinedProduct(torch.autograd.Function):
+    """Rows [R, I] times the experts' weight [E, H, I], then `_CombinedRows`, without the results of
+    single experts or their gradients as a whole on a CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        active: torch.Tensor,
+        weight: torch.Tensor,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(
+            active if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
+        )
+        return _combined_product(active, weight.transpose(-2, -1), inverse, ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        active, weight, order, inverse, ends = ctx.saved_tensors
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        active_gradient = weight_gradient = None
+        for experts, rows, own_ends in _stretches(ends, gradient):
+            given = _dispatch(gradient, order[rows], inverse)
+            if needs_rows:
+                part = grouped_mm(given, weight[experts], offs=own_ends)
+                active_gradient = joined(active_gradient, rows, part, len(order))
+            if needs_weight:
+                part = _weight_gradient(given, active[rows], own_ends)
+                weight_gradient = joined(weight_gradient, experts, part, len(weight))
+        return active_gradient, weight_gradient, None, None, None
+
+
+def _stretches(
+    ends: torch.Tensor, row: torch.Tensor
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Yield neighboring experts, their rows, and the ends of each one's among these: on a CPU as
+    many as `_ROWS_AT_ONCE` allows, on a GPU, which is not waited for, all.
+
+    Args:
+        row: [..., H], of which a row is gathered.
+    """
+    if ends.device.type != "cpu":
+        yield slice(None), slice(None), ends
+        return
+    most = _ROWS_AT_ONCE // (row.shape[-1] * row.element_size())
+    bounds, first = [0, *ends.tolist()], 0
+    for last in range(1, len(bounds)):
+        if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > most:
+            yield (
+                slice(first, last),
+                slice(bounds[first], bounds[last]),
+                ends[first:last] - bounds[first],
+            )
+            first = last
+
+
+def _combined_product(
+    rows: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Multiply rows [R, in] by their experts' weight [E, in, H] and sum each token's K results ->
+    [T, H]; on a CPU some columns at a time, where all would be more than `_RESULTS_AT_ONCE`.
+    """
+    width = weight.shape[-1]
+    needed = len(rows) * width * weight.element_size()
+    if rows.device.type != "cpu" or needed <= _RESULTS_AT_ONCE:
+        return _combine(grouped_mm(rows, weight, offs=ends), inverse)
+    out = rows.new_empty(len(inverse), width)
+    parts = -(-needed // _RESULTS_AT_ONCE)
+    for columns in torch.arange(width).tensor_split(parts):
+        chosen = slice(int(columns[0]), int(columns[-1]) + 1)
+        out[:, chosen] = _combine(grouped_mm(rows, weight[..., chosen], offs=ends), inverse)
+    return out
 
 
 def _weight_gradient(

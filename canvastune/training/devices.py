@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ INFINIBAND = Path("/dev/infiniband")  # where a node has devices for RDMA
 _LARGE = 1e9  # parameters of experts and embedding
 # Bytes that NCCL locks for RDMA at the least: its buffers are 4 MiB for each channel and peer.
 _LOCKED = 64 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_RETURNED = 4 * 2**20  # bytes of a tensor that are the system's again as soon as it is freed
 
 
 def select_device() -> torch.device:
@@ -25,6 +29,7 @@ def select_device() -> torch.device:
         UserError: this node has fewer GPUs than processes, on every rank of the node.
     """
     if not torch.cuda.is_available():
+        _return_freed_memory()
         return torch.device("cpu")
     rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
@@ -39,6 +44,18 @@ def select_device() -> torch.device:
     # examples of different lengths, several in every step, for as long as a run takes.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def _return_freed_memory() -> None:
+    """Make the C library return a large tensor's memory as soon as the tensor is freed.
+
+    By default it raises its own threshold to 32 MiB and keeps what is smaller: for one long example
+    several times what its tensors take. Getting memory anew costs page faults, few of them with
+    pages of 2 MiB (see `canvastune`).
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        mallopt(_M_TRIM_THRESHOLD, 64 * _RETURNED)
 
 
 def refuse_silent_cpu(config: RunConfig, device: torch.device, text: PreTrainedConfig) -> None:

@@ -90,7 +90,7 @@ def test_what_is_recomputed_keeps_its_inputs_alone_and_has_the_same_gradients() 
 
 
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
-    x, weight = torch.randn(ROWS, requires_grad=True), torch.randn(ROWS)
+    x, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(ROWS, WIDTH)
     recomputed(lambda a, b: a * b, x, weight).sum().backward()
     assert weight.grad is None
     assert torch.equal(x.grad, weight)  # type: ignore[arg-type]
