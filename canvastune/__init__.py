@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "UserError", "__version__", "load_config"]
 
-# PyTorch reads it at its first allocation: large tensors in the host's memory are in pages of 2 MiB,
-# of which one is mapped at a time. `training.devices` says what for.
+# PyTorch reads it at its first allocation: large tensors in the host's memory use pages of 2 MiB, so
+# that getting new memory is cheap (see `training.devices`).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

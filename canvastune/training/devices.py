@@ -50,7 +50,7 @@ def _return_freed_memory() -> None:
     """Make the C library return a large tensor's memory as soon as the tensor is freed.
 
     By default it raises its own threshold to 32 MiB and keeps what is smaller: for one long example
-    several times what its tensors take. Getting memory anew costs page faults, few of them with
+    several times what its tensors take. Each new tensor then costs page faults, few of them with
     pages of 2 MiB (see `canvastune`).
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
