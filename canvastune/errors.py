@@ -28,6 +28,12 @@ class UserError(Exception):
         return _restore, (str(self), self.hint)
 
 
+def type_of(value: Any) -> str:
+    """Return a value's type for a message: `null`, `a list`, `an int`."""
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def format_error(error: UserError) -> str:
     """Return what a command prints for an error: its message and, on another line, its hint."""
     hint = f"\n{_HINT_PREFIX}{error.hint}" if error.hint else ""

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from canvastune.config.data import DataConfig
 from canvastune.config.schema import RunConfig
 from canvastune.config.strict import StrictModel, affects_weights, flatten
-from canvastune.errors import UserError, one_line
+from canvastune.errors import UserError, one_line, type_of
 
 Section = TypeVar("Section", bound=StrictModel)
 _EXAMPLE = "pipelines/recipes/tiny_lora.yaml"
@@ -387,7 +387,7 @@ def _read_text(path: Path) -> str:
 def _mapping(tree: Any, where: str) -> dict[str, Any]:
     if isinstance(tree, dict):
         return tree
-    found = "nothing" if tree is None else f"a {type(tree).__name__}"
+    found = "nothing" if tree is None else type_of(tree)
     raise UserError(
         f"{where}: a recipe is a mapping of keys, found {found}",
         hint=f"Start from {_EXAMPLE}.",

@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from canvastune.errors import type_of
 from canvastune.preparation.conversation import InvalidRow, Message
 from canvastune.preparation.row_values import (
     check_text,
     check_value,
     further_keys,
     is_empty,
-    kind,
     parse_json,
 )
 from canvastune.preparation.tools import call_id, read_call_text, read_calls
@@ -89,7 +89,7 @@ def read_messages(
         value = _transpose(value)
     if not isinstance(value, list):
         raise InvalidRow(
-            f"column {column!r} is {kind(value)}, expected a list of {{'role', 'content'}} objects"
+            f"column {column!r} is {type_of(value)}, expected a list of {{'role', 'content'}} objects"
         )
     if not value:
         raise InvalidRow(f"column {column!r} is an empty list")
@@ -212,7 +212,7 @@ def _role(message: Any, where: str) -> tuple[str, str]:
     """Return a message's role as it is written, and as the template knows it."""
     if not isinstance(message, dict):
         raise InvalidRow(
-            f"{where} is {kind(message)}, expected an object with 'role' and 'content'"
+            f"{where} is {type_of(message)}, expected an object with 'role' and 'content'"
         )
     if not any(message.get(key) is not None for key in _SPEAKER_KEYS):
         raise InvalidRow(
@@ -347,7 +347,7 @@ def text_of(content: Any, role: str, where: str) -> str:
             )
         content = content.get("parts", [content])
     if not isinstance(content, list):
-        raise InvalidRow(f"{where} ({role}): the content is {kind(content)}, expected text")
+        raise InvalidRow(f"{where} ({role}): the content is {type_of(content)}, expected text")
     texts = []
     for part in content:
         text, what = part, None

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from canvastune.config.data import ColumnsConfig, DataConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, type_of
 from canvastune.preparation.conversation import Conversation, InvalidRow, Message, ParsedRow
 from canvastune.preparation.messages import (
     MARK_KEYS,
@@ -22,7 +22,7 @@ from canvastune.preparation.messages import (
     text_of,
     turn,
 )
-from canvastune.preparation.row_values import check_text, is_empty, kind, nested_keys
+from canvastune.preparation.row_values import check_text, is_empty, nested_keys
 from canvastune.preparation.tools import ToolReader
 
 RowFormat = Literal["messages", "sharegpt", "prompt_completion", "alpaca", "gsm8k", "columns"]
@@ -128,7 +128,7 @@ class RowReader:
         """
         if not isinstance(value, dict):
             raise InvalidRow(
-                f"the row is {kind(value)}, expected an object with the columns"
+                f"the row is {type_of(value)}, expected an object with the columns"
                 f" {', '.join(self._required)}"
             )
         for key in self._required:

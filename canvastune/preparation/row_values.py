@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from canvastune.errors import type_of
 from canvastune.io.json_text import RepeatedKeyError, unique_keys
 from canvastune.preparation.conversation import InvalidRow
 
@@ -16,7 +17,7 @@ _DEEPEST = 64  # levels of arguments: a template renders them recursively
 def check_text(text: Any, role: str, where: str) -> str:
     """Return the text. Raises: InvalidRow, not text or not valid Unicode."""
     if not isinstance(text, str):
-        raise InvalidRow(f"{where} ({role}): the content is {kind(text)}, expected text")
+        raise InvalidRow(f"{where} ({role}): the content is {type_of(text)}, expected text")
     if text.isascii():
         return text
     try:
@@ -47,14 +48,14 @@ def check_value(value: Any, where: str, depth: int = 0) -> None:
         if isinstance(value, dict):
             if other := [key for key in value if not isinstance(key, str)]:
                 raise InvalidRow(
-                    f"{where}: the key {other[0]!r} is {kind(other[0])}, expected text"
+                    f"{where}: the key {other[0]!r} is {type_of(other[0])}, expected text"
                 )
             for item in value.values():
                 check_value(item, where, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidRow(f"{where}: {value} is not a number that JSON has")
     elif not (value is None or isinstance(value, bool | int | float)):
-        raise InvalidRow(f"{where}: {kind(value)} is not a value that JSON has")
+        raise InvalidRow(f"{where}: {type_of(value)} is not a value that JSON has")
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -72,11 +73,6 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(item is None for item in value)
     return value is None or (isinstance(value, str | dict) and not value)
-
-
-def kind(value: Any) -> str:
-    """Return a value's type for a message: `null`, `a list`."""
-    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def further_keys(value: Any, known: Collection[str], place: str) -> set[str]:

@@ -6,8 +6,9 @@ import marshal
 from collections.abc import Mapping
 from typing import Any
 
+from canvastune.errors import type_of
 from canvastune.preparation.conversation import InvalidRow
-from canvastune.preparation.row_values import check_value, further_keys, is_empty, kind, parse_json
+from canvastune.preparation.row_values import check_value, further_keys, is_empty, parse_json
 
 _CALL_KEYS = ("id", "type", "function", "name", "arguments", "parameters")
 _FUNCTION_KEYS = ("name", "arguments", "parameters")
@@ -62,7 +63,7 @@ def read_tools(value: Any, column: str, unused: set[str]) -> tuple[dict[str, Any
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise InvalidRow(f"{where} is {kind(value)}, expected a list of function declarations")
+        raise InvalidRow(f"{where} is {type_of(value)}, expected a list of function declarations")
     tools = []
     for number, item in enumerate(value, 1):
         declared = f"{where}: declaration {number}"
@@ -121,7 +122,7 @@ def read_calls(
     if isinstance(calls, str):
         calls = parse_json(calls, f"{where}: 'tool_calls'")
     if not isinstance(calls, list):
-        raise InvalidRow(f"{where}: 'tool_calls' is {kind(calls)}, expected a list")
+        raise InvalidRow(f"{where}: 'tool_calls' is {type_of(calls)}, expected a list")
     if "function_call" in keys:
         calls = [*calls, keys["function_call"]]
     read = [_read_call(call, where, f"{column}.tool_calls", unused) for call in calls]
@@ -162,7 +163,7 @@ def _read_call(call: Any, where: str, place: str, unused: set[str]) -> dict[str,
         arguments = {}
     if not isinstance(arguments, dict):
         raise InvalidRow(
-            f"{where}: the arguments of {function['name']!r} are {kind(arguments)}, expected an"
+            f"{where}: the arguments of {function['name']!r} are {type_of(arguments)}, expected an"
             " object"
         )
     check_value(function["name"], f"{where}: the name of a call")

@@ -147,6 +147,7 @@ RECIPES: dict[str, Case] = {
         recipe("recipe"),
         ("mapping", "str", "tiny_lora.yaml"),
     ),
+    "a recipe that is a number": (recipe("3"), ("mapping", "found an int", "tiny_lora.yaml")),
     "an empty recipe": (recipe(""), ("mapping", "found nothing", "tiny_lora.yaml")),
     "a recipe of only comments": (
         recipe("# later\n"),
