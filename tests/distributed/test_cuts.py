@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from benchmarks.instruments.ranks import run_ranks
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -82,6 +83,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and a prepared data set of eight ragged examples."""
     folder = tmp_path_factory.mktemp("cuts")
     write_checkpoint(folder / "base", sliding=1)
+    _fill_padding_row(folder / "base")
     rows = []
     for example, (prefix, response) in zip(
         examples_and_draws()[0],
@@ -99,6 +101,17 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "validation"):
         Dataset.from_list(rows).save_to_disk(str(folder / "data" / part))
     return folder
+
+
+def _fill_padding_row(base: Path) -> None:
+    """Give the padding token an embedding, as in the released model: with the zeros of a new one, a
+    rank without an example would add no gradient, whatever its weight.
+    """
+    stored = CheckpointReader(base)
+    (name,) = [name for name in stored.names() if name.endswith("embed_tokens.weight")]
+    tensors = load_file(stored.path(name))
+    tensors[name][0] = tensors[name][1]
+    save_file(tensors, stored.path(name), metadata={"format": "pt"})
 
 
 def recipe(method: str, blocks: Any = 1, **train: Any) -> RunConfig:
