@@ -104,7 +104,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _fill_padding_row(base: Path) -> None:
-    """Give the padding token an embedding, as in the released model: with the zeros of a new one, a
+    """Set the padding token's embedding, as in the released model: with the zeros of a new one, a
     rank without an example would add no gradient, whatever its weight.
     """
     stored = CheckpointReader(base)
