@@ -442,7 +442,7 @@ def _long_example(found: dict[str, Any] | None, at: str) -> str:
 What a process needs for such a step, and not only its tensors, is compared with an earlier commit by
 `python -m benchmarks.long_example`{at}: for 16,384 tokens, checkpointed, {sides["ours"]:,.0f} MB in addition to weights and
 gradients instead of {sides["baseline"]:,.0f} MB at {found["baseline"]} ({found["leaner"]:.1f}x less), in {seconds["ours"] / seconds["baseline"]:.2f}x its CPU time. On a CPU, experts and gated
-layers are computed a stretch of rows at a time, and the C library returns a large tensor's memory as soon as the tensor is freed.
+layers are computed in chunks of rows, and the C library returns a large tensor's memory as soon as the tensor is freed.
 """
 
 

@@ -34,7 +34,7 @@ from canvastune.report.build import build_report
 from canvastune.tiny_model import make_tiny_model, write_problems
 from canvastune.training.devices import select_device
 from canvastune.training.run import train
-from components.earlier_runs import find_run
+from components.run_artifacts import find_run
 from components.run_directory import read_record
 from pipelines.warm_start.server import JOBS
 

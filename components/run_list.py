@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,12 @@ class RunInfo:
         if self.state == "running":
             return f"running: {self.where}"
         return f"{self.state} {'' if self.where == _BEFORE else 'in '}{self.where}"
+
+
+def nearest_run(name: str, known: Iterable[str]) -> str:
+    """Return a hint for a name that no run has: the nearest one, or where the names are listed."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else "`canvastune runs` lists them."
 
 
 def list_runs(workspace: Path, *, sizes: bool = True) -> list[RunInfo]:

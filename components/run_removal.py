@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from canvastune.errors import UserError
 from canvastune.tracking.client import TrackingError, connect, database_file, tracking_uri
 from canvastune.tracking.model_registry import CANDIDATE, aliases_of
 from components.run_directory import RunRecord, read_record
-from components.run_list import RunInfo, disk_bytes, list_runs
+from components.run_list import RunInfo, disk_bytes, list_runs, nearest_run
 from components.run_owner import own_run
 
 _REMOVED = ".removed-"  # a folder that is being deleted: no run, even if that is interrupted
@@ -101,9 +100,7 @@ def _find(runs: Iterable[RunInfo], workspace: Path, name: str) -> RunInfo:
     known = {run.name: run for run in runs}
     name = Path(name).name  # WORKSPACE/runs/NAME, as other commands take it
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "`canvastune runs` lists them."
-        raise UserError(f"{workspace / 'runs'}: no run {name!r}", hint=hint)
+        raise UserError(f"{workspace / 'runs'}: no run {name!r}", hint=nearest_run(name, known))
     return known[name]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from canvastune.config import RunConfig, loads
 from canvastune.errors import UserError
-from components.earlier_runs import find_run, find_run_folder, tuned_model
+from components.run_artifacts import find_run, find_run_folder, tuned_model
 
 logger = logging.getLogger("canvastune")  # to standard error, away from the answers
 

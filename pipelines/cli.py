@@ -122,7 +122,8 @@ def _fetch(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from canvastune.report.build import build_report
-    from components.earlier_runs import find_compared, find_pages, find_run
+    from components.earlier_runs import find_compared
+    from components.run_artifacts import find_pages, find_run
     from components.run_directory import read_record
 
     run, others = find_run(options.run), find_compared(options.compare)

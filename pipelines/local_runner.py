@@ -34,8 +34,9 @@ from canvastune.tracking import pending, run_page, tracking_uri
 from canvastune.tracking.client import connect, database_file
 from canvastune.tracking.shared_store import STORE
 from canvastune.tracking.steps import FAILED, KILLED, format_reason
-from components.earlier_runs import MLFLOW_UI, find_compared
+from components.earlier_runs import find_compared
 from components.finish.step import close_own_run
+from components.run_artifacts import MLFLOW_UI
 from components.run_directory import pipeline_run, read_record, run_directory
 from components.run_list import RunInfo, unfinished_runs
 from components.run_owner import Owner, own_run, owner_environment

@@ -27,7 +27,7 @@ from peft import LoraConfig as PeftLoraConfig
 from canvastune.checkpoint.hf_format import CheckpointReader, SafetensorsFile, SafetensorsWriter
 from canvastune.config import RunConfig
 from canvastune.config.schema import LoraConfig
-from canvastune.errors import UserError
+from canvastune.errors import UserError, type_of
 from canvastune.io.json_text import write_json
 from canvastune.model.parameter_names import EXPERT_WEIGHTS
 
@@ -342,7 +342,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{path}: found a {type(tree).__name__}, expected a JSON object",
+            f"{path}: found {type_of(tree)}, expected a JSON object",
             hint="Use an unchanged adapter.",
         )
     return tree

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, type_of
 
 NO_VALUE = "no value"  # of a row without the column
 _FILE = "columns.json"
@@ -65,7 +65,7 @@ class RowColumns:
             return NO_VALUE
         if not isinstance(value, str | int | float):
             raise UserError(
-                f"evaluate.slices: {where}: column {name!r} has a {type(value).__name__}, "
+                f"evaluate.slices: {where}: column {name!r} has {type_of(value)}, "
                 f"expected {_TYPES}",
                 hint="Name a column with one value per row, or leave this one out.",
             )

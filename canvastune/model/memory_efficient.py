@@ -23,7 +23,7 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 
 from canvastune.model import fused, kernels
 
-_ELEMENTS_AT_ONCE = 2**17  # of an input on a CPU, so that a few of its size fit in a core's cache
+_CHUNK_ELEMENTS = 2**17  # of an input on a CPU, so that a few of its size fit in a core's cache
 
 
 def make_memory_efficient(model: nn.Module) -> None:
@@ -43,23 +43,23 @@ def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
     """Return `function(*inputs)`, recomputing its cheap elementwise operations in the backward
     pass.
 
-    On a CPU it is called on some rows [n, size] of inputs [..., size] at a time. It may call the
-    `forward` of a module but not the module: hooks would see tensors outside the graph.
+    On a CPU it is called on chunks of rows, [n, size] of inputs [..., size]. It may call the `forward`
+    of a module but not the module: hooks would see tensors outside the graph.
     """
     return _Recomputed.apply(function, *inputs)
 
 
-def joined(
-    whole: torch.Tensor | None, where: slice, part: torch.Tensor, total: int
+def put_chunk(
+    whole: torch.Tensor | None, where: slice, chunk: torch.Tensor, total: int
 ) -> torch.Tensor:
-    """Write a part [n, ...] into the whole [total, ...], which the first part allocates; a part that
+    """Write a chunk [n, ...] into the whole [total, ...], which the first one allocates; a chunk that
     is the whole is returned as it is.
     """
-    if len(part) == total:
-        return part
+    if len(chunk) == total:
+        return chunk
     if whole is None:
-        whole = part.new_empty(total, *part.shape[1:])
-    whole[where] = part
+        whole = chunk.new_empty(total, *chunk.shape[1:])
+    whole[where] = chunk
     return whole
 
 
@@ -108,8 +108,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.function = function
         leading, out = inputs[0].shape[:-1], None
-        for rows, parts in _stretches(inputs):
-            out = joined(out, rows, function(*parts), leading.numel())
+        for rows, parts in _row_chunks(inputs):
+            out = put_chunk(out, rows, function(*parts), leading.numel())
         assert out is not None
         return out.view(*leading, -1)
 
@@ -117,23 +117,23 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = ctx.saved_tensors
         found: list[torch.Tensor | None] = [None] * len(inputs)
-        for rows, (given, *parts) in _stretches([upstream, *inputs]):
+        for rows, (given, *parts) in _row_chunks([upstream, *inputs]):
             gradients = _gradients(ctx.function, parts, ctx.needs_input_grad[1:], given)
             for index, gradient in enumerate(gradients):
                 if gradient is not None:
                     total = inputs[index].shape[:-1].numel()
-                    found[index] = joined(found[index], rows, gradient, total)
+                    found[index] = put_chunk(found[index], rows, gradient, total)
         shaped = zip(found, inputs, strict=True)
         return None, *(each if each is None else each.view_as(like) for each, like in shaped)
 
 
-def _stretches(
+def _row_chunks(
     tensors: Sequence[torch.Tensor],
 ) -> Iterator[tuple[slice, Sequence[torch.Tensor]]]:
     """Yield rows of tensors [..., size], and the tensors there, [n, size]."""
     flat = [tensor.flatten(0, -2) for tensor in tensors]
     rows, device = len(flat[0]), flat[0].device.type
-    at_once = max(1, _ELEMENTS_AT_ONCE // flat[0].shape[-1] if device == "cpu" else rows)
+    at_once = max(1, _CHUNK_ELEMENTS // flat[0].shape[-1] if device == "cpu" else rows)
     for start in range(0, max(1, rows), at_once):
         part = slice(start, start + at_once)
         yield part, [tensor[part] for tensor in flat]

@@ -20,13 +20,13 @@ from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from canvastune.model import kernels
-from canvastune.model.memory_efficient import joined, recomputed, takes_gate_kernel
+from canvastune.model.memory_efficient import put_chunk, recomputed, takes_gate_kernel
 from canvastune.model.parameter_names import ADAPTER
 
 NAME = "canvastune"  # the experts implementation in transformers' registry
 # On a CPU, bytes that exist at once: of rows gathered for their experts, which stay in a core's
 # cache until they are multiplied, and of experts' results before they are summed.
-_ROWS_AT_ONCE, _RESULTS_AT_ONCE = 2**21, 2**25
+_CHUNK_BYTES, _RESULT_BYTES = 2**21, 2**25
 
 
 @dataclass
@@ -319,10 +319,10 @@ class _DispatchedProduct(torch.autograd.Function):
             hidden if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
         )
         out = None
-        for experts, rows, own_ends in _stretches(ends, hidden):
+        for experts, rows, own_ends in _expert_chunks(ends, hidden):
             given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
             part = grouped_mm(given, weight[experts].transpose(-2, -1), offs=own_ends)
-            out = joined(out, rows, part, len(order))
+            out = put_chunk(out, rows, part, len(order))
         assert out is not None
         return out
 
@@ -331,10 +331,10 @@ class _DispatchedProduct(torch.autograd.Function):
         hidden, weight, order, inverse, ends = ctx.saved_tensors
         hidden_gradient = weight_gradient = None
         if ctx.needs_input_grad[1]:
-            for experts, rows, own_ends in _stretches(ends, hidden):
+            for experts, rows, own_ends in _expert_chunks(ends, hidden):
                 given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
                 part = _weight_gradient(gradient[rows], given, own_ends)
-                weight_gradient = joined(weight_gradient, experts, part, len(weight))
+                weight_gradient = put_chunk(weight_gradient, experts, part, len(weight))
         if ctx.needs_input_grad[0]:
             hidden_gradient = _combined_product(gradient, weight, inverse, ends)
         return hidden_gradient, weight_gradient, None, None, None
@@ -364,22 +364,22 @@ class _CombinedProduct(torch.autograd.Function):
         active, weight, order, inverse, ends = ctx.saved_tensors
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         active_gradient = weight_gradient = None
-        for experts, rows, own_ends in _stretches(ends, gradient):
+        for experts, rows, own_ends in _expert_chunks(ends, gradient):
             given = _dispatch(gradient, order[rows], inverse)
             if needs_rows:
                 part = grouped_mm(given, weight[experts], offs=own_ends)
-                active_gradient = joined(active_gradient, rows, part, len(order))
+                active_gradient = put_chunk(active_gradient, rows, part, len(order))
             if needs_weight:
                 part = _weight_gradient(given, active[rows], own_ends)
-                weight_gradient = joined(weight_gradient, experts, part, len(weight))
+                weight_gradient = put_chunk(weight_gradient, experts, part, len(weight))
         return active_gradient, weight_gradient, None, None, None
 
 
-def _stretches(
+def _expert_chunks(
     ends: torch.Tensor, row: torch.Tensor
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Yield neighboring experts, their rows, and the ends of each one's among these: on a CPU as
-    many as `_ROWS_AT_ONCE` allows, on a GPU, which is not waited for, all.
+    many as `_CHUNK_BYTES` allows, on a GPU, which is not waited for, all.
 
     Args:
         row: [..., H], of which a row is gathered.
@@ -387,7 +387,7 @@ def _stretches(
     if ends.device.type != "cpu":
         yield slice(None), slice(None), ends
         return
-    most = _ROWS_AT_ONCE // (row.shape[-1] * row.element_size())
+    most = _CHUNK_BYTES // (row.shape[-1] * row.element_size())
     bounds, first = [0, *ends.tolist()], 0
     for last in range(1, len(bounds)):
         if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > most:
@@ -403,14 +403,14 @@ def _combined_product(
     rows: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """Multiply rows [R, in] by their experts' weight [E, in, H] and sum each token's K results ->
-    [T, H]; on a CPU some columns at a time, where all would be more than `_RESULTS_AT_ONCE`.
+    [T, H]; on a CPU some columns at a time, where all would be more than `_RESULT_BYTES`.
     """
     width = weight.shape[-1]
     needed = len(rows) * width * weight.element_size()
-    if rows.device.type != "cpu" or needed <= _RESULTS_AT_ONCE:
+    if rows.device.type != "cpu" or needed <= _RESULT_BYTES:
         return _combine(grouped_mm(rows, weight, offs=ends), inverse)
     out = rows.new_empty(len(inverse), width)
-    parts = -(-needed // _RESULTS_AT_ONCE)
+    parts = -(-needed // _RESULT_BYTES)
     for columns in torch.arange(width).tensor_split(parts):
         chosen = slice(int(columns[0]), int(columns[-1]) + 1)
         out[:, chosen] = _combine(grouped_mm(rows, weight[..., chosen], offs=ends), inverse)

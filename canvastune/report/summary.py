@@ -14,7 +14,7 @@ from typing import Any
 
 from canvastune.config import RunConfig
 from canvastune.config.strict import flatten
-from canvastune.errors import UserError
+from canvastune.errors import UserError, type_of
 from canvastune.evaluation.degenerate import describe_degenerate
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import too_few
@@ -197,9 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}", hint=hint) from None
     if not isinstance(found, dict):
-        raise UserError(
-            f"{path}: found a {type(found).__name__}, expected a JSON object", hint=hint
-        )
+        raise UserError(f"{path}: found {type_of(found)}, expected a JSON object", hint=hint)
     return found
 
 

@@ -91,9 +91,9 @@ def follow_metrics(path: Path, uri: str, run: FindRun, period: float = 1.0) -> I
     """Send a metrics.jsonl that other processes write while the block runs, and measure the machine.
 
     Args:
-        period: seconds between two looks at the file.
+        period: seconds between two reads of the file.
     """
-    thread = MetricsThread(uri, run, path, period, longest_pause=60.0, looks=True)
+    thread = MetricsThread(uri, run, path, period, longest_pause=60.0, polls=True)
     thread.start()
     try:
         yield
@@ -159,15 +159,15 @@ class MetricsThread:
         period: float,
         longest_pause: float,
         *,
-        looks: bool = False,
+        polls: bool = False,
     ) -> None:
         """
         Args:
-            looks: at the file in each period, as nothing calls `wake`.
+            polls: read the file in each period, as nothing calls `wake`.
         """
         load_mlflow()  # here: two threads that import it at once can meet half-initialized modules
         self._sender = MetricsSender(uri, find_run, path)
-        self._period, self._longest_pause, self._looks = period, longest_pause, looks
+        self._period, self._longest_pause, self._polls = period, longest_pause, polls
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics-sender", daemon=True)
         self._sampler = SystemSampler(path.with_name(SYSTEM), self.wake)
@@ -198,7 +198,7 @@ class MetricsThread:
     def _loop(self) -> None:
         sender, pause, failing = self._sender, self._period, False
         while True:
-            if not self._looks:
+            if not self._polls:
                 self._news.wait()
             self._news.clear()
             try:

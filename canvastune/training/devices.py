@@ -23,7 +23,8 @@ _RETURNED = 4 * 2**20  # bytes of a tensor that are the system's again as soon a
 
 
 def select_device() -> torch.device:
-    """Return this rank's GPU, made the current device, or the CPU.
+    """Return this rank's GPU, made the current device, or the CPU, whose freed memory is returned to
+    the system from here on.
 
     Raises:
         UserError: this node has fewer GPUs than processes, on every rank of the node.

@@ -17,7 +17,7 @@ from canvastune.errors import UserError
 from canvastune.evaluation.again import changes_answers, judge_again
 from canvastune.evaluation.figures import describe_slices, summarize
 from canvastune.report.summary import RunArtifacts, read_json
-from components.earlier_runs import find_run, tuned_model
+from components.run_artifacts import find_run, tuned_model
 from components.run_directory import BASE_RESULTS
 
 logger = logging.getLogger(__name__)

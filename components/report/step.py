@@ -18,7 +18,8 @@ from canvastune.report.summary import RunArtifacts, RunSummary, TrainingStats
 from canvastune.tracking import StepRun, descriptions, read_metrics
 from canvastune.tracking.descriptions import figures_table
 from canvastune.tracking.model_registry import score_of
-from components.earlier_runs import find_comparable, find_pages, find_run
+from components.earlier_runs import find_comparable
+from components.run_artifacts import find_pages, find_run
 
 logger = logging.getLogger(__name__)
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(
         assert not captured.out
         return captured.err
 
-    assert "Did you mean rank16?" in refusal("rank61")
+    assert "Did you mean 'rank16'?" in refusal("rank61")
     unfinished = refusal("stopped")
     assert "interrupted in train, step 3 of " in unfinished
     assert "canvastune run tiny.yaml --run-name stopped" in unfinished

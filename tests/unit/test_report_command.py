@@ -13,7 +13,8 @@ import pytest
 from inline_snapshot import snapshot
 
 from canvastune.config import RunConfig, write_config
-from components.earlier_runs import MAX_COMPARED, compared_folders, find_run
+from components.earlier_runs import MAX_COMPARED, compared_folders
+from components.run_artifacts import find_run
 from components.run_directory import RunRecord, write_record
 from pipelines.cli import main
 from tools.report_sample import (

@@ -1,4 +1,4 @@
-"""What a CPU computes a stretch at a time, of more rows than one has, equals the whole."""
+"""What a CPU computes in chunks of rows equals the whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-def test_what_is_recomputed_a_stretch_at_a_time_equals_the_whole() -> None:
+def test_what_is_recomputed_in_chunks_equals_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 9001, 48), (1, 9001, 48), (1, 9001, 1))
     inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -36,14 +36,14 @@ def test_what_is_recomputed_a_stretch_at_a_time_equals_the_whole() -> None:
 
 
 @pytest.mark.parametrize("emptied", [0, EXPERTS - 1, None])
-def test_experts_a_stretch_at_a_time_equal_experts_one_by_one(emptied: int | None) -> None:
+def test_experts_in_chunks_equal_experts_one_by_one(emptied: int | None) -> None:
     generator = torch.Generator().manual_seed(1)
     leaves = [
         (0.1 * torch.randn(shape, generator=generator)).requires_grad_()
         for shape in ((TOKENS, HIDDEN), (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
     ]
     hidden, gate_up, down = leaves
-    # One expert has half of the rows, more than a stretch, another one none.
+    # One expert has half of the rows, more than a chunk, another one none.
     scores = torch.rand(TOKENS, EXPERTS, generator=generator)
     scores[: TOKENS // 2, 3] += 1
     if emptied is not None:
