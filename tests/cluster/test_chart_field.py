@@ -124,6 +124,7 @@ def test_an_mlflow_that_exists_takes_the_place_of_the_charts() -> None:
     ("key", "value"),
     [
         ("workers", 3),
+        ("autoscaling", {"maxReplicas": 3}),
         ("resources", {"limits": {"memory": "9Gi"}}),
         ("pathPrefix", "/mlflow"),
         ("env", {"A": "word"}),
@@ -365,6 +366,12 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
 
 # --- values that are refused, with the form that is right
 
+_SEVERAL = {  # what several servers need
+    "database": {"existingSecret": {"name": "database"}},
+    "artifacts": {"destination": "s3://bucket/mlflow"},
+}
+_SCALED = {"autoscaling": {"enabled": True}}
+
 
 @pytest.mark.parametrize(
     ("values", "words"),
@@ -430,6 +437,24 @@ def test_a_wildcard_host_is_allowed_and_not_shown_as_an_address() -> None:
                 "networkPolicy": {"from": FROM},
             },
             "mlflow.metrics.serviceMonitor.basicAuth.existingSecret.name: ",
+        ),
+        (
+            {"mlflow": {**_SEVERAL, "autoscaling": {"enabled": True, "minReplicas": 5}}},
+            "mlflow.autoscaling.minReplicas: ",
+        ),
+        (
+            {
+                "mlflow": {
+                    **_SEVERAL,
+                    **_SCALED,
+                    "resources": {"requests": {"cpu": None}, "limits": {"cpu": None}},
+                }
+            },
+            "mlflow.resources: found no CPU request",
+        ),
+        (
+            {"mlflow": {**_SEVERAL, **_SCALED, "extraContainers": [{**SIDECAR, "resources": {}}]}},
+            "resources of sidecar in mlflow.extraContainers",
         ),
         (
             {

@@ -13,6 +13,7 @@ from tests.support.rendered_chart import (
     ALL,
     ci_values,
     flag,
+    installed,
     of_kind,
     render,
     server,
@@ -84,7 +85,9 @@ def _alerts(documents: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def test_several_servers_have_a_disruption_budget_and_one_has_none() -> None:
-    for documents in (render(ci_values("postgres-s3")), render(ALL)):
+    several = ci_values("postgres-s3")
+    several = {**several, "mlflow": {**several["mlflow"], "autoscaling": {}, "replicas": 2}}
+    for documents in (render(several), render(ALL)):
         (budget,) = of_kind(documents, "PodDisruptionBudget")
         selected = budget["spec"]["selector"]["matchLabels"]
         (labels,) = (
@@ -94,6 +97,29 @@ def test_several_servers_have_a_disruption_budget_and_one_has_none() -> None:
         )
         assert selected.items() <= labels.items()
     assert not of_kind(render({}), "PodDisruptionBudget"), "its node could not be drained"
+
+
+def test_an_autoscaler_chooses_the_number_of_servers() -> None:
+    documents = installed("postgres-s3")
+    (scaler,), (deployment,) = (
+        of_kind(documents, kind) for kind in ("HorizontalPodAutoscaler", "Deployment")
+    )
+    target = scaler["spec"]["scaleTargetRef"]
+    assert (target["apiVersion"], target["kind"], target["name"]) == (
+        deployment["apiVersion"],
+        deployment["kind"],
+        deployment["metadata"]["name"],
+    )
+    assert "replicas" not in deployment["spec"], "each upgrade would undo the autoscaler's choice"
+    assert (scaler["spec"]["minReplicas"], scaler["spec"]["maxReplicas"]) == (2, 6)
+    assert scaler["spec"]["behavior"]["scaleDown"] == {"stabilizationWindowSeconds": 600}
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["resource"] == {
+        "name": "cpu",
+        "target": {"type": "Utilization", "averageUtilization": 80},
+    }
+    assert of_kind(documents, "PodDisruptionBudget"), "a drained node could stop all servers"
+    assert not of_kind(installed("default"), "HorizontalPodAutoscaler")
 
 
 def test_a_backup_is_a_whole_database_and_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def chart() -> helm_python.Chart:
             "/mlflow/replicas",
             "mlflow.auth.database",
         ),
+        ({"mlflow": {"autoscaling": {"enabled": True}}}, "/mlflow/autoscaling/enabled", "database"),
+        (
+            {
+                "mlflow": {
+                    "autoscaling": {"enabled": True},
+                    "database": {"existingSecret": {"name": "db"}},
+                    "auth": {"enabled": True, "existingSecret": {"name": "auth"}},
+                }
+            },
+            "/mlflow/autoscaling/enabled",
+            "mlflow.auth.database",
+        ),
         (
             {"mlflow": {"auth": {"enabled": True}}},
             "/mlflow/auth/existingSecret/name",

@@ -231,6 +231,19 @@ def test_a_release_that_started_with_postgresql_can_move_to_sqlite(
     assert claims(api).keys() == CLAIMS
 
 
+def test_an_upgrade_keeps_the_number_of_pods_that_the_autoscaler_chose(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
+    values = ci_values("postgres-s3")
+    install(helm, values)
+    scaled = copy.deepcopy(api.all("Deployment")["canvastune-mlflow"])
+    scaled["spec"]["replicas"] = 3
+    api.put(scaled)
+    upgrade(helm, {**values, "images": {"mlflow": {"tag": "9.9"}}})
+    assert server(api)["template"]["spec"]["containers"][0]["image"] == "canvastune/mlflow:9.9"
+    assert server(api)["replicas"] == 3, "the upgrade removed pods that MLflow needs"
+
+
 def test_a_failed_upload_is_reported_and_the_next_upgrade_retries(
     api: FakeApiServer, helm: helm_python.Config
 ) -> None:

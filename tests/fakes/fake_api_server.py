@@ -32,6 +32,7 @@ _KINDS = {  # by group and version
         "Service",
     ],
     "apps/v1": ["Deployment", "ReplicaSet"],
+    "autoscaling/v2": ["HorizontalPodAutoscaler"],
     "batch/v1": ["Job", "CronJob"],
     "policy/v1": ["PodDisruptionBudget"],
     "networking.k8s.io/v1": ["Ingress", "NetworkPolicy"],
@@ -412,6 +413,7 @@ def _fill_in(one: dict[str, Any]) -> None:
     """Set the API server's defaults, as far as later changes depend on them."""
     spec = one.get("spec", {})
     if one["kind"] == "Deployment":
+        spec.setdefault("replicas", 1)
         strategy = spec["strategy"] = spec.get("strategy") or {}
         if strategy.setdefault("type", "RollingUpdate") == "RollingUpdate":
             strategy["rollingUpdate"] = {"maxSurge": "25%", "maxUnavailable": "25%"} | (
