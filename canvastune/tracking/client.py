@@ -48,9 +48,15 @@ _REFUSALS = (
     "INVALID_STATE",
 )
 _UNAUTHORIZED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
+_NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as an experiment's description
+_DEFAULT_EXPERIMENT = "0"  # its id: MLflow creates it in each new store
+_DEFAULT_NOTE = (
+    "Runs of programs that name no experiment appear here. Canvastune's are in the experiment "
+    "`canvastune`, or the one that a recipe names as `tracking.experiment`."
+)
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # MLflow's UI: not for agents
-    "mlflow.note.content": "Fine-tuning with Canvastune. *Model training* (top left) has the runs, "
+    _NOTE: "Fine-tuning with Canvastune. *Model training* (top left) has the runs, "
     "with their steps as nested runs; the tab *Traces* of `RUN: evaluate` has "
     "the tuned model's answers, that of `RUN: evaluate_base` the base's.",
 }
@@ -218,10 +224,13 @@ class TrackingClient:
     def _connected(self) -> MlflowClient:
         if self._client is None:
             with _exclusive_opener(self.uri):
-                mlflow = load_mlflow()
+                mlflow, new = load_mlflow(), False
                 if is_plain_file(self.uri):
+                    new = not database_file(self.uri).exists()
                     create_store(database_file(self.uri), mlflow.__version__)
                 self._client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
+                if new:  # no one else's: nothing that a person wrote is replaced
+                    self._client.set_experiment_tag(_DEFAULT_EXPERIMENT, _NOTE, _DEFAULT_NOTE)
         if time.monotonic() >= self._trusted_until:
             self._probe()
         return self._client

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow import db as mlflow_db
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_password
 
+from canvastune.tracking.client import _DEFAULT_NOTE
+from canvastune.tracking.new_store import SCRIPT
 from tests.support.rendered_chart import (
     cluster,
     every_server,
@@ -81,13 +86,34 @@ def test_old_and_new_server_never_share_a_file(ci: str, strategy: str | None) ->
 def test_database_is_migrated_before_the_new_server(ci: str) -> None:
     pod = server(installed(ci))
     migrate, container = pod["initContainers"][0], pod["containers"][0]
-    assert migrate["command"] == ["mlflow", "db", "upgrade", "$(MLFLOW_BACKEND_STORE_URI)"]
+    assert migrate["command"][:2] == ["python", "-c"]
+    assert "$(" not in str(migrate["command"]), "a command line shows what is in the address"
     assert migrate["image"] == container["image"]
     address = [
         [variable for variable in each["env"] if variable["name"] == "MLFLOW_BACKEND_STORE_URI"]
         for each in (migrate, container)
     ]
     assert address[0] == address[1], "another database is migrated than is served"
+
+
+def test_a_new_database_says_which_runs_its_default_experiment_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the init container's script twice: it keeps what a person wrote since."""
+    uri, note = f"sqlite:///{tmp_path}/server.db", "mlflow.note.content"
+    script = server(render({}))["initContainers"][0]["command"][2]
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", uri)
+    with monkeypatch.context() as patch, sqlite3.connect(tmp_path / "server.db") as made:
+        tables = SCRIPT.read_text(encoding="utf-8")  # MLflow's own take two seconds
+        patch.setattr(mlflow_db.upgrade, "callback", lambda _: made.executescript(tables))
+        exec(script, {})
+    client = MlflowClient(uri)
+    found = client.get_experiment("0")
+    assert found.tags == {note: _DEFAULT_NOTE}, "another one than in a store on this machine"
+    assert found.artifact_location == "mlflow-artifacts:/0", "the server cannot reach its files"
+    client.set_experiment_tag("0", note, "Ours.")
+    exec(script, {})
+    assert client.get_experiment("0").tags == {note: "Ours."}
 
 
 def test_startup_may_take_minutes_and_health_is_probed() -> None:

@@ -59,6 +59,21 @@ def test_a_store_that_exists_is_kept(tmp_path: Path) -> None:
     assert database.read_bytes() == b"kept"
 
 
+def test_a_new_store_says_which_runs_its_default_experiment_has_and_an_older_one_is_not_touched(
+    tmp_path: Path,
+) -> None:
+    """Neither what a person wrote nor a description that is missing since the store was made."""
+    new, older = (f"sqlite:///{tmp_path}/{name}.db" for name in ("new", "older"))
+    note = "mlflow.note.content"
+    tags = TrackingClient(new).request(lambda client: client.get_experiment("0")).tags
+    assert "`tracking.experiment`" in tags[note]
+    new_store.create_store(tmp_path / "older.db", load_mlflow().__version__)
+    assert TrackingClient(older).request(lambda client: client.get_experiment("0")).tags == {}
+    TrackingClient(new).request(lambda client: client.set_experiment_tag("0", note, "Ours."))
+    again = TrackingClient(new).request(lambda client: client.get_experiment("0"))
+    assert again.tags == {note: "Ours."}
+
+
 def test_another_version_of_mlflow_creates_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +82,8 @@ def test_another_version_of_mlflow_creates_its_own(
     monkeypatch.setattr(new_store, "SCRIPT", other)
     new_store.create_store(tmp_path / "mlflow.db", load_mlflow().__version__)
     assert not (tmp_path / "mlflow.db").exists()
-    open_store(tmp_path / "mlflow.db")
+    client = open_store(tmp_path / "mlflow.db")
+    assert client.request(lambda mlflow: mlflow.get_experiment("0")).tags
 
 
 SHARED = """
