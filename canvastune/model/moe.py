@@ -7,26 +7,26 @@ that this rank's experts receive, H hidden size, I expert size, r rank of an ada
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from canvastune.model import kernels
-from canvastune.model.memory_efficient import put_chunk, recomputed, takes_gate_kernel
+from canvastune.model.grouped_matmul import (
+    CombinedProduct,
+    CombinedRows,
+    DispatchedProduct,
+    DispatchedRows,
+    GroupedProduct,
+)
+from canvastune.model.memory_efficient import recomputed, takes_gate_kernel
 from canvastune.model.parameter_names import ADAPTER
 
 NAME = "canvastune"  # the experts implementation in transformers' registry
-# On a CPU, bytes that exist at once: of rows gathered for their experts, which stay in a core's
-# cache until they are multiplied, and of experts' results before they are summed.
-_CHUNK_BYTES, _RESULT_BYTES = 2**21, 2**25
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _sorted_rows(
     """Return each token's row and weight for each of its experts, by expert: [T*K, H], [T*K, 1]."""
     if kernels.available(hidden):
         return kernels.dispatch(hidden, weights, order, inverse)
-    return _DispatchedRows.apply(hidden, order, inverse), weights.flatten()[order, None]
+    return DispatchedRows.apply(hidden, order, inverse), weights.flatten()[order, None]
 
 
 def experts_forward(
@@ -135,7 +135,7 @@ def experts_forward(
         if sent is None:
             sent = dispatch(module, hidden, top_k_index, top_k_weights)
             hidden, top_k_weights = sent.wait()
-        return _CombinedRows.apply(
+        return CombinedRows.apply(
             _apply_to_dispatched(module, hidden, top_k_weights, sent), sent.order, sent.inverse
         )
     order, inverse, counts = _sort_by_expert(module, top_k_index)
@@ -145,13 +145,13 @@ def experts_forward(
         out = _apply_experts(module, rows, weights, ends)
     else:
         weights = top_k_weights.flatten()[order, None]
-        gate_up = _DispatchedProduct.apply(
+        gate_up = DispatchedProduct.apply(
             hidden, local_tensor(module.gate_up_proj), order, inverse, ends
         )
         weight = local_tensor(module.down_proj)
         active = _gated(module, gate_up, weights).to(weight.dtype)
-        return _CombinedProduct.apply(active, weight, order, inverse, ends)
-    return _CombinedRows.apply(out, order, inverse)
+        return CombinedProduct.apply(active, weight, order, inverse, ends)
+    return CombinedRows.apply(out, order, inverse)
 
 
 def _sort_by_expert(
@@ -216,15 +216,15 @@ def _multiply(module: Any, name: str, rows: torch.Tensor, ends: torch.Tensor) ->
     """
     weight = local_tensor(getattr(module, name))
     rows = rows.to(weight.dtype)
-    out = _GroupedProduct.apply(rows, weight, ends)
+    out = GroupedProduct.apply(rows, weight, ends)
     if not hasattr(module, "lora_A"):
         return out
     a, b = (
         local_tensor(getattr(factors[ADAPTER], name)).to(rows.dtype)
         for factors in (module.lora_A, module.lora_B)
     )
-    low = _GroupedProduct.apply(rows, a, ends) * module.lora_scale  # [R, r]
-    return out.add_(_GroupedProduct.apply(low, b, ends))
+    low = GroupedProduct.apply(rows, a, ends) * module.lora_scale  # [R, r]
+    return out.add_(GroupedProduct.apply(low, b, ends))
 
 
 def _apply_to_dispatched(
@@ -260,212 +260,6 @@ def _inverse(permutation: torch.Tensor) -> torch.Tensor:
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
     return inverse
-
-
-class _DispatchedRows(torch.autograd.Function):
-    """Each token's row K times, sorted by expert; the gradient is the sum of the K rows, in token
-    order.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return _dispatch(hidden, order, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _combine(gradient, *ctx.saved_tensors), None, None
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """Rows [R, in], sorted by expert up to ends [E], times the experts' weight [E, out, in]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
-    ) -> torch.Tensor:
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if needs_weight else None, weight if needs_rows else None, ends)
-        return grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, ends = ctx.saved_tensors
-        rows_gradient = None if weight is None else grouped_mm(gradient, weight, offs=ends)
-        return (
-            rows_gradient,
-            None if rows is None else _weight_gradient(gradient, rows, ends),
-            None,
-        )
-
-
-class _DispatchedProduct(torch.autograd.Function):
-    """`_DispatchedRows`, then the grouped matmul with the experts' weight [E, out, H], without
-    keeping the rows.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        order: torch.Tensor,
-        inverse: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(
-            hidden if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
-        )
-        out = None
-        for experts, rows, own_ends in _expert_chunks(ends, hidden):
-            given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
-            part = grouped_mm(given, weight[experts].transpose(-2, -1), offs=own_ends)
-            out = put_chunk(out, rows, part, len(order))
-        assert out is not None
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, order, inverse, ends = ctx.saved_tensors
-        hidden_gradient = weight_gradient = None
-        if ctx.needs_input_grad[1]:
-            for experts, rows, own_ends in _expert_chunks(ends, hidden):
-                given = _dispatch(hidden, order[rows], inverse).to(weight.dtype)
-                part = _weight_gradient(gradient[rows], given, own_ends)
-                weight_gradient = put_chunk(weight_gradient, experts, part, len(weight))
-        if ctx.needs_input_grad[0]:
-            hidden_gradient = _combined_product(gradient, weight, inverse, ends)
-        return hidden_gradient, weight_gradient, None, None, None
-
-
-class _CombinedProduct(torch.autograd.Function):
-    """Rows [R, I] times the experts' weight [E, H, I], then `_CombinedRows`, without the results of
-    single experts or their gradients as a whole on a CPU.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        active: torch.Tensor,
-        weight: torch.Tensor,
-        order: torch.Tensor,
-        inverse: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(
-            active if ctx.needs_input_grad[1] else None, weight, order, inverse, ends
-        )
-        return _combined_product(active, weight.transpose(-2, -1), inverse, ends)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        active, weight, order, inverse, ends = ctx.saved_tensors
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]
-        active_gradient = weight_gradient = None
-        for experts, rows, own_ends in _expert_chunks(ends, gradient):
-            given = _dispatch(gradient, order[rows], inverse)
-            if needs_rows:
-                part = grouped_mm(given, weight[experts], offs=own_ends)
-                active_gradient = put_chunk(active_gradient, rows, part, len(order))
-            if needs_weight:
-                part = _weight_gradient(given, active[rows], own_ends)
-                weight_gradient = put_chunk(weight_gradient, experts, part, len(weight))
-        return active_gradient, weight_gradient, None, None, None
-
-
-def _expert_chunks(
-    ends: torch.Tensor, row: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yield neighboring experts, their rows, and the ends of each one's among these: on a CPU as
-    many as `_CHUNK_BYTES` allows, on a GPU, which is not waited for, all.
-
-    Args:
-        row: [..., H], of which a row is gathered.
-    """
-    if ends.device.type != "cpu":
-        yield slice(None), slice(None), ends
-        return
-    most = _CHUNK_BYTES // (row.shape[-1] * row.element_size())
-    bounds, first = [0, *ends.tolist()], 0
-    for last in range(1, len(bounds)):
-        if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > most:
-            yield (
-                slice(first, last),
-                slice(bounds[first], bounds[last]),
-                ends[first:last] - bounds[first],
-            )
-            first = last
-
-
-def _combined_product(
-    rows: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
-    """Multiply rows [R, in] by their experts' weight [E, in, H] and sum each token's K results ->
-    [T, H]; on a CPU some columns at a time, where all would be more than `_RESULT_BYTES`.
-    """
-    width = weight.shape[-1]
-    needed = len(rows) * width * weight.element_size()
-    if rows.device.type != "cpu" or needed <= _RESULT_BYTES:
-        return _combine(grouped_mm(rows, weight, offs=ends), inverse)
-    out = rows.new_empty(len(inverse), width)
-    parts = -(-needed // _RESULT_BYTES)
-    for columns in torch.arange(width).tensor_split(parts):
-        chosen = slice(int(columns[0]), int(columns[-1]) + 1)
-        out[:, chosen] = _combine(grouped_mm(rows, weight[..., chosen], offs=ends), inverse)
-    return out
-
-
-def _weight_gradient(
-    gradient: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
-    """Return the gradient of a grouped product's weight: zeros for an expert without rows."""
-    found = grouped_mm(gradient.T, rows, offs=ends)
-    if leaves_empty_groups(found.device):
-        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-        found.masked_fill_(empty[:, None, None], 0)
-    return found
-
-
-@functools.cache
-def leaves_empty_groups(device: torch.device) -> bool:
-    """Return whether the grouped matmul leaves the result of an empty group as it finds it.
-
-    The kernel for Blackwell does (pytorch#172439).
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
-
-
-class _CombinedRows(torch.autograd.Function):
-    """The sum of each token's K rows, in token order; the gradient is `_DispatchedRows`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(order, inverse)
-        return _combine(rows, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _dispatch(gradient, *ctx.saved_tensors), None, None
-
-
-def _dispatch(hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Repeat and sort rows: hidden [T, H], order [T*K], inverse [T, K] -> rows [T*K, H]."""
-    if kernels.available(hidden):
-        return kernels.take_rows(hidden, order, inverse.shape[1])[0]
-    return hidden.index_select(0, order // inverse.shape[1])
-
-
-def _combine(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Sum each token's rows: rows [T*K, H], inverse [T, K] -> [T, H]; deterministic, without a
-    reordered copy.
-    """
-    if kernels.available(rows):
-        return kernels.sum_rows(rows, inverse)[0]
-    return F.embedding_bag(inverse, rows, mode="sum")
 
 
 class _PermutedTokens(torch.autograd.Function):

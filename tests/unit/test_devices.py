@@ -22,7 +22,7 @@ from canvastune.distributed import processes
 from canvastune.errors import UserError
 from canvastune.evaluation import model_run
 from canvastune.merge import device_with_memory
-from canvastune.model import moe
+from canvastune.model import grouped_matmul
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.training import devices, run, trainer
 from canvastune.training.devices import refuse_locked_memory, refuse_silent_cpu, select_device
@@ -157,10 +157,10 @@ def test_the_grouped_matmul_of_blackwell_is_known(
     capability: tuple[int, int], leaves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    moe.leaves_empty_groups.cache_clear()
-    assert moe.leaves_empty_groups(torch.device("cuda", 0)) == leaves
-    moe.leaves_empty_groups.cache_clear()
-    assert not moe.leaves_empty_groups(torch.device("cpu"))
+    grouped_matmul.leaves_empty_groups.cache_clear()
+    assert grouped_matmul.leaves_empty_groups(torch.device("cuda", 0)) == leaves
+    grouped_matmul.leaves_empty_groups.cache_clear()
+    assert not grouped_matmul.leaves_empty_groups(torch.device("cpu"))
 
 
 def test_evaluation_and_merging_take_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

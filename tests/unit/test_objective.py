@@ -143,6 +143,20 @@ def test_logits_are_softcapped_in_float32() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1e-4, 0.1, 3.0, 30.0, 300.0])
+def test_terms_of_the_softmax_equal_tanh_and_exp(size: float) -> None:
+    cap, generator = 30.0, torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 16, generator=generator)
+    table = size / 4 * torch.randn(512, 16, generator=generator)
+    tanh, terms, total = objective.softmax_terms(hidden, table, cap)
+    expected = (table.double() @ hidden.double().T / cap).tanh()
+    exact = (cap * expected).exp()
+    rounding = 2e-7 * (1 + size)  # of a logit over the cap, in float32
+    assert float((tanh - expected).abs().max()) < rounding
+    assert torch.allclose(terms.double(), exact, rtol=cap * rounding, atol=0)
+    assert torch.allclose(total.double(), exact.sum(0), rtol=cap * rounding, atol=0)
+
+
 def canvas_hidden(
     model: WeightTiedDiffusionGemma,
     examples: list[Example],
