@@ -147,7 +147,8 @@ def test_settings_of_a_server_that_is_not_installed_are_refused(key: str, value:
 def test_the_defaults_of_the_servers_settings_are_those_of_the_values() -> None:
     """Templates cannot read values.yaml."""
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["mlflow"]
-    del values["existingUri"], values["serviceAccount"], values["metrics"]["prometheusRule"]
+    del values["existingUri"], values["serviceAccount"]
+    del values["metrics"]["prometheusRule"], values["metrics"]["grafanaDashboard"]
     del values["service"]["nodePort"]  # null, which is no value to Helm
     assert json.loads((CHART / "files" / "mlflow_defaults.json").read_text()) == values
 

@@ -117,6 +117,7 @@ ALL: dict[str, Any] = {  # every optional object and setting at once
                 "basicAuth": {"existingSecret": {"name": "mlflow-reader"}},
             },
             "prometheusRule": {"enabled": True},
+            "grafanaDashboard": {"enabled": True},
         },
         "priorityClassName": "high",
         "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],

@@ -213,6 +213,15 @@ capabilities:
 {{- default (printf "%s-workspace" (include "canvastune.fullname" .)) .Values.workspace.existingClaim -}}
 {{- end -}}
 
+{{/* The claims whose use is watched, as a regular expression. */}}
+{{- define "canvastune.claims" -}}
+{{- $claims := list (include "canvastune.workspace.claim" .) -}}
+{{- if include "canvastune.mlflow.usesVolume" . -}}
+{{- $claims = append $claims (include "canvastune.mlflow.claim" .) -}}
+{{- end -}}
+{{- $claims | uniq | join "|" -}}
+{{- end -}}
+
 {{- define "canvastune.mlflow.serviceAccount" -}}
 {{- default (include "canvastune.mlflow.fullname" .) .Values.mlflow.serviceAccount.name -}}
 {{- end -}}
