@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import http.server
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pytest
+
+from canvastune.tracking.new_store import create_store
 from tests.support.rendered_chart import (
     ALL,
     ci_values,
     flag,
     installed,
+    named,
     of_kind,
     render,
     server,
@@ -49,7 +58,7 @@ def test_metrics_of_a_server_with_users_are_read_by_one_of_them() -> None:
 def test_every_alert_is_about_objects_that_the_chart_installs() -> None:
     documents = render(ci_values("oidc"))
     alerts = _alerts(documents)
-    (backup,) = of_kind(documents, "CronJob")
+    backup = named(documents, "CronJob", "canvastune-mlflow-backup")
     claims = [one["metadata"]["name"] for one in of_kind(documents, "PersistentVolumeClaim")]
     expected = {
         "CanvastuneClaimNearlyFull": ("persistentvolumeclaim", claims),
@@ -122,20 +131,111 @@ def test_an_autoscaler_chooses_the_number_of_servers() -> None:
     assert not of_kind(installed("default"), "HorizontalPodAutoscaler")
 
 
+def run_copy(name: str, folder: Path, **values: Any) -> subprocess.CompletedProcess[str]:
+    """Run the script of the backup's or the restoration's container, with the claim in a folder.
+
+    Args:
+        values: the values of `mlflow.backup`, and for the restoration `server`, MLflow's address,
+            and BACKUP.
+    """
+    address, chosen = values.pop("server", None), values.pop("BACKUP", None)
+    documents = render({"mlflow": {"backup": {"enabled": True, **values}}})
+    job = named(documents, "CronJob", f"canvastune-mlflow-{name}")["spec"]["jobTemplate"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    env = {one["name"]: chosen or one["value"] for one in container.get("env", ())}
+    script = container["command"][-1].replace('"/mlflow"', repr(str(folder)))
+    args = container["args"]
+    if name == "restore":
+        assert args == ["http://canvastune-mlflow.team-a.svc.cluster.local:5000/health"]
+        args = [address or "http://127.0.0.1:9/health"]  # the port of nothing
+    command = [sys.executable, "-c", script, *args]
+    return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+
+
 def test_a_backup_is_a_whole_database_and_only_the_newest_are_kept(tmp_path: Path) -> None:
-    """Run the script of the backup's container."""
-    (job,) = of_kind(render({"mlflow": {"backup": {"enabled": True, "keep": 2}}}), "CronJob")
-    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute("create table runs (name text)")
         database.execute("insert into runs values ('a')")
     (tmp_path / "backups").mkdir()
     for day in ("20200101", "20200102"):
         (tmp_path / "backups" / f"mlflow-{day}-000000.db").touch()
-    script = container["command"][-1].replace('"/mlflow"', repr(str(tmp_path)))
-    subprocess.run([sys.executable, "-c", script, *container["args"]], check=True)
+    assert run_copy("backup", tmp_path, keep=2).returncode == 0
     kept = sorted(file.name for file in (tmp_path / "backups").iterdir())
     assert len(kept) == 2
     assert kept[0] == "mlflow-20200102-000000.db"
     with sqlite3.connect(tmp_path / "backups" / kept[1]) as copy_:
         assert copy_.execute("select name from runs").fetchall() == [("a",)]
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a claim with a backup of a run, whose databases were then destroyed."""
+    folder = tmp_path_factory.mktemp("claim")
+    create_store(folder / "mlflow.db", mlflow.__version__)
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    run = client.create_run(client.create_experiment("canvastune"), run_name="rank16")
+    client.log_metric(run.info.run_id, "exact_match", 0.25)
+    with closing(sqlite3.connect(folder / "auth.db")) as users:
+        users.execute("create table users (name text)")
+    assert run_copy("backup", folder).returncode == 0
+    for name in ("mlflow.db", "mlflow.db-journal", "auth.db"):
+        (folder / name).write_bytes(b"not a database" * 1000)
+    return folder
+
+
+def test_a_backup_brings_back_the_runs_of_a_lost_database(lost: Path, tmp_path: Path) -> None:
+    claim = shutil.copytree(lost, tmp_path / "claim")
+    told = run_copy("restore", claim)
+    assert told.returncode == 0, told.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{claim}/mlflow.db")
+    experiment = client.get_experiment_by_name("canvastune")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.data.metrics) == ("rank16", {"exact_match": 0.25})
+    with closing(sqlite3.connect(claim / "auth.db")) as users:
+        assert users.execute("select count(*) from users").fetchone() == (0,)
+    (aside,) = claim.glob("replaced-*")
+    assert {file.name for file in aside.iterdir()} == {"mlflow.db", "mlflow.db-journal", "auth.db"}
+
+
+def test_a_restoration_that_cannot_succeed_changes_nothing(lost: Path, tmp_path: Path) -> None:
+    claim = shutil.copytree(lost, tmp_path / "claim")
+    (made,) = (file.stem.removeprefix("mlflow-") for file in claim.glob("backups/mlflow-*.db"))
+    (claim / "backups" / "mlflow-20200101-000000.db").write_bytes(b"half a co")
+    before = {file: file.read_bytes() for file in claim.rglob("*") if file.is_file()}
+    with _Healthy(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/health"
+        refused = {
+            "scale its Deployment to 0": {"server": address},
+            f"20200101-000000, {made}": {"BACKUP": "yesterday"},
+            "is damaged": {"BACKUP": "20200101-000000"},
+        }
+        for reason, how in refused.items():
+            told = run_copy("restore", claim, **how)
+            assert told.returncode == 1
+            assert reason in told.stderr
+        server.shutdown()
+    assert {file: file.read_bytes() for file in claim.rglob("*") if file.is_file()} == before
+
+
+class _Healthy(http.server.HTTPServer):
+    """A server that answers, if only that it has no such page."""
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        request.recv(1024)
+        request.sendall(b"HTTP/1.0 404 Not Found\r\n\r\n")
+
+
+def test_a_restoration_starts_only_by_hand_and_without_the_server() -> None:
+    documents = installed("oidc")
+    backup, restore = (
+        named(documents, "CronJob", f"canvastune-mlflow-{name}")["spec"]
+        for name in ("backup", "restore")
+    )
+    assert (restore["suspend"], backup.get("suspend")) == (True, None)
+    pods = [one["jobTemplate"]["spec"]["template"]["spec"] for one in (backup, restore)]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
+    assert "podAffinity" in pods[0]["affinity"]
+    assert "affinity" not in pods[1], "it would wait for a pod of the server, which is stopped"
+    assert restore["jobTemplate"]["spec"]["backoffLimit"] == 0

@@ -4,17 +4,19 @@ import pathlib
 import sqlite3
 import sys
 import time
+from contextlib import closing
 
 folder, keep = pathlib.Path("/mlflow"), int(sys.argv[1])
 backups = folder / "backups"
 backups.mkdir(exist_ok=True)
+began = time.strftime("%Y%m%d-%H%M%S", time.gmtime())  # in the names of all copies
 for name in ("mlflow", "auth"):
     database = folder / f"{name}.db"
     if not database.exists():
         continue
-    made = backups / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.db"
+    made = backups / f"{name}-{began}.db"
     partial = made.with_suffix(".partial")
-    with sqlite3.connect(database) as source, sqlite3.connect(partial) as copy:
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(partial)) as copy:
         source.backup(copy)
         (state,) = copy.execute("PRAGMA integrity_check").fetchone()
     if state != "ok":
