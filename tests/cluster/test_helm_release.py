@@ -129,7 +129,8 @@ def test_every_object_reaches_the_cluster(
     ours = {
         f"{one['kind']}/{one['metadata']['name']}"
         for one in installed(ci)
-        if (one["metadata"].get("annotations") or {}).get("helm.sh/hook") != "test"
+        if (one["metadata"].get("annotations") or {}).get("helm.sh/hook")
+        not in ("test", "pre-upgrade")
     }
     assert own_objects(api) == ours
     assert release["status"] == "deployed"
@@ -242,6 +243,29 @@ def test_an_upgrade_keeps_the_number_of_pods_that_the_autoscaler_chose(
     upgrade(helm, {**values, "images": {"mlflow": {"tag": "9.9"}}})
     assert server(api)["template"]["spec"]["containers"][0]["image"] == "canvastune/mlflow:9.9"
     assert server(api)["replicas"] == 3, "the upgrade removed pods that MLflow needs"
+
+
+def test_an_upgrade_changes_nothing_if_no_snapshot_can_be_made(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
+    values = ci_values("oidc")
+    newer = {**values, "images": {"mlflow": {"tag": "9.9"}}}
+    install(helm, values)
+    before = copy.deepcopy(server(api))
+    api.failing.add("canvastune-mlflow-snapshot")
+    with pytest.raises(
+        helm_python.HelmReleaseError, match=r"pre-upgrade\b.*canvastune-mlflow-snap"
+    ):
+        upgrade(helm, newer)
+    assert server(api) == before, "MLflow's database was migrated without a snapshot"
+    api.failing.clear()
+    api.calls.clear()
+    upgrade(helm, newer)
+    changed = [call.kind for call in api.calls if call.verb in ("create", "apply")]
+    assert changed.index("RoleBinding") < changed.index("Job") < changed.index("Deployment")
+    left = {kind: set(api.all(kind)) for kind in ("Job", "Role", "RoleBinding", "ServiceAccount")}
+    assert "canvastune-mlflow-snapshot" in left.pop("Job"), "its log would be lost"
+    assert not any("canvastune-mlflow-snapshot" in names for names in left.values())
 
 
 def test_a_failed_upload_is_reported_and_the_next_upgrade_retries(

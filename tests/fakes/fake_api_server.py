@@ -41,6 +41,7 @@ _KINDS = {  # by group and version
     "kubeflow.org/v1": ["PyTorchJob"],
     "argoproj.io/v1alpha1": ["Workflow"],
     "monitoring.coreos.com/v1": ["ServiceMonitor", "PrometheusRule"],
+    "snapshot.storage.k8s.io/v1": ["VolumeSnapshot"],
     "networking.istio.io/v1beta1": ["VirtualService"],
     "security.istio.io/v1beta1": ["AuthorizationPolicy"],
 }
@@ -484,6 +485,10 @@ def _status(one: Mapping[str, Any], fails: bool) -> dict[str, Any]:
             "conditions": [{"type": "Available", "status": "True"}],
         }
         return {"status": ready}
+    if one["kind"] == "VolumeSnapshot":
+        if one["spec"].get("volumeSnapshotClassName") == "missing":
+            return {"status": {"error": {"message": "failed to get snapshot class missing"}}}
+        return {"status": {"creationTime": _BEGAN, "readyToUse": False}}
     phase = {"Pod": "Failed" if fails else "Succeeded", "PersistentVolumeClaim": "Bound"}.get(
         one["kind"]
     )

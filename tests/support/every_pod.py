@@ -88,7 +88,7 @@ def trainjob_template(job: Mapping[str, Any], runtime: Mapping[str, Any]) -> dic
 def _step_pods(documents: list[dict[str, Any]]) -> Pods:
     settings = named(documents, "ConfigMap", "canvastune-training")["data"]
     graph, platform = _compiled(settings["steps.json"], json.dumps(cluster(documents)))
-    account = of_kind(documents, "RoleBinding")[0]["subjects"][0]["name"]
+    account = named(documents, "RoleBinding", "canvastune-launcher")["subjects"][0]["name"]
     for name, pod in step_pods(graph, platform).items():
         yield f"step {name}", {**pod, "serviceAccountName": account}
 

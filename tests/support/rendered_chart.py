@@ -108,6 +108,7 @@ ALL: dict[str, Any] = {  # every optional object and setting at once
     "images": {"pullSecrets": ["one", {"name": "two"}]},
     "mlflow": {
         "pathPrefix": "/mlflow",
+        "persistence": {"dataSource": {"name": "before"}, "snapshot": {"enabled": True}},
         "backup": {"enabled": True},
         "metrics": {
             "enabled": True,
