@@ -268,6 +268,23 @@ def test_an_upgrade_changes_nothing_if_no_snapshot_can_be_made(
     assert not any("canvastune-mlflow-snapshot" in names for names in left.values())
 
 
+def test_a_deleted_claim_comes_back_from_a_snapshot_and_stays(
+    api: FakeApiServer, helm: helm_python.Config
+) -> None:
+    install(helm)
+    for kind in ("Deployment", "PersistentVolumeClaim"):  # as with kubectl
+        del api.objects[kind, NAMESPACE, "canvastune-mlflow"]
+    values = {"mlflow": {"persistence": {"dataSource": {"name": "before"}}}}
+    upgrade(helm, values)
+    made = api.all("PersistentVolumeClaim")["canvastune-mlflow"]["spec"]
+    assert made["dataSource"]["name"] == "before"
+    assert server(api)["replicas"] == 1
+    upgrade(helm, values)
+    with pytest.raises(helm_python.HelmReleaseError, match="spec is immutable"):
+        upgrade(helm, {})  # the documentation says to leave the value
+    assert api.all("PersistentVolumeClaim")["canvastune-mlflow"]["spec"] == made
+
+
 def test_a_failed_upload_is_reported_and_the_next_upgrade_retries(
     api: FakeApiServer, helm: helm_python.Config
 ) -> None:
