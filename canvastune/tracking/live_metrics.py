@@ -19,6 +19,7 @@ from canvastune.tracking.system_metrics import SYSTEM, SystemSampler
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_DIGITS = 7  # significant ones that MLflow gets; the run directory's files have all of them
 _BATCH = 1000  # metrics in one request: MLflow's limit
 _PREFIXES = {"train": "train", "validation": "val", "system": "system"}  # kind of record -> metric
 FindRun = Callable[["MlflowClient"], str]  # returns the id of a run, created if necessary
@@ -51,12 +52,19 @@ def points_of(records: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the entries that MLflow can hold: finite numbers, no booleans."""
+    """Return the entries that MLflow can hold, rounded for people: finite numbers, no booleans."""
     kept = {}
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            kept[name] = float(value)
+            kept[name] = _rounded(float(value))
     return kept
+
+
+def _rounded(value: float) -> float:
+    """Return 7 significant digits, or whole numbers as they are: MLflow's pages show all 16."""
+    if abs(value) >= 10**_DIGITS:
+        return float(round(value))
+    return float(f"{value:.{_DIGITS}g}")
 
 
 def metric_name(name: str) -> str:

@@ -70,6 +70,26 @@ def test_metrics_have_mlflows_names() -> None:
     )
 
 
+def test_figures_are_rounded_to_what_means_something_and_whole_numbers_are_kept() -> None:
+    sent = {
+        "loss": 0.12345678901234567,
+        "lr": 1.2345678901234e-05,
+        "bytes": 83_886_080_123,
+        "rate": 12_345_678.912,
+        "worse": -1 / 3,
+        "none": 0,
+    }
+    points = points_of([{"kind": "train", "step": 3, "time": 2.0, **sent}])
+    assert {point.key.removeprefix("train/"): point.value for point in points} == {
+        "loss": 0.1234568,
+        "lr": 1.234568e-05,
+        "bytes": 83_886_080_123,
+        "rate": 12_345_679,
+        "worse": -0.3333333,
+        "none": 0,
+    }
+
+
 # Where MLflow is
 
 
@@ -221,7 +241,7 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(
             run.metrics(
                 {
                     "eval/exact_match_after": 0.75,
-                    "ratio (t/s)": 2.0,
+                    "ratio (t/s)": 2 / 3,
                     "endless": math.inf,
                     "passed": True,
                     "word": "better",
@@ -242,7 +262,7 @@ def test_a_step_is_a_nested_run_that_a_second_attempt_goes_on_with(
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["long"] == "x" * 6000
-    assert run.data.metrics == {"eval/exact_match_after": 0.75, "ratio _t/s_": 2.0}
+    assert run.data.metrics == {"eval/exact_match_after": 0.75, "ratio _t/s_": 0.6666667}
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [
         {"path": "answers.json", "type": "table"}
     ], "the page shows no table"

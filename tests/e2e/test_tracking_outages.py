@@ -80,7 +80,7 @@ def healthy(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) ->
     }
     assert found["aliases"] == {"candidate": "1", "champion": "1"}
     assert found["parent"]["metrics"]["train/loss"] == [
-        (step, 1 / step) for step in range(1, 21)
+        (step, float(f"{1 / step:.7g}")) for step in range(1, 21)
     ], "runs are compared by their parents"
     assert found["train"]["metrics"]["system/cpu"] == [(0, 50.0)]
     assert found["parent"]["metrics"]["system/cpu"] == [(0, 50.0)]
