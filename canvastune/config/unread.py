@@ -1,9 +1,10 @@
-"""Settings that a recipe has and that nothing will read, because another setting turns them off."""
+"""Settings that nothing reads, because another setting turns them off; and those that are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from canvastune.config.schema import RunConfig
 from canvastune.config.strict import flatten
@@ -73,8 +74,7 @@ def unread_settings(config: RunConfig) -> list[str]:
     They are no error: a recipe may be run again with `--set evaluate.judge=chrf`, and keeps what
     its other judge needs.
     """
-    defaults = flatten(RunConfig.model_validate(_LEAST).model_dump(mode="json"))
-    given = flatten(config.model_dump(mode="json"))
+    defaults, given = _defaults(), flatten(config.model_dump(mode="json"))
     changed = [key for key, value in given.items() if value != defaults.get(key)]
     lines = []
     for group in _GROUPS:
@@ -85,7 +85,26 @@ def unread_settings(config: RunConfig) -> list[str]:
     return lines
 
 
+def informative_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that say something of a run, by dotted key: neither unset nor unread, and
+    of the cluster its size and what differs from the default.
+    """
+    defaults, unread = _defaults(), [group for group in _GROUPS if not group.read(config)]
+    return {
+        key: value
+        for key, value in flatten(config.model_dump(mode="json")).items()
+        if value not in (None, [])
+        and not any(_is_in(group, key) for group in unread)
+        and (not key.startswith("cluster.") or key in _SIZE or value != defaults[key])
+    }
+
+
 _LEAST = {"name": "least", "data": {"source": "rows.jsonl"}}
+_SIZE = ("cluster.backend", "cluster.nodes")
+
+
+def _defaults() -> dict[str, Any]:
+    return flatten(RunConfig.model_validate(_LEAST).model_dump(mode="json"))
 
 
 def _is_in(group: _Group, key: str) -> bool:

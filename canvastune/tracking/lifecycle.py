@@ -18,6 +18,7 @@ import yaml
 from canvastune import __version__
 from canvastune.config import RunConfig
 from canvastune.config.data import MixtureSource
+from canvastune.config.unread import informative_settings
 from canvastune.evaluation.result import ANSWERS
 from canvastune.io.json_text import write_json
 from canvastune.tracking import steps
@@ -263,7 +264,8 @@ class StepRun:
 def start(
     run: PipelineRun, tags: Mapping[str, str] | None = None, attempt: Attempt | None = None
 ) -> str:
-    """Start a pipeline run, or another attempt at it: tags, the config as parameters and as a file.
+    """Start a pipeline run, or another attempt at it: tags, the config as a file, and what it sets
+    as parameters.
 
     All attempts at a run are one run in MLflow. An attempt before that has no end was killed, as
     were its steps: none of them counts as running.
@@ -282,7 +284,9 @@ def start(
     about = {**origin(run), **_about(run.config), **(tags or {})}
     record.tags({PIPELINE_RUN: key, **about}, of="run/")
     record.show("run/text", {"config.yaml": yaml.safe_dump(tree, sort_keys=False)})
-    record.show("run/config", {"config": tree})
+    settings = informative_settings(run.config)
+    first = record._shown("run/config").get("first", settings)
+    record.show("run/config", {"config": settings, "first": first})
     record.set_status(FINISHED)
     record.publish()
     return record.pipeline_run_id or ""

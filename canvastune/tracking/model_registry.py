@@ -64,7 +64,8 @@ def log_model(
     about |= {"uploaded": str(upload).lower(), "base": config.model.id, "recipe": config.name}
     about |= {"base_revision": config.model.revision or "unspecified"}
     sections = ("model", "train") if kind == "full" else ("model", "train", "lora")
-    parameters = flatten({name: getattr(config, name).model_dump(mode="json") for name in sections})
+    settings = flatten({name: getattr(config, name).model_dump(mode="json") for name in sections})
+    parameters = {name: value for name, value in settings.items() if value is not None}
     tags = {f"canvastune.{name}": value for name, value in about.items()}
     model = next(iter(found), None) or client.create_logged_model(
         experiment, name, run_id, tags, parameters, kind

@@ -36,6 +36,7 @@ _MODEL_STEPS = ("train", "merge_lora")
 # next to the run of `evaluate`: MLflow compares evaluations by their runs
 _BASE_RUN = "evaluate_base"
 _CHANGED = "canvastune.changed_settings"  # the tag with what a later attempt set otherwise
+_UNSET = "not set"
 _TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's UI finds tables
 
 
@@ -215,18 +216,23 @@ class Publisher:
         client.log_batch(run_id, tags=[tag(name, value) for name, value in tags.items()])
 
     def _send_config(self, client: MlflowClient, run_id: str, value: dict[str, Any]) -> None:
-        """Log the newest attempt's config, and what it changes in a tag: no parameter can change."""
+        """Log the settings, and in a tag what the newest attempt changes: no parameter can change.
+
+        A setting that the first attempt had not set gets a parameter from the one that sets it.
+        """
         data = client.get_run(run_id).data
         known, tags = data.params, data.tags
-        flat = registry.flatten_parameters(value["config"])
-        named = {metric_name(name): value for name, value in flat.items()}
-        new = {name: value for name, value in named.items() if name not in known}
+        newest, first = (
+            {metric_name(name): text for name, text in registry.flatten_parameters(tree).items()}
+            for tree in (value["config"], value.get("first", value["config"]))
+        )
+        new = {name: text for name, text in {**newest, **first}.items() if name not in known}
         self._send_parameters(client, run_id, {"new": new})
-        changes = [
-            f"{name}: {known[name]} -> {value}"
-            for name, value in named.items()
-            if value != known.get(name, value)
-        ]
+        changes = []
+        for name in {**newest, **first}:
+            before = known.get(name, first[name]) if name in first else _UNSET
+            if before != (after := newest.get(name, _UNSET)):
+                changes.append(f"{name}: {before} -> {after}")
         if changes:
             client.set_tag(run_id, _CHANGED, "; ".join(changes)[:_LONGEST_TAG])
         elif _CHANGED in tags:

@@ -154,6 +154,27 @@ def test_every_step_of_a_pipeline_run_finds_the_same_parent(workspace: Path) -> 
     )
 
 
+def test_parameters_are_the_settings_that_say_something(workspace: Path) -> None:
+    client = client_of(workspace)
+    lora = tracking.start(pipeline_run(workspace, "spare", evaluate={"gpus": 2}))
+    full = pipeline_run(
+        workspace, "full", train={"method": "full"}, cluster={"backend": "pytorchjob", "shm": "9Gi"}
+    )
+    params = {run: client.get_run(run).data.params for run in (lora, tracking.start(full))}
+    first, second = params.values()
+    for found in (first, second):
+        assert not {"None", "[]", "{}", ""} & set(found.values()), found
+    cluster = {name: text for name, text in first.items() if name.startswith("cluster.")}
+    assert cluster == {"cluster.backend": "local", "cluster.nodes": "1"}
+    assert second["cluster.shm"] == "9Gi"
+    assert "lora.rank" in first, "a default that is used"
+    assert "lora.rank" not in second, "MLflow's comparison shows a rank of full fine-tuning"
+    for query, runs in (("`evaluate.gpus` = '2'", [lora]), ("`cluster.shm` = '9Gi'", [full])):
+        names = {"spare" if run == lora else "full" for run in runs}
+        found = client.search_runs(["1"], f"params.{query} and attributes.run_name != ''")
+        assert {run.info.run_name for run in found} == names, query
+
+
 def test_a_run_is_described_from_its_start(workspace: Path) -> None:
     run = pipeline_run(
         workspace, "described", data={"source": "rows|of `mine`.jsonl"}, lora={"rank": 32}

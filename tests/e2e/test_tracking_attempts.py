@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,35 @@ def test_an_interrupted_and_resumed_run_is_one_run_with_its_attempts(workspace: 
     key = "tags.`canvastune.pipeline_run` = 'resumed/job'"
     assert len(client.search_runs(["1"], key)) == 1
     assert len(nested_runs(client, parent)) == 3
+
+
+def test_a_setting_that_a_later_attempt_sets_is_a_parameter_then_and_a_change(
+    workspace: Path,
+) -> None:
+    client = client_of(workspace)
+    changed = "canvastune.changed_settings"
+    attempts: tuple[tuple[dict[str, Any], str | None, str | None], ...] = (
+        ({}, None, None),
+        ({"evaluate": {"gpus": 2}}, "2", "evaluate.gpus: not set -> 2"),
+        ({"evaluate": {"gpus": 4}}, "2", "evaluate.gpus: not set -> 4"),
+        ({"tracking": {"registered_model": "m"}}, "2", "tracking.registered_model: not set -> m"),
+        ({}, "2", None),
+    )
+    for number, (settings, parameter, change) in enumerate(attempts):
+        run = pipeline_run(workspace, "set-later", **settings)
+        parent = tracking.start(run, attempt=Attempt(str(number), time.time()))
+        for _ in range(2):
+            data = client.get_run(parent).data
+            assert data.params.get("evaluate.gpus") == parameter
+            found = data.tags.get(changed, "").split("; ")
+            assert (change or "") in found, f"attempt {number}"
+            # As after the loss of what was sent: sending everything again changes nothing.
+            (run.folder / ".tracking/published.json").unlink()
+            assert tracking.sync(run) == []
+    unset = pipeline_run(workspace, "unset-later", evaluate={"gpus": 2})
+    parent = tracking.start(unset, attempt=Attempt("0", time.time()))
+    tracking.start(pipeline_run(workspace, "unset-later"), attempt=Attempt("1", time.time()))
+    assert client.get_run(parent).data.tags[changed] == "evaluate.gpus: 2 -> not set"
 
 
 def test_a_report_of_an_earlier_attempt_does_not_describe_a_run_that_goes_on(
