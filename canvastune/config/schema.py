@@ -441,6 +441,11 @@ class TrackingConfig(StrictModel):
         "same held-out rows shows that it is better than the champion or, if there is none, "
         "than the base",
     )
+    log_texts: bool = Field(
+        True,
+        description="whether MLflow gets texts of the data: the first rows with the dataset, questions, "
+        "answers, and pages with them; false: only figures, the rest is in the run folder",
+    )
     hub_model_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",

@@ -109,7 +109,9 @@ def describe_report(
     places = {"model": "train/model"}
     if config.train.method == "lora":
         places = {"adapter": "train/adapter", "merged model": "model"}
-    report = f"{code(folder / 'report/report.html')}, also `report.html` of the run in MLflow"
+    report = code(folder / "report/report.html")
+    if config.tracking.log_texts:
+        report += ", also `report.html` of the run in MLflow"
     where = {"report": report} | {name: code(folder / path) for name, path in places.items()}
     where |= {"checkpoints": code(folder / "train/checkpoints")}
     files = table((_about(config, folder) | where).items())
@@ -164,8 +166,14 @@ def describe_evaluation(evaluation: EvaluationResult) -> str:
     return f"**{verdict}**: {evaluation.measure} {before:.1%} before, {after:.1%} after ({change})."
 
 
-def describe_traces(rows: int) -> str:
-    """Say where MLflow shows the answers to so many rows."""
+def describe_traces(rows: int, texts: bool = True) -> str:
+    """Say where MLflow shows the answers to so many rows.
+
+    Args:
+        texts: `tracking.log_texts`.
+    """
+    if not texts:
+        return "The answers are in the run folder only: `tracking.log_texts` is false."
     which = f"each of the {rows} rows" if rows <= ROWS else f"the first {ROWS} of {rows} rows"
     return (
         f"The tuned model's answers to {which} are traces of this run, with expectation and score; "

@@ -56,7 +56,7 @@ def log_answers(
         for row in answers[:ROWS]
     ]
     tracing = TracingClient(uri)
-    stored = _log_spans(tracing, info.experiment_id, [trace.span() for trace in traces])
+    stored = not traces or _log_spans(tracing, info.experiment_id, [each.span() for each in traces])
     for trace in traces:
         found = tracing.start_trace(trace.info())
         if not stored and found.tags.get(_SPANS) is None:

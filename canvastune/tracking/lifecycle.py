@@ -49,6 +49,8 @@ _KEPT = {"prepare_data": "data", "plan": "plan", "evaluate": "evaluation"}
 _SENT_LATER = ("resolve", "plan", "prepare_data")
 _BEGIN_UNSENT = ("train", "report")  # the former sends it then, too; the latter ends in seconds
 _TOKENS = {"input_ids": "list<int32>", "prefix_length": "int32", "complete": "bool"}
+_PREVIEWED_ROWS = 6  # of a dataset: of one source, the card has three
+_LONGEST_PREVIEW = 300  # characters of a text; MLflow's page shows 80
 _COLUMNS = _TOKENS | dict.fromkeys(("id", "prompt", "answer"), "string")
 
 
@@ -172,7 +174,7 @@ class StepRun:
                 self.show(f"{owner}table", {name: self._relative(path)})
 
     def dataset(self, folder: Path, context: str, *, of: str = "") -> None:
-        """Log a prepared data set (its card.json) as an input: name, source, digest, sizes.
+        """Log a prepared data set (its card.json) as an input: name, source, digest, sizes, preview.
 
         Args:
             context: "training", or "evaluation" for its held-out rows: a separate data set, as a
@@ -424,18 +426,34 @@ def _dataset_fields(config: RunConfig, folder: Path, context: str) -> dict[str, 
     ]
     columns = [{"name": n, "type": kind, "required": True} for n, kind in _COLUMNS.items()]
     name, digest = " + ".join(names), str(card["content_hash"])[:16]
-    sizes = {"num_rows": card["kept"], "train": card["train"], "validation": card["validation"]}
+    profile = {"num_rows": card["kept"], "train": card["train"], "validation": card["validation"]}
+    if config.tracking.log_texts:
+        profile |= _preview(card.get("samples", []))
     if context == "evaluation":
         name, digest = f"{name} held out", content_hash({"held out": card["content_hash"]})[:16]
-        sizes = {"num_rows": card["validation"]}
+        profile = {"num_rows": card["validation"]}
     return {
         "name": name,
         "digest": digest,
         "source_type": kind,
         "source": json.dumps(place),
         "schema": json.dumps({"mlflow_colspec": columns}),
-        "profile": json.dumps(sizes),
+        "profile": json.dumps(profile, ensure_ascii=False),
     }
+
+
+def _preview(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the beginning of the data card's first rows, as the model sees them, by what they are."""
+    return {
+        f"row {number} {name}": _shorten(sample[key])
+        for number, sample in enumerate(samples[:_PREVIEWED_ROWS], 1)
+        for key, name in (("prefix", "prompt"), ("response", "response"))
+    }
+
+
+def _shorten(text: str) -> str:
+    """Return the beginning of a text, with three periods if more follows."""
+    return text if len(text) <= _LONGEST_PREVIEW else f"{text[:_LONGEST_PREVIEW]}..."
 
 
 def _dataset_source(source: MixtureSource) -> tuple[str, dict[str, Any]]:

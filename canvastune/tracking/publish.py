@@ -32,6 +32,8 @@ _READABLE = {".json", ".jsonl", ".yaml", ".txt", ".html", ".png", ".svg"}
 _LONGEST_TAG = 5000  # characters, of those that people read
 _PARAMETERS_IN_A_BATCH = 100  # MLflow's limit
 _FILES = ("curves", "table", "model", "outputs", "files", "answers")  # kinds: values are paths
+# What has texts of the data, and is not sent if `tracking.log_texts` is false.
+_WITH_TEXTS = {"card.html", "card.json", "answers.jsonl", "film.json", "report.html"}
 _MODEL_STEPS = ("train", "merge_lora")
 # next to the run of `evaluate`: MLflow compares evaluations by their runs
 _BASE_RUN = "evaluate_base"
@@ -62,6 +64,7 @@ class Publisher:
             step: what this process does; None: none of the run's steps.
         """
         self.run, self._step = run, step
+        self._texts = run.config.tracking.log_texts
         self.server = connect(run.uri)
         self.ids = RunIds(self.server, run, step)
         self._path = steps.tracking_directory(run.folder) / "published.json"
@@ -184,16 +187,23 @@ class Publisher:
         self, kind: str, value: Mapping[str, Any]
     ) -> Iterator[tuple[str, str, Any, list[Path]]]:
         """Yield an item's parts, each sent separately: key, kind, value and files."""
-        files = [self.run.folder / str(path) for path in value.values()] if kind in _FILES else []
+        named = value.values() if kind in _FILES else ()
+        files = [self.run.folder / str(path) for path in named]
         if kind == "files":
             for name, file in zip(value, files, strict=True):
-                yield f"/{name}", "file", str(file), [file]
+                if self._texts or name not in _WITH_TEXTS:
+                    yield f"/{name}", "file", str(file), [file]
             return
         if kind == "outputs":  # what people read: config, card, report, pictures, answers
             for file in sorted(file for path in files for file in path.glob("*")):
-                if file.suffix in _READABLE and file.stat().st_size <= _LARGEST_FILE:
+                readable = file.suffix in _READABLE and file.stat().st_size <= _LARGEST_FILE
+                if readable and (self._texts or file.name not in _WITH_TEXTS):
                     yield f"/{file.name}", "file", str(file), [file]
             return
+        if kind == "table" and not self._texts:
+            return
+        if kind == "answers" and not self._texts:  # the evaluations have figures all the same
+            value = {**value, "texts": False}
         if kind == "curves":
             files += [file.with_name(SYSTEM) for file in files]
         yield "", kind, value, files
@@ -278,7 +288,8 @@ class Publisher:
 
     def _send_answers(self, client: MlflowClient, run_id: str, value: dict[str, str]) -> None:
         """Show both models' answers as MLflow shows evaluations: a run for each of them."""
-        answers = read_answers((self.run.folder / value["path"]).parent)
+        folder = (self.run.folder / value["path"]).parent
+        answers = read_answers(folder) if self._texts else []
         info = client.get_run(run_id).info
         base = self.ids.find(client, _BASE_RUN, info.start_time / 1000)
         tuned = next((m.model_id for m in self._models(client) if m.model_type != "adapter"), None)
@@ -302,8 +313,9 @@ class Publisher:
         parent = self.ids.find(client, "", 0)
         self._send_tags(client, parent, EVALUATION_RUN)
         name = next((each["name"] for each in data.values()), self.run.config.data.label)
-        log_questions(client, self.server.uri, info.experiment_id, name, answers)
-        client.link_traces_to_run(traces, parent)
+        if answers:
+            log_questions(client, self.server.uri, info.experiment_id, name, answers)
+            client.link_traces_to_run(traces, parent)
 
     def _send_dataset(self, client: MlflowClient, run_id: str, contexts: dict[str, Any]) -> None:
         entities = load_mlflow().entities

@@ -153,7 +153,9 @@ def publish(result: EvaluationResult, evaluation: Path, record: StepRun) -> None
         evaluation: the folder with evaluation.json and answers.jsonl.
     """
     record.metrics({f"eval/{name}": value for name, value in result.figures().items()})
-    record.note(f"{describe_evaluation(result)}\n\n{describe_traces(result.rows)}")
+    run = record.pipeline_run
+    where = describe_traces(result.rows, run is None or run.config.tracking.log_texts)
+    record.note(f"{describe_evaluation(result)}\n\n{where}")
     rows = read_answers(evaluation)
     # What is read comes first: MLflow's table is wider than its page.
     columns = dict.fromkeys((*_FIRST_COLUMNS, *(key for row in rows for key in row if key != "id")))

@@ -1,6 +1,7 @@
 """What MLflow shows of a pipeline run: runs, figures, data, models.
 
-Attempts at a run: test_tracking_attempts. Outages: test_tracking_outages.
+Attempts at a run: test_tracking_attempts. Outages: test_tracking_outages. Texts and traces:
+test_tracking_texts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -398,67 +399,6 @@ def _listed_evaluations(client: MlflowClient) -> set[str]:
         if not (run.outputs and run.outputs.model_outputs)
     }
     return {run_id for run_id, above in shown.items() if above is None or above in shown}
-
-
-def test_answers_are_traces_of_two_evaluations_and_a_repeated_one_replaces_them(
-    workspace: Path, tmp_path: Path
-) -> None:
-    run = pipeline_run(workspace, "answered")
-    parent = tracking.start(run)
-    client = client_of(workspace)
-    row = {"reference": "Because.", "judge": "chrf", "correct_after": None}
-
-    def evaluate(count: int, after: str) -> dict[str, list[Any]]:
-        lines = [
-            {**row, "id": f"row-{number}", "prompt": f"Why {number}?", "before": "", "after": after}
-            | ({"score_before": 0.2, "score_after": 0.1} if number else {})
-            for number in range(count)
-        ]
-        (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        with tracking.step_run(run, "evaluate") as record:
-            scores = {"eval/score_before": 0.2, "eval/score_after": 0.1}
-            record.metrics({"eval/cut_before": 0, "eval/cut_after": 0} | scores)
-            record.dataset(prepared(tmp_path / str(count)), "evaluation")
-            record.answers(tmp_path)
-        assert tracking.pending(run) == []
-        return {
-            nested.info.run_name: [
-                (nested, trace)
-                for trace in client.search_traces(locations=["1"], run_id=nested.info.run_id)
-            ]
-            for nested in nested_runs(client, parent)
-        }
-
-    assert {name: len(found) for name, found in evaluate(120, "So.").items()} == {
-        "answered: evaluate": 100,
-        "answered: evaluate_base": 100,
-    }, "more traces than the description says"
-    found = evaluate(2, "Because!")
-    assert {len(traces) for traces in found.values()} == {2}, "traces of other rows are left"
-    asked = client.search_datasets(["1"], "name LIKE 'openai/gsm8k held out%'")
-    assert sorted(len(dataset.to_df()) for dataset in asked) == [2, 100]
-    shown = client.search_traces(locations=["1"], run_id=parent)
-    assert [trace.data.spans[0].outputs for trace in shown] == ["Because!"] * 2
-    for name, value in (("evaluate", 0.1), ("evaluate_base", 0.2)):
-        evaluation = found[f"answered: {name}"][0][0]
-        assert evaluation.info.status == "FINISHED"
-        assert evaluation.data.tags["mlflow.runType"] == "genai_evaluate"
-        assert evaluation.data.metrics["eval/score"] == value, "MLflow compares nothing"
-        shared = [key for key in evaluation.data.metrics if key in ("eval/score", "eval/cut")]
-        assert shared == ["eval/score", "eval/cut"], "the list of evaluations begins with details"
-        assert evaluation.inputs.dataset_inputs
-    traces = {trace.info.tags["canvastune.row"]: trace for _, trace in found["answered: evaluate"]}
-    first, second = traces["row-0"], traces["row-1"]
-    assert first.data.spans[0].inputs == {"question": "Why 0?"}
-    assert first.data.spans[0].outputs == "Because!"
-    assert [each.name for each in first.info.assessments] == ["expected_response"]
-    assert first.info.tags["canvastune.change"] == "not scored"
-    assert second.info.tags["canvastune.change"] == "lost"
-    said = {each.name: (each.value, each.source.source_id) for each in second.info.assessments}
-    assert said == {"expected_response": ("Because.", "data"), "score": (0.1, "chrf")}
-    assert {each.run_id for trace in shown for each in trace.info.assessments} == {None}, (
-        "the pipeline run's page leaves out what another run says of an answer"
-    )
 
 
 def test_the_address_of_a_run_opens_the_run_itself(workspace: Path) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,12 @@ def train_record(step: int, **values: float) -> dict[str, Any]:
     }
 
 
-def prepared(folder: Path) -> Path:
-    """What is logged of a prepared data set."""
+def prepared(folder: Path, samples: Sequence[dict[str, Any]] = ()) -> Path:
+    """What is logged of a prepared data set.
+
+    Args:
+        samples: the data card's first rows.
+    """
     card = {
         "source": "openai/gsm8k",
         "format": "gsm8k",
@@ -147,11 +151,12 @@ def prepared(folder: Path) -> Path:
         "validation": 10,
         "cut": 1,
         "dropped": {"empty answer": 3, "duplicate": 7},
+        "samples": list(samples),
     }
     data = folder / "data"
     data.mkdir(parents=True)
     (data / "card.json").write_text(json.dumps(card))
-    (data / "card.html").write_text("<p>")
+    (data / "card.html").write_text(f"<p>{[each['prefix'] for each in samples]}")
     return data
 
 
