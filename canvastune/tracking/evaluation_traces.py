@@ -1,7 +1,8 @@
 """Answers of an evaluation as MLflow shows evaluations: traces with an expectation and a score.
 
-MLflow's own exporter names a trace at random and hides what fails. Here the names depend on run and
-row, so that what is sent again replaces what is there, and a failure is the caller's.
+MLflow's own exporter names a trace at random and hides what fails. Here the names depend on run, row
+and answer, so that what is sent again replaces what is there, and a failure is the caller's. What
+people say of an answer stays with it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _NOT_IN_NAME = r"[^\w\-. /+]"  # of a data set, which is searched for between qu
 _LONGEST_PREVIEW = 1000  # characters: MLflow's limit
 _EXPECTED = "expected_response"  # as MLflow's own judges name it
 _ROW = "canvastune.row"  # tag of a trace: the row's id
+_SUPERSEDED = "canvastune.superseded"  # tag of a trace that people assessed: its answer is replaced
+_OURS = ("correct", "score")  # names of the judge's feedback
 _SPANS = "mlflow.trace.spansLocation"  # tag of a trace; absent: the server has no spans of it
 
 
@@ -38,8 +41,9 @@ def log_answers(
 ) -> list[str]:
     """Log one model's answers to the first `ROWS` rows as traces of an evaluation run.
 
-    Return the ids of the traces. Repeating this changes nothing; traces of rows that are no longer
-    among the answers are deleted.
+    Return the ids of the traces. Repeating this changes nothing. Traces of answers that are no longer
+    among these are deleted; those that people assessed are tagged and kept, unless there are no
+    answers at all.
 
     Args:
         side: "before" or "after".
@@ -56,23 +60,53 @@ def log_answers(
         for row in answers[:ROWS]
     ]
     tracing = TracingClient(uri)
-    stored = not traces or _log_spans(tracing, info.experiment_id, [each.span() for each in traces])
-    for trace in traces:
-        found = tracing.start_trace(trace.info())
-        if not stored and found.tags.get(_SPANS) is None:
-            tracing._upload_trace_data(found, TraceData(spans=[trace.span()]))
-    names = {trace.name for trace in traces}
-    logged = client.search_traces(
+    found = client.search_traces(
         locations=[info.experiment_id], run_id=run_id, include_spans=False, max_results=500
     )
-    stale = [
-        each.info.trace_id
-        for each in logged
-        if _ROW in each.info.tags and each.info.trace_id not in names
-    ]
-    if stale:
+    known = {each.info.trace_id: each.info for each in found if _ROW in each.info.tags}
+    stored = not traces or _log_spans(tracing, info.experiment_id, [each.span() for each in traces])
+    for trace in traces:
+        made = trace.info()
+        if earlier := known.pop(trace.name, None):
+            _keep_assessments(tracing, earlier, made)
+            if _SUPERSEDED in earlier.tags:  # the answer is given again
+                client.delete_trace_tag(trace.name, _SUPERSEDED)
+        sent = tracing.start_trace(made)
+        if not stored and sent.tags.get(_SPANS) is None:
+            tracing._upload_trace_data(sent, TraceData(spans=[trace.span()]))
+    assessed = [name for name, each in known.items() if traces and _of_people(each)]
+    for name in assessed:
+        client.set_trace_tag(name, _SUPERSEDED, "true")
+    if stale := [name for name in known if name not in assessed]:
         client.delete_traces(info.experiment_id, trace_ids=stale)
     return [trace.name for trace in traces]
+
+
+def _of_people(trace: TraceInfo) -> set[str | None]:
+    """Return the ids of what others said of an answer, or changed of what was logged with it."""
+    return {
+        each.assessment_id
+        for each in trace.assessments
+        if each.assessment_id not in _own_ids(trace.trace_id)
+        or each.last_update_time_ms != each.create_time_ms
+        or each.valid is False  # overridden
+    }
+
+
+def _own_ids(trace_id: str) -> set[str]:
+    """Return the ids of the assessments that an evaluation may log with an answer."""
+    digest = trace_id.removeprefix("tr-")
+    return {_assessment_id(digest, name) for name in (_EXPECTED, *_OURS)}
+
+
+def _keep_assessments(tracing: Any, earlier: TraceInfo, made: TraceInfo) -> None:
+    """Leave what people changed as it is, and delete what the judge no longer says."""
+    of_people = _of_people(earlier)
+    judged = {each.assessment_id for each in made.assessments}
+    for each in earlier.assessments:
+        if each.assessment_id not in of_people | judged:
+            tracing.delete_assessment(earlier.trace_id, each.assessment_id)
+    made.assessments = [each for each in made.assessments if each.assessment_id not in of_people]
 
 
 def log_questions(
@@ -134,7 +168,7 @@ class _Trace:
     ) -> None:
         self._run, self._experiment, self._time = run_id, experiment_id, time
         self._side, self._row, self._model = side, row, model_id
-        self._digest = _hash(run_id, side, row["id"])
+        self._digest = _hash(run_id, side, row["id"], row[side])
         self.name = f"tr-{self._digest}"
 
     def span(self) -> Span:
@@ -211,7 +245,7 @@ class _Trace:
             )
         ]
         source = AssessmentSource("CODE", judge)
-        for name in ("correct", "score"):
+        for name in _OURS:
             value = row.get(f"{name}_{self._side}")
             if value is not None:
                 told = f"by the judge {judge}"
@@ -219,7 +253,7 @@ class _Trace:
                     Feedback(name=name, value=value, source=source, rationale=told, **common)
                 )
         for each in found:
-            each.assessment_id = f"a-{_hash(self._digest, each.name)}"
+            each.assessment_id = _assessment_id(self._digest, each.name)
         return found
 
 
@@ -229,6 +263,10 @@ def _change(row: Mapping[str, Any]) -> str:
     if before is None or after is None:
         return "not scored"
     return "gained" if after > before else "lost" if after < before else "same"
+
+
+def _assessment_id(digest: str, name: str) -> str:
+    return f"a-{_hash(digest, name)}"
 
 
 def _hash(*parts: str) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities import AssessmentSource
 
 from canvastune import tracking
+from canvastune.tracking import PipelineRun
+from canvastune.tracking.client import load_mlflow
 from canvastune.tracking.steps import Attempt
 from tests.fakes.tracking_server import prepared
 from tests.support.pipeline_runs import client_of, nested_runs, pipeline_run
@@ -162,3 +165,89 @@ def test_texts_of_the_data_stay_in_the_run_folder_if_the_recipe_says_so(
 
 def _text_of(path: Path) -> str:
     return path.read_bytes().decode(errors="replace")
+
+
+def test_what_people_say_of_an_answer_stays_with_it(workspace: Path, tmp_path: Path) -> None:
+    mlflow = load_mlflow()
+    mlflow.set_tracking_uri(client_of(workspace).tracking_uri)
+    ann = AssessmentSource("HUMAN", "ann@example.com")
+
+    def evaluate(attempt: int, answers: list[str], judged: dict[str, Any]) -> PipelineRun:
+        """As an attempt at the run that ends with this evaluation."""
+        run = pipeline_run(workspace, "reviewed")
+        tracking.start(run, attempt=Attempt(str(attempt), 1.0))
+        rows = [
+            {"id": f"row-{number}", "prompt": f"Why {number}?", "reference": "So.", "judge": "f1"}
+            | {"before": "No.", "after": answer, **judged}
+            for number, answer in enumerate(answers)
+        ]
+        (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with tracking.step_run(run, "evaluate") as record:
+            record.answers(tmp_path)
+        assert tracking.pending(run) == []
+        return run
+
+    def traces() -> dict[tuple[str, str], Any]:
+        (step,) = client_of(workspace).search_runs(
+            ["1"], "attributes.run_name = 'reviewed: evaluate'"
+        )
+        found = mlflow.search_traces(
+            locations=["1"], run_id=step.info.run_id, return_type="list", max_results=50
+        )
+        names = [(each.info.tags["canvastune.row"], each.data.spans[0].outputs) for each in found]
+        assert len(set(names)) == len(names), "an answer is shown twice"
+        return dict(zip(names, found, strict=True))
+
+    def said(trace: Any) -> dict[str, Any]:
+        return {each.name: each.value for each in trace.info.assessments if each.valid is not False}
+
+    run = evaluate(1, ["A.", "B.", "C.", "D."], {"correct_after": True, "score_after": 1.0})
+    first = {row: trace.info.trace_id for (row, _), trace in traces().items()}
+    judge = {name: value for name, value in said(traces()["row-1", "B."]).items()}
+    assert judge == {"expected_response": "So.", "correct": True, "score": 1.0}
+    for row in ("row-0", "row-1"):
+        told = {"name": "helpful", "value": False, "rationale": "too short"}
+        mlflow.log_feedback(trace_id=first[row], source=ann, **told)
+    (correct,) = [a for a in traces()["row-1", "B."].info.assessments if a.name == "correct"]
+    mlflow.override_feedback(
+        trace_id=first["row-1"], assessment_id=correct.assessment_id, value=False, source=ann
+    )
+    mlflow.update_assessment(
+        trace_id=first["row-0"],
+        assessment_id=next(
+            each.assessment_id
+            for each in traces()["row-0", "A."].info.assessments
+            if each.name == "expected_response"
+        ),
+        assessment=mlflow.entities.Expectation("expected_response", "Because."),
+    )
+
+    (run.folder / ".tracking/published.json").unlink()
+    assert tracking.sync(run) == []
+    feedback = said(traces()["row-0", "A."])
+    assert feedback == {**judge, "helpful": False, "expected_response": "Because."}
+    assert said(traces()["row-1", "B."]) == {**judge, "helpful": False, "correct": False}
+
+    # Judged otherwise, with another answer to row-0 and to the row that no one assessed.
+    evaluate(2, ["A!", "B.", "C!", "D."], {"score_after": 0.5})
+    found = traces()
+    same = [("row-1", "B."), ("row-3", "D.")]
+    assert sorted(found) == sorted([("row-0", "A!"), ("row-0", "A."), ("row-2", "C!"), *same])
+    carried_on, replaced = found["row-1", "B."].info, found["row-0", "A."].info
+    assert carried_on.trace_id == first["row-1"]
+    assert said(found["row-1", "B."]) == {
+        **{"expected_response": "So.", "score": 0.5},
+        **{"helpful": False, "correct": False},
+    }
+    assert (replaced.trace_id, said(found["row-0", "A."])) == (first["row-0"], feedback)
+    assert replaced.tags["canvastune.superseded"] == "true"
+    assert "canvastune.superseded" not in found["row-0", "A!"].info.tags
+    assert said(found["row-0", "A!"]) == {"expected_response": "So.", "score": 0.5}
+    assert said(found["row-3", "D."]) == {"expected_response": "So.", "score": 0.5}
+    people = [each.source for each in carried_on.assessments if each.name == "helpful"]
+    assert [(each.source_type, each.source_id) for each in people] == [("HUMAN", ann.source_id)]
+
+    evaluate(3, ["A."], {})
+    again = traces()["row-0", "A."].info
+    assert again.trace_id == first["row-0"]
+    assert "canvastune.superseded" not in again.tags
