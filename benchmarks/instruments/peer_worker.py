@@ -4,9 +4,9 @@ code. Arguments: the side, the folder of the peers, the folder of the weights, a
 
 Each line on standard input is a request as JSON, each answer a line:
 {"do": "check", "gradients": FILE} runs a step from zero gradients, counts its FLOPs and saves its
-gradients by the checkpoint's names; {"do": "products"} runs two more and counts the seconds of the
-second one's products and attention; {"do": "memory", "checkpointed": BOOL} and {"do": "step", "checkpointed":
-BOOL} run one more.
+gradients by the checkpoint's names; {"do": "products"} runs three more, and counts the seconds of
+products and attention in the second one and those that the third one's take by themselves;
+{"do": "memory", "checkpointed": BOOL} and {"do": "step", "checkpointed": BOOL} run one more.
 
 What of the peers runs:
 
@@ -25,6 +25,7 @@ peer's order, so that all sides score the same block with the same noise and the
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -41,11 +42,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from benchmarks import peers
 from benchmarks.engine import allocate_gradients, bench_recipe, loaded_model
-from benchmarks.measure import extra_memory
+from benchmarks.measure import extra_memory, timed
 from benchmarks.planner import Flops
 from benchmarks.step import THREADS, Shape, made_examples, our_step
 from canvastune.checkpoint.hf_format import CheckpointReader
@@ -107,12 +110,54 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
             with profile(activities=[ProfilerActivity.CPU]) as found:
                 side.step(False)
             spent = (e.self_cpu_time_total for e in found.key_averages() if e.key in PRODUCTS)
-            return {"products_seconds": sum(spent) / 1e6}
+            with ProductCalls() as calls:
+                side.step(False)
+            return {"products_seconds": sum(spent) / 1e6, "products_alone_seconds": calls.seconds()}
         case {"do": "memory", "checkpointed": checkpointed}:
             return {"extra_memory_bytes": extra_memory(lambda: side.step(checkpointed))}
         case {"do": "step", "checkpointed": checkpointed}:
             return {"loss": float(side.step(checkpointed))}
     raise ValueError(f"no such request: {request}")
+
+
+class ProductCalls(TorchDispatchMode):
+    """Every different call of a product or attention, and how often a step makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[str, tuple[Callable[[], object], list[int]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in PRODUCTS:
+            tensors = tree_map_only(torch.Tensor, _layout, (args, kwargs))
+            key = f"{func} {tensors}"
+            if key not in self._calls:
+                own_args, own_kwargs = tree_map_only(torch.Tensor, _copy, (args, kwargs))
+                call = functools.partial(func, *own_args, **own_kwargs)
+                self._calls[key] = (call, [0])
+            self._calls[key][1][0] += 1
+        return func(*args, **kwargs)
+
+    def seconds(self, rounds: int = 5) -> float:
+        """Return the seconds of all calls, each at the best of some rounds of the same call."""
+        total = 0.0
+        with torch.no_grad():
+            for call, (times,) in self._calls.values():
+                call()
+                total += times * min(timed(call) for _ in range(rounds))
+        return total
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor's values and strides, without what is between them."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
 def ours(_folder: Path, weights: Path, shape: Shape) -> Side:

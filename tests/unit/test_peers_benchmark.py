@@ -90,7 +90,10 @@ def made_result() -> dict[str, Any]:
             "extra_memory_bytes": {"ours": 1e8, "nemo": 4e8, "trl": 3e8, "unsloth": 2e8},
         }
 
-    check = {"loss": 12.0, "flops": 2e9, "gradient_difference": 1e-6, "products_seconds": 0.5}
+    check = {
+        **{"loss": 12.0, "flops": 2e9, "gradient_difference": 1e-6},
+        **{"products_seconds": 0.5, "products_alone_seconds": 0.4},
+    }
     row = {
         "about": "short answers",
         "flops_needed": 1e9,
@@ -105,7 +108,7 @@ def test_tables_show_ratios_over_ours_and_what_the_needed_flops_allow() -> None:
     text = "\n".join(peers.lines(made_result()))
     assert "| short answers | kept | 1.00 s, 100 MB | 3.00 s, 400 MB: 3.00x, 4.0x |" in text
     assert "| geometric mean | checkpointed |  | 1.50x, 4.0x | 1.00x, 3.0x | 1.00x, 2.0x |" in text
-    assert "| NeMo AutoModel | 12.00000 | 1e-06 | 2.0 | 1.00x | 1 | 0.50 | 12.0x |" in text
+    assert "| NeMo AutoModel | 12.00000 | 1e-06 | 2.0 | 1.00x | 1 | 0.50 | 0.40 | 12.0x |" in text
     assert not re.search(r"\bgoal\b[^.]*%", text.splitlines()[-1]), "no ratio misses its goal"
 
 
@@ -118,11 +121,24 @@ def test_a_missed_goal_and_another_gradient_are_told() -> None:
     # 1 GFLOP at 4 GFLOP/s takes 0.25 s; the goal is 2 s / 2.5, and our step takes 1 s.
     assert re.search(r" 2\.00x .*NeMo AutoModel .* 2\.5x.* 31%", said)
     assert " 25%" in said, "ours of the needed FLOPs"
-    assert re.search(r"0\.50 s .* 1\.00 s", said)
+    assert re.search(r"0\.80 s.* 0\.50 s .* 1\.00 s.* 0\.40 s", said)
     row["checks"]["trl"] = {**row["checks"]["trl"], "gradient_difference": 0.9}
     assert peers.exact(result), "TRL's loss is known to be another one"
     row["checks"]["unsloth"] = {**row["checks"]["unsloth"], "gradient_difference": 2e-5}
     assert not peers.exact(result)
+
+
+def test_products_of_a_step_are_counted_and_repeated_by_themselves() -> None:
+    rows, out = torch.arange(12.0).view(3, 4), torch.zeros(2, 2)
+    with peer_worker.ProductCalls() as calls:
+        rows @ rows.T
+        torch.mm(rows[:, :2].T, rows[:, 2:], out=out)
+        torch.mm(rows[:, :2].T, rows[:, 2:], out=out)
+        rows + 1
+    assert sorted(times for _, (times,) in calls._calls.values()) == [1, 2]
+    before = out.clone()
+    assert 0 < calls.seconds(rounds=1) < 1
+    assert torch.equal(out, before), "it repeats them on copies"
 
 
 def test_a_folder_that_lacks_a_peer_is_refused_and_says_which(
