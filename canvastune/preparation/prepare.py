@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from canvastune.config import RunConfig
 from canvastune.config.data import DataConfig
+from canvastune.data.data_profile import DataProfile
 from canvastune.data.files import FORGETTING
 from canvastune.data.row_columns import RowColumns
 from canvastune.errors import UserError
@@ -67,7 +68,7 @@ def prepare_data(
     """Write the prepared data set into `out` and return its card.
 
     `out` gets `train/` and `validation/` (`datasets.Dataset.save_to_disk`), `card.json`,
-    `card.html`, `config.yaml` and `provenance.json`; it appears complete or not at all. Memory does
+    `card.html`, `profile.npz`, `config.yaml` and `provenance.json`; it appears complete or not at all. Memory does
     not grow with the text: a few hundred rows at a time, and about 100 bytes a row to find
     duplicates.
 
@@ -120,6 +121,7 @@ def prepare_data(
             folder,
         )
         columns.write(splits["validation"]["id"], folder / "validation")
+        DataProfile.of(splits).write(folder)
         card: dict[str, Any] = {
             **describe_parts(parts, *rows),
             "train": len(splits["train"]),

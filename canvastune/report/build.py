@@ -36,6 +36,7 @@ from canvastune.report.comparison import (
     pair_rows,
     seed_spread,
 )
+from canvastune.report.data_drift import compare_data
 from canvastune.report.denoising_trace import read_denoising_trace
 from canvastune.report.formatting import mark_differences
 from canvastune.report.next_action import Action, ask_command, next_action
@@ -106,6 +107,8 @@ def build_report(run: RunArtifacts, out: Path, compare: Sequence[RunArtifacts] =
             own, *others = [_answer_lines(each.evaluation) for each in runs]
             for row, other in zip(context["compared"][1:], others, strict=True):
                 row["paired"] = pair_rows(own, other)
+            for row, data in zip(context["compared"], compare_data(run, compare), strict=True):
+                row["data"] = data
             by_name = {
                 name: {row["id"]: row["after"] for row in other}
                 for name, other in zip(names[1:], others, strict=True)

@@ -18,7 +18,13 @@ from playwright import sync_api
 from canvastune.evaluation.result import EvaluationResult, Slice
 from canvastune.report.build import build_report
 from canvastune.report.summary import RunArtifacts
-from tools.report_sample import sample_config, sample_run, write_evaluation, write_metrics
+from tools.report_sample import (
+    sample_config,
+    sample_run,
+    write_data,
+    write_evaluation,
+    write_metrics,
+)
 
 _CHROMIUM = shutil.which("chromium")
 _FLAGS = (
@@ -107,7 +113,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = sample_config(lora={"rank": 8 * seed}, train={"steps": 60})
         others.append(RunArtifacts(name, settings, write_metrics(root / name, seed=seed, steps=60)))
     answered = write_evaluation(root / "rank8" / "evaluation", others[0].config, after=30)
-    others[0] = replace(others[0], evaluation=answered)
+    other_data = write_data(root / "rank8" / "data", others[0].config, first_row=804, response=44)
+    others[0] = replace(others[0], evaluation=answered, data=other_data)
     run = sample_run(root, config)
     assert run.evaluation is not None
     counts = (1, 63, 0.5, 0.4, 0.6, 0.9, 0.8, 0.95, 29, 3, 0.001, "better")
@@ -320,6 +327,14 @@ def test_answers_of_another_run_are_below_those_that_differ(tab: _Tab) -> None:
     assert re.search(r"22 gained, 0 lost of 64 rows", row.inner_text())
     row = table.get_by_role("row").filter(has_text="rank32")
     assert "not evaluated" in row.inner_text()
+
+
+def test_the_data_of_other_runs_are_compared(tab: _Tab) -> None:
+    verdicts = tab.page.locator("[data-drift]")
+    assert verdicts.count() == 4, "not every other run has a verdict"
+    found = tab.page.locator("[data-drift=rank8]").inner_text()
+    assert re.fullmatch(r"804 of 1,804 rows are new, .*, responses are half as long, .*", found)
+    assert tab.page.locator("#data-drift tbody tr").count() == 2
 
 
 def test_a_wrong_answer_shows_how_it_differs_from_the_reference(tab: _Tab) -> None:

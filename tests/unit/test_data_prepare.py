@@ -9,6 +9,7 @@ import logging
 import random
 import re
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from canvastune.config import load_config
+from canvastune.data import data_profile
 from canvastune.errors import UserError
 from canvastune.io.hashing import hash_path
 from canvastune.preparation import near_duplicates, split_writer
@@ -58,6 +60,7 @@ def test_a_prepared_folder_holds_what_the_trainer_reads(tmp_path: Path, model: P
         "validation",
         "card.json",
         "card.html",
+        "profile.npz",
         "config.yaml",
         "provenance.json",
     }
@@ -96,6 +99,26 @@ def test_a_prepared_folder_holds_what_the_trainer_reads(tmp_path: Path, model: P
     inputs = json.loads((tmp_path / "out" / "provenance.json").read_text())["inputs"]
     assert inputs["data"] == hash_path(source) == card["fingerprint"]
     assert set(inputs) == {"data", "config.json", "tokenizer.json"}
+
+
+def test_the_profile_has_every_row_and_counts_every_token(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_profile, "_BATCH_ROWS", 7)
+    source = write_lines(tmp_path / "gsm.jsonl", [*problems(40), {"question": "q?", "answer": "ω"}])
+    prepare_data(run_config(source), model, tmp_path / "out")
+    profile = data_profile.DataProfile.read(tmp_path / "out")
+    assert profile is not None
+    tokens: dict[str, Counter[int]] = {"prompt": Counter(), "response": Counter()}
+    for name, hashes in (("train", profile.train), ("validation", profile.validation)):
+        rows = split(tmp_path / "out", name)
+        assert hashes.tolist() == sorted(int(row["id"][:16], 16) for row in rows)
+        for row in rows:
+            tokens["prompt"].update(row["input_ids"][: row["prefix_length"]])
+            tokens["response"].update(row["input_ids"][row["prefix_length"] :])
+    for side, counts in (("prompt", profile.prompt), ("response", profile.response)):
+        found = {token: count for token, count in enumerate(counts.tolist()) if count}
+        assert found == tokens[side], side
 
 
 def test_the_card_accounts_for_every_row(tmp_path: Path, model: Path) -> None:
