@@ -19,7 +19,7 @@ MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 PIPELINE_URL = "canvastune.pipeline_url"  # the tag with the run's address in Kubeflow
 
 
-def find_run_folder(run: str, workspace: Path) -> Path:
+def find_run_folder(run: str | Path, workspace: Path) -> Path:
     """Return the folder of a run that is named by its folder, or by its name in a workspace.
 
     Raises:

@@ -17,7 +17,7 @@ logger = logging.getLogger("canvastune")  # to standard error, away from the ans
 
 
 def ask(
-    run: str,
+    run: str | Path,
     questions: Sequence[str],
     workspace: Path,
     *,

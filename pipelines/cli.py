@@ -57,13 +57,14 @@ def _run(options: argparse.Namespace) -> None:
 
     with warm_processes():  # imports what the steps need while this process imports its own
         config = _load_config(options)
+        from components.run_artifacts import find_run_folder
         from pipelines.local_runner import run_recipe
 
         run_recipe(
             config,
             options.workspace,
             options.run_name,
-            options.compare,
+            [find_run_folder(run, options.workspace) for run in options.compare],
             command=run_command(options),
             resume=options.resume,
         )
@@ -123,10 +124,12 @@ def _fetch(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from canvastune.report.build import build_report
     from components.earlier_runs import find_compared
-    from components.run_artifacts import find_pages, find_run
+    from components.run_artifacts import find_pages, find_run, find_run_folder
     from components.run_directory import read_record
 
-    run, others = find_run(options.run), find_compared(options.compare)
+    folder = find_run_folder(options.run, options.workspace)
+    others = find_compared([find_run_folder(run, options.workspace) for run in options.compare])
+    run = find_run(folder)
     if options.evaluation is not None:
         run = replace(run, evaluation=options.evaluation)
     if run.folder is not None:
@@ -134,12 +137,12 @@ def _report(options: argparse.Namespace) -> None:
     if options.output is not None:
         print(build_report(run, options.output, others))
         return
-    record = read_record(options.run)
+    record = read_record(folder)
     if record is not None and not record.finished:
-        message = f"{options.run}: this run is not finished, and writes its report at its end"
+        message = f"{folder}: this run is not finished, and writes its report at its end"
         raise UserError(message, hint="Add --output DIR to see it now.")
-    report = options.run / "report"
-    new, old = (options.run / f".report.{state}-{os.getpid()}" for state in ("new", "old"))
+    report = folder / "report"
+    new, old = (folder / f".report.{state}-{os.getpid()}" for state in ("new", "old"))
     build_report(run, new, others)
     if report.exists():
         report.rename(old)
@@ -170,9 +173,11 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from components.evaluate.again import evaluate_again, sweep_again
+    from components.run_artifacts import find_run_folder
 
     again = sweep_again if options.sweep else evaluate_again
-    print(again(options.run, options.set, options.output))
+    folder = find_run_folder(options.run, options.workspace)
+    print(again(folder, options.set, options.output))
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -209,8 +214,9 @@ def _runs(options: argparse.Namespace) -> None:
 
 def _sync(options: argparse.Namespace) -> None:
     from components.finish.step import sync
+    from components.run_artifacts import find_run_folder
 
-    print(sync(options.run))
+    print(sync(find_run_folder(options.run, options.workspace)))
 
 
 def _compile(options: argparse.Namespace) -> None:

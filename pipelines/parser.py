@@ -239,8 +239,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    about = "its folder, such as workspace/runs/rank16"
+    about = "its name, or its folder, such as workspace/runs/rank16"
     parser.add_argument("run", type=Path, metavar="RUN", help=about)
+    _add_workspace_option(parser)
 
 
 def _add_log(parser: argparse.ArgumentParser) -> None:
@@ -264,7 +265,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="RUN",
-        help="folders of runs to compare with in the report",
+        help="runs to compare with in the report: names or folders",
     )
 
 
@@ -317,9 +318,7 @@ def _add_evaluate_options(
 
 
 def _add_ask_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", help="its name, or its folder, such as workspace/runs/rank16"
-    )
+    _add_run(parser)
     parser.add_argument(
         "questions", nargs="*", metavar="QUESTION", help="(default: the lines of standard input)"
     )
@@ -330,7 +329,6 @@ def _add_ask_options(parser: argparse.ArgumentParser) -> None:
         "--system", default="", metavar="TEXT", help="a system message before each question"
     )
     _add_set_option(parser)
-    _add_workspace_option(parser)
 
 
 def _add_runs_options(parser: argparse.ArgumentParser) -> None:

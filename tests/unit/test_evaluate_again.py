@@ -82,7 +82,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_the_same_judges_give_the_same_figures(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(finished)]) == 0
+    named = [finished.name, "--workspace", str(finished.parents[1])]
+    assert main(["evaluate", *named]) == 0
     again = finished / "evaluation-2"
     assert capsys.readouterr().out.endswith(f"\n{again}\n")
     for name in ("evaluation.json", "answers.jsonl", "film.json"):

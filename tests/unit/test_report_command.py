@@ -82,6 +82,46 @@ def test_a_run_is_reported_again_compared_with_another(
     ].keys()
 
 
+@pytest.fixture
+def workspace(run: Path, trained: Path, tmp_path: Path) -> Path:
+    """Move the two runs into a workspace."""
+    (tmp_path / "workspace" / "runs").mkdir(parents=True)
+    for folder in (run, trained):
+        folder.rename(tmp_path / "workspace" / "runs" / folder.name)
+    return tmp_path / "workspace"
+
+
+def test_runs_may_be_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["rank16", "--compare", "rank64", "--workspace", str(workspace)]
+    assert main(["report", *named]) == 0
+    page = workspace / "runs" / "rank16" / "report" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    assert '<th scope="row">rank64</th>' in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "nearest"),
+    [
+        (["report", "rnk16"], "rank16"),
+        (["report", "rank16", "--compare", "rnk64"], "rank64"),
+        (["evaluate", "rnk16"], "rank16"),
+        (["sync", "rnk16"], "rank16"),
+        (["ask", "rnk16", "why?"], "rank16"),
+        (["run", "recipe.yaml", "--compare", "rnk16"], "rank16"),
+    ],
+)
+def test_a_name_that_no_run_has_is_refused_with_the_nearest(
+    command: list[str], nearest: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(find_run(workspace / "runs" / "rank64").config, workspace / "recipe.yaml")
+    command = [str(workspace / word) if word.endswith(".yaml") else word for word in command]
+    assert main([*command, "--workspace", str(workspace)]) == 1
+    message, _, hint = capsys.readouterr().err.partition("\n")
+    runs = workspace / "runs"
+    assert message.endswith(f": found no such folder, and no run of this name in {runs}")
+    assert hint == f"  hint: Did you mean {nearest!r}?\n"
+
+
 def test_the_trainers_output_alone_has_a_report(trained: Path) -> None:
     assert main(["report", str(trained)]) == 0
     text = (trained / "report" / "report.html").read_text()
@@ -103,7 +143,7 @@ def test_the_report_of_an_unfinished_run_needs_an_output_folder(
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (shutil.rmtree, ("rank16: ", "run.json")),
+        (shutil.rmtree, ("rank16: ", "no such folder")),
         (
             lambda run: (run / "run.json").unlink(),
             ("rank16: ", "run.json", "metrics.jsonl", "config.yaml"),
