@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="resume the recipe's newest unfinished run, or that of --run-name; never start a new one",
     )
     demo = add(
-        "demo", "run the pipeline on a tiny model that is included, in minutes, without a GPU"
+        "demo", "run the pipeline on a tiny model that is included; about two minutes on two cores"
     )
     demo.add_argument(
         "data",

@@ -192,6 +192,11 @@ PHRASES = (
     Rule(rf"{_BE} believed", "is taken on trust / is not tested", "who believes?"),
     Rule(r"(?:no|what|which) rung", "not covered / level", "tests are not a ladder"),
     Rule(r"not the real thing", "simulated", "say what replaces what"),
+    Rule(
+        r"(?:some|few|several) (?:seconds|minutes|hours)",
+        "about N minutes on M cores",
+        "a measured figure, or no time at all",
+    ),
 )
 
 # Stems of verbs in -ise: write -ize.

@@ -316,7 +316,7 @@ def check_thresholds(stats: DatasetStats, config: DataConfig, label: str) -> Non
 
 
 class ProgressLog:
-    """A log line every few seconds while rows are read."""
+    """Logs the counts at a fixed interval while rows are read."""
 
     def __init__(self, stats: Sequence[DatasetStats], limit: int | None, seconds: float) -> None:
         self._stats = stats  # of each data set

@@ -34,7 +34,7 @@ def _answered(
     **settings: Any,
 ) -> EvaluationResult:
     """Evaluate a run of two nodes with eight accelerators each; the fake pod writes its result
-    after some seconds.
+    after `seconds`.
     """
     for name in ("artifact/validation", "runs/a/model"):
         (folder / name).mkdir(parents=True)

@@ -69,7 +69,7 @@ SAMPLES = (
     *("Nothing but 3 checkpoints.", "The first thirtieth of the steps.", "Total loss in figures."),
     *("To know before you use it.", "What the shell reads.", "It closes a run's books."),
     *("A key that does not stand here.", "Where everything lies.", "Read on.", "It is believed."),
-    *("What no rung proves.", "This is not the real thing."),
+    *("What no rung proves.", "This is not the real thing.", "The run takes some minutes."),
 )
 RIGHT = (
     "We stand in for it, and it stands for a model.",
@@ -118,6 +118,7 @@ UNCLEAR = (
     "Every trick is believed.",
     "What no rung proves.",
     "It is not the real thing there.",
+    "`make run` takes a few minutes.",
 )
 
 

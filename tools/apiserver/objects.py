@@ -40,7 +40,7 @@ def add_quota(server: ApiServer, namespace: str, hard: Mapping[str, str]) -> Non
     quota = {**object_of("v1", "ResourceQuota", "team-quota"), "spec": {"hard": hard}}
     server.must_create(quota, namespace)
     server.set_status(quota, namespace, hard=hard, used=dict.fromkeys(hard, "0"))
-    # the server keeps quotas of a namespace for some seconds
+    # the server caches quotas of a namespace
     deadline = time.monotonic() + 30
     probe = {**object_of("v1", "Pod", "probe"), "spec": _probe_spec()}
     while time.monotonic() < deadline:
