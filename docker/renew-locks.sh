@@ -33,7 +33,7 @@ def entries(name: str) -> tuple[str, list[str]]:
 
 for name in ("pipeline", "trainer", "mlflow"):
     head, packages = entries(name)
-    cuda = [p for p in packages if re.match(r"torch==|triton==|nvidia-|cuda-", p)]
+    cuda = [p for p in packages if re.match(r"torch==|triton==|nvidia-(?!ml-py)|cuda-", p)]
     (LOCKS / f"requirements-{name}.txt").write_text(head + "".join(p for p in packages if p not in cuda))
     if name == "trainer":
         (LOCKS / "requirements-torch-cuda.txt").write_text(head + "".join(cuda))

@@ -43,6 +43,7 @@ from canvastune.report.next_action import Action, ask_command, next_action
 from canvastune.report.summary import (
     LAST_STEPS,
     Cost,
+    Energy,
     Record,
     RunArtifacts,
     RunSummary,
@@ -155,6 +156,7 @@ def _context(run: RunArtifacts, records: list[Record]) -> dict[str, Any]:
         "stats": stats,
         "last_steps": min(LAST_STEPS, stats.steps),
         "cost": Cost.from_records(records, config),
+        "energy": Energy.from_records(records),
         "step_costs": (costs := step_costs(run)),
         "price": _total_price(costs),
         "currency": config.cluster.currency,

@@ -19,6 +19,7 @@ from canvastune.evaluation.degenerate import describe_degenerate
 from canvastune.evaluation.result import EvaluationResult
 from canvastune.evaluation.scoring import too_few
 from canvastune.io.json_text import finite, write_json
+from canvastune.tracking.metrics_file import sum_energy
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 
@@ -72,6 +73,7 @@ class RunSummary:
     exact_match_normalized_after: float | None = None
     score_before: float | None = None
     score_after: float | None = None
+    train_energy_kwh: float | None = None  # of all GPUs, over all attempts
 
     @classmethod
     def from_records(cls, records: list[Record], evaluation: EvaluationResult | None) -> RunSummary:
@@ -91,6 +93,7 @@ class RunSummary:
             exact_match_normalized_after=scored.after.exact_match_normalized if scored else None,
             score_before=graded.before.score if graded else None,
             score_after=graded.after.score if graded else None,
+            train_energy_kwh=Energy.from_records(records).kwh,
         )
 
     @classmethod
@@ -231,6 +234,33 @@ class Cost:
             threads = _count(attempt["threads"], "thread", "threads")
             return cls(hours, "CPU-hours", f"{processes} of {threads}")
         return cls(hours, "process-hours", processes)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What the GPUs took in steps and validations, over all attempts, those repeated included."""
+
+    kwh: float | None
+    unmeasured: str = ""  # why it is None
+
+    @classmethod
+    def from_records(cls, records: list[Record]) -> Energy:
+        """Sum what each record measured; one that lacks it leaves the sum unknown."""
+        joules = sum_energy(records)
+        if joules is not None:
+            return cls(joules / 3.6e6)
+        attempts = [record for record in records if "ranks" in record]
+        return cls(None, next(filter(None, map(_why_unmeasured, attempts)), _NOT_ALL))
+
+
+_NOT_ALL = "not every step was measured"
+
+
+def _why_unmeasured(attempt: Record) -> str:
+    """Return why an attempt could not measure energy; "": it could."""
+    if attempt.get("device") == "cpu":
+        return "a CPU has no counter that is read"
+    return str(attempt.get("energy_unmeasured", ""))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from canvastune.tracking.lifecycle import (
     training_run,
 )
 from canvastune.tracking.live_metrics import FindRun, open_metrics
-from canvastune.tracking.metrics_file import MetricsWriter, mean_by_block, read_metrics
+from canvastune.tracking.metrics_file import MetricsWriter, lost_energy, mean_by_block, read_metrics
 from canvastune.tracking.run_lookup import PipelineRun
 from canvastune.tracking.steps import Step
 
@@ -30,6 +30,7 @@ __all__ = [
     "StepRun",
     "finish",
     "log_data",
+    "lost_energy",
     "mean_by_block",
     "open_metrics",
     "pending",

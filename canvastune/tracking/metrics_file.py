@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from canvastune.io.json_text import to_json_text
 if TYPE_CHECKING:  # that module imports this one
     from canvastune.tracking.live_metrics import MetricsThread
 
+WORK = ("train", "validation")  # kinds of records of what was computed
 _KEPT_EVENTS = ("resumed", "restarted", "damaged_checkpoint")  # facts of an attempt: never dropped
 _HINT = "Use the metrics.jsonl of a training run."
 
@@ -33,29 +34,31 @@ class MetricsWriter:
         self._stream: IO[str] | None = None
         self._listener = listener
 
-    def resume(self, step: int) -> int:
-        """Drop the records that an interrupted attempt wrote after `step`; return their number.
+    def resume(self, step: int) -> list[dict[str, Any]]:
+        """Drop the records that an interrupted attempt wrote after `step`, and return them.
 
         Events that report an earlier restart are kept: restarts are never hidden.
         """
         if self._stream is not None:
             raise RuntimeError("resume() comes before the first write()")
         records = read_metrics(self.path) if self.path.exists() else []
-        kept = [r for r in records if r["step"] <= step or r.get("event") in _KEPT_EVENTS]
+        kept: list[dict[str, Any]] = []
+        dropped: list[dict[str, Any]] = []
+        for record in records:
+            stays = record["step"] <= step or record.get("event") in _KEPT_EVENTS
+            (kept if stays else dropped).append(record)
         replace_text(self.path, "".join(map(to_json_text, kept)), sync=True)
         self._stream = self.path.open("a", encoding="utf-8")
         if self._listener is not None:
             self._listener.start()
-        return len(records) - len(kept)
+        return dropped
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record {"kind", "step", "time", ...}. Non-finite numbers become null."""
         if self._stream is None and (dropped := self.resume(-1)):
-            detail = (
-                f"restarted from step 0: no checkpoint was left; {dropped} records were dropped"
-            )
+            detail = f"restarted from step 0: no checkpoint was left; {len(dropped)} records were dropped"
             event = {"kind": "event", "step": 0, "time": time.time(), "event": "restarted"}
-            self.write({**event, "detail": detail})
+            self.write({**event, "detail": detail, **lost_energy(dropped)})
         assert self._stream is not None
         self._stream.write(to_json_text(record))
         self._stream.flush()
@@ -126,6 +129,22 @@ def _parse(text: str, path: Path, first: int) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{number}: found {line[:80]!r}, {expected}", hint=_HINT)
         records.append(record)
     return records
+
+
+def sum_energy(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the joules that steps, validations and events measured; None: there is none, or a step
+    or validation among them was not measured.
+    """
+    found = [r.get("energy_joules") for r in records if r["kind"] in WORK or "energy_joules" in r]
+    measured = [joules for joules in found if joules is not None]
+    return sum(measured) if found and len(measured) == len(found) else None
+
+
+def lost_energy(dropped: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the energy of dropped work, for the event that reports the restart: it was taken, too.
+    Null: not all of it was measured. Nothing if no work was dropped.
+    """
+    return {"energy_joules": sum_energy(dropped)} if any(r["kind"] in WORK for r in dropped) else {}
 
 
 def mean_by_block(record: Mapping[str, Any]) -> list[float | None]:

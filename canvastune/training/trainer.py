@@ -30,7 +30,8 @@ from canvastune.objective import LossWeights, losses, row_losses
 from canvastune.perf_model.architecture import describe
 from canvastune.perf_model.flops import needed_flops
 from canvastune.perf_model.hardware import accelerator_of, peak_rate
-from canvastune.tracking import MetricsWriter, read_metrics
+from canvastune.tracking import MetricsWriter, lost_energy, read_metrics
+from canvastune.training.energy import EnergyMeter
 from canvastune.training.optimizer import build_optimizer, learning_rate
 
 
@@ -85,6 +86,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = next(model.parameters()).device
         self.place = device_name(self.device, self.world_size)
+        self.energy = EnergyMeter(self.device)
+        self.place |= self.energy.place
         self.architecture = describe(model, config)
         accelerator = accelerator_of(self.place.get("device_name", ""))
         # Of a rank.
@@ -172,11 +175,14 @@ class Trainer:
         gradient_norm = clip_gradients(
             list(self.trained.values()), self.config.optimizer.max_grad_norm
         )
-        totals = sums.sum(0, dtype=torch.float64)
+        taken = torch.tensor([self.energy.joules()], dtype=torch.float64)
+        totals = torch.cat(
+            [sums.sum(0, dtype=torch.float64), taken.to(self.device, non_blocking=True)]
+        )
         dist.all_reduce(totals)
         # The only wait for the device in a step.
-        diffusion_loss, autoregressive_loss, tokens, flops, norm = torch.cat(
-            [totals / counts[:2], counts[2:], gradient_norm[None]]
+        diffusion_loss, autoregressive_loss, tokens, flops, norm, joules = torch.cat(
+            [totals[:2] / counts[:2], counts[2:], gradient_norm[None], totals[2:]]
         ).tolist()
         self.progress.step += 1
         self.progress.tokens += int(tokens)
@@ -207,6 +213,7 @@ class Trainer:
             "tflops": of_a_rank / 1e12,  # only work that the losses need, per rank
             **({"mfu": of_a_rank / self.peak_flops} if self.peak_flops else {}),
             "memory_bytes": _peak_memory(self.device),
+            **self.energy.field(joules),  # of all ranks, since the record before
         }
 
     def load_best_checkpoint(self) -> int:
@@ -308,7 +315,8 @@ class Trainer:
                         own_blocks, canvas.split(batch.canvas_lengths), strict=True
                     ):
                         sums[first + block] += _sum_and_count(of_canvas)
-        totals = list(zip(*[iter(self._global_sum(sums.flatten().tolist()))] * 2, strict=True))
+        *summed, joules = self._global_sum([*sums.flatten().tolist(), self.energy.joules()])
+        totals = list(zip(*[iter(summed)] * 2, strict=True))
         means = [total / count for total, count in totals[: len(levels) + 1]]
         by_level = {str(level): mean for level, mean in zip(levels, means, strict=False)}
         # A block that no chosen canvas has is without a loss.
@@ -322,6 +330,7 @@ class Trainer:
             **({"blocks": by_block} if blocks else {}),
             "autoregressive_loss": means[-1],
             "seconds": time.perf_counter() - started,
+            **self.energy.field(joules),
         }
 
     def _micro_batches(self, first: int) -> list[MicroBatch]:
@@ -397,7 +406,8 @@ class Trainer:
             f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, "
             f"on rows {', '.join(record['examples'])}"
         )
-        self._report_event("skipped_step", found)
+        energy = {name: record[name] for name in ("energy_joules",) if name in record}
+        self._report_event("skipped_step", found, **energy)
         allowed, in_a_row = self.config.train.max_skipped_steps, self.progress.skipped_in_a_row
         if in_a_row > allowed or self.progress.skipped == self.config.train.steps:
             raise UserError(
@@ -453,14 +463,14 @@ class Trainer:
         if found is None:
             self._report_event("started", f"on {_format_event(self.place)}", **self.place)
             return self.progress
-        self.progress = TrainState(**found)
+        self.progress, lost = TrainState(**found), {}
         if self.metrics is not None:
-            self.metrics.resume(self.progress.step)
+            lost = lost_energy(self.metrics.resume(self.progress.step))
             self.last = {record["kind"]: record for record in read_metrics(self.metrics.path)}
         for damage in damages:
             self._report_event("damaged_checkpoint", damage)
         detail = f"from the checkpoint of step {self.progress.step}, on {_format_event(self.place)}"
-        self._report_event("resumed", detail, **self.place)
+        self._report_event("resumed", detail, **self.place, **lost)
         return self.progress
 
     def _report_event(self, name: str, detail: str, **more: Any) -> None:

@@ -124,6 +124,7 @@ def _mlflow_metrics(
         "train/loss_last": "train_loss_last",
         "val/loss_first": "validation_loss_first",
         "val/loss_last": "validation_loss_last",
+        "train/energy_kwh": "train_energy_kwh",
     }
     totals = {
         "train/total_tokens": stats.tokens,

@@ -5,6 +5,7 @@ Schedules, decay, skipped steps, early stopping, the best checkpoint, other numb
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,10 @@ from canvastune.distributed.parallelize import shard_model
 from canvastune.errors import UserError
 from canvastune.objective import LossWeights
 from canvastune.planner.planner import make_plan
-from canvastune.tracking import MetricsWriter
+from canvastune.report.summary import Energy
+from canvastune.tracking import MetricsWriter, read_metrics
+from canvastune.training import energy
+from canvastune.training.energy import EnergyMeter
 from canvastune.training.optimizer import build_optimizer, learning_rate
 from canvastune.training.run import can_export
 from canvastune.training.trainer import Trainer
@@ -97,6 +101,14 @@ def spoil(trainer: Trainer, steps: set[int], rank: int) -> None:
     trainer.compute_losses = losses  # type: ignore[method-assign]
 
 
+def read_energy(rank: int) -> EnergyMeter:
+    """A meter whose counter has taken 10 joules on rank 0 at every reading, and 20 on rank 1."""
+    counter = itertools.count(500, 10 * (rank + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(energy, "open_counter", lambda _: lambda: float(next(counter)))
+        return EnergyMeter(torch.device("cuda"))
+
+
 def spoiled_runs(folder: Path, ground: Path) -> None:
     settings = (
         "train.method=lora",
@@ -107,6 +119,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
         "train.checkpoint_every=4",
     )
     trainer = make_trainer(ground, folder / "some", *settings)
+    trainer.energy = read_energy(trainer.rank)
     spoil(trainer, {2, 5, 6, 7}, rank=1)
     before = {}
     train_step = trainer.train_step
@@ -129,6 +142,7 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
     )
 
     trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
+    trainer.energy = read_energy(trainer.rank)
     spoil(trainer, {6, 7, 8}, rank=0)
     with pytest.raises(UserError, match=r"step 8.*train\.max_skipped_steps") as error:
         trainer.run()
@@ -138,6 +152,10 @@ def spoiled_runs(folder: Path, ground: Path) -> None:
             "complete.json"
         ]
         assert (folder / "many" / "checkpoints" / "step-000004" / "complete.json").exists()
+
+    trainer = make_trainer(ground, folder / "many", *settings, "train.max_skipped_steps=2")
+    trainer.energy = read_energy(trainer.rank)
+    assert trainer.run(), "resumed from step 4"
 
     for steps, allowed in ((8, 1), (2, 8)):  # also where that was all of the run
         limits = f"train.steps={steps}", f"train.max_skipped_steps={allowed}"
@@ -157,6 +175,11 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told_and_a_run_of_them
         for record in records(tmp_path / "some", "event")
         if record["event"] == "skipped_step"
     ]
+    for run, readings in (("some", 8 + 2), ("many", 8 + 1 + 4 + 1)):
+        found = read_metrics(tmp_path / run / "metrics.jsonl")
+        assert Energy.from_records(found).kwh == pytest.approx(30 * readings / 3.6e6), (
+            f"{run}: steps that were skipped, or repeated by a resumed attempt, took energy, too"
+        )
     assert [record["step"] for record in told] == [2, 5, 6, 7]
     assert [record["step"] for record in records(tmp_path / "some", "train")] == [
         1,
