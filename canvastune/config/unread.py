@@ -95,7 +95,7 @@ def informative_settings(config: RunConfig) -> dict[str, Any]:
         for key, value in flatten(config.model_dump(mode="json")).items()
         if value not in (None, [])
         and not any(_is_in(group, key) for group in unread)
-        and (not key.startswith("cluster.") or key in _SIZE or value != defaults[key])
+        and (not key.startswith("cluster.") or key in _SIZE or value != defaults.get(key))
     }
 
 

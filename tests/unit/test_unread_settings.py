@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from canvastune.config import RunConfig, parse_config
-from canvastune.config.unread import unread_settings
+from canvastune.config.unread import informative_settings, unread_settings
 from components.resolve import step as resolution
 from pipelines.doctor.doctor import run_checks
 from pipelines.doctor.finding import DoctorOptions
@@ -94,6 +94,11 @@ def test_a_setting_that_nothing_reads_is_a_line_with_its_reason(
 @pytest.mark.parametrize("sections", READ.values(), ids=READ)
 def test_a_setting_that_is_read_is_no_line(sections: dict[str, Any]) -> None:
     assert unread_settings(recipe(**sections)) == []
+
+
+def test_a_variable_of_the_training_pods_is_informative() -> None:
+    found = informative_settings(recipe(cluster={"env": {"HF_HUB_OFFLINE": "1"}}))
+    assert found["cluster.env.HF_HUB_OFFLINE"] == "1", "no default has such a key"
 
 
 def test_doctor_and_the_start_of_a_run_say_it(
