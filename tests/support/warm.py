@@ -65,7 +65,8 @@ class _Forked(subprocess.Popen[Any]):
     def _execute_child(self, *arguments: Any) -> None:
         given = inspect.signature(START_CHILD).bind(self, *arguments).arguments
         command = [os.fsdecode(part) for part in given["args"]]
-        if python_command(command) is None:
+        environment = os.environ if given["env"] is None else given["env"]
+        if python_command(command, environment) is None:
             START_CHILD(self, *arguments)
             return
         if os.getpid() not in _servers:

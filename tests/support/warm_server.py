@@ -17,6 +17,7 @@ import logging
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -54,6 +55,7 @@ START_CHILD = PLAIN._execute_child
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _KEPT_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # what ignores them starts so, too
 _KFP = "kfp.dsl.executor_main"
+_SCRIPTS = ("mlflow",)  # programs next to the interpreter
 
 
 class Python(NamedTuple):
@@ -64,18 +66,20 @@ class Python(NamedTuple):
     arguments: list[str]
     safe_path: bool
     component: str | None = None  # the source of a Kubeflow step
+    script: str | None = None  # the path of one of _SCRIPTS
 
 
-def python_command(command: Sequence[str]) -> Python | None:
-    """Read `python [-P] [-u] -m MODULE ...`, the same with `-c CODE`, and the shell command of a
-    Kubeflow step; None: something else.
+def python_command(command: Sequence[str], environment: Mapping[str, str]) -> Python | None:
+    """Read `python [-P] [-u] -m MODULE ...`, the same with `-c CODE`, a program of _SCRIPTS, and the shell
+    command of a Kubeflow step; None: something else.
     """
     words = list(command)
     if words[0] == "sh" and len(words) > 3 and _KFP in words[2]:
         # The shell writes the component's source to a file and runs this module on it.
         return Python(_KFP, None, words[4:], False, component=words[3])
     if words[0] not in (sys.executable, "python3", "python"):
-        return None
+        script = shutil.which(words[0], path=environment.get("PATH", os.defpath))
+        return Python(None, None, words[1:], True, script=script) if _is_ours(script) else None
     options = set()
     for at, word in enumerate(words[1:], 1):
         if word == "-m":
@@ -86,6 +90,12 @@ def python_command(command: Sequence[str]) -> Python | None:
             return None
         options.add(word)
     return None
+
+
+def _is_ours(script: str | None) -> bool:
+    """Return whether a program is a script of this interpreter."""
+    own = Path(sys.executable).parent
+    return script is not None and Path(script).parent == own and Path(script).name in _SCRIPTS
 
 
 def job_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -147,6 +157,9 @@ def serve(channel: socket.socket) -> None:
     if threading.active_count() > 1:
         raise RuntimeError(f"a fork would lose {threading.enumerate()}: an import started them")
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    # kfp and torchrun ask for the stack at every call. The lines of source that they do not use are
+    # searched for in all modules, of which a fork has thousands.
+    inspect.stack.__defaults__ = (0,)
     pristine = _Pristine.take()
     gc.freeze()  # what is here stays as it is in every child
     PLAIN._execute_child = _starter(pristine)
@@ -200,7 +213,8 @@ def _starter(pristine: _Pristine) -> Callable[..., None]:
     def start_child(self: Any, *arguments: Any) -> None:
         given = inspect.signature(START_CHILD).bind(self, *arguments).arguments
         command = [os.fsdecode(part) for part in given["args"]]
-        if given["shell"] or given["pass_fds"] or python_command(command) is None:
+        environment = os.environ if given["env"] is None else given["env"]
+        if given["shell"] or given["pass_fds"] or python_command(command, environment) is None:
             START_CHILD(self, *arguments)
             return
         job, streams = job_of(given)
@@ -277,7 +291,7 @@ def _run(command: Sequence[str]) -> int:
 
     from pipelines.warm_start.fork import exit_code_of, run_as_main
 
-    asked = python_command(command)
+    asked = python_command(command, os.environ)
     assert asked is not None
     arguments = asked.arguments
     if asked.component is not None:
@@ -286,6 +300,8 @@ def _run(command: Sequence[str]) -> int:
         os.environ["_KFP_RUNTIME"] = "true"
         arguments = ["--component_module_path", str(source), *arguments]
         command = [sys.executable, "-m", _KFP, *arguments]
+    if asked.script is not None:
+        command = [sys.executable, asked.script, *arguments]  # as the kernel starts a script
     _show(command)
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -300,6 +316,9 @@ def _run(command: Sequence[str]) -> int:
             break
     if not asked.safe_path and "PYTHONSAFEPATH" not in os.environ:
         sys.path.insert(0, os.getcwd())
+    if asked.script is not None:
+        sys.argv = [asked.script, *arguments]
+        return exit_code_of(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
     if asked.module is not None:
         sys.argv = [asked.module, *arguments]
         return exit_code_of(lambda: run_as_main(sys.argv[0]))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from tests.support.warm import Popen
+from tests.support.warm_server import python_command
 
 _REPORT = """
 import json, os, subprocess, sys, torch
@@ -62,6 +64,25 @@ def test_it_ends_as_a_started_process_does(code: str) -> None:
     assert forked[0].returncode == fresh[0].returncode
     assert forked[1] == fresh[1]
     assert forked[2].splitlines()[-1:] == fresh[2].splitlines()[-1:]
+
+
+def test_mlflow_s_own_program_is_forked_too() -> None:
+    program, pipe = Path(sys.executable).parent / "mlflow", subprocess.PIPE
+    environment = {"PATH": str(program.parent)}
+    options: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True, "env": environment}
+    for arguments, code, said in (
+        (["--version"], 0, f"mlflow, version {metadata.version('mlflow')}\n"),
+        (["no-command"], 2, ""),
+    ):
+        with Popen(["mlflow", *arguments], **options) as process:
+            assert psutil.Process(process.pid).ppid() != os.getpid(), "it was started"
+            out, errors = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, said), errors
+    asked = python_command(["mlflow", "db"], environment)
+    assert asked is not None
+    assert (asked.script, asked.arguments) == (str(program), ["db"])
+    for other in (["mlflow"], ["sh", "-c", "true"]):
+        assert python_command(other, {"PATH": os.defpath}) is None
 
 
 def test_others_see_its_command_line_and_environment_and_signals_reach_it() -> None:
