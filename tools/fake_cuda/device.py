@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import sys
 import types
 import weakref
@@ -155,7 +156,9 @@ class FakeDevice(TorchDispatchMode):
         """Return made-up indices of the highest of each row's scores, int64[rows, count]."""
         return torch.rand(rows, width, generator=self._generator).topk(count).indices
 
-    def _compute_values(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _compute_values(
+        self, func: Any, args: Any, kwargs: Any, fakes: list[FakeTensor], out: Any
+    ) -> None:
         outs = [o for o in tree_leaves(out) if isinstance(o, FakeTensor)]
         if not outs:
             return
@@ -165,8 +168,7 @@ class FakeDevice(TorchDispatchMode):
             return
         if any(o.dtype.is_floating_point or o.numel() > 2**24 for o in outs):
             return
-        ins = [a for a in tree_leaves((args, kwargs)) if isinstance(a, FakeTensor)]
-        if any(self.value(a) is None for a in ins):
+        if any(self.value(a) is None for a in fakes):
             return
 
         def real(x: Any) -> Any:
@@ -183,12 +185,8 @@ class FakeDevice(TorchDispatchMode):
 
     # memory
 
-    def _see(self, tensor: Any) -> None:
-        if (
-            not isinstance(tensor, FakeTensor)
-            or tensor.fake_mode is not self._fake
-            or tensor.device.type != "cuda"
-        ):
+    def _see(self, tensor: FakeTensor) -> None:
+        if tensor.fake_mode is not self._fake or tensor.device.type != "cuda":
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -220,7 +218,8 @@ class FakeDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # which asks again with local tensors
-        fakes = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        fakes = [x for x in tensors if isinstance(x, FakeTensor)]
         to = kwargs.get("device")
         if any(x.fake_mode is not self._fake for x in fakes):  # DTensor finds shapes with its own
             return func(*args, **kwargs)
@@ -231,12 +230,14 @@ class FakeDevice(TorchDispatchMode):
             return self._collective(name, args)
         out = self._data_dependent(func, name, args, kwargs)
         if out is None:
-            self._check(name, args, kwargs)
-            faked = tree_map(self._faked, (args, kwargs))
+            self._check(name, args, kwargs, tensors)
+            faked = args, kwargs
+            if len(fakes) < len(tensors):
+                faked = tree_map(self._faked, (args, kwargs))
             with self._fake:
                 out = func(*faked[0], **faked[1])
-            self._compute_values(func, args, kwargs, out)
-        self._account(func, name, args, out)
+            self._compute_values(func, args, kwargs, fakes, out)
+        self._account(func, name, args, fakes, out)
         return out
 
     def _faked(self, x: Any) -> Any:
@@ -315,7 +316,7 @@ class FakeDevice(TorchDispatchMode):
             return args[0], done
         return done
 
-    def _check(self, name: str, args: Any, kwargs: Any) -> None:
+    def _check(self, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
         """Check rules of CUDA kernels that the CPU's do not have."""
         if name == "aten::_grouped_mm":
             offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -331,8 +332,7 @@ class FakeDevice(TorchDispatchMode):
             if source.device.type == "cpu" and up and source.ndim:
                 pinned = not isinstance(source, FakeTensor) and source.is_pinned()
                 self.uploads[f"{self.place()} {'pinned' if pinned else 'pageable'}"] += 1
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor) and a.ndim]
-        both = len({a.device.type for a in tensors}) > 1
+        both = len({a.device.type for a in tensors if a.ndim}) > 1
         if both and name not in ("aten::copy_", "aten::_to_copy"):
             self.broken[f"{self.place()} {name} of tensors on both devices"] += 1
 
@@ -373,12 +373,13 @@ class FakeDevice(TorchDispatchMode):
         self.kernels[name] += kernels
         self.places[self.place()] += kernels
 
-    def _account(self, func: Any, name: str, args: Any, out: Any) -> None:
-        for value in tree_leaves(out):
+    def _account(self, func: Any, name: str, args: Any, fakes: list[FakeTensor], out: Any) -> None:
+        outs = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
+        for value in outs:
             self._see(value)
-        leaves = [x for x in tree_leaves((args, out)) if isinstance(x, FakeTensor)]
-        cuda = [x for x in leaves if x.device.type == "cuda"]
-        if name in _NO_KERNEL or _is_view(func) or not cuda:
+        if name in _NO_KERNEL or _is_view(func):
+            return
+        if not any(x.device.type == "cuda" for x in (*fakes, *outs)):
             return
         count = _KERNELS.get(name, 1)
         if name in _SORTS:
@@ -392,6 +393,7 @@ def _rounded(size: int) -> int:
     return -(-size // _GRANULARITY) * _GRANULARITY
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     return getattr(func, "is_view", False) or any(
         a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments
