@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_PRELOADED = ["canvastune.training.trainer"]
+# The second one is the model's, which transformers imports when the model is built.
+_PRELOADED = ["canvastune.training.trainer", "transformers.models.gemma4.modeling_gemma4"]
 
 
 def preload(module: str) -> None:

@@ -46,6 +46,7 @@ WARM = (
         f"components.{step}.step"
         for step in ("resolve", "prepare_data", "plan", "train", "merge_lora", "evaluate", "report")
     ),
+    "transformers.models.gemma4.modeling_gemma4",  # imported when a model is built
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
