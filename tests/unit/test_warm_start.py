@@ -110,6 +110,11 @@ def test_a_fork_has_the_streams_folder_and_environment_of_its_caller(tmp_path: P
     assert said[0][1]["leads_session"]
 
 
+def test_a_fork_names_its_callers_without_their_source() -> None:
+    """Torchrun asks for them before its ranks start: the source is searched for in all modules."""
+    assert json.loads(ended(start("callers"))[1]) == ["main", None]
+
+
 def test_a_fork_ignores_the_signals_that_its_caller_ignores() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
