@@ -71,8 +71,9 @@ class RunInfo:
 
 def nearest_run(name: str, known: Iterable[str]) -> str:
     """Return a hint for a name that no run has: the nearest one, or where the names are listed."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean {near[0]!r}?" if near else "`canvastune runs` lists them."
+    names = {run.lower(): run for run in known}
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"Did you mean {names[near[0]]!r}?" if near else "`canvastune runs` lists them."
 
 
 def list_runs(workspace: Path, *, sizes: bool = True) -> list[RunInfo]:

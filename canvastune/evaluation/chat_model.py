@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from canvastune.config.schema import EvaluateConfig
 from canvastune.evaluation.generation import Question, answering, generate_answers, plain_text
 from canvastune.preparation.chat_template import ChatEncoder
 from canvastune.preparation.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class ChatModel:
@@ -34,7 +37,8 @@ class ChatModel:
             UserError: a folder that is no model, or has no usable chat template.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer = load_tokenizer(folder).tokenizer
+        loaded = load_tokenizer(folder)
+        self._tokenizer, self._positions = loaded.tokenizer, loaded.positions
         encoder = ChatEncoder(self._tokenizer, str(folder))
         ends = {encoder.closing_ids[-1]}  # of a turn, and of a call of a tool
         if encoder.call_closing_id is not None:
@@ -68,6 +72,12 @@ class ChatModel:
             UserError: the device has too little memory.
         """
         questions = {question.id: question for question in map(self._question, chats)}
+        longest = max((len(question.tokens) for question in questions.values()), default=0)
+        if longest + max_new_tokens > self._positions:
+            logger.warning(
+                f"the longest prompt ({longest} tokens) and {max_new_tokens} tokens of an answer "
+                f"exceed the model's {self._positions} positions: the answer is unreliable"
+            )
         how = replace(self._how, max_new_tokens=max_new_tokens)
         given = (list(questions.values()), self._tokenizer, how, seed, self._rows, ())
         answers = dict(generate_answers(self._model, *given))
@@ -77,6 +87,6 @@ class ChatModel:
         prompt = self._tokenizer.apply_chat_template(
             [dict(message) for message in chat], tokenize=False, add_generation_prompt=True
         )
-        tokens = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        tokens = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         name = hashlib.sha256(str(prompt).encode()).hexdigest()
         return Question(name, plain_text(chat), list(tokens), reference="")

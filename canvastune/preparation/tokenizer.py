@@ -58,6 +58,8 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
         )
     if not config.canvas_length:
         raise UserError(f"{model / 'config.json'}: canvas_length is missing", hint=_HINT)
+    if not (model / "tokenizer.json").is_file():  # the library would make one without a vocabulary
+        raise UserError(f"{model}: no tokenizer.json, which a fast tokenizer requires", hint=_HINT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # what the library raises for a file that it cannot parse
@@ -65,8 +67,6 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
             f"{model}: the tokenizer cannot be loaded ({one_line(error)})",
             hint="Use the directory of an unchanged checkpoint, including tokenizer.json.",
         ) from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{model}: no tokenizer.json, which a fast tokenizer requires", hint=_HINT)
     _check_ids(tokenizer, config.text_config, model)
     text = config.text_config
     return ModelTokenizer(

@@ -101,6 +101,21 @@ def test_the_lines_of_standard_input_are_asked_of_both_models(
     assert "no question" in capsys.readouterr().err
 
 
+def test_a_question_beyond_the_models_positions_is_warned_of(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "rank16"
+    shutil.copytree(workspace / "runs" / "rank16", run)
+    file = run / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["max_position_embeddings"] = 64
+    file.write_text(json.dumps(config))
+    assert main(["ask", str(run), "Who?"]) == 0
+    assert "positions" not in capsys.readouterr().err
+    assert main(["ask", str(run), "Who? " * 64]) == 0
+    assert "exceed the model's 64 positions" in capsys.readouterr().err
+
+
 def test_what_cannot_be_asked_is_refused_with_what_to_do(
     workspace: Path, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +126,7 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(
         return captured.err
 
     assert "Did you mean 'rank16'?" in refusal("rank61")
+    assert "Did you mean 'rank16'?" in refusal("RANK16")
     unfinished = refusal("stopped")
     assert "interrupted in train, step 3 of " in unfinished
     assert "canvastune run tiny.yaml --run-name stopped" in unfinished
@@ -122,6 +138,8 @@ def test_what_cannot_be_asked_is_refused_with_what_to_do(
     assert "of only a training" in refusal(str(trained))
     copied = tmp_path / "runs" / "rank16"
     shutil.copytree(workspace / "runs" / "rank16", copied)
+    (copied / "model" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert "no tokenizer.json" in refusal(str(copied))
     (copied / "model" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "'bert'" in refusal(str(copied))
     shutil.rmtree(copied / "model")
