@@ -202,14 +202,17 @@ def test_a_restoration_that_cannot_succeed_changes_nothing(lost: Path, tmp_path:
     claim = shutil.copytree(lost, tmp_path / "claim")
     (made,) = (file.stem.removeprefix("mlflow-") for file in claim.glob("backups/mlflow-*.db"))
     (claim / "backups" / "mlflow-20200101-000000.db").write_bytes(b"half a co")
+    (claim / "backups" / "mlflow-20200102-000000.db").touch()
+    (claim / "backups" / "mlflow-old.db").touch()
     before = {file: file.read_bytes() for file in claim.rglob("*") if file.is_file()}
     with _Healthy(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/health"
         refused = {
             "scale its Deployment to 0": {"server": address},
-            f"20200101-000000, {made}": {"BACKUP": "yesterday"},
-            "is damaged": {"BACKUP": "20200101-000000"},
+            f"one of 20200101-000000, 20200102-000000, {made}\n": {"BACKUP": "yesterday"},
+            "is damaged: file is not a database": {"BACKUP": "20200101-000000"},
+            "is damaged: it has no tables": {"BACKUP": "20200102-000000"},
         }
         for reason, how in refused.items():
             told = run_copy("restore", claim, **how)

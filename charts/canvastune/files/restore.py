@@ -18,7 +18,7 @@ backups = folder / "backups"
 times = sorted(
     file.stem.partition("-")[2]
     for name in ("mlflow", "auth")
-    for file in backups.glob(f"{name}-*.db")
+    for file in backups.glob(f"{name}-[0-9]*.db")  # not a copy with another name, such as mlflow-old.db
 )
 if not times:
     sys.exit(f"{backups}: found no backup, expected mlflow-TIME.db")
@@ -49,6 +49,9 @@ for name, copy in copies.items():
     try:
         with contextlib.closing(sqlite3.connect(partial)) as database:
             (state,) = database.execute("PRAGMA integrity_check").fetchone()
+            # An empty file, as a copy that stopped at once leaves, is a database for SQLite.
+            if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                state = "it has no tables"
     except sqlite3.DatabaseError as error:
         state = str(error)
     if state != "ok":
