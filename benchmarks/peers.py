@@ -279,7 +279,11 @@ def _times(ratio: dict[str, float]) -> str:
 def _checks_table(result: dict[str, Any]) -> list[str]:
     heads = [
         *("shape", "step", "loss", "gradient differs by", "GFLOP executed", "relative to ours"),
-        *("GFLOP per second", "seconds in matrix products and attention", "each repeated by itself"),
+        *(
+            "GFLOP per second",
+            "seconds in matrix products and attention",
+            "each repeated by itself",
+        ),
         "maximum speedup",
     ]
     table = [_row(heads), "|---" * len(heads) + "|"]
