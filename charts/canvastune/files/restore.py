@@ -18,9 +18,7 @@ backups = folder / "backups"
 times = sorted(
     file.stem.partition("-")[2]
     for name in ("mlflow", "auth")
-    for file in backups.glob(
-        f"{name}-[0-9]*.db"
-    )  # not a copy with another name, such as mlflow-old.db
+    for file in backups.glob(f"{name}-[0-9]*.db")  # by time, unlike mlflow-old.db
 )
 if not times:
     sys.exit(f"{backups}: found no backup, expected mlflow-TIME.db")
