@@ -76,7 +76,9 @@ def publish(
     values = _mlflow_metrics(summary, result, TrainingStats.from_records(records, config))
     _complete_cards(run_folder, tuned, values, result)
     record.summary(values, data)
-    record.note("The report, as a page and as images.")
+    texts = config.tracking.log_texts
+    page = "as a page and as images" if texts else "as images; its page is in the run folder only"
+    record.note(f"The report, {page}.")
     description = descriptions.describe_report(config, run_folder, values, result)
     score = score_of(result, read_answers(evaluation))
     record.promotion(score, result.verdict, description)

@@ -39,6 +39,10 @@ class Recorder:
     """Stands for a step's run in MLflow: keeps the summary, and ignores everything else."""
 
     values: dict[str, float]
+    said: str
+
+    def note(self, text: str) -> None:
+        self.said = text
 
     def summary(self, values: dict[str, float], *_: Any) -> None:
         self.values = values
@@ -186,6 +190,27 @@ def test_the_command_line_shows_these_figures(
     assert lines["MLflow page"].startswith("http://127.0.0.1:5000")
     assert f"ask {run_folder}" in lines["try it"]
     assert re.search(r"^better: \d+ gained, \d+ lost of 64 rows, p = [\d.e-]+$", lines["verdict"])
+
+
+def test_the_step_does_not_promise_a_page_that_mlflow_does_not_get(
+    published: tuple[RunSummary, Recorder], config: RunConfig, tmp_path: Path
+) -> None:
+    assert "as a page" in published[1].said
+    tracking = config.tracking.model_copy(update={"log_texts": False})
+    config, record = config.model_copy(update={"tracking": tracking}), Recorder()
+    sample_run(tmp_path, config)
+    write_record(tmp_path, RunRecord("job", config.model_dump_json(), ""))
+    publish(
+        config,
+        cast(Any, record),
+        tmp_path,
+        metrics=tmp_path / "train" / "metrics.jsonl",
+        data=tmp_path / "data",
+        plan=tmp_path / "plan",
+        evaluation=tmp_path / "evaluation",
+        tuned=tmp_path / "train" / "model",
+    )
+    assert "its page is in the run folder only" in record.said
 
 
 @pytest.mark.parametrize(
