@@ -43,7 +43,8 @@ def find_comparable(folder: Path) -> RunArtifacts:
     run = find_run(folder)
     if not any(record["kind"] == "train" for record in read_metrics(run.metrics)):
         raise UserError(
-            f"{run.metrics}: found no training step", hint="Wait for the run's first step."
+            f"{run.metrics}: found no training step",
+            hint="Leave this run out, or wait until it has trained a step.",
         )
     if run.evaluation is not None:
         EvaluationResult.read(run.evaluation)

@@ -54,12 +54,15 @@ def write_chart(folder: Path, registry: str, digests: Mapping[str, str]) -> None
         digests: `sha256:...` of each of IMAGES.
 
     Raises:
-        ValueError: a digest is missing or malformed, or the chart lacks what is to be replaced.
+        ValueError: a digest is missing or malformed, the folder exists, or the chart lacks what is
+            to be replaced.
     """
     for image in IMAGES:
         if not _DIGEST.fullmatch(digests.get(image, "")):
             found = digests.get(image, "none")
             raise ValueError(f"digest of {image}: found {found}, expected sha256:... of the push")
+    if folder.exists():
+        raise ValueError(f"{folder}: found a file or folder, expected a new one")
     shutil.copytree(ROOT / "charts" / "canvastune", folder)
     values = (folder / "values.yaml").read_text(encoding="utf-8")
     about = (folder / "Chart.yaml").read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ from benchmarks.engine import sharded_model
 from canvastune.config import RunConfig
 from canvastune.data.packing import PackedBatch
 from canvastune.distributed.parallelize import local_tensor
+from canvastune.model import scratch
 from canvastune.objective import losses
 from canvastune.perf_model.memory import StepShape
 
@@ -111,7 +112,11 @@ def measure(config: RunConfig, model_config: DiffusionGemmaConfig, step: StepSha
             received["all-to-all"] += rows.nbytes * (step.ep - 1) // step.ep
 
     batch = batch_of(step, model_config.text_config.vocab_size)
-    with lone_rank(step.world_size), mock.patch.object(dist, "all_to_all_single", echo):
+    with (
+        lone_rank(step.world_size),
+        mock.patch.object(dist, "all_to_all_single", echo),
+        mock.patch.object(scratch, "KEPT_BYTES", 0),  # as on a GPU
+    ):
         model = sharded_model(config, model_config, step.world_size).to_empty(device="cpu")
         for tensor in [*model.parameters(), *model.buffers()]:
             local_tensor(tensor.detach()).fill_(0.01)

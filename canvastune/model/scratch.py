@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-_KEPT_BYTES = 2**25  # of a buffer that is kept for the next one
+KEPT_BYTES = 2**25  # of a buffer that is kept for the next one
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _free: list[torch.Tensor] = []  # at most one: uint8
 
 
@@ -22,14 +23,15 @@ def borrow(shape: tuple[int, ...], like: torch.Tensor) -> Iterator[torch.Tensor]
     itself.
     """
     size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size > _KEPT_BYTES:
+    if like.device.type != "cpu" or size > KEPT_BYTES:
         yield like.new_empty(shape)
         return
     try:
         buffer = _free.pop()
     except IndexError:  # it is lent, or there is none yet
-        buffer = torch.empty(0, dtype=torch.uint8)
+        buffer = _NOTHING
     if len(buffer) < size:
+        buffer = _NOTHING  # freed before more memory is asked for
         buffer = torch.empty(size, dtype=torch.uint8)
     try:
         yield buffer[:size].view(like.dtype).view(shape)

@@ -269,7 +269,7 @@ def find_finished(output: Path, config: RunConfig, data: Path | None) -> str | N
         f" (changed since, without effect on a finished run: {', '.join(unused)})" if unused else ""
     )
     result = output / "result.json"
-    return f"already finished: {result} exists{note}. Choose another --output to train again"
+    return f"already finished: {result} exists{note}. To train again, choose another --output or run name"
 
 
 def check_prepared(data: Path, config: RunConfig) -> None:

@@ -85,6 +85,7 @@ def test_the_published_chart_installs_the_images_of_the_release(tmp_path: Path) 
     }
     assert readme
     assert DIGESTS["mlflow"] in (folder / "README.md").read_text(encoding="utf-8")
+    assert main(chart) == 1, "a folder that exists is not written into"
     unchanged = (CHART / "values.yaml").read_text(encoding="utf-8").splitlines()
     published = (folder / "values.yaml").read_text(encoding="utf-8").splitlines()
     assert sum(one != other for one, other in zip(unchanged, published, strict=True)) == 6

@@ -412,7 +412,7 @@ MODELS: dict[str, Case] = {
     ),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),
-        ("model", "together", "unchanged checkpoint"),
+        ("model", "no tokenizer.json", "unchanged checkpoint"),
     ),
     "no chat template": (
         without("chat_template.jinja"),

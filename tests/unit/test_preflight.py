@@ -451,6 +451,7 @@ OTHER = {
     "tracking.hub_model_id": "team/model",
     "tracking.hub_private_repo": False,
     "tracking.hub_content": "adapter",
+    "tracking.log_texts": False,
     "train.export": "last",
     "hardware.gpu_memory": 9.0,
     "hardware.accelerator": "cpu",

@@ -43,7 +43,7 @@ def test_a_buffer_is_back_after_an_error_and_a_large_one_is_not_kept() -> None:
         raise KeyError
     assert len(scratch._free) == 1
     scratch._free.clear()
-    with borrow((scratch._KEPT_BYTES // 4 + 1,), LIKE):
+    with borrow((scratch.KEPT_BYTES // 4 + 1,), LIKE):
         pass
     assert not scratch._free
 
