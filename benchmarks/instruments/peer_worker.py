@@ -157,7 +157,9 @@ def _layout(tensor: torch.Tensor) -> str:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor's values and strides, without what is between them."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    once = tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype).copy_(once)
+    return copy.expand(tensor.shape)
 
 
 def ours(_folder: Path, weights: Path, shape: Shape) -> Side:
