@@ -143,6 +143,16 @@ def matmul_rate(
     return 2 * size**3 / best
 
 
+def cache_rate(elements: int = 2**18, rounds: int = 2000) -> float:
+    """Return the bytes per second that an elementwise product reads and writes in a CPU's caches,
+    with torch's current number of threads: the best of some.
+    """
+    given = torch.randn(elements)
+    out = torch.empty_like(given)
+    best = min(timed(lambda: torch.mul(given, 1.5, out=out)) for _ in range(rounds))
+    return (given.nbytes + out.nbytes) / best
+
+
 def _finish() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

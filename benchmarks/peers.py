@@ -36,6 +36,7 @@ from benchmarks.engine import bench_recipe
 from benchmarks.measure import (
     ROOT,
     alternate,
+    cache_rate,
     command_parser,
     matmul_rate,
     one_of,
@@ -106,6 +107,7 @@ def main() -> int:
     result = {
         "versions": PACKAGES | {"trl": version("trl"), EXAMPLE: EXAMPLE_COMMIT},
         "matmul_flops_per_second": rate,
+        "cache_bytes_per_second": cache_rate(),
         "shapes": rows,
     }
     for line in lines(result):
@@ -324,13 +326,21 @@ def verdict(result: dict[str, Any]) -> str:
         " matmul rate)"
         for peer, ratio in found.items()
     )
+    least = ours["other_bytes"] / result["cache_bytes_per_second"]
+    limits = ", ".join(
+        f"at most {seconds[peer] / (ours['products_alone_seconds'] + least):.2f}x as fast as {PEERS[peer]}'s"
+        for peer in found
+    )
     return (
         f"Goals missed on short answers: {named}. The percentage is the fraction of a large matmul's"
         " rate at which the needed FLOPs would have to run to reach the goal; our step runs them"
         f" at {1 / floor(result, row, 'ours'):.0%}. Matrix products and attention, without norms,"
         f" softmax and moving rows, take {ours['products_seconds']:.2f} s of its"
         f" {seconds['ours']:.2f} s; each of them repeated by itself, with its operands in the caches,"
-        f" {ours['products_alone_seconds']:.2f} s."
+        f" {ours['products_alone_seconds']:.2f} s. The other operations read and write"
+        f" {ours['other_bytes'] / 1e9:.1f} GB, at least {least:.2f} s at the"
+        f" {result['cache_bytes_per_second'] / 1e9:.0f} GB/s of a product of elements in the caches."
+        f" With both, this step could be {limits}."
     )
 
 

@@ -5,7 +5,8 @@ code. Arguments: the side, the folder of the peers, the folder of the weights, a
 Each line on standard input is a request as JSON, each answer a line:
 {"do": "check", "gradients": FILE} runs a step from zero gradients, counts its FLOPs and saves its
 gradients by the checkpoint's names; {"do": "products"} runs three more, and counts the seconds of
-products and attention in the second one and those that the third one's take by themselves;
+products and attention in the second one, those that the third one's take by themselves, and the
+bytes of its other operations;
 {"do": "memory", "checkpointed": BOOL} and {"do": "step", "checkpointed": BOOL} run one more.
 
 What of the peers runs:
@@ -43,7 +44,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from benchmarks import peers
@@ -62,6 +63,12 @@ _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = {
     *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_"),
     *("aten::_grouped_mm", _FLASH, f"{_FLASH}_backward"),
+}
+
+
+ALLOCATIONS = {
+    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
+    *("aten::detach", "aten::_unsafe_view"),
 }
 
 
@@ -112,7 +119,11 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
             spent = (e.self_cpu_time_total for e in found.key_averages() if e.key in PRODUCTS)
             with ProductCalls() as calls:
                 side.step(False)
-            return {"products_seconds": sum(spent) / 1e6, "products_alone_seconds": calls.seconds()}
+            return {
+                "products_seconds": sum(spent) / 1e6,
+                "products_alone_seconds": calls.seconds(),
+                "other_bytes": calls.other_bytes,
+            }
         case {"do": "memory", "checkpointed": checkpointed}:
             return {"extra_memory_bytes": extra_memory(lambda: side.step(checkpointed))}
         case {"do": "step", "checkpointed": checkpointed}:
@@ -121,10 +132,13 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, float]:
 
 
 class ProductCalls(TorchDispatchMode):
-    """Every different call of a product or attention, and how often a step makes it."""
+    """Every different call of a product or attention and how often a step makes it, and the bytes
+    that all other operations read and write.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.other_bytes = 0
         self._calls: dict[str, tuple[Callable[[], object], list[int]]] = {}
 
     def __torch_dispatch__(
@@ -139,7 +153,15 @@ class ProductCalls(TorchDispatchMode):
                 call = functools.partial(func, *own_args, **own_kwargs)
                 self._calls[key] = (call, [0])
             self._calls[key][1][0] += 1
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not func.is_view and func._schema.name not in ALLOCATIONS:
+            # An operand that is also the result is one tensor, read and written.
+            given = {id(one): one for one in tree_iter((args, kwargs)) if torch.is_tensor(one)}
+            self.other_bytes += sum(
+                one.nbytes for one in (*given.values(), *tree_iter(out)) if torch.is_tensor(one)
+            )
+        return out
 
     def seconds(self, rounds: int = 5) -> float:
         """Return the seconds of all calls, each at the best of some rounds of the same call."""

@@ -92,7 +92,7 @@ def made_result() -> dict[str, Any]:
 
     check = {
         **{"loss": 12.0, "flops": 2e9, "gradient_difference": 1e-6},
-        **{"products_seconds": 0.5, "products_alone_seconds": 0.4},
+        **{"products_seconds": 0.5, "products_alone_seconds": 0.4, "other_bytes": 2e9},
     }
     row = {
         "about": "short answers",
@@ -101,7 +101,10 @@ def made_result() -> dict[str, Any]:
         "kept": mode(1.0),
         "checkpointed": mode(2.0),
     }
-    return {"matmul_flops_per_second": 4e9, "shapes": {"short": row}}
+    return {
+        **{"matmul_flops_per_second": 4e9, "cache_bytes_per_second": 2e10},
+        "shapes": {"short": row},
+    }
 
 
 def test_tables_show_ratios_over_ours_and_what_the_needed_flops_allow() -> None:
@@ -122,6 +125,8 @@ def test_a_missed_goal_and_another_gradient_are_told() -> None:
     assert re.search(r" 2\.00x .*NeMo AutoModel .* 2\.5x.* 31%", said)
     assert " 25%" in said, "ours of the needed FLOPs"
     assert re.search(r"0\.80 s.* 0\.50 s .* 1\.00 s.* 0\.40 s", said)
+    # 2 GB at 20 GB/s take 0.1 s: 2 s / (0.4 + 0.1) is the most.
+    assert re.search(r"2\.0 GB.* 0\.10 s .*20 GB/s.* 4\.00x .*NeMo AutoModel", said)
     row["checks"]["trl"] = {**row["checks"]["trl"], "gradient_difference": 0.9}
     assert peers.exact(result), "TRL's loss is known to be another one"
     row["checks"]["unsloth"] = {**row["checks"]["unsloth"], "gradient_difference": 2e-5}
@@ -140,6 +145,7 @@ def test_products_of_a_step_are_counted_and_repeated_by_themselves() -> None:
     before = out.clone()
     assert 0 < calls.seconds(rounds=1) < 1
     assert torch.equal(out, before), "it repeats them on copies"
+    assert calls.other_bytes == 2 * rows.nbytes
 
 
 def test_a_folder_that_lacks_a_peer_is_refused_and_says_which(
