@@ -278,8 +278,8 @@ def _waits(startup: dict[str, Any]) -> str:
 
 What is left is mostly waiting for imports, which take one processor: the tokenizer of `prepare_data` is there after {ready["prepare_data"]:.1f} s of them
 (datasets, PyTorch, and transformers, whose configuration of Gemma imports the code of models and `torch._dynamo`), a rank of `train` after
-{ready["canvastune.train"]:.1f} s, and MLflow, which `train` is the first to use, after {ready["train"]:.1f} s in the other process. In `merge_lora`, `evaluate` and `report`, it is MLflow's
-calls, each a transaction of its database: a trace is two of them, and an evaluation has two traces for each row."""
+{ready["canvastune.train"]:.1f} s, and MLflow, which `train` is the first to use, after {ready["train"]:.1f} s in the other process. In `evaluate`, it is MLflow's calls, each a
+transaction of its database: a trace is two of them, and an evaluation has two traces for each row."""
 
 
 def _since(commits: dict[str, Any], at: str) -> str:
