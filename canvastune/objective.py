@@ -282,7 +282,7 @@ def softmax_terms(
         tanh.copy_(table @ hidden.T).mul_(scale)
     if on_cpu:
         # tanh(x) = 2 sigmoid(2x) - 1 and e^x = 2^(x log2(e)), which torch vectorizes itself: it takes
-        # tanh and exp from MKL, which need five and three times as long on a CPU of AMD.
+        # tanh and exp from MKL, where they are slow on a CPU of AMD.
         torch.add(_MINUS_ONE, tanh.sigmoid_(), alpha=2, out=tanh)
         torch.mul(tanh, cap / math.log(2), out=terms).exp2_()
     else:

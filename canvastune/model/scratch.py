@@ -18,8 +18,8 @@ def borrow(shape: tuple[int, ...], like: torch.Tensor) -> Iterator[torch.Tensor]
     """Lend a buffer of this shape, with another tensor's dtype and device, until the block ends.
 
     Its values are arbitrary. On a CPU it is the memory of the buffer before, of up to 32 MiB: memory
-    that is new from the system costs page faults, which take several times as long as the matmul
-    that fills it. While it is lent, another call gets new memory. A GPU's allocator keeps memory by
+    that is new from the system costs page faults, which can take longer than the matmul that
+    fills it. While it is lent, another call gets new memory. A GPU's allocator keeps memory by
     itself.
     """
     size = math.prod(shape) * like.element_size()
