@@ -17,6 +17,7 @@ from benchmarks import planner, scaling
 from benchmarks.gpu_page import dry_run_row, gpu_section, most_launches, way_back_section
 from benchmarks.measure import RESULTS, ROOT, read_result, say
 from benchmarks.startup import GOALS as start_goals
+from benchmarks.startup import least_wait
 from benchmarks.startup import lines as startup_lines
 from benchmarks.step import EFFICIENT, EXACT, GOALS, OURS
 from canvastune.perf_model.launches import LAUNCH_SECONDS, MOST_LAUNCHES, WAIT_SECONDS
@@ -271,15 +272,19 @@ first steps run; on a cluster, or on a machine with a GPU, each process imports 
 
 def _waits(startup: dict[str, Any]) -> str:
     """Say which steps wait for imports that no other process can do for them."""
-    ready = startup.get("imports")  # results of earlier versions lack it
-    if ready is None:
+    if "begins" not in startup["pipeline"]:  # results of earlier versions lack it
         return ""
-    return f"""
+    ready, pipeline, wait = startup["imports"], startup["pipeline"], least_wait(startup)
+    text = f"""
 
-What is left is mostly waiting for imports, which take one processor: the tokenizer of `prepare_data` is there after {ready["prepare_data"]:.1f} s of them
-(datasets, PyTorch, and transformers, whose configuration of Gemma imports the code of models and `torch._dynamo`), a rank of `train` after
-{ready["canvastune.train"]:.1f} s, and MLflow, which `train` is the first to use, after {ready["train"]:.1f} s in the other process. In `evaluate`, it is MLflow's calls, each a
-transaction of its database: a trace is two of them, and an evaluation has two traces for each row."""
+What is left is mostly waiting for imports. A rank of `train` needs PyTorch, transformers and PEFT in one interpreter, which are
+{ready["rank"]:.1f} s of one processor in any order. The step begins {pipeline["begins"]["ours"]["train"]:.1f} s after the command, so at least {wait:.1f} of its {pipeline["overhead"]["ours"]["train"]:.1f} s are this wait;"""
+    if before := pipeline["overhead"].get("baseline", {}).get("train"):
+        text += f"""
+with nothing else left, the step's overhead would be {before / wait:.1f}x less than before."""
+    return f"""{text} `prepare_data` and `plan` import neither PyTorch nor a model of transformers. MLflow, which `train` is
+the first to use, takes the other process {ready["train"] - ready["plan"]:.1f} s meanwhile. In `evaluate`, it is MLflow's calls, each a transaction of its
+database: an evaluation has two traces for each row."""
 
 
 def _since(commits: dict[str, Any], at: str) -> str:

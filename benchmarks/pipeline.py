@@ -53,7 +53,8 @@ def main() -> int:
 
 
 def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, Any]:
-    """Run once from an empty workspace: seconds in total, of each step, and outside of the steps.
+    """Run once from an empty workspace: seconds in total, of each step, until it begins, and
+    outside of the steps.
 
     Args:
         checkout: the code that runs.
@@ -66,6 +67,7 @@ def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, 
         "PYTHONUNBUFFERED": "1",
     }
     steps: dict[str, float] = {}
+    begins: dict[str, float] = {}
     said: list[str] = []
     begun = before = between = last = 0.0
     name = ""
@@ -83,7 +85,8 @@ def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, 
             now = time.monotonic() - started
             said.append(line)
             if line in STEPS:
-                begun, name = now, line
+                begun = begins[line] = now
+                name = line
                 if steps:
                     between += now - last
                 else:
@@ -100,6 +103,7 @@ def run_once(recipe: Path, workspace: Path, checkout: Path = ROOT) -> dict[str, 
         "before_the_first": before,
         "between": between,
         "after_the_last": total - last,
+        "begins": begins,
         "steps": steps,
     }
 

@@ -89,6 +89,11 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         ours, other = (pipeline["overhead"].get(side, {}).get(step) for side in _SIDES)
         what = f"step `{step}`, without its {pipeline['work'].get(step, 0.0):.2f} s of work"
         rows.append(row(what, ours, other, "{:.2f} s"))
+    ours, other = (
+        sum(pipeline["overhead"][side].values()) if side in pipeline["overhead"] else None
+        for side in _SIDES
+    )
+    rows.append(row("all steps, without their work", ours, other, "{:.1f} s"))
     totals = {"a small run": pipeline["seconds"], "`canvastune demo`": result.get("demo", {})}
     for what, sides in totals.items():
         if sides:
@@ -97,6 +102,16 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 
 
 _SIDES = ("ours", "baseline")
+
+
+def least_wait(result: Mapping[str, Any]) -> float:
+    """Return the seconds that the step `train` waits at least, wherever steps are imported.
+
+    A rank needs its libraries in one interpreter, which imports them on one processor; the step
+    begins after what the command and the steps before it take.
+    """
+    begins = result["pipeline"]["begins"]["ours"]["train"]
+    return float(result["imports"]["rank"] - begins)
 
 
 def _commands(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[str, Any]:
@@ -158,9 +173,11 @@ print(json.dumps({"code": code, "seconds": seconds, "megabytes": usage.ru_maxrss
 
 
 def _imports() -> dict[str, float]:
-    """Return by step the processor seconds after which its server has its libraries."""
+    """Return by step the processor seconds after which its server has its libraries; "rank": after
+    which an interpreter has those of a rank, and no others.
+    """
     found: dict[str, float] = {}
-    for jobs in JOBS:
+    for jobs in (*JOBS, "rank"):
         ended = subprocess.run(
             [sys.executable, "-c", _IMPORT, jobs],
             stdout=subprocess.PIPE,
@@ -176,7 +193,8 @@ import gc, json, sys, time
 from pipelines.warm_start import server
 gc.disable()
 ready = {}
-for job, modules in server.JOBS[sys.argv[1]].items():
+jobs = {job: modules for found in server.JOBS.values() for job, modules in found.items()}
+for job, modules in server.JOBS.get(sys.argv[1], {"rank": jobs["canvastune.train"]}).items():
     for module in modules:
         server.import_module(module)
     ready[job] = time.process_time()
@@ -190,11 +208,13 @@ def _pipeline(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[st
     write_problems(work / "problems.jsonl", "compare", 1000, seed=0)
     recipe = write_recipe(work)
     walls: dict[str, list[dict[str, float]]] = {side: [] for side in checkouts}
+    begins: dict[str, list[dict[str, float]]] = {side: [] for side in checkouts}
     seconds: dict[str, list[float]] = {side: [] for side in checkouts}
     for number in range(rounds):
         for side, checkout in checkouts.items():
             run = run_once(recipe, work / f"{side}-{number}", checkout)
             walls[side].append(run["steps"])
+            begins[side].append(run["begins"])
             seconds[side].append(run["seconds"])
             say("startup", f"round {number + 1}, {side}: {run['seconds']:.1f} s")
     done = _work(next((work / "ours-0" / "runs").glob("overhead-*")), work)
@@ -202,6 +222,7 @@ def _pipeline(checkouts: Mapping[str, Path], work: Path, rounds: int) -> dict[st
         "seconds": {side: statistics.median(found) for side, found in seconds.items()},
         "work": done,
         "steps": {side: _medians(found) for side, found in walls.items()},
+        "begins": {side: _medians(found) for side, found in begins.items()},
         "overhead": {
             side: {step: wall - done.get(step, 0.0) for step, wall in _medians(found).items()}
             for side, found in walls.items()

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-from transformers import PreTrainedTokenizerBase
-
 from canvastune.config.loading import loads
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
 from canvastune.preparation.row_formats import RowReader, detect_format
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import ChatTokenizer, load_tokenizer
 from canvastune.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -271,7 +269,7 @@ FORMS = (
 )
 
 
-def examples(form: Form, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def examples(form: Form, tokenizer: ChatTokenizer) -> list[Example]:
     """Read and encode a form's row as `prepare_data` does.
 
     Raises:
@@ -288,16 +286,16 @@ def examples(form: Form, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     ):
         assert isinstance(encoded, EncodedConversation), f"{form.name}: {encoded}"
         tokens, at = encoded.tokens.tolist(), encoded.prefix_length
-        context, learned = (str(tokenizer.decode(part)) for part in (tokens[:at], tokens[at:]))
+        context, learned = (tokenizer.decode(part) for part in (tokens[:at], tokens[at:]))
         shown.append(
             Example(conversation.turn if len(conversations) > 1 else None, context, learned)
         )
     return shown
 
 
-def picture(form: Form, tokenizer: PreTrainedTokenizerBase) -> str:
+def picture(form: Form, tokenizer: ChatTokenizer) -> str:
     """Draw the examples of a form's row as SVG: text on two colors, control tokens in bold."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [token.content for token in tokenizer.added_tokens.values() if token.special]
     control = re.compile("|".join(map(re.escape, sorted(added))))
     body: list[str] = []
     top = _MARGIN

@@ -25,7 +25,7 @@ from canvastune.data.packing import Example, PackedBatch, pack
 from canvastune.model.attention import Packing
 from canvastune.noise import NoiseSample
 from canvastune.preparation.prepare import prepare_data
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 from canvastune.tiny_model import make_tiny_model, write_problems
 
 PICTURE = Path(__file__).parents[1] / "docs" / "method.png"
@@ -77,7 +77,7 @@ def shown(folder: Path) -> Shown:
         "data": {"source": str(folder / "rows.jsonl"), "validation_fraction": 0.2},
     }
     prepare_data(parse_config(recipe), folder / "model", folder / "data", processes=1)
-    tokenizer = load_tokenizer(folder / "model").tokenizer
+    tokenizer = load_transformers_tokenizer(folder / "model")
     sizes = {
         "canvas_length": CANVAS,
         "vocab_size": len(tokenizer),

@@ -6,27 +6,29 @@ where it expects a float. Here every key is used, or reported as unused with the
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
-    DiffusionGemmaGenerationConfig,
-    EntropyBoundSamplerConfig,
-)
 
 from canvastune.config.schema import SamplerConfig
 from canvastune.errors import UserError, one_line
 from canvastune.io.json_text import write_json
 
+if TYPE_CHECKING:  # takes seconds to import, and most files need none of it
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+        DiffusionGemmaGenerationConfig,
+    )
+
 FILE_NAME = "generation_config.json"
 SGLANG_FILE = "sglang.yaml"  # what SGLang's --dllm-algorithm-config reads: it has its own defaults
 _SAMPLER, _BOUND, _CLASS = "sampler_config", "entropy_bound", "_cls_name"
-_KNOWN = frozenset(DiffusionGemmaGenerationConfig().__dict__)
+_SAMPLER_CLASS = "EntropyBoundSamplerConfig"
 # Read by transformers about the file itself.
 _ABOUT = frozenset({"transformers_version", "_commit_hash", "_from_model_config"})
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
@@ -39,6 +41,12 @@ _UNUSED = {
     "disable_compile": None,
     "return_dict_in_generate": "evaluation does not call `generate`",
 }
+STOCK_KEYS = frozenset(  # all that stock transformers loads
+    {
+        *("max_denoising_steps", "t_min", "t_max", "stability_threshold", "confidence_threshold"),
+        *(_SAMPLER, *_TOKENS, *_UNUSED, *_ABOUT),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,13 @@ class SamplerSettings:
         return self.t_min + (self.t_max - self.t_min) * (left / self.steps)
 
 
+@functools.cache
 def _defaults() -> SamplerSettings:
     """Return DiffusionGemma's own settings, as transformers has them."""
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+        DiffusionGemmaGenerationConfig,
+    )
+
     found = DiffusionGemmaGenerationConfig._get_default_generation_params()
     return SamplerSettings(
         steps=found["max_denoising_steps"],
@@ -82,6 +95,11 @@ class GenerationFile:
 
     def stock(self) -> DiffusionGemmaGenerationConfig:
         """Return what stock transformers would load if it could."""
+        from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+            DiffusionGemmaGenerationConfig,
+            EntropyBoundSamplerConfig,
+        )
+
         given = dict(self.usable)
         if _SAMPLER in given:
             given[_SAMPLER] = EntropyBoundSamplerConfig(given[_SAMPLER][_BOUND])
@@ -104,7 +122,7 @@ def read_generation_file(folder: Path) -> GenerationFile:
     if not isinstance(found, dict):
         raise _unreadable(file, "found no JSON object")
     reader = _Reader(file, found)
-    sampler = reader.sampler(_defaults())
+    sampler = reader.sampler()
     stops = reader.stops()
     reader.name_the_rest()
     return GenerationFile(sampler, stops, reader.usable, tuple(reader.remarks))
@@ -152,7 +170,7 @@ def write_generation_file(base: Path, out: Path) -> None:
 def sampler_keys(sampler: SamplerSettings) -> dict[str, Any]:
     """Return the sampler's settings by their keys in generation_config.json."""
     settings = asdict(sampler)
-    bound = {_BOUND: settings.pop(_BOUND), _CLASS: EntropyBoundSamplerConfig.__name__}
+    bound = {_BOUND: settings.pop(_BOUND), _CLASS: _SAMPLER_CLASS}
     del settings["self_conditioning"]
     return {"max_denoising_steps": settings.pop("steps"), _SAMPLER: bound, **settings}
 
@@ -192,16 +210,16 @@ class _Reader:
         self.usable: dict[str, Any] = {}
         self.remarks: list[str] = []
 
-    def sampler(self, defaults: SamplerSettings) -> SamplerSettings:
-        steps = self._number("max_denoising_steps", defaults.steps, int, lambda found: found > 0)
-        low, high = self._temperatures(defaults)
+    def sampler(self) -> SamplerSettings:
+        steps = self._number("max_denoising_steps", "steps", int, lambda found: found > 0)
+        low, high = self._temperatures()
         stable = self._number(
-            "stability_threshold", defaults.stability_threshold, int, lambda found: found >= 0
+            "stability_threshold", "stability_threshold", int, lambda found: found >= 0
         )
         confident = self._number(
-            "confidence_threshold", defaults.confidence_threshold, float, lambda found: found > 0
+            "confidence_threshold", "confidence_threshold", float, lambda found: found > 0
         )
-        return SamplerSettings(steps, self._bound(defaults), low, high, stable, confident)
+        return SamplerSettings(steps, self._bound(), low, high, stable, confident)
 
     def stops(self) -> tuple[int, ...]:
         for key in _TOKENS:
@@ -228,51 +246,53 @@ class _Reader:
             else:
                 self._unused(key, why)
         self.usable |= {key: self.found[key] for key in _ABOUT & self.found.keys()}
-        unknown = sorted(self.found.keys() - _KNOWN - _ABOUT)
-        if unknown:
+        if unknown := sorted(self.found.keys() - STOCK_KEYS):
             self.remarks.append(
                 f"{self.file}: {', '.join(unknown)}: not used, DiffusionGemma has no such setting; "
                 "left out of the tuned model's file, because stock transformers would not load it"
             )
 
-    def _bound(self, defaults: SamplerSettings) -> float:
+    def _bound(self) -> float:
         value = self.found.get(_SAMPLER)
         if value is None:
-            return defaults.entropy_bound
+            return _defaults().entropy_bound
         bound: Any = value.get(_BOUND) if isinstance(value, Mapping) else None
         if not _is_number(bound) or bound <= 0:
+            default = _defaults().entropy_bound
             self._unused(
                 _SAMPLER,
-                f"expected an entropy_bound above 0; it is DiffusionGemma's own {defaults.entropy_bound}",
+                f"expected an entropy_bound above 0; it is DiffusionGemma's own {default}",
             )
-            return defaults.entropy_bound
-        name = value.get(_CLASS, EntropyBoundSamplerConfig.__name__)
+            return default
+        name = value.get(_CLASS, _SAMPLER_CLASS)
         if "EntropyBound" not in str(name):
             self._unused(_SAMPLER, f"the sampler is {name}; its entropy_bound is used")
-        self.usable[_SAMPLER] = {_BOUND: float(bound), _CLASS: EntropyBoundSamplerConfig.__name__}
+        self.usable[_SAMPLER] = {_BOUND: float(bound), _CLASS: _SAMPLER_CLASS}
         return float(bound)
 
-    def _temperatures(self, defaults: SamplerSettings) -> tuple[float, float]:
-        low = self._number("t_min", defaults.t_min, float, lambda found: found >= 0)
-        high = self._number("t_max", defaults.t_max, float, lambda found: found > 0)
+    def _temperatures(self) -> tuple[float, float]:
+        low = self._number("t_min", "t_min", float, lambda found: found >= 0)
+        high = self._number("t_max", "t_max", float, lambda found: found > 0)
         if low < high:
             return low, high
         for key in ("t_min", "t_max"):
             self.usable.pop(key, None)
+        defaults = _defaults()
         self.remarks.append(
             f"{self.file}: t_min is {low} and t_max {high}: not used, expected t_min below t_max; "
             f"they are DiffusionGemma's own {defaults.t_min} and {defaults.t_max}"
         )
         return defaults.t_min, defaults.t_max
 
-    def _number(self, key: str, default: Any, kind: type, fits: Callable[[float], bool]) -> Any:
-        """Return a key's number as stock expects it, or the default with a remark."""
+    def _number(self, key: str, setting: str, kind: type, fits: Callable[[float], bool]) -> Any:
+        """Return a key's number as stock expects it, or the setting's default with a remark."""
         value = self.found.get(key)
         if value is None:
-            return default
+            return getattr(_defaults(), setting)
         if _is_number(value) and fits(value) and (kind is float or value == int(value)):
             self.usable[key] = kind(value)
             return kind(value)
+        default = getattr(_defaults(), setting)
         self._unused(key, f"it is DiffusionGemma's own {default}")
         return default
 

@@ -16,7 +16,7 @@ from canvastune.checkpoint.load import read_model_config
 from canvastune.config.schema import EvaluateConfig
 from canvastune.evaluation.generation import Question, answering, generate_answers, plain_text
 from canvastune.preparation.chat_template import ChatEncoder
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import ChatTokenizer, load_transformers_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,14 @@ class ChatModel:
             UserError: a folder that is no model, or has no usable chat template.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = load_tokenizer(folder)
-        self._tokenizer, self._positions = loaded.tokenizer, loaded.positions
-        encoder = ChatEncoder(self._tokenizer, str(folder))
+        self._tokenizer = load_transformers_tokenizer(folder)
+        config = read_model_config(folder)
+        self._positions = config.text_config.max_position_embeddings
+        encoder = ChatEncoder(ChatTokenizer.of(self._tokenizer), str(folder))
         ends = {encoder.closing_ids[-1]}  # of a turn, and of a call of a tool
         if encoder.call_closing_id is not None:
             ends.add(encoder.call_closing_id)
-        self._how = answering(folder, read_model_config(folder), settings, ends)
+        self._how = answering(folder, config, settings, ends)
         self._rows = settings.batch_size
         self._model: Any = (
             load_stock(folder, device)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from canvastune.checkpoint.generation_config import read_generation_file
 from canvastune.config import RunConfig
 from canvastune.config.schema import EvaluateConfig
 from canvastune.data.row_sources import read_sources
@@ -28,9 +29,6 @@ def check_generation_config(model: Path) -> list[str]:
     """
     if not _is_diffusion_gemma(model):  # preparation refuses another model
         return []
-    # Takes seconds to import, and the step `train` needs only the rest of this module
-    from canvastune.checkpoint.generation_config import read_generation_file
-
     return list(read_generation_file(model).remarks)
 
 

@@ -61,7 +61,7 @@ from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
 from canvastune.io.json_text import write_json
 from canvastune.io.provenance import write_provenance
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 
 _LOGGED_ANSWERS = 3  # at the end; the report has all of them
 _TRACED = 8  # answers whose denoising is recorded: the report has the one that took longest to form
@@ -156,7 +156,7 @@ def evaluate_on_ranks(
     out = out.absolute()
     settings = config.evaluate
     ranks.on_first(lambda: check_writable(out))
-    tokenizer = load_tokenizer(base).tokenizer
+    tokenizer = load_transformers_tokenizer(base)
     questions = select_questions(dataset, tokenizer, settings.rows, settings.slices)
     others = select_others(config, dataset, tokenizer)
     judges: list[Judging] = []  # the first rank's

@@ -32,7 +32,7 @@ from canvastune.io.atomic import atomic_directory, check_writable
 from canvastune.io.hashing import hash_path
 from canvastune.io.json_text import write_json
 from canvastune.io.provenance import write_provenance
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 
 _BEST, _OTHER, _OWN = "#1f5fd0", "#8a93a3", "#c2410c"  # colors of the picture
 # Of a label from its point, in points: the first of those that cover least is taken.
@@ -106,7 +106,7 @@ def sweep(
     """
     out = out.absolute()
     ranks.on_first(lambda: check_writable(out))
-    tokenizer = load_tokenizer(base).tokenizer
+    tokenizer = load_transformers_tokenizer(base)
     questions = select_questions(dataset, tokenizer, config.evaluate.rows)
     judges: list[Judging] = []  # the first rank's
     ranks.on_first(lambda: judges.append(judging_of(config, questions)))

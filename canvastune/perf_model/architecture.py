@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canvastune.config import RunConfig, parse_config
+from canvastune.config.model_sizes import LayerShape, ModelSizes, read_sizes, token_ids
 from canvastune.config.schema import LoraConfig
 from canvastune.distributed.parallel_dims import expert_shard_dim
 from canvastune.model.parameter_names import (
@@ -29,7 +30,6 @@ from canvastune.model.parameter_names import (
     is_adapter,
     is_trained,
 )
-from canvastune.perf_model.model_sizes import LayerShape, ModelSizes, read_sizes
 
 if TYPE_CHECKING:  # they take seconds to import, and only a file in another form needs them
     from transformers import DiffusionGemmaConfig
@@ -230,6 +230,7 @@ def describe(model: WeightTiedDiffusionGemma, config: RunConfig, vision: int = 0
         canvas=model.config.canvas_length,
         longest=text.max_position_embeddings,
         vision=vision,
+        token_ids=token_ids(text.to_dict()),
     )
     return _architecture(sizes, config.train.method, config.lora, config.train.precision, weights)
 

@@ -15,11 +15,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from canvastune.config.model_sizes import LayerShape
 from canvastune.config.schema import Checkpointing, is_recomputed
 from canvastune.model.attention_calls import canvas_calls, sliding_calls
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
 from canvastune.perf_model.memory import StepShape, fsdp_units
-from canvastune.perf_model.model_sizes import LayerShape
 
 if TYPE_CHECKING:  # it holds tensors, and a plan needs none
     from canvastune.data.packing import PackedBatch

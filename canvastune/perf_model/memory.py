@@ -18,6 +18,7 @@ import functools
 import itertools
 from dataclasses import dataclass, replace
 
+from canvastune.config.model_sizes import LayerShape
 from canvastune.config.schema import Checkpointing, is_recomputed
 from canvastune.logit_chunks import chunk_rows, tile_columns
 from canvastune.model.attention_calls import (
@@ -26,7 +27,6 @@ from canvastune.model.attention_calls import (
     clean_mask_elements,
 )
 from canvastune.perf_model.architecture import FLOAT, Architecture, Weight
-from canvastune.perf_model.model_sizes import LayerShape
 
 # Keys of plan.json, whose spelling is kept. prose: ok
 PARTS = (

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase
 
 from canvastune.errors import UserError
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.template_renderer import TemplateRenderer
+from canvastune.preparation.tokenizer import ChatTokenizer
 
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer of a probe; never trained on
 _HINT = "Use the directory of an unchanged checkpoint."
@@ -82,7 +81,7 @@ class _Text(NamedTuple):
 class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, where: str) -> None:
         """Find the template's end of turn.
 
         Args:
@@ -92,18 +91,14 @@ class ChatEncoder:
             UserError: no chat template, or one whose end of turn is not a token of the tokenizer.
         """
         self._tokenizer = tokenizer
-        self._unknown: int | None = tokenizer.unk_token_id
-        if not tokenizer.chat_template:
+        self._unknown = tokenizer.unknown_id
+        if not tokenizer.template:
             raise UserError(
                 f"{where}: the tokenizer has no chat template",
                 hint="Use a model whose directory has chat_template.jinja.",
             )
-        # Resets the padding and truncation of tokenizer.json.
-        tokenizer([_SENTINEL], add_special_tokens=False)
-        self._renderer = TemplateRenderer(
-            tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        )
-        added = tokenizer.added_tokens_decoder
+        self._renderer = TemplateRenderer(tokenizer.template, tokenizer.special_tokens)
+        added = tokenizer.added_tokens
         asked = {"role": "user", "content": "x"}
         probe = Conversation((asked, {"role": "assistant", "content": _SENTINEL}))
         try:
@@ -122,7 +117,7 @@ class ChatEncoder:
             )
         # The newline after the marker belongs to the template's next turn, not to this one.
         self.closing = rendered.partition(_SENTINEL)[2].rstrip()
-        self.closing_ids = self._tokenize([self.closing])[0]
+        self.closing_ids = tokenizer.encode([self.closing])[0]
         if not self.closing_ids or not set(self.closing_ids) <= set(added):
             raise UserError(
                 f"{where}: the chat template closes a turn with {self.closing!r}, which is not a "
@@ -138,11 +133,11 @@ class ChatEncoder:
             self._header = self._header[: self._header.index(_OPEN_THOUGHT)]
         # Control tokens: all special ones, and those of the template even if they are not marked
         # special. Gemma's line breaks are added tokens too, but text.
-        template = tokenizer.get_chat_template()
         control = {
             token.content
             for token in added.values()
-            if token.special or (_NOT_WORDS.search(token.content) and token.content in template)
+            if token.special
+            or (_NOT_WORDS.search(token.content) and token.content in tokenizer.template)
         }
         self._control = frozenset(control)
         others = [re.escape(token) for token in control if not _SHAPES.fullmatch(token)]
@@ -161,10 +156,10 @@ class ChatEncoder:
         """Encode a batch; an InvalidRow takes the place of what cannot be trained on."""
         texts = self._texts(conversations)
         good = [text for text in texts if not isinstance(text, InvalidRow)]
-        prefixes = iter(self._tokenize([text.prefix for text in good]))
+        prefixes = iter(self._tokenizer.encode([text.prefix for text in good]))
         # Tokenized separately from the prefix: the boundary is then a token boundary, as in
         # inference.
-        responses = iter(self._tokenize([text.response for text in good]))
+        responses = iter(self._tokenizer.encode([text.response for text in good]))
         return [
             text
             if isinstance(text, InvalidRow)
@@ -179,14 +174,12 @@ class ChatEncoder:
         before the answer that inference never sees.
         """
         answer = _SENTINEL + self.closing
-        whole = self._tokenizer(
-            prompt + answer, add_special_tokens=False, return_offsets_mapping=True
-        )
-        starts = [start for start, _ in whole["offset_mapping"]]
+        whole = self._tokenizer.backend.encode(prompt + answer, add_special_tokens=False)
+        starts = [start for start, _ in whole.offsets]
         if len(prompt) not in starts:
             return  # a token straddles the boundary: inference only has the two separately
-        if whole["input_ids"] != [
-            token for tokens in self._tokenize([prompt, answer]) for token in tokens
+        if whole.ids != [
+            token for tokens in self._tokenizer.encode([prompt, answer]) for token in tokens
         ]:
             raise UserError(
                 f"{where}: the tokenizer encodes an answer differently after the prompt and "
@@ -201,8 +194,8 @@ class ChatEncoder:
         rendered = self._render_one(Conversation(({"role": "user", "content": "x"}, calling)))
         if isinstance(rendered, InvalidRow) or _SENTINEL not in rendered:
             return None
-        last = self._tokenize([rendered.rstrip()])[0][-1]
-        return last if self._tokenizer.convert_ids_to_tokens(last) in self._control else None
+        last = self._tokenizer.encode([rendered.rstrip()])[0][-1]
+        return last if self._tokenizer.backend.id_to_token(last) in self._control else None
 
     def _texts(self, conversations: Sequence[Conversation]) -> list[_Text | InvalidRow]:
         """Return prefix and response text of each conversation, checked against the template's own
@@ -338,11 +331,11 @@ class ChatEncoder:
         if "tool_calls" not in conversation.messages[-1]:
             return EncodedConversation(tokens, len(prefix), foreign=text.foreign)
         if response[-1] != self._call_closing:
-            name = self._tokenizer.convert_ids_to_tokens(response[-1])
+            name = self._tokenizer.backend.id_to_token(response[-1])
             return InvalidRow(
                 f"the chat template ends a tool call with {name!r}, where generation would not stop"
             )
-        closing = self._tokenizer.convert_ids_to_tokens(response[-1])
+        closing = self._tokenizer.decode(response[-1:])
         said = text.response.rpartition(_CLOSE_THOUGHT)[2].removesuffix(closing)
         return EncodedConversation(tokens, len(prefix), said, text.foreign)
 
@@ -353,17 +346,6 @@ class ChatEncoder:
             return self._renderer.render([conversation], generation=generation)[0]
         except Exception as error:  # a template may raise anything that its expressions raise
             return InvalidRow(f"the chat template refuses it: {' '.join(str(error).split())}")
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # The tokenizer's own call also computes offsets and creates a dict for every row, which
-        # doubles the time. The tokens are the same.
-        backend = self._tokenizer.backend_tokenizer
-        if isinstance(backend.model, BPE):
-            # It would cache 10,000 words of up to 256 bytes, 60 to 90 MB. To Gemma's tokenizer all
-            # text between two control tokens is one word, which does not repeat.
-            backend.model._resize_cache(0)
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
 
 def _after(prompt: str, rendering: str, header: str, closing: str) -> str | None:

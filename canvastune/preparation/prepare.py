@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from canvastune.config import RunConfig
 from canvastune.config.data import DataConfig
 from canvastune.data.data_profile import DataProfile
@@ -36,7 +34,12 @@ from canvastune.preparation.sources import OpenedSource, open_source, open_sourc
 from canvastune.preparation.split_writer import SplitWriter, content_hash, split_position
 from canvastune.preparation.stats import CALLS, DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
-from canvastune.preparation.tokenizer import check_end_of_call, check_end_of_turn, load_tokenizer
+from canvastune.preparation.tokenizer import (
+    ChatTokenizer,
+    check_end_of_call,
+    check_end_of_turn,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ def prepare_data(
             "seq_length": config.data.seq_length,
             "canvas_length": loaded.canvas_length,
             "positions": loaded.positions,
-            "tokenizer": type(loaded.tokenizer).__name__,
+            "tokenizer": loaded.tokenizer.class_name,
             "vocab_size": loaded.vocab_size,
             "samples": samples,
             "near_duplicates": near_duplicates(
@@ -284,7 +287,7 @@ def _example(
     }
 
 
-def _sample(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _sample(example: dict[str, Any], tokenizer: ChatTokenizer) -> dict[str, Any]:
     split = example["prefix_length"]
     return {
         "origin": example["origin"],

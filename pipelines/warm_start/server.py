@@ -43,17 +43,14 @@ _PACKAGES = "mlflow.utils.requirements_utils"
 _MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils", _PACKAGES)
 _ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
 _TORCH = ("torch", "torch._dynamo", "tabulate")  # the last at the end of a process with the second
-_PREPARE = (
-    *("datasets", *_TORCH, "canvastune.preparation.prepare", "canvastune.evaluation.preflight"),
-    *("accelerate", "transformers.models.gemma4.configuration_gemma4"),
-)
+_PREPARE = ("datasets", "canvastune.preparation.prepare", "canvastune.evaluation.preflight")
 _TRAIN = (
     *(*_TORCH, "torch.distributed.run", "peft", "canvastune.train"),
     *("transformers.models.gemma4.modeling_gemma4", "peft.utils.transformers_weight_conversion"),
 )
 _MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
-# Two servers import at the same time: most jobs of the first seconds need no PyTorch. By the step,
-# or else the module, that a job runs; in the order in which a run comes to them.
+# Two servers import at the same time: PyTorch takes one of them seconds. By the step, or else the
+# module, that a job runs; in the order in which a run comes to them.
 JOBS: dict[str, dict[str, tuple[str, ...]]] = {
     "without-torch": {
         "resolve": (*_RECORDED, "components.resolve.step"),
@@ -62,7 +59,7 @@ JOBS: dict[str, dict[str, tuple[str, ...]]] = {
         "finish": (*_STEP, "components.finish.step"),
     },
     "with-torch": {
-        "prepare_data": (KFP, *_PREPARE, "components.prepare_data.step"),
+        "prepare_data": (*_RECORDED, *_PREPARE, "components.prepare_data.step"),
         "torch.distributed.run": _TRAIN,
         "canvastune.train": _TRAIN,
         "merge_lora": ("components.merge_lora.step", *_MODEL, *_MODELS_IN_MLFLOW),
@@ -71,9 +68,10 @@ JOBS: dict[str, dict[str, tuple[str, ...]]] = {
         "pipelines.cli": (*_PREPARE, "pipelines.cli"),  # `canvastune prepare` of the demo
     },
 }
-# What these need is imported once one of the jobs before has come: it would hold those up, or the
-# command itself, whose imports take one of maybe two processors.
-_AFTER = {"train": {"plan", "prepare_data"}, "merge_lora": {"canvastune.train"}}
+# What these need is imported once one of these jobs has come: earlier it would hold up the steps
+# before, the command itself and the imports of the ranks, for which training waits longest, on
+# maybe two processors.
+_AFTER = {"train": {"train"}, "merge_lora": {"canvastune.train"}}
 _RANKS = ("torch.distributed.run", "canvastune.train")
 # Read while libraries are imported: a job where one differs needs a separate interpreter.
 _READ_AT_IMPORT = (

@@ -20,6 +20,7 @@ from benchmarks.scaling import (
     weight_share,
 )
 from benchmarks.traffic import KINDS, SMALL
+from canvastune.config.model_sizes import LayerShape
 from canvastune.perf_model.architecture import Architecture, Weight, read_architecture
 from canvastune.perf_model.flops import (
     EXCHANGE,
@@ -30,7 +31,6 @@ from canvastune.perf_model.flops import (
     ROOT_GATHER,
 )
 from canvastune.perf_model.memory import StepShape
-from canvastune.perf_model.model_sizes import LayerShape
 
 
 def by_hand(compute_bytes: int) -> Architecture:
@@ -57,6 +57,7 @@ def by_hand(compute_bytes: int) -> Architecture:
         window=1,
         canvas=1,
         longest=1,
+        token_ids={},
         full=True,
         rank=0,
         expert_rank=0,

@@ -7,9 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import DiffusionGemmaConfig, DiffusionGemmaTextConfig, GemmaTokenizer
+from transformers import (
+    DiffusionGemmaConfig,
+    DiffusionGemmaTextConfig,
+    GemmaTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from canvastune.config import RunConfig
+from canvastune.preparation.chat_template import ChatEncoder
+from canvastune.preparation.tokenizer import ChatTokenizer
 
 # A turn is <|turn>role\n{content}<turn|>\n, contents without outer blanks, as in Gemma 4.
 PLAIN = (
@@ -77,6 +84,11 @@ def make_tokenizer(
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """The encoder of a tokenizer that transformers made."""
+    return ChatEncoder(ChatTokenizer.of(tokenizer), "model")
 
 
 def released_template(training: bool = False) -> str:

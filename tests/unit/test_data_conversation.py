@@ -25,13 +25,13 @@ from canvastune.preparation.chat_template import ChatEncoder, EncodedConversatio
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.row_formats import RowFormat, RowReader, detect_format
 from canvastune.preparation.template_renderer import TemplateRenderer, _compile
-from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, make_tokenizer
+from tests.support.data_fixtures import PLAIN, SPECIAL, THOUGHT, WORDS, encoder_of, make_tokenizer
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
 TOKENIZERS = {
     name: make_tokenizer(template) for name, template in (("plain", PLAIN), ("thought", THOUGHT))
 }
-ENCODERS = {name: ChatEncoder(tokenizer, "model") for name, tokenizer in TOKENIZERS.items()}
+ENCODERS = {name: encoder_of(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *SPECIAL]
 both_templates = pytest.mark.parametrize("template", ["plain", "thought"])
 
@@ -172,14 +172,14 @@ def test_a_token_across_header_and_answer_is_split_as_at_inference() -> None:
     assert tokenizer.convert_tokens_to_ids("\nAnn") in whole, (
         "the fixture does not straddle: this test shows nothing"
     )
-    encoded = encode(conversation, ChatEncoder(tokenizer, "model"))
+    encoded = encode(conversation, encoder_of(tokenizer))
     assert encoded.prefix == inference_prompt(conversation, tokenizer)
     assert tokenizer.decode(encoded.response) == "Ann<turn|>"
 
 
 def test_a_template_that_keeps_outer_blanks_is_followed() -> None:
     tokenizer = make_tokenizer(PLAIN.replace(" | trim", ""))
-    encoded = encode(talk(("user", " q "), ("assistant", " a\n")), ChatEncoder(tokenizer, "model"))
+    encoded = encode(talk(("user", " q "), ("assistant", " a\n")), encoder_of(tokenizer))
     assert tokenizer.decode(encoded.response) == " a\n<turn|>"
 
 
@@ -223,7 +223,7 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() 
         "{%- if messages[-1]['content'] == 'no' -%}{{ raise_exception('I refuse no') }}{%-"
         " endif -%}" + PLAIN
     )
-    encoder = ChatEncoder(make_tokenizer(alternate), "model")
+    encoder = encoder_of(make_tokenizer(alternate))
     good, bad, also_good = encoder.encode(
         [talk(("user", "q"), ("assistant", answer)) for answer in ("yes", "no", "yes too")]
     )
@@ -234,11 +234,10 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_with_it() 
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
-    encoder = ChatEncoder(
+    encoder = encoder_of(
         make_tokenizer(
             PLAIN.replace("{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\nSure: ' -}}")
         ),
-        "model",
     )
     refused = encoder.encode([talk(("user", "q"), ("assistant", "a"))])[0]
     assert isinstance(refused, InvalidRow)
@@ -247,16 +246,14 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
 
 def test_a_template_without_its_end_of_turn_token_is_refused() -> None:
     with pytest.raises(UserError, match=r"^model: .*'<turn\|>'"):
-        ChatEncoder(
-            make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]), "model"
-        )
+        encoder_of(make_tokenizer(special=[token for token in SPECIAL if token != "<turn|>"]))
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"^model: ") as refused:
-        ChatEncoder(tokenizer, "model")
+        encoder_of(tokenizer)
     assert "chat_template.jinja" in refused.value.hint
 
 
@@ -266,7 +263,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_blank_is_refused() -> None:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     with pytest.raises(UserError, match=r"^model: the tokenizer "):
-        ChatEncoder(tokenizer, "model")
+        encoder_of(tokenizer)
 
 
 def test_a_batch_is_encoded_as_its_rows_are() -> None:
@@ -370,12 +367,12 @@ def test_a_tokenizer_of_many_texts_takes_no_more_memory() -> None:
     remembers texts that never come again.
     """
     for encoder in (
-        ChatEncoder(make_tokenizer(), "model"),
+        encoder_of(make_tokenizer()),
         pickle.loads(pickle.dumps(ENCODERS["plain"])),
     ):
         held = []
         for start in range(0, 6000, 500):
-            encoder._tokenize(
+            encoder._tokenizer.encode(
                 [f"{number} " + "abcdefgh" * 25 for number in range(start, start + 500)]
             )
             held.append(read_status(os.getpid())["RssAnon"])

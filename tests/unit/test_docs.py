@@ -28,6 +28,7 @@ from canvastune.config.data import ColumnsConfig, DataConfig
 from canvastune.config.loading import known_keys, loads
 from canvastune.preparation import messages, row_formats
 from canvastune.preparation.prepare import prepare_data
+from canvastune.preparation.tokenizer import ChatTokenizer
 from canvastune.tiny_model import make_tiny_model
 from pipelines import cli
 from pipelines.parser import build_parser, subcommands
@@ -540,8 +541,8 @@ def test_the_released_template_writes_what_a_picture_shows(
     form: data_page.Form, tiny: Path
 ) -> None:
     released = make_tokenizer(released_template(), special=TOOL_SPECIAL)
-    assert data_page.examples(form, released) == data_page.examples(
-        form, AutoTokenizer.from_pretrained(tiny)
+    assert data_page.examples(form, ChatTokenizer.of(released)) == data_page.examples(
+        form, ChatTokenizer.of(AutoTokenizer.from_pretrained(tiny))
     )
 
 

@@ -26,7 +26,7 @@ from canvastune.evaluation.scoring import (
     mcnemar,
     wilson,
 )
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 from tests.support.evaluation import pretend, recipe
 
 KEYS = [  # of evaluation.json, which other programs read
@@ -160,7 +160,7 @@ def test_counts_are_those_of_the_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five right after; two before, one of which is lost."""
-    questions = select_questions(prepared, load_tokenizer(models[0]).tokenizer, 6)
+    questions = select_questions(prepared, load_transformers_tokenizer(models[0]), 6)
     right = [question.reference for question in questions]
     number = right[2].rpartition("#### ")[2]
     said = {

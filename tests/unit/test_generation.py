@@ -25,7 +25,7 @@ from canvastune.evaluation.generation import (
     plain_text,
 )
 from canvastune.evaluation.sampler import Answer, Sampler
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 from tests.support.small import CANVAS, EOS, VOCABULARY, model_config, stock_model
 
 
@@ -115,7 +115,7 @@ def test_an_answer_ends_where_checkpoint_and_prepared_responses_say(
 def test_thinking_and_calls_stay_in_the_text(
     model: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
     ids = tokenizer.convert_tokens_to_ids
     thinks, answers, ends = ids("<|channel>"), ids("<channel|>"), ids("<turn|>")
     said = [ids("<mask>"), thinks, ids("7"), answers, ids("8"), ends]

@@ -44,7 +44,7 @@ from canvastune.evaluation.scoring import (
 )
 from canvastune.evaluation.tool_calls import InvalidCall, read_tool_calls
 from canvastune.preparation.prepare import prepare_data
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 from pipelines.submit import refuse_local_paths
 
 CALL = '<|tool_call>call:count{text:<|"|>a, b: {c}<|"|>,times:3}<tool_call|>'
@@ -126,7 +126,7 @@ def test_parallel_calls_are_compared_in_any_order() -> None:
 def test_calls_of_the_released_template_are_read_back(tiny_model: Path) -> None:
     """The template's own way to write arguments, for random ones, and no cut of them."""
     draw = random.Random(0)
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
 
     def value(depth: int = 0) -> Any:
         kinds: list[Any] = ["a, b", "", "{x: 1}", 3, -2.5, True, False]
@@ -446,7 +446,7 @@ def test_a_question_knows_its_source_and_the_length_of_its_reference(
     mixture: tuple[RunConfig, Path], tiny_model: Path
 ) -> None:
     config, dataset = mixture
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
     questions = select_questions(dataset, tokenizer, 1000)
     assert {question.source for question in questions} == {
         source.source for source in config.data.sources

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from canvastune.checkpoint.load import read_model_config
+from canvastune.config.model_sizes import read_sizes
 from canvastune.config.schema import LoraConfig
 from canvastune.errors import UserError
 from canvastune.perf_model import architecture
 from canvastune.perf_model.architecture import Architecture
-from canvastune.perf_model.model_sizes import read_sizes
 from canvastune.planner.planner import SHIPPED_CONFIG
 from canvastune.tiny_model import make_tiny_model
 

@@ -16,9 +16,11 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
 )
 
-from canvastune.checkpoint import hub_push
+from canvastune.checkpoint import generation_config, hub_push
 from canvastune.checkpoint.generation_config import (
+    STOCK_KEYS,
     read_generation_file,
+    sampler_keys,
     sampler_settings,
     write_generation_file,
 )
@@ -237,6 +239,13 @@ def test_a_usual_generation_config_gives_no_remark(
     assert (
         check_generation_config(changed_model(max_new_tokens=64, cache_implementation=None)) == []
     )
+
+
+def test_the_keys_and_the_sampler_are_those_of_stock_transformers() -> None:
+    assert vars(DiffusionGemmaGenerationConfig()).keys() == STOCK_KEYS
+    sampler = DiffusionGemmaGenerationConfig._get_default_generation_params()["sampler_config"]
+    settings = generation_config._defaults()
+    assert sampler_keys(settings)["sampler_config"]["_cls_name"] == type(sampler).__name__
 
 
 @pytest.mark.parametrize(

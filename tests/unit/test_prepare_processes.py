@@ -28,6 +28,7 @@ from canvastune.preparation.readers import Row
 from canvastune.preparation.tokenize_pool import EncoderPool, EncoderProcess, encode_newest
 from tests.support.data_fixtures import (
     THOUGHT,
+    encoder_of,
     make_model,
     make_tokenizer,
     problems,
@@ -128,7 +129,7 @@ def talk(row: dict[str, str]) -> Conversation:
 
 
 def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_with_is_not() -> None:
-    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    encoder = encoder_of(make_tokenizer(THOUGHT))
     conversations = [talk(row) for row in problems(4)]
     waiting: deque[Any] = deque(
         ([(Row("f", "f", n, None), each)], Future()) for n, each in enumerate(conversations)
@@ -144,7 +145,7 @@ def test_what_waits_is_encoded_here_from_the_end_and_what_a_process_has_begun_wi
 
 
 def test_a_process_that_is_asked_twice_at_once_gives_each_its_own_answer() -> None:
-    encoder = ChatEncoder(make_tokenizer(THOUGHT), "model")
+    encoder = encoder_of(make_tokenizer(THOUGHT))
     conversations = [talk(row) for row in problems(200)]
     with EncoderPool(encoder, 1) as workers:
         answers = [workers.encode([conversation]) for conversation in conversations]
@@ -230,7 +231,9 @@ def test_tokens_are_those_of_the_tokenizers_own_call() -> None:
     tokenizer = make_tokenizer(THOUGHT)
     tokenizer.backend_tokenizer.enable_truncation(5)  # as a tokenizer.json may ask for
     tokenizer.backend_tokenizer.enable_padding()
-    encoder = ChatEncoder(tokenizer, "model")
+    encoder = encoder_of(tokenizer)
     texts = ["<bos><|turn>user\nHi the<turn|>\n", "é 漢字 🙂\u200d end and ####  ", " ", "a" * 3000]
-    assert encoder._tokenize(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
-    assert encoder._tokenize([]) == []
+    assert (
+        encoder._tokenizer.encode(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    )
+    assert encoder._tokenizer.encode([]) == []

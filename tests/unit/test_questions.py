@@ -13,13 +13,13 @@ from canvastune.config import parse_config
 from canvastune.evaluation.generation import response_ends, select_questions
 from canvastune.evaluation.scoring import answer_part, find_reference, is_correct
 from canvastune.preparation.prepare import prepare_data
-from canvastune.preparation.tokenizer import load_tokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 from canvastune.tiny_model import write_problems
 from tests.support.evaluation import recipe
 
 
 def test_prompt_is_what_the_chat_template_gives(prepared: Path, tiny_model: Path) -> None:
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
     questions = select_questions(prepared, tokenizer, 6)
     rows: Any = load_from_disk(str(prepared / "validation"))
     histories = {row["id"]: json.loads(row["prompt"]) for row in rows}
@@ -40,7 +40,7 @@ def test_rows_with_tools_are_asked_with_their_tools(tiny_model: Path, tmp_path: 
     tree["evaluate"]["answer_pattern"] = r"call:(count\{.*\})<tool_call"
     config, out = parse_config(tree), tmp_path / "data"
     prepare_data(config, tiny_model, out)
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
     questions = select_questions(out, tokenizer, 1000)
     assert len({question.id for question in questions}) == len(questions)
     conversations = [json.loads(line) for line in rows.open()]
@@ -77,7 +77,7 @@ def test_rows_with_tools_are_asked_with_their_tools(tiny_model: Path, tmp_path: 
 def test_generation_stops_where_the_prepared_responses_end(
     prepared: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    tokenizer: Any = load_tokenizer(tiny_model).tokenizer
+    tokenizer: Any = load_transformers_tokenizer(tiny_model)
     end = tokenizer.convert_tokens_to_ids("<turn|>")
     assert response_ends(prepared) == [end]
     rows: Any = load_from_disk(str(prepared / "validation"))
@@ -98,7 +98,7 @@ def test_rows_are_chosen_by_content_and_not_by_their_place(
     rows: Any = load_from_disk(str(prepared / "validation"))
     backwards: Dataset = rows.select(range(len(rows) - 1, -1, -1))
     backwards.save_to_disk(str(tmp_path / "validation"))
-    tokenizer = load_tokenizer(tiny_model).tokenizer
+    tokenizer = load_transformers_tokenizer(tiny_model)
     assert select_questions(prepared, tokenizer, 5) == select_questions(tmp_path, tokenizer, 5)
 
 
@@ -114,7 +114,7 @@ def test_every_turn_of_a_conversation_is_as_likely_to_be_asked(
     turns = {row["id"]: int(row["origin"].split("#")[1]) for row in held_out}
     first_turn = min(turns.values())
     share = list(turns.values()).count(first_turn) / len(turns)
-    questions = select_questions(tmp_path / "data", load_tokenizer(tiny_model).tokenizer, 80)
+    questions = select_questions(tmp_path / "data", load_transformers_tokenizer(tiny_model), 80)
     chosen = [turns[question.id] for question in questions]
     spread = (share * (1 - share) / len(chosen)) ** 0.5
     assert len(held_out) > 2 * len(chosen)

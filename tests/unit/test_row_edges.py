@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from canvastune.config.data import DataConfig
-from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.chat_template import EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow, ParsedRow
 from canvastune.preparation.row_formats import RowReader, detect_format
 from canvastune.preparation.stats import UNUSED_TURNS, DatasetStats
-from tests.support.data_fixtures import PLAIN, make_tokenizer
+from tests.support.data_fixtures import PLAIN, encoder_of, make_tokenizer
 from tests.unit.test_tools_and_thinking import TOOLS, call, result, says, texts, user
 
 
@@ -289,7 +289,7 @@ def test_a_name_in_ignore_that_no_row_has_is_known() -> None:
 
 
 def test_control_tokens_of_other_models_are_text_and_counted() -> None:
-    encoder = ChatEncoder(make_tokenizer(PLAIN), "model")
+    encoder = encoder_of(make_tokenizer(PLAIN))
     texts = ("b<|im_end|>", "[INST] b [/INST] <s>", "b < c <br> [1] <|x", "<end_of_turn>" * 3)
     encoded = encoder.encode(
         [

@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 
 from canvastune.config.data import DataConfig
-from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.chat_template import EncodedConversation
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.row_formats import RowReader
 from canvastune.preparation.tools import ToolReader
-from tests.support.data_fixtures import PLAIN, TOOL_SPECIAL, make_tokenizer, released_template
+from tests.support.data_fixtures import (
+    PLAIN,
+    TOOL_SPECIAL,
+    encoder_of,
+    make_tokenizer,
+    released_template,
+)
 
 TOKENIZER = make_tokenizer(released_template(), special=TOOL_SPECIAL)
-ENCODER = ChatEncoder(TOKENIZER, "model")
+ENCODER = encoder_of(TOKENIZER)
 TOOLS = [
     {
         "type": "function",
@@ -283,7 +289,7 @@ def test_the_reference_of_a_call_is_the_call() -> None:
 
 def test_the_token_that_ends_a_call_is_known() -> None:
     assert ENCODER.call_closing_id == TOKENIZER.convert_tokens_to_ids("<|tool_response>")
-    assert ChatEncoder(make_tokenizer(PLAIN), "model").call_closing_id is None
+    assert encoder_of(make_tokenizer(PLAIN)).call_closing_id is None
 
 
 def test_text_beside_a_call_is_learned_where_the_template_writes_it() -> None:
@@ -354,7 +360,7 @@ def test_marked_turns_are_context_only() -> None:
     assert examples({"messages": messages[:2]}) == []
 
 
-NO_TOOLS = ChatEncoder(make_tokenizer(PLAIN), "model")
+NO_TOOLS = encoder_of(make_tokenizer(PLAIN))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +397,7 @@ def test_line_breaks_may_be_added_tokens() -> None:
     """In Gemma's tokenizer they are, and are text all the same."""
     tokenizer = make_tokenizer(released_template(), special=TOOL_SPECIAL)
     tokenizer.add_tokens(["\n", "user"], special_tokens=False)
-    encoder = ChatEncoder(tokenizer, "model")
+    encoder = encoder_of(tokenizer)
     (encoded,) = encoder.encode(examples({"messages": [user("a\n\nb\nuser"), says("c\n\nd")]}))
     assert isinstance(encoded, EncodedConversation)
 

@@ -16,6 +16,7 @@ from typing import Any
 Check = Callable[[Any], bool]
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _PATCH_SIZE, _POSITIONS = 16, 10 * 1024  # of the vision tower, where config.json does not say
+_TOKEN_IDS = {"pad": 0, "bos": 2, "eos": 1}  # where config.json does not say
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class ModelSizes:
     canvas: int
     longest: int  # tokens, from max_position_embeddings
     vision: int  # parameters of the vision tower and its projection
+    token_ids: Mapping[str, tuple[int, ...]]  # of the tokens "pad", "bos" and "eos"
 
 
 def read_sizes(model: Path) -> ModelSizes | None:
@@ -61,12 +63,12 @@ def read_sizes(model: Path) -> ModelSizes | None:
     text, vision = tree["text_config"], tree["vision_config"]
     if not _known(text, _TEXT, needed=_TEXT_SIZES) or not _known(vision, _VISION, _VISION_SIZES):
         return None
-    kinds, tokens = text["layer_types"], ("pad_token_id", "bos_token_id", "eos_token_id")
-    ids = [each for key in tokens for each in _listed(text.get(key, 0))]
+    kinds = text["layer_types"]
+    ids = token_ids(text)
     if (
         len(kinds) != text["num_hidden_layers"]
         or kinds[-1] != "full_attention"
-        or not all(each is None or each < text["vocab_size"] for each in ids)
+        or not all(each < text["vocab_size"] for group in ids.values() for each in group)
         or text["num_attention_heads"] % text["num_key_value_heads"]
         or text["num_attention_heads"] % text["num_global_key_value_heads"]
     ):
@@ -84,7 +86,20 @@ def read_sizes(model: Path) -> ModelSizes | None:
         canvas=tree.get("canvas_length", 256),
         longest=text["max_position_embeddings"],
         vision=_vision_parameters(vision, text["hidden_size"]),
+        token_ids=ids,
     )
+
+
+def token_ids(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the ids of the pad, bos and eos tokens in a text configuration, its defaults filled in;
+    none of a token that is null.
+    """
+    found = {}
+    for name, default in _TOKEN_IDS.items():
+        value = text.get(f"{name}_token_id", default)
+        many = value if isinstance(value, list) else [value]
+        found[name] = tuple(each for each in many if each is not None)
+    return found
 
 
 def _layer(text: Mapping[str, Any], sliding: bool) -> LayerShape:
@@ -114,10 +129,6 @@ def _known(tree: Any, checks: Mapping[str, Check], needed: tuple[str, ...]) -> b
         and set(needed) <= tree.keys() <= checks.keys()
         and all(checks[key](value) for key, value in tree.items())
     )
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _one_of(*values: Any) -> Check:
