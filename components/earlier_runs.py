@@ -15,13 +15,23 @@ from components.run_artifacts import find_run
 MAX_COMPARED = 5  # runs whose lines are distinguishable, in addition to the run itself
 
 
-def find_compared(folders: Sequence[Path]) -> list[RunArtifacts]:
+def find_compared(folders: Sequence[Path], own: Path | None = None) -> list[RunArtifacts]:
     """Return the runs that a report overlays on its own.
 
+    Args:
+        own: folder of the report's run; None: it has none yet.
+
     Raises:
-        UserError: a folder has no run that can be compared, or there are more runs than colors.
+        UserError: a folder has no run that can be compared, or is there twice, or there are more
+            runs than colors.
     """
     refuse_too_many(len(folders))
+    seen = set() if own is None else {own.resolve()}
+    for folder in folders:
+        if (real := folder.resolve()) in seen:
+            what = "the run itself" if own is not None and real == own.resolve() else "named twice"
+            raise UserError(f"compare: {folder} is {what}", hint="Name it once, or leave it out.")
+        seen.add(real)
     return [find_comparable(folder) for folder in folders]
 
 

@@ -128,7 +128,8 @@ def _report(options: argparse.Namespace) -> None:
     from components.run_directory import read_record
 
     folder = find_run_folder(options.run, options.workspace)
-    others = find_compared([find_run_folder(run, options.workspace) for run in options.compare])
+    compared = [find_run_folder(run, options.workspace) for run in options.compare]
+    others = find_compared(compared, folder)
     run = find_run(folder)
     if options.evaluation is not None:
         run = replace(run, evaluation=options.evaluation)

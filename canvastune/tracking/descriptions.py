@@ -20,7 +20,7 @@ STEP_NOTES = {
     "train": "Losses of every step, validation loss by corruption level, and system metrics.",
     "merge_lora": "The adapter, merged into the base shard by shard and verified.",
     "evaluate": "Held-out rows answered by the base and by the tuned model.",
-    "evaluate_base": "Answers of the base, to compare with those of the run `evaluate`.",
+    "evaluate_base": "The base in the same evaluation, to compare with the run `evaluate`.",
     "report": "One page with the curves, the answers and the figures.",
 }
 FAILURE_TAGS = ("canvastune.failed_step", "canvastune.error")  # of a run whose last attempt failed

@@ -111,7 +111,7 @@ def resolve(
         check_push(config.tracking.hub_model_id)
     _say_what_later_steps_lack(config)
     folder = run_directory(workspace, run_name, job_name)
-    find_compared(compared_folders(compare, Path(workspace)))
+    find_compared(compared_folders(compare, Path(workspace)), folder)
     data_config = parse_config(
         {
             "name": "prepared-data",

@@ -411,6 +411,10 @@ def test_a_run_that_cannot_be_compared_is_refused_at_the_start_and_left_out_at_t
     for folder in (no_steps, no_json):
         with pytest.raises(UserError, match=folder.name):
             find_compared([good, folder])
+    with pytest.raises(UserError, match="good is named twice"):
+        find_compared([good, tmp_path / "." / "good"])
+    with pytest.raises(UserError, match="good is the run itself"):
+        find_compared([good], own=good)
     assert [run.name for run in _existing_runs(folders)] == ["good"]
     captured = capsys.readouterr()
     assert (captured.out + captured.err).count("not compared") == 2
