@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import helm_python
 import pytest
+import yaml
 
-from tests.support.rendered_chart import texts
+from tests.support.rendered_chart import ci_values, render, texts
 from tools.chart_table import CHART, documented_values, values_table, with_table
 
 _AFFINITIES = [("steps", "nodeAffinity")] + [
@@ -230,6 +234,65 @@ def test_the_schema_has_exactly_the_keys_of_the_values(chart: helm_python.Chart)
     }
     free = resources | {f"{section}.affinity.{kind}" for section, kind in _AFFINITIES}
     assert set(missing(chart.values, keys(schema))) - free == {"global"}
+
+
+def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        if value is not None:
+            yield (*above, key)
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, key))
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return values as Helm merges those of two files."""
+    both = copy.deepcopy(one)
+    for key, value in other.items():
+        same = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = _merged(both[key], value) if same else copy.deepcopy(value)
+    return both
+
+
+def _empty(tree: Any) -> bool:
+    """Return whether a field in rendered objects has no value."""
+    if isinstance(tree, dict | list):
+        return any(map(_empty, tree.values() if isinstance(tree, dict) else tree))
+    return tree is None or (isinstance(tree, str) and ("<nil>" in tree or "%!" in tree))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("oidc", "airgapped", "company", "rdma", "serving", "trainjob-kueue"),
+        ("postgres-s3",),
+        ("ingress-tls-auth",),
+    ],
+    ids=lambda files: files[-1],
+)
+def test_a_key_without_a_value_is_refused_by_its_name_or_is_none(files: tuple[str, ...]) -> None:
+    """Helm removes the default of a key whose value is null, as it is in YAML with all lines below
+    it commented out.
+    """
+    values = functools.reduce(_merged, map(ci_values, files))
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    refused, wrong = 0, {}
+    for path in _paths(defaults):
+        null: Any = None
+        for key in reversed(path):
+            null = {key: null}
+        try:
+            rendered = render(_merged(values, null))
+        except helm_python.HelmError as error:
+            where, message = "/".join(("", *path[:-1])), str(error)
+            if f"at '{where}': missing property '{path[-1]}'" in message:
+                refused += 1
+            elif ".".join(path) not in message or ", expected " not in message:
+                wrong[path] = message
+        else:
+            if _empty(rendered):
+                wrong[path] = "rendered without a value"
+    assert wrong == {}
+    assert refused > 100
 
 
 def test_every_value_is_documented_and_the_readme_has_the_same_table() -> None:

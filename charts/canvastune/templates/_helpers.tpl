@@ -35,7 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{/* Names of pull secrets, each given as a name or as {name: ...}: those of all images and of one section. JSON. */}}
 {{- define "canvastune.pullSecretNames" -}}
 {{- $names := list -}}
-{{- range concat .root.Values.images.pullSecrets (default list .own) -}}
+{{- range concat (default list .root.Values.images.pullSecrets) (default list .own) -}}
 {{- $names = append $names (kindIs "string" . | ternary . (get (kindIs "map" . | ternary . dict) "name")) -}}
 {{- end -}}
 {{- $names | uniq | toJson -}}
@@ -52,7 +52,7 @@ imagePullSecrets:
 
 {{/* Annotations of an object: (dict "root" . "own" (dict ...)). Own ones win. */}}
 {{- define "canvastune.annotations" -}}
-{{- with merge (dict) (default dict .own) .root.Values.commonAnnotations }}
+{{- with merge (dict) (default dict .own) (default dict .root.Values.commonAnnotations) }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -142,16 +142,16 @@ A priority class is set by the caller: Kubeflow Pipelines has none for steps. */
 {{- $ca := .section.caBundle -}}
 {{- $bundle := dict "config_map" (default nil $ca.configMap) "secret" (default nil $ca.secret) "key" $ca.key -}}
 {{- dict
-  "env" .section.env
-  "secret_env" .section.secretEnv
+  "env" (default dict .section.env)
+  "secret_env" (default dict .section.secretEnv)
   "pull_secrets" (include "canvastune.pullSecretNames" (dict "root" .root "own" .section.pullSecrets) | fromJsonArray)
-  "resources" (dict "requests" (default dict .section.resources.requests) "limits" (default dict .section.resources.limits))
-  "node_selector" .section.nodeSelector
-  "tolerations" .section.tolerations
-  "affinity" .section.affinity
+  "resources" (dict "requests" (default dict (default dict .section.resources).requests) "limits" (default dict (default dict .section.resources).limits))
+  "node_selector" (default dict .section.nodeSelector)
+  "tolerations" (default list .section.tolerations)
+  "affinity" (default dict .section.affinity)
   "priority_class" (default nil .priorityClass)
-  "extra_volumes" .section.extraVolumes
-  "extra_volume_mounts" .section.extraVolumeMounts
+  "extra_volumes" (default list .section.extraVolumes)
+  "extra_volume_mounts" (default list .section.extraVolumeMounts)
   "ca_bundle" (or $ca.configMap $ca.secret | empty | ternary nil $bundle)
   | toJson -}}
 {{- end -}}
@@ -257,7 +257,7 @@ pod's own address, of either family, which probes and Prometheus call. */}}
 {{- range include "canvastune.mlflow.outerNames" . | fromJsonArray -}}
 {{- $hosts = concat $hosts (list . (printf "%s:*" .)) -}}
 {{- end -}}
-{{- concat $hosts .Values.mlflow.extraAllowedHosts | uniq | join "," -}}
+{{- concat $hosts (default list .Values.mlflow.extraAllowedHosts) | uniq | join "," -}}
 {{- end -}}
 
 {{/* The origins from which MLflow's own pages are loaded: their calls carry that origin. */}}
@@ -269,7 +269,7 @@ pod's own address, of either family, which probes and Prometheus call. */}}
 {{- range include "canvastune.mlflow.outerNames" . | fromJsonArray -}}
 {{- $origins = concat $origins (list (printf "https://%s" .) (printf "http://%s" .)) -}}
 {{- end -}}
-{{- concat $origins .Values.mlflow.extraAllowedOrigins | uniq | join "," -}}
+{{- concat $origins (default list .Values.mlflow.extraAllowedOrigins) | uniq | join "," -}}
 {{- end -}}
 
 {{/* The ingress' hosts, each given as a name or as {host: ..., paths: [...]}. JSON. */}}
@@ -299,7 +299,7 @@ pod's own address, of either family, which probes and Prometheus call. */}}
 {{- $names = concat $names (include "canvastune.ingress.hosts" . | fromJsonArray) -}}
 {{- end -}}
 {{- if .Values.httpRoute.enabled -}}
-{{- $names = concat $names .Values.httpRoute.hostnames -}}
+{{- $names = concat $names (default list .Values.httpRoute.hostnames) -}}
 {{- end -}}
 {{- $names | uniq | toJson -}}
 {{- end -}}
@@ -315,7 +315,7 @@ them. The pipeline's steps mount the workspace at /workspace, and so do the trai
 {{- define "canvastune.cluster" -}}
 {{- $training := .Values.training -}}
 {{- $inRuntime := eq $training.backend "trainjob" -}}
-{{- $env := merge (dict) $training.env (dict "MLFLOW_TRACKING_URI" (include "canvastune.mlflow.url" .)) -}}
+{{- $env := merge (dict) (default dict $training.env) (dict "MLFLOW_TRACKING_URI" (include "canvastune.mlflow.url" .)) -}}
 {{- $settings := include "canvastune.podSettings" (dict "root" . "section" $training) | fromJson -}}
 {{- $limits := $settings.resources.limits -}}
 {{- if and $training.cpuLimit (not (hasKey $limits "cpu")) -}}
