@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Check = Callable[[Any], bool]
+TokenIds = Mapping[str, int | list[int]]  # of the tokens "pad", "bos" and "eos", if they have any
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _PATCH_SIZE, _POSITIONS = 16, 10 * 1024  # of the vision tower, where config.json does not say
 _TOKEN_IDS = {"pad": 0, "bos": 2, "eos": 1}  # where config.json does not say
@@ -46,7 +47,7 @@ class ModelSizes:
     canvas: int
     longest: int  # tokens, from max_position_embeddings
     vision: int  # parameters of the vision tower and its projection
-    token_ids: Mapping[str, tuple[int, ...]]  # of the tokens "pad", "bos" and "eos"
+    token_ids: TokenIds
 
 
 def read_sizes(model: Path) -> ModelSizes | None:
@@ -56,7 +57,7 @@ def read_sizes(model: Path) -> ModelSizes | None:
     path = model / "config.json" if model.is_dir() else model
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not _known(tree, _MODEL, needed=("model_type", "text_config", "vision_config")):
         return None
@@ -68,7 +69,11 @@ def read_sizes(model: Path) -> ModelSizes | None:
     if (
         len(kinds) != text["num_hidden_layers"]
         or kinds[-1] != "full_attention"
-        or not all(each < text["vocab_size"] for group in ids.values() for each in group)
+        or not all(
+            each < text["vocab_size"]
+            for value in ids.values()
+            for each in (value if isinstance(value, list) else [value])
+        )
         or text["num_attention_heads"] % text["num_key_value_heads"]
         or text["num_attention_heads"] % text["num_global_key_value_heads"]
     ):
@@ -90,16 +95,10 @@ def read_sizes(model: Path) -> ModelSizes | None:
     )
 
 
-def token_ids(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the ids of the pad, bos and eos tokens in a text configuration, its defaults filled in;
-    none of a token that is null.
-    """
-    found = {}
-    for name, default in _TOKEN_IDS.items():
-        value = text.get(f"{name}_token_id", default)
-        many = value if isinstance(value, list) else [value]
-        found[name] = tuple(each for each in many if each is not None)
-    return found
+def token_ids(text: Mapping[str, Any]) -> TokenIds:
+    """Return the ids of the special tokens in a text configuration, its defaults filled in."""
+    found = {name: text.get(f"{name}_token_id", own) for name, own in _TOKEN_IDS.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _layer(text: Mapping[str, Any], sliding: bool) -> LayerShape:
@@ -144,7 +143,8 @@ def _token(value: Any) -> bool:
 
 
 def _tokens(value: Any) -> bool:
-    return all(_token(each) for each in value) if isinstance(value, list) else _token(value)
+    many = isinstance(value, list) and all(each is not None and _token(each) for each in value)
+    return many or _token(value)
 
 
 def _float(value: Any) -> bool:

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
-from canvastune.errors import UserError
+from canvastune.errors import UserError, one_line
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.template_renderer import TemplateRenderer
 from canvastune.preparation.tokenizer import ChatTokenizer
@@ -104,9 +103,10 @@ class ChatEncoder:
         try:
             rendered = self._renderer.render([probe])[0]
             prompt = self._renderer.render([probe], generation=True)[0]
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template may raise anything that its expressions raise
             raise UserError(
-                f"{where}: the chat template cannot render a user and an assistant turn ({error})",
+                f"{where}: the chat template cannot render a user and an assistant turn"
+                f" ({one_line(error)})",
                 hint=_HINT,
             ) from None
         if rendered.count(_SENTINEL) != 1:

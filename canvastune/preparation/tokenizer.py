@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
-from canvastune.config.model_sizes import read_sizes, token_ids
+from canvastune.config.model_sizes import TokenIds, read_sizes, token_ids
 from canvastune.errors import UserError, one_line
 
 if TYPE_CHECKING:  # takes seconds to import, and a checkpoint in the released form needs none of it
     from transformers import DiffusionGemmaConfig, PreTrainedTokenizerBase
 
 _HINT = "Use the directory of an unchanged checkpoint."
+_PANIC = "PanicException"  # of tokenizers' Rust code, no Exception and of no public module
 _CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")  # one class, by its names in version 5 and 4
 _TEMPLATE = "chat_template.jinja"
 # Other places where transformers finds tokens and chat templates.
@@ -28,13 +29,24 @@ _OTHER_FILES = (
 )
 _TOKEN_KEY = re.compile(r"_token(_\d+)?$")  # Gemma has numbered ones, which have no effect
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+_SIDES = ("left", "right")
 # Keys of tokenizer_config.json that do not change tokens, or what a template sees.
-_WITHOUT_EFFECT = frozenset(
-    {
-        *("backend", "clean_up_tokenization_spaces", "is_local", "local_files_only"),
-        *("model_max_length", "padding_side", "processor_class", "response_schema"),
-        *("tokenizer_class", "truncation_side"),
-    }
+_WITHOUT_EFFECT: dict[str, Callable[[Any], bool]] = {
+    "backend": lambda value: value == "tokenizers",
+    "clean_up_tokenization_spaces": lambda value: type(value) is bool,
+    "is_local": lambda value: type(value) is bool,
+    "local_files_only": lambda value: type(value) is bool,
+    "model_max_length": lambda value: type(value) in (int, float),
+    "padding_side": lambda value: value in _SIDES,
+    "processor_class": lambda value: type(value) is str,
+    "response_schema": lambda value: isinstance(value, dict),
+    "tokenizer_class": lambda value: value in _CLASSES,
+    "truncation_side": lambda value: value in _SIDES,
+}
+# In tokenizer.json: parts of words that are marked, which transformers ignores and a tokenizer may
+# refuse to be made with; and merges in their older form, which transformers reads more strictly.
+_OTHER_MODEL = re.compile(
+    r'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"|"merges"\s*:\s*\[\s*"'
 )
 # What transformers puts into a GemmaTokenizer whatever tokenizer.json says; its post-processor only
 # adds special tokens, which a chat template writes itself.
@@ -136,7 +148,7 @@ def load_tokenizer(model: Path) -> ModelTokenizer:
         ids = token_ids(text.to_dict())
         found = text.vocab_size, config.canvas_length, text.max_position_embeddings
     else:
-        ids, found = dict(sizes.token_ids), (sizes.vocabulary, sizes.canvas, sizes.longest)
+        ids, found = sizes.token_ids, (sizes.vocabulary, sizes.canvas, sizes.longest)
     tokenizer = None if sizes is None else _read_tokenizer(model)
     if tokenizer is None:
         loaded = _load(model)
@@ -174,7 +186,7 @@ def _read_config(model: Path) -> DiffusionGemmaConfig:
 
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a value: transformers', huggingface_hub's or Python's own
         raise UserError(
             f"{model / 'config.json'}: cannot be read ({one_line(error)})", hint=_HINT
         ) from None
@@ -197,12 +209,23 @@ def _load(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # what the library raises for a file that it cannot parse
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, local_files_only=True
+        )
+    except BaseException as error:  # what the library raises for a file that it cannot parse
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         raise UserError(
             f"{model}: the tokenizer cannot be loaded ({one_line(error)})",
             hint="Use the directory of an unchanged checkpoint, including tokenizer.json.",
         ) from None
+    if not isinstance(getattr(loaded, "backend_tokenizer", None), Tokenizer):
+        raise UserError(
+            f"{model}: tokenizer_class is {type(loaded).__name__}, expected a fast tokenizer, as"
+            f" {_CLASSES[0]}",
+            hint=_HINT,
+        )
+    return loaded
 
 
 def _read_tokenizer(model: Path) -> ChatTokenizer | None:
@@ -213,12 +236,13 @@ def _read_tokenizer(model: Path) -> ChatTokenizer | None:
         settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         template = (model / _TEMPLATE).read_text(encoding="utf-8")
         named = _named_tokens(settings)
-        if named is None:
+        text = (model / "tokenizer.json").read_text(encoding="utf-8")
+        if named is None or _OTHER_MODEL.search(text):
             return None
-        backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+        backend = Tokenizer.from_str(text)
     except Exception:  # tokenizers raises nothing more special; transformers says what is wrong
         return None
-    if not _is_gemma(backend, named["unk_token"]):
+    if backend.truncation or backend.padding or not _is_gemma(backend, named["unk_token"]):
         return None
     special = {
         token.content for token in backend.get_added_tokens_decoder().values() if token.special
@@ -233,18 +257,27 @@ def _named_tokens(settings: Any) -> dict[str, str] | None:
     """Return the special tokens of a tokenizer_config.json by their names; None: it has a setting
     whose meaning only transformers knows.
     """
-    if not isinstance(settings, dict) or settings.get("tokenizer_class") not in _CLASSES:
+    if not isinstance(settings, dict) or "tokenizer_class" not in settings:
         return None
     given = dict(settings)
     extra = given.pop("extra_special_tokens", [])
     specific = given.pop("model_specific_special_tokens", {})
     tokens = {key: value for key, value in given.items() if _TOKEN_KEY.search(key)}
+    in_template = {key for key in tokens if key.endswith("_token")}
     if (
         not isinstance(extra, list)
         or not isinstance(specific, dict)
-        or not given.keys() <= tokens.keys() | _WITHOUT_EFFECT
         or not tokens.keys() >= set(_NAMED)
-        or not all(type(each) is str for each in [*extra, *specific.values(), *tokens.values()])
+        # In one of the two places: of what is in both, transformers has separate rules.
+        or (specific and in_template != set(_NAMED))
+        or not all(key.endswith("_token") and key not in _NAMED for key in specific)
+        or not all(
+            type(each) is str and each for each in [*extra, *specific.values(), *tokens.values()]
+        )
+        or not all(
+            key in tokens or (key in _WITHOUT_EFFECT and _WITHOUT_EFFECT[key](value))
+            for key, value in given.items()
+        )
     ):
         return None
     return {key: value for key, value in (tokens | specific).items() if key.endswith("_token")}
@@ -258,7 +291,6 @@ def _is_gemma(backend: Tokenizer, unknown: str) -> bool:
         isinstance(model, BPE)
         and (model.unk_token, model.fuse_unk, model.byte_fallback) == (unknown, True, True)
         and not (model.dropout or model.ignore_merges)
-        and not (model.continuing_subword_prefix or model.end_of_word_suffix)
         and [part and json.loads(part.__getstate__()) for part in parts]
         == [_NORMALIZER, _PRE_TOKENIZER, _DECODER]
     )
@@ -267,7 +299,7 @@ def _is_gemma(backend: Tokenizer, unknown: str) -> bool:
 def _check_ids(
     tokenizer: ChatTokenizer,
     vocab_size: int,
-    ids: Mapping[str, Sequence[int]],
+    ids: TokenIds,
     model: Path,
 ) -> None:
     """Refuse a tokenizer of another model.
@@ -289,12 +321,11 @@ def _check_ids(
         )
     for name, expected in ids.items():
         found = tokenizer.id_of(name)
-        if expected and found not in expected:
-            shown = expected[0] if len(expected) == 1 else list(expected)
+        if found not in (expected if isinstance(expected, list) else [expected]):
             raise UserError(
                 f"{model}: the tokenizer does not belong to the model: its {name} token is "
                 f"{tokenizer.special_tokens.get(f'{name}_token')!r} "
-                f"with id {found}, text_config.{name}_token_id of config.json is {shown}",
+                f"with id {found}, text_config.{name}_token_id of config.json is {expected}",
                 hint=_HINT,
             )
 

@@ -64,19 +64,17 @@ def log_answers(
         locations=[info.experiment_id], run_id=run_id, include_spans=False, max_results=500
     )
     known = {each.info.trace_id: each.info for each in found if _ROW in each.info.tags}
-    sent = []
+    # First: from spans that come later, MLflow computes a time of each trace, of which nothing is known.
+    stored = not traces or _log_spans(tracing, info.experiment_id, [each.span() for each in traces])
     for trace in traces:
         made = trace.info()
         if earlier := known.pop(trace.name, None):
             _keep_assessments(tracing, earlier, made)
             if _SUPERSEDED in earlier.tags:  # the answer is given again
                 client.delete_trace_tag(trace.name, _SUPERSEDED)
-        sent.append(tracing.start_trace(made))
-    # Once their traces are there: MLflow would first make these from the spans, and again then.
-    if traces and not _log_spans(tracing, info.experiment_id, [each.span() for each in traces]):
-        for trace, made in zip(traces, sent, strict=True):
-            if made.tags.get(_SPANS) is None:
-                tracing._upload_trace_data(made, TraceData(spans=[trace.span()]))
+        sent = tracing.start_trace(made)
+        if not stored and sent.tags.get(_SPANS) is None:
+            tracing._upload_trace_data(sent, TraceData(spans=[trace.span()]))
     assessed = [name for name, each in known.items() if traces and _of_people(each)]
     for name in assessed:
         client.set_trace_tag(name, _SUPERSEDED, "true")

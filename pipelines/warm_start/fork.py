@@ -14,6 +14,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,6 +110,14 @@ def run_as_main(module: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def _keep_operators() -> None:
+    """Let PyTorch's operators end with the process: it would take each of them back before."""
+    if library := sys.modules.get("torch.library"):
+        for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+            if (found := each.peek()) and found[1] is library._del_library:
+                each.atexit = False
+
+
 def exit_code_of(program: Callable[[], object]) -> int:
     """Run a program to completion; return the exit code that an interpreter would have.
 
@@ -132,6 +141,7 @@ def exit_code_of(program: Callable[[], object]) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
     threading._shutdown()  # type: ignore[attr-defined]
+    _keep_operators()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

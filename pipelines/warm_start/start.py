@@ -112,4 +112,5 @@ def _start(command: Sequence[str], address: str) -> subprocess.Popen[bytes]:
             env={**os.environ, **step_variables()},
             stdin=listener.fileno(),
             stdout=subprocess.PIPE,  # its end here is closed with this process
+            process_group=0,  # Ctrl-C is for this process and its steps
         )

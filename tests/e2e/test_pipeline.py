@@ -423,6 +423,7 @@ def test_every_step_of_a_run_is_in_mlflow(runs: Runs) -> None:
     for name, side in (("evaluate", "after"), ("evaluate_base", "before")):
         (run,) = (run for run in children if run.info.run_name == f"{own}: {name}")
         traces = client.search_traces(locations=[parent.info.experiment_id], run_id=run.info.run_id)
+        assert {trace.info.execution_duration for trace in traces} == {None}, "no time was measured"
         answers = (_folder(runs.lora) / "evaluation/answers.jsonl").read_text().splitlines()
         shown = sorted(trace.data.spans[0].outputs for trace in traces)
         assert shown == sorted(json.loads(line)[side] for line in answers)

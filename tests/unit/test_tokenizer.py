@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from canvastune.preparation import tokenizer as room
+from canvastune.preparation.chat_template import ChatEncoder
 from canvastune.preparation.tokenizer import (
     ChatTokenizer,
     load_tokenizer,
@@ -75,7 +76,7 @@ def a_word_of_the_users(config: Tree, tokenizer: Tree) -> None:
     tokenizer["added_tokens"].append(added | {"content": "Ann has", "special": False})
 
 
-SAME: list[Edit] = [named, of_version_4, padded, without_a_post_processor, a_word_of_the_users]
+SAME: list[Edit] = [named, of_version_4, without_a_post_processor, a_word_of_the_users]
 
 
 def another_class(config: Tree, tokenizer: Tree) -> None:
@@ -145,12 +146,41 @@ def words_before_merges(config: Tree, tokenizer: Tree) -> None:
     tokenizer["model"]["ignore_merges"] = True
 
 
+def marked_parts_of_words(config: Tree, tokenizer: Tree) -> None:
+    tokenizer["model"]["continuing_subword_prefix"] = "##"  # tokenizers' Rust code panics
+
+
+def merges_as_text(config: Tree, tokenizer: Tree) -> None:
+    tokenizer["model"]["merges"] = [" ".join(each) for each in tokenizer["model"]["merges"]]
+
+
+def a_specific_token_without_the_usual_ending(config: Tree, tokenizer: Tree) -> None:
+    named(config, tokenizer)
+    config["model_specific_special_tokens"]["other"] = "<|new|>"
+
+
+def numbered_specific_tokens(config: Tree, tokenizer: Tree) -> None:
+    named(config, tokenizer)
+    config["model_specific_special_tokens"]["tool_token_0"] = config.pop("tool_token_0")
+
+
+def specific_tokens_beside_named_ones(config: Tree, tokenizer: Tree) -> None:
+    config["model_specific_special_tokens"] = {"think_token": "<mask>"}
+
+
+def a_usual_token_among_the_specific_ones(config: Tree, tokenizer: Tree) -> None:
+    named(config, tokenizer)
+    config["model_specific_special_tokens"]["mask_token"] = "<eos>"
+
+
 OTHER: list[Edit] = [
     *(another_class, no_class, an_unknown_setting, a_template_among_the_settings),
     *(a_token_with_settings, a_named_token_that_is_missing, an_extra_token_that_is_missing),
     *(a_named_token_that_is_not_special, an_unnamed_mask, added_tokens_among_the_settings),
     *(no_normalizer, another_normalizer, another_pre_tokenizer, another_decoder, no_bytes),
-    words_before_merges,
+    *(words_before_merges, marked_parts_of_words, merges_as_text, padded),
+    *(a_specific_token_without_the_usual_ending, numbered_specific_tokens),
+    *(specific_tokens_beside_named_ones, a_usual_token_among_the_specific_ones),
 ]
 
 
@@ -262,6 +292,59 @@ def test_two_templates_and_none_of_them_the_default_are_refused(
     with pytest.raises(room.UserError, match="template") as refused:
         load_tokenizer(model)
     assert str(model) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("padding_side", "up", "the tokenizer cannot be loaded"),
+        ("truncation_side", None, "the tokenizer cannot be loaded"),
+        ("tokenizer_class", "CanineTokenizer", "tokenizer_class is CanineTokenizer"),
+        ("tokenizer_class", "ByT5Tokenizer", "tokenizer_class is ByT5Tokenizer"),
+    ],
+)
+def test_settings_that_transformers_refuses_are_refused(
+    edited: Callable[[Edit], Path], setting: str, value: Any, message: str
+) -> None:
+    model = edited(lambda config, tokenizer: config.update({setting: value}))
+    with pytest.raises(room.UserError, match=message) as refused:
+        load_tokenizer(model)
+    assert str(model) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"eos_token_id": []}, r"text_config\.eos_token_id of config.json is \[\]"),
+        ({"eos_token_id": [5]}, r"text_config\.eos_token_id of config.json is \[5\]"),
+        ({"eos_token_id": [None]}, "cannot be read"),
+        ({"pad_token_id": "1"}, "cannot be read"),
+        ({"vocab_size": None}, "cannot be read"),
+        ({"layer_types": ["other"]}, "cannot be read"),
+    ],
+)
+def test_values_of_a_config_that_transformers_refuses_are_refused(
+    edited: Callable[[Edit], Path], text: Tree, message: str
+) -> None:
+    model = edited(lambda config, tokenizer: None)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= text
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(room.UserError, match=message) as refused:
+        load_tokenizer(model)
+    assert str(model) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{%- macro a() -%}{{ a() }}{%- endmacro -%}{{ a() }}"]
+)
+def test_a_template_that_fails_in_any_way_is_named(
+    edited: Callable[[Edit], Path], template: str
+) -> None:
+    model = edited(lambda config, tokenizer: None)
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(room.UserError, match="the chat template cannot render"):
+        ChatEncoder(load_tokenizer(model).tokenizer, str(model))
 
 
 def test_preparation_imports_neither_pytorch_nor_models(tmp_path: Path, problems: Path) -> None:
