@@ -18,8 +18,9 @@ from xml.sax.saxutils import escape
 
 from canvastune.config.loading import loads
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
 from canvastune.preparation.row_formats import RowReader, detect_format
-from canvastune.preparation.tokenizer import ChatTokenizer, load_tokenizer
+from canvastune.preparation.tokenizer import load_tokenizer
 from canvastune.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -211,14 +211,10 @@ class _Reader:
         self.remarks: list[str] = []
 
     def sampler(self) -> SamplerSettings:
-        steps = self._number("max_denoising_steps", "steps", int, lambda found: found > 0)
+        steps = self._number("max_denoising_steps", int, lambda found: found > 0)
         low, high = self._temperatures()
-        stable = self._number(
-            "stability_threshold", "stability_threshold", int, lambda found: found >= 0
-        )
-        confident = self._number(
-            "confidence_threshold", "confidence_threshold", float, lambda found: found > 0
-        )
+        stable = self._number("stability_threshold", int, lambda found: found >= 0)
+        confident = self._number("confidence_threshold", float, lambda found: found > 0)
         return SamplerSettings(steps, self._bound(), low, high, stable, confident)
 
     def stops(self) -> tuple[int, ...]:
@@ -271,8 +267,8 @@ class _Reader:
         return float(bound)
 
     def _temperatures(self) -> tuple[float, float]:
-        low = self._number("t_min", "t_min", float, lambda found: found >= 0)
-        high = self._number("t_max", "t_max", float, lambda found: found > 0)
+        low = self._number("t_min", float, lambda found: found >= 0)
+        high = self._number("t_max", float, lambda found: found > 0)
         if low < high:
             return low, high
         for key in ("t_min", "t_max"):
@@ -284,15 +280,15 @@ class _Reader:
         )
         return defaults.t_min, defaults.t_max
 
-    def _number(self, key: str, setting: str, kind: type, fits: Callable[[float], bool]) -> Any:
-        """Return a key's number as stock expects it, or the setting's default with a remark."""
+    def _number(self, key: str, kind: type, fits: Callable[[float], bool]) -> Any:
+        """Return a key's number as stock expects it, or the default with a remark."""
         value = self.found.get(key)
         if value is None:
-            return getattr(_defaults(), setting)
+            return sampler_keys(_defaults())[key]
         if _is_number(value) and fits(value) and (kind is float or value == int(value)):
             self.usable[key] = kind(value)
             return kind(value)
-        default = getattr(_defaults(), setting)
+        default = sampler_keys(_defaults())[key]
         self._unused(key, f"it is DiffusionGemma's own {default}")
         return default
 

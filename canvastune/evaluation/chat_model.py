@@ -16,7 +16,8 @@ from canvastune.checkpoint.load import read_model_config
 from canvastune.config.schema import EvaluateConfig
 from canvastune.evaluation.generation import Question, answering, generate_answers, plain_text
 from canvastune.preparation.chat_template import ChatEncoder
-from canvastune.preparation.tokenizer import ChatTokenizer, load_transformers_tokenizer
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
+from canvastune.preparation.tokenizer import load_transformers_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from canvastune.errors import UserError, one_line
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.template_renderer import TemplateRenderer
-from canvastune.preparation.tokenizer import ChatTokenizer
 
 _SENTINEL = "Zq7SentinelAnswer7qZ"  # the answer of a probe; never trained on
 _HINT = "Use the directory of an unchanged checkpoint."

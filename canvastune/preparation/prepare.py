@@ -25,6 +25,7 @@ from canvastune.io.atomic import atomic_directory
 from canvastune.io.provenance import local_inputs, write_provenance
 from canvastune.preparation.card import write_card
 from canvastune.preparation.chat_template import ChatEncoder, EncodedConversation
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
 from canvastune.preparation.conversation import Conversation, InvalidRow
 from canvastune.preparation.example_stream import read_examples
 from canvastune.preparation.near_duplicates import describe, near_duplicates
@@ -34,12 +35,7 @@ from canvastune.preparation.sources import OpenedSource, open_source, open_sourc
 from canvastune.preparation.split_writer import SplitWriter, content_hash, split_position
 from canvastune.preparation.stats import CALLS, DatasetStats, ProgressLog, check_thresholds
 from canvastune.preparation.tokenize_pool import Batch, EncoderPool, encode, usable_cpus
-from canvastune.preparation.tokenizer import (
-    ChatTokenizer,
-    check_end_of_call,
-    check_end_of_turn,
-    load_tokenizer,
-)
+from canvastune.preparation.tokenizer import check_end_of_call, check_end_of_turn, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -112,9 +112,10 @@ def run_as_main(module: str) -> None:
 
 def _keep_operators() -> None:
     """Let PyTorch's operators end with the process: it would take each of them back before."""
-    if library := sys.modules.get("torch.library"):
+    take_back = getattr(sys.modules.get("torch.library"), "_del_library", None)
+    if take_back is not None:
         for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-            if (found := each.peek()) and found[1] is library._del_library:
+            if (found := each.peek()) and found[1] is take_back:
                 each.atexit = False
 
 

@@ -42,10 +42,10 @@ _STEP = (*_RECORDED, *_MLFLOW)
 _PACKAGES = "mlflow.utils.requirements_utils"
 _MODELS_IN_MLFLOW = ("mlflow.pyfunc", "mlflow.utils.search_logged_model_utils", _PACKAGES)
 _ANSWERS_IN_MLFLOW = ("mlflow.tracing.client", "opentelemetry.sdk.metrics")
-_TORCH = ("torch", "torch._dynamo", "tabulate")  # the last at the end of a process with the second
 _PREPARE = ("datasets", "canvastune.preparation.prepare", "canvastune.evaluation.preflight")
 _TRAIN = (
-    *(*_TORCH, "torch.distributed.run", "peft", "canvastune.train"),
+    *("torch", "torch._dynamo", "tabulate"),  # the last at the end of a process with the second
+    *("torch.distributed.run", "peft", "canvastune.train"),
     *("transformers.models.gemma4.modeling_gemma4", "peft.utils.transformers_weight_conversion"),
 )
 _MODEL = ("canvastune.merge", "canvastune.evaluation.run", *_STEP)
@@ -68,10 +68,10 @@ JOBS: dict[str, dict[str, tuple[str, ...]]] = {
         "pipelines.cli": (*_PREPARE, "pipelines.cli"),  # `canvastune prepare` of the demo
     },
 }
-# What these need is imported once one of these jobs has come: earlier it would hold up the steps
+# What these need is imported once this job has come: earlier it would hold up the steps
 # before, the command itself and the imports of the ranks, for which training waits longest, on
 # maybe two processors.
-_AFTER = {"train": {"train"}, "merge_lora": {"canvastune.train"}}
+_AFTER = {"train": "train", "merge_lora": "canvastune.train"}
 _RANKS = ("torch.distributed.run", "canvastune.train")
 # Read while libraries are imported: a job where one differs needs a separate interpreter.
 _READ_AT_IMPORT = (
@@ -156,7 +156,7 @@ class Server:
             return None
         waiting = [job.needs for job in self._jobs if not job.process]
         next_jobs = itertools.takewhile(
-            lambda name: name not in _AFTER or _AFTER[name] & self._asked, self._needed
+            lambda name: name not in _AFTER or _AFTER[name] in self._asked, self._needed
         )
         later = (self._needed[name] for name in next_jobs)
         needed = (module for needs in (*waiting, *later) for module in needs)

@@ -16,7 +16,7 @@ from transformers import (
 
 from canvastune.config import RunConfig
 from canvastune.preparation.chat_template import ChatEncoder
-from canvastune.preparation.tokenizer import ChatTokenizer
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
 
 # A turn is <|turn>role\n{content}<turn|>\n, contents without outer blanks, as in Gemma 4.
 PLAIN = (

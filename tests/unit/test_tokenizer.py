@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from canvastune.preparation import tokenizer as room
+from canvastune.errors import UserError
 from canvastune.preparation.chat_template import ChatEncoder
-from canvastune.preparation.tokenizer import (
-    ChatTokenizer,
-    load_tokenizer,
-    load_transformers_tokenizer,
-)
+from canvastune.preparation.chat_tokenizer import ChatTokenizer
+from canvastune.preparation.tokenizer import load_tokenizer, load_transformers_tokenizer
+from canvastune.preparation.tokenizer_files import read_tokenizer
 from pipelines.demo import SUPPORT_BASE
 from tests.support.data_fixtures import THOUGHT, make_model
 
@@ -222,36 +220,32 @@ def edited(tmp_path: Path) -> Callable[[Edit], Path]:
     return edit
 
 
+def assert_read_here(model: Path) -> ChatTokenizer:
+    found = read_tokenizer(model)
+    assert found is not None, "only transformers can read this one"
+    assert_same(found, of_transformers(model))
+    return found
+
+
 @pytest.mark.parametrize("base", ["support_base", "tiny_base"])
 def test_a_shipped_base_is_read_as_transformers_reads_it(base: str) -> None:
     model = ROOT / "pipelines" / base
-    found = room._read_tokenizer(model)
-    assert found is not None, "only transformers can read this one"
-    assert_same(found, of_transformers(model))
+    found = assert_read_here(model)
     assert found.backend.to_str() == of_transformers(model).backend.to_str()
 
 
-def test_a_tiny_model_is_read_as_transformers_reads_it(tiny_model: Path) -> None:
-    found = room._read_tokenizer(tiny_model)
-    assert found is not None, "only transformers can read this one"
-    assert_same(found, of_transformers(tiny_model))
-
-
-def test_what_transformers_saves_is_read_as_it_loads_it(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", THOUGHT)
-    found = room._read_tokenizer(model)
-    assert found is not None, "only transformers can read this one"
-    assert_same(found, of_transformers(model))
+def test_what_is_made_here_is_read_as_transformers_reads_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    for model in (tiny_model, make_model(tmp_path / "model", THOUGHT)):
+        assert_read_here(model)
 
 
 @pytest.mark.parametrize("edit", SAME)
 def test_other_forms_are_read_as_transformers_reads_them(
     edited: Callable[[Edit], Path], edit: Edit
 ) -> None:
-    model = edited(edit)
-    found = room._read_tokenizer(model)
-    assert found is not None, "only transformers can read this one"
-    assert_same(found, of_transformers(model))
+    assert_read_here(edited(edit))
 
 
 @pytest.mark.parametrize("edit", OTHER)
@@ -259,7 +253,7 @@ def test_of_what_needs_judgment_transformers_is_asked(
     edited: Callable[[Edit], Path], edit: Edit
 ) -> None:
     model = edited(edit)
-    assert room._read_tokenizer(model) is None
+    assert read_tokenizer(model) is None
     assert_same(load_tokenizer(model).tokenizer, of_transformers(model))
 
 
@@ -278,7 +272,7 @@ def test_of_other_files_with_tokens_or_templates_transformers_is_asked(
     model = edited(lambda config, tokenizer: None)
     (model / file).parent.mkdir(exist_ok=True)
     (model / file).write_text(text, encoding="utf-8")
-    assert room._read_tokenizer(model) is None
+    assert read_tokenizer(model) is None
 
 
 def test_two_templates_and_none_of_them_the_default_are_refused(
@@ -289,9 +283,11 @@ def test_two_templates_and_none_of_them_the_default_are_refused(
     (model / "additional_chat_templates").mkdir()
     for name in ("one", "two"):
         (model / "additional_chat_templates" / f"{name}.jinja").write_text("{{ messages }}")
-    with pytest.raises(room.UserError, match="template") as refused:
+    with pytest.raises(UserError, match="template") as refused:
         load_tokenizer(model)
     assert str(model) in str(refused.value)
+    with pytest.raises(UserError, match="template"):
+        load_transformers_tokenizer(model)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +303,7 @@ def test_settings_that_transformers_refuses_are_refused(
     edited: Callable[[Edit], Path], setting: str, value: Any, message: str
 ) -> None:
     model = edited(lambda config, tokenizer: config.update({setting: value}))
-    with pytest.raises(room.UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         load_tokenizer(model)
     assert str(model) in str(refused.value)
 
@@ -330,7 +326,7 @@ def test_values_of_a_config_that_transformers_refuses_are_refused(
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config["text_config"] |= text
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(room.UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         load_tokenizer(model)
     assert str(model) in str(refused.value)
 
@@ -343,7 +339,7 @@ def test_a_template_that_fails_in_any_way_is_named(
 ) -> None:
     model = edited(lambda config, tokenizer: None)
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
-    with pytest.raises(room.UserError, match="the chat template cannot render"):
+    with pytest.raises(UserError, match="the chat template cannot render"):
         ChatEncoder(load_tokenizer(model).tokenizer, str(model))
 
 
