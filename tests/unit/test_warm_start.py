@@ -10,15 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from canvastune.errors import parse_error
-from pipelines.warm_start import search_path, server_ids, step_variables, warm_processes
+from pipelines.warm_start import fork, search_path, server_ids, step_variables, warm_processes
 from pipelines.warm_start.server import KFP, job_name
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -86,6 +88,21 @@ def parent(**options: Any) -> int:
 def test_a_step_is_a_child_of_the_process_that_has_its_libraries() -> None:
     assert parent() == server_ids()[-1]
     assert parent(python=[os.environ["PYTHON_EXEC"], "-u"]) == server_ids()[-1]
+
+
+def test_ctrl_c_reaches_a_server_only_through_its_command() -> None:
+    assert [os.getpgid(server) for server in server_ids()] == list(server_ids())
+
+
+def test_pytorch_does_not_take_back_its_operators_at_the_end_of_a_fork() -> None:
+    def taken_back() -> int:
+        found = [(each, each.peek()) for each in weakref.finalize._registry]  # type: ignore[attr-defined]
+        ours = [each for each, what in found if what and what[1] is torch.library._del_library]
+        return sum(each.atexit for each in ours)
+
+    assert taken_back(), "there is nothing to keep: fork._keep_operators may go"
+    fork._keep_operators()
+    assert not taken_back()
 
 
 def test_a_fork_has_the_streams_folder_and_environment_of_its_caller(tmp_path: Path) -> None:
